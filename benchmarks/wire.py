@@ -1,0 +1,242 @@
+"""MB/s of float32 tensors: ZmqLink -> Gateway against raw pyzmq with the same socket settings.
+
+    python benchmarks/wire.py                    # all sizes, CURVE on and off, about five minutes
+    python benchmarks/wire.py --sizes 1024 --repeats 3 --no-write
+
+Sender and receiver are separate processes on loopback TCP. Raw sends one message per tensor with
+copy=False and makes an ndarray of what it receives. Timed at the receiver, from the end of the
+warm-up to the last tensor, after which it still checks the content. Raw and ours take turns, so
+that a busy neighbour hits both; the number is the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from coordinator.auth import AllowList
+from coordinator.gateway import Gateway, GatewayConfig, Received
+from edge_sdk.keys import KeyPair, make_key_pair
+from edge_sdk.messages import Activation, Stamp
+from edge_sdk.packets import MAX_CHUNK_BYTES
+from edge_sdk.sockets import tune
+from edge_sdk.transport import LinkConfig, ZmqLink
+
+KIB = 1024
+SIZES_KIB = (64, 256, 1024, 4096, 16384, 65536)
+WARM_UP = 4
+MOST_BYTES = 768 * KIB * KIB
+MOST_TENSORS = 6000
+RESULTS = Path(__file__).parent / "results"
+
+
+def tensor(size_bytes: int) -> np.ndarray:
+    """Return something that is not all zeros."""
+    return np.arange(size_bytes // 4, dtype=np.float32)
+
+
+def raw_receiver(pipe: Any, server: KeyPair | None, size: int, count: int) -> None:
+    """Receive *count* tensors with nothing but pyzmq and say how long it took."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    tune(router)
+    router.setsockopt(zmq.MAXMSGSIZE, size + 64 * KIB)
+    if server is not None:
+        router.curve_server = True
+        router.curve_secretkey = server.secret.encode()
+    router.bind("tcp://127.0.0.1:*")
+    pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
+    begin_s = 0.0
+    for number in range(WARM_UP + count):
+        router.recv()
+        frame = router.recv(copy=False)
+        array = np.frombuffer(frame.buffer, np.float32)
+        if number == WARM_UP - 1:
+            begin_s = time.perf_counter()
+    taken_s = time.perf_counter() - begin_s
+    assert (array == tensor(size)).all()
+    pipe.send(taken_s)
+    context.destroy(0)
+
+
+def raw_sender(address: str, server: KeyPair | None, size: int, count: int, done: Any) -> None:
+    """Send *count* tensors with nothing but pyzmq."""
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    tune(dealer)
+    if server is not None:
+        keys = make_key_pair()
+        dealer.curve_serverkey = server.public.encode()
+        dealer.curve_publickey = keys.public.encode()
+        dealer.curve_secretkey = keys.secret.encode()
+    dealer.connect(address)
+    array = tensor(size)
+    for _ in range(WARM_UP + count):
+        dealer.send(array, copy=False)
+    done.wait()
+    context.destroy(0)
+
+
+def our_receiver(
+    pipe: Any, server: KeyPair | None, device: KeyPair, size: int, count: int, folder: str
+) -> None:
+    """Receive *count* tensors through the gateway and say how long it took."""
+    allowed = None
+    if server is not None:
+        allowed = AllowList(Path(folder) / "allowed.json")
+        allowed.register("bench", device.public)
+    config = GatewayConfig(
+        address="tcp://127.0.0.1:*",
+        keys=server,
+        insecure=server is None,
+        max_message_bytes=size + KIB,
+    )
+    with Gateway(config, allowed) as gateway:
+        pipe.send(gateway.address)
+        begin_s, number = 0.0, 0
+        while number < WARM_UP + count:
+            for event in gateway.events(10.0):
+                if isinstance(event, Received):
+                    array = event.envelope.tensors["hidden"]
+                    number += 1
+                    if number == WARM_UP:
+                        begin_s = time.perf_counter()
+        taken_s = time.perf_counter() - begin_s
+        assert (array == tensor(size)).all()
+        pipe.send(taken_s)
+        pipe.recv()
+
+
+def our_sender(
+    address: str, server: KeyPair | None, device: KeyPair, size: int, count: int, chunk: int, done: Any
+) -> None:
+    """Send *count* tensors through a link."""
+    config = LinkConfig(
+        address=address,
+        server_key=server.public if server is not None else "",
+        keys=device if server is not None else None,
+        name="bench",
+        chunk_bytes=chunk,
+    )
+    array = tensor(size)
+    with ZmqLink(config) as link:
+        for step in range(WARM_UP + count):
+            message = Activation(stamp=Stamp(step=step), micro=0, num_micro=1, num_targets=1)
+            link.send(message, {"hidden": (array, "float32")})
+        done.wait()
+
+
+def measure(kind: str, size: int, *, curve: bool, chunk: int) -> float:
+    """Return MB/s (10^6) of one run."""
+    count = max(6, min(MOST_TENSORS, MOST_BYTES // size))
+    server, device = (make_key_pair() if curve else None), make_key_pair()
+    here, there = multiprocessing.Pipe()
+    done = multiprocessing.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "raw":
+            args: tuple[Any, ...] = (there, server, size, count)
+            receiver = multiprocessing.Process(target=raw_receiver, args=args)
+        else:
+            args = (there, server, device, size, count, folder)
+            receiver = multiprocessing.Process(target=our_receiver, args=args)
+        receiver.start()
+        address = here.recv()
+        if kind == "raw":
+            args = (address, server, size, count, done)
+            sender = multiprocessing.Process(target=raw_sender, args=args)
+        else:
+            args = (address, server, device, size, count, chunk, done)
+            sender = multiprocessing.Process(target=our_sender, args=args)
+        sender.start()
+        taken_s = here.recv()
+        done.set()
+        sender.join()
+        if kind != "raw":
+            here.send("stop")
+        receiver.join()
+    return count * size / taken_s / 1e6
+
+
+def cpu_model() -> str:
+    """Return what /proc/cpuinfo calls the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """Return the commit that was measured, marked if the tree had changes."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    return done.stdout.strip() or "no commit yet"
+
+
+def report(rows: list[tuple[int, bool, list[float], list[float]]], args: Any) -> str:
+    """Return the page of results."""
+    lines = [
+        "# Wire throughput: ZmqLink -> Gateway against raw pyzmq",
+        "",
+        f"Command: `python benchmarks/wire.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"Commit: {commit()}",
+        f"Hardware: {cpu_model()}, {os.cpu_count()} cores, loopback TCP; load average at the end"
+        f" {os.getloadavg()[0]:.1f}",
+        f"Software: Python {platform.python_version()}, pyzmq {zmq.__version__}, libzmq"
+        f" {zmq.zmq_version()}, numpy {np.__version__}; chunks of {args.chunk} KiB",
+        f"Median of {args.repeats} runs each, raw and ours in turn; in brackets lowest and highest.",
+        "",
+        "| tensor | CURVE | raw MB/s | ours MB/s | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for size, curve, raw, ours in rows:
+        middle = statistics.median(raw), statistics.median(ours)
+        lines.append(
+            f"| {size} KiB | {'on' if curve else 'off'}"
+            f" | {middle[0]:.0f} ({min(raw):.0f}-{max(raw):.0f})"
+            f" | {middle[1]:.0f} ({min(ours):.0f}-{max(ours):.0f})"
+            f" | {middle[1] / middle[0]:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES_KIB), help="in KiB")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--curve", choices=["on", "off", "both"], default="both")
+    parser.add_argument("--chunk", type=int, default=MAX_CHUNK_BYTES // KIB, help="in KiB")
+    parser.add_argument("--no-write", action="store_true")
+    args = parser.parse_args()
+    multiprocessing.set_start_method("spawn")
+    rows = []
+    for curve in {"on": [True], "off": [False], "both": [False, True]}[args.curve]:
+        for size in args.sizes:
+            raw, ours = [], []
+            for _ in range(args.repeats):
+                raw.append(measure("raw", size * KIB, curve=curve, chunk=args.chunk * KIB))
+                ours.append(measure("ours", size * KIB, curve=curve, chunk=args.chunk * KIB))
+            rows.append((size, curve, raw, ours))
+            print(report(rows[-1:], args).splitlines()[-1], flush=True)
+    if not args.no_write:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{datetime.date.today().isoformat()}-wire.md"
+        path.write_text(report(rows, args))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The coordinator: plans, runs the rest of the model, aggregates, stores, exports."""

@@ -1,0 +1,170 @@
+"""Who may take part, with which plan; and the parts of the model that they fetch.
+
+Answers Hello, Ready and PartRequest. Everything refused is refused with a reason that a person can
+act on.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from coordinator.config import ServeConfig
+from coordinator.gateway import Gateway
+from coordinator.planning import plan_device
+from coordinator.rounds import Member
+from coordinator.served import ServedModel
+from edge_sdk.errors import EdgeError, RefusedError
+from edge_sdk.messages import (
+    PROTOCOL_VERSION,
+    Failure,
+    Hello,
+    PartData,
+    PartRequest,
+    PlanAssigned,
+    Ready,
+    Refused,
+    Stamp,
+    Welcome,
+)
+from edge_sdk.plan import Plan
+from edge_sdk.training import to_pairs
+from edge_sdk.transport import package_version
+
+log = logging.getLogger(__name__)
+
+# One answer to a PartRequest: large enough to hide the round trip, small beside a device's memory.
+PART_DATA_BYTES = 4 * 1024 * 1024
+# Headers and alignment of a message, beside its tensors.
+MESSAGE_SLACK_BYTES = 1024 * 1024
+
+
+class Admission:
+    """The coordinator's front desk."""
+
+    def __init__(
+        self, config: ServeConfig, model: ServedModel, gateway: Gateway, run_id: str
+    ) -> None:
+        self._config, self._model, self._gateway = config, model, gateway
+        self._run_id = run_id
+        self.plans: dict[str, Plan] = {}
+        self.codecs: dict[str, str] = {}
+        self.held_steps: dict[str, tuple[int, ...]] = {}
+
+    def greet(self, device: str, hello: Hello) -> None:
+        """Answer a Hello with welcome and plan.
+
+        Raises:
+            RefusedError: the device cannot take part.
+        """
+        if hello.protocol != PROTOCOL_VERSION:
+            raise RefusedError(
+                f"protocol version {hello.protocol}, this coordinator speaks {PROTOCOL_VERSION}; "
+                f"install edgesplit {package_version()} on both sides"
+            )
+        if hello.model_hash not in ("", self._model.hash):
+            raise RefusedError(
+                f"the device expects model {hello.model_hash[:12]}..., this run trains "
+                f"{self._model.hash[:12]}...; correct or remove `model_hash`"
+            )
+        plan = plan_device(self._config, self._model.facts, device)
+        self.plans[device] = plan
+        self.codecs[device] = self._codec(device, hello)
+        self._gateway.set_limits(device, self._largest_message(plan))
+        self._gateway.send(device, self._welcome(device))
+        self._gateway.send(
+            device,
+            PlanAssigned(stamp=self.stamp(device), plan=plan, parts=self._model.parts_for(plan)),
+        )
+
+    def stamp(self, device: str, round_: int = 0, step: int = 0, attempt: int = 0) -> Stamp:
+        """A stamp of this run."""
+        return Stamp(run=self._run_id, device=device, round=round_, step=step, attempt=attempt)
+
+    def _codec(self, device: str, hello: Hello) -> str:
+        wanted = self._config.settings(device).codec
+        assert wanted is not None
+        if wanted in hello.codecs:
+            return wanted
+        if "float32" not in hello.codecs:
+            raise RefusedError(f"no common codec: the device speaks {', '.join(hello.codecs)}")
+        return "float32"
+
+    def _welcome(self, device: str) -> Welcome:
+        config, model = self._config, self._model
+        training = to_pairs(config.training) | {"total_steps": str(config.total_steps)}
+        return Welcome(
+            stamp=self.stamp(device),
+            protocol=PROTOCOL_VERSION,
+            sdk_version=package_version(),
+            model_hash=model.hash,
+            num_blocks=model.facts.layout.num_blocks,
+            files=model.parts["files"],
+            task=config.task,
+            labels=config.labels,
+            codec=self.codecs[device],
+            max_length=model.max_length,
+            num_labels=len(config.label_names),
+            training=training,
+            lora=to_pairs(config.lora),
+        )
+
+    def _largest_message(self, plan: Plan) -> int:
+        """Bytes of the largest message that the plan can make a device send."""
+        tokens = plan.micro_batch * self._model.max_length
+        activation: int = 4 * tokens * (self._model.text_config.hidden_size + 2)
+        targets = self._model.facts.targets
+        upload = sum(4 * rank * sum(targets[name]) for name, rank in plan.ranks.items())
+        tail = 2 * self._model.parts["tail"].num_bytes if self._config.label_names else 0
+        return max(activation, upload + tail) + MESSAGE_SLACK_BYTES
+
+    def admit(self, device: str, ready: Ready) -> Member:
+        """Return the member that a ready device becomes.
+
+        Raises:
+            RefusedError: its data or tokenizer does not fit, or it never said Hello.
+        """
+        plan = self.plans.get(device)
+        if plan is None:
+            raise RefusedError("Ready without Hello")
+        rows = self._model.text_config.vocab_size
+        if not 0 < ready.vocab_size <= rows:
+            raise RefusedError(
+                f"the device's tokenizer knows {ready.vocab_size} tokens, the model {rows}"
+            )
+        if ready.num_samples < 1:
+            raise RefusedError("the device has no training samples")
+        self.held_steps[device] = ready.held_steps
+        return Member(
+            name=device,
+            split=plan.split,
+            batch_size=plan.batch_size,
+            num_micro=plan.batch_size // plan.micro_batch,
+            is_local=plan.split == self._model.facts.layout.num_blocks,
+        )
+
+    def send_part(self, device: str, request: PartRequest) -> None:
+        """Answer a PartRequest with the next stretch of the part."""
+        part, data = self._model.read(request.sha256, request.offset, PART_DATA_BYTES)
+        self._gateway.send(
+            device,
+            PartData(
+                stamp=request.stamp,
+                sha256=part.sha256,
+                offset=request.offset,
+                total_bytes=part.num_bytes,
+            ),
+            {"data": (np.frombuffer(data, np.uint8), "uint8")},
+        )
+
+    def refuse(self, device: str, error: EdgeError) -> None:
+        """Tell a device why it is out, and end its session."""
+        log.warning("device.refused device=%s reason=%s", device, error)
+        stamp = self.stamp(device)
+        if isinstance(error, RefusedError):
+            self._gateway.send(device, Refused(stamp=stamp, reason=str(error)))
+        else:
+            kind = type(error).__name__
+            self._gateway.send(device, Failure(stamp=stamp, error=kind, text=str(error)))
+        self._gateway.drop(device, str(error))

@@ -1,0 +1,142 @@
+"""The configuration of a run: what `coordinator serve --config run.yaml` reads.
+
+Knows no model and no device; what only these can tell is checked in `planning.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from coordinator.aggregation import RULES
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.data import DataConfig
+from edge_sdk.training import Compute, TrainingConfig
+
+Codec = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """What one device runs; a field left out is taken from `default`."""
+
+    split: int | None = None
+    """Blocks on the device, 1 .. number of blocks; all blocks is plain federated LoRA."""
+    r: int | None = None
+    """Rank of the device's adapters."""
+    batch_size: int | None = None
+    """Sequences of one optimizer step."""
+    micro_batch: int | None = None
+    """Sequences that pass through the model together; divides batch_size."""
+    codec: Codec | None = None
+    """How hidden states and gradients travel to and from this device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured before the first round and after each."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """A file on the coordinator; without `path` nothing is evaluated here."""
+    batch_size: int = 16
+    """Sequences that are evaluated together."""
+    every_rounds: int = 1
+    """Evaluate after every so many rounds; the last round is always evaluated."""
+    on_devices: bool = True
+    """Whether devices go through their private validation data, where they have some."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "every_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything about one run."""
+
+    model: str
+    """Folder of a transformers model, or a Hugging Face id."""
+    revision: str | None = None
+    """Revision of a Hugging Face id."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What is trained."""
+    label_names: tuple[str, ...] = ()
+    """Classes of a classifier, in the order of their numbers."""
+    labels: Literal["server", "device"] = "device"
+    """Who sees the labels. In causal-LM training they are the text itself: `server` hands the
+    private text to the coordinator; `device` keeps final norm and head on the device."""
+    listen: str = "tcp://*:7070"
+    """Address that devices dial, as ZeroMQ writes it; `*` is every interface, port `*` any."""
+    secret_key: Path = Path("coordinator.key")
+    """The coordinator's secret key, made by `coordinator keygen`."""
+    allow_list: Path = Path("devices.yaml")
+    """Registered devices, kept by `coordinator client register`."""
+    runs: Path = Path("runs")
+    """Folder in which each run gets a folder of its own."""
+    name: str | None = None
+    """Name of the run's folder; without one it is made from the date and time."""
+    rounds: int = 10
+    """Aggregations in the run."""
+    steps_per_round: int = 20
+    """Optimizer steps between two aggregations."""
+    aggregation: Literal["exact", "fedavg"] = "exact"
+    """How what the devices learned is joined; see docs/aggregation.md."""
+    max_rank: int | None = None
+    """Keep at most so many ranks of each round's update; None loses nothing."""
+    min_devices: int = 1
+    """Devices that a round needs; the run waits for them."""
+    patience_s: float = 120.0
+    """Seconds that a silent device may hold up a round before it goes on without it."""
+    default: DeviceSettings = field(
+        default_factory=lambda: DeviceSettings(split=1, batch_size=8, codec="bfloat16")
+    )
+    """Settings of every device that `devices` does not name."""
+    devices: dict[str, DeviceSettings] = field(default_factory=dict)
+    """Settings by device name, as registered."""
+    server_rank: int | None = None
+    """Rank of the coordinator's own adapters; None: lora.r."""
+    max_length: int | None = None
+    """Longest sequence in tokens; None: what the model can take."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Which weights are adapted."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Optimizer and schedule of both sides."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured."""
+    device: str = "auto"
+    """Where the coordinator computes: `auto`, `cpu`, `cuda`, `cuda:1`."""
+    compute: Compute = "auto"
+    """Dtype of the coordinator's matrix products; auto is bfloat16 where the hardware has it."""
+    save_total_limit: int = 2
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps_per_round", "min_devices", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience_s <= 0:
+            raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
+        is_classifier = self.task == "sequence-classification"
+        if is_classifier and len(self.label_names) < 2:
+            raise ValueError("label_names must name at least 2 classes for this task")
+        assert self.aggregation in RULES, "config and rules name the same aggregations"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.rounds * self.steps_per_round
+
+    def settings(self, device: str) -> DeviceSettings:
+        """What *device* runs: its own fields over those of `default`."""
+        own = self.devices.get(device, DeviceSettings())
+        first = DeviceSettings(split=1, batch_size=8, codec="bfloat16", r=self.lora.r)
+        merged = {
+            name: next(
+                (v for s in (own, self.default, first) if (v := getattr(s, name)) is not None),
+                None,
+            )
+            for name in DeviceSettings.__dataclass_fields__
+        }
+        return DeviceSettings(**merged)

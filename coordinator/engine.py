@@ -1,0 +1,359 @@
+"""The coordinator's share of the model: many devices, cut anywhere, one forward and one backward.
+
+`Engine` is the interface, `LocalEngine` runs in this process. Knows no network and no rounds.
+
+A wave's rows enter at their own block: devices sorted by split, each joins the batch where its own
+blocks end. The loss that is differentiated is sum_i n_i L_i, with L_i device i's own mean token
+loss and n_i its samples. Device i gets its part divided by n_i, so that its gradient is that of L_i
+alone; the adapter of block l gets the sum divided by the samples served in that block: the mean
+over these devices, weighted by p_i = n_i / sum_j n_j. See design.md 4.
+
+Legend: B sequences, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.errors import NumericError
+from edge_sdk.factors import Array, Factors
+from edge_sdk.layout import Layout
+from edge_sdk.loss import LossSums, loss_sums
+from edge_sdk.partition import Slice
+from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.runtime_torch import (
+    adapter_state,
+    before_state,
+    load_adapter_state,
+    load_before_state,
+    load_parameters,
+    merge_change,
+    to_numpy,
+    totals,
+    under,
+)
+from edge_sdk.training import (
+    Compute,
+    Optimizer,
+    TrainingConfig,
+    autocast,
+    resolve_compute,
+    seed_step,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One micro-batch of one device, as it reaches the coordinator."""
+
+    device: str
+    split: int
+    weight: float
+    """Samples of the device's whole step; its share p_i is this over the sum of all devices'."""
+    num_targets: int
+    """Targets of the device's whole step."""
+    hidden_BTD: Array
+    lengths_B: np.ndarray
+    labels: np.ndarray | None
+    """None with `labels: device`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one device gets back."""
+
+    device: str
+    grad_BTD: Array
+    sums: TailSums | None
+
+
+class DeviceFault(NumericError):
+    """A wave could not be computed because of what one device sent; the others may go on."""
+
+    def __init__(self, device: str, text: str) -> None:
+        super().__init__(text)
+        self.device = device
+
+
+class Engine(Protocol):
+    """What the coordinator asks of whatever computes its blocks."""
+
+    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+        """Forward, loss and backward of a wave whose labels are here."""
+        ...
+
+    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Forward of a wave whose labels stay on the devices; the graph is kept."""
+        ...
+
+    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Backward of the last `lift` from each device's gradient of its own loss."""
+        ...
+
+    def finish_step(self, step: int) -> bool:
+        """Update the adapters; False when a gradient was not finite and nothing was changed."""
+        ...
+
+
+@dataclass
+class _Wave:
+    """A wave between its forward and its backward."""
+
+    jobs: list[Job]
+    leaves: list[torch.Tensor]
+    top: torch.Tensor
+    lengths_B: torch.Tensor
+
+
+@dataclass
+class _Step:
+    """Who was served in the step that is being gathered."""
+
+    served: dict[str, Job] = field(default_factory=dict)
+
+
+class LocalEngine:
+    """Blocks first .. L-1 with adapters and optimizer, in this process."""
+
+    def __init__(
+        self,
+        slice_: Slice,
+        first: int,
+        ranks: Mapping[str, int],
+        lora: LoraConfig,
+        training: TrainingConfig,
+        total_steps: int,
+        *,
+        trains_head: bool,
+        compute: Compute = "auto",
+    ) -> None:
+        self.slice = slice_
+        self.first = first
+        self._layout: Layout = slice_.layout
+        self._device = slice_.device
+        self._training = training
+        self._compute = resolve_compute(compute, slice_.device)
+        self.adapters = Adapters(slice_, ranks, {}, lora)
+        self.head = named_parameters(slice_, head_names(slice_) if trains_head else ())
+        for parameter in self.head.values():
+            parameter.requires_grad_(True)
+        trained = {**self.adapters.parameters(), **self.head}
+        self.optimizer = Optimizer(trained, training, total_steps, self._compute)
+        self._wave: _Wave | None = None
+        self._step = _Step()
+        self._before: dict[str, Factors] = {}
+
+    # ---- training ----
+
+    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+        """Forward, loss and backward of a wave; see `Engine`.
+
+        Raises:
+            DeviceFault: a device's loss is not finite; nothing was accumulated.
+        """
+        wave = self._forward(jobs, step, micro, to_logits=True)
+        with autocast(self._compute, self._device):
+            sums = self._losses(wave)
+        total = torch.zeros((), device=self._device)
+        for job, own in zip(wave.jobs, sums, strict=True):
+            loss = own.loss_B.sum()
+            if not torch.isfinite(loss):
+                raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
+            total = total + (job.weight / job.num_targets) * loss
+        torch.autograd.backward(total * self.optimizer.loss_scale)
+        return self._answers(wave, sums)
+
+    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Forward of a wave whose labels stay on the devices; see `Engine`."""
+        self._wave = self._forward(jobs, step, micro, to_logits=False)
+        return _unstack(self._wave)
+
+    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Backward of the last `lift`; see `Engine`. A device without a gradient counts nothing."""
+        wave, self._wave = self._wave, None
+        assert wave is not None, "lower without lift"
+        grad_BTD = torch.zeros_like(wave.top)
+        start = 0
+        for job in wave.jobs:
+            rows, length = job.hidden_BTD.shape[:2]
+            if job.device in grads:
+                own = torch.from_numpy(grads[job.device]).to(self._device)
+                scale = job.weight * self.optimizer.loss_scale
+                grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
+            start += rows
+        torch.autograd.backward(wave.top, grad_BTD)
+        return [a for a in self._answers(wave, [None] * len(wave.jobs)) if a.device in grads]
+
+    def finish_step(self, step: int) -> bool:
+        """Divide each block's gradient by the samples served in it, clip, update."""
+        served = list(self._step.served.values())
+        self._step = _Step()
+        total = sum(job.weight for job in served)
+        for name, parameter in self.optimizer.parameters.items():
+            if parameter.grad is None:
+                continue
+            block = self.block_of(name)
+            here = sum(j.weight for j in served if j.split <= block) if block is not None else total
+            parameter.grad /= here
+        return self.optimizer.step(step)
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a weight belongs to; None outside the blocks."""
+        prefix = f"{self._layout.blocks_path}."
+        if not name.startswith(prefix):
+            return None
+        return int(name.removeprefix(prefix).split(".", 1)[0])
+
+    def _forward(self, jobs: Sequence[Job], step: int, micro: int, *, to_logits: bool) -> _Wave:
+        self.slice.model.train()
+        seed_step(self._training.seed, "coordinator", step, micro)
+        # By name within a split: the same wave gives the same bits whoever answered first.
+        ordered = sorted(jobs, key=lambda job: (job.split, job.device))
+        leaves = [self._leaf(job) for job in ordered]
+        with autocast(self._compute, self._device):
+            top, lengths_B = self._climb(ordered, leaves, to_logits=to_logits)
+        return _Wave(ordered, leaves, top, lengths_B)
+
+    def _leaf(self, job: Job) -> torch.Tensor:
+        return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
+
+    def _climb(
+        self, jobs: Sequence[Job], hidden: Sequence[torch.Tensor], *, to_logits: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run all blocks, letting each job's rows join at its own; returns top and lengths."""
+        last = self._layout.num_blocks
+        longest = max(h.shape[1] for h in hidden)
+        lengths_B = torch.zeros(0, dtype=torch.int32, device=self._device)
+        batch: torch.Tensor | None = None
+        stops = [*(job.split for job in jobs[1:]), last]
+        for job, own, stop in zip(jobs, hidden, stops, strict=True):
+            padded = F.pad(own, (0, 0, 0, longest - own.shape[1]))
+            batch = padded if batch is None else torch.cat([batch, padded.to(batch.dtype)])
+            own_lengths = torch.from_numpy(job.lengths_B).to(self._device, torch.int32)
+            lengths_B = torch.cat([lengths_B, own_lengths])
+            if stop > job.split and not (to_logits and stop == last):
+                batch = self.slice.middle(batch, lengths_B, job.split, stop)
+        assert batch is not None, "a wave has at least one job"
+        if to_logits:
+            batch = self.slice.logits(batch, lengths_B, jobs[-1].split)
+        return batch, lengths_B
+
+    def evaluate(self, job: Job) -> TailSums | Array:
+        """One evaluation micro-batch: its loss, or the top hidden state if it has no labels."""
+        self.slice.model.eval()
+        with torch.no_grad(), autocast(self._compute, self._device):
+            hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
+            top, _ = self._climb([job], hidden, to_logits=job.labels is not None)
+            if job.labels is None:
+                return to_numpy(top)
+            return totals(loss_sums(top, self._labels(job.labels)))
+
+    def _labels(self, labels: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(labels.astype(np.int64)).to(self._device)
+
+    def _losses(self, wave: _Wave) -> list[LossSums]:
+        sums, start = [], 0
+        for job in wave.jobs:
+            rows, length = job.hidden_BTD.shape[:2]
+            assert job.labels is not None, "labels are on the device"
+            logits = wave.top[start : start + rows]
+            if logits.dim() == 3:
+                logits = logits[:, :length]
+            sums.append(loss_sums(logits, self._labels(job.labels)))
+            start += rows
+        return sums
+
+    def _answers(self, wave: _Wave, sums: Sequence[LossSums | None]) -> list[Answer]:
+        answers = []
+        for job, leaf, own in zip(wave.jobs, wave.leaves, sums, strict=True):
+            assert leaf.grad is not None
+            grad = leaf.grad / (job.weight * self.optimizer.loss_scale)
+            found = None if own is None else totals(own)
+            answers.append(Answer(job.device, to_numpy(grad), found))
+            self._step.served[job.device] = job
+        return answers
+
+    def whole(self, micro: Micro) -> TailSums:
+        """Loss of one micro-batch through the whole model; needs every block to be present."""
+        self.slice.model.eval()
+        ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])
+        with torch.no_grad(), autocast(self._compute, self._device):
+            logits = self.slice.whole(ids_BT, lengths_B)
+            return totals(loss_sums(logits, self._labels(micro.labels)))
+
+    # ---- adapters ----
+
+    def begin_round(self) -> None:
+        """Remember the factors of the round's start."""
+        self._before = self.adapters.products()
+
+    def merge_change(self, changes: Mapping[str, Factors]) -> None:
+        """Add the round's change of dW, less our own progress, to our residuals."""
+        present = {n: c for n, c in changes.items() if self.is_present(n)}
+        merge_change(self.adapters, present, self._before)
+
+    def take(
+        self,
+        changes: Mapping[str, Factors],
+        replaced: Mapping[str, Pair],
+        means: Mapping[str, Pair],
+        head: Mapping[str, Array],
+    ) -> None:
+        """Take over what an aggregation hands out, as a device does."""
+        self.merge_change(changes)
+        self.adapters.load_pairs(replaced)
+        # Blocks that we hold only to evaluate have no adapter of ours: their mean is a residual.
+        bare = {n: p for n, p in means.items() if n not in self.adapters.ranks}
+        self.adapters.set_residual(
+            {n: self.adapters.product(p) for n, p in bare.items() if self.is_present(n)}
+        )
+        if "tail" in self.slice.present:
+            names = head_names(self.slice)
+            load_parameters(named_parameters(self.slice, names), {n: head[n] for n in head})
+        self.begin_round()
+
+    def head_values(self) -> dict[str, Array]:
+        """The trained head, where it is trained here."""
+        return {n: to_numpy(p) for n, p in self.head.items()}
+
+    def is_present(self, name: str) -> bool:
+        """Whether the block of weight *name* is here."""
+        return f"block.{self.block_of(name)}" in self.slice.present
+
+    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
+        """Overwrite our own factors."""
+        self.adapters.load_pairs(pairs)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a restart needs."""
+        return {
+            **adapter_state(self.adapters),
+            **{f"head:{n}": value for n, value in self.head_values().items()},
+            **before_state(self._before),
+            **{f"optimizer:{n}": v for n, v in self.optimizer.state().items()},
+        }
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        load_adapter_state(self.adapters, state)
+        load_parameters(self.head, under("head:", state))
+        self._before = load_before_state(state)
+        self.optimizer.load_state(under("optimizer:", state))
+        self.optimizer.forget_gradients()
+        self._wave, self._step = None, _Step()
+
+
+def _unstack(wave: _Wave) -> dict[str, Array]:
+    tops, start = {}, 0
+    for job in wave.jobs:
+        rows, length = job.hidden_BTD.shape[:2]
+        tops[job.device] = to_numpy(wave.top[start : start + rows, :length])
+        start += rows
+    return tops

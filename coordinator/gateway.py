@@ -1,0 +1,230 @@
+"""The coordinator's only door: every device's messages come in and go out here.
+
+One I/O thread owns the socket (`gateway_io.py`); the rest of the coordinator reads events and
+queues messages. Not here: what the messages mean.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import zmq
+
+from coordinator.auth import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway_io import GatewayIo
+from coordinator.gateway_out import Outbox
+from coordinator.seats import (
+    DeviceStats,
+    Event,
+    Joined,
+    Left,
+    Received,
+    Rejected,
+    Seat,
+    Silent,
+)
+from edge_sdk.assembly import Outgoing
+from edge_sdk.channel import ACK_EVERY_BYTES
+from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
+from edge_sdk.keys import KeyPair
+from edge_sdk.messages import FROM_COORDINATOR, Message
+from edge_sdk.packets import MAX_CHUNK_BYTES
+from edge_sdk.sockets import tune
+from edge_sdk.transport import NO_TENSORS, TensorOut
+
+__all__ = [
+    "DeviceStats",
+    "Event",
+    "Gateway",
+    "GatewayConfig",
+    "Joined",
+    "Left",
+    "Received",
+    "Rejected",
+    "Silent",
+]
+
+# `events` takes no further batch once it has so many, so that the caller's loop comes round.
+MAX_EVENTS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Where the coordinator listens, and how patient it is."""
+
+    address: str = "tcp://*:5555"
+    """As ZeroMQ writes it; port `*` takes a free one."""
+    keys: KeyPair | None = None
+    insecure: bool = False
+    """No encryption and no keys; for benchmarks on one machine only."""
+    max_message_bytes: int = 1024 * 1024
+    """Payload of a message from a device for which `set_limits` was not called."""
+    chunk_bytes: int = MAX_CHUNK_BYTES
+    """Payload of one packet; 256 KiB on slow links."""
+    silent_after_s: float = 30.0
+    """Seconds without a sign of life before Silent; reported again each time it has doubled."""
+    gone_after_s: float = 900.0
+    """Seconds without a sign of life before the session ends with Left."""
+
+
+class Gateway:
+    """Sessions of all devices. Use as a context manager, or call `close`."""
+
+    def __init__(self, config: GatewayConfig, allowed: AllowList | None = None) -> None:
+        if not config.insecure and (config.keys is None or allowed is None):
+            raise ConfigError("gateway: keys and an allow-list are needed unless insecure=True")
+        self._config = config
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # A connection costs a descriptor; libzmq's own limit of 1023 sockets does not count them.
+        zap = None
+        router = self._context.socket(zmq.ROUTER)
+        try:
+            tune(router)
+            router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else messages vanish without an error
+            router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # else a reconnected peer is deaf
+            router.setsockopt(zmq.BACKLOG, 1024)
+            if not config.insecure:
+                assert config.keys is not None
+                assert allowed is not None
+                zap = ZapHandler(self._context, allowed)
+                router.curve_server = True
+                router.curve_secretkey = config.keys.secret.encode()
+                router.curve_publickey = config.keys.public.encode()
+                router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+                router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else no handler lets everyone in
+            self.address = _bind(router, config.address)
+        except BaseException:
+            router.close()
+            if zap is not None:
+                zap.close()
+            self._context.term()
+            raise
+        self._io = GatewayIo(
+            Outbox(router),
+            zap,
+            None if config.insecure else allowed,
+            config.max_message_bytes,
+            config.silent_after_s,
+            config.gone_after_s,
+        )
+        self._taken: dict[Seat, list[tuple[int, int]]] = {}
+        self._taken_bytes = 0
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._io.run, name="gateway", daemon=True)
+        self._thread.start()
+
+    def devices(self) -> list[str]:
+        """Return the names of all devices with a session, sorted."""
+        return sorted(list(self._io.seats))
+
+    def stats(self, device: str) -> DeviceStats:
+        """Return what is known about the connection of *device*, its telemetry included."""
+        return self._seat(device).stats()
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """Return what has happened, waiting at most *timeout_s* for the first event.
+
+        One thread calls this. An empty list means that nothing happened, or that `wake` was called.
+        """
+        found: list[Event] = []
+        try:
+            batch = self._io.events.get(timeout=max(0.0, timeout_s))
+            while batch:
+                for seat, event in batch:
+                    if isinstance(event, Received) and seat is not None:
+                        self._took(seat, event)
+                    found.append(event)
+                if len(found) >= MAX_EVENTS:
+                    break
+                batch = self._io.events.get_nowait()
+        except queue.Empty:
+            pass
+        if not found and self._io.failure:
+            self._io.events.put([])  # the next caller is told as well
+            raise TransportError(f"the gateway has failed: {self._io.failure}")
+        self._return_credit()
+        return found
+
+    def _took(self, seat: Seat, event: Received) -> None:
+        envelope = event.envelope
+        self._taken.setdefault(seat, []).append((envelope.lane, envelope.num_bytes))
+        self._taken_bytes += envelope.num_bytes
+
+    def _return_credit(self) -> None:
+        """Tell the I/O thread what has been taken; wake it only when that opens a window."""
+        if not self._taken:
+            return
+        for seat, taken in self._taken.items():
+            self._io.commands.append(("taken", seat, taken))
+        self._taken = {}
+        if self._taken_bytes >= ACK_EVERY_BYTES:
+            self._taken_bytes = 0
+            self._io.waker.wake()
+
+    def send(
+        self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
+    ) -> None:
+        """Queue *message* for *device*; any thread may call this.
+
+        The arrays are borrowed until the device has them: do not write to them again.
+
+        Raises:
+            PeerGone: The device has no session.
+        """
+        if not isinstance(message, FROM_COORDINATOR):
+            raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
+        seat = self._seat(device)
+        self._io.post("send", seat, Outgoing(message, tensors, self._config.chunk_bytes))
+
+    def set_limits(self, device: str, max_message_bytes: int) -> None:
+        """Change the payload in bytes that one message of *device* may have."""
+        self._io.post("limit", self._seat(device), max_message_bytes)
+
+    def drop(self, device: str, reason: str) -> None:
+        """Send *device* what is queued for it, then end its session; it is told why."""
+        self._io.post("drop", self._seat(device), reason or "dropped")
+
+    def wake(self) -> None:
+        """Make `events` return now; any thread may call this."""
+        self._io.events.put([])
+
+    def _seat(self, device: str) -> Seat:
+        seat = self._io.seats.get(device)
+        if seat is None:
+            raise PeerGone(f"device {device!r} has no session")
+        return seat
+
+    def close(self) -> None:
+        """Stop at once; devices keep trying, and find out from the next coordinator."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._io.is_closing = True
+            self._io.waker.wake()
+            self._thread.join()
+            self._io.waker.close()
+            self._context.term()
+
+    def __enter__(self) -> Gateway:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _bind(router: zmq.Socket[bytes], address: str) -> str:
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"cannot listen at {address}: {error}") from error
+    # An IPv4 address comes back as the IPv6 one that stands for it.
+    return re.sub(r"\[::ffff:([0-9.]+)\]", r"\1", router.getsockopt_string(zmq.LAST_ENDPOINT))

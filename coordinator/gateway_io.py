@@ -1,0 +1,356 @@
+"""The I/O thread of the coordinator: one ROUTER socket, all sessions.
+
+Not here: what the rest of the coordinator calls (`gateway.py`), delivery (`conversation.py`), keys
+(`auth.py`). Work per frame does not depend on the number of devices: whatever is due later lies in
+a heap, whatever is due now in a small dict.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import zmq
+
+from coordinator.auth import AllowList, ZapHandler, is_device_name
+from coordinator.gateway_out import Outbox
+from coordinator.seats import Event, Joined, Left, Received, Rejected, Seat, Silent
+from edge_sdk import packets
+from edge_sdk.assembly import Envelope, Outgoing
+from edge_sdk.conversation import Conversation
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.messages import FROM_DEVICE, Failure, Stamp
+from edge_sdk.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Leaving, Packet
+from edge_sdk.sockets import Waker, receive_frame
+
+log = logging.getLogger(__name__)
+
+# Frames read before acks and answers have their turn.
+TURN_FRAMES = 64
+TICK_S = 0.5
+CHECK_S = 5.0
+# A dropped device gets what was queued for it, within this time.
+DROP_FLUSH_S = 5.0
+# A peer with more bad messages than this in one session is thrown out: answers cost memory.
+MAX_BAD = 16
+# Replaced sessions remembered, so that a late packet of one cannot replace its successor.
+MAX_REPLACED = 4096
+
+
+@dataclass(slots=True)
+class GatewayIo:
+    """State of the I/O thread; `run` is its body."""
+
+    out: Outbox
+    zap: ZapHandler | None
+    allowed: AllowList | None
+    max_message_bytes: int
+    silent_after_s: float
+    gone_after_s: float
+    events: SimpleQueue[list[tuple[Seat | None, Event]]] = field(default_factory=SimpleQueue)
+    """Batches; an empty one only wakes the reader."""
+    commands: deque[tuple[Any, ...]] = field(default_factory=deque)
+    waker: Waker = field(default_factory=Waker)
+    seats: dict[str, Seat] = field(default_factory=dict)
+    is_closing: bool = False
+    failure: str = ""
+    _routes: dict[bytes, tuple[Seat, int]] = field(default_factory=dict)
+    _replaced: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _checks: list[tuple[float, int, Seat]] = field(default_factory=list)
+    _num_checks: int = 0
+    _tick_s: float = 0.0
+    _fresh: list[tuple[Seat | None, Event]] = field(default_factory=list)
+    _poller: zmq.Poller = field(default_factory=zmq.Poller)
+
+    def post(self, *command: Any) -> None:
+        """Hand a command to the thread; any thread may call this."""
+        self.commands.append(command)
+        self.waker.wake()
+
+    def run(self) -> None:
+        """Serve until closed; a failure of the thread itself reaches the reader of events."""
+        try:
+            self._poller.register(self.waker.fileno(), zmq.POLLIN)
+            self._poller.register(self.out.router, zmq.POLLIN)
+            if self.zap is not None:
+                self._poller.register(self.zap.socket, zmq.POLLIN)
+            while not self.is_closing:
+                self._turn()
+        except Exception as error:  # noqa: BLE001 -- a thread that dies must not die unheard
+            log.exception("gateway.failed")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self.out.router.close()
+            if self.zap is not None:
+                self.zap.close()
+            self.events.put([])
+
+    def _turn(self) -> None:
+        ready = dict(self._poller.poll(self._timeout_ms()))
+        now_s = time.monotonic()
+        if self.waker.fileno() in ready:
+            self.waker.clear()
+        while self.commands:
+            self._command(self.commands.popleft(), now_s)
+        if self.zap is not None and self.zap.socket in ready:
+            self.zap.answer_all()
+        if self.out.router in ready:
+            self._drain(now_s)
+        self.out.pump(now_s)
+        if now_s >= self._tick_s:
+            self._tick(now_s)
+        if self._fresh:  # one by one, each would wake the reader and wait for the interpreter
+            self.events.put(self._fresh)
+            self._fresh = []
+
+    def _timeout_ms(self) -> int:
+        if self.commands:
+            return 0
+        until_s = self.out.next_s(self._tick_s)
+        return max(0, int((until_s - time.monotonic()) * 1000) + 1)
+
+    def _command(self, command: tuple[Any, ...], now_s: float) -> None:
+        name, seat, *rest = command
+        if seat.is_over:
+            return
+        if name == "send":
+            seat.talk.send(rest[0])
+            self.out.add(seat)
+        elif name == "taken":
+            for lane, num_bytes in rest[0]:
+                seat.talk.taken(lane, num_bytes)
+            self.out.owe(seat, now_s)
+        elif name == "limit":
+            seat.talk.set_limit(rest[0])
+        elif name == "drop":
+            seat.leave = (rest[0], now_s + DROP_FLUSH_S)
+            self._leave_if_due(seat, now_s)
+
+    # -- in --
+
+    def _drain(self, now_s: float) -> None:
+        router = self.out.router
+        for _ in range(TURN_FRAMES):
+            try:
+                route = router.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            frame = receive_frame(router)
+            if frame is None:
+                continue
+            known = self._routes.get(route)
+            name = self._name(frame) if self.allowed is not None else known and known[0].name
+            if self.allowed is not None and name is None:
+                self._revoked(route, known)
+                continue
+            seat = known[0] if known is not None and known[0].name == name else None
+            try:
+                self._frame(route, name or "", seat, frame.buffer, now_s)
+            except RemoteProtocolError as error:
+                self._bad_frame(route, name or "", seat, str(error), now_s)
+
+    def _name(self, frame: zmq.Frame) -> str | None:
+        assert self.allowed is not None
+        try:
+            return self.allowed.name_of(str(frame.get("User-Id")))
+        except zmq.ZMQError:
+            return None
+
+    def _frame(
+        self, route: bytes, name: str, seat: Seat | None, view: memoryview, now_s: float
+    ) -> None:
+        packet = packets.read_packet(view)
+        if packet.kind == Kind.NOTE:
+            note = packets.read_note(packet)
+            if isinstance(note, Attach):
+                self._attach(route, packet.lane, name, note, now_s)
+            elif seat is None:
+                self.out.say(route, packets.WhoAreYou())
+            else:
+                seat.bytes_up += len(view)
+                self._heard(seat, now_s)
+                self._on_note(seat, note, now_s)
+        elif seat is None:
+            self.out.say(route, packets.WhoAreYou())
+        else:
+            seat.bytes_up += len(view)
+            self._heard(seat, now_s)
+            self._on_data(seat, packet, now_s)
+
+    def _on_data(self, seat: Seat, packet: Packet, now_s: float) -> None:
+        talk = seat.talk
+        try:
+            items = talk.on_packet(packet)
+        except RemoteProtocolError as error:
+            self._fresh.append((seat, Rejected(seat.name, str(error))))
+            self._over(seat, f"the protocol was broken: {error}", now_s)
+            return
+        for item in items:
+            if isinstance(item, Envelope):
+                self._fresh.append((seat, Received(seat.name, item)))
+            else:
+                self._bad_message(seat, item.text, now_s)
+        self.out.owe(seat, now_s)
+
+    def _on_note(self, seat: Seat, note: Any, now_s: float) -> None:
+        if isinstance(note, Ack):
+            try:
+                seat.talk.on_ack(note, now_s)
+            except RemoteProtocolError as error:
+                self._fresh.append((seat, Rejected(seat.name, str(error))))
+                self._over(seat, f"the protocol was broken: {error}", now_s)
+                return
+            self.out.add(seat)
+            if seat.leave is not None:
+                self._leave_if_due(seat, now_s)
+        elif isinstance(note, Beat):
+            seat.telemetry = note.numbers
+            seat.rtt_s = note.rtt_s or None
+            self.out.note(seat, BeatBack(sent_s=note.sent_s))
+        elif isinstance(note, Leaving) and note.session == seat.talk.session:
+            self._over(seat, "", now_s)
+
+    def _heard(self, seat: Seat, now_s: float) -> None:
+        seat.heard_s = now_s
+        seat.silent_s = 0.0
+
+    # -- sessions --
+
+    def _attach(self, route: bytes, lane: int, name: str, note: Attach, now_s: float) -> None:
+        if self.allowed is None:
+            name = note.name
+        if not is_device_name(name) or not _is_session(note.session):
+            raise RemoteProtocolError(f"attach with name {name[:60]!r}, session {note.session!r}")
+        seat = self.seats.get(name)
+        if note.session in self._replaced:
+            self.out.say(route, packets.Closed(session=note.session, reason=_TAKEN_OVER))
+            return
+        if seat is None or seat.talk.session != note.session:
+            if note.is_resumed:
+                self.out.say(route, packets.Unknown(session=note.session))
+                return
+            seat = self._sit(name, note.session, now_s)
+        old = seat.routes[lane]
+        if old is not None:
+            self._routes.pop(old, None)
+            seat.reconnects += 1
+        seat.routes[lane] = route
+        self._routes[route] = (seat, lane)
+        self._heard(seat, now_s)
+        seat.talk.on_attach(lane, note.ack, now_s)
+        answer = Attached(session=note.session, name=name, ack=seat.talk.ack())
+        self.out.say(route, answer, lane, seat.talk.tag)
+        self.out.add(seat)
+
+    def _sit(self, name: str, session: str, now_s: float) -> Seat:
+        older = self.seats.get(name)
+        if older is not None:
+            self._replaced[older.talk.session] = name
+            if len(self._replaced) > MAX_REPLACED:
+                self._replaced.popitem(last=False)
+            self._over(older, _TAKEN_OVER, now_s)
+        seat = Seat(name, Conversation(session, self.max_message_bytes, FROM_DEVICE), now_s)
+        self.seats[name] = seat
+        self._check_later(seat, now_s)
+        log.info("device.joined name=%s session=%s", name, session[:8])
+        self._fresh.append((seat, Joined(name, session)))
+        return seat
+
+    def _over(self, seat: Seat, reason: str, now_s: float) -> None:
+        """End a session; with a reason the device is told, without one it left by itself."""
+        if seat.is_over:
+            return
+        if reason:
+            self.out.note(seat, packets.Closed(session=seat.talk.session, reason=reason))
+        seat.is_over = True
+        for route in seat.routes:
+            if route is not None:
+                self._routes.pop(route, None)
+        self.out.forget(seat)
+        if self.seats.get(seat.name) is seat:
+            del self.seats[seat.name]
+        log.info("device.left name=%s reason=%s", seat.name, reason or "goodbye")
+        self._fresh.append((seat, Left(seat.name, reason)))
+
+    def _leave_if_due(self, seat: Seat, now_s: float) -> None:
+        if seat.leave is not None and (seat.talk.is_idle or now_s >= seat.leave[1]):
+            self._over(seat, seat.leave[0], now_s)
+
+    # -- what is wrong --
+
+    def _bad_frame(
+        self, route: bytes, name: str, seat: Seat | None, text: str, now_s: float
+    ) -> None:
+        if seat is not None:
+            self._bad_message(seat, text, now_s)
+            return
+        log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
+        self.out.say(route, packets.Closed(session="", reason=text))
+        if name:
+            self._fresh.append((None, Rejected(name, text)))
+
+    def _bad_message(self, seat: Seat, text: str, now_s: float) -> None:
+        log.warning("gateway.message_bad name=%s error=%s", seat.name, text)
+        self._fresh.append((seat, Rejected(seat.name, text)))
+        seat.num_bad += 1
+        if seat.num_bad > MAX_BAD:
+            self._over(seat, f"too many bad messages, the last: {text}", now_s)
+            return
+        failure = Failure(
+            stamp=Stamp(device=seat.name), error=RemoteProtocolError.__name__, text=text[:1000]
+        )
+        seat.talk.send(Outgoing(failure, {}))
+        self.out.add(seat)
+
+    def _revoked(self, route: bytes, known: tuple[Seat, int] | None) -> None:
+        text = "this device's key is not registered any more"
+        if known is not None:
+            self._over(known[0], text, time.monotonic())
+        else:
+            self.out.say(route, packets.Closed(session="", reason=text))
+
+    # -- the clock --
+
+    def _check_later(self, seat: Seat, now_s: float) -> None:
+        self._num_checks += 1  # breaks ties, seats have no order
+        at_s = now_s + min(CHECK_S, self.silent_after_s / 4)
+        heapq.heappush(self._checks, (at_s, self._num_checks, seat))
+
+    def _tick(self, now_s: float) -> None:
+        self._tick_s = now_s + TICK_S
+        if self.allowed is not None and self.allowed.reload_if_changed():
+            names = self.allowed.devices()
+            for seat in list(self.seats.values()):
+                if seat.name not in names:
+                    self._over(seat, "this device's key is not registered any more", now_s)
+        while self._checks and self._checks[0][0] <= now_s:
+            seat = heapq.heappop(self._checks)[2]
+            if not seat.is_over:
+                self._check(seat, now_s)
+
+    def _check(self, seat: Seat, now_s: float) -> None:
+        self._leave_if_due(seat, now_s)
+        self.out.ack(seat)
+        silent_s = now_s - seat.heard_s
+        if silent_s >= self.gone_after_s:
+            self._over(seat, f"silent for {silent_s:.0f} s", now_s)
+        elif silent_s >= max(self.silent_after_s, 2 * seat.silent_s):
+            seat.silent_s = silent_s
+            self._fresh.append((seat, Silent(seat.name, silent_s)))
+        for sender in seat.talk.senders:
+            if sender.is_stuck(now_s):
+                self.out.add(seat)
+        if not seat.is_over:
+            self._check_later(seat, now_s)
+
+
+_TAKEN_OVER = "another process with the same key has taken over"
+
+
+def _is_session(text: str) -> bool:
+    return len(text) == 32 and all(letter in "0123456789abcdef" for letter in text)

@@ -1,0 +1,131 @@
+"""What leaves the coordinator: packets of the sessions that have some, acks, and notes.
+
+Not here: what arrives, and sessions (`gateway_io.py`). Used by the I/O thread alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from coordinator.seats import Seat
+from edge_sdk import packets
+from edge_sdk.packets import Lane
+from edge_sdk.sockets import ZERO_COPY_BYTES
+
+# An ack may wait this long for company; well below any round trip that matters.
+ACK_DELAY_S = 0.002
+# libzmq does not say when a ROUTER's peer has room again.
+RETRY_FULL_S = 0.005
+# A device may be sent so many packets in a row before the others have their turn.
+TURN_PACKETS = 8
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Who has something to be sent, and how it is sent."""
+
+    router: zmq.Socket[bytes]
+    _ready: dict[Seat, None] = field(default_factory=dict)
+    _owing: dict[Seat, None] = field(default_factory=dict)
+    _ack_s: float = 0.0
+    _full: dict[Seat, None] = field(default_factory=dict)
+    _full_s: float = 0.0
+
+    def add(self, seat: Seat) -> None:
+        """Something may be sent to *seat*."""
+        self._ready[seat] = None
+
+    def forget(self, seat: Seat) -> None:
+        """The session is over."""
+        for pending in (self._ready, self._owing, self._full):
+            pending.pop(seat, None)
+
+    def next_s(self, latest_s: float) -> float:
+        """Return when there is something to do, at the latest *latest_s*."""
+        if self._ready:
+            return 0.0
+        if self._owing:
+            latest_s = min(latest_s, self._ack_s)
+        return min(latest_s, self._full_s) if self._full else latest_s
+
+    def pump(self, now_s: float) -> None:
+        """Send what may be sent now, a few packets per session, and the acks that are due."""
+        if self._full and now_s >= self._full_s:
+            self._ready.update(self._full)
+            self._full.clear()
+        for seat in list(self._ready):
+            if not (self._pump_lane(seat, 0, now_s) | self._pump_lane(seat, 1, now_s)):
+                self._ready.pop(seat, None)
+        if self._owing and now_s >= self._ack_s:
+            for seat in self._owing:
+                self.ack(seat)
+            self._owing.clear()
+
+    def _pump_lane(self, seat: Seat, lane: int, now_s: float) -> bool:
+        """Send some packets of a lane; returns whether there may be more to send right now."""
+        sender = seat.talk.senders[lane]
+        for _ in range(TURN_PACKETS):
+            due = sender.peek(now_s) if seat.routes[lane] is not None else None
+            if due is None:
+                return False
+            frame = seat.talk.frame(lane, due)
+            if not self._put(seat, lane, frame, now_s):
+                return False
+            sender.sent(due)
+        return True
+
+    def _put(self, seat: Seat, lane: int, frame: Any, now_s: float) -> bool:
+        route = seat.routes[lane]
+        if route is None:
+            return False
+        try:
+            self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
+            self.router.send(frame, zmq.NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
+        except zmq.Again:
+            if not self._full:
+                self._full_s = now_s + RETRY_FULL_S
+            self._full[seat] = None
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            seat.routes[lane] = None  # gone; it will attach again
+            return False
+        seat.bytes_down += len(frame)
+        return True
+
+    def say(self, route: bytes, note: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:
+        """Send a note to a connection, whether or not it has a session."""
+        try:
+            self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
+            self.router.send(packets.note_frame(note, lane, tag), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return False
+        return True
+
+    def note(self, seat: Seat, note: Any) -> bool:
+        """Send a note on the control lane of a session."""
+        route = seat.routes[Lane.CONTROL]
+        return route is not None and self.say(route, note, Lane.CONTROL, seat.talk.tag)
+
+    def ack(self, seat: Seat) -> None:
+        """Tell a device what has arrived, if that is news."""
+        if seat.talk.owes_ack and not self.note(seat, seat.talk.ack()):
+            seat.talk.ack_failed()  # the regular check comes back to it, if no packet does before
+
+    def owe(self, seat: Seat, now_s: float) -> None:
+        """Something has arrived or was taken: ack it now or, with company, a little later."""
+        if seat.is_over:
+            return
+        if seat.talk.is_ack_due:
+            self._owing.pop(seat, None)
+            self.ack(seat)
+        else:
+            if not self._owing:
+                self._ack_s = now_s + ACK_DELAY_S
+            self._owing[seat] = None

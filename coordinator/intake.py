@@ -1,0 +1,182 @@
+"""What devices send, judged and put where it belongs; nothing is computed and nothing decided."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from coordinator.gateway import Event, Left, Received, Rejected, Silent
+from coordinator.ledger import Report
+from coordinator.run import Run
+from coordinator.wave_input import WaveInput, check_gradient, check_upload
+from edge_sdk.adapters import Pair, head_names
+from edge_sdk.assembly import Envelope
+from edge_sdk.errors import EdgeError, PeerGone, RemoteProtocolError
+from edge_sdk.messages import (
+    Activation,
+    AdapterUpload,
+    EvalReport,
+    Failure,
+    Goodbye,
+    Hello,
+    PartRequest,
+    Paused,
+    Ready,
+    StepReport,
+    TopGradient,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Intake:
+    """The receiving half of the coordinator."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.paused: set[str] = set()
+        """Devices that have checkpointed themselves."""
+        self._input = WaveInput(
+            run.model.text_config.hidden_size,
+            run.model.text_config.vocab_size,
+            len(run.config.label_names),
+            run.model.max_length,
+            run.config.labels,
+        )
+
+    def handle(self, event: Event) -> None:
+        """Take an event in; a mistake of one device ends that device's part and nothing else."""
+        device = event.device
+        try:
+            if isinstance(event, Received):
+                self._receive(device, event.envelope)
+            elif isinstance(event, Left):
+                self.run.lose(device, event.reason or "left")
+            elif isinstance(event, Silent) and event.seconds >= self.run.config.patience_s:
+                self.run.lose(device, f"silent for {event.seconds:.0f} s")
+            elif isinstance(event, Rejected):
+                self.run.reporting.event("message.rejected", device=device, error=event.error)
+                self.run.watcher.note(f"{device}: rejected: {event.error}")
+        except PeerGone as gone:
+            self.run.lose(device, str(gone))
+        except EdgeError as error:
+            self.expel(device, error)
+
+    def _receive(self, device: str, envelope: Envelope) -> None:
+        message = envelope.message
+        handlers: dict[type, Callable[[str, Envelope], None]] = {
+            Hello: self._on_hello,
+            PartRequest: lambda d, e: self.run.admission.send_part(d, e.message),
+            Ready: self._on_ready,
+            Activation: self.activation,
+            TopGradient: self._on_gradient,
+            StepReport: self._on_step,
+            AdapterUpload: self._on_upload,
+            EvalReport: self._on_eval_report,
+            Paused: self._on_paused,
+            Goodbye: lambda d, e: self.run.lose(d, e.message.reason),
+            Failure: lambda d, e: self.run.lose(d, f"{e.message.error}: {e.message.text}"),
+        }
+        handlers[type(message)](device, envelope)
+
+    def _on_hello(self, device: str, envelope: Envelope) -> None:
+        self.run.lose(device, "")
+        self.run.admission.greet(device, envelope.message)
+        self.run.watcher.device(device, "fetching its blocks")
+
+    def _on_ready(self, device: str, envelope: Envelope) -> None:
+        member = self.run.admission.admit(device, envelope.message)
+        self.run.handout.forget(device)
+        self.run.state.join(member)
+        self.run.reporting.event(
+            "device.joined", device=device, split=member.split, samples=envelope.message.num_samples
+        )
+        self.run.watcher.device(device, "ready")
+
+    def activation(self, device: str, envelope: Envelope) -> None:
+        """Take the input of a wave, of a later wave, or of an evaluation."""
+        message: Activation = envelope.message
+        member = self.run.state.members.get(device)
+        plan = self.run.admission.plans[device]
+        if message.is_eval:
+            if ready := self.run.state.ready.get(device):
+                self.run.mail.evals.append(
+                    (message, self._input.job(ready, plan, message, envelope.tensors))
+                )
+            return
+        if member is None or not self._is_current(message):
+            return
+        where = (message.stamp.step, message.micro)
+        now = (self.run.state.step, self.run.state.micro)
+        if where > now:
+            self.run.mail.early[device] = envelope
+        elif where == now and device not in self.run.state.arrived and not self.run.state.is_lifted:
+            if message.num_micro != member.num_micro:
+                raise RemoteProtocolError(f"{message.num_micro} micro-batches, not the plan's")
+            self.run.mail.jobs[device] = self._input.job(member, plan, message, envelope.tensors)
+            self.run.state.arrive(device)
+
+    def _is_current(self, message: Any) -> bool:
+        stamp = message.stamp
+        return (stamp.run, stamp.round, stamp.attempt) == (
+            self.run.id,
+            self.run.state.round,
+            self.run.state.attempt,
+        )
+
+    def _on_gradient(self, device: str, envelope: Envelope) -> None:
+        message: TopGradient = envelope.message
+        is_due = (message.stamp.step, message.micro) == (self.run.state.step, self.run.state.micro)
+        if device in self.run.state.members and self._is_current(message) and is_due:
+            self.run.mail.grads[device] = check_gradient(
+                envelope.tensors.get("grad"), self.run.mail.jobs[device]
+            )
+            self.run.state.arrive(device)
+
+    def _on_step(self, device: str, envelope: Envelope) -> None:
+        if device in self.run.state.members and self._is_current(envelope.message):
+            self.run.reporting.step(device, envelope.message, self.run.state.end_step)
+
+    def _on_upload(self, device: str, envelope: Envelope) -> None:
+        if device not in self.run.state.members or not self._is_current(envelope.message):
+            return
+        plan, tensors = self.run.admission.plans[device], envelope.tensors
+        shapes = self._upload_shapes(plan.ranks, tail=plan.tail)
+        check_upload(plan, tensors, shapes)
+        self.run.mail.reports[device] = Report(
+            split=plan.split,
+            num_samples=plan.batch_size * self.run.config.steps_per_round,
+            pairs={n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in plan.ranks},
+            head={n: tensors[n] for n in self._head_shapes() if plan.tail},
+        )
+        self.run.state.upload(device)
+
+    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+        parameters = self.run.engine.slice.model.get_parameter
+        return {n: tuple(parameters(n).shape) for n in head_names(self.run.engine.slice)}
+
+    def _upload_shapes(self, ranks: dict[str, int], *, tail: bool) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = self._head_shapes() if tail else {}
+        for name, rank in ranks.items():
+            size = self.run.model.facts.targets[name]
+            shapes[f"{name}.A"] = (rank, size.num_inputs)
+            shapes[f"{name}.B"] = (size.num_outputs, rank)
+        return shapes
+
+    def _on_eval_report(self, device: str, envelope: Envelope) -> None:
+        report: EvalReport = envelope.message
+        if report.stamp.round == self.run.state.round:
+            self.run.reporting.evaluation(device, report)
+        self.run.state.report_eval(device)
+
+    def _on_paused(self, device: str, _envelope: Envelope) -> None:
+        self.paused.add(device)
+
+    def expel(self, device: str, error: EdgeError) -> None:
+        """A device did what it must not; it is told, and the others go on."""
+        self.run.lose(device, f"{type(error).__name__}: {error}")
+        try:
+            self.run.admission.refuse(device, error)
+        except PeerGone:
+            log.debug("device.gone device=%s", device)

@@ -1,0 +1,124 @@
+"""Put a run together, serve it, and hand out its result: what `serve` and `resume` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from coordinator.auth import AllowList
+from coordinator.config import ServeConfig
+from coordinator.export import export_adapter
+from coordinator.gateway import Gateway, GatewayConfig
+from coordinator.reporting import Watcher
+from coordinator.run import Run
+from coordinator.served import ServedModel
+from coordinator.server import COMPLETED, Coordinator
+from coordinator.store import CONFIG, RunFolder
+from edge_sdk.config import dump_config, load_config
+from edge_sdk.errors import StorageError
+from edge_sdk.keys import load_key_pair
+
+PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
+ADAPTER = "adapter"
+
+
+def serve(config: ServeConfig, watcher: Watcher) -> str:
+    """Start a new run and serve it to its end; returns how it ended."""
+    keys = load_key_pair(config.secret_key)
+    model = ServedModel(config)
+    with _gateway(config, keys) as gateway:
+        folder = RunFolder.create(config.runs, config.name)
+        folder.write_text(CONFIG, dump_config(config))
+        folder.write_text("env.json", json.dumps(_environment(), indent=2))
+        run_id = f"{folder.name}-{secrets.token_hex(4)}"
+        run = Run(config, model, folder, gateway, watcher, run_id)
+        return _finish(run, watcher)
+
+
+def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
+    """Go on with the run at *path* as if nothing had happened; returns how it ended."""
+    folder = RunFolder.open(path)
+    config = load_config(ServeConfig, path / CONFIG, overrides, env={})
+    checkpoint = folder.load_checkpoint()
+    keys = load_key_pair(config.secret_key)
+    model = ServedModel(config)
+    with _gateway(config, keys) as gateway:
+        run = Run(config, model, folder, gateway, watcher, checkpoint.state["run"])
+        try:
+            run.resume(checkpoint)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StorageError(
+                f"{path}: its checkpoint does not fit its config: {error}"
+            ) from error
+        return _finish(run, watcher)
+
+
+def _gateway(config: ServeConfig, keys: Any) -> Gateway:
+    return Gateway(
+        GatewayConfig(
+            address=config.listen,
+            keys=keys,
+            silent_after_s=min(30.0, config.patience_s),
+        ),
+        AllowList(config.allow_list),
+    )
+
+
+def _finish(run: Run, watcher: Watcher) -> str:
+    watcher.note(f"run {run.folder.path}: listening at {run.gateway.address}")
+    coordinator = Coordinator(run)
+    with _stopping_on_signals(coordinator.stop):
+        outcome = coordinator.serve()
+    for device in run.gateway.devices():
+        run.gateway.drop(device, outcome)
+    if outcome == COMPLETED:
+        learned = run.ledger.global_factors()
+        target = run.folder.path / ADAPTER
+        difference = export_adapter(run.model.source, learned, run.ledger.head, target)
+        run.reporting.event("adapter.exported", difference=difference)
+        watcher.note(f"adapter: {target} (read back, logits differ by {difference:.0e} at most)")
+    else:
+        watcher.note(f"stopped; go on with: coordinator resume {run.folder.path}")
+    return outcome
+
+
+def _environment() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+@contextmanager
+def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks to stop, the second leaves at once."""
+    asked = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(130)
+        asked = True
+        stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)

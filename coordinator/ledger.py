@@ -1,0 +1,180 @@
+"""Who holds which factors, and what all of them together have learned.
+
+The ledger is the coordinator's memory between rounds: with it any device can be told what to hold,
+be it new, back from a crash, or just one round further. Knows no network and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.aggregation import RULES, SERVER, Contribution, Update, mean_of, product, residual
+from coordinator.planning import ModelFacts
+from edge_sdk.adapters import LoraConfig, Pair, initial_pair
+from edge_sdk.factors import Array, Factors, compress, stack, zero
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one participant brings to an aggregation."""
+
+    split: int
+    """First block it does not train; for the coordinator, the first that it does."""
+    num_samples: int
+    """Samples it trained on in the round; not used for the coordinator."""
+    pairs: Mapping[str, Pair]
+    head: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class RoundResult:
+    """What an aggregation hands out."""
+
+    changes: dict[str, Factors]
+    """Change of dW by weight; the participants subtract their own progress themselves."""
+    replaced: dict[str, dict[str, Pair]]
+    """New own factors by participant and weight, where the rule replaces them."""
+    head: dict[str, Array]
+    cut_error: float
+    """Largest relative error that a rank cap caused."""
+
+
+class Ledger:
+    """Factors of every participant at the start of the round, dW, and the trained head."""
+
+    def __init__(
+        self, facts: ModelFacts, lora: LoraConfig, rule: str, max_rank: int | None, seed: int
+    ) -> None:
+        self._facts, self._lora, self._seed = facts, lora, seed
+        self._rule_name, self._rule = rule, RULES[rule]
+        self._max_rank = max_rank
+        self.totals: dict[str, Factors] = {}
+        """dW by weight, where it is not zero and not simply everybody's adapter."""
+        self.pairs: dict[str, dict[str, Pair]] = {}
+        """Own factors by participant (SERVER or device name) and weight."""
+        self.means: dict[str, Pair] = {}
+        """Everybody's common factors, for rules that make them equal."""
+        self.head: dict[str, Array] = {}
+
+    def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
+        """Return the own factors that *participant* is to hold, made anew where it has none."""
+        held = self.pairs.setdefault(participant, {})
+        for name, rank in ranks.items():
+            if rank and (name not in held or held[name].a_RI.shape[0] != rank):
+                held[name] = self.means.get(name) or initial_pair(
+                    name, rank, self._facts.targets[name], self._seed
+                )
+        self.pairs[participant] = {n: held[n] for n, rank in ranks.items() if rank}
+        return self.pairs[participant]
+
+    def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
+        """Return dW less what the participant's own adapter already adds, by weight."""
+        own = self.pairs.get(participant, {})
+        return {
+            name: residual(self.totals[name], self._product(own[name]) if name in own else None)
+            for name in weights
+            if name in self.totals
+        }
+
+    def _product(self, pair: Pair) -> Factors:
+        return product(pair, self._lora.scale(pair.a_RI.shape[0]))
+
+    def aggregate(self, reports: Mapping[str, Report]) -> RoundResult:
+        """Join the round's reports; the ledger then holds the state of the next round's start.
+
+        Raises:
+            ConfigError: the rule does not allow the reported ranks.
+        """
+        result = RoundResult({}, {name: {} for name in reports}, self._join_heads(reports), 0.0)
+        for weight, shape in self._facts.targets.items():
+            contributions = self._contributions(weight, reports)
+            if not contributions:
+                continue
+            update = self._rule(contributions, shape, self._max_rank)
+            mean = next(iter(update.pairs.values()), None)
+            for name, report in reports.items():
+                if mean is not None and weight in report.pairs:
+                    result.replaced[name][weight] = mean
+            self._note(weight, update, mean)
+            if update.change is not None:
+                result.changes[weight] = update.change
+            result.cut_error = max(result.cut_error, update.cut_error)
+        for name, report in reports.items():
+            self.pairs[name] = {**report.pairs, **result.replaced[name]}
+        self.head = result.head or self.head
+        return result
+
+    def _contributions(self, weight: str, reports: Mapping[str, Report]) -> dict[str, Contribution]:
+        """Every sample once: a device's where it holds the block, else the coordinator's."""
+        block = self._facts.block_of(weight)
+        found: dict[str, Contribution] = {}
+        devices = {n: r for n, r in reports.items() if n != SERVER}
+        total = sum(r.num_samples for r in devices.values())
+        left_over = sum(r.num_samples for r in devices.values() if r.split <= block)
+        for name, report in reports.items():
+            samples = left_over if name == SERVER else report.num_samples
+            if weight not in report.pairs or not samples:
+                continue
+            after, before = report.pairs[weight], self.pairs[name][weight]
+            scale = self._lora.scale(after.a_RI.shape[0])
+            found[name] = Contribution(samples / total, scale, before, after)
+        return found
+
+    def _note(self, weight: str, update: Update, mean: Pair | None) -> None:
+        if update.change is not None:
+            old = self.totals.get(weight) or zero(*self._facts.targets[weight])
+            self.totals[weight] = compress(stack([old, update.change]))[0]
+        if mean is not None:
+            self.means[weight] = mean
+
+    def _join_heads(self, reports: Mapping[str, Report]) -> dict[str, Array]:
+        """p-weighted mean of a trained head over those who hold it."""
+        devices = {n: r for n, r in reports.items() if n != SERVER}
+        holders = {n: r.head for n, r in reports.items() if r.head}
+        if not holders:
+            return {}
+        elsewhere = sum(r.num_samples for r in devices.values() if not r.head)
+        samples = {n: reports[n].num_samples if n != SERVER else elsewhere for n in holders}
+        total = sum(samples.values())
+        weight = {n: s / total for n, s in samples.items()} if total else {}
+        used = {n: head for n, head in holders.items() if weight.get(n)}
+        keys = next(iter(holders.values()))
+        return {k: mean_of({n: h[k] for n, h in used.items()}, weight) for k in keys}
+
+    def global_factors(self) -> dict[str, Factors]:
+        """Return dW of every trained weight, scale inside: what the run has learned so far."""
+        merged = {name: self._product(pair) for name, pair in self.means.items()}
+        return {**merged, **self.totals}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything as flat arrays, for a checkpoint."""
+        state: dict[str, np.ndarray] = {}
+        for who, pairs in self.pairs.items():
+            for name, pair in pairs.items():
+                state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
+        for name, pair in self.means.items():
+            state |= {f"mean:{name}.A": pair.a_RI, f"mean:{name}.B": pair.b_OR}
+        for name, factors in self.totals.items():
+            state |= {f"total:{name}.A": factors.a_RI, f"total:{name}.B": factors.b_OR}
+        return state | {f"head:{name}": value for name, value in self.head.items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        self.totals, self.pairs, self.means, self.head = {}, {}, {}, {}
+        for key, a in state.items():
+            kind, _, rest = key.partition(":")
+            if kind == "head":
+                self.head[rest] = a
+            if not key.endswith(".A"):
+                continue
+            b = state[f"{key[:-1]}B"]
+            who, _, name = rest.removesuffix(".A").rpartition(":")
+            if kind == "pair":
+                self.pairs.setdefault(who, {})[name] = Pair(a, b)
+            elif kind == "mean":
+                self.means[name] = Pair(a, b)
+            elif kind == "total":
+                self.totals[name] = Factors(b, a)

@@ -1,0 +1,164 @@
+"""What a run measures: one row of metrics a round, one of telemetry, and whoever watches.
+
+`metrics.jsonl` holds only what the seed decides; times, bytes and memory go to `telemetry.jsonl`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from coordinator.gateway import Gateway
+from coordinator.store import RunFolder
+from edge_sdk.errors import PeerGone
+from edge_sdk.messages import EvalReport, StepReport
+from edge_sdk.runtime import TailSums
+
+
+class Watcher(Protocol):
+    """Somebody who looks on: a terminal, a test."""
+
+    def note(self, text: str) -> None:
+        """Something happened that a person should read."""
+
+    def device(self, name: str, text: str) -> None:
+        """A device joined, left, or changed what it is doing."""
+
+    def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """A device finished a step of the round that ends at *end_step*."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of metrics is complete."""
+
+
+class Silence:
+    """A watcher who does nothing."""
+
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
+    def device(self, name: str, text: str) -> None:
+        """Ignore it."""
+
+    def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """Ignore it."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Ignore it."""
+
+
+@dataclass
+class _Progress:
+    """What a device has reported in the current round."""
+
+    loss_sum: float = 0.0
+    num_targets: int = 0
+    num_tokens: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+@dataclass
+class Reporting:
+    """Collects reports and writes rows."""
+
+    folder: RunFolder
+    watcher: Watcher
+    is_classifier: bool
+    pending: dict[str, Any] | None = None
+    """The row that still waits for the devices' evaluations."""
+    _progress: dict[str, _Progress] = field(default_factory=dict)
+    _began_s: float = field(default_factory=time.monotonic)
+
+    def event(self, what: str, **details: Any) -> None:
+        """Note what happened, with the clock time."""
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.folder.append("events.jsonl", {"time": clock, "event": what, **details})
+
+    def begin_round(self) -> None:
+        """Forget the steps of an earlier attempt."""
+        self._progress = {}
+        self._began_s = time.monotonic()
+
+    def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """Count a device's step."""
+        mine = self._progress.setdefault(device, _Progress())
+        mine.loss_sum += report.loss * report.num_targets
+        mine.num_targets += report.num_targets
+        mine.num_tokens += report.num_tokens
+        mine.compute_s += report.compute_s
+        mine.wait_s += report.wait_s
+        mine.peak_rss_bytes = max(mine.peak_rss_bytes, report.peak_rss_bytes)
+        self.watcher.step(device, report, end_step)
+
+    def end_round(
+        self, round_: int, step: int, facts: dict[str, Any], evaluated: TailSums | None
+    ) -> None:
+        """Open the row of a round; *evaluated* is the result on the coordinator's own file.
+
+        Row 0 is what was there before training, row n what n rounds have made.
+        """
+        self.flush()
+        row: dict[str, Any] = {"round": round_, "step": step, **facts}
+        if self._progress:
+            ordered = [self._progress[name] for name in sorted(self._progress)]
+            targets = sum(p.num_targets for p in ordered)
+            row["train_loss"] = sum(p.loss_sum for p in ordered) / max(1, targets)
+            row["train_loss_by_device"] = {
+                n: p.loss_sum / max(1, p.num_targets) for n, p in sorted(self._progress.items())
+            }
+        if evaluated is not None:
+            row["eval"] = self._score(*evaluated)
+        self.pending = row
+
+    def _score(self, loss_sum: float, num_targets: int, num_correct: int) -> dict[str, float]:
+        loss = loss_sum / max(1, num_targets)
+        score: dict[str, float] = {"loss": loss, "targets": num_targets}
+        score["accuracy"] = num_correct / max(1, num_targets)
+        if not self.is_classifier:
+            score["perplexity"] = math.exp(min(loss, 700.0))
+        return score
+
+    def evaluation(self, device: str, report: EvalReport) -> None:
+        """A device went through its private validation data."""
+        if self.pending is not None and report.num_targets:
+            scores = self.pending.setdefault("eval_by_device", {})
+            scores[device] = self._score(report.loss_sum, report.num_targets, report.num_correct)
+
+    def flush(self) -> None:
+        """Write the row that was waiting."""
+        if self.pending is None:
+            return
+        row, self.pending = self.pending, None
+        if "eval_by_device" in row:
+            row["eval_by_device"] = dict(sorted(row["eval_by_device"].items()))
+        self.folder.append("metrics.jsonl", row)
+        self.watcher.row(row)
+
+    def telemetry(self, round_: int, gateway: Gateway) -> None:
+        """Write what the round cost."""
+        devices = {}
+        for name, progress in sorted(self._progress.items()):
+            devices[name] = {
+                "tokens": progress.num_tokens,
+                "compute_s": round(progress.compute_s, 3),
+                "wait_s": round(progress.wait_s, 3),
+                "peak_rss_bytes": progress.peak_rss_bytes,
+                **_traffic(gateway, name),
+            }
+        seconds = time.monotonic() - self._began_s
+        self.folder.append(
+            "telemetry.jsonl",
+            {"round": round_, "seconds": round(seconds, 3), "devices": devices},
+        )
+
+
+def _traffic(gateway: Gateway, device: str) -> dict[str, int]:
+    try:
+        stats = gateway.stats(device)
+    except PeerGone:
+        return {}
+    return {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down}

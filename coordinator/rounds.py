@@ -1,0 +1,189 @@
+"""Where a run stands and what the coordinator must do next. Pure: no socket, no clock, no tensor.
+
+A round is a sequence of steps, a step a sequence of waves: wave j takes the j-th micro-batch of
+every member that has one. With `labels: device` a wave has two halves, up (lift) and down (lower).
+
+    GATHERING --enough devices--> TRAINING --last step--> COLLECTING --all uploads--> GATHERING
+        ^                            |                        |                  or CLOSING
+        +------- too few are left ---+------------------------+
+
+Members of a round are fixed at its start; who joins later waits for the next one. Who leaves is
+forgotten, and the round goes on with the others while there are enough of them; else it is started
+again from its beginning, under a new attempt number, as soon as there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from edge_sdk.errors import LocalProtocolError
+
+Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
+Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE CLOSE")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What the coordinator's planning knows of a device that is ready to train."""
+
+    name: str
+    split: int
+    batch_size: int
+    num_micro: int
+    is_local: bool
+    """Holds the whole model: takes no part in waves."""
+
+
+@dataclass
+class RunState:
+    """A run between two events."""
+
+    total_rounds: int
+    steps_per_round: int
+    min_devices: int
+    labels_on_device: bool
+    phase: Phase = Phase.GATHERING
+    round: int = 0
+    step: int = 0
+    micro: int = 0
+    attempt: int = 0
+    safe_step: int = 0
+    """Step of the newest checkpoint; where the round begins again after a rewind."""
+    ready: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
+    """Members whose part of the current half-wave is here."""
+    is_lifted: bool = False
+    uploaded: set[str] = field(default_factory=set)
+    awaiting_eval: set[str] = field(default_factory=set)
+
+    @property
+    def first_step(self) -> int:
+        """First step of the current round."""
+        return self.round * self.steps_per_round
+
+    @property
+    def end_step(self) -> int:
+        """First step after the current round."""
+        return (self.round + 1) * self.steps_per_round
+
+    # ---- what happens ----
+
+    def join(self, member: Member) -> None:
+        """A device is ready; it takes part from the next round on."""
+        self.leave(member.name)
+        self.ready[member.name] = member
+
+    def leave(self, name: str) -> bool:
+        """A device is gone; returns whether the round had to be given up."""
+        self.ready.pop(name, None)
+        self.awaiting_eval.discard(name)
+        was_member = self.members.pop(name, None) is not None
+        self.arrived.discard(name)
+        self.uploaded.discard(name)
+        if was_member and len(self.members) < self.min_devices and self.phase in _IN_ROUND:
+            self.rewind()
+            return True
+        return False
+
+    def restore(self, round_: int, step: int, attempt: int) -> None:
+        """Go on from a checkpoint."""
+        self.round, self.step, self.attempt, self.safe_step = round_, step, attempt, step
+        is_last = round_ == self.total_rounds
+        self.phase = Phase.CLOSING if is_last else Phase.GATHERING
+
+    def rewind(self) -> None:
+        """Give the round up and gather devices for another attempt at it."""
+        self.phase = Phase.GATHERING
+        self.step = self.safe_step
+        self._begin_wave(0)
+        self.members, self.uploaded = {}, set()
+
+    def start_round(self) -> None:
+        """All that are ready train together from now on."""
+        self._expect(Phase.GATHERING)
+        self.members = dict(sorted(self.ready.items()))
+        self.uploaded = set()
+        self.attempt += 1
+        self._begin_wave(0)
+        self.phase = Phase.TRAINING
+        self._skip_empty()
+
+    def arrive(self, name: str) -> None:
+        """A member's part of the current half-wave is here."""
+        self.arrived.add(name)
+
+    def finish_lift(self) -> None:
+        """The upper half of the wave is done; the members compute their losses."""
+        self.is_lifted = True
+        self.arrived = set()
+
+    def finish_wave(self) -> bool:
+        """The wave is done; returns whether that completed the step."""
+        self._begin_wave(self.micro + 1)
+        if self.expected():
+            return False
+        self.step += 1
+        self._begin_wave(0)
+        self._skip_empty()
+        return True
+
+    def upload(self, name: str) -> None:
+        """A member's factors of the round are here."""
+        self.uploaded.add(name)
+
+    def finish_round(self, *, evaluating: set[str]) -> None:
+        """The round is aggregated. *evaluating* members have yet to report on the last one."""
+        self._expect(Phase.COLLECTING)
+        self.round += 1
+        self.step = self.round * self.steps_per_round
+        self.members, self.uploaded = {}, set()
+        is_last = self.round == self.total_rounds
+        self.awaiting_eval = evaluating if is_last else set()
+        self.phase = Phase.CLOSING if is_last else Phase.GATHERING
+
+    def report_eval(self, name: str) -> None:
+        """A device has gone through its validation data."""
+        self.awaiting_eval.discard(name)
+
+    def _begin_wave(self, micro: int) -> None:
+        self.micro, self.arrived, self.is_lifted = micro, set(), False
+
+    def _skip_empty(self) -> None:
+        """Steps in which nobody needs the coordinator pass by themselves."""
+        if self.phase is Phase.TRAINING and (self.step >= self.end_step or not self.expected()):
+            self.step = self.end_step
+            self.phase = Phase.COLLECTING
+
+    def _expect(self, phase: Phase) -> None:
+        if self.phase is not phase:
+            raise LocalProtocolError(f"not possible while {self.phase.name}")
+
+    # ---- what to do ----
+
+    def expected(self) -> set[str]:
+        """Members that take part in the current wave."""
+        return {
+            name for name, m in self.members.items() if not m.is_local and m.num_micro > self.micro
+        }
+
+    def decide(self) -> Action:
+        """Return what must be done now."""
+        if self.phase is Phase.GATHERING:
+            return Action.START_ROUND if len(self.ready) >= self.min_devices else Action.WAIT
+        if self.phase is Phase.TRAINING:
+            return self._decide_wave()
+        if self.phase is Phase.COLLECTING:
+            return Action.AGGREGATE if self.uploaded >= self.members.keys() else Action.WAIT
+        return Action.WAIT if self.awaiting_eval else Action.CLOSE
+
+    def _decide_wave(self) -> Action:
+        if not self.arrived >= self.expected():
+            return Action.WAIT
+        if not self.labels_on_device:
+            return Action.RUN_WAVE
+        return Action.LOWER if self.is_lifted else Action.LIFT
+
+
+_IN_ROUND = (Phase.TRAINING, Phase.COLLECTING)

@@ -1,0 +1,124 @@
+"""Everything that a run consists of, in one place, and how it is saved and brought back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coordinator.admission import Admission
+from coordinator.aggregation import SERVER
+from coordinator.config import ServeConfig
+from coordinator.engine import Job, LocalEngine
+from coordinator.gateway import Gateway
+from coordinator.handout import Handout
+from coordinator.ledger import Ledger, Report
+from coordinator.reporting import Reporting, Watcher
+from coordinator.rounds import RunState
+from coordinator.served import ServedModel
+from coordinator.store import Checkpoint, RunFolder
+from edge_sdk.assembly import Envelope
+from edge_sdk.factors import Array
+from edge_sdk.messages import Activation
+
+
+@dataclass
+class Mail:
+    """What devices have sent and nobody has used yet, by device."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """Input of the current wave."""
+    grads: dict[str, Array] = field(default_factory=dict)
+    """Input of its lower half."""
+    early: dict[str, Envelope] = field(default_factory=dict)
+    """Activations of a later wave."""
+    reports: dict[str, Report] = field(default_factory=dict)
+    """Uploads of the round."""
+    evals: list[tuple[Activation, Job]] = field(default_factory=list)
+    """Micro-batches to evaluate, in the order of their arrival."""
+
+    def forget(self, device: str) -> None:
+        """Drop everything from one device."""
+        self.jobs.pop(device, None)
+        self.grads.pop(device, None)
+        self.early.pop(device, None)
+        self.reports.pop(device, None)
+        self.evals = [(message, job) for message, job in self.evals if job.device != device]
+
+
+class Run:
+    """One run: configuration, model, what was learned, where it stands."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: ServedModel,
+        folder: RunFolder,
+        gateway: Gateway,
+        watcher: Watcher,
+        run_id: str,
+    ) -> None:
+        self.id = run_id
+        self.config, self.model, self.folder = config, model, folder
+        self.gateway, self.watcher = gateway, watcher
+        self.state = RunState(
+            total_rounds=config.rounds,
+            steps_per_round=config.steps_per_round,
+            min_devices=config.min_devices,
+            labels_on_device=config.labels == "device",
+        )
+        self.engine: LocalEngine = model.make_engine()
+        self.ledger = Ledger(
+            model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
+        )
+        self.engine.load_pairs(self.ledger.enrol(SERVER, self.engine.adapters.ranks))
+        self.engine.begin_round()
+        self.admission = Admission(config, model, gateway, run_id)
+        self.handout = Handout(self.ledger, model.facts)
+        self.reporting = Reporting(folder, watcher, bool(config.label_names))
+        self.mail = Mail()
+        self.must_rewind = False
+        """The round was given up: everything must be as at the last checkpoint."""
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment; steps are whole."""
+        state = {
+            "run": self.id,
+            "round": self.state.round,
+            "step": self.state.step,
+            "attempt": self.state.attempt,
+            "row": self.reporting.pending,
+        }
+        arrays = {"engine": self.engine.state(), "ledger": self.ledger.state()}
+        self.folder.save_checkpoint(
+            self.state.step, Checkpoint(state, arrays), self.config.save_total_limit
+        )
+        self.state.safe_step = self.state.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Be as at *checkpoint*."""
+        state = checkpoint.state
+        attempt = max(state["attempt"], self.state.attempt)
+        self.state.restore(state["round"], state["step"], attempt)
+        self.engine.load_state(checkpoint.arrays["engine"])
+        self.ledger.load_state(checkpoint.arrays["ledger"])
+        self.handout.forget()
+        self.mail = Mail()
+        self.must_rewind = False
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        self.restore(checkpoint)
+        self.reporting.pending = checkpoint.state["row"]
+        done = self.state.round
+        first_open = done if self.reporting.pending else done + 1
+        self.folder.drop_rows_from("metrics.jsonl", first_open)
+        self.folder.drop_rows_from("telemetry.jsonl", done)
+
+    def lose(self, device: str, reason: str) -> None:
+        """A device is gone, or begins anew (no reason)."""
+        was_ready = device in self.state.ready
+        self.must_rewind |= self.state.leave(device)
+        self.handout.forget(device)
+        self.mail.forget(device)
+        if was_ready and reason:
+            self.reporting.event("device.left", device=device, reason=reason)
+            self.watcher.device(device, f"left: {reason}")

@@ -1,0 +1,162 @@
+"""The model that a coordinator serves: its parts for the devices, its blocks for the engine.
+
+Knows no network and no rounds.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from coordinator.config import ServeConfig
+from coordinator.engine import LocalEngine
+from coordinator.planning import ModelFacts, check_config, plan_server
+from edge_sdk.adapters import LoraConfig, find_targets
+from edge_sdk.batches import MicroBatch, eval_batches
+from edge_sdk.data import load_rows
+from edge_sdk.errors import ConfigError
+from edge_sdk.layout import build_empty
+from edge_sdk.partition import Slice
+from edge_sdk.plan import Part, Plan
+from edge_sdk.runtime_torch import pick_device
+from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
+from edge_sdk.weights import PartCache, Source, model_hash
+
+
+class ServedModel:
+    """A model on the coordinator's disk.
+
+    Raises:
+        ModelError: it is missing, unreadable, or has no list of blocks.
+        ConfigError: the config asks for what it cannot do.
+        DataError: the evaluation file is malformed.
+    """
+
+    def __init__(self, config: ServeConfig, cache: PartCache | None = None) -> None:
+        self._config = config
+        num_labels = len(config.label_names)
+        self.source = Source(
+            config.model, config.task, num_labels=num_labels, revision=config.revision
+        )
+        self.source.load_whole(config.training.seed)
+        lora: LoraConfig = config.lora
+        layout = self.source.layout
+        self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
+        self.first = check_config(config, self.facts)
+        self._cache = cache or PartCache()
+        self._limits = self._find_limits()
+        self.eval_batches = self._load_evaluation()
+        self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
+        self._by_hash = {part.sha256: part for part in self.parts.values()}
+        self.hash = model_hash(self.parts)
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the model's config that speaks of tokens and blocks."""
+        return self.source.config.get_text_config()
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens that this run takes."""
+        assert self._limits.max_positions is not None
+        return self._limits.max_positions
+
+    def _find_limits(self) -> ModelLimits:
+        usable = usable_positions(self.source.config, self._config)
+        wanted = self._config.max_length or usable
+        if wanted > usable or wanted < 2:
+            raise ConfigError(
+                f"max_length: {wanted} is outside 2..{usable} (the model's positions)"
+            )
+        return ModelLimits(
+            vocab_size=self.text_config.vocab_size,
+            max_positions=wanted,
+            num_labels=len(self._config.label_names) or None,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, checked against its embeddings."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.source.folder)
+        check_tokenizer(tokenizer, self.text_config.vocab_size)
+        return tokenizer
+
+    def _load_evaluation(self) -> list[MicroBatch]:
+        evaluation = self._config.evaluation
+        if evaluation.data.path is None:
+            return []
+        rows = load_rows(None, evaluation.data)
+        examples = tokenize_rows(rows, self.tokenizer, evaluation.data, self._limits)
+        pad_id = self.text_config.pad_token_id or 0
+        return list(eval_batches(examples, evaluation.batch_size, pad_id=pad_id))
+
+    # ---- parts ----
+
+    def parts_for(self, plan: Plan) -> tuple[Part, ...]:
+        """The parts that a device needs for *plan*."""
+        names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
+        return tuple(self.parts[name] for name in names)
+
+    def read(self, sha256: str, offset: int, num_bytes: int) -> tuple[Part, bytes]:
+        """Return a stretch of the part of that hash, from disk.
+
+        Raises:
+            ConfigError: no part has that hash, or it ends before *offset*.
+        """
+        part = self._by_hash.get(sha256)
+        if part is None or not 0 <= offset < part.num_bytes:
+            raise ConfigError(f"no part of this model has sha256 {sha256[:12]}... at byte {offset}")
+        if not self._cache.has(part):
+            self._cache.store(part, self.source.pack(part.name))
+        with self._cache.path(part).open("rb") as file:
+            file.seek(offset)
+            return part, file.read(num_bytes)
+
+    # ---- engine ----
+
+    def make_engine(self) -> LocalEngine:
+        """Build the blocks that some device leaves to us, or all if there is a file to evaluate."""
+        config, layout = self._config, self.facts.layout
+        first = 0 if self.eval_batches else self.first
+        has_tail = config.labels == "server" or bool(self.eval_batches)
+        slice_ = Slice(
+            self.source.config,
+            config.task,
+            layout,
+            torch.float32,
+            pick_device(config.device),
+        )
+        names = [f"block.{i}" for i in range(first, layout.num_blocks)]
+        if first == 0 or (has_tail and layout.tail_needs_front):
+            names.append("front")
+        for name in [*names, *(["tail"] * has_tail)]:
+            slice_.add(name, self.source.tensors(name))
+        return LocalEngine(
+            slice_,
+            self.first,
+            plan_server(config, self.facts, self.first),
+            config.lora,
+            config.training,
+            config.total_steps,
+            trains_head=config.labels == "server",
+            compute=config.compute,
+        )
+
+
+def usable_positions(model_config: Any, config: ServeConfig) -> int:
+    """Tokens of the longest sequence the model can take.
+
+    A position table with a padding row starts counting behind it, so that fewer are usable.
+    """
+    text_config = model_config.get_text_config()
+    positions = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 20)
+    model = build_empty(model_config, config.task, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return positions

@@ -1,0 +1,50 @@
+"""The event loop of a run: messages in (`intake.py`), decisions carried out (`conductor.py`).
+
+What to do next is decided in `rounds.py`, who may take part in `admission.py`, what is computed in
+`engine.py` (in a thread of its own), what is joined in `ledger.py`.
+"""
+
+from __future__ import annotations
+
+from coordinator.conductor import COMPLETED, PAUSED, Conductor
+from coordinator.intake import Intake
+from coordinator.run import Run
+from coordinator.worker import Worker
+
+__all__ = ["COMPLETED", "PAUSED", "Coordinator"]
+
+# The loop comes round at least so often, to notice silence and Ctrl-C.
+GLANCE_S = 0.5
+
+
+class Coordinator:
+    """One run, from its first device to its last round."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._worker = Worker(run.gateway.wake)
+        self._intake = Intake(run)
+        self._conductor = Conductor(run, self._intake, self._worker)
+
+    def serve(self) -> str:
+        """Serve until the run is over or `stop` was called; returns how it ended."""
+        run, conductor = self._run, self._conductor
+        if not run.folder.checkpoints():
+            run.reporting.end_round(0, 0, {}, conductor.measure(0))
+            run.save()
+        run.reporting.event("run.started", run=run.id, step=run.state.step)
+        try:
+            while not conductor.outcome:
+                for event in run.gateway.events(GLANCE_S):
+                    self._intake.handle(event)
+                conductor.collect()
+                conductor.advance()
+        finally:
+            self._worker.close()
+        run.reporting.event("run.ended", outcome=conductor.outcome)
+        return conductor.outcome
+
+    def stop(self) -> None:
+        """Leave at the end of the step, with a checkpoint; any thread may call this."""
+        self._conductor.stop_asked = True
+        self._run.gateway.wake()

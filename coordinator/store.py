@@ -1,0 +1,177 @@
+"""The folder of a run: resolved config, events, metrics, checkpoints; design.md 10.
+
+A checkpoint is written under a temporary name, fsynced and renamed: what carries its final name is
+whole. Knows no network and no model.
+
+    runs/<name>/
+      config.resolved.yaml  env.json  coordinator.log
+      events.jsonl          what happened when (clock times, joins, losses of devices)
+      metrics.jsonl         one line a round; the same bytes for the same seed on one machine
+      telemetry.jsonl       one line a round: seconds, bytes, memory
+      checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors
+      adapter/              the result, in PEFT's format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import ConfigError, StorageError
+
+CONFIG = "config.resolved.yaml"
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {what}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as it can be continued."""
+
+    state: dict[str, Any]
+    """Round, step, attempt, who held what; see `Coordinator`."""
+    arrays: dict[str, dict[str, np.ndarray]]
+    """`engine` and `ledger`."""
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs: Path, name: str | None) -> RunFolder:
+        """Make a new folder below *runs*.
+
+        Raises:
+            ConfigError: a run of that name exists.
+            StorageError: the folder cannot be written.
+        """
+        name = name or time.strftime("%Y%m%d-%H%M%S")
+        path = runs / name
+        if path.exists():
+            raise ConfigError(
+                f"run folder {path} exists; choose another name, or `coordinator resume {path}`"
+            )
+        with storage_errors(f"run folder {path}"):
+            path.mkdir(parents=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run."""
+        if not (path / CONFIG).is_file():
+            raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return self.path.name
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run, whole or not at all."""
+        with storage_errors(str(self.path / name)):
+            temporary = self.path / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            temporary.replace(self.path / name)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a line to a .jsonl file."""
+        with storage_errors(str(self.path / name)), (self.path / name).open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Read a .jsonl file; a last line that was cut off by a crash is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def drop_rows_from(self, name: str, round_: int) -> None:
+        """Forget the lines of rounds that will be run again."""
+        rows = [row for row in self.rows(name) if row.get("round", -1) < round_]
+        if (self.path / name).is_file():
+            self.write_text(name, "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
+
+    def save_checkpoint(self, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+        """Write a checkpoint and remove all but the newest *keep*."""
+        from safetensors.numpy import save
+
+        final = self.path / f"checkpoint-{step:06d}"
+        temporary = self.path / f".{final.name}.tmp"
+        with storage_errors(f"checkpoint {final}"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, arrays in checkpoint.arrays.items():
+                data = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
+                (temporary / f"{name}.safetensors").write_bytes(data)
+            state = json.dumps(checkpoint.state, indent=2, sort_keys=True)
+            (temporary / "state.json").write_text(state)
+            for file in temporary.iterdir():
+                _sync(file)
+            if final.exists():  # a second pause at the same step
+                shutil.rmtree(final)
+            temporary.replace(final)
+            _sync(self.path)
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+        return final
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(p for p in self.path.glob("checkpoint-*") if (p / "state.json").is_file())
+
+    def load_checkpoint(self) -> Checkpoint:
+        """Read the newest checkpoint.
+
+        Raises:
+            StorageError: there is none, or it cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        found = self.checkpoints()
+        if not found:
+            raise StorageError(f"{self.path} holds no checkpoint to resume from")
+        newest = found[-1]
+        try:
+            state = json.loads((newest / "state.json").read_text())
+            arrays = {f.stem: load_file(f) for f in sorted(newest.glob("*.safetensors"))}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StorageError(f"checkpoint {newest} cannot be read: {error}") from error
+        return Checkpoint(state, arrays)
+
+
+def _sync(path: Path) -> None:
+    """Make sure that *path* survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

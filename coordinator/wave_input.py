@@ -1,0 +1,107 @@
+"""Judge what a device sends for a wave before it touches the model. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from coordinator.engine import Job
+from coordinator.rounds import Member
+from edge_sdk.codecs import require_finite
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.factors import Array
+from edge_sdk.loss import IGNORED
+from edge_sdk.messages import Activation
+from edge_sdk.plan import Plan
+
+
+class WaveInput:
+    """The shapes that the run allows."""
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, num_labels: int, max_length: int, labels: str
+    ) -> None:
+        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+        self._num_labels, self._max_length = num_labels, max_length
+        self._wants_labels = labels == "server"
+
+    def job(
+        self, member: Member, plan: Plan, message: Activation, tensors: Mapping[str, Array]
+    ) -> Job:
+        """Return the job that *message* asks for.
+
+        Raises:
+            RemoteProtocolError: a tensor is missing, of a wrong dtype or shape, or out of range.
+            NumericError: it holds NaN or infinity.
+        """
+        wanted = {"hidden", "lengths", *(["labels"] if self._wants_labels else [])}
+        if tensors.keys() != wanted:
+            raise RemoteProtocolError(f"tensors {sorted(tensors)}, expected {sorted(wanted)}")
+        hidden_BTD, lengths_B = tensors["hidden"], tensors["lengths"]
+        self._check_hidden(hidden_BTD, plan)
+        rows, longest = hidden_BTD.shape[:2]
+        if lengths_B.dtype != np.int32 or lengths_B.shape != (rows,):
+            raise RemoteProtocolError(f"lengths: {lengths_B.dtype} {lengths_B.shape}, not int32 B")
+        if lengths_B.min() < 1 or lengths_B.max() > longest:
+            raise RemoteProtocolError(f"lengths outside 1..{longest}")
+        if message.num_targets < 1:
+            raise RemoteProtocolError(f"num_targets: {message.num_targets}, at least 1 is needed")
+        labels = tensors["labels"] if self._wants_labels else None
+        if labels is not None:
+            self._check_labels(labels, rows, longest)
+        return Job(
+            device=member.name,
+            split=plan.split,
+            weight=float(plan.batch_size),
+            num_targets=message.num_targets,
+            hidden_BTD=hidden_BTD,
+            lengths_B=lengths_B,
+            labels=labels,
+        )
+
+    def _check_hidden(self, hidden_BTD: Array, plan: Plan) -> None:
+        if hidden_BTD.ndim != 3 or hidden_BTD.dtype != np.float32:
+            raise RemoteProtocolError(f"hidden: {hidden_BTD.dtype} {hidden_BTD.shape}, not (B,T,D)")
+        rows, longest, size = hidden_BTD.shape
+        if size != self._hidden_size:
+            raise RemoteProtocolError(f"hidden: size {size}, the model has {self._hidden_size}")
+        if not 1 <= rows <= plan.micro_batch or not 1 <= longest <= self._max_length:
+            raise RemoteProtocolError(
+                f"hidden: {rows} x {longest}, the plan allows {plan.micro_batch} x "
+                f"{self._max_length}"
+            )
+        require_finite(hidden_BTD, "hidden")
+
+    def _check_labels(self, labels: Array, rows: int, longest: int) -> None:
+        shape = (rows,) if self._num_labels else (rows, longest)
+        if labels.dtype != np.int32 or labels.shape != shape:
+            raise RemoteProtocolError(f"labels: {labels.dtype} {labels.shape}, not int32 {shape}")
+        top = self._num_labels or self._vocab_size
+        is_known = (labels >= 0) & (labels < top)
+        if not self._num_labels:
+            is_known |= labels == IGNORED
+        if not is_known.all():
+            raise RemoteProtocolError(f"labels outside 0..{top - 1}")
+
+
+def check_gradient(grad: Array | None, job: Job) -> Array:
+    """Refuse a gradient that does not fit the hidden state it belongs to."""
+    if grad is None or grad.dtype != np.float32 or grad.shape != job.hidden_BTD.shape:
+        found = None if grad is None else f"{grad.dtype} {grad.shape}"
+        raise RemoteProtocolError(f"grad: {found}, expected float32 {job.hidden_BTD.shape}")
+    require_finite(grad, "grad")
+    return grad
+
+
+def check_upload(
+    plan: Plan, tensors: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse an upload that does not hold exactly what the plan says, in float32 and finite."""
+    if tensors.keys() != shapes.keys():
+        odd = sorted(tensors.keys() ^ shapes.keys())
+        raise RemoteProtocolError(f"upload: {odd[0]!r} is missing or not in the plan")
+    for name, shape in shapes.items():
+        if tensors[name].dtype != np.float32 or tensors[name].shape != shape:
+            raise RemoteProtocolError(f"upload {name!r}: {tensors[name].shape}, not {shape}")
+        require_finite(tensors[name], f"upload {name!r}")

@@ -1,0 +1,195 @@
+"""Messages cut into packets, and packets joined to messages.
+
+Pure. Not here: order, loss and credits (`channel.py`). The payload of a message is its encoded
+tensors one after the other, each at a multiple of `ALIGN_BYTES`, cut into chunks of equal size.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edge_sdk import codecs, wire
+from edge_sdk.codecs import Array, Bytes
+from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+from edge_sdk.packets import MAX_CHUNK_BYTES, Kind, Packet, first_head, split_first
+
+# One cache line; also keeps every chunk border on a whole number.
+ALIGN_BYTES = 64
+
+TensorOut = tuple[Array, str]
+"""A tensor to be sent, and the name of its codec."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message and the tensors that came with it."""
+
+    message: Any
+    tensors: dict[str, Array]
+    num_bytes: int = 0
+    """Payload and header together, as they were on the wire."""
+    lane: int = 0
+
+
+def _layout(specs: tuple[wire.TensorSpec, ...]) -> tuple[list[int], list[int], int]:
+    """Return where each tensor begins, how long it is, and the length of the whole payload."""
+    starts, lengths, end = [], [], 0
+    for spec in specs:
+        length = codecs.encoded_bytes(spec.codec, spec.shape)
+        start = -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        starts.append(start)
+        lengths.append(length)
+        end = start + length
+    return starts, lengths, end
+
+
+class Outgoing:
+    """A message on its way out, cut into packets that are made when they are due.
+
+    The arrays are borrowed, not copied, until the peer has everything: do not write to them.
+    """
+
+    __slots__ = ("_lengths", "_rows", "_starts", "chunk_bytes", "head", "num_packets", "total")
+
+    def __init__(
+        self, message: Any, tensors: Mapping[str, TensorOut], chunk_bytes: int = MAX_CHUNK_BYTES
+    ) -> None:
+        # Whole cache lines, so that no number is cut in two.
+        self.chunk_bytes = max(ALIGN_BYTES, chunk_bytes // ALIGN_BYTES * ALIGN_BYTES)
+        self._rows = [(codecs.flat(array, codec), codec) for array, codec in tensors.values()]
+        specs = tuple(
+            [wire.TensorSpec(name, codec, array.shape) for name, (array, codec) in tensors.items()]
+        )
+        self._starts, self._lengths, self.total = _layout(specs)
+        self.head = first_head(wire.encode_header(message, specs))
+        """What stands before the first chunk in packet 0."""
+        self.num_packets = max(1, -(-self.total // self.chunk_bytes))
+
+    def packet_bytes(self, number: int) -> int:
+        """Return the payload of packet *number* in bytes."""
+        rest = self.total - number * self.chunk_bytes
+        size = rest if rest < self.chunk_bytes else self.chunk_bytes
+        return size if number else size + len(self.head)
+
+    def offset(self, number: int) -> int:
+        """Return where in the payload of the message the chunk of packet *number* begins."""
+        return number * self.chunk_bytes
+
+    def write_chunk(self, number: int, out: Bytes) -> None:
+        """Write the chunk of packet *number* into *out*, which has just its size."""
+        begin = self.offset(number)
+        end = begin + len(out)
+        which = max(0, bisect.bisect_right(self._starts, begin) - 1)
+        filled = begin
+        while which < len(self._starts) and self._starts[which] < end:
+            start, length = self._starts[which], self._lengths[which]
+            low, high = max(begin, start), min(end, start + length)
+            if low < high:
+                out[filled - begin : low - begin] = 0  # the gap before this tensor
+                row, codec = self._rows[which]
+                size = codecs.CODECS[codec].wire.itemsize
+                part = row[(low - start) // size : (high - start) // size]
+                codecs.encode_into(part, codec, out[low - begin : high - begin])
+                filled = high
+            which += 1
+        out[filled - begin :] = 0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A message of which the header has come, and not yet all chunks."""
+
+    message: Any
+    specs: tuple[wire.TensorSpec, ...]
+    starts: list[int]
+    lengths: list[int]
+    total: int
+    header_bytes: int
+    filled: int = 0
+    buffer: Any = None
+
+
+@dataclass(slots=True)
+class Assembler:
+    """Joins the packets of one lane, which come in order, to messages."""
+
+    max_message_bytes: int
+    """Payload that a message may have; checked before any memory is taken for it."""
+    allowed: tuple[type, ...] = ()
+    """Messages that this side may receive; empty for all."""
+    _open: _Open | None = None
+    _is_skipping: bool = field(default=False)
+
+    def add(self, packet: Packet) -> Envelope | None:
+        """Return the message that *packet* completes, if it does.
+
+        Raises:
+            RemoteProtocolError: The packet is wrong; the rest of its message is skipped.
+        """
+        try:
+            done = self._begin(packet) if packet.kind == Kind.FIRST else self._continue(packet)
+        except LocalProtocolError as error:
+            self._open, self._is_skipping = None, True
+            raise RemoteProtocolError(str(error)) from error
+        except RemoteProtocolError:
+            self._open, self._is_skipping = None, True
+            raise
+        return None if done is None else self._close(done, packet.lane)
+
+    def _begin(self, packet: Packet) -> _Open | None:
+        if self._open is not None:
+            raise RemoteProtocolError("a new header before the last chunk of the message before")
+        header, chunk = split_first(packet.payload)
+        message, specs = wire.decode_header(header)
+        kind = type(message).__name__
+        if self.allowed and type(message) not in self.allowed:
+            raise RemoteProtocolError(f"{kind} is not a message for this side")
+        starts, lengths, total = _layout(specs)
+        if total > self.max_message_bytes:
+            raise RemoteProtocolError(
+                f"{kind} announces {total} bytes, at most {self.max_message_bytes} are allowed"
+            )
+        self._is_skipping = False
+        opened = _Open(message, specs, starts, lengths, total, len(header))
+        return self._fill(opened, 0, chunk)
+
+    def _continue(self, packet: Packet) -> _Open | None:
+        if self._open is not None:
+            return self._fill(self._open, packet.place, packet.payload)
+        if self._is_skipping:
+            return None
+        raise RemoteProtocolError("a chunk without a header")
+
+    def _fill(self, opened: _Open, place: int, chunk: memoryview) -> _Open | None:
+        """Add *chunk* to a message; returns the message once it is complete."""
+        end = opened.filled + len(chunk)
+        if place != opened.filled or end > opened.total or (not chunk and opened.total):
+            raise RemoteProtocolError(
+                f"{type(opened.message).__name__}: chunk of {len(chunk)} bytes at"
+                f" {place}, due at {opened.filled} of {opened.total}"
+            )
+        if opened.buffer is None and end == opened.total:  # the only one: use it where it lies
+            opened.buffer = chunk
+            return opened
+        if opened.buffer is None:
+            opened.buffer = np.empty(opened.total, np.uint8)
+        opened.buffer[opened.filled : end] = np.frombuffer(chunk, np.uint8)
+        opened.filled = end
+        self._open = None if end == opened.total else opened
+        return opened if end == opened.total else None
+
+    @staticmethod
+    def _close(opened: _Open, lane: int) -> Envelope:
+        tensors = {}
+        for spec, start, length in zip(opened.specs, opened.starts, opened.lengths, strict=True):
+            part = opened.buffer[start : start + length] if length else b""
+            try:
+                tensors[spec.name] = codecs.decode(part, spec.codec, spec.shape)
+            except LocalProtocolError as error:
+                raise RemoteProtocolError(f"tensor {spec.name!r}: {error}") from error
+        return Envelope(opened.message, tensors, opened.total + opened.header_bytes, lane)

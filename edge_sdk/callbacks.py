@@ -1,0 +1,46 @@
+"""What an application may listen to; override what you need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_sdk.messages import StepReport
+    from edge_sdk.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """One round as the device saw it."""
+
+    round: int
+    step: int
+    """First step of the next round."""
+    train_loss: float
+    """Mean loss per target over the round's steps."""
+    bytes_up: int
+    """Since the start of the program."""
+    bytes_down: int
+
+
+class Callback:
+    """Called from the client's thread, one call at a time; keep it short."""
+
+    def on_connect(self, run: str) -> None:
+        """The coordinator has welcomed this device to *run*."""
+
+    def on_plan(self, plan: Plan) -> None:
+        """This device has been told what to run."""
+
+    def on_step_end(self, report: StepReport) -> None:
+        """An optimizer step is done."""
+
+    def on_round_end(self, summary: RoundSummary) -> None:
+        """The device has handed in its adapters of a round."""
+
+    def on_disconnect(self, reason: str) -> None:
+        """The session is lost; the client tries again by itself."""
+
+    def on_train_end(self, reason: str) -> None:
+        """The run is over, or was stopped."""

@@ -1,0 +1,266 @@
+"""One lane between two sides: everything arrives once and in order, whatever the connection does.
+
+Pure: no socket, no thread, and the clock is an argument. Not here: what the packets carry
+(`assembly.py`), nor how two lanes become one stream of messages (`conversation.py`).
+
+Rule 1: packets are numbered; the receiver takes only the one it expects next (go-back-N).
+Rule 2: an ack is cumulative; "next" says that everything before has arrived.
+Rule 3: credit counts payload bytes from the start of the session and never shrinks; the receiver
+        grants what has arrived, less what the application has not yet taken, plus a window.
+Rule 4: after a reconnect, a gap, or a long time without progress, send again from the last ack.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.packets import MAX_CHUNK_BYTES
+
+# Enough for 10 Gbit/s at 10 ms; also what a slow application can make us hold beside one message.
+WINDOW_BYTES = 16 * 1024 * 1024
+# Packets in flight stay below the 128 that libzmq queues per connection, so its limit never bites.
+MAX_PACKETS_IN_FLIGHT = 96
+# TCP loses nothing, a reconnect is seen: only a connection that died unseen waits this long.
+RESEND_AFTER_S = 30.0
+# Acks may wait until this much has come, or until the receiver has nothing else to do.
+ACK_EVERY_PACKETS = 16
+ACK_EVERY_BYTES = WINDOW_BYTES // 8
+
+
+class Cargo(Protocol):
+    """What a sender needs to know of a message."""
+
+    @property
+    def num_packets(self) -> int:
+        """Packets the message is cut into."""
+
+    def packet_bytes(self, number: int) -> int:
+        """Return the payload of packet *number*."""
+
+
+class Due(NamedTuple):
+    """A packet that may be sent now."""
+
+    seq: int
+    cargo: Cargo
+    number: int
+    """Of the packet within its message."""
+    message: int
+    """Number of the message within its session."""
+    size: int
+    """Payload in bytes."""
+
+
+class _Queued(NamedTuple):
+    first_seq: int
+    cargo: Cargo
+    message: int
+
+
+class Sender:
+    """Outgoing half of a lane."""
+
+    def __init__(
+        self,
+        window_bytes: int = WINDOW_BYTES,
+        max_packets: int = MAX_PACKETS_IN_FLIGHT,
+        resend_after_s: float = RESEND_AFTER_S,
+    ) -> None:
+        self._window_bytes = window_bytes
+        self._max_packets = max_packets
+        self._resend_after_s = resend_after_s
+        self._queue: deque[_Queued] = deque()  # not yet acked, oldest first
+        self._at = 0  # place in the queue of the message that is being sent
+        self._end_seq = 0  # number the next queued message starts with
+        self._next_seq = 0  # to be sent next
+        self._acked_seq = 0  # expected by the peer
+        self._sizes: deque[int] = deque()  # of the packets in flight
+        self._sent_bytes = 0  # since the start of the session, up to _next_seq
+        self._acked_bytes = 0
+        self._credit = window_bytes
+        self._high_seq = 0  # first number that was never sent
+        self._progress_s = 0.0
+        self._rewound_seq = -1
+        self.num_resent = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything queued has arrived."""
+        return not self._queue
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Payload sent and not acked."""
+        return self._sent_bytes - self._acked_bytes
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether something is queued that was not sent, or must be sent again."""
+        return self._next_seq < self._end_seq
+
+    def queue(self, cargo: Cargo, message: int) -> None:
+        """Put message number *message* of the session at the end."""
+        self._queue.append(_Queued(self._end_seq, cargo, message))
+        self._end_seq += cargo.num_packets
+
+    def peek(self, now_s: float) -> Due | None:
+        """Return the next packet to send, or None if nothing may be sent now."""
+        if self._next_seq >= self._end_seq or len(self._sizes) >= self._max_packets:
+            return None
+        item = self._queue[self._at]
+        number = self._next_seq - item.first_seq
+        size = item.cargo.packet_bytes(number)
+        after = self._sent_bytes + size
+        if after > self._credit or after - self._acked_bytes > self._window_bytes:
+            return None
+        if not self._sizes:
+            self._progress_s = now_s  # the clock of rule 4 starts with the first packet out
+        return Due(self._next_seq, item.cargo, number, item.message, size)
+
+    def sent(self, due: Due) -> None:
+        """Note that *due*, from `peek`, has been handed to the connection."""
+        self._sizes.append(due.size)
+        self._sent_bytes += due.size
+        self._next_seq += 1
+        if self._next_seq > self._high_seq:
+            self._high_seq = self._next_seq
+        else:
+            self.num_resent += 1
+        if due.number + 1 == due.cargo.num_packets:
+            self._at += 1
+
+    def on_ack(self, next_seq: int, credit: int, now_s: float, *, gap: bool = False) -> None:
+        """Take note of what the peer has, and of what it allows.
+
+        Raises:
+            RemoteProtocolError: It claims to have what was never sent.
+        """
+        if next_seq > self._high_seq:
+            raise RemoteProtocolError(f"ack of packet {next_seq - 1}, sent {self._high_seq}")
+        self._credit = max(self._credit, credit)
+        if next_seq > self._acked_seq:
+            self._progress_s = now_s
+            self._advance(next_seq)
+        elif gap and next_seq == self._acked_seq and self._rewound_seq != next_seq:
+            self.rewind()
+
+    def _advance(self, next_seq: int) -> None:
+        if next_seq > self._next_seq:  # a late ack overtook a rewind
+            while self._next_seq < next_seq:
+                item = self._queue[self._at]
+                size = item.cargo.packet_bytes(self._next_seq - item.first_seq)
+                self._sizes.append(size)
+                self._sent_bytes += size
+                self._next_seq += 1
+                if self._next_seq == item.first_seq + item.cargo.num_packets:
+                    self._at += 1
+        for _ in range(next_seq - self._acked_seq):
+            self._acked_bytes += self._sizes.popleft()
+        self._acked_seq = next_seq
+        while self._queue:
+            item = self._queue[0]
+            if item.first_seq + item.cargo.num_packets > next_seq:
+                break
+            self._queue.popleft()
+            self._at -= 1
+
+    def is_stuck(self, now_s: float) -> bool:
+        """Whether packets are in flight and no ack has moved for too long; start again if so."""
+        if not self._sizes or now_s - self._progress_s < self._resend_after_s:
+            return False
+        self._progress_s = now_s
+        self.rewind()
+        return True
+
+    def rewind(self) -> None:
+        """Send again from the last ack: what was under way is lost with its connection."""
+        self._rewound_seq = self._acked_seq
+        self._next_seq = self._acked_seq
+        self._sent_bytes = self._acked_bytes
+        self._sizes.clear()
+        self._at = 0  # acked messages have left the queue: the first one is not complete
+
+
+class Receiver:
+    """Incoming half of a lane."""
+
+    def __init__(self, window_bytes: int = WINDOW_BYTES) -> None:
+        self._window_bytes = window_bytes
+        self._received_bytes = 0
+        self._held_bytes = 0
+        self._granted = window_bytes
+        self._unacked_packets = 0
+        self._unacked_bytes = 0
+        self._acked_credit = window_bytes
+        self._has_opened = False
+        self.next_seq = 0
+        self.has_gap = False
+        self.num_dropped = 0
+
+    def accept(self, seq: int, size: int) -> bool:
+        """Return whether packet *seq* is the expected one; others are dropped.
+
+        Raises:
+            RemoteProtocolError: The peer sent more than it was allowed to.
+        """
+        self._unacked_packets += 1
+        if seq != self.next_seq:
+            self.num_dropped += 1
+            self.has_gap = self.has_gap or seq > self.next_seq
+            return False
+        if self._received_bytes + size > self._granted:
+            raise RemoteProtocolError(
+                f"{self._received_bytes + size} bytes sent, allowed were {self._granted}"
+            )
+        self.next_seq += 1
+        self.has_gap = False
+        self._received_bytes += size
+        self._unacked_bytes += size
+        return True
+
+    def hold(self, num_bytes: int) -> None:
+        """A complete message waits for the application: it counts against the window."""
+        self._held_bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """The application has taken a message."""
+        self._held_bytes -= num_bytes
+        self._has_opened = self.credit - self._acked_credit >= ACK_EVERY_BYTES
+
+    @property
+    def credit(self) -> int:
+        """Bytes the peer may send, counted from the start of the session."""
+        fresh = self._received_bytes - self._held_bytes + self._window_bytes
+        self._granted = max(self._granted, fresh)
+        return self._granted
+
+    @property
+    def owes_ack(self) -> bool:
+        """Whether anything has changed since the last ack."""
+        return self._unacked_packets > 0 or self._has_opened
+
+    @property
+    def is_ack_due(self) -> bool:
+        """Whether the ack must not wait any longer."""
+        # A credit that only follows what arrives grows with _unacked_bytes; `release` looks itself.
+        return (
+            self._unacked_packets >= ACK_EVERY_PACKETS
+            or self._unacked_bytes >= ACK_EVERY_BYTES
+            or self.has_gap
+            or self._has_opened
+        )
+
+    def owe(self) -> None:
+        """The peer has not got the ack that was noted by `acked`."""
+        self._unacked_packets += 1
+
+    def acked(self) -> None:
+        """Note that an ack has been sent."""
+        self._unacked_packets = self._unacked_bytes = 0
+        self._acked_credit = self.credit
+        self.has_gap = self._has_opened = False
+
+
+assert WINDOW_BYTES >= 2 * MAX_CHUNK_BYTES

@@ -1,0 +1,113 @@
+"""The `edge-sdk` command. Exit codes: 0 done, 130 stopped, others as in `edge_sdk/errors.py`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from edge_sdk.callbacks import Callback, RoundSummary
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.config import load_config
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError
+from edge_sdk.keys import create_key_pair, fingerprint
+from edge_sdk.plan import Plan
+
+ENV_PREFIX = "EDGE_SDK_"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the `edge-sdk` command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        code: int = options.run(options)
+    except EdgeError as error:
+        print(f"edge-sdk: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-sdk",
+        description="Take part in a run with data that stays on this device.",
+        epilog="Exit codes: docs/operations.md.",
+    )
+    parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
+    parser.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="take part in a run until it is over")
+    run.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+    run.set_defaults(run=_run)
+    keygen = commands.add_parser("keygen", help="make this device's key pair")
+    keygen.add_argument("path", nargs="?", default="device.key", help="default: %(default)s")
+    keygen.set_defaults(run=_keygen)
+    return parser
+
+
+class _Lines(Callback):
+    """Tells the terminal what happens, a line a round."""
+
+    def on_connect(self, run: str) -> None:
+        print(f"taking part in run {run}", flush=True)
+
+    def on_plan(self, plan: Plan) -> None:
+        where = "tail here" if plan.tail else "tail on the coordinator"
+        print(f"plan: {plan.split} blocks, {len(plan.ranks)} adapters, {where}", flush=True)
+
+    def on_round_end(self, summary: RoundSummary) -> None:
+        print(
+            f"round {summary.round}: step {summary.step}, loss {summary.train_loss:.3f}, "
+            f"{summary.bytes_up / 2**20:.1f} MiB up, {summary.bytes_down / 2**20:.1f} MiB down",
+            flush=True,
+        )
+
+    def on_disconnect(self, reason: str) -> None:
+        print(f"session lost ({reason}); joining again", flush=True)
+
+    def on_train_end(self, reason: str) -> None:
+        print(f"ended: {reason}", flush=True)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edge_sdk.client import STOPPED, EdgeClient
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
+    client = EdgeClient(config, callback=_Lines())
+    asked = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(INTERRUPTED_EXIT_CODE)
+        asked = True
+        client.stop()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return INTERRUPTED_EXIT_CODE if client.run() == STOPPED else 0
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    pair = create_key_pair(options.path)
+    print(f"secret key: {options.path} (mode 0600)")
+    print(f"public key: {pair.public}  fingerprint {fingerprint(pair.public)}")
+    print(f"register it: coordinator client register NAME '{pair.public}'")
+    return 0

@@ -1,0 +1,159 @@
+"""`EdgeClient`: take part in a run, from a program's main thread or in the background.
+
+    EdgeClient(ClientConfig(coordinator="tcp://10.0.0.1:7070", server_key="..."), rows).run()
+
+Lost links are mended by the link, lost sessions here: the client greets the coordinator again and
+goes on from its own checkpoint. What one device does in a run is `participant.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+
+from edge_sdk.callbacks import Callback
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.errors import EdgeError, SessionLost, TransportError
+from edge_sdk.inbox import RunEnded, Stopped
+from edge_sdk.joining import Dataset
+from edge_sdk.keys import load_key_pair, load_public_key
+from edge_sdk.participant import Participant
+from edge_sdk.transport import Link, LinkConfig, ZmqLink
+
+log = logging.getLogger(__name__)
+
+STOPPED = "stopped"
+
+
+class EdgeClient:
+    """One device in one run.
+
+    Args:
+        config: Where the coordinator is, keys, data.
+        dataset: Rows as dictionaries: any iterable, or a `torch.utils.data.Dataset`; None reads
+            what `config.data` names.
+        callback: What the application wants to hear of.
+        link: A connection that is already open, for tests and simulation.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        dataset: Dataset | None = None,
+        callback: Callback | None = None,
+        link: Link | None = None,
+    ) -> None:
+        self._config, self._dataset = config, dataset
+        self._callback = callback or Callback()
+        self._given_link = link
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> str:
+        """Take part until the run is over; returns the coordinator's closing words.
+
+        Raises:
+            EdgeError: what ended it otherwise; `exit_code` says of which kind.
+        """
+        if self._config.threads is not None:
+            import torch
+
+            torch.set_num_threads(self._config.threads)
+        link = self._given_link or self._open_link()
+        participant = Participant(link, self._config, self._dataset, self._callback, self._stop)
+        reason = "failed"
+        try:
+            reason = self._take_part(participant)
+        finally:
+            participant.close()
+            link.close()
+            self._callback.on_train_end(reason)
+        return reason
+
+    def _open_link(self) -> ZmqLink:
+        config = self._config
+        return ZmqLink(
+            LinkConfig(
+                address=config.coordinator,
+                server_key=load_public_key(config.server_key),
+                keys=load_key_pair(config.secret_key),
+                patience_s=config.patience_s,
+                chunk_bytes=config.chunk_bytes,
+            )
+        )
+
+    def _take_part(self, participant: Participant) -> str:
+        while True:
+            try:
+                participant.join()
+                participant.serve()
+            except RunEnded as ended:
+                return str(ended)
+            except Stopped:
+                _quietly(partial(participant.leave, STOPPED))
+                return STOPPED
+            except SessionLost as lost:
+                log.info("session.lost reason=%s", lost)
+                self._callback.on_disconnect(str(lost))
+            except TransportError:
+                raise
+            except EdgeError as error:
+                _quietly(partial(participant.report, error))
+                raise
+
+    # ---- in the background ----
+
+    def start(self) -> EdgeClient:
+        """Take part in a thread of its own; `wait` tells how it ended."""
+        assert self._thread is None, "started already"
+        self._thread = threading.Thread(target=self._run_quietly, name="edgesplit", daemon=True)
+        self._thread.start()
+        return self
+
+    def _run_quietly(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            self._error = error
+
+    def stop(self) -> None:
+        """Leave the run soon; the local checkpoint stays. Any thread may call this."""
+        self._stop.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the client has ended; returns whether it has.
+
+        Raises:
+            EdgeError: what it ended with.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def __enter__(self) -> EdgeClient:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self.wait()
+
+
+def _quietly(say: Callable[[], None]) -> None:
+    """A last word is welcome, but not worth another error."""
+    try:
+        say()
+    except TransportError as error:
+        log.debug("farewell.lost reason=%s", error)

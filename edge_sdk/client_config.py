@@ -1,0 +1,46 @@
+"""The configuration of a device: what `edge-sdk run --config device.yaml` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge_sdk.data import DataConfig
+from edge_sdk.training import Compute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Everything that a device decides for itself; the rest comes from the coordinator."""
+
+    coordinator: str
+    """Address of the coordinator, e.g. tcp://192.168.1.10:7070."""
+    server_key: str
+    """The coordinator's public key, or the file that holds it."""
+    secret_key: Path = Path("device.key")
+    """This device's secret key, made by `edge-sdk keygen`; its public half is registered."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The private data; left empty when a data set is handed to `EdgeClient`."""
+    model: str | None = None
+    """Folder or Hugging Face id of the same model, so that nothing is downloaded from the
+    coordinator; each part must have the coordinator's hash."""
+    model_hash: str = ""
+    """Take part only if the coordinator's model has this hash; empty takes any."""
+    device: str = "auto"
+    """Where the device computes: `auto`, `cpu`, `cuda`."""
+    compute: Compute = "auto"
+    """Dtype of matrix products; auto is bfloat16 where the hardware itself has it."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's own choice."""
+    cache: Path | None = None
+    """Downloaded parts of models; None: edgesplit/parts in the user's cache folder."""
+    state: Path = Path("edge-state")
+    """Checkpoints of this device's adapters and optimizer, a folder for each run."""
+    patience_s: float = 600.0
+    """Seconds that an unreachable coordinator is retried before giving up."""
+    chunk_bytes: int = 1024 * 1024
+    """Payload of one packet; 262144 on links below 4 Mbit/s."""
+
+    def __post_init__(self) -> None:
+        if self.patience_s <= 0:
+            raise ValueError(f"patience_s must be above 0, got {self.patience_s}")

@@ -1,0 +1,312 @@
+"""Settings become typed values: what a dataclass's annotations allow, and a clear word otherwise.
+
+Every function here takes the settings for one key from all layers, weakest first. A single value is
+taken from the last layer; mappings are laid over each other key by key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_sdk.config_nodes import Entries, Items, Leaf, Node, Text, parse_text
+from edge_sdk.errors import ConfigError
+
+_WORDS = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    type(None): "null",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spot:
+    """One place in the configuration: its dotted key, and whether its value may be shown."""
+
+    key: str
+    is_secret: bool = False
+
+    def child(self, name: str, *, is_secret: bool = False) -> Spot:
+        """Return the spot one key further down."""
+        return Spot(f"{self.key}.{name}" if self.key else name, self.is_secret or is_secret)
+
+    def wrong(self, annotation: Any, node: Node) -> ConfigError:
+        """Return the error for a *node* that is no *annotation*."""
+        got = "this value (a secret, not shown)" if self.is_secret else _shown(node)
+        hint = "" if self.is_secret else _hint(_raw(node), _choices(annotation))
+        return ConfigError(
+            f"{node.origin.where}: {self.key} must be {type_words(annotation)}, got {got}{hint}"
+        )
+
+
+def type_words(annotation: Any) -> str:
+    """Say in words what *annotation* allows."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if dataclasses.is_dataclass(annotation):
+        return "a group of keys"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if _is_union(origin):
+        return " or ".join(type_words(option) for option in arguments)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return f"a list, each {type_words(arguments[0])}"
+    if origin is dict and arguments[0] is str:
+        return f"a mapping, each value {type_words(arguments[1])}"
+    raise TypeError(f"a configuration field cannot be a {annotation}")
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Return the annotations of the dataclass *cls*, resolved."""
+    return typing.get_type_hints(cls)
+
+
+def build(cls: Any, nodes: Sequence[Node], spot: Spot, base: object = None) -> Any:
+    """Make a *cls* of the settings in *nodes*; what they leave open comes from *base*."""
+    layers = by_key(cls, nodes, spot)
+    place = next((f"{node.origin.where}: " for node in nodes if node.origin.folder), "")
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key, given in layers.items():
+        if key not in names:
+            raise ConfigError(_unknown_key(spot.child(key).key, key, given[-1], names))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        annotation = field_types(cls)[field.name]
+        inner = spot.child(field.name, is_secret=bool(field.metadata.get("secret")))
+        default = default_of(field) if base is None else getattr(base, field.name)
+        value = _field_value(annotation, layers.get(field.name, []), inner, default)
+        if value is dataclasses.MISSING:
+            words = type_words(annotation)
+            raise ConfigError(f"{place}{inner.key} is missing; it must be {words}")
+        values[field.name] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(_rejection(error, layers, spot)) from error
+
+
+def convert(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object = None) -> Any:
+    """Return the value of one key: *nodes* as an *annotation*."""
+    if dataclasses.is_dataclass(annotation):
+        return build(annotation, nodes, spot, base)
+    if annotation in _CONVERTERS:
+        return _CONVERTERS[annotation](nodes[-1], spot)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_union(origin):
+        return _convert_union(annotation, nodes, spot, base)
+    if origin is Literal:
+        return _convert_literal(annotation, nodes[-1], spot)
+    if origin is tuple:
+        return _convert_items(annotation, nodes[-1], spot)
+    if origin is dict:
+        return {
+            key: convert(arguments[1], given, spot.child(key))
+            for key, given in by_key(annotation, nodes, spot).items()
+        }
+    raise TypeError(f"{spot.key}: a configuration field cannot be a {annotation}")
+
+
+def by_key(annotation: Any, nodes: Sequence[Node], spot: Spot) -> dict[str, list[Node]]:
+    """Lay mappings over each other: the settings of all layers for each key."""
+    layers: dict[str, list[Node]] = {}
+    for node in map(_parsed, nodes):
+        if not isinstance(node, Entries):
+            raise spot.wrong(annotation, node)
+        for key, value in node.entries.items():
+            layers.setdefault(key, []).append(value)
+    return layers
+
+
+def _field_value(annotation: Any, nodes: list[Node], spot: Spot, default: Any) -> Any:
+    """Return the value of one field, or `dataclasses.MISSING` where a required one is not given."""
+    if nodes:
+        return convert(
+            annotation, nodes, spot, default if dataclasses.is_dataclass(default) else None
+        )
+    if default is dataclasses.MISSING and dataclasses.is_dataclass(annotation):
+        return build(annotation, [], spot)
+    return default
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of *field*, or `dataclasses.MISSING`."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _unknown_key(path: str, key: str, node: Node, names: list[str]) -> str:
+    allowed = ", ".join(names) or "none"
+    hint = _hint(key, names) or f"; the keys here are {allowed}"
+    return f"{node.origin.where}: unknown key {path!r}{hint}"
+
+
+def _rejection(error: ValueError, layers: dict[str, list[Node]], spot: Spot) -> str:
+    """Say which setting a `__post_init__` refused: it names the field, we name the place."""
+    text = " ".join(str(error).split())
+    words = set(text.replace("`", " ").replace("'", " ").replace(",", " ").split())
+    blamed = [given[-1].origin.where for key, given in layers.items() if key in words]
+    places = blamed or [given[-1].origin.where for given in layers.values()] or ["defaults"]
+    return f"{', '.join(dict.fromkeys(places))}: {spot.key + ': ' if spot.key else ''}{text}"
+
+
+# ---- one value -----------------------------------------------------------------------------------
+
+
+def _convert_union(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object) -> Any:
+    options = typing.get_args(annotation)
+    last = nodes[-1]
+    if type(None) in options and _is_null(last):
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) == 1:
+        below = [index for index, node in enumerate(nodes) if _is_null(node)]
+        if below:  # null wiped out what the weaker layers said
+            nodes, base = nodes[below[-1] + 1 :], None
+        return convert(rest[0], nodes, spot, base)
+    # Text and paths last: whatever somebody types into a shell could be either.
+    for option in sorted(rest, key=lambda option: option in (str, Path)):
+        try:
+            return convert(option, nodes, spot, base)
+        except ConfigError:
+            continue
+    raise spot.wrong(annotation, last)
+
+
+def _convert_literal(annotation: Any, node: Node, spot: Spot) -> Any:
+    for choice in typing.get_args(annotation):
+        value = _text(node) if isinstance(choice, str) else _raw(_parsed(node))
+        if value == choice and type(value) is type(choice):
+            return choice
+    raise spot.wrong(annotation, node)
+
+
+def _convert_items(annotation: Any, node: Node, spot: Spot) -> tuple[Any, ...]:
+    parsed = _parsed(node)
+    if not isinstance(parsed, Items):
+        raise spot.wrong(annotation, node)
+    item_type = typing.get_args(annotation)[0]
+    return tuple(
+        convert(item_type, [item], Spot(f"{spot.key}[{index}]", spot.is_secret))
+        for index, item in enumerate(parsed.items)
+    )
+
+
+def _convert_str(node: Node, spot: Spot) -> str:
+    value = _text(node)
+    if isinstance(value, str):
+        return value
+    raise spot.wrong(str, node)
+
+
+def _convert_int(node: Node, spot: Spot) -> int:
+    value = _raw(_parsed(node))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise spot.wrong(int, node)
+
+
+def _convert_float(node: Node, spot: Spot) -> float:
+    value = _raw(_parsed(node))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise spot.wrong(float, node)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise spot.wrong(float, node) from None
+    if math.isnan(number):
+        raise spot.wrong(float, node)
+    return number
+
+
+def _convert_bool(node: Node, spot: Spot) -> bool:
+    value = _raw(_parsed(node))
+    if isinstance(value, bool):
+        return value
+    raise spot.wrong(bool, node)
+
+
+def _convert_path(node: Node, spot: Spot) -> Path:
+    value = _text(node)
+    if not isinstance(value, str) or not value:
+        raise spot.wrong(Path, node)
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:
+        raise spot.wrong(Path, node) from None  # ~ of somebody this machine does not know
+    return node.origin.folder / path if node.origin.folder is not None else path
+
+
+_CONVERTERS: dict[Any, Callable[[Node, Spot], Any]] = {
+    str: _convert_str,
+    int: _convert_int,
+    float: _convert_float,
+    bool: _convert_bool,
+    Path: _convert_path,
+}
+
+
+def _parsed(node: Node) -> Node:
+    return parse_text(node) if isinstance(node, Text) else node
+
+
+def _text(node: Node) -> object:
+    """Return *node* as text; what a shell gave is text as it stands, unless it is quoted."""
+    if isinstance(node, Text) and not node.text.startswith(("'", '"')):
+        return node.text
+    return _raw(_parsed(node))
+
+
+def _is_null(node: Node) -> bool:
+    if isinstance(node, Text):
+        return node.text.strip() in {"", "~", "null"}
+    return isinstance(node, Leaf) and node.value is None
+
+
+def _is_union(origin: Any) -> bool:
+    return origin is typing.Union or origin is types.UnionType
+
+
+def _raw(node: Node) -> object:
+    if isinstance(node, Leaf):
+        return node.value
+    return node.text if isinstance(node, Text) else node
+
+
+def _shown(node: Node) -> str:
+    if isinstance(node, Items):
+        return f"a list of {len(node.items)}"
+    if isinstance(node, Entries):
+        return "a mapping"
+    value = _raw(node)
+    if value is None:
+        return "null"
+    text = repr(value) if isinstance(value, str) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the texts that *annotation* allows, for a suggestion."""
+    if typing.get_origin(annotation) is Literal:
+        return [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
+    return [text for option in typing.get_args(annotation) for text in _choices(option)]
+
+
+def _hint(word: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1) if isinstance(word, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,177 @@
+"""Two lanes made one stream of messages: what each side keeps for a session.
+
+Pure, like `channel.py`. Not here: sockets and who the peer is (`device_io.py`, the coordinator's
+`gateway_io.py`).
+
+Every message has a number in its session. It travels on one lane; the receiver hands messages out
+by number, whichever lane was faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edge_sdk import packets
+from edge_sdk.assembly import Assembler, Envelope, Outgoing
+from edge_sdk.channel import WINDOW_BYTES, Due, Receiver, Sender
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
+
+# Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
+BULK_FROM_BYTES = 32 * 1024
+# What the other lane has overtaken waits; acks bound it, this bounds a peer that lies in numbers.
+MAX_AHEAD = 1_000_000
+
+
+class BadMessage(NamedTuple):
+    """A message that broke the protocol; it has been skipped."""
+
+    text: str
+
+
+class Conversation:
+    """State of one session on one side."""
+
+    def __init__(
+        self,
+        session: str,
+        max_message_bytes: int,
+        allowed: tuple[type, ...] = (),
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        self.session = session
+        self.tag = int(session[:8], 16)
+        self.senders = (Sender(window_bytes), Sender(window_bytes))
+        self.receivers = (Receiver(window_bytes), Receiver(window_bytes))
+        self._assemblers = tuple(Assembler(max_message_bytes, allowed) for _ in Lane)
+        self._index_of_lane = [-1, -1]  # message being assembled
+        self._next_in = 0
+        self._next_out = 0
+        self._waiting: dict[int, Envelope | BadMessage | None] = {}
+
+    # -- out --
+
+    def send(self, outgoing: Outgoing) -> Lane:
+        """Queue a message and return the lane it takes."""
+        lane = Lane.BULK if outgoing.total > BULK_FROM_BYTES else Lane.CONTROL
+        self.senders[lane].queue(outgoing, self._next_out)
+        self._next_out += 1
+        return lane
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the peer has everything."""
+        return self.senders[0].is_idle and self.senders[1].is_idle
+
+    def frame(self, lane: int, due: Due) -> Any:
+        """Return the packet *due* as one frame, its payload written once."""
+        outgoing, number = due.cargo, due.number
+        assert isinstance(outgoing, Outgoing)
+        size = outgoing.packet_bytes(number)
+        if number:
+            begin, kind, place = PREFIX_BYTES, Kind.CHUNK, outgoing.offset(number)
+        else:
+            begin, kind, place = PREFIX_BYTES + len(outgoing.head), Kind.FIRST, due.message
+            if not outgoing.total:
+                return packets.prefix(kind, lane, self.tag, due.seq, place, size) + outgoing.head
+        out = np.empty(PREFIX_BYTES + size, np.uint8)
+        view = out.data
+        packets.write_prefix(view, kind, lane, self.tag, due.seq, place, size)
+        if not number:
+            view[PREFIX_BYTES:begin] = outgoing.head
+        outgoing.write_chunk(number, out[begin:])
+        return out
+
+    # -- in --
+
+    def set_limit(self, max_message_bytes: int) -> None:
+        """Change the payload that a message may have, from the next header on."""
+        for assembler in self._assemblers:
+            assembler.max_message_bytes = max_message_bytes
+
+    def on_packet(self, packet: Packet) -> list[Envelope | BadMessage]:
+        """Return the messages that can be handed out now, in order.
+
+        Raises:
+            RemoteProtocolError: The peer ignores the rules of the channel; end the session.
+        """
+        lane = packet.lane
+        if packet.tag != self.tag:
+            return []  # of an earlier session on the same connection
+        if not self.receivers[lane].accept(packet.seq, len(packet.payload)):
+            return []
+        if packet.kind == Kind.FIRST:
+            self._index_of_lane[lane] = self._check_index(packet.place)
+        index = self._index_of_lane[lane]
+        try:
+            envelope = self._assemblers[lane].add(packet)
+        except RemoteProtocolError as error:
+            return self._finish(index, BadMessage(str(error)))
+        if envelope is None:
+            return []
+        self.receivers[lane].hold(envelope.num_bytes)
+        return self._finish(index, envelope)
+
+    def _check_index(self, index: int) -> int:
+        if not self._next_in <= index < self._next_in + MAX_AHEAD or index in self._waiting:
+            raise RemoteProtocolError(f"message {index} out of order, due is {self._next_in}")
+        return index
+
+    def _finish(self, index: int, what: Envelope | BadMessage) -> list[Envelope | BadMessage]:
+        if index < self._next_in or index in self._waiting:  # bad chunks after a bad message
+            return [what] if isinstance(what, BadMessage) else []
+        self._waiting[index] = what
+        released = []
+        while self._next_in in self._waiting:
+            item = self._waiting.pop(self._next_in)
+            assert item is not None
+            released.append(item)
+            self._next_in += 1
+        return released
+
+    def taken(self, lane: int, num_bytes: int) -> None:
+        """The application has a message of *num_bytes* now."""
+        self.receivers[lane].release(num_bytes)
+
+    # -- acks --
+
+    def ack(self) -> Ack:
+        """Return what has arrived, to be sent now."""
+        control, bulk = self.receivers
+        note = Ack(
+            control_next=control.next_seq,
+            control_credit=control.credit,
+            bulk_next=bulk.next_seq,
+            bulk_credit=bulk.credit,
+            gap=control.has_gap or bulk.has_gap,
+        )
+        control.acked()
+        bulk.acked()
+        return note
+
+    @property
+    def owes_ack(self) -> bool:
+        """Whether an ack would tell the peer something new."""
+        return self.receivers[0].owes_ack or self.receivers[1].owes_ack
+
+    @property
+    def is_ack_due(self) -> bool:
+        """Whether an ack must not wait."""
+        return self.receivers[0].is_ack_due or self.receivers[1].is_ack_due
+
+    def on_ack(self, ack: Ack, now_s: float) -> None:
+        """Take note of what the peer has."""
+        self.senders[0].on_ack(ack.control_next, ack.control_credit, now_s, gap=ack.gap)
+        self.senders[1].on_ack(ack.bulk_next, ack.bulk_credit, now_s, gap=ack.gap)
+
+    def on_attach(self, lane: int, ack: Ack, now_s: float) -> None:
+        """A new connection carries *lane*: send again what the peer has not got."""
+        self.on_ack(ack, now_s)  # both lanes: this may be the only ack the other one gets
+        self.senders[lane].rewind()
+
+    def ack_failed(self) -> None:
+        """The ack could not be sent; owe it again."""
+        for receiver in self.receivers:
+            receiver.owe()

@@ -1,0 +1,379 @@
+"""The I/O thread of a device's link: two DEALER sockets, their monitors, and one conversation.
+
+Not here: what applications call (`transport.py`), and delivery itself (`conversation.py`).
+Everything in this file runs in that one thread, except `post` and the plain reads of `stats`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import zmq
+
+from edge_sdk import packets
+from edge_sdk.assembly import Envelope, Outgoing
+from edge_sdk.channel import ACK_EVERY_BYTES
+from edge_sdk.conversation import BadMessage, Conversation
+from edge_sdk.errors import EdgeError, PeerGone, RefusedError, RemoteProtocolError, SessionLost
+from edge_sdk.keys import KeyPair, make_key_pair
+from edge_sdk.messages import FROM_COORDINATOR
+from edge_sdk.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Lane, Leaving
+from edge_sdk.sockets import Waker, receive_frame
+from edge_sdk.transport_line import (
+    REBUILD_FIRST_S,
+    REBUILD_MOST_S,
+    Counters,
+    Line,
+    LinkConfig,
+    no_contact,
+)
+
+log = logging.getLogger(__name__)
+
+# An ack may wait this long for company; well below any round trip that matters.
+ACK_DELAY_S = 0.002
+# One lane gets at most this many packets in a row before the other is looked at.
+TURN_PACKETS = 64
+ATTACH_RETRY_S = 2.0
+TICK_S = 0.5
+
+
+@dataclass(slots=True)
+class DeviceIo:
+    """State of the I/O thread; `run` is its body."""
+
+    config: LinkConfig
+    telemetry: Callable[[], dict[str, float]]
+    sdk_version: str
+    inbox: SimpleQueue[tuple[int, Envelope | EdgeError | None]] = field(default_factory=SimpleQueue)
+    commands: deque[tuple[Any, ...]] = field(default_factory=deque)
+    waker: Waker = field(default_factory=Waker)
+    counters: Counters = field(default_factory=Counters)
+    epoch: int = 0
+    """Sessions lost so far; what was queued in an earlier one is dropped."""
+    dead: EdgeError | None = None
+    """Why the link will never work again."""
+    name: str = ""
+    """As the coordinator calls this device."""
+    has_error_posted: bool = False
+    _context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
+    _lines: list[Line] = field(default_factory=list)
+    _poller: zmq.Poller = field(default_factory=zmq.Poller)
+    _talk: Conversation = field(init=False)
+    _keys: KeyPair | None = None
+    _was_attached: bool = False
+    _is_resumed: bool = False
+    _close_at_s: float | None = None
+    _heard_s: float = 0.0
+    _complain_s: float = 0.0
+    _beat_s: float = 0.0
+    _tick_s: float = 0.0
+    _ack_s: float | None = None
+    _who_s: float = 0.0
+    _taken_bytes: int = 0
+    _has_more: bool = False
+
+    def post(self, *command: Any) -> None:
+        """Hand a command to the thread; any thread may call this."""
+        self.commands.append(command)
+        self.waker.wake()
+
+    def took(self, epoch: int, envelope: Envelope) -> None:
+        """The application has *envelope*; wakes the thread only when that opens the window."""
+        self.commands.append(("taken", epoch, envelope.lane, envelope.num_bytes))
+        self._taken_bytes += envelope.num_bytes
+        if self._taken_bytes >= ACK_EVERY_BYTES:
+            self._taken_bytes = 0
+            self.waker.wake()
+
+    def run(self) -> None:
+        """Move packets until closed; whatever goes wrong ends in `dead` and in the inbox."""
+        try:
+            self._open()
+            while not self._is_done():
+                self._turn()
+            self._farewell()
+        except EdgeError as error:
+            self.dead = error
+        except Exception as error:  # noqa: BLE001 -- a thread that dies must not die unheard
+            log.exception("link.failed")
+            self.dead = PeerGone(f"link to {self.config.address} failed: {error}")
+        finally:
+            self._shut()
+            self.inbox.put((self.epoch, self.dead))
+
+    # -- life --
+
+    def _open(self) -> None:
+        now_s = time.monotonic()
+        if self.config.server_key:
+            self._keys = self.config.keys or make_key_pair()
+        self._poller.register(self.waker.fileno(), zmq.POLLIN)
+        self._new_talk()
+        for lane in Lane:
+            self._lines.append(self._connect(lane))
+        self._heard_s = now_s
+        self._complain_s = now_s + self.config.first_contact_s
+
+    def _new_talk(self) -> None:
+        limit = self.config.max_message_bytes
+        self._talk = Conversation(secrets.token_hex(16), limit, FROM_COORDINATOR)
+        self._is_resumed = False
+
+    def _connect(self, lane: Lane) -> Line:
+        return Line(self._context, self._poller, self.config, self._keys, lane)
+
+    def _rebuild(self, line: Line) -> None:
+        line.close()
+        fresh = self._connect(line.lane)
+        fresh.rebuild_pause_s = min(2 * line.rebuild_pause_s, REBUILD_MOST_S)
+        self._lines[line.lane] = fresh
+
+    def _is_done(self) -> bool:
+        if self.dead is not None:
+            return True
+        if self._close_at_s is None:
+            return False
+        is_flushed = self._talk.is_idle and not self.commands
+        return is_flushed or time.monotonic() >= self._close_at_s
+
+    def _farewell(self) -> None:
+        control = self._lines[Lane.CONTROL]
+        if control.is_attached and self.dead is None:
+            control.socket.linger = 300
+            self._note(Leaving(session=self._talk.session))
+
+    def _shut(self) -> None:
+        for line in self._lines:
+            line.close()
+        self._context.term()
+
+    # -- one turn --
+
+    def _turn(self) -> None:
+        ready = dict(self._poller.poll(self._timeout_ms()))
+        now_s = time.monotonic()
+        if self.waker.fileno() in ready:
+            self.waker.clear()
+        while self.commands:
+            self._command(self.commands.popleft(), now_s)
+        for line in self._lines:
+            if line.monitor in ready:
+                self._watch(line, now_s)
+        for line in self._lines:
+            state = ready.get(line.socket, 0)
+            if state & zmq.POLLIN:
+                self._drain(line, now_s)
+            if state & zmq.POLLOUT:
+                line.has_room()
+        for line in self._lines:
+            self._pump(line, now_s)
+        self._ack_if_due(now_s)
+        if now_s >= self._tick_s:
+            self._tick(now_s)
+
+    def _timeout_ms(self) -> int:
+        if self._has_more or self.commands:
+            self._has_more = False
+            return 0
+        until_s = min(self._tick_s, self._beat_s)
+        if self._ack_s is not None:
+            until_s = min(until_s, self._ack_s)
+        if self._close_at_s is not None:
+            until_s = min(until_s, self._close_at_s)
+        return max(0, int((until_s - time.monotonic()) * 1000) + 1)
+
+    def _command(self, command: tuple[Any, ...], now_s: float) -> None:
+        name, epoch, *rest = command
+        if name == "close":
+            self._close_at_s = now_s + rest[0]
+        elif name == "limit":
+            self._talk.set_limit(rest[0])
+        elif epoch != self.epoch:
+            return
+        elif name == "send":
+            outgoing: Outgoing = rest[0]
+            self._talk.send(outgoing)
+        elif name == "taken":
+            self._talk.taken(*rest)
+
+    def _pump(self, line: Line, now_s: float) -> None:
+        if not line.is_attached or line.is_full:
+            return
+        sender = self._talk.senders[line.lane]
+        for _ in range(TURN_PACKETS):
+            due = sender.peek(now_s)
+            if due is None:
+                return
+            frame = self._talk.frame(line.lane, due)
+            if not line.put(frame):
+                line.wait_for_room()
+                return
+            sender.sent(due)
+            self.counters.bytes_up += len(frame)
+        self._has_more = True
+
+    # -- what arrives --
+
+    def _drain(self, line: Line, now_s: float) -> None:
+        for _ in range(TURN_PACKETS):
+            try:
+                frame = receive_frame(line.socket)
+            except zmq.Again:
+                return
+            self._heard_s = now_s
+            if frame is None:
+                continue
+            view = frame.buffer
+            self.counters.bytes_down += len(view)
+            try:
+                self._packet(line, packets.read_packet(view), now_s)
+            except RemoteProtocolError as error:
+                log.warning("link.packet_bad lane=%s error=%s", line.lane.name, error)
+                self._report(error)
+
+    def _packet(self, line: Line, packet: packets.Packet, now_s: float) -> None:
+        if packet.kind == Kind.NOTE:
+            self._on_note(line, packets.read_note(packet), now_s)
+            return
+        for item in self._talk.on_packet(packet):
+            bad = isinstance(item, BadMessage)
+            self.inbox.put((self.epoch, RemoteProtocolError(item.text) if bad else item))  # type: ignore[union-attr,arg-type]
+
+    def _on_note(self, line: Line, note: Any, now_s: float) -> None:
+        session = self._talk.session
+        if isinstance(note, Ack):
+            self._talk.on_ack(note, now_s)
+        elif isinstance(note, Attached):
+            if note.session == session:
+                self._attached(line, note, now_s)
+        elif isinstance(note, BeatBack):
+            self.counters.rtt_s = time.monotonic() - note.sent_s
+        elif isinstance(note, packets.WhoAreYou):
+            if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
+                self._who_s = now_s
+                for each in self._lines:
+                    self._attach(each, now_s)
+        elif isinstance(note, packets.Unknown):
+            if note.session == session:
+                self._lost(now_s)
+        elif isinstance(note, packets.Closed) and note.session == session:
+            self.dead = RefusedError(note.reason)
+
+    def _attached(self, line: Line, note: Attached, now_s: float) -> None:
+        line.is_attached, line.is_full = True, False
+        line.rebuild_pause_s = REBUILD_FIRST_S
+        self.name = note.name
+        self._was_attached = self._is_resumed = True
+        self._complain_s = now_s + self.config.patience_s
+        self._talk.on_attach(line.lane, note.ack, now_s)
+        log.info("link.attached lane=%s name=%s", line.lane.name, note.name)
+
+    def _lost(self, now_s: float) -> None:
+        log.warning("link.session_lost address=%s", self.config.address)
+        self._new_talk()
+        error = SessionLost("the coordinator restarted and does not know this session")
+        self.inbox.put((self.epoch, error))
+        self.epoch += 1
+        for line in self._lines:
+            line.is_attached = False
+            self._attach(line, now_s)
+
+    # -- what we say of our own accord --
+
+    def _note(self, note: Any) -> bool:
+        return self._raw(self._lines[Lane.CONTROL], packets.note_frame(note, tag=self._talk.tag))
+
+    def _raw(self, line: Line, frame: bytes) -> bool:
+        is_out = line.put(frame)
+        self.counters.bytes_up += len(frame) * is_out
+        return is_out
+
+    def _attach(self, line: Line, now_s: float) -> None:
+        line.attach_s = now_s
+        if line.is_up:
+            note = Attach(
+                session=self._talk.session,
+                is_resumed=self._is_resumed,
+                sdk_version=self.sdk_version,
+                name=self.config.name,
+                ack=self._talk.ack(),
+            )
+            if not self._raw(line, packets.note_frame(note, line.lane, self._talk.tag)):
+                self._talk.ack_failed()
+
+    def _ack_if_due(self, now_s: float) -> None:
+        if not self._lines[Lane.CONTROL].is_attached or not self._talk.owes_ack:
+            self._ack_s = None
+        elif self._talk.is_ack_due or (self._ack_s is not None and now_s >= self._ack_s):
+            self._ack_s = None
+            if not self._note(self._talk.ack()):
+                self._talk.ack_failed()
+        elif self._ack_s is None:
+            self._ack_s = now_s + ACK_DELAY_S
+
+    # -- what the monitors and the clock say --
+
+    def _watch(self, line: Line, now_s: float) -> None:
+        for event, value in line.news():
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._attach(line, now_s)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._refused(line, value, now_s)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.counters.reconnects += line.is_attached
+                line.is_attached = False
+
+    def _refused(self, line: Line, status: int, now_s: float) -> None:
+        line.rebuild_s = now_s + line.rebuild_pause_s  # libzmq will not try this socket again
+        if status == 400 and self._keys is not None:
+            self._report(
+                RefusedError(
+                    f"the coordinator at {self.config.address} does not know this device's key:"
+                    f" register {self._keys.public}"
+                )
+            )
+
+    def _report(self, error: EdgeError) -> None:
+        """Tell the application, unless it has not yet looked at what it was told before."""
+        if not self.has_error_posted:
+            self.has_error_posted = True
+            self.inbox.put((self.epoch, error))
+
+    def _tick(self, now_s: float) -> None:
+        self._tick_s = now_s + TICK_S
+        for line in list(self._lines):
+            if line.rebuild_s is not None and now_s >= line.rebuild_s:
+                self._rebuild(line)
+            elif line.is_up and not line.is_attached and now_s - line.attach_s > ATTACH_RETRY_S:
+                self._attach(line, now_s)
+            elif line.is_attached and self._talk.senders[line.lane].is_stuck(now_s):
+                log.warning("link.stuck lane=%s", line.lane.name)
+                self._rebuild(line)  # the connection may be dead without anybody knowing
+        if now_s >= self._beat_s:
+            self._beat(now_s)
+        self._complain(now_s)
+
+    def _beat(self, now_s: float) -> None:
+        self._beat_s = now_s + self.config.beat_s
+        if self._lines[Lane.CONTROL].is_attached:
+            rtt_s = self.counters.rtt_s or 0.0
+            self._note(Beat(sent_s=time.monotonic(), rtt_s=rtt_s, numbers=self.telemetry()))
+
+    def _complain(self, now_s: float) -> None:
+        if self._was_attached:
+            silent_s = now_s - self._heard_s
+            if silent_s >= self.config.patience_s and now_s >= self._complain_s:
+                self._complain_s = now_s + self.config.patience_s
+                text = f"nothing heard from {self.config.address} for {silent_s:.0f} s"
+                self._report(PeerGone(text))
+        elif now_s >= self._complain_s:
+            self._complain_s = now_s + self.config.first_contact_s
+            self._report(no_contact(self._lines, self.config))

@@ -1,0 +1,103 @@
+"""Every exception this project raises on purpose, and the exit code that each one ends a program with.
+
+    EdgeError                  1
+    + ConfigError              2   the configuration is wrong
+    + TransportError           3   the link failed; the same may be tried again
+      + ReceiveTimeout             nothing arrived in time
+      + PeerGone                   the other side left
+        + SessionLost              the coordinator restarted and does not know us: say Hello again
+    + RefusedError             4   the coordinator does not want this device: key, version, model
+    + ProtocolError            5   a message broke the protocol
+      + LocalProtocolError         ours did
+      + RemoteProtocolError        the peer's did
+    + DeviceError              6   this machine cannot do what the plan asks: memory, compute
+    + DataError                7   the training data is missing, malformed or unusable
+    + ModelError               8   the model is missing, unreadable or of a shape we cannot cut
+    + StorageError             9   a file could not be written or read back: disk full, read-only
+    + NumericError            10   NaN or infinity where a number was due
+
+A program stopped by Ctrl-C ends with 130, as shells expect.
+"""
+
+
+class EdgeError(Exception):
+    """Base of every exception this project raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(EdgeError):
+    """The configuration is wrong; the message names the key, the value and what is allowed."""
+
+    exit_code = 2
+
+
+class TransportError(EdgeError):
+    """The link failed; the same message may be tried again."""
+
+    exit_code = 3
+
+
+class ReceiveTimeout(TransportError):
+    """Nothing arrived in time."""
+
+
+class PeerGone(TransportError):
+    """The other side left, or has been silent for too long."""
+
+
+class SessionLost(PeerGone):
+    """The coordinator restarted and does not know this session; the client says Hello again."""
+
+
+class RefusedError(EdgeError):
+    """The coordinator refused this device: unknown key, other version, other model."""
+
+    exit_code = 4
+
+
+class ProtocolError(EdgeError):
+    """A message broke the protocol."""
+
+    exit_code = 5
+
+
+class LocalProtocolError(ProtocolError):
+    """We tried to send, or were asked to do, something the protocol forbids."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something the protocol forbids."""
+
+
+class DeviceError(EdgeError):
+    """This machine cannot do what the plan asks of it."""
+
+    exit_code = 6
+
+
+class DataError(EdgeError):
+    """The data is missing, malformed or unusable; the message names the file and the line."""
+
+    exit_code = 7
+
+
+class ModelError(EdgeError):
+    """The model is missing, unreadable, or of a shape that cannot be cut into blocks."""
+
+    exit_code = 8
+
+
+class StorageError(EdgeError):
+    """A file could not be written or read back."""
+
+    exit_code = 9
+
+
+class NumericError(EdgeError):
+    """NaN or infinity where a finite number was due."""
+
+    exit_code = 10
+
+
+INTERRUPTED_EXIT_CODE = 130

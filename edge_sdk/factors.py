@@ -1,0 +1,82 @@
+"""Low-rank matrices as pairs of factors: B @ A, never formed; numpy only.
+
+Legend: R rank, I inputs, O outputs, S sum of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+
+# Singular values below this share of the largest are float32 rounding, not somebody's work.
+TOLERANCE = 1e-6
+
+
+class Factors(NamedTuple):
+    """The matrix `b_OR @ a_RI`; any scale is already inside."""
+
+    b_OR: Array
+    a_RI: Array
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B; the matrix has at most this rank."""
+        return int(self.a_RI.shape[0])
+
+    def scaled(self, weight: float) -> Factors:
+        """The same matrix times *weight*."""
+        return Factors(self.b_OR * weight, self.a_RI)
+
+    def dense(self) -> Array:
+        """The matrix itself, (O, I); for tests and for small matrices."""
+        return self.b_OR @ self.a_RI
+
+
+def zero(num_outputs: int, num_inputs: int) -> Factors:
+    """The zero matrix, of rank 0."""
+    return Factors(np.zeros((num_outputs, 0), np.float32), np.zeros((0, num_inputs), np.float32))
+
+
+def stack(terms: Sequence[Factors]) -> Factors:
+    """The exact sum of *terms*, of rank S."""
+    return Factors(
+        np.concatenate([term.b_OR for term in terms], axis=1),
+        np.concatenate([term.a_RI for term in terms], axis=0),
+    )
+
+
+def compress(
+    term: Factors, max_rank: int | None = None, tolerance: float = TOLERANCE
+) -> tuple[Factors, float]:
+    """Return *term* with as few ranks as it needs, and the relative error of what was cut.
+
+    QR of both factors, SVD of the small product: O((O + I) S^2 + S^3), no (O, I) matrix. The left
+    factor keeps the singular values' square root as the right one does, so that neither becomes
+    tiny. Runs in float64 and returns float32.
+
+    Args:
+        term: The matrix.
+        max_rank: Keep at most this many singular values; None keeps all that matter.
+        tolerance: Singular values below `tolerance` times the largest are dropped.
+
+    Returns:
+        The compressed matrix and |dropped by max_rank|_F / |all|_F (0.0 without a cap).
+    """
+    if term.rank == 0:
+        return term, 0.0
+    q_left_OS, r_left_SS = np.linalg.qr(term.b_OR.astype(np.float64))
+    q_right_IS, r_right_SS = np.linalg.qr(term.a_RI.astype(np.float64).T)
+    u_SS, sigma_S, vt_SS = np.linalg.svd(r_left_SS @ r_right_SS.T, full_matrices=False)
+    kept = int(np.count_nonzero(sigma_S > tolerance * sigma_S[0])) if sigma_S[0] > 0 else 0
+    cut = kept if max_rank is None else min(kept, max_rank)
+    total = float(np.sqrt(np.sum(sigma_S**2)))
+    error = float(np.sqrt(np.sum(sigma_S[cut:kept] ** 2))) / total if total > 0 else 0.0
+    root_R = np.sqrt(sigma_S[:cut])
+    b_OR = (q_left_OS @ u_SS[:, :cut]) * root_R
+    a_RI = (root_R[:, None] * vt_SS[:cut]) @ q_right_IS.T
+    return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32)), error

@@ -1,0 +1,121 @@
+"""What a device receives, sorted: answers, new orders, and what ends a session or a run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from edge_sdk import errors
+from edge_sdk.assembly import Envelope
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import EdgeError, ReceiveTimeout, RefusedError
+from edge_sdk.messages import (
+    Failure,
+    Pause,
+    PlanAssigned,
+    Refused,
+    RoundStart,
+    RunOver,
+    Stamp,
+)
+from edge_sdk.transport import Link
+
+log = logging.getLogger(__name__)
+
+# How long one look for a message lasts, so that a stop is noticed.
+GLANCE_S = 0.25
+
+
+class Stopped(Exception):  # noqa: N818 - control flow, not an error
+    """The application asked the client to stop."""
+
+
+class RunEnded(Exception):  # noqa: N818 - control flow, not an error
+    """The coordinator has closed the run."""
+
+
+class Redirected(Exception):  # noqa: N818 - control flow, not an error
+    """The coordinator wants something else than what was going on."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self.envelope = envelope
+
+
+class Inbox:
+    """The receiving half of a link."""
+
+    def __init__(self, link: Link, stop: threading.Event) -> None:
+        self._link, self._stop = link, stop
+
+    def next(self) -> Envelope:
+        """Return the next message.
+
+        Raises:
+            Stopped: the application wants to leave.
+            RunEnded: the coordinator has closed the run.
+            RefusedError: it does not want this device.
+            EdgeError: it failed to do what it was asked, or the session is lost.
+        """
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                return self._look(Deadline.after(GLANCE_S))
+            except ReceiveTimeout:
+                continue
+
+    def _look(self, deadline: Deadline) -> Envelope:
+        envelope = self._link.receive(deadline)
+        message = envelope.message
+        if isinstance(message, Refused):
+            raise RefusedError(message.reason)
+        if isinstance(message, RunOver):
+            raise RunEnded(message.reason)
+        if isinstance(message, Failure):
+            raise _their_error(message)
+        return envelope
+
+    def expect(self, kind: type[Any]) -> Envelope:
+        """Return the next message of *kind*."""
+        while True:
+            envelope = self.next()
+            if isinstance(envelope.message, kind):
+                return envelope
+            log.debug("message.ignored kind=%s", type(envelope.message).__name__)
+
+    def answer(self, kind: type[Any], stamp: Stamp, micro: int) -> Envelope:
+        """Return the answer to what was just sent; older ones are stale.
+
+        Raises:
+            Redirected: a new order came instead.
+        """
+        while True:
+            envelope = _unless_order(self.next())
+            message = envelope.message
+            if isinstance(message, kind) and (message.stamp, message.micro) == (stamp, micro):
+                return envelope
+            log.debug("message.stale kind=%s step=%d", type(message).__name__, message.stamp.step)
+
+    def glance(self) -> None:
+        """Between two steps: raise if there is a new order."""
+        if self._stop.is_set():
+            raise Stopped
+        try:
+            _unless_order(self._look(Deadline.after(0.0)))
+        except ReceiveTimeout:
+            return
+
+
+def _unless_order(envelope: Envelope) -> Envelope:
+    if isinstance(envelope.message, RoundStart | Pause | PlanAssigned):
+        raise Redirected(envelope)
+    return envelope
+
+
+def _their_error(failure: Failure) -> EdgeError:
+    """The coordinator's error as an exception of ours."""
+    kind = getattr(errors, failure.error, EdgeError)
+    if not (isinstance(kind, type) and issubclass(kind, EdgeError)):
+        kind = EdgeError
+    return kind(f"coordinator: {failure.text}")

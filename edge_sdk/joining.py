@@ -1,0 +1,160 @@
+"""How a device becomes part of a run: greeting, model parts, tokenizer, data, runtime.
+
+Nothing here trains. What is fetched is checked against its hash before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.assembly import Envelope
+from edge_sdk.batches import Batches
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.data import load_data
+from edge_sdk.errors import ModelError
+from edge_sdk.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
+from edge_sdk.plan import Part
+from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
+from edge_sdk.training import TrainingConfig, from_pairs
+from edge_sdk.weights import FILE_NAMES, PartCache, Source, load_config, open_part
+
+if TYPE_CHECKING:
+    from edge_sdk.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+Dataset = Iterable[Mapping[str, Any]] | Any
+Ask = Callable[[PartRequest], Envelope]
+
+
+@dataclass
+class Prepared:
+    """The device's data, ready for batches."""
+
+    train: list[Example]
+    validation: list[Example]
+    vocab_size: int
+    pad_id: int
+
+
+class Preparation:
+    """Files, data and runtime of one device in one run."""
+
+    def __init__(self, config: ClientConfig, dataset: Dataset | None) -> None:
+        self._config, self._dataset = config, dataset
+        self._cache = PartCache(config.cache)
+        self._local: Source | None = None
+        self._files: Path | None = None
+
+    def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
+        """Return the file of *part*: from the cache, or chunk by chunk from the coordinator."""
+        while not self._cache.has(part):
+            offset = self._cache.received(part)
+            if offset < part.num_bytes:
+                answer = ask(PartRequest(stamp=stamp, sha256=part.sha256, offset=offset))
+                message = answer.message
+                assert isinstance(message, PartData)
+                self._cache.append(part, message.offset, answer.tensors["data"].data)
+                continue
+            log.info("part.fetched name=%s bytes=%d", part.name, part.num_bytes)
+            self._cache.finish(part)
+        return self._cache.path(part)
+
+    def files(self, welcome: Welcome, ask: Ask) -> Path:
+        """Return a folder with the model's config and tokenizer."""
+        part = welcome.files
+        folder = self._cache.folder / f"{part.sha256}.files"
+        for name, tensor in open_part(self.fetch(part, ask, welcome.stamp)).items():
+            if name not in FILE_NAMES:
+                raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(tensor.numpy().tobytes())
+        self._files = folder
+        return folder
+
+    def data(self, welcome: Welcome) -> Prepared:
+        """Read, check and tokenise the private data.
+
+        Raises:
+            DataError: something is wrong with it; the message names file and line.
+        """
+        from transformers import AutoTokenizer
+
+        assert self._files is not None, "files come first"
+        model_config = load_config(self._files, welcome.num_labels)
+        text_config = model_config.get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(self._files)
+        seed = int(welcome.training["seed"])
+        rows, held_out = load_data(self._dataset, self._config.data, seed)
+        limits = ModelLimits(
+            vocab_size=text_config.vocab_size,
+            max_positions=welcome.max_length,
+            num_labels=welcome.num_labels or None,
+        )
+        pad_id = text_config.pad_token_id
+        return Prepared(
+            train=tokenize_rows(rows, tokenizer, self._config.data, limits),
+            validation=tokenize_rows(held_out, tokenizer, self._config.data, limits),
+            vocab_size=len(tokenizer),
+            pad_id=0 if pad_id is None else pad_id,
+        )
+
+    def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
+        """Build the device's slice with the adapters of its plan."""
+        from edge_sdk.layout import find_layout
+        from edge_sdk.runtime_torch import TorchRuntime
+
+        assert self._files is not None, "files come first"
+        model_config = load_config(self._files, welcome.num_labels)
+        task: Any = welcome.task
+        settings = dict(welcome.training)
+        total_steps = int(settings.pop("total_steps"))
+        return TorchRuntime(
+            model_config,
+            task,
+            find_layout(model_config, task),
+            {part.name: self._tensors(part, welcome, ask) for part in assigned.parts},
+            assigned.plan,
+            from_pairs(LoraConfig, welcome.lora),
+            from_pairs(TrainingConfig, settings),
+            total_steps,
+            device=self._config.device,
+            compute=self._config.compute,
+        )
+
+    def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
+        """The tensors of *part*, from the local model where one is named."""
+        if self._config.model is None:
+            return open_part(self.fetch(part, ask, welcome.stamp))
+        if self._local is None:
+            task: Any = welcome.task
+            self._local = Source(self._config.model, task, num_labels=welcome.num_labels)
+        found = hashlib.sha256(self._local.pack(part.name)).hexdigest()
+        if found != part.sha256:
+            raise ModelError(
+                f"model {self._config.model!r} is not the coordinator's: part {part.name!r} has "
+                f"sha256 {found[:12]}..., expected {part.sha256[:12]}...; leave `model` out to "
+                "download the parts"
+            )
+        return self._local.tensors(part.name)
+
+
+def make_batches(prepared: Prepared, assigned: PlanAssigned, seed: int, name: str) -> Batches:
+    """The device's stream of training batches; a pure function of seed, name and step."""
+    plan = assigned.plan
+    return Batches(
+        prepared.train, plan.batch_size, plan.micro_batch, seed, name, pad_id=prepared.pad_id
+    )
+
+
+def as_int32(array: np.ndarray) -> np.ndarray:
+    """Labels and lengths as they travel."""
+    return np.ascontiguousarray(array, dtype=np.int32)

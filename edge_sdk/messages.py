@@ -1,0 +1,352 @@
+"""Every message that a device and the coordinator exchange; the protocol's dictionary.
+
+Frozen dataclasses without behaviour. How they become bytes is `wire.py`, how they are delivered in
+order and exactly once is `channel.py`, when each may be sent is `session.py`. Tensors travel beside
+a message, by name; the docstring of a message lists the tensors it brings.
+
+Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_sdk.plan import Part, Plan
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What a message belongs to, so that it may be sent twice and is applied once."""
+
+    run: str = ""
+    """Run id; empty before the coordinator has welcomed the device."""
+    device: str = ""
+    """Name of the device as the coordinator registered its key."""
+    round: int = 0
+    """Aggregation round, from 0."""
+    step: int = 0
+    """Optimizer step since the start of the run, from 0."""
+    attempt: int = 0
+    """Counts how often the coordinator started this round; answers to an earlier one are stale."""
+
+
+# ---- device -> coordinator -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message of a session: who I am and what I can do. Device -> coordinator."""
+
+    stamp: Stamp
+    protocol: int
+    sdk_version: str
+    codecs: tuple[str, ...]
+    """Tensor codecs this device can read and write, best first."""
+    model_hash: str = ""
+    """Expected model; empty takes whatever the coordinator serves."""
+    backend: str = "torch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRequest:
+    """Send me that part from that byte on. Device -> coordinator."""
+
+    stamp: Stamp
+    sha256: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The plan is in place; the device waits for a round. Device -> coordinator."""
+
+    stamp: Stamp
+    vocab_size: int
+    """Tokens the device's tokenizer knows; must fit the model's embeddings."""
+    num_samples: int
+    """Training samples on the device."""
+    held_steps: tuple[int, ...]
+    """Steps of the run at which this device holds a checkpoint of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """Output of the device's last block for one micro-batch. Device -> coordinator.
+
+    Tensors: `hidden` (B, T, D); `lengths` (B,) int32, sequences are padded on the right;
+    with `labels: server` also `labels`, (B, T) int32 with -100 where no loss is taken, or (B,)
+    class numbers.
+    """
+
+    stamp: Stamp
+    micro: int
+    num_micro: int
+    """Micro-batches of this step; the optimizer steps after the last one."""
+    num_targets: int
+    """Targets of the whole step: its loss is the sum over them divided by this number."""
+    is_eval: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopGradient:
+    """Gradient of the device's loss by the top hidden state. Device -> coordinator.
+
+    Only with `labels: device`. Tensors: `grad` (B, T, D).
+    """
+
+    stamp: Stamp
+    micro: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """An optimizer step is done on the device. Device -> coordinator."""
+
+    stamp: Stamp
+    loss: float
+    """Mean loss per target of the step."""
+    num_targets: int
+    num_sequences: int
+    num_tokens: int
+    """Real tokens, padding excluded."""
+    compute_s: float
+    wait_s: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUpload:
+    """The device's own factors at the end of a round. Device -> coordinator.
+
+    Tensors, float32: `<weight>.A` (R, I) and `<weight>.B` (O, R) of each adapted weight; a
+    trainable head's parameters under their own names.
+    """
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """The device went through its private validation data. Device -> coordinator."""
+
+    stamp: Stamp
+    loss_sum: float
+    num_targets: int
+    num_correct: int
+    """Targets whose most likely prediction was right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """The device has checkpointed itself at `stamp.step`. Device -> coordinator."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """The device leaves on purpose. Device -> coordinator."""
+
+    stamp: Stamp
+    reason: str
+
+
+# ---- coordinator -> device -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The device is in; what the run is about. Coordinator -> device."""
+
+    stamp: Stamp
+    protocol: int
+    sdk_version: str
+    model_hash: str
+    num_blocks: int
+    files: Part
+    """Config and tokenizer of the model."""
+    task: str
+    """`causal-lm` or `sequence-classification`."""
+    labels: str
+    """`server` or `device`: who sees the labels."""
+    codec: str
+    """How hidden states and their gradients travel."""
+    max_length: int
+    """Longest sequence in tokens; longer ones are cut or refused, as the data config says."""
+    num_labels: int
+    """Classes of a classifier; 0 for a causal LM."""
+    training: dict[str, str]
+    """The run's training configuration, as the `key=value` pairs of docs/configuration.md."""
+    lora: dict[str, str]
+    """The run's LoRA configuration, likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The device may not take part; it should not try again unchanged. Coordinator -> device."""
+
+    stamp: Stamp
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAssigned:
+    """What the device is to run, and the parts of the model it needs. Coordinator -> device."""
+
+    stamp: Stamp
+    plan: Plan
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartData:
+    """A stretch of a part. Coordinator -> device.
+
+    Tensors: `data`, uint8.
+    """
+
+    stamp: Stamp
+    sha256: str
+    offset: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStart:
+    """Train steps `stamp.step` .. `end_step` - 1, then upload. Coordinator -> device.
+
+    Without steps (`end_step` = `stamp.step`) there is nothing to train and nothing to upload.
+
+    Tensors, float32: for a device that starts or restarts (`is_full`), `<weight>.A`, `<weight>.B`
+    and the frozen residual `<weight>.U` (O, S), `<weight>.V` (S, I) of every weight; otherwise
+    only what the aggregation changed, with the *change* of the residual in U and V.
+    """
+
+    stamp: Stamp
+    end_step: int
+    is_full: bool
+    restore_step: int = -1
+    """Continue from the device's own checkpoint of this step, as if nothing had happened; -1 for
+    what this message brings."""
+    evaluate: bool = False
+    """Go through the private validation data before training, and report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """Gradient of the device's loss by the hidden state it sent. Coordinator -> device.
+
+    Tensors: `grad` (B, T, D).
+    """
+
+    stamp: Stamp
+    micro: int
+    loss_sum: float
+    """Sum of the losses of this micro-batch's targets; 0 when the device computed them itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopHidden:
+    """Hidden state after the server's last block; `labels: device`. Coordinator -> device.
+
+    Tensors: `hidden` (B, T, D).
+    """
+
+    stamp: Stamp
+    micro: int
+    is_eval: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Loss of one evaluated micro-batch; `labels: server`. Coordinator -> device."""
+
+    stamp: Stamp
+    micro: int
+    loss_sum: float
+    num_targets: int
+    num_correct: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Checkpoint yourself at `stamp.step` and wait for the coordinator to return. -> device."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOver:
+    """The run has ended; nothing more will come. Coordinator -> device."""
+
+    stamp: Stamp
+    reason: str
+
+
+# ---- both ways -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The sender could not do what was asked, or was sent something it cannot accept."""
+
+    stamp: Stamp
+    error: str
+    """Class name from `errors.py`."""
+    text: str
+    is_fatal: bool = True
+
+
+Message = (
+    Hello
+    | PartRequest
+    | Ready
+    | Activation
+    | TopGradient
+    | StepReport
+    | AdapterUpload
+    | EvalReport
+    | Paused
+    | Goodbye
+    | Welcome
+    | Refused
+    | PlanAssigned
+    | PartData
+    | RoundStart
+    | Gradient
+    | TopHidden
+    | EvalResult
+    | Pause
+    | RunOver
+    | Failure
+)
+
+FROM_DEVICE: tuple[type, ...] = (
+    Hello,
+    PartRequest,
+    Ready,
+    Activation,
+    TopGradient,
+    StepReport,
+    AdapterUpload,
+    EvalReport,
+    Paused,
+    Goodbye,
+    Failure,
+)
+FROM_COORDINATOR: tuple[type, ...] = (
+    Welcome,
+    Refused,
+    PlanAssigned,
+    PartData,
+    RoundStart,
+    Gradient,
+    TopHidden,
+    EvalResult,
+    Pause,
+    RunOver,
+    Failure,
+)
+MESSAGES: dict[str, type] = {kind.__name__: kind for kind in (*FROM_DEVICE, *FROM_COORDINATOR)}

@@ -1,0 +1,233 @@
+"""The frame around everything: a packet, 32 bytes of prefix and one msgpack bin.
+
+A packet is one ZeroMQ frame and one valid msgpack object, an array of seven with fixed widths:
+
+    97 vv kk ll ce tttttttt cf ssssssssssssssss cf pppppppppppppppp c6 nnnnnnnn | n bytes
+       version kind lane tag         sequence              place           bin
+
+Fixed widths let one struct read it, and leave the payload at a multiple of 8 bytes, so that a
+tensor is used where it was received. Kinds FIRST and CHUNK are numbered and resent by
+`channel.py`; NOTE packets (attach, acks, heartbeats) are not, and carry one dataclass of below.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from edge_sdk import wire
+from edge_sdk.errors import RemoteProtocolError
+
+FRAME_VERSION = 1
+_PREFIX = struct.Struct(">BBBBBIBQBQBI")
+PREFIX_BYTES = _PREFIX.size
+
+# At most this much payload in a packet: one frame is one unit of memory, resend and fairness.
+MAX_CHUNK_BYTES = 1024 * 1024
+# For links slower than about 1 Mbit/s: a chunk must pass in far less than `RESEND_AFTER_S`.
+SLOW_LINK_CHUNK_BYTES = 256 * 1024
+# Payload of the first packet of a message: header and first chunk.
+MAX_PAYLOAD_BYTES = MAX_CHUNK_BYTES + wire.MAX_HEADER_BYTES + 8
+# What a frame may have at most, told to libzmq (which counts 33 bytes of CURVE as well).
+MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 1024
+# Notes are read from peers that have no session yet.
+MAX_NOTE_BYTES = 8 * 1024
+
+
+class Lane(IntEnum):
+    """The two connections of a device."""
+
+    CONTROL = 0
+    BULK = 1
+
+
+class Kind(IntEnum):
+    """What the payload of a packet is."""
+
+    FIRST = 1
+    """Length of the header (4 bytes), header, zeros up to a multiple of 8, first chunk."""
+    CHUNK = 2
+    NOTE = 3
+
+
+class Packet(NamedTuple):
+    """One packet as it was received."""
+
+    kind: int
+    lane: int
+    tag: int
+    """First 32 bits of the session; packets of an earlier one are dropped."""
+    seq: int
+    """Number of the packet in its lane, from 0."""
+    place: int
+    """FIRST: number of the message in the session. CHUNK: offset in the message's payload."""
+    payload: memoryview
+
+
+def write_prefix(
+    out: bytearray | memoryview, kind: int, lane: int, tag: int, seq: int, place: int, size: int
+) -> None:
+    """Write the prefix of a packet with *size* bytes of payload to the start of *out*."""
+    _PREFIX.pack_into(
+        out, 0, 0x97, FRAME_VERSION, kind, lane, 0xCE, tag, 0xCF, seq, 0xCF, place, 0xC6, size
+    )
+
+
+def prefix(kind: int, lane: int, tag: int, seq: int, place: int, size: int) -> bytes:
+    """Return the prefix of a packet with *size* bytes of payload."""
+    return _PREFIX.pack(
+        0x97, FRAME_VERSION, kind, lane, 0xCE, tag, 0xCF, seq, 0xCF, place, 0xC6, size
+    )
+
+
+_LENGTH = struct.Struct(">I")
+
+
+def first_head(header: bytes) -> bytes:
+    """Return what stands before the chunk in the payload of a FIRST packet."""
+    return _LENGTH.pack(len(header)) + header + bytes(-(_LENGTH.size + len(header)) % 8)
+
+
+def split_first(payload: memoryview) -> tuple[memoryview, memoryview]:
+    """Return header and chunk of a FIRST packet's payload."""
+    if len(payload) < _LENGTH.size:
+        raise RemoteProtocolError("first packet without a header")
+    end = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
+    if end > len(payload):
+        raise RemoteProtocolError(f"header ends {end - len(payload)} bytes after its packet")
+    return payload[_LENGTH.size : end], payload[end + -end % 8 :]
+
+
+def read_packet(frame: memoryview) -> Packet:
+    """Return the packet in *frame*; its payload is a slice, not a copy."""
+    if len(frame) < PREFIX_BYTES:
+        raise RemoteProtocolError(f"frame of {len(frame)} bytes is too short for a packet")
+    a, version, kind, lane, b, tag, c, seq, d, place, e, size = _PREFIX.unpack_from(frame)
+    if (a, b, c, d, e) != (0x97, 0xCE, 0xCF, 0xCF, 0xC6):
+        raise RemoteProtocolError("frame does not begin like a packet")
+    if version != FRAME_VERSION:
+        raise RemoteProtocolError(f"frame version {version}, this side speaks {FRAME_VERSION}")
+    if not 1 <= kind <= 3 or lane > 1:
+        raise RemoteProtocolError(f"packet of kind {kind} on lane {lane}")
+    if size != len(frame) - PREFIX_BYTES:
+        raise RemoteProtocolError(
+            f"bin of {size} bytes in a frame with room for {len(frame) - PREFIX_BYTES}"
+        )
+    if size > (MAX_PAYLOAD_BYTES if kind == Kind.FIRST else MAX_CHUNK_BYTES):
+        raise RemoteProtocolError(f"chunk of {size} bytes, at most {MAX_CHUNK_BYTES}")
+    return Packet(kind, lane, tag, seq, place, frame[PREFIX_BYTES:])
+
+
+# ---- notes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """What has arrived, and up to where more may be sent. Both ways, always on control."""
+
+    control_next: int
+    """Number of the packet expected next on the control lane; all before have arrived."""
+    control_credit: int
+    """Payload bytes that may be sent on the lane, counted from the start of the session."""
+    bulk_next: int
+    bulk_credit: int
+    gap: bool = False
+    """A later packet came instead of the expected one: send again from there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """First packet of a connection: whose it is. Device -> coordinator, once per lane."""
+
+    session: str
+    is_resumed: bool
+    """The coordinator has answered this session before, so it ought to know it."""
+    sdk_version: str
+    name: str
+    """Believed only by a coordinator without CURVE."""
+    ack: Ack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    """The lane belongs to the session. Coordinator -> device."""
+
+    session: str
+    name: str
+    """Name under which the device's key is registered."""
+    ack: Ack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """I am alive. Device -> coordinator, every few seconds."""
+
+    sent_s: float
+    """On the device's own monotonic clock; comes back in the answer."""
+    rtt_s: float
+    """Last measured round trip; 0 before the first."""
+    numbers: dict[str, float]
+    """Telemetry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeatBack:
+    """So am I. Coordinator -> device."""
+
+    sent_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhoAreYou:
+    """A packet of nobody: attach first. Coordinator -> device."""
+
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unknown:
+    """That session is not known here (any more). Coordinator -> device."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The session is over and must not be resumed. Coordinator -> device."""
+
+    session: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """The device ends its session. Device -> coordinator."""
+
+    session: str
+
+
+NOTES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (Ack, Attach, Attached, Beat, BeatBack, WhoAreYou, Unknown, Closed, Leaving)
+}
+
+
+def note_frame(note: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bytes:
+    """Return the packet that carries *note*."""
+    data = wire.pack((type(note).__name__, wire.write_fields(note)))
+    return prefix(Kind.NOTE, lane, tag, 0, 0, len(data)) + data
+
+
+def read_note(packet: Packet) -> Any:
+    """Return the note in a NOTE packet."""
+    if len(packet.payload) > MAX_NOTE_BYTES:
+        raise RemoteProtocolError(f"note of {len(packet.payload)} bytes, at most {MAX_NOTE_BYTES}")
+    value = wire.unpack(packet.payload, "note")
+    if type(value) is not tuple or len(value) != 2 or type(value[0]) is not str:
+        raise RemoteProtocolError("note is not (name, fields)")
+    kind = NOTES.get(value[0])
+    if kind is None:
+        raise RemoteProtocolError(f"unknown note {value[0][:60]!r}")
+    return wire.read_fields(kind, value[1], kind.__name__)

@@ -1,0 +1,245 @@
+"""One device's part in a run: answer the coordinator's messages in their order.
+
+What a step is stands in `steps.py`. Sockets are below, in the link; threads and reconnects above,
+in `client.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from edge_sdk.adapters import Pair
+from edge_sdk.assembly import Envelope, TensorOut
+from edge_sdk.callbacks import Callback, RoundSummary
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.errors import EdgeError
+from edge_sdk.factors import Array, Factors
+from edge_sdk.inbox import Inbox, Redirected
+from edge_sdk.joining import Dataset, Preparation, Prepared, make_batches
+from edge_sdk.local_state import LocalState
+from edge_sdk.messages import (
+    PROTOCOL_VERSION,
+    AdapterUpload,
+    Failure,
+    Goodbye,
+    Hello,
+    PartData,
+    PartRequest,
+    Pause,
+    Paused,
+    PlanAssigned,
+    Ready,
+    RoundStart,
+    Stamp,
+    Welcome,
+)
+from edge_sdk.runtime import Runtime
+from edge_sdk.steps import Steps
+from edge_sdk.transport import Link, package_version
+
+log = logging.getLogger(__name__)
+
+CODECS = ("bfloat16", "float16", "float32")
+FACTOR_ENDINGS = (".A", ".B", ".U", ".V")
+# Room for a message beyond the coordinator's largest: what aggregation hands out.
+LEAST_LIMIT_BYTES = 64 * 1024 * 1024
+
+
+class Participant:
+    """A device in a run, over one link; survives lost sessions."""
+
+    def __init__(
+        self,
+        link: Link,
+        config: ClientConfig,
+        dataset: Dataset | None,
+        callback: Callback,
+        stop: threading.Event,
+    ) -> None:
+        self._link, self._config, self._callback = link, config, callback
+        self._preparation = Preparation(config, dataset)
+        self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
+        self._inbox = Inbox(link, stop)
+        self._stamp = Stamp()
+        self._welcome: Welcome | None = None
+        self._assigned: PlanAssigned | None = None
+        self._data: Prepared | None = None
+        self._runtime: Runtime | None = None
+        self._steps: Steps | None = None
+        self._state = LocalState(config.state)
+
+    def close(self) -> None:
+        """Stop preparing batches."""
+        self._prepare.shutdown(cancel_futures=True)
+
+    # ---- joining ----
+
+    def join(self) -> None:
+        """Greet the coordinator and set up what it asks for; keeps what is there already."""
+        self._link.send(
+            Hello(
+                stamp=self._stamp,
+                protocol=PROTOCOL_VERSION,
+                sdk_version=package_version(),
+                codecs=CODECS,
+                model_hash=self._config.model_hash,
+            )
+        )
+        welcome: Welcome = self._inbox.expect(Welcome).message
+        assigned: PlanAssigned = self._inbox.expect(PlanAssigned).message
+        is_same = self._welcome == welcome and self._assigned == assigned
+        self._stamp = welcome.stamp
+        self._state = LocalState(self._config.state / welcome.stamp.run / welcome.stamp.device)
+        self._callback.on_connect(welcome.stamp.run)
+        if not is_same or self._data is None or self._runtime is None:
+            self._callback.on_plan(assigned.plan)
+            self._set_up(welcome, assigned)
+        assert self._data is not None
+        self._link.send(
+            Ready(
+                stamp=self._stamp,
+                vocab_size=self._data.vocab_size,
+                num_samples=len(self._data.train),
+                held_steps=self._state.steps(),
+            )
+        )
+
+    def _set_up(self, welcome: Welcome, assigned: PlanAssigned) -> None:
+        self._welcome, self._assigned = welcome, assigned
+        self._preparation.files(welcome, self._ask)
+        self._data = self._preparation.data(welcome)
+        seed = int(welcome.training["seed"])
+        self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
+        self._runtime = self._preparation.runtime(welcome, assigned, self._ask)
+        self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
+        self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
+
+    def _ask(self, request: PartRequest) -> Envelope:
+        self._link.send(request)
+        while True:
+            answer = self._inbox.expect(PartData)
+            if (answer.message.sha256, answer.message.offset) == (request.sha256, request.offset):
+                return answer
+
+    def _ready(self) -> tuple[Runtime, Steps]:
+        assert self._runtime is not None, "a round before a plan"
+        assert self._steps is not None
+        return self._runtime, self._steps
+
+    # ---- serving ----
+
+    def serve(self) -> None:
+        """Do what the coordinator says until it closes the run.
+
+        Raises:
+            RunEnded: the run is over.
+            Stopped: the application asked for it.
+            SessionLost: the coordinator does not know this session any more; join again.
+        """
+        envelope = self._inbox.next()
+        while True:
+            try:
+                self._handle(envelope)
+                envelope = self._inbox.next()
+            except Redirected as redirected:
+                envelope = redirected.envelope
+
+    def _handle(self, envelope: Envelope) -> None:
+        message = envelope.message
+        if isinstance(message, RoundStart):
+            self._begin_round(message, envelope.tensors)
+            if message.end_step > message.stamp.step:
+                self._train_round(message)
+        elif isinstance(message, Pause):
+            self._save(self._stamp.step)
+            self._link.send(Paused(stamp=self._stamp))
+        elif isinstance(message, PlanAssigned) and self._welcome is not None:
+            self._callback.on_plan(message.plan)
+            self._set_up(self._welcome, message)
+        else:
+            log.debug("message.ignored kind=%s", type(message).__name__)
+
+    def _begin_round(self, start: RoundStart, tensors: dict[str, Array]) -> None:
+        runtime, steps = self._ready()
+        self._stamp = start.stamp
+        if start.restore_step >= 0:
+            runtime.load_state(self._state.load(start.restore_step))
+        else:
+            self._apply(start, tensors)
+            runtime.begin_round()
+            self._save(start.stamp.step)
+        if start.evaluate:
+            assert self._data is not None
+            report = steps.evaluate(self._data.validation, self._data.pad_id, self._stamp)
+            self._link.send(report)
+
+    def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
+        """Take over what the aggregation hands out."""
+        runtime, _ = self._ready()
+        if start.is_full and (held := self._state.steps()):
+            # Factors and residual come with the message; moments are best where they were left.
+            runtime.load_moments(self._state.load(held[-1]))
+        own = {name[:-2] for name in tensors if name.endswith(".A")}
+        changed = {name[:-2] for name in tensors if name.endswith(".V")}
+        residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
+        if start.is_full:
+            runtime.set_residual(residual)
+        else:
+            runtime.merge_change(residual)
+        runtime.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
+        runtime.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+
+    def _save(self, step: int) -> None:
+        assert self._runtime is not None
+        self._state.save(step, self._runtime.state())
+
+    # ---- training ----
+
+    def _train_round(self, start: RoundStart) -> None:
+        _, steps = self._ready()
+        loss_sum, targets = 0.0, 0
+        upcoming = self._prepare.submit(self._batches.at, start.stamp.step)
+        for step in range(start.stamp.step, start.end_step):
+            self._stamp = replace(start.stamp, step=step)
+            batch = upcoming.result()
+            upcoming = self._prepare.submit(self._batches.at, step + 1)
+            report = steps.train(batch, self._stamp)
+            loss_sum += report.loss * report.num_targets
+            targets += report.num_targets
+            self._stamp = replace(start.stamp, step=step + 1)
+            self._link.send(report)
+            self._callback.on_step_end(report)
+            self._inbox.glance()
+        self._upload()
+        stats = self._link.stats()
+        self._callback.on_round_end(
+            RoundSummary(
+                start.stamp.round,
+                start.end_step,
+                loss_sum / max(1, targets),
+                stats.bytes_up,
+                stats.bytes_down,
+            )
+        )
+
+    def _upload(self) -> None:
+        runtime, _ = self._ready()
+        tensors: dict[str, TensorOut] = {}
+        for name, pair in runtime.pairs().items():
+            tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
+        tensors |= {name: (value, "float32") for name, value in runtime.head().items()}
+        self._link.send(AdapterUpload(stamp=self._stamp), tensors)
+
+    # ---- small things ----
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye; the coordinator need not wait for silence."""
+        self._link.send(Goodbye(stamp=self._stamp, reason=reason))
+
+    def report(self, error: EdgeError) -> None:
+        """Tell the coordinator why this device cannot go on."""
+        kind = type(error).__name__
+        self._link.send(Failure(stamp=self._stamp, error=kind, text=str(error)))

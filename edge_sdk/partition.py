@@ -1,0 +1,246 @@
+"""Run any stretch of blocks of a transformers model by the model's own code; see design.md 3.
+
+Every parameter keeps its whole-model name; absent blocks take no memory. Which tensors belong to
+which part is found in `layout.py`; knows no files and no network.
+
+Legend: B sequences, T positions, D hidden size, V vocabulary or classes, L blocks of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from edge_sdk.errors import ModelError
+from edge_sdk.layout import Layout, Task, build_empty
+
+CPU = torch.device("cpu")
+
+
+class _Reached(Exception):  # noqa: N818 - control flow, not an error
+    """Unwinds the model's forward once the last wanted block has answered."""
+
+    def __init__(self, hidden_BTD: torch.Tensor) -> None:
+        self.hidden_BTD = hidden_BTD
+
+
+class Slice:
+    """A model of which only some parts are present; runs any stretch of the present blocks.
+
+    Every parameter keeps its whole-model name. Absent blocks lie on the meta device; absent
+    parameters outside the blocks are views of a single zero, so that the model's own code around
+    a stretch (masks, positions, a look-up whose result is thrown away) runs without their memory.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        task: Task,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
+        self.model = build_empty(config, task, dtype)
+        self.layout = layout
+        self.task = task
+        self.dtype = dtype
+        self.device = device
+        self.present: set[str] = set()
+        path, _, self._list_name = layout.blocks_path.rpartition(".")
+        self._list_owner = self.model.get_submodule(path)
+        self.blocks: list[nn.Module] = list(self._list_owner._modules[self._list_name].children())  # type: ignore[union-attr]
+        whole_config: Any = self.model.config
+        self._config = whole_config.get_text_config()
+        self._per_block = _per_block_settings(self._config, layout.num_blocks)
+        for block in self.blocks:
+            block.to("meta")
+        for name in (*layout.front, *layout.tail):
+            _set_tensor(self.model, name, _hollow(self.model, name, dtype).to(device))
+        for name, buffer in list(self.model.named_buffers()):
+            if buffer.device.type != "meta":
+                _set_tensor(self.model, name, buffer.to(device))
+        tie: Any = self.model.tie_weights
+        tie()
+        self.model.requires_grad_(False)
+
+    def add(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make *part* present from *tensors*, by whole-model name; floats become `self.dtype`.
+
+        Raises:
+            ModelError: a tensor is missing or has another shape than the config says.
+        """
+        if part.startswith("block."):
+            self.blocks[int(part.removeprefix("block."))] = self._with_buffers(part)
+        for name in self.layout.part(part):
+            if name not in tensors:
+                raise ModelError(f"part {part!r} lacks tensor {name!r}")
+            value, wanted = tensors[name], _get_tensor(self.model, name)
+            if value.shape != wanted.shape:
+                raise ModelError(
+                    f"{name}: shape {tuple(value.shape)}, the config says {tuple(wanted.shape)}"
+                )
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            _set_tensor(self.model, name, value.to(self.device, dtype))
+        tie: Any = self.model.tie_weights
+        tie()
+        self.present.add(part)
+
+    def _with_buffers(self, part: str) -> nn.Module:
+        """Bring the non-persistent buffers of a block back from the meta device."""
+        index = int(part.removeprefix("block."))
+        block = self.blocks[index]
+        if not any(True for _ in block.buffers()):
+            return block
+        fresh = build_empty(self.model.config, self.task, self.dtype)
+        source = fresh.get_submodule(f"{self.layout.blocks_path}.{index}")
+        for name, buffer in source.named_buffers():
+            _set_tensor(block, name, buffer.to(self.device))
+        return block
+
+    def front(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor, stop: int) -> torch.Tensor:
+        """Run embeddings and blocks 0 .. stop-1 on token ids; returns (B, T, D)."""
+        with self._stretch(0, stop), self._ending(stop - 1):
+            return self._call(ids_BT, lengths_B)
+
+    def middle(
+        self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor, first: int, stop: int
+    ) -> torch.Tensor:
+        """Run blocks first .. stop-1 on a hidden state; returns (B, T, D)."""
+        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B)
+        with (
+            self._stretch(first, stop),
+            self._starting(first, hidden_BTD),
+            self._ending(stop - 1),
+        ):
+            return self._call(ids_BT, lengths_B)
+
+    def logits(self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor, first: int) -> torch.Tensor:
+        """Run blocks first .. L-1 and the tail; returns (B, T, V), or (B, V) for a classifier.
+
+        `first` = L runs the tail alone.
+        """
+        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B)
+        last = self.layout.num_blocks
+        if first < last:
+            with self._stretch(first, last), self._starting(first, hidden_BTD):
+                return self._call(ids_BT, lengths_B)
+        with self._stretch(last - 1, last), self._passing(self.blocks[-1], hidden_BTD):
+            return self._call(ids_BT, lengths_B)
+
+    def whole(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Run the whole model on token ids; returns logits."""
+        return self._call(ids_BT, lengths_B)
+
+    def _call(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        mask_BT = (positions_T[None, :] < lengths_B[:, None]).long()
+        try:
+            output = self.model(input_ids=ids_BT, attention_mask=mask_BT)
+        except _Reached as reached:
+            return reached.hidden_BTD
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _stand_in_ids(self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Token ids that say nothing but where the padding is: some heads pool by that."""
+        pad = self._config.pad_token_id or 0
+        other = pad + 1 if pad + 1 < self._config.vocab_size else 0
+        positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        is_real_BT = positions_T[None, :] < lengths_B[:, None].to(hidden_BTD.device)
+        return torch.where(is_real_BT, other, pad)
+
+    @contextmanager
+    def _stretch(self, first: int, stop: int) -> Iterator[None]:
+        """Let the model see blocks first .. stop-1 only, in its list and in its config."""
+        whole_list = self._list_owner._modules[self._list_name]
+        self._list_owner._modules[self._list_name] = nn.ModuleList(self.blocks[first:stop])
+        # Some models cut their list at this number, or look settings up by position in the list.
+        self._config.num_hidden_layers = stop - first
+        for name, values in self._per_block.items():
+            setattr(self._config, name, values[first:stop])
+        try:
+            yield
+        finally:
+            self._list_owner._modules[self._list_name] = whole_list
+            self._config.num_hidden_layers = self.layout.num_blocks
+            for name, values in self._per_block.items():
+                setattr(self._config, name, values)
+
+    @contextmanager
+    def _starting(self, first: int, hidden_BTD: torch.Tensor) -> Iterator[None]:
+        """Hand *hidden_BTD* to block *first* in place of what the embeddings made."""
+
+        def swap(
+            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden_BTD, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden_BTD}
+
+        handle = self.blocks[first].register_forward_pre_hook(swap, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _ending(self, last: int) -> Iterator[None]:
+        """Leave the model's forward with the output of block *last*."""
+
+        def stop(_m: nn.Module, _args: object, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.blocks[last].register_forward_hook(stop)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _passing(self, block: nn.Module, hidden_BTD: torch.Tensor) -> Iterator[None]:
+        """Make *block*, present or not, answer *hidden_BTD*."""
+        answer = (hidden_BTD,) if self.layout.returns_tuple else hidden_BTD
+        block.forward = lambda *_args, **_kwargs: answer
+        try:
+            yield
+        finally:
+            del block.forward
+
+
+def _per_block_settings(config: Any, num_blocks: int) -> dict[str, list[Any]]:
+    """Settings of *config* that have one entry per block, such as `layer_types`."""
+    entries = {n: v for n, v in vars(config).items() if isinstance(v, list | tuple)}
+    return {n: list(v) for n, v in entries.items() if len(v) == num_blocks > 1}
+
+
+def _hollow(model: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the right shape that takes one number of memory."""
+    wanted = _get_tensor(model, name)
+    kind = dtype if wanted.is_floating_point() else wanted.dtype
+    return torch.zeros((), dtype=kind).expand(wanted.shape)
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """The module at *path*; inside an adapter layer, the base layer that owns the weight."""
+    module = model.get_submodule(path)
+    base = getattr(module, "base_layer", module)
+    return base if isinstance(base, nn.Module) else module
+
+
+def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(_owner(model, path), leaf)
+    return tensor
+
+
+def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = _owner(model, path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value

@@ -1,0 +1,36 @@
+"""What the coordinator decides for one device, and the pieces of the model that this takes.
+
+Part of the protocol: both travel inside messages. How a plan is found is not decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One downloadable piece of the model: a safetensors file known by its content."""
+
+    name: str
+    """`files` (config and tokenizer), `front`, `block.<i>`, `tail`."""
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one device runs: written by the planner, sent as it stands."""
+
+    split: int
+    """Blocks 0 .. split-1 run on the device; split = number of blocks is federated LoRA."""
+    ranks: dict[str, int]
+    """Rank of each adapted weight on the device, by whole-model module name."""
+    alphas: dict[str, float]
+    """LoRA alpha of each adapted weight; its scale is alpha / rank (or alpha / sqrt(rank))."""
+    batch_size: int
+    """Sequences of one optimizer step."""
+    micro_batch: int
+    """Sequences that pass through the model together; divides the step into micro-batches."""
+    tail: bool = False
+    """Whether final norm and head run on the device (labels: device, or split = all blocks)."""

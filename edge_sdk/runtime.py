@@ -1,0 +1,119 @@
+"""What a device can do with its slice, whatever computes it: the `Runtime` interface.
+
+Knows no network. `runtime_torch.py` is the torch implementation; arrays cross this border as numpy,
+so that a runtime without torch can stand beside it.
+
+Legend: B sequences, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from edge_sdk.adapters import Pair
+from edge_sdk.factors import Array, Factors
+
+
+class Micro(NamedTuple):
+    """One micro-batch, padded on the right."""
+
+    input_ids: np.ndarray
+    """(B, T) int64."""
+    lengths: np.ndarray
+    """(B,) int32."""
+    labels: np.ndarray
+    """(B, T) int64 with -100 where no loss is taken, or (B,) classes."""
+
+
+class TailSums(NamedTuple):
+    """What the tail found for one micro-batch."""
+
+    loss_sum: float
+    num_targets: int
+    num_correct: int
+
+
+class Runtime(Protocol):
+    """The device's blocks, its adapters and their optimizer."""
+
+    def forward(self, micro: Micro, step: int, index: int) -> Array:
+        """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph."""
+        ...
+
+    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
+        """Loss of the top hidden state and dL/dtop; a trainable head gets its gradient here.
+
+        L is the sum over the micro-batch divided by the *num_targets* of the whole step.
+        """
+        ...
+
+    def backward(self, grad_BTD: Array) -> None:
+        """Continue the backward pass of the last `forward` from dL/dh."""
+        ...
+
+    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+        """Forward and backward of the whole model; only where the device holds all of it."""
+        ...
+
+    def step(self, step: int) -> None:
+        """Update the adapters with the gradients gathered since the last update.
+
+        Raises:
+            NumericError: a gradient is NaN or infinite; nothing was changed.
+        """
+        ...
+
+    def forward_eval(self, micro: Micro) -> Array:
+        """Run the device's blocks without a graph and without dropout."""
+        ...
+
+    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
+        """Loss of the top hidden state without gradients."""
+        ...
+
+    def pairs(self) -> dict[str, Pair]:
+        """Copies of the adapters' own factors."""
+        ...
+
+    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
+        """Overwrite the adapters' own factors; the optimizer state stays."""
+        ...
+
+    def begin_round(self) -> None:
+        """Remember the factors, so that the round's progress is known at its end."""
+        ...
+
+    def set_residual(self, residual: Mapping[str, Factors]) -> None:
+        """Replace the frozen residuals; weights that are not named have none."""
+        ...
+
+    def merge_change(self, changes: Mapping[str, Factors]) -> None:
+        """Add the round's change of dW, less our own progress, to the residuals."""
+        ...
+
+    def head(self) -> dict[str, Array]:
+        """A trainable head's parameters; empty where the head is elsewhere."""
+        ...
+
+    def load_head(self, head: Mapping[str, Array]) -> None:
+        """Overwrite a trainable head's parameters."""
+        ...
+
+    def most_bytes(self) -> int:
+        """Upper bound for the bytes of all factors and residuals together."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a restart needs: factors, residuals, head, optimizer moments."""
+        ...
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        ...
+
+    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over the optimizer moments of what `state` returned, wherever they still fit."""
+        ...

@@ -1,0 +1,274 @@
+"""The `Runtime` of a device that has torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.errors import NumericError
+from edge_sdk.factors import Array, Factors, compress, stack
+from edge_sdk.layout import Layout, Task
+from edge_sdk.loss import LossSums, loss_sums
+from edge_sdk.partition import Slice
+from edge_sdk.plan import Plan
+from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.training import (
+    Compute,
+    Optimizer,
+    TrainingConfig,
+    autocast,
+    resolve_compute,
+    seed_step,
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device of *name*; `auto` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class TorchRuntime:
+    """Blocks 0 .. split-1 of a model, their adapters, and the tail where the plan says so."""
+
+    def __init__(
+        self,
+        config: Any,
+        task: Task,
+        layout: Layout,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        plan: Plan,
+        lora: LoraConfig,
+        training: TrainingConfig,
+        total_steps: int,
+        *,
+        device: str = "auto",
+        compute: Compute = "auto",
+        base_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._device = pick_device(device)
+        self._slice = Slice(config, task, layout, base_dtype, self._device)
+        for name, tensors in parts.items():
+            self._slice.add(name, tensors)
+        self._plan = plan
+        self._training = training
+        self._compute = resolve_compute(compute, self._device)
+        self.adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
+        head = head_names(self._slice) if plan.tail else ()
+        self._head = named_parameters(self._slice, head)
+        for parameter in self._head.values():
+            parameter.requires_grad_(True)
+        trained = {**self.adapters.parameters(), **self._head}
+        self._optimizer = Optimizer(trained, training, total_steps, self._compute)
+        self._hidden: torch.Tensor | None = None
+        self._before: dict[str, Factors] = {}
+
+    # ---- training ----
+
+    def forward(self, micro: Micro, step: int, index: int) -> Array:
+        """Run the device's blocks; see `Runtime`."""
+        self._slice.model.train()
+        seed_step(self._training.seed, "device", step, index)
+        ids_BT, lengths_B, _ = self._tensors(micro)
+        with autocast(self._compute, self._device):
+            self._hidden = self._slice.front(ids_BT, lengths_B, self._plan.split)
+        return to_numpy(self._hidden)
+
+    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
+        """Loss and dL/dtop; see `Runtime`."""
+        self._slice.model.train()
+        top = torch.from_numpy(top_BTD).to(self._device).requires_grad_(True)
+        sums = self._sums(top, micro)
+        scale = self._optimizer.loss_scale
+        torch.autograd.backward(sums.loss_B.sum() * (scale / num_targets))
+        assert top.grad is not None
+        return totals(sums), to_numpy(top.grad / scale)
+
+    def backward(self, grad_BTD: Array) -> None:
+        """Continue the backward pass from dL/dh; see `Runtime`."""
+        assert self._hidden is not None, "backward without forward"
+        hidden, self._hidden = self._hidden, None
+        if hidden.requires_grad:
+            grad = torch.from_numpy(grad_BTD).to(self._device) * self._optimizer.loss_scale
+            torch.autograd.backward(hidden, grad.to(hidden.dtype))
+
+    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+        """Forward and backward of the whole model; see `Runtime`."""
+        self._slice.model.train()
+        seed_step(self._training.seed, "device", step, index)
+        ids_BT, lengths_B, labels = self._tensors(micro)
+        with autocast(self._compute, self._device):
+            sums = loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
+        torch.autograd.backward(sums.loss_B.sum() * (self._optimizer.loss_scale / num_targets))
+        return totals(sums)
+
+    def step(self, step: int) -> None:
+        """Update the adapters; see `Runtime`."""
+        if not self._optimizer.step(step):
+            raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
+
+    # ---- evaluation ----
+
+    def forward_eval(self, micro: Micro) -> Array:
+        """Run the device's blocks without a graph; see `Runtime`."""
+        self._slice.model.eval()
+        ids_BT, lengths_B, _ = self._tensors(micro)
+        with torch.no_grad(), autocast(self._compute, self._device):
+            return to_numpy(self._slice.front(ids_BT, lengths_B, self._plan.split))
+
+    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
+        """Loss without gradients; see `Runtime`."""
+        self._slice.model.eval()
+        with torch.no_grad():
+            return totals(self._sums(torch.from_numpy(top_BTD).to(self._device), micro))
+
+    def _sums(self, top: torch.Tensor, micro: Micro) -> LossSums:
+        _, lengths_B, labels = self._tensors(micro)
+        with autocast(self._compute, self._device):
+            logits = self._slice.logits(top, lengths_B, self._slice.layout.num_blocks)
+            return loss_sums(logits, labels)
+
+    def _tensors(self, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro)
+        device = self._device
+        return ids_BT.to(device), lengths_B.to(device), labels.to(device)
+
+    # ---- adapters ----
+
+    def pairs(self) -> dict[str, Pair]:
+        """Copies of the own factors."""
+        return self.adapters.pairs()
+
+    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
+        """Overwrite the own factors."""
+        self.adapters.load_pairs(pairs)
+
+    def begin_round(self) -> None:
+        """Remember the factors of the round's start."""
+        self._before = self.adapters.products()
+
+    def set_residual(self, residual: Mapping[str, Factors]) -> None:
+        """Replace the frozen residuals."""
+        self.adapters.set_residual({**self.adapters.zero_residual(), **residual})
+
+    def most_bytes(self) -> int:
+        """Upper bound for the bytes of all factors and residuals together."""
+        return self.adapters.most_bytes()
+
+    def merge_change(self, changes: Mapping[str, Factors]) -> None:
+        """Res <- Res + change - (s B' A' - s B A); design.md 6."""
+        merge_change(self.adapters, changes, self._before)
+
+    def head(self) -> dict[str, Array]:
+        """The trainable head."""
+        return {n: to_numpy(p) for n, p in self._head.items()}
+
+    def load_head(self, head: Mapping[str, Array]) -> None:
+        """Overwrite the trainable head."""
+        load_parameters(self._head, head)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a restart needs."""
+        return {
+            **adapter_state(self.adapters),
+            **{f"head:{n}": v for n, v in self.head().items()},
+            **before_state(self._before),
+            **{f"optimizer:{n}": v for n, v in self._optimizer.state().items()},
+        }
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        load_adapter_state(self.adapters, state)
+        self.load_head(under("head:", state))
+        self._before = load_before_state(state)
+        self.load_moments(state)
+        self._optimizer.forget_gradients()
+        self._hidden = None
+
+    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over the optimizer moments of what `state` returned."""
+        self._optimizer.load_state(under("optimizer:", state))
+
+
+def merge_change(
+    adapters: Adapters, changes: Mapping[str, Factors], before: Mapping[str, Factors]
+) -> None:
+    """Res <- Res + change - (s B' A' - s B A) for the weights in *changes*; design.md 6."""
+    now = adapters.products()
+    merged = {}
+    for name, change in changes.items():
+        terms = [change]
+        if name in adapters.residual:
+            terms.append(adapters.residual[name])
+        if name in now:
+            terms += [now[name].scaled(-1.0), before[name]]
+        merged[name] = compress(stack(terms))[0]
+    adapters.set_residual(merged)
+
+
+def adapter_state(adapters: Adapters) -> dict[str, np.ndarray]:
+    """Own factors and residuals as flat arrays."""
+    state: dict[str, np.ndarray] = {}
+    for name, pair in adapters.pairs().items():
+        state |= {f"own:{name}.A": pair.a_RI, f"own:{name}.B": pair.b_OR}
+    for name, factors in adapters.residual.items():
+        state |= {f"residual:{name}.V": factors.a_RI, f"residual:{name}.U": factors.b_OR}
+    return state
+
+
+def load_adapter_state(adapters: Adapters, state: Mapping[str, np.ndarray]) -> None:
+    """Take over what `adapter_state` returned."""
+    own = under("own:", state)
+    names = [n for n in adapters.ranks if f"{n}.A" in own]
+    adapters.load_pairs({n: Pair(own[f"{n}.A"], own[f"{n}.B"]) for n in names})
+    adapters.set_residual({**adapters.zero_residual(), **_factors(under("residual:", state))})
+
+
+def before_state(before: Mapping[str, Factors]) -> dict[str, np.ndarray]:
+    """The products of the round's start as flat arrays."""
+    state: dict[str, np.ndarray] = {}
+    for name, factors in before.items():
+        state |= {f"before:{name}.V": factors.a_RI, f"before:{name}.U": factors.b_OR}
+    return state
+
+
+def load_before_state(state: Mapping[str, np.ndarray]) -> dict[str, Factors]:
+    """Take over what `before_state` returned."""
+    return _factors(under("before:", state))
+
+
+def _factors(flat: Mapping[str, np.ndarray]) -> dict[str, Factors]:
+    names = [key.removesuffix(".V") for key in flat if key.endswith(".V")]
+    return {n: Factors(flat[f"{n}.U"], flat[f"{n}.V"]) for n in names}
+
+
+def load_parameters(
+    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Array]
+) -> None:
+    """Overwrite parameters in place by name."""
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(torch.from_numpy(np.array(value)))
+
+
+def under(prefix: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The entries whose names begin with *prefix*, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """A float32 array on the host, sharing memory where it can."""
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array
+
+
+def totals(sums: LossSums) -> TailSums:
+    """Sums over the sequences, as plain numbers."""
+    return TailSums(
+        float(sums.loss_B.detach().sum()), int(sums.targets_B.sum()), int(sums.correct_B.sum())
+    )

@@ -1,0 +1,121 @@
+"""What both ends of the link do with libzmq: options, monitors, waking an I/O thread.
+
+Not here: who connects to whom (`device_io.py`, the coordinator's `gateway_io.py`). The settings
+are those that were measured to be safe; the reason stands beside each.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from edge_sdk.errors import ReceiveTimeout, TransportError
+from edge_sdk.packets import MAX_FRAME_BYTES, Lane
+
+# libzmq counts messages, not bytes: this bounds what an enrolled but hostile peer can pile up to
+# 128 frames per connection. `channel.MAX_PACKETS_IN_FLIGHT` keeps honest peers below it.
+QUEUE_FRAMES = 128
+# Below this size a copy is cheaper than the bookkeeping of sending without one.
+ZERO_COPY_BYTES = 64 * 1024
+# A stranger may hold a half-open handshake, and with it a file descriptor, this long.
+HANDSHAKE_MS = 5_000
+
+
+@contextmanager
+def zmq_errors_as_ours(what: str) -> Iterator[None]:
+    """Turn pyzmq errors into ours; callers never import zmq."""
+    try:
+        yield
+    except zmq.Again as error:
+        raise ReceiveTimeout(f"{what}: no answer in time") from error
+    except zmq.ZMQError as error:
+        raise TransportError(f"{what}: {error}") from error
+
+
+def tune(sock: zmq.Socket[bytes]) -> None:
+    """Set what every socket of ours has in common."""
+    sock.linger = 0  # what matters is acked; the rest may be lost
+    sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)  # else a stranger's length is allocated
+    sock.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
+    sock.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    sock.setsockopt(zmq.IPV6, 1)
+    # Routers forget idle connections after 350 s; Linux would notice after two hours.
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 15)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
+    with suppress(zmq.ZMQError):  # only where the kernel has it
+        sock.setsockopt(zmq.TCP_MAXRT, 30_000)
+
+
+def tune_dealer(sock: zmq.Socket[bytes], lane: Lane, reconnect_ms: int, most_ms: int) -> None:
+    """Set what a connecting socket needs besides."""
+    tune(sock)
+    sock.setsockopt(zmq.IMMEDIATE, 1)  # else frames pile up for a peer that is not there
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, 10_000)
+    sock.setsockopt(zmq.RECONNECT_IVL, reconnect_ms)
+    sock.setsockopt(zmq.RECONNECT_IVL_MAX, most_ms)  # no back-off unless set
+    if lane == Lane.CONTROL:
+        # Never on bulk: only complete frames count as life, so a slow chunk would kill the link.
+        sock.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+
+
+def monitor_events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield (event, value) for whatever the monitor holds; an undrained one blocks reconnects."""
+    while True:
+        try:
+            parts = monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        event: Any = parse_monitor_message(parts)
+        yield int(event["event"]), int(event["value"])
+
+
+def receive_frame(sock: zmq.Socket[bytes]) -> zmq.Frame | None:
+    """Return the next message of one frame; None when it had several, which we never send."""
+    frame = sock.recv(zmq.NOBLOCK, copy=False)
+    assert isinstance(frame, zmq.Frame)
+    if not frame.more:
+        return frame
+    while sock.getsockopt(zmq.RCVMORE):
+        sock.recv(copy=False)
+    return None
+
+
+class Waker:
+    """Lets other threads interrupt the poll of an I/O thread."""
+
+    def __init__(self) -> None:
+        self._inner, self._outer = socket.socketpair()
+        self._inner.setblocking(False)
+        self._outer.setblocking(False)
+        self._is_awake = False
+
+    def fileno(self) -> int:
+        """Return what to poll for reading."""
+        return self._inner.fileno()
+
+    def wake(self) -> None:
+        """Make the poll return; cheap when it already will."""
+        if not self._is_awake:
+            self._is_awake = True
+            with suppress(OSError):  # full means awake, closed means over
+                self._outer.send(b"w")
+
+    def clear(self) -> None:
+        """Called by the I/O thread, before it looks at what was queued."""
+        with suppress(OSError):
+            self._inner.recv(64)
+        self._is_awake = False
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._inner.close()
+        self._outer.close()

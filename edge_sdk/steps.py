@@ -1,0 +1,167 @@
+"""A step and an evaluation of one device, read from top to bottom in `_train_micro`.
+
+Legend: B sequences, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from edge_sdk.assembly import Envelope, TensorOut
+from edge_sdk.batches import MicroBatch, StepBatch, eval_batches
+from edge_sdk.codecs import require_finite
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.factors import Array
+from edge_sdk.inbox import Inbox
+from edge_sdk.joining import as_int32
+from edge_sdk.messages import (
+    Activation,
+    EvalReport,
+    EvalResult,
+    Gradient,
+    Stamp,
+    StepReport,
+    TopGradient,
+    TopHidden,
+    Welcome,
+)
+from edge_sdk.plan import Plan
+from edge_sdk.runtime import Micro, Runtime, TailSums
+from edge_sdk.tokenize import Example
+from edge_sdk.transport import Link
+from profiler.memory import peak_rss
+
+
+class Steps:
+    """The device's half of every micro-batch, and the messages around it."""
+
+    def __init__(
+        self, runtime: Runtime, plan: Plan, welcome: Welcome, link: Link, inbox: Inbox
+    ) -> None:
+        self._runtime, self._plan = runtime, plan
+        self._link, self._inbox = link, inbox
+        self._codec = welcome.codec
+        self._keeps_labels = welcome.labels == "device"
+        # Every block is here: the coordinator computes nothing.
+        self._is_whole = plan.split == welcome.num_blocks
+        self._stamp = welcome.stamp
+        self._waited_s = 0.0
+
+    def train(self, batch: StepBatch, stamp: Stamp) -> StepReport:
+        """One optimizer step of the device."""
+        self._stamp = stamp
+        runtime = self._runtime
+        began, self._waited_s = time.monotonic(), 0.0
+        loss_sum = 0.0
+        for index, micro in enumerate(batch.micro_batches):
+            loss_sum += self._train_micro(micro, index, batch).loss_sum
+        runtime.step(batch.step)
+        spent = time.monotonic() - began
+        return StepReport(
+            stamp=self._stamp,
+            loss=loss_sum / batch.num_targets,
+            num_targets=batch.num_targets,
+            num_sequences=self._plan.batch_size,
+            num_tokens=batch.num_tokens,
+            compute_s=max(0.0, spent - self._waited_s),
+            wait_s=self._waited_s,
+            peak_rss_bytes=int(peak_rss().value or 0),
+        )
+
+    def _train_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> TailSums:
+        """One micro-batch through the whole model, most of which is elsewhere."""
+        runtime = self._runtime
+        micro = Micro(batch.input_ids, batch.lengths, batch.labels)
+        if self._is_whole:
+            return runtime.local(micro, step.num_targets, step.step, index)
+        hidden_BTD = runtime.forward(micro, step.step, index)  # the device's blocks
+        self._send_activation(hidden_BTD, micro, index, len(step.micro_batches), step.num_targets)
+        sums = None
+        if self._keeps_labels:
+            top = self._wait(TopHidden, index)  # the coordinator's blocks
+            sums, grad_BTD = runtime.tail(
+                _checked(top.tensors["hidden"], hidden_BTD), micro, step.num_targets
+            )
+            self._link.send(
+                TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
+            )
+        answer = self._wait(Gradient, index)  # the coordinator's backward pass
+        runtime.backward(_checked(answer.tensors["grad"], hidden_BTD))
+        return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
+
+    def _send_activation(
+        self,
+        hidden_BTD: Array,
+        micro: Micro,
+        index: int,
+        num_micro: int,
+        targets: int,
+        *,
+        is_eval: bool = False,
+    ) -> None:
+        require_finite(hidden_BTD, f"activation of step {self._stamp.step}")
+        tensors: dict[str, TensorOut] = {
+            "hidden": self._coded(hidden_BTD),
+            "lengths": (as_int32(micro.lengths), "int32"),
+        }
+        if not self._keeps_labels:
+            tensors["labels"] = (as_int32(micro.labels), "int32")
+        self._link.send(
+            Activation(
+                stamp=self._stamp,
+                micro=index,
+                num_micro=num_micro,
+                num_targets=targets,
+                is_eval=is_eval,
+            ),
+            tensors,
+        )
+
+    def _wait(self, kind: type[Any], micro: int) -> Envelope:
+        began = time.monotonic()
+        envelope = self._inbox.answer(kind, self._stamp, micro)
+        self._waited_s += time.monotonic() - began
+        return envelope
+
+    def evaluate(self, examples: Sequence[Example], pad_id: int, stamp: Stamp) -> EvalReport:
+        """Go through the private validation data; all zeros when there is none."""
+        self._stamp = stamp
+        loss_sum, targets, correct = 0.0, 0, 0
+        if examples:
+            for index, batch in enumerate(
+                eval_batches(examples, self._plan.micro_batch, pad_id=pad_id)
+            ):
+                sums = self._evaluate_micro(batch, index)
+                loss_sum += sums.loss_sum
+                targets += sums.num_targets
+                correct += sums.num_correct
+        return EvalReport(
+            stamp=self._stamp, loss_sum=loss_sum, num_targets=targets, num_correct=correct
+        )
+
+    def _evaluate_micro(self, batch: MicroBatch, index: int) -> TailSums:
+        runtime = self._runtime
+        micro = Micro(batch.input_ids, batch.lengths, batch.labels)
+        hidden_BTD = runtime.forward_eval(micro)
+        if self._is_whole:
+            return runtime.tail_eval(hidden_BTD, micro)
+        self._send_activation(hidden_BTD, micro, index, 1, batch.num_targets, is_eval=True)
+        if self._keeps_labels:
+            return runtime.tail_eval(
+                self._inbox.answer(TopHidden, self._stamp, index).tensors["hidden"], micro
+            )
+        result: EvalResult = self._inbox.answer(EvalResult, self._stamp, index).message
+        return TailSums(result.loss_sum, result.num_targets, result.num_correct)
+
+    def _coded(self, array: Array) -> TensorOut:
+        return array, self._codec
+
+
+def _checked(array: Array, like: Array) -> Array:
+    """What came back must have the shape of what was sent, and be finite."""
+    if array.shape != like.shape:
+        raise RemoteProtocolError(f"a tensor of shape {array.shape} came back, not {like.shape}")
+    require_finite(array, "tensor from the coordinator")
+    return array

@@ -1,0 +1,234 @@
+"""One schedule and one optimizer for both sides of the cut.
+
+The learning rate is a pure function of the step, so that device and coordinator agree without
+talking about it. Knows no model and no network; torch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edge_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Compute = Literal["auto", "float32", "bfloat16", "float16"]
+
+# As torch.amp.GradScaler starts and grows.
+FIRST_LOSS_SCALE = 65536.0
+STEPS_TO_DOUBLE_SCALE = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How the adapters are trained, on the devices and on the coordinator alike."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW of torch, or plain SGD without momentum."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """What the rate does after the warm-up: stay, or fall to 0 at the end of the run."""
+    warmup_steps: int = 0
+    """Steps in which the rate rises from 0 to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Each side clips the 2-norm of the gradients of all its own adapters to this; 0 never."""
+    seed: int = 0
+    """Of adapter initialisation, data order and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def to_pairs(config: Any) -> dict[str, str]:
+    """Write a flat config dataclass as strings, for the wire."""
+    return {
+        name: ",".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in asdict(config).items()
+    }
+
+
+def from_pairs(cls: Any, pairs: Mapping[str, str]) -> Any:
+    """Read a flat config dataclass back from strings.
+
+    Raises:
+        ConfigError: a key is unknown, or a value does not fit its field.
+    """
+    kinds = {field.name: type(field.default) for field in fields(cls)}
+    if unknown := pairs.keys() - kinds.keys():
+        raise ConfigError(f"the coordinator sent unknown settings: {', '.join(sorted(unknown))}")
+    read = {bool: lambda text: text == "True", tuple: lambda text: tuple(text.split(","))}
+    try:
+        return cls(**{n: read.get(kinds[n], kinds[n])(text) for n, text in pairs.items()})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the coordinator sent a setting that does not fit: {error}") from error
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """The rate of *step* (from 0) of a run of *total_steps*, as transformers schedules it."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * max(0.0, 1.0 - progress)
+    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class Optimizer:
+    """AdamW or SGD over named parameters, with clipping, schedule and a state that travels."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainingConfig,
+        total_steps: int,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        import torch
+
+        self.parameters = dict(parameters)
+        # float16 has no room below 6e-8: losses are multiplied by this before a backward pass.
+        self.loss_scale = FIRST_LOSS_SCALE if compute == torch.float16 else 1.0
+        self._is_scaled = compute == torch.float16
+        self._good_steps = 0
+        self._config = config
+        self._total_steps = total_steps
+        groups = list(self.parameters.values())
+        self._torch: Any = None
+        if groups and config.optimizer == "adamw":
+            self._torch = torch.optim.AdamW(
+                groups,
+                lr=config.learning_rate,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+            )
+        elif groups:
+            self._torch = torch.optim.SGD(groups, lr=config.learning_rate)
+
+    def step(self, step: int) -> bool:
+        """Clip, update with the rate of *step*, and forget the gradients.
+
+        Returns:
+            False when a gradient was NaN or infinite: nothing was changed then. In float16 that
+            is part of finding the loss scale, which is halved, and True is returned.
+        """
+        import torch
+
+        if self._torch is None:
+            return True
+        if self.loss_scale != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= self.loss_scale
+        limit = self._config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite:
+            for group in self._torch.param_groups:
+                group["lr"] = learning_rate(self._config, step, self._total_steps)
+            self._torch.step()
+        self._torch.zero_grad(set_to_none=True)
+        if self._is_scaled:
+            self._adjust_scale(is_finite)
+        return is_finite or self._is_scaled
+
+    def _adjust_scale(self, is_finite: bool) -> None:
+        self._good_steps = self._good_steps + 1 if is_finite else 0
+        if not is_finite:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self._good_steps % STEPS_TO_DOUBLE_SCALE == 0:
+            self.loss_scale *= 2
+
+    def forget_gradients(self) -> None:
+        """Drop what backward passes have left."""
+        if self._torch is not None:
+            self._torch.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of the moments, as `<parameter>.<moment>`."""
+        if self._torch is None:
+            return {}
+        return {
+            f"{name}.{moment}": value.detach().cpu().numpy().copy()
+            for name, parameter in self.parameters.items()
+            for moment, value in self._torch.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take moments over wherever name and shape still fit; the rest start fresh."""
+        import torch
+
+        if self._torch is None or self._config.optimizer != "adamw":
+            return
+        for name, parameter in self.parameters.items():
+            moments = {
+                m: torch.from_numpy(np.array(state[f"{name}.{m}"]))
+                for m in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{m}" in state
+            }
+            if len(moments) == 3 and moments["exp_avg"].shape == parameter.shape:
+                on_device = {
+                    m: v if m == "step" else v.to(parameter.device) for m, v in moments.items()
+                }
+                self._torch.state[parameter] = on_device
+            else:
+                self._torch.state.pop(parameter, None)
+
+
+def resolve_compute(compute: Compute, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; `auto` is bfloat16 where the hardware itself has it."""
+    import torch
+
+    if compute != "auto":
+        dtype: torch.dtype = getattr(torch, compute)
+        return dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+@contextmanager
+def autocast(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Run matrix products in *dtype*; float32 changes nothing."""
+    import torch
+
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype):
+        yield
+
+
+def seed_step(seed: int, *where: int | str) -> None:
+    """Seed torch's generators for one micro-batch, so that dropout needs no saved state."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256(" ".join(map(str, (seed, *where))).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

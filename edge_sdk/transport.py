@@ -1,0 +1,164 @@
+"""The link of a device to its coordinator, as an application sees it.
+
+Not here: sockets and reconnects (`device_io.py`, `transport_line.py`), bytes (`wire.py`), the fake for tests and
+simulation (`memory_link.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Protocol
+
+from edge_sdk.assembly import Envelope, Outgoing, TensorOut
+from edge_sdk.deadline import Deadline
+from edge_sdk.device_io import DeviceIo
+from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
+from edge_sdk.messages import FROM_DEVICE, Message
+from edge_sdk.packets import MAX_CHUNK_BYTES
+from edge_sdk.transport_line import LinkConfig
+
+__all__ = ["Envelope", "Link", "LinkConfig", "LinkStats", "TensorOut", "ZmqLink"]
+
+NO_TENSORS: Mapping[str, TensorOut] = MappingProxyType({})
+# How long `close` waits for the last acks.
+FLUSH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """What a link has done since it was opened."""
+
+    bytes_up: int
+    bytes_down: int
+    reconnects: int
+    rtt_s: float | None
+    """Round trip of the last heartbeat; None before the first."""
+
+
+class Link(Protocol):
+    """What a client needs of a connection; `ZmqLink` and `MemoryLink` are two."""
+
+    def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
+        """Queue *message*; it arrives once, in order, unless the session is lost.
+
+        The arrays are borrowed until the coordinator has them: do not write to them again.
+        """
+
+    def receive(self, deadline: Deadline) -> Envelope:
+        """Return the next message, or raise ReceiveTimeout, RefusedError, PeerGone, SessionLost."""
+
+    def set_limit(self, max_message_bytes: int) -> None:
+        """Change the payload in bytes that one received message may have."""
+
+    def stats(self) -> LinkStats:
+        """Return what the link has done so far."""
+
+    def close(self, flush_s: float = FLUSH_S) -> None:
+        """Send what is queued, for at most *flush_s* seconds, and end the session."""
+
+
+def no_telemetry() -> dict[str, float]:
+    """Return the telemetry of a device that has none."""
+    return {}
+
+
+def package_version() -> str:
+    """Return the version of this package, or `0` where it runs without being installed."""
+    try:
+        return importlib.metadata.version("edgesplit")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+class ZmqLink:
+    """A link over ZeroMQ with CURVE; reconnects by itself.
+
+    Use as a context manager, or call `close`. *telemetry* is called in the I/O thread before each
+    heartbeat: it must be quick and must not raise.
+    """
+
+    def __init__(
+        self, config: LinkConfig, telemetry: Callable[[], dict[str, float]] = no_telemetry
+    ) -> None:
+        if not 0 < config.chunk_bytes <= MAX_CHUNK_BYTES:
+            raise ValueError(f"chunk_bytes must be 1 .. {MAX_CHUNK_BYTES}: {config.chunk_bytes}")
+        self._io = DeviceIo(config, telemetry, package_version())
+        self._epoch = 0  # sessions the application knows to be lost
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._io.run, name="edgesplit-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """The device's name as the coordinator registered its key; empty before the answer."""
+        return self._io.name
+
+    def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
+        """Queue *message*; see `Link.send`. Any thread may call this."""
+        if not isinstance(message, FROM_DEVICE):
+            raise LocalProtocolError(f"{type(message).__name__} is not a message of a device")
+        if self._is_closed:
+            raise LocalProtocolError("the link is closed")
+        if self._io.dead is not None:
+            raise self._io.dead
+        epoch = self._epoch
+        if self._io.epoch != epoch:
+            raise SessionLost("the session is lost; receive() says when")
+        self._io.post("send", epoch, Outgoing(message, tensors, self._io.config.chunk_bytes))
+
+    def receive(self, deadline: Deadline) -> Envelope:
+        """Return the next message; see `Link.receive`."""
+        if self._io.dead is not None and self._io.inbox.empty():
+            raise self._io.dead
+        try:
+            epoch, item = self._io.inbox.get(timeout=deadline.left_s())
+        except queue.Empty:
+            raise ReceiveTimeout("nothing arrived in time") from None
+        if isinstance(item, Envelope):
+            self._io.took(epoch, item)
+            return item
+        if item is None:
+            raise self._over()
+        if isinstance(item, SessionLost):
+            self._epoch = epoch + 1
+        self._io.has_error_posted = False
+        raise item
+
+    def _over(self) -> EdgeError:
+        self._io.inbox.put((self._epoch, None))  # for whoever else is waiting
+        return LocalProtocolError("the link is closed")
+
+    def set_limit(self, max_message_bytes: int) -> None:
+        """Change the payload in bytes that one received message may have."""
+        self._io.post("limit", self._epoch, max_message_bytes)
+
+    def stats(self) -> LinkStats:
+        """Return what the link has done so far."""
+        counters = self._io.counters
+        return LinkStats(
+            counters.bytes_up, counters.bytes_down, counters.reconnects, counters.rtt_s
+        )
+
+    def close(self, flush_s: float = FLUSH_S) -> None:
+        """Send what is queued, for at most *flush_s* seconds, and end the session."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._io.post("close", 0, flush_s)
+            self._thread.join()
+            self._io.waker.close()
+
+    def __enter__(self) -> ZmqLink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(flush_s=FLUSH_S if error is None else 0.0)

@@ -1,0 +1,150 @@
+"""One connection of a device: a DEALER socket with its monitor, and what it is configured with.
+
+Not here: when to connect, and what is sent (`device_io.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from edge_sdk.errors import ConfigError, EdgeError, PeerGone, RefusedError
+from edge_sdk.keys import KeyPair
+from edge_sdk.packets import MAX_CHUNK_BYTES, Lane
+from edge_sdk.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
+
+# A refused socket is dead to libzmq and is built anew, ever more rarely.
+REBUILD_FIRST_S = 1.0
+REBUILD_MOST_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConfig:
+    """Where the coordinator is and how patient the device is with it."""
+
+    address: str
+    """As ZeroMQ writes it: tcp://host:port."""
+    server_key: str = ""
+    """Public key of the coordinator; empty only for benchmarks without CURVE."""
+    keys: KeyPair | None = None
+    name: str = ""
+    """Believed only by a coordinator without CURVE."""
+    max_message_bytes: int = 64 * 1024 * 1024
+    """Payload that one message may bring; the application raises it when it expects more."""
+    chunk_bytes: int = MAX_CHUNK_BYTES
+    """Payload of one packet; 256 KiB on slow links."""
+    first_contact_s: float = 10.0
+    """Seconds until an unanswered first connect is reported."""
+    patience_s: float = 600.0
+    """Seconds an unreachable coordinator is retried before PeerGone."""
+    beat_s: float = 5.0
+    """Seconds between heartbeats."""
+    reconnect_s: float = 0.5
+    """Pause before the first reconnect; doubles up to `reconnect_most_s`."""
+    reconnect_most_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the I/O thread counts; others only read."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    reconnects: int = 0
+    rtt_s: float | None = None
+
+
+class Line:
+    """One of the two connections; made by the I/O thread and used by it alone."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+        config: LinkConfig,
+        keys: KeyPair | None,
+        lane: Lane,
+    ) -> None:
+        self.lane = lane
+        self.is_up = False
+        self.is_attached = False
+        self.is_full = False
+        self.has_tcp = False  # a TCP connection was made at least once
+        self.attach_s = 0.0
+        self.rebuild_s: float | None = None
+        self.rebuild_pause_s = REBUILD_FIRST_S
+        self._poller = poller
+        self.socket = context.socket(zmq.DEALER)
+        self.monitor = self.socket.get_monitor_socket()
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self.monitor, zmq.POLLIN)
+        try:
+            self._connect(config, keys)
+        except (zmq.ZMQError, ValueError) as error:
+            self.close()
+            raise ConfigError(f"cannot connect to {config.address!r}: {error}") from error
+
+    def _connect(self, config: LinkConfig, keys: KeyPair | None) -> None:
+        first_ms, most_ms = int(config.reconnect_s * 1000), int(config.reconnect_most_s * 1000)
+        tune_dealer(self.socket, self.lane, first_ms, most_ms)
+        # Random: whoever guesses a routing id could take the connection over.
+        self.socket.setsockopt(zmq.ROUTING_ID, b"E" + secrets.token_bytes(15))
+        if keys is not None:
+            self.socket.curve_serverkey = config.server_key.encode()
+            self.socket.curve_publickey = keys.public.encode()
+            self.socket.curve_secretkey = keys.secret.encode()
+        self.socket.connect(config.address)
+
+    def put(self, frame: Any) -> bool:
+        """Send a frame; returns whether there was a connection with room for it."""
+        try:
+            self.socket.send(frame, zmq.NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
+        except zmq.Again:
+            return False
+        return True
+
+    def wait_for_room(self) -> None:
+        """Let the poller say when `put` is worth another try."""
+        self.is_full = True
+        self._poller.modify(self.socket, zmq.POLLIN | zmq.POLLOUT)
+
+    def has_room(self) -> None:
+        """The poller has said it."""
+        self.is_full = False
+        self._poller.modify(self.socket, zmq.POLLIN)
+
+    def news(self) -> Iterator[tuple[int, int]]:
+        """Yield (event, value) of the monitor, and keep what they say about the connection."""
+        for event, value in monitor_events(self.monitor):
+            if event == zmq.EVENT_CONNECTED:
+                self.has_tcp = True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.is_up = True
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.is_up = False
+            yield event, value
+
+    def close(self) -> None:
+        """Close the socket and its monitor."""
+        self._poller.unregister(self.socket)
+        self._poller.unregister(self.monitor)
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close()
+
+
+def no_contact(lines: Sequence[Line], config: LinkConfig) -> EdgeError:
+    """Return what to say when the first contact has not come about."""
+    address = config.address
+    if any(line.is_up for line in lines):
+        return PeerGone(f"{address} took the connection but does not answer")
+    if any(line.has_tcp for line in lines):
+        return RefusedError(
+            f"{address} answers, but not with the key {config.server_key or '(none)'}:"
+            " wrong server key, or no coordinator behind that address"
+        )
+    return PeerGone(f"nobody answers at {address}")

@@ -1,0 +1,288 @@
+"""Where a model's weights come from, and the parts in which they travel.
+
+A part is a safetensors file known by its SHA-256: `files` (config, tokenizer), `front`,
+`block.<i>`, `tail`. Knows folders and the Hugging Face cache; knows nothing of networks or of running a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdk.errors import ModelError, StorageError
+from edge_sdk.plan import Part
+
+if TYPE_CHECKING:
+    import torch
+
+    from edge_sdk.layout import Layout, Task
+
+# What a device needs besides weights: never code, never anything that could be executed.
+FILE_NAMES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """Return the folder of *model*: a local folder, or a Hugging Face id from cache or hub.
+
+    `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` are respected.
+
+    Raises:
+        ModelError: neither a folder with a config.json nor an id that can be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model folder {model!r} has no config.json")
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")):
+        raise ModelError(f"model folder {model!r} does not exist")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", *FILE_NAMES]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # noqa: BLE001 - the hub client raises a wide family of errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {model!r} is neither a local folder nor available from the hub: {reason}"
+        ) from error
+
+
+class Source:
+    """A model on local disk, opened for reading part by part; tensors stay memory-mapped."""
+
+    def __init__(self, model: str, task: Task, *, num_labels: int = 0, revision: str | None = None):
+        from edge_sdk.layout import find_layout
+
+        self.folder = locate(model, revision)
+        self.task = task
+        self.config = load_config(self.folder, num_labels)
+        self.layout: Layout = find_layout(self.config, task)
+        self._state = _open_tensors(self.folder)
+        self._renamed = not self._has_all()
+
+    def _has_all(self) -> bool:
+        return all(
+            name in self._state for p in self.layout.part_names() for name in self.layout.part(p)
+        )
+
+    def load_whole(self, seed: int) -> None:
+        """Let transformers read the checkpoint when its names are not the model's own.
+
+        Old spellings, a missing head (initialised from *seed*) and other formats need this; it
+        holds the whole model in memory.
+        """
+        if not self._renamed:
+            return
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        factory: Any = AutoModelForCausalLM
+        if self.task == "sequence-classification":
+            factory = AutoModelForSequenceClassification
+        torch.manual_seed(seed)
+        try:
+            model = factory.from_pretrained(self.folder, config=self.config, dtype="auto")
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"model {self.folder} cannot be read: {error}") from error
+        self._state = _InMemory(model.state_dict())
+        self._renamed = False
+
+    def tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of *part* by whole-model name.
+
+        Raises:
+            ModelError: the folder does not hold them under these names.
+        """
+        names = self.layout.part(part)
+        missing = [name for name in names if name not in self._state]
+        if missing:
+            raise ModelError(f"{self.folder}: no tensor {missing[0]!r} (part {part!r})")
+        return {name: self._state[name] for name in names}
+
+    def pack(self, part: str) -> bytes:
+        """Return *part* as the bytes of a safetensors file, the same on every machine."""
+        import torch
+        from safetensors.torch import save
+
+        if part != "files":
+            return save({name: t.contiguous() for name, t in self.tensors(part).items()})
+        files = {name: (self.folder / name) for name in FILE_NAMES}
+        contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        contents["config.json"] = self.config.to_json_string().encode()
+        return save(
+            {
+                name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                for name, data in contents.items()
+                if data
+            }
+        )
+
+    def describe(self, part: str) -> Part:
+        """Return name, hash and size of *part*."""
+        data = self.pack(part)
+        return Part(name=part, sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of all parts."""
+        return ("files", *self.layout.part_names())
+
+
+def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a transformers config
+    """Read config.json; a classifier gets *num_labels* and, if it has none, a padding token."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+    config.use_cache = False
+    if num_labels:
+        config.num_labels = num_labels
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id or 0
+    return config
+
+
+def model_hash(parts: Mapping[str, Part]) -> str:
+    """One hash for a whole model: that of its parts' hashes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(f"{name} {parts[name].sha256}\n".encode())
+    return digest.hexdigest()
+
+
+class _InMemory(dict[str, "torch.Tensor"]):
+    """Tensors of a loaded model."""
+
+
+class _Mapped(Mapping[str, "torch.Tensor"]):
+    """Tensors of safetensors files, read when asked for."""
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_part(path: Path) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a part file, memory-mapped."""
+    return _open_files([path])
+
+
+def _open_tensors(folder: Path) -> Mapping[str, torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return _open_files([folder / name for name in names])
+    single = folder / "model.safetensors"
+    return _open_files([single]) if single.is_file() else _InMemory()
+
+
+def _open_files(paths: list[Path]) -> Mapping[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    files: dict[str, Any] = {}
+    for path in paths:
+        try:
+            handle: Any = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        files |= dict.fromkeys(handle.keys(), handle)
+    return _Mapped(files)
+
+
+class PartCache:
+    """Parts on disk under their hashes; partial downloads are kept and continued."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.folder = folder or Path(root) / "edgesplit" / "parts"
+
+    def path(self, part: Part) -> Path:
+        """Where *part* lies once it is complete."""
+        return self.folder / f"{part.sha256}.safetensors"
+
+    def has(self, part: Part) -> bool:
+        """Whether *part* is complete; its hash was checked when it was stored."""
+        path = self.path(part)
+        return path.is_file() and path.stat().st_size == part.num_bytes
+
+    def received(self, part: Part) -> int:
+        """Bytes of *part* that an interrupted download has left."""
+        partial = self._partial(part)
+        return partial.stat().st_size if partial.is_file() else 0
+
+    def append(self, part: Part, offset: int, data: memoryview | bytes) -> None:
+        """Add a stretch of *part*; one that is already there is ignored."""
+        if offset != self.received(part):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._partial(part).open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write part {part.name!r} to {self.folder}: {error}"
+            ) from error
+
+    def finish(self, part: Part) -> Path:
+        """Check the hash of a complete download and move it into place.
+
+        Raises:
+            ModelError: the bytes are not those of the part; they are thrown away.
+        """
+        partial = self._partial(part)
+        found = _digest(partial)
+        if found != part.sha256:
+            partial.unlink()
+            raise ModelError(
+                f"part {part.name!r} arrived damaged: sha256 {found[:12]}..., "
+                f"expected {part.sha256[:12]}...; it will be fetched again"
+            )
+        partial.replace(self.path(part))
+        return self.path(part)
+
+    def store(self, part: Part, data: bytes) -> Path:
+        """Put a whole part into the cache."""
+        self._partial(part).unlink(missing_ok=True)
+        self.append(part, 0, data)
+        return self.finish(part)
+
+    def _partial(self, part: Part) -> Path:
+        return self.folder / f"{part.sha256}.partial"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""Memory of this process and of this machine, from /proc and the control groups.
+
+CUDA memory of a Jetson does not appear in a process's resident set; nothing here counts it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from profiler.cgroup import groups, read_number, read_words
+from profiler.readings import MemoryInfo, Reading, smallest, unknown
+
+ROOT = Path("/")
+
+# Version 1 says "no limit" with the largest multiple of the page size that fits a signed 64 bit
+# number; with 64 KiB pages it is a little lower. No machine has this much memory.
+_NO_LIMIT_BYTES = 1 << 62
+
+
+def rss(root: Path = ROOT) -> Reading:
+    """Resident memory of this process now."""
+    value = _kib_field(root / "proc/self/status", "VmRSS")
+    if value is not None:
+        return Reading(value, "/proc/self/status VmRSS", "B")
+    if root == ROOT:
+        return Reading(psutil.Process().memory_info().rss, "psutil", "B")
+    return unknown("B")
+
+
+def peak_rss(root: Path = ROOT) -> Reading:
+    """Most resident memory of this process since it began, or since `reset_peak_rss`."""
+    value = _kib_field(root / "proc/self/status", "VmHWM")
+    if value is not None:
+        return Reading(value, "/proc/self/status VmHWM", "B")
+    if root == ROOT:
+        # Second choice: it cannot be reset, and after a fork it starts at the parent's peak.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return Reading(peak if sys.platform == "darwin" else peak * 1024, "getrusage", "B")
+    return unknown("B")
+
+
+def reset_peak_rss(root: Path = ROOT) -> bool:
+    """Let the peak start anew from the present; False where the kernel does not permit it."""
+    try:
+        handle = os.open(root / "proc/self/clear_refs", os.O_WRONLY)
+        try:
+            os.write(handle, b"5")
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+    return True
+
+
+def memory_info(root: Path = ROOT) -> MemoryInfo:
+    """Memory that this process could have: the machine's, or less where a group limits it."""
+    meminfo = root / "proc/meminfo"
+    total = _host(meminfo, "MemTotal", "total", root)
+    available = _host(meminfo, "MemAvailable", "available", root)
+    totals, lefts = [total], [available]
+    for folder in groups("memory", root):
+        limit, usage = _limit(folder, root), _usage(folder)
+        totals.append(limit)
+        if limit.value is not None and usage is not None:
+            left = max(0.0, limit.value - usage)
+            lefts.append(Reading(left, f"{limit.source} less usage", "B"))
+    return MemoryInfo(smallest(totals, "B"), smallest(lefts, "B"))
+
+
+def _host(meminfo: Path, field: str, psutil_field: str, root: Path) -> Reading:
+    value = _kib_field(meminfo, field)
+    if value is not None:
+        return Reading(value, f"/proc/meminfo {field}", "B")
+    if root == ROOT:
+        return Reading(getattr(psutil.virtual_memory(), psutil_field), "psutil", "B")
+    return unknown("B")
+
+
+def _limit(folder: Path, root: Path) -> Reading:
+    """Return the lowest limit of one group; `memory.high` slows a process down to a standstill."""
+    found = []
+    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+        value = read_number(folder / name)
+        if value is not None and value < _NO_LIMIT_BYTES:
+            found.append(Reading(value, f"/{(folder / name).relative_to(root)}", "B"))
+    return smallest(found, "B")
+
+
+def _usage(folder: Path) -> int | None:
+    """Return what a group holds, less the file cache that the kernel drops when in need."""
+    for name, cache in (
+        ("memory.current", "inactive_file"),
+        ("memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        usage = read_number(folder / name)
+        if usage is not None:
+            words = read_words(folder / "memory.stat")
+            stat = dict(zip(words[::2], words[1::2], strict=False))
+            return max(0, usage - int(stat.get(cache, "0")))
+    return None
+
+
+def _kib_field(file: Path, field: str) -> int | None:
+    """Return the bytes of a line such as `VmRSS:   1234 kB`."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None

@@ -1,0 +1,305 @@
+"""The gateway over real sockets: one device's faults are its own, and identity is the key."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from coordinator.auth import AllowList
+from coordinator.gateway import (
+    Event,
+    Gateway,
+    GatewayConfig,
+    Joined,
+    Left,
+    Received,
+    Rejected,
+    Silent,
+)
+from edge_sdk import packets
+from edge_sdk.assembly import Outgoing
+from edge_sdk.conversation import Conversation
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
+from edge_sdk.keys import KeyPair, make_key_pair
+from edge_sdk.messages import Failure, Pause, Paused, Refused, Stamp
+from edge_sdk.packets import Attach, Kind, Lane
+from edge_sdk.transport import LinkConfig, ZmqLink
+
+SERVER, ONE, TWO = make_key_pair(), make_key_pair(), make_key_pair()
+PAUSED = Paused(stamp=Stamp(step=1))
+
+
+@pytest.fixture
+def allowed(tmp_path: Path) -> AllowList:
+    """Two devices, `one` and `two`."""
+    both = AllowList(tmp_path / "allowed.json")
+    both.register("one", ONE.public)
+    both.register("two", TWO.public)
+    return both
+
+
+@pytest.fixture
+def gateway(allowed: AllowList) -> Iterator[Gateway]:
+    """An open gateway."""
+    config = GatewayConfig(
+        address="tcp://127.0.0.1:*", keys=SERVER, silent_after_s=0.4, gone_after_s=1.2
+    )
+    with Gateway(config, allowed) as opened:
+        yield opened
+
+
+def open_link(gateway: Gateway, keys: KeyPair = ONE) -> ZmqLink:
+    """Return a link with quick heartbeats."""
+    return ZmqLink(
+        LinkConfig(address=gateway.address, server_key=SERVER.public, keys=keys, beat_s=0.1)
+    )
+
+
+def until(gateway: Gateway, kind: type, seconds: float = 10.0) -> list[Event]:
+    """Return events up to and including the first of *kind*."""
+    deadline, found = Deadline.after(seconds), []
+    while not any(isinstance(event, kind) for event in found):
+        assert not deadline.has_passed(), found
+        found += gateway.events(0.2)
+    return found
+
+
+class RawDevice:
+    """A device that says whatever a test wants, with a registered key."""
+
+    def __init__(self, gateway: Gateway, keys: KeyPair, *, is_attached: bool = True) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.rcvtimeo = 5000
+        self.socket.curve_serverkey = SERVER.public.encode()
+        self.socket.curve_publickey = keys.public.encode()
+        self.socket.curve_secretkey = keys.secret.encode()
+        self.socket.connect(gateway.address)
+        self.talk = Conversation("ab" * 16, 10**6)
+        if is_attached:
+            self.attach()
+            assert type(self.read()).__name__ == "Attached"
+
+    def attach(self) -> None:
+        """Open a session, on the control lane only."""
+        note = Attach(
+            session=self.talk.session,
+            is_resumed=False,
+            sdk_version="",
+            name="",
+            ack=self.talk.ack(),
+        )
+        self.socket.send(packets.note_frame(note, Lane.CONTROL, self.talk.tag))
+
+    def read(self) -> object:
+        """Return the next note, or message of a data packet."""
+        packet = packets.read_packet(memoryview(self.socket.recv()))
+        if packet.kind == Kind.NOTE:
+            return packets.read_note(packet)
+        return self.talk.on_packet(packet)[0].message  # type: ignore[union-attr]
+
+    def read_until(self, kind: type) -> object:
+        """Return the next thing of *kind*."""
+        while True:
+            thing = self.read()
+            if isinstance(thing, kind):
+                return thing
+
+    def first(self, payload: bytes, seq: int = 0, place: int = 0) -> bytes:
+        """Return a FIRST packet."""
+        return packets.prefix(Kind.FIRST, 0, self.talk.tag, seq, place, len(payload)) + payload
+
+    def close(self) -> None:
+        """Go without a word."""
+        self._context.destroy(0)
+
+
+def good_head() -> bytes:
+    """Return header and padding of a message with one tensor of 12 bytes."""
+    return Outgoing(PAUSED, {"x": (np.zeros(3, np.float32), "float32")}).head
+
+
+GARBAGE = {
+    "wrong version": lambda raw: b"\x97\x63" + raw.first(good_head() + bytes(12))[2:],
+    "not a packet": lambda raw: b"hello",
+    "empty": lambda raw: b"",
+    "truncated bin": lambda raw: raw.first(good_head() + bytes(12))[:-5],
+    "bad header": lambda raw: raw.first(packets.first_head(b"\xc1" * 9)),
+    "oversize header": lambda raw: raw.first(packets.first_head(bytes(65_537))),
+    "header beyond packet": lambda raw: raw.first(b"\xff\xff\xff\xff" + bytes(20)),
+    "wrong codec": lambda raw: raw.first(good_head().replace(b"x\x00\x91\x03", b"x\x63\x91\x03")),
+    "chunk too long": lambda raw: raw.first(good_head() + bytes(13)),
+    "too large": lambda raw: raw.first(good_head().replace(b"\x91\x03", b"\x91\x7f") + bytes(12)),
+    "bad note": lambda raw: packets.prefix(Kind.NOTE, 0, raw.talk.tag, 0, 0, 3) + b"\x92\x01\x02",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_gets_a_typed_error_and_hurts_nobody_else(gateway: Gateway, name: str) -> None:
+    """A bad frame is answered with a Failure and reported; the other device goes on."""
+    raw = RawDevice(gateway, ONE)
+    with open_link(gateway, TWO) as link:
+        gateway.set_limits("one", 200)
+        time.sleep(0.05)
+        raw.socket.send(GARBAGE[name](raw))
+        events = until(gateway, Rejected)
+        failure = raw.read_until(Failure)
+        link.send(PAUSED)
+        events += until(gateway, Received)
+    raw.close()
+
+    assert [event.device for event in events if isinstance(event, Rejected)] == ["one"]
+    assert [event.device for event in events if isinstance(event, Received)] == ["two"]
+    assert isinstance(failure, Failure)
+    assert failure.error == "RemoteProtocolError"
+
+
+def test_several_parts_are_ignored(gateway: Gateway) -> None:
+    """A message of many ZeroMQ frames is dropped; the device's next packet is read."""
+    raw = RawDevice(gateway, ONE)
+    raw.socket.send_multipart([b"x"] * 50)
+    raw.socket.send(raw.first(Outgoing(PAUSED, {}).head))
+
+    events = until(gateway, Received)
+
+    assert events[-1].envelope.message == PAUSED
+    raw.close()
+
+
+def test_garbage_before_attaching_is_answered(gateway: Gateway) -> None:
+    """A known key that sends garbage first, or data before attaching, gets a note back."""
+    raw = RawDevice(gateway, ONE, is_attached=False)
+    raw.socket.send(b"garbage")
+    assert isinstance(raw.read(), packets.Closed)
+    raw.socket.send(raw.first(good_head()))
+    assert isinstance(raw.read(), packets.WhoAreYou)
+
+    assert until(gateway, Rejected)[0].device == "one"
+    raw.close()
+
+
+def test_endless_garbage_ends_the_session(gateway: Gateway) -> None:
+    """A device that sends nothing but garbage is thrown out, so its answers stay bounded."""
+    raw = RawDevice(gateway, ONE)
+    for _ in range(20):
+        raw.socket.send(b"garbage")
+
+    events = until(gateway, Left)
+
+    assert 1 <= sum(isinstance(event, Rejected) for event in events) <= 20
+    assert "too many bad messages" in [e for e in events if isinstance(e, Left)][0].reason
+    raw.close()
+
+
+def test_broken_channel_rules_end_the_session(gateway: Gateway) -> None:
+    """A device that acks what was never sent is reported and has left."""
+    raw = RawDevice(gateway, ONE)
+    note = packets.Ack(control_next=9, control_credit=0, bulk_next=0, bulk_credit=0)
+    raw.socket.send(packets.note_frame(note, tag=raw.talk.tag))
+
+    events = until(gateway, Left)
+
+    assert any(isinstance(event, Rejected) for event in events)
+    raw.close()
+
+
+def test_newer_session_wins_and_the_older_is_told(gateway: Gateway) -> None:
+    """A second process with the same key takes over; the first one is refused for good."""
+    with open_link(gateway) as older:
+        until(gateway, Joined)
+        with open_link(gateway) as newer:
+            events = until(gateway, Joined)
+            with pytest.raises(RefusedError, match="another process"):
+                older.receive(Deadline.after(5))
+            with pytest.raises(RefusedError):
+                older.send(PAUSED)
+            newer.send(PAUSED)
+            until(gateway, Received)
+
+    assert [type(event) for event in events] == [Left, Joined]
+
+
+def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: Gateway) -> None:
+    """`drop` flushes, then the device's link ends with the reason."""
+    with open_link(gateway) as link:
+        until(gateway, Joined)
+        gateway.send("one", Refused(stamp=Stamp(), reason="wrong model"))
+        gateway.drop("one", "wrong model")
+        assert link.receive(Deadline.after(5)).message.reason == "wrong model"
+        with pytest.raises(RefusedError, match="wrong model"):
+            link.receive(Deadline.after(5))
+        events = until(gateway, Left)
+
+    assert events[-1] == Left("one", "wrong model")
+    with pytest.raises(PeerGone, match="no session"):
+        gateway.send("one", Pause(stamp=Stamp()))
+
+
+def test_revoked_key_ends_a_live_session(gateway: Gateway, allowed: AllowList) -> None:
+    """Unregistering a device ends its session although its connection is alive."""
+    with open_link(gateway) as link:
+        until(gateway, Joined)
+        AllowList(allowed.path).unregister("one")
+        with pytest.raises(RefusedError, match="not registered any more"):
+            link.receive(Deadline.after(5))
+        events = until(gateway, Left)
+
+    assert events[-1].device == "one"
+
+
+def test_silence_is_reported_and_ends_in_left(gateway: Gateway) -> None:
+    """A device that says nothing is reported silent, and after a while it has left."""
+    raw = RawDevice(gateway, ONE)
+
+    events = until(gateway, Left)
+
+    assert [type(event) for event in events] == [Joined, Silent, Silent, Left]
+    assert isinstance(events[1], Silent)
+    assert 0.4 <= events[1].seconds < 1.2
+    raw.close()
+
+
+def test_wake_interrupts_events(gateway: Gateway) -> None:
+    """Another thread can make `events` return early."""
+    gateway.wake()
+    begin_s = time.monotonic()
+
+    assert gateway.events(5.0) == []
+    assert time.monotonic() - begin_s < 1.0
+
+
+def test_taken_port_is_a_config_error(gateway: Gateway, allowed: AllowList) -> None:
+    """A port that is in use is named, and leaves nothing open."""
+    with pytest.raises(ConfigError, match=re.escape(gateway.address)):
+        Gateway(GatewayConfig(address=gateway.address, keys=SERVER), allowed)
+
+
+def test_gateway_needs_keys_unless_told_otherwise() -> None:
+    """There is no accidental gateway without encryption."""
+    with pytest.raises(ConfigError, match="insecure=True"):
+        Gateway(GatewayConfig(address="tcp://127.0.0.1:*"))
+
+
+def test_insecure_gateway_takes_the_name_from_the_device() -> None:
+    """For benchmarks: without CURVE a device is who it says it is, if the name is plain."""
+    opened = Gateway(GatewayConfig(address="tcp://127.0.0.1:*", insecure=True))
+    with opened as gateway, ZmqLink(LinkConfig(address=gateway.address, name="bench")) as link:
+        link.send(PAUSED)
+        events = until(gateway, Received)
+        assert gateway.devices() == ["bench"]
+
+    assert events[0].device == "bench"
+
+
+def test_gateway_sends_only_its_own_messages(gateway: Gateway) -> None:
+    """A device's message is not sent by the coordinator."""
+    with pytest.raises(LocalProtocolError, match="Paused"):
+        gateway.send("one", PAUSED)  # type: ignore[arg-type]

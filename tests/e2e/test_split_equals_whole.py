@@ -1,0 +1,169 @@
+"""A model cut in two or in three trains exactly as the unsplit PEFT model does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from coordinator.engine import Job, LocalEngine
+from edge_sdk.adapters import LoraConfig, Pair, find_targets, initial_pair
+from edge_sdk.layout import Layout, find_layout
+from edge_sdk.partition import Slice
+from edge_sdk.plan import Plan
+from edge_sdk.runtime import Micro
+from edge_sdk.runtime_torch import TorchRuntime
+from edge_sdk.training import TrainingConfig
+from tests.tiny import (
+    BLOCKS,
+    FAMILIES,
+    make_config,
+    make_micro,
+    make_model,
+    make_parts,
+    num_targets,
+    task_of,
+)
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+TRAINING = TrainingConfig(optimizer="sgd", learning_rate=1e-2, max_grad_norm=0.0)
+SPLIT = 2
+RELATIVE = 1e-6
+
+
+class Halves:
+    """A device and a coordinator's engine over the same tiny model, without a network."""
+
+    def __init__(self, family: str, *, tail: bool, split: int = SPLIT) -> None:
+        self.config, self.task = make_config(family), task_of(family)
+        self.layout: Layout = find_layout(self.config, self.task)
+        self.model = make_model(self.config, self.task)
+        self.shapes = find_targets(self.config, self.task, self.layout, LORA)
+        self.start = {n: _warm_pair(n, s) for n, s in self.shapes.items()}
+        self.split, self.tail = split, tail
+        self.device = self._make_device()
+        self.engine = self._make_engine()
+
+    def _ranks(self, first: int, stop: int) -> dict[str, int]:
+        prefixes = tuple(f"{self.layout.blocks_path}.{i}." for i in range(first, stop))
+        return {n: LORA.r for n in self.shapes if n.startswith(prefixes)}
+
+    def _make_device(self) -> TorchRuntime:
+        names = ["front", *(f"block.{i}" for i in range(self.split)), *(["tail"] * self.tail)]
+        plan = Plan(
+            split=self.split,
+            ranks=self._ranks(0, self.split),
+            alphas={},
+            batch_size=4,
+            micro_batch=4,
+            tail=self.tail,
+        )
+        parts = make_parts(self.model, self.layout, names)
+        runtime = TorchRuntime(
+            self.config, self.task, self.layout, parts, plan, LORA, TRAINING, 10, device="cpu"
+        )
+        runtime.load_pairs({n: self.start[n] for n in plan.ranks})
+        return runtime
+
+    def _make_engine(self) -> LocalEngine:
+        slice_ = Slice(self.config, self.task, self.layout, torch.float32)
+        names = [f"block.{i}" for i in range(self.split, BLOCKS)]
+        if not self.tail:
+            names += ["tail", *(["front"] if self.layout.tail_needs_front else [])]
+        for name, tensors in make_parts(self.model, self.layout, names).items():
+            slice_.add(name, tensors)
+        ranks = self._ranks(self.split, BLOCKS)
+        engine = LocalEngine(
+            slice_, self.split, ranks, LORA, TRAINING, 10, trains_head=not self.tail
+        )
+        engine.load_pairs({n: self.start[n] for n in ranks})
+        return engine
+
+    def step(self, micros: list[Micro]) -> float:
+        """Accumulate all micro-batches of a step; returns its loss."""
+        targets = sum(num_targets(micro) for micro in micros)
+        loss = 0.0
+        for index, micro in enumerate(micros):
+            hidden = self.device.forward(micro, 0, index)
+            labels = None if self.tail else micro.labels
+            job = Job("d", self.split, 4.0, targets, hidden, micro.lengths, labels)
+            if self.tail:
+                top = self.engine.lift([job], 0, index)["d"]
+                sums, grad = self.device.tail(top, micro, targets)
+                (answer,) = self.engine.lower({"d": grad})
+                loss += sums.loss_sum
+            else:
+                (answer,) = self.engine.train([job], 0, index)
+                assert answer.sums is not None
+                loss += answer.sums.loss_sum
+            self.device.backward(answer.grad_BTD)
+        return loss / targets
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of all adapters (and head) on both sides, by whole-model name."""
+        both = {**self.device._optimizer.parameters, **self.engine.optimizer.parameters}
+        served = self.engine._step.served["d"].weight
+        return {
+            n: p.grad / (served if n in self.engine.optimizer.parameters else 1.0)
+            for n, p in both.items()
+            if p.grad is not None
+        }
+
+
+def _warm_pair(name: str, shape: Any) -> Pair:
+    """Factors with B away from zero, so that A has gradients too."""
+    pair = initial_pair(name, LORA.r, shape, seed=0)
+    b_OR = np.random.default_rng(len(name)).normal(0, 0.05, pair.b_OR.shape)
+    return Pair(pair.a_RI, b_OR.astype(np.float32))
+
+
+def whole_step(halves: Halves, micros: list[Micro]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same step by PEFT alone on the unsplit model."""
+    config = peft.LoraConfig(
+        target_modules=list(halves.shapes),
+        r=LORA.r,
+        lora_alpha=LORA.lora_alpha,
+        fan_in_fan_out=halves.config.model_type == "gpt2",
+    )
+    model = make_model(halves.config, halves.task)
+    model = peft.inject_adapter_in_model(config, model).train()
+    parameters = dict(model.named_parameters())
+    head = set(halves.device._head) | set(halves.engine.head)
+    trained: dict[str, torch.Tensor] = {n: parameters[n].requires_grad_(True) for n in head}
+    with torch.no_grad():
+        for name, pair in halves.start.items():
+            for factor, value in (("A", pair.a_RI), ("B", pair.b_OR)):
+                parameter = parameters[f"{name}.lora_{factor}.default.weight"]
+                parameter.copy_(torch.from_numpy(value))
+                trained[f"{name}.{factor}"] = parameter
+    targets = sum(num_targets(micro) for micro in micros)
+    loss = 0.0
+    for micro in micros:
+        ids, lengths, labels = (torch.from_numpy(x) for x in micro)
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        own = model(input_ids=ids, attention_mask=mask, labels=labels).loss * num_targets(micro)
+        (own / targets).backward()
+        loss += float(own.detach())
+    return loss / targets, {n: p.grad for n, p in trained.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_micro", [1, 3])
+def test_loss_and_gradients_equal_peft(family: str, labels: str, num_micro: int) -> None:
+    """Cut in two (labels: server) or three (device), loss and all gradients are PEFT's own."""
+    halves = Halves(family, tail=labels == "device")
+    micros = [make_micro(halves.task, seed, longest=7 + seed) for seed in range(num_micro)]
+
+    loss = halves.step(micros)
+    gradients = halves.gradients()
+
+    whole_loss, whole_gradients = whole_step(halves, micros)
+    assert loss == pytest.approx(whole_loss, rel=RELATIVE)
+    assert gradients.keys() == whole_gradients.keys()
+    for name, expected in whole_gradients.items():
+        error = (gradients[name] - expected).norm() / expected.norm()
+        assert error <= RELATIVE, f"{name}: {error}"

@@ -1,0 +1,1 @@
+"""Tests of edge_sdk, one file per source file."""

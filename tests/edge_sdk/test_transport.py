@@ -1,0 +1,353 @@
+"""The device's link over real sockets: nothing lost, nothing twice, and clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.auth import AllowList
+from coordinator.gateway import Event, Gateway, GatewayConfig, Joined, Left, Received
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import (
+    LocalProtocolError,
+    PeerGone,
+    ReceiveTimeout,
+    RefusedError,
+    RemoteProtocolError,
+    SessionLost,
+)
+from edge_sdk.keys import KeyPair, make_key_pair
+from edge_sdk.memory_link import memory_pair
+from edge_sdk.messages import PartData, Pause, Paused, Stamp, TopHidden
+from edge_sdk.transport import LinkConfig, ZmqLink
+
+SERVER = make_key_pair()
+DEVICE = make_key_pair()
+
+
+class Relay:
+    """A user-space TCP relay whose connections a test can cut."""
+
+    def __init__(self, target: str) -> None:
+        self._target = ("127.0.0.1", int(target.rsplit(":", 1)[1]))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
+        self._pairs: dict[socket.socket, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._is_over = False
+        self.num_bytes = 0
+        self.num_cuts = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            with self._lock:
+                ready = select.select([self._server, *self._pairs], [], [], 0.01)[0]
+                for sock in ready:
+                    if sock is self._server:
+                        self._accept()
+                    elif sock in self._pairs:
+                        self._pass_on(sock)
+            time.sleep(0)
+
+    def _accept(self) -> None:
+        one = self._server.accept()[0]
+        try:
+            two = socket.create_connection(self._target)
+        except OSError:
+            one.close()
+            return
+        self._pairs[one], self._pairs[two] = two, one
+
+    def _pass_on(self, sock: socket.socket) -> None:
+        other = self._pairs[sock]
+        try:
+            data = sock.recv(1 << 16)
+            other.sendall(data)
+        except OSError:
+            data = b""
+        self.num_bytes += len(data)
+        if not data:
+            for end in (sock, other):
+                self._pairs.pop(end, None)
+                end.close()
+
+    def cut(self) -> None:
+        """Close every connection at once."""
+        with self._lock:
+            for sock in self._pairs:
+                sock.close()
+            self._pairs.clear()
+            self.num_cuts += 1
+
+    def close(self) -> None:
+        """Stop."""
+        self._is_over = True
+        self._thread.join()
+        for sock in self._pairs:
+            sock.close()
+        self._server.close()
+
+
+def open_gateway(folder: Path, address: str = "tcp://127.0.0.1:*") -> Gateway:
+    """Return a gateway that knows one device, called `d1`."""
+    allowed = AllowList(folder / "allowed.json")
+    allowed.register("d1", DEVICE.public)
+    config = GatewayConfig(address=address, keys=SERVER, max_message_bytes=1 << 26)
+    return Gateway(config, allowed)
+
+
+def open_link(address: str, server: str = SERVER.public, keys: KeyPair = DEVICE) -> ZmqLink:
+    """Return a link that reconnects quickly."""
+    return ZmqLink(
+        LinkConfig(
+            address=address,
+            server_key=server,
+            keys=keys,
+            reconnect_s=0.05,
+            reconnect_most_s=0.2,
+            first_contact_s=3.0,
+            beat_s=0.2,
+            chunk_bytes=1 << 17,
+        )
+    )
+
+
+def collect(gateway: Gateway, count: int, kind: type, seconds: float = 10.0) -> list[Event]:
+    """Return events until *count* of *kind* have come."""
+    deadline, found = Deadline.after(seconds), []
+    while sum(isinstance(event, kind) for event in found) < count:
+        assert not deadline.has_passed(), found
+        found += gateway.events(0.2)
+    return found
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    """An open gateway that knows `d1`."""
+    with open_gateway(tmp_path) as opened:
+        yield opened
+
+
+def paused(step: int) -> Paused:
+    """Return a message with a number."""
+    return Paused(stamp=Stamp(step=step))
+
+
+def test_messages_and_tensors_go_both_ways(gateway: Gateway) -> None:
+    """Messages of both sizes arrive in order with equal tensors, up and down."""
+    array = np.random.default_rng(0).standard_normal((50, 1000), np.float32)
+    with open_link(gateway.address) as link:
+        link.send(paused(0))
+        link.send(paused(1), {"x": (array, "float32")})
+        link.send(paused(2))
+        events = collect(gateway, 3, Received)
+        assert isinstance(events[0], Joined)
+        gateway.send("d1", TopHidden(stamp=Stamp(), micro=4), {"hidden": (array, "bfloat16")})
+        answer = link.receive(Deadline.after(5))
+
+    got = [event.envelope for event in events if isinstance(event, Received)]
+    assert [one.message.stamp.step for one in got] == [0, 1, 2]
+    np.testing.assert_array_equal(got[1].tensors["x"], array)
+    np.testing.assert_allclose(answer.tensors["hidden"], array, rtol=1 / 128)
+    assert answer.tensors["hidden"].flags.writeable
+    assert answer.message == TopHidden(stamp=Stamp(), micro=4)
+
+
+def test_close_flushes_and_says_goodbye(gateway: Gateway) -> None:
+    """What was sent before close arrives, then the device has left."""
+    with open_link(gateway.address) as link:
+        link.send(paused(7), {"x": (np.ones(1 << 20, np.uint8), "uint8")})
+
+    events = collect(gateway, 1, Left)
+
+    assert [type(event) for event in events] == [Joined, Received, Left]
+
+
+def test_receive_is_bounded(gateway: Gateway) -> None:
+    """Waiting ends with the deadline; a closed link and a wrong message are our own fault."""
+    link = open_link(gateway.address)
+    with pytest.raises(ReceiveTimeout):
+        link.receive(Deadline.after(0.1))
+    with pytest.raises(LocalProtocolError, match="not a message of a device"):
+        link.send(Pause(stamp=Stamp()))
+    link.close()
+    with pytest.raises(LocalProtocolError, match="closed"):
+        link.receive(Deadline.after(5))
+    with pytest.raises(LocalProtocolError, match="closed"):
+        link.send(paused(0))
+
+
+def test_unregistered_key_is_refused_and_gets_in_once_registered(tmp_path: Path) -> None:
+    """A stranger's key is named in the error; after registering it the same link works."""
+    allowed = AllowList(tmp_path / "allowed.json")
+    config = GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER)
+    with Gateway(config, allowed) as gateway, open_link(gateway.address) as link:
+        with pytest.raises(RefusedError, match="does not know this device's key") as error:
+            link.receive(Deadline.after(10))
+        AllowList(tmp_path / "allowed.json").register("late", DEVICE.public)
+        events = collect(gateway, 1, Joined)
+
+    assert DEVICE.public in str(error.value)
+    assert events[0].device == "late"
+
+
+def test_wrong_server_key_is_told_within_fifteen_seconds(gateway: Gateway) -> None:
+    """A device with the wrong server key does not hang: it is told what may be wrong."""
+    link = open_link(gateway.address, server=make_key_pair().public)
+    with link, pytest.raises(RefusedError, match="wrong server key"):
+        link.receive(Deadline.after(15))
+
+
+def test_nobody_there_is_told() -> None:
+    """Without anybody at the address the first contact ends in an error that says so."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    link = open_link(f"tcp://127.0.0.1:{port}")
+    with link, pytest.raises(PeerGone, match="nobody answers"):
+        link.receive(Deadline.after(15))
+
+
+def test_cut_connections_lose_and_double_nothing(gateway: Gateway) -> None:
+    """TCP cut again and again in mid-message: every message arrives once, in order, both ways."""
+    relay = Relay(gateway.address)
+    count, array = 60, np.arange(400_000, dtype=np.int32)
+    try:
+        with open_link(relay.address) as link:
+            collect(gateway, 1, Joined)
+            for step in range(count):
+                tensors = {"x": (array + step, "int32")} if step % 3 == 0 else {}
+                link.send(paused(step), tensors)
+                down = PartData(stamp=Stamp(step=step), sha256="", offset=0, total_bytes=1)
+                gateway.send("d1", down, tensors)
+            up, down_steps = [], []
+            deadline, seen = Deadline.after(20), 0
+            while len(up) < count or len(down_steps) < count:
+                assert not deadline.has_passed(), (len(up), len(down_steps))
+                if relay.num_cuts < 5 and relay.num_bytes - seen > 6_000_000:
+                    seen = relay.num_bytes
+                    relay.cut()
+                up += [event for event in gateway.events(0.01) if isinstance(event, Received)]
+                with contextlib.suppress(ReceiveTimeout):
+                    down_steps.append(link.receive(Deadline.after(0.01)).message.stamp.step)
+            assert link.stats().reconnects >= 2
+    finally:
+        relay.close()
+
+    assert relay.num_cuts == 5
+    assert [event.envelope.message.stamp.step for event in up] == list(range(count))
+    assert down_steps == list(range(count))
+    for event in up[::3]:
+        step = event.envelope.message.stamp.step
+        np.testing.assert_array_equal(event.envelope.tensors["x"], array + step)
+
+
+def test_restarted_coordinator_is_noticed(tmp_path: Path) -> None:
+    """A coordinator that restarts does not know the session: SessionLost, then Hello again."""
+    first = open_gateway(tmp_path)
+    with open_link(first.address) as link:
+        link.send(paused(1))
+        collect(first, 1, Received)
+        first.close()
+        with open_gateway(tmp_path, first.address) as second:
+            with pytest.raises(SessionLost):
+                link.receive(Deadline.after(10))
+            link.send(paused(2))
+            events = collect(second, 1, Received)
+
+    assert [type(event) for event in events] == [Joined, Received]
+    assert events[1].envelope.message == paused(2)
+
+
+def test_unreachable_coordinator_ends_patience(tmp_path: Path) -> None:
+    """During a run an unreachable coordinator is retried for `patience_s`, then PeerGone."""
+    gateway = open_gateway(tmp_path)
+    config = LinkConfig(
+        address=gateway.address, server_key=SERVER.public, keys=DEVICE, patience_s=1.0
+    )
+    with ZmqLink(config) as link:
+        collect(gateway, 1, Joined)
+        gateway.close()
+        begin_s = time.monotonic()
+        with pytest.raises(PeerGone, match="nothing heard"):
+            link.receive(Deadline.after(10))
+        assert 0.5 < time.monotonic() - begin_s < 5.0
+
+
+def test_heartbeats_measure_and_carry_telemetry(gateway: Gateway) -> None:
+    """Heartbeats bring the device's numbers to the coordinator and a round trip to the device."""
+    config = LinkConfig(address=gateway.address, server_key=SERVER.public, keys=DEVICE, beat_s=0.05)
+    with ZmqLink(config, telemetry=lambda: {"watts": 7.5}) as link:
+        collect(gateway, 1, Joined)
+        deadline = Deadline.after(10)
+        while link.stats().rtt_s is None or not gateway.stats("d1").telemetry:
+            assert not deadline.has_passed()
+            time.sleep(0.02)
+        assert gateway.stats("d1").telemetry == {"watts": 7.5}
+        rtt_s = link.stats().rtt_s
+
+    assert rtt_s is not None
+    assert 0 < rtt_s < 1
+
+
+def test_too_large_a_message_from_the_coordinator_is_an_error(gateway: Gateway) -> None:
+    """A message over the device's limit is reported, and the next one arrives."""
+    with open_link(gateway.address) as link:
+        collect(gateway, 1, Joined)
+        link.set_limit(1000)
+        time.sleep(0.1)
+        big = {"data": (np.zeros(5000, np.uint8), "uint8")}
+        gateway.send("d1", PartData(stamp=Stamp(), sha256="", offset=0, total_bytes=1), big)
+        gateway.send("d1", Pause(stamp=Stamp()))
+        with pytest.raises(RemoteProtocolError, match="at most 1000"):
+            link.receive(Deadline.after(5))
+        assert link.receive(Deadline.after(5)).message == Pause(stamp=Stamp())
+
+
+def test_slow_reader_stops_the_sender(gateway: Gateway) -> None:
+    """What a reader does not take stays at the sender, beyond a window's worth."""
+    chunk = np.zeros(1 << 20, np.uint8)
+    with open_link(gateway.address) as link:
+        collect(gateway, 1, Joined)
+        for step in range(60):
+            link.send(paused(step), {"x": (chunk, "uint8")})
+        time.sleep(1.0)
+        sent_bytes = link.stats().bytes_up
+        events = collect(gateway, 60, Received)
+
+    assert sent_bytes < 40 * (1 << 20)
+    assert len(events) == 60
+
+
+def test_memory_pair_checks_like_the_wire() -> None:
+    """The link without a network delivers equal tensors and enforces types and sizes."""
+    device, coordinator = memory_pair(max_message_bytes=3_000_000)
+    array = np.arange(600_000, dtype=np.float32)
+
+    device.send(paused(1), {"x": (array, "float32")})
+    got = coordinator.receive(Deadline.after(1))
+    device.send(paused(2), {"x": (np.zeros(3_000_001, np.uint8), "uint8")})
+    device.send(paused(3))
+
+    np.testing.assert_array_equal(got.tensors["x"], array)
+    assert got.tensors["x"].flags.writeable
+    assert not np.shares_memory(got.tensors["x"], array)
+    with pytest.raises(RemoteProtocolError, match="at most 3000000"):
+        coordinator.receive(Deadline.after(1))
+    assert coordinator.receive(Deadline.after(1)).message == paused(3)
+    with pytest.raises(LocalProtocolError, match="dtype"):
+        device.send(paused(4), {"x": (array, "int32")})
+    with pytest.raises(LocalProtocolError, match="not sent by this side"):
+        coordinator.send(paused(4))
+    coordinator.close()
+    with pytest.raises(PeerGone):
+        device.receive(Deadline.after(1))

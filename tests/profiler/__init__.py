@@ -1,0 +1,1 @@
+"""Tests of profiler, one file per source file."""
