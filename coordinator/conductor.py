@@ -37,7 +37,6 @@ class Conductor:
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
         self._pause_until_s: float | None = None
-        self._is_told_final = False
 
     def collect(self) -> None:
         """Take results of computations; a device that spoilt one is expelled, the rest goes on."""
@@ -70,6 +69,7 @@ class Conductor:
             Action.LIFT: self._lift,
             Action.LOWER: self._lower,
             Action.AGGREGATE: self._aggregate,
+            Action.HAND_OUT: self._hand_out,
             Action.CLOSE: self._close,
         }
         if action is Action.WAIT:
@@ -296,15 +296,15 @@ class Conductor:
         self.outcome = PAUSED
         return True
 
+    def _hand_out(self) -> None:
+        """Give the last aggregation to everybody who was in it, to be evaluated."""
+        state = self.run.state
+        state.is_handed_out = True
+        for name in list(state.awaiting_eval):
+            self._send_round(name, state.step)
+
     def _close(self) -> None:
-        """Everybody gets the last aggregation and evaluates it; then the run is over."""
         run = self.run
-        if not self._is_told_final and run.config.evaluation.on_devices:
-            self._is_told_final = True
-            run.state.awaiting_eval = run.state.awaiting_eval & run.handout.current
-            for name in list(run.state.awaiting_eval):
-                self._send_round(name, run.state.step)
-            return
         run.reporting.flush()
         for name in list(run.state.ready):
             self._send(name, RunOver(stamp=self._stamp(name), reason="the run is complete"))

@@ -19,7 +19,7 @@ import zmq
 
 from coordinator.auth import AllowList, ZapHandler, is_device_name
 from coordinator.gateway_out import Outbox
-from coordinator.seats import Event, Joined, Left, Received, Rejected, Seat, Silent
+from coordinator.seats import Event, Joined, Left, Received, Rejected, Seat, Silent, is_session_id
 from edge_sdk import packets
 from edge_sdk.assembly import Envelope, Outgoing
 from edge_sdk.conversation import Conversation
@@ -224,7 +224,7 @@ class GatewayIo:
     def _attach(self, route: bytes, lane: int, name: str, note: Attach, now_s: float) -> None:
         if self.allowed is None:
             name = note.name
-        if not is_device_name(name) or not _is_session(note.session):
+        if not is_device_name(name) or not is_session_id(note.session):
             raise RemoteProtocolError(f"attach with name {name[:60]!r}, session {note.session!r}")
         seat = self.seats.get(name)
         if note.session in self._replaced:
@@ -350,7 +350,3 @@ class GatewayIo:
 
 
 _TAKEN_OVER = "another process with the same key has taken over"
-
-
-def _is_session(text: str) -> bool:
-    return len(text) == 32 and all(letter in "0123456789abcdef" for letter in text)

@@ -20,7 +20,7 @@ from enum import Enum
 from edge_sdk.errors import LocalProtocolError
 
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
-Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE CLOSE")
+Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE HAND_OUT CLOSE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,9 @@ class RunState:
     is_lifted: bool = False
     uploaded: set[str] = field(default_factory=set)
     awaiting_eval: set[str] = field(default_factory=set)
+    """Devices that have yet to evaluate the last aggregation."""
+    is_handed_out: bool = False
+    """Whether the last aggregation is on its way to them."""
 
     @property
     def first_step(self) -> int:
@@ -176,7 +179,9 @@ class RunState:
             return self._decide_wave()
         if self.phase is Phase.COLLECTING:
             return Action.AGGREGATE if self.uploaded >= self.members.keys() else Action.WAIT
-        return Action.WAIT if self.awaiting_eval else Action.CLOSE
+        if not self.awaiting_eval:
+            return Action.CLOSE
+        return Action.WAIT if self.is_handed_out else Action.HAND_OUT
 
     def _decide_wave(self) -> Action:
         if not self.arrived >= self.expected():

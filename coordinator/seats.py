@@ -102,3 +102,8 @@ class Seat:
             self.heard_s,
             dict(self.telemetry),
         )
+
+
+def is_session_id(text: str) -> bool:
+    """Whether *text* is 32 hexadecimal digits, as every session is called."""
+    return len(text) == 32 and all(letter in "0123456789abcdef" for letter in text)

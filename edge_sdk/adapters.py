@@ -167,6 +167,7 @@ class Adapters:
     ) -> None:
         self._model = slice_.model
         self._lora = lora
+        self._tuner: Any = None
         self.ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         self.alphas = {name: alphas.get(name, lora.lora_alpha) for name in self.ranks}
         self.residual: dict[str, Factors] = {}
@@ -175,7 +176,7 @@ class Adapters:
         self._activate()
 
     def _inject(self, ranks: Mapping[str, int], adapter: str, **settings: Any) -> None:
-        import peft
+        from peft.tuners.lora import LoraModel
 
         config = _peft_config(
             list(ranks),
@@ -186,7 +187,11 @@ class Adapters:
             lora_dropout=self._lora.lora_dropout if adapter == OWN else 0.0,
             **settings,
         )
-        peft.inject_adapter_in_model(config, self._model, adapter)
+        if self._tuner is None:
+            self._tuner = LoraModel(self._model, {adapter: config}, adapter)
+        else:
+            self._tuner.peft_config[adapter] = config
+            self._tuner.inject_adapter(self._model, adapter)
 
     def _layers(self) -> dict[str, Any]:
         from peft.tuners.lora import LoraLayer

@@ -6,7 +6,8 @@ Pure: no socket, no thread, and the clock is an argument. Not here: what the pac
 Rule 1: packets are numbered; the receiver takes only the one it expects next (go-back-N).
 Rule 2: an ack is cumulative; "next" says that everything before has arrived.
 Rule 3: credit counts payload bytes from the start of the session and never shrinks; the receiver
-        grants what has arrived, less what the application has not yet taken, plus a window.
+        grants what has arrived plus a window, less what the application has left lying beyond
+        another window (so that a reader that is a little late does not stop the sender).
 Rule 4: after a reconnect, a gap, or a long time without progress, send again from the last ack.
 """
 
@@ -84,6 +85,16 @@ class Sender:
         self._progress_s = 0.0
         self._rewound_seq = -1
         self.num_resent = 0
+        self.num_rewinds = 0
+
+    @property
+    def acked_seq(self) -> int:
+        """Number of the packet the peer expects next."""
+        return self._acked_seq
+
+    def is_first_time(self, due: Due) -> bool:
+        """Whether *due* was never sent before."""
+        return due.seq >= self._high_seq
 
     @property
     def is_idle(self) -> bool:
@@ -176,6 +187,7 @@ class Sender:
 
     def rewind(self) -> None:
         """Send again from the last ack: what was under way is lost with its connection."""
+        self.num_rewinds += 1
         self._rewound_seq = self._acked_seq
         self._next_seq = self._acked_seq
         self._sent_bytes = self._acked_bytes
@@ -232,7 +244,8 @@ class Receiver:
     @property
     def credit(self) -> int:
         """Bytes the peer may send, counted from the start of the session."""
-        fresh = self._received_bytes - self._held_bytes + self._window_bytes
+        excess = max(0, self._held_bytes - self._window_bytes)
+        fresh = self._received_bytes - excess + self._window_bytes
         self._granted = max(self._granted, fresh)
         return self._granted
 

@@ -9,6 +9,7 @@ by number, whichever lane was faster.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from edge_sdk import packets
 from edge_sdk.assembly import Assembler, Envelope, Outgoing
 from edge_sdk.channel import WINDOW_BYTES, Due, Receiver, Sender
+from edge_sdk.codecs import Bytes
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
@@ -23,6 +25,49 @@ from edge_sdk.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 BULK_FROM_BYTES = 32 * 1024
 # What the other lane has overtaken waits; acks bound it, this bounds a peer that lies in numbers.
 MAX_AHEAD = 1_000_000
+
+
+# Buffers kept for the next chunks: fresh ones would cost a page fault per 4 KiB. An idle session
+# keeps none.
+SPARE_BUFFERS = 4
+# Smaller packets are copied into libzmq anyway, and malloc has them at hand.
+REUSE_FROM_BYTES = 128 * 1024
+_BUFFER_BYTES = PREFIX_BYTES + packets.MAX_CHUNK_BYTES + 4096
+
+
+class _Buffers:
+    """Memory for the frames of one lane; reused only when libzmq is certain to be done with it.
+
+    That is when the peer has acked a packet that was sent just once: then the peer has all of it.
+    After a rewind a second copy may lie in some queue, so nothing lent before comes back.
+    """
+
+    def __init__(self) -> None:
+        self._lent: deque[tuple[int, Bytes]] = deque()
+        self._spare: list[Bytes] = []
+        self._num_rewinds = 0
+
+    def take(self, sender: Sender, due: Due, size: int) -> Bytes:
+        """Return memory for *size* bytes."""
+        is_small = not REUSE_FROM_BYTES <= size <= _BUFFER_BYTES
+        if is_small or not sender.is_first_time(due):
+            return np.empty(size, np.uint8)
+        buffer = self._spare.pop() if self._spare else np.empty(_BUFFER_BYTES, np.uint8)
+        self.give_back(sender)
+        self._lent.append((due.seq, buffer))
+        return buffer[:size]
+
+    def give_back(self, sender: Sender) -> None:
+        """Take back what has been acked."""
+        if sender.num_rewinds != self._num_rewinds:
+            self._num_rewinds = sender.num_rewinds
+            self._lent.clear()
+        while self._lent and self._lent[0][0] < sender.acked_seq:
+            buffer = self._lent.popleft()[1]
+            if len(self._spare) < SPARE_BUFFERS:
+                self._spare.append(buffer)
+        if sender.is_idle:
+            self._spare.clear()
 
 
 class BadMessage(NamedTuple):
@@ -45,6 +90,7 @@ class Conversation:
         self.tag = int(session[:8], 16)
         self.senders = (Sender(window_bytes), Sender(window_bytes))
         self.receivers = (Receiver(window_bytes), Receiver(window_bytes))
+        self._buffers = (_Buffers(), _Buffers())
         self._assemblers = tuple(Assembler(max_message_bytes, allowed) for _ in Lane)
         self._index_of_lane = [-1, -1]  # message being assembled
         self._next_in = 0
@@ -76,7 +122,7 @@ class Conversation:
             begin, kind, place = PREFIX_BYTES + len(outgoing.head), Kind.FIRST, due.message
             if not outgoing.total:
                 return packets.prefix(kind, lane, self.tag, due.seq, place, size) + outgoing.head
-        out = np.empty(PREFIX_BYTES + size, np.uint8)
+        out = self._buffers[lane].take(self.senders[lane], due, PREFIX_BYTES + size)
         view = out.data
         packets.write_prefix(view, kind, lane, self.tag, due.seq, place, size)
         if not number:
@@ -165,11 +211,14 @@ class Conversation:
         """Take note of what the peer has."""
         self.senders[0].on_ack(ack.control_next, ack.control_credit, now_s, gap=ack.gap)
         self.senders[1].on_ack(ack.bulk_next, ack.bulk_credit, now_s, gap=ack.gap)
+        for sender, buffers in zip(self.senders, self._buffers, strict=True):
+            buffers.give_back(sender)
 
     def on_attach(self, lane: int, ack: Ack, now_s: float) -> None:
         """A new connection carries *lane*: send again what the peer has not got."""
         self.on_ack(ack, now_s)  # both lanes: this may be the only ack the other one gets
         self.senders[lane].rewind()
+        self._buffers[lane].give_back(self.senders[lane])
 
     def ack_failed(self) -> None:
         """The ack could not be sent; owe it again."""

@@ -32,7 +32,7 @@ from edge_sdk.transport_line import (
     Counters,
     Line,
     LinkConfig,
-    no_contact,
+    Patience,
 )
 
 log = logging.getLogger(__name__)
@@ -67,12 +67,10 @@ class DeviceIo:
     _lines: list[Line] = field(default_factory=list)
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
     _talk: Conversation = field(init=False)
+    _patience: Patience = field(init=False)
     _keys: KeyPair | None = None
-    _was_attached: bool = False
     _is_resumed: bool = False
     _close_at_s: float | None = None
-    _heard_s: float = 0.0
-    _complain_s: float = 0.0
     _beat_s: float = 0.0
     _tick_s: float = 0.0
     _ack_s: float | None = None
@@ -119,8 +117,7 @@ class DeviceIo:
         self._new_talk()
         for lane in Lane:
             self._lines.append(self._connect(lane))
-        self._heard_s = now_s
-        self._complain_s = now_s + self.config.first_contact_s
+        self._patience = Patience(self.config, now_s)
 
     def _new_talk(self) -> None:
         limit = self.config.max_message_bytes
@@ -228,7 +225,7 @@ class DeviceIo:
                 frame = receive_frame(line.socket)
             except zmq.Again:
                 return
-            self._heard_s = now_s
+            self._patience.heard_s = now_s
             if frame is None:
                 continue
             view = frame.buffer
@@ -271,8 +268,8 @@ class DeviceIo:
         line.is_attached, line.is_full = True, False
         line.rebuild_pause_s = REBUILD_FIRST_S
         self.name = note.name
-        self._was_attached = self._is_resumed = True
-        self._complain_s = now_s + self.config.patience_s
+        self._is_resumed = True
+        self._patience.attached(now_s)
         self._talk.on_attach(line.lane, note.ack, now_s)
         log.info("link.attached lane=%s name=%s", line.lane.name, note.name)
 
@@ -334,12 +331,8 @@ class DeviceIo:
     def _refused(self, line: Line, status: int, now_s: float) -> None:
         line.rebuild_s = now_s + line.rebuild_pause_s  # libzmq will not try this socket again
         if status == 400 and self._keys is not None:
-            self._report(
-                RefusedError(
-                    f"the coordinator at {self.config.address} does not know this device's key:"
-                    f" register {self._keys.public}"
-                )
-            )
+            text = f"the coordinator at {self.config.address} does not know this device's key"
+            self._report(RefusedError(f"{text}: register {self._keys.public}"))
 
     def _report(self, error: EdgeError) -> None:
         """Tell the application, unless it has not yet looked at what it was told before."""
@@ -359,21 +352,12 @@ class DeviceIo:
                 self._rebuild(line)  # the connection may be dead without anybody knowing
         if now_s >= self._beat_s:
             self._beat(now_s)
-        self._complain(now_s)
+        error = self._patience.complaint(now_s, self._lines)
+        if error is not None:
+            self._report(error)
 
     def _beat(self, now_s: float) -> None:
         self._beat_s = now_s + self.config.beat_s
         if self._lines[Lane.CONTROL].is_attached:
             rtt_s = self.counters.rtt_s or 0.0
             self._note(Beat(sent_s=time.monotonic(), rtt_s=rtt_s, numbers=self.telemetry()))
-
-    def _complain(self, now_s: float) -> None:
-        if self._was_attached:
-            silent_s = now_s - self._heard_s
-            if silent_s >= self.config.patience_s and now_s >= self._complain_s:
-                self._complain_s = now_s + self.config.patience_s
-                text = f"nothing heard from {self.config.address} for {silent_s:.0f} s"
-                self._report(PeerGone(text))
-        elif now_s >= self._complain_s:
-            self._complain_s = now_s + self.config.first_contact_s
-            self._report(no_contact(self._lines, self.config))

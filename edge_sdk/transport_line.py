@@ -1,4 +1,4 @@
-"""One connection of a device: a DEALER socket with its monitor, and what it is configured with.
+"""One connection of a device: its DEALER socket and monitor, its configuration, its patience.
 
 Not here: when to connect, and what is sent (`device_io.py`).
 """
@@ -148,3 +148,32 @@ def no_contact(lines: Sequence[Line], config: LinkConfig) -> EdgeError:
             " wrong server key, or no coordinator behind that address"
         )
     return PeerGone(f"nobody answers at {address}")
+
+
+class Patience:
+    """Decides when silence is reported to the application: once per period, then anew."""
+
+    def __init__(self, config: LinkConfig, now_s: float) -> None:
+        self.heard_s = now_s
+        self._config = config
+        self._was_attached = False
+        self._next_s = now_s + config.first_contact_s
+
+    def attached(self, now_s: float) -> None:
+        """The coordinator has taken us in."""
+        self._was_attached = True
+        self._next_s = now_s + self._config.patience_s
+
+    def complaint(self, now_s: float, lines: Sequence[Line]) -> EdgeError | None:
+        """Return what to report now, if anything."""
+        if now_s < self._next_s:
+            return None
+        if not self._was_attached:
+            self._next_s = now_s + self._config.first_contact_s
+            return no_contact(lines, self._config)
+        silent_s = now_s - self.heard_s
+        if silent_s < self._config.patience_s:
+            self._next_s = self.heard_s + self._config.patience_s
+            return None
+        self._next_s = now_s + self._config.patience_s
+        return PeerGone(f"nothing heard from {self._config.address} for {silent_s:.0f} s")

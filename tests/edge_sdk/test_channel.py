@@ -60,11 +60,11 @@ def test_credit_stops_a_sender_whose_peer_does_not_read() -> None:
     sender.queue(Box(10), 0)
     for seq in drain(sender):
         receiver.accept(seq, 1000)
-    receiver.hold(3000)
+    receiver.hold(6000)
 
     sender.on_ack(receiver.next_seq, receiver.credit, 0.0)
     stopped = drain(sender)
-    receiver.release(3000)
+    receiver.release(6000)
     sender.on_ack(receiver.next_seq, receiver.credit, 0.0)
 
     assert stopped == []
