@@ -121,7 +121,13 @@ def our_receiver(
 
 
 def our_sender(
-    address: str, server: KeyPair | None, device: KeyPair, size: int, count: int, chunk: int, done: Any
+    address: str,
+    server: KeyPair | None,
+    device: KeyPair,
+    size: int,
+    count: int,
+    chunk: int,
+    done: Any,
 ) -> None:
     """Send *count* tensors through a link."""
     config = LinkConfig(
@@ -190,13 +196,17 @@ def report(rows: list[tuple[int, bool, list[float], list[float]]], args: Any) ->
     lines = [
         "# Wire throughput: ZmqLink -> Gateway against raw pyzmq",
         "",
-        f"Command: `python benchmarks/wire.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"Command: `{' '.join(['python benchmarks/wire.py', *sys.argv[1:]])}`",
+        "",
         f"Commit: {commit()}",
+        "",
         f"Hardware: {cpu_model()}, {os.cpu_count()} cores, loopback TCP; load average at the end"
         f" {os.getloadavg()[0]:.1f}",
+        "",
         f"Software: Python {platform.python_version()}, pyzmq {zmq.__version__}, libzmq"
         f" {zmq.zmq_version()}, numpy {np.__version__}; chunks of {args.chunk} KiB",
-        f"Median of {args.repeats} runs each, raw and ours in turn; in brackets lowest and highest.",
+        "",
+        f"Median of {args.repeats} runs, raw and ours in turn; in brackets lowest and highest.",
         "",
         "| tensor | CURVE | raw MB/s | ours MB/s | ratio |",
         "|---|---|---|---|---|",

@@ -15,7 +15,8 @@ from coordinator.gateway import Gateway
 from coordinator.planning import plan_device
 from coordinator.rounds import Member
 from coordinator.served import ServedModel
-from edge_sdk.errors import EdgeError, RefusedError
+from edge_sdk.errors import EdgeError, RefusedError, public_name
+from edge_sdk.local_state import KEPT
 from edge_sdk.messages import (
     PROTOCOL_VERSION,
     Failure,
@@ -144,6 +145,12 @@ class Admission:
             is_local=plan.split == self._model.facts.layout.num_blocks,
         )
 
+    def holds(self, device: str, step: int) -> None:
+        """*device* has been sent a round that starts at *step*: it keeps a checkpoint of that."""
+        held = self.held_steps.get(device, ())
+        if step not in held:
+            self.held_steps[device] = (*held, step)[-KEPT:]
+
     def send_part(self, device: str, request: PartRequest) -> None:
         """Answer a PartRequest with the next stretch of the part."""
         part, data = self._model.read(request.sha256, request.offset, PART_DATA_BYTES)
@@ -165,6 +172,6 @@ class Admission:
         if isinstance(error, RefusedError):
             self._gateway.send(device, Refused(stamp=stamp, reason=str(error)))
         else:
-            kind = type(error).__name__
-            self._gateway.send(device, Failure(stamp=stamp, error=kind, text=str(error)))
+            failure = Failure(stamp=stamp, error=public_name(error), text=str(error))
+            self._gateway.send(device, failure)
         self._gateway.drop(device, str(error))

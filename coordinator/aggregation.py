@@ -105,4 +105,4 @@ def residual(total: Factors, own: Factors | None) -> Factors:
     """What a participant must add to its own adapter to have dW: dW - s B A."""
     if own is None:
         return total
-    return compress(stack([total, own.scaled(-1.0)]))[0]
+    return compress(stack([total, own.scaled(-1.0)]), cancels=True)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -16,8 +15,9 @@ from coordinator.auth import AllowList
 from coordinator.config import ServeConfig
 from coordinator.store import CONFIG, RunFolder
 from edge_sdk.config import load_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint, load_public_key
+from edge_sdk.quiet import quiet_libraries
 
 ENV_PREFIX = "COORDINATOR_"
 
@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    if options.log_level != "debug":
+        quiet_libraries()
     try:
         code: int = options.run(options)
     except EdgeError as error:
-        print(f"coordinator: {error}", file=sys.stderr)
+        print(f"coordinator: {one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
@@ -128,7 +130,6 @@ def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     from coordinator.console import Console
     from coordinator.server import COMPLETED
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with Console(total_steps) as console:
         outcome = run(console)
     return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from coordinator.aggregation import SERVER
-from coordinator.engine import Answer, DeviceFault
 from coordinator.intake import Intake
 from coordinator.ledger import Report, RoundResult
 from coordinator.rounds import Action, Phase
 from coordinator.run import Run
+from coordinator.wave import Answer, DeviceFault
 from coordinator.worker import Worker
 from edge_sdk.assembly import TensorOut
 from edge_sdk.errors import PeerGone
@@ -37,6 +37,7 @@ class Conductor:
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
         self._pause_until_s: float | None = None
+        self._await_until_s = time.monotonic() + run.config.patience_s
 
     def collect(self) -> None:
         """Take results of computations; a device that spoilt one is expelled, the rest goes on."""
@@ -60,9 +61,13 @@ class Conductor:
             return self._finish_pause()
         if run.mail.evals:
             return self._evaluate()
-        if self.stop_asked and self._can_pause():
-            return self._begin_pause()
+        if run.state.awaited and time.monotonic() >= self._await_until_s:
+            absent = ", ".join(sorted(run.state.awaited))
+            run.watcher.note(f"going on without {absent}: not back yet")
+            run.state.stop_waiting()
         action = run.state.decide()
+        if self.stop_asked and self._can_pause(action):
+            return self._begin_pause()
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._run_wave,
@@ -93,6 +98,7 @@ class Conductor:
 
     def _start_round(self) -> None:
         run = self.run
+        step = run.state.step  # a round that needs no waves is at its end at once
         run.state.start_round()
         run.mail.jobs, run.mail.grads, run.mail.early, run.mail.reports = {}, {}, {}, {}
         run.reporting.begin_round()
@@ -103,14 +109,14 @@ class Conductor:
             devices=sorted(run.state.members),
         )
         for name in list(run.state.members):
-            self._send_round(name, run.state.end_step)
+            self._send_round(name, step, run.state.end_step)
 
-    def _send_round(self, device: str, end_step: int) -> None:
-        run = self.run
+    def _send_round(self, device: str, step: int, end_step: int) -> None:
+        run, state = self.run, self.run.state
         row = run.reporting.pending
         has_evaluated = row is None or device in row.get("eval_by_device", {})
         start, tensors = run.handout.message(
-            self._stamp(device),
+            run.admission.stamp(device, state.round, step, state.attempt),
             end_step,
             run.admission.plans[device],
             self._held(device),
@@ -119,6 +125,9 @@ class Conductor:
             and self._is_due(run.state.round),
         )
         self._send(device, start, tensors)
+        run.admission.holds(device, step)
+        if start.restore_step < 0:
+            state.begins[device] = step
 
     def _held(self, device: str) -> tuple[int, ...]:
         """Steps of this round at which the device could go on by itself."""
@@ -268,15 +277,22 @@ class Conductor:
 
     # ---- endings ----
 
-    def _can_pause(self) -> bool:
-        """Between two steps, or where the last checkpoint is still true."""
+    def _can_pause(self, action: Action) -> bool:
+        """Between two steps, or where there is nothing else to do."""
         state = self.run.state
-        is_between = state.phase is Phase.TRAINING and state.micro == 0 and not state.is_lifted
-        return is_between or state.phase in (Phase.GATHERING, Phase.CLOSING)
+        if state.phase in (Phase.GATHERING, Phase.CLOSING):
+            # A round that can start does: devices then save what the last one has taught them.
+            return action is Action.WAIT
+        is_between = state.micro == 0 and not state.is_lifted
+        return is_between if state.phase is Phase.TRAINING else self._has_local()
+
+    def _has_local(self) -> bool:
+        """Whether a member trains steps of its own, that nobody else can stop at."""
+        return any(member.is_local for member in self.run.state.members.values())
 
     def _begin_pause(self) -> bool:
         state = self.run.state
-        if state.phase is not Phase.TRAINING:
+        if not state.members:
             self.outcome = PAUSED
             return True
         self._intake.paused = set()
@@ -287,11 +303,13 @@ class Conductor:
         return True
 
     def _finish_pause(self) -> bool:
+        """Save this very step; where members train alone, the round's start has to do."""
         assert self._pause_until_s is not None
-        is_complete = self._intake.paused >= self.run.state.members.keys()
+        state = self.run.state
+        is_complete = self._intake.paused >= state.members.keys()
         if not is_complete and time.monotonic() < self._pause_until_s:
             return False
-        if self.run.state.step > self.run.state.safe_step:
+        if state.step > state.safe_step and not self._has_local():
             self.run.save()
         self.outcome = PAUSED
         return True
@@ -301,11 +319,11 @@ class Conductor:
         state = self.run.state
         state.is_handed_out = True
         for name in list(state.awaiting_eval):
-            self._send_round(name, state.step)
+            self._send_round(name, state.step, state.step)
 
     def _close(self) -> None:
         run = self.run
         run.reporting.flush()
-        for name in list(run.state.ready):
+        for name in run.gateway.devices():
             self._send(name, RunOver(stamp=self._stamp(name), reason="the run is complete"))
         self.outcome = COMPLETED

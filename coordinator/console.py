@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.table import Column, Table
 
 from coordinator.store import RunFolder
 from edge_sdk.messages import StepReport
+
+# A rate over so many steps: what the device does now, not what it did an hour ago.
+RATE_STEPS = 20
+# Below this width the memory column is left out, and then the bar.
+WIDE, NARROW = 96, 80
+NAME_WIDTH = 14
 
 
 @dataclass
 class _Device:
     task: TaskID | None
-    first_step: int = -1
-    began_s: float = 0.0
-    tokens: int = 0
+    text: str = ""
+    """What it is doing while it takes no steps."""
+    ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
+    """When its last steps ended, and their tokens."""
+    up: int = 0
+    down: int = 0
 
 
 class Console:
@@ -32,15 +45,11 @@ class Console:
         self._devices: dict[str, _Device] = {}
         self._bars: Progress | None = None
         if self._out.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.fields[name]:<14}"),
-                BarColumn(bar_width=28),
-                TextColumn("step {task.completed:>4.0f}/{task.total:.0f}"),
-                TextColumn("{task.description}"),
-                console=self._out,
-            )
+            columns = _columns(self._out.width, total_steps)
+            self._bars = Progress(*columns, console=self._out, refresh_per_second=4)
 
     def __enter__(self) -> Console:
+        quiet_libraries()
         if self._bars is not None:
             self._bars.start()
         return self
@@ -55,80 +64,147 @@ class Console:
 
     def device(self, name: str, text: str) -> None:
         """Say what a device is doing."""
-        self._of(name)
-        if self._bars is None or "left" in text:
+        mine = self._of(name)
+        mine.text = text
+        mine.ends.clear()
+        if self._bars is None or text.startswith("left"):
             self.note(f"{name}: {text}")
-        self._describe(name, text)
+        self._show(mine, loss=text)
 
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """Move the device's bar on."""
+        mine, done = self._of(device), report.stamp.step + 1
+        mine.ends.append((time.monotonic(), report.num_tokens))
+        rate = f"{_rate(mine.ends):5.0f} tok/s"
+        loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_rss_bytes / 2**20:5.0f} MiB"
+        if self._bars is None:
+            if done == end_step:
+                traffic = f"up {_mib(mine.up)}  down {_mib(mine.down)} MiB"
+                where = f"step {done}/{self._total_steps}"
+                self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  memory {memory}")
+            return
+        self._show(mine, completed=done, loss=loss, rate=rate, memory=f"mem {memory}")
+
+    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
+        """Show what a device has sent and received."""
         mine = self._of(device)
-        now_s = time.monotonic()
-        if mine.first_step < 0:
-            mine.first_step, mine.began_s = report.stamp.step, now_s
-        mine.tokens += report.num_tokens
-        rate = mine.tokens / max(1e-9, now_s - mine.began_s) if now_s > mine.began_s else 0.0
-        mib = report.peak_rss_bytes / 2**20
-        text = f"loss {report.loss:7.3f}  {rate:7.0f} tok/s  {mib:5.0f} MiB"
-        if self._bars is not None and mine.task is not None:
-            self._bars.update(mine.task, completed=report.stamp.step, description=text)
-        elif report.stamp.step == end_step:
-            self.note(f"{device}: step {report.stamp.step}/{self._total_steps}  {text}")
+        mine.up, mine.down = bytes_up, bytes_down
+        self._show(mine, traffic=f"up {_mib(bytes_up):>5} down {_mib(bytes_down):>5} MiB")
 
     def row(self, row: dict[str, Any]) -> None:
         """Write one line for a round."""
-        parts = [f"[round {row['round']}]"]
+        parts = [f"round {row['round']:>2}"]
         if "train_loss" in row:
             parts.append(f"train loss {row['train_loss']:.3f}")
-        if "eval" in row:
-            parts.append(f"eval {_score(row['eval'])}")
-        for name, score in row.get("eval_by_device", {}).items():
-            parts.append(f"{name} {_score(score)}")
+        scores = {"file": row["eval"]} if "eval" in row else {}
+        scores |= row.get("eval_by_device", {})
+        if scores:
+            named = "  ".join(f"{name} {_score(score)}" for name, score in scores.items())
+            parts.append(f"{_measure(scores.values())}: {named}")
         self.note("  ".join(parts))
 
     def _of(self, name: str) -> _Device:
         if name not in self._devices:
             task = None
             if self._bars is not None:
-                task = self._bars.add_task("", total=self._total_steps, name=name)
+                empty: dict[str, Any] = dict.fromkeys(("loss", "rate", "traffic", "memory"), "")
+                short = name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "~"
+                task = self._bars.add_task("", total=self._total_steps, name=short, **empty)
             self._devices[name] = _Device(task)
         return self._devices[name]
 
-    def _describe(self, name: str, text: str) -> None:
-        task = self._devices[name].task
-        if self._bars is not None and task is not None:
-            self._bars.update(task, description=text)
+    def _show(self, mine: _Device, completed: int | None = None, **fields: Any) -> None:
+        if self._bars is not None and mine.task is not None:
+            self._bars.update(mine.task, completed=completed, **fields)
+
+
+def quiet_libraries() -> None:
+    """Keep loading bars and deprecations of libraries from breaking into our lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def _columns(width: int, total_steps: int) -> list[ProgressColumn]:
+    """The columns of a bar that fit into *width*."""
+    digits = len(str(total_steps))
+    steps = f"{{task.completed:>{digits}.0f}}/{{task.total:.0f}}"
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.fields[name]}", markup=False),
+        TextColumn(steps, style="progress.percentage"),
+        _fixed("loss", 11),
+        _fixed("rate", 11),
+        _fixed("traffic", 23),
+    ]
+    if width >= NARROW:
+        columns.insert(1, BarColumn(bar_width=12))
+    if width >= WIDE:
+        columns.append(_fixed("memory", 13))
+    return columns
+
+
+def _fixed(name: str, width: int) -> TextColumn:
+    column = Column(min_width=width, no_wrap=True)
+    return TextColumn(f"{{task.fields[{name}]}}", markup=False, table_column=column)
+
+
+def _rate(ends: deque[tuple[float, int]]) -> float:
+    """Tokens a second since the first of the steps that we remember."""
+    if len(ends) < 2:
+        return 0.0
+    return sum(tokens for _, tokens in list(ends)[1:]) / max(1e-9, ends[-1][0] - ends[0][0])
+
+
+def _measure(scores: Iterable[dict[str, float]]) -> str:
+    return "perplexity" if all("perplexity" in score for score in scores) else "accuracy"
 
 
 def _score(score: dict[str, float]) -> str:
     if "perplexity" in score:
-        return f"perplexity {score['perplexity']:.2f}"
-    return f"accuracy {score['accuracy']:.1%}"
+        return f"{score['perplexity']:.2f}"
+    return f"{score['accuracy']:.1%}"
 
 
 def summary(folder: RunFolder) -> Table:
     """What a run cost and what it brought, device by device."""
     rows, costs = folder.rows("metrics.jsonl"), folder.rows("telemetry.jsonl")
-    table = Table(title=f"Run {folder.name}")
-    for heading in ("device", "before", "after", "up MiB", "down MiB", "peak MiB"):
-        table.add_column(heading, justify="left" if heading == "device" else "right")
-    if rows and "eval" in rows[0] and "eval" in rows[-1]:
-        table.add_row("(file)", _score(rows[0]["eval"]), _score(rows[-1]["eval"]), "", "", "")
-    last = costs[-1]["devices"] if costs else {}
-    for name in sorted(last):
-        first_score = rows[0].get("eval_by_device", {}).get(name) if rows else None
-        last_score = rows[-1].get("eval_by_device", {}).get(name) if rows else None
-        peak = max(c["devices"].get(name, {}).get("peak_rss_bytes", 0) for c in costs)
+    first, last = _scores(rows[:1]), _scores(rows)
+    measure = _measure(first.values()) if first else "score"
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ("validation data", f"{measure} before", "after", "up MiB", "down MiB", "peak MiB")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    if "file" in first:
+        table.add_row("file", _score(first["file"]), _score(last["file"]), "", "", "")
+    names = {name for row in costs for name in row["devices"]} | last.keys() - {"file"}
+    for name in sorted(names):
+        own = [row["devices"][name] for row in costs if name in row["devices"]]
         table.add_row(
             name,
-            _score(first_score) if first_score else "-",
-            _score(last_score) if last_score else "-",
-            _mib(last[name].get("bytes_up")),
-            _mib(last[name].get("bytes_down")),
-            _mib(peak),
+            _score(first[name]) if name in first else "-",
+            _score(last[name]) if name in last else "-",
+            _mib(total_over_sessions([row.get("bytes_up", 0) for row in own])),
+            _mib(total_over_sessions([row.get("bytes_down", 0) for row in own])),
+            _mib(max((row["peak_rss_bytes"] for row in own), default=0)),
         )
     return table
 
 
-def _mib(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**20:.1f}"
+def _scores(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The newest score of the file and of each device in *rows*."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found |= {"file": row["eval"]} if "eval" in row else {}
+        found |= row.get("eval_by_device", {})
+    return found
+
+
+def total_over_sessions(counts: list[int]) -> int:
+    """Sum a counter that begins at 0 with every session: what it held before each fall, and now."""
+    falls = [before for before, now in zip(counts, counts[1:], strict=False) if now < before]
+    return sum(falls) + (counts[-1] if counts else 0)
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f}"

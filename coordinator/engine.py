@@ -1,6 +1,7 @@
 """The coordinator's share of the model: many devices, cut anywhere, one forward and one backward.
 
-`Engine` is the interface, `LocalEngine` runs in this process. Knows no network and no rounds.
+`LocalEngine` runs in this process; what it is asked for stands in `wave.py`. Knows no network and
+no rounds.
 
 A wave's rows enter at their own block: devices sorted by split, each joins the batch where its own
 blocks end. The loss that is differentiated is sum_i n_i L_i, with L_i device i's own mean token
@@ -13,16 +14,15 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from coordinator.wave import Answer, DeviceFault, Job
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
-from edge_sdk.errors import NumericError
 from edge_sdk.factors import Array, Factors
 from edge_sdk.layout import Layout
 from edge_sdk.loss import LossSums, loss_sums
@@ -47,59 +47,6 @@ from edge_sdk.training import (
     resolve_compute,
     seed_step,
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One micro-batch of one device, as it reaches the coordinator."""
-
-    device: str
-    split: int
-    weight: float
-    """Samples of the device's whole step; its share p_i is this over the sum of all devices'."""
-    num_targets: int
-    """Targets of the device's whole step."""
-    hidden_BTD: Array
-    lengths_B: np.ndarray
-    labels: np.ndarray | None
-    """None with `labels: device`."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one device gets back."""
-
-    device: str
-    grad_BTD: Array
-    sums: TailSums | None
-
-
-class DeviceFault(NumericError):
-    """A wave could not be computed because of what one device sent; the others may go on."""
-
-    def __init__(self, device: str, text: str) -> None:
-        super().__init__(text)
-        self.device = device
-
-
-class Engine(Protocol):
-    """What the coordinator asks of whatever computes its blocks."""
-
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
-        """Forward, loss and backward of a wave whose labels are here."""
-        ...
-
-    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Forward of a wave whose labels stay on the devices; the graph is kept."""
-        ...
-
-    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Backward of the last `lift` from each device's gradient of its own loss."""
-        ...
-
-    def finish_step(self, step: int) -> bool:
-        """Update the adapters; False when a gradient was not finite and nothing was changed."""
-        ...
 
 
 @dataclass
@@ -158,6 +105,8 @@ class LocalEngine:
         Raises:
             DeviceFault: a device's loss is not finite; nothing was accumulated.
         """
+        if not jobs:  # who had this micro-batch has left
+            return []
         wave = self._forward(jobs, step, micro, to_logits=True)
         with autocast(self._compute, self._device):
             sums = self._losses(wave)
@@ -168,16 +117,18 @@ class LocalEngine:
                 raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
             total = total + (job.weight / job.num_targets) * loss
         torch.autograd.backward(total * self.optimizer.loss_scale)
-        return self._answers(wave, sums)
+        return self._answers(wave, sums, {job.device for job in jobs})
 
     def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
         """Forward of a wave whose labels stay on the devices; see `Engine`."""
-        self._wave = self._forward(jobs, step, micro, to_logits=False)
-        return _unstack(self._wave)
+        self._wave = self._forward(jobs, step, micro, to_logits=False) if jobs else None
+        return _unstack(self._wave) if self._wave else {}
 
     def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
         """Backward of the last `lift`; see `Engine`. A device without a gradient counts nothing."""
         wave, self._wave = self._wave, None
+        if not grads:
+            return []
         assert wave is not None, "lower without lift"
         grad_BTD = torch.zeros_like(wave.top)
         start = 0
@@ -189,7 +140,7 @@ class LocalEngine:
                 grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
             start += rows
         torch.autograd.backward(wave.top, grad_BTD)
-        return [a for a in self._answers(wave, [None] * len(wave.jobs)) if a.device in grads]
+        return self._answers(wave, [None] * len(wave.jobs), grads)
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
@@ -270,9 +221,13 @@ class LocalEngine:
             start += rows
         return sums
 
-    def _answers(self, wave: _Wave, sums: Sequence[LossSums | None]) -> list[Answer]:
+    def _answers(
+        self, wave: _Wave, sums: Sequence[LossSums | None], devices: Container[str]
+    ) -> list[Answer]:
         answers = []
         for job, leaf, own in zip(wave.jobs, wave.leaves, sums, strict=True):
+            if job.device not in devices:
+                continue
             assert leaf.grad is not None
             grad = leaf.grad / (job.weight * self.optimizer.loss_scale)
             found = None if own is None else totals(own)
@@ -312,7 +267,7 @@ class LocalEngine:
         # Blocks that we hold only to evaluate have no adapter of ours: their mean is a residual.
         bare = {n: p for n, p in means.items() if n not in self.adapters.ranks}
         self.adapters.set_residual(
-            {n: self.adapters.product(p) for n, p in bare.items() if self.is_present(n)}
+            {n: self.adapters.product(n, p) for n, p in bare.items() if self.is_present(n)}
         )
         if "tail" in self.slice.present:
             names = head_names(self.slice)

@@ -38,8 +38,10 @@ CHECK_S = 5.0
 DROP_FLUSH_S = 5.0
 # A peer with more bad messages than this in one session is thrown out: answers cost memory.
 MAX_BAD = 16
-# Replaced sessions remembered, so that a late packet of one cannot replace its successor.
-MAX_REPLACED = 4096
+# Remembered, so that a late packet of an ended session cannot replace its successor.
+MAX_EXPELLED = 4096
+_TAKEN_OVER = "another process with the same key has taken over"
+_REVOKED = "this device's key is not registered any more"
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class GatewayIo:
     is_closing: bool = False
     failure: str = ""
     _routes: dict[bytes, tuple[Seat, int]] = field(default_factory=dict)
-    _replaced: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _expelled: OrderedDict[str, str] = field(default_factory=OrderedDict)
     _checks: list[tuple[float, int, Seat]] = field(default_factory=list)
     _num_checks: int = 0
     _tick_s: float = 0.0
@@ -68,7 +70,7 @@ class GatewayIo:
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
 
     def post(self, *command: Any) -> None:
-        """Hand a command to the thread; any thread may call this."""
+        """Hand a command to the thread, from any thread."""
         self.commands.append(command)
         self.waker.wake()
 
@@ -81,6 +83,7 @@ class GatewayIo:
                 self._poller.register(self.zap.socket, zmq.POLLIN)
             while not self.is_closing:
                 self._turn()
+            self.out.farewell()
         except Exception as error:  # noqa: BLE001 -- a thread that dies must not die unheard
             log.exception("gateway.failed")
             self.failure = f"{type(error).__name__}: {error}"
@@ -109,9 +112,7 @@ class GatewayIo:
             self._fresh = []
 
     def _timeout_ms(self) -> int:
-        if self.commands:
-            return 0
-        until_s = self.out.next_s(self._tick_s)
+        until_s = 0.0 if self.commands else self.out.next_s(self._tick_s)
         return max(0, int((until_s - time.monotonic()) * 1000) + 1)
 
     def _command(self, command: tuple[Any, ...], now_s: float) -> None:
@@ -152,7 +153,7 @@ class GatewayIo:
             try:
                 self._frame(route, name or "", seat, frame.buffer, now_s)
             except RemoteProtocolError as error:
-                self._bad_frame(route, name or "", seat, str(error), now_s)
+                self._bad_frame(route, name or "", seat, str(error))
 
     def _name(self, frame: zmq.Frame) -> str | None:
         assert self.allowed is not None
@@ -188,13 +189,13 @@ class GatewayIo:
             items = talk.on_packet(packet)
         except RemoteProtocolError as error:
             self._fresh.append((seat, Rejected(seat.name, str(error))))
-            self._over(seat, f"the protocol was broken: {error}", now_s)
+            self._expel(seat, f"the protocol was broken: {error}")
             return
         for item in items:
             if isinstance(item, Envelope):
                 self._fresh.append((seat, Received(seat.name, item)))
             else:
-                self._bad_message(seat, item.text, now_s)
+                self._bad_message(seat, item.text)
         self.out.owe(seat, now_s)
 
     def _on_note(self, seat: Seat, note: Any, now_s: float) -> None:
@@ -203,7 +204,7 @@ class GatewayIo:
                 seat.talk.on_ack(note, now_s)
             except RemoteProtocolError as error:
                 self._fresh.append((seat, Rejected(seat.name, str(error))))
-                self._over(seat, f"the protocol was broken: {error}", now_s)
+                self._expel(seat, f"the protocol was broken: {error}")
                 return
             self.out.add(seat)
             if seat.leave is not None:
@@ -213,7 +214,7 @@ class GatewayIo:
             seat.rtt_s = note.rtt_s or None
             self.out.note(seat, BeatBack(sent_s=note.sent_s))
         elif isinstance(note, Leaving) and note.session == seat.talk.session:
-            self._over(seat, "", now_s)
+            self._expel(seat, "")
 
     def _heard(self, seat: Seat, now_s: float) -> None:
         seat.heard_s = now_s
@@ -227,8 +228,9 @@ class GatewayIo:
         if not is_device_name(name) or not is_session_id(note.session):
             raise RemoteProtocolError(f"attach with name {name[:60]!r}, session {note.session!r}")
         seat = self.seats.get(name)
-        if note.session in self._replaced:
-            self.out.say(route, packets.Closed(session=note.session, reason=_TAKEN_OVER))
+        reason = self._expelled.get(note.session)
+        if reason is not None:
+            self.out.say(route, packets.Closed(session=note.session, reason=reason))
             return
         if seat is None or seat.talk.session != note.session:
             if note.is_resumed:
@@ -250,10 +252,7 @@ class GatewayIo:
     def _sit(self, name: str, session: str, now_s: float) -> Seat:
         older = self.seats.get(name)
         if older is not None:
-            self._replaced[older.talk.session] = name
-            if len(self._replaced) > MAX_REPLACED:
-                self._replaced.popitem(last=False)
-            self._over(older, _TAKEN_OVER, now_s)
+            self._expel(older, _TAKEN_OVER)
         seat = Seat(name, Conversation(session, self.max_message_bytes, FROM_DEVICE), now_s)
         self.seats[name] = seat
         self._check_later(seat, now_s)
@@ -261,7 +260,14 @@ class GatewayIo:
         self._fresh.append((seat, Joined(name, session)))
         return seat
 
-    def _over(self, seat: Seat, reason: str, now_s: float) -> None:
+    def _expel(self, seat: Seat, reason: str) -> None:
+        """End a session for good: whoever comes back with it is told why, on either lane."""
+        self._expelled[seat.talk.session] = reason
+        if len(self._expelled) > MAX_EXPELLED:
+            self._expelled.popitem(last=False)
+        self._over(seat, reason)
+
+    def _over(self, seat: Seat, reason: str) -> None:
         """End a session; with a reason the device is told, without one it left by itself."""
         if seat.is_over:
             return
@@ -279,40 +285,36 @@ class GatewayIo:
 
     def _leave_if_due(self, seat: Seat, now_s: float) -> None:
         if seat.leave is not None and (seat.talk.is_idle or now_s >= seat.leave[1]):
-            self._over(seat, seat.leave[0], now_s)
+            self._expel(seat, seat.leave[0])
 
     # -- what is wrong --
 
-    def _bad_frame(
-        self, route: bytes, name: str, seat: Seat | None, text: str, now_s: float
-    ) -> None:
+    def _bad_frame(self, route: bytes, name: str, seat: Seat | None, text: str) -> None:
         if seat is not None:
-            self._bad_message(seat, text, now_s)
+            self._bad_message(seat, text)
             return
         log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
         self.out.say(route, packets.Closed(session="", reason=text))
         if name:
             self._fresh.append((None, Rejected(name, text)))
 
-    def _bad_message(self, seat: Seat, text: str, now_s: float) -> None:
+    def _bad_message(self, seat: Seat, text: str) -> None:
         log.warning("gateway.message_bad name=%s error=%s", seat.name, text)
         self._fresh.append((seat, Rejected(seat.name, text)))
         seat.num_bad += 1
         if seat.num_bad > MAX_BAD:
-            self._over(seat, f"too many bad messages, the last: {text}", now_s)
+            self._expel(seat, f"too many bad messages, the last: {text}")
             return
-        failure = Failure(
-            stamp=Stamp(device=seat.name), error=RemoteProtocolError.__name__, text=text[:1000]
-        )
+        stamp, error = Stamp(device=seat.name), RemoteProtocolError.__name__
+        failure = Failure(stamp=stamp, error=error, text=text[:1000])
         seat.talk.send(Outgoing(failure, {}))
         self.out.add(seat)
 
     def _revoked(self, route: bytes, known: tuple[Seat, int] | None) -> None:
-        text = "this device's key is not registered any more"
         if known is not None:
-            self._over(known[0], text, time.monotonic())
+            self._expel(known[0], _REVOKED)
         else:
-            self.out.say(route, packets.Closed(session="", reason=text))
+            self.out.say(route, packets.Closed(session="", reason=_REVOKED))
 
     # -- the clock --
 
@@ -324,10 +326,8 @@ class GatewayIo:
     def _tick(self, now_s: float) -> None:
         self._tick_s = now_s + TICK_S
         if self.allowed is not None and self.allowed.reload_if_changed():
-            names = self.allowed.devices()
-            for seat in list(self.seats.values()):
-                if seat.name not in names:
-                    self._over(seat, "this device's key is not registered any more", now_s)
+            for name in self.seats.keys() - self.allowed.devices().keys():
+                self._expel(self.seats[name], _REVOKED)
         while self._checks and self._checks[0][0] <= now_s:
             seat = heapq.heappop(self._checks)[2]
             if not seat.is_over:
@@ -338,7 +338,7 @@ class GatewayIo:
         self.out.ack(seat)
         silent_s = now_s - seat.heard_s
         if silent_s >= self.gone_after_s:
-            self._over(seat, f"silent for {silent_s:.0f} s", now_s)
+            self._over(seat, f"silent for {silent_s:.0f} s")
         elif silent_s >= max(self.silent_after_s, 2 * seat.silent_s):
             seat.silent_s = silent_s
             self._fresh.append((seat, Silent(seat.name, silent_s)))
@@ -347,6 +347,3 @@ class GatewayIo:
                 self.out.add(seat)
         if not seat.is_over:
             self._check_later(seat, now_s)
-
-
-_TAKEN_OVER = "another process with the same key has taken over"

@@ -19,6 +19,8 @@ from edge_sdk.sockets import ZERO_COPY_BYTES
 ACK_DELAY_S = 0.002
 # libzmq does not say when a ROUTER's peer has room again.
 RETRY_FULL_S = 0.005
+# How long a closing coordinator tries to get its last acks out.
+FAREWELL_MS = 200
 # A device may be sent so many packets in a row before the others have their turn.
 TURN_PACKETS = 8
 
@@ -63,6 +65,12 @@ class Outbox:
             for seat in self._owing:
                 self.ack(seat)
             self._owing.clear()
+
+    def farewell(self) -> None:
+        """Ack what has arrived before the socket closes: nobody shall wait for that in vain."""
+        for seat in self._owing:
+            self.ack(seat)
+        self.router.linger = FAREWELL_MS
 
     def _pump_lane(self, seat: Seat, lane: int, now_s: float) -> bool:
         """Send some packets of a lane; returns whether there may be more to send right now."""

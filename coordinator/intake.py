@@ -9,7 +9,13 @@ from typing import Any
 from coordinator.gateway import Event, Left, Received, Rejected, Silent
 from coordinator.ledger import Report
 from coordinator.run import Run
-from coordinator.wave_input import WaveInput, check_gradient, check_upload
+from coordinator.wave_input import (
+    WaveInput,
+    check_evaluation,
+    check_gradient,
+    check_report,
+    check_upload,
+)
 from edge_sdk.adapters import Pair, head_names
 from edge_sdk.assembly import Envelope
 from edge_sdk.errors import EdgeError, PeerGone, RemoteProtocolError
@@ -58,6 +64,8 @@ class Intake:
             elif isinstance(event, Rejected):
                 self.run.reporting.event("message.rejected", device=device, error=event.error)
                 self.run.watcher.note(f"{device}: rejected: {event.error}")
+                if device in self.run.gateway.devices():
+                    raise RemoteProtocolError(event.error)
         except PeerGone as gone:
             self.run.lose(device, str(gone))
         except EdgeError as error:
@@ -87,7 +95,7 @@ class Intake:
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
         member = self.run.admission.admit(device, envelope.message)
-        self.run.handout.forget(device)
+        self.run.lose(device, "")  # ready once more: what it held of a round is gone
         self.run.state.join(member)
         self.run.reporting.event(
             "device.joined", device=device, split=member.split, samples=envelope.message.num_samples
@@ -97,25 +105,32 @@ class Intake:
     def activation(self, device: str, envelope: Envelope) -> None:
         """Take the input of a wave, of a later wave, or of an evaluation."""
         message: Activation = envelope.message
-        member = self.run.state.members.get(device)
-        plan = self.run.admission.plans[device]
+        ready = self.run.state.ready.get(device)
+        if ready is None:
+            raise RemoteProtocolError("Activation before Ready")
+        plan, member = self.run.admission.plans[device], self.run.state.members.get(device)
         if message.is_eval:
-            if ready := self.run.state.ready.get(device):
-                self.run.mail.evals.append(
-                    (message, self._input.job(ready, plan, message, envelope.tensors))
-                )
+            job = self._input.job(ready, plan, message, envelope.tensors)
+            self.run.mail.evals.append((message, job))
             return
         if member is None or not self._is_current(message):
             return
-        where = (message.stamp.step, message.micro)
-        now = (self.run.state.step, self.run.state.micro)
-        if where > now:
+        if member.is_local or message.num_micro != member.num_micro:
+            raise RemoteProtocolError(
+                f"micro-batch {message.micro} of {message.num_micro}: not the plan's"
+            )
+        where, state = (message.stamp.step, message.micro), self.run.state
+        if where == (state.step, state.micro):
+            if device not in state.arrived and not state.is_lifted:
+                job = self._input.job(member, plan, message, envelope.tensors)
+                self.run.mail.jobs[device] = job
+                state.arrive(device)
+        elif where == (state.step, state.micro + 1) or where == (state.step + 1, 0):
             self.run.mail.early[device] = envelope
-        elif where == now and device not in self.run.state.arrived and not self.run.state.is_lifted:
-            if message.num_micro != member.num_micro:
-                raise RemoteProtocolError(f"{message.num_micro} micro-batches, not the plan's")
-            self.run.mail.jobs[device] = self._input.job(member, plan, message, envelope.tensors)
-            self.run.state.arrive(device)
+        elif where > (state.step, state.micro):
+            raise RemoteProtocolError(
+                f"step {where[0]}.{where[1]} while the others are at {state.step}.{state.micro}"
+            )
 
     def _is_current(self, message: Any) -> bool:
         stamp = message.stamp
@@ -126,17 +141,21 @@ class Intake:
         )
 
     def _on_gradient(self, device: str, envelope: Envelope) -> None:
-        message: TopGradient = envelope.message
-        is_due = (message.stamp.step, message.micro) == (self.run.state.step, self.run.state.micro)
-        if device in self.run.state.members and self._is_current(message) and is_due:
-            self.run.mail.grads[device] = check_gradient(
-                envelope.tensors.get("grad"), self.run.mail.jobs[device]
-            )
-            self.run.state.arrive(device)
+        message, state = envelope.message, self.run.state
+        is_due = (message.stamp.step, message.micro) == (state.step, state.micro)
+        if device not in state.members or not self._is_current(message) or not is_due:
+            return
+        if not state.is_lifted or device not in self.run.mail.jobs:
+            raise RemoteProtocolError("TopGradient without TopHidden")
+        grad = envelope.tensors.get("grad")
+        self.run.mail.grads[device] = check_gradient(grad, self.run.mail.jobs[device])
+        state.arrive(device)
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
         if device in self.run.state.members and self._is_current(envelope.message):
-            self.run.reporting.step(device, envelope.message, self.run.state.end_step)
+            check_report(envelope.message)
+            end_step, gateway = self.run.state.end_step, self.run.gateway
+            self.run.reporting.step(device, envelope.message, end_step, gateway)
 
     def _on_upload(self, device: str, envelope: Envelope) -> None:
         if device not in self.run.state.members or not self._is_current(envelope.message):
@@ -146,7 +165,7 @@ class Intake:
         check_upload(plan, tensors, shapes)
         self.run.mail.reports[device] = Report(
             split=plan.split,
-            num_samples=plan.batch_size * self.run.config.steps_per_round,
+            num_samples=plan.batch_size * self.run.state.num_steps(device),
             pairs={n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in plan.ranks},
             head={n: tensors[n] for n in self._head_shapes() if plan.tail},
         )
@@ -166,8 +185,10 @@ class Intake:
 
     def _on_eval_report(self, device: str, envelope: Envelope) -> None:
         report: EvalReport = envelope.message
+        check_evaluation(report)
         if report.stamp.round == self.run.state.round:
             self.run.reporting.evaluation(device, report)
+            self.run.reporting.flush_if_complete(self.run.state.members)
         self.run.state.report_eval(device)
 
     def _on_paused(self, device: str, _envelope: Envelope) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,11 @@ def serve(config: ServeConfig, watcher: Watcher) -> str:
     model = ServedModel(config)
     with _gateway(config, keys) as gateway:
         folder = RunFolder.create(config.runs, config.name)
-        folder.write_text(CONFIG, dump_config(config))
-        folder.write_text("env.json", json.dumps(_environment(), indent=2))
-        run_id = f"{folder.name}-{secrets.token_hex(4)}"
-        run = Run(config, model, folder, gateway, watcher, run_id)
-        return _finish(run, watcher)
+        with _removed_if_it_never_began(folder):
+            folder.write_text(CONFIG, dump_config(config))
+            folder.write_text("env.json", json.dumps(_environment(), indent=2))
+            run_id = f"{folder.name}-{secrets.token_hex(4)}"
+            return _finish(Run(config, model, folder, gateway, watcher, run_id), watcher)
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
@@ -62,6 +63,17 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         return _finish(run, watcher)
 
 
+@contextmanager
+def _removed_if_it_never_began(folder: RunFolder) -> Iterator[None]:
+    """Leave no half-started run behind: without a checkpoint there is nothing to resume."""
+    try:
+        yield
+    except BaseException:
+        if not folder.checkpoints():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
 def _gateway(config: ServeConfig, keys: Any) -> Gateway:
     return Gateway(
         GatewayConfig(
@@ -78,8 +90,6 @@ def _finish(run: Run, watcher: Watcher) -> str:
     coordinator = Coordinator(run)
     with _stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
-    for device in run.gateway.devices():
-        run.gateway.drop(device, outcome)
     if outcome == COMPLETED:
         learned = run.ledger.global_factors()
         target = run.folder.path / ADAPTER

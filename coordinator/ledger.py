@@ -61,26 +61,32 @@ class Ledger:
 
     def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
         """Return the own factors that *participant* is to hold, made anew where it has none."""
-        held = self.pairs.setdefault(participant, {})
-        for name, rank in ranks.items():
-            if rank and (name not in held or held[name].a_RI.shape[0] != rank):
-                held[name] = self.means.get(name) or initial_pair(
-                    name, rank, self._facts.targets[name], self._seed
-                )
-        self.pairs[participant] = {n: held[n] for n, rank in ranks.items() if rank}
+        held = self.pairs.get(participant, {})
+        self.pairs[participant] = {
+            name: self._own(name, rank, held.get(name)) for name, rank in ranks.items() if rank
+        }
         return self.pairs[participant]
+
+    def _own(self, name: str, rank: int, held: Pair | None) -> Pair:
+        if name in self.means:  # also for who has missed rounds and holds an older mean
+            return self.means[name]
+        if held is not None and held.a_RI.shape[0] == rank:
+            return held
+        return initial_pair(name, rank, self._facts.targets[name], self._seed)
 
     def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
         """Return dW less what the participant's own adapter already adds, by weight."""
         own = self.pairs.get(participant, {})
         return {
-            name: residual(self.totals[name], self._product(own[name]) if name in own else None)
+            name: residual(
+                self.totals[name], self._product(name, own[name]) if name in own else None
+            )
             for name in weights
             if name in self.totals
         }
 
-    def _product(self, pair: Pair) -> Factors:
-        return product(pair, self._lora.scale(pair.a_RI.shape[0]))
+    def _product(self, weight: str, pair: Pair) -> Factors:
+        return product(pair, self._lora.scale(weight, pair.a_RI.shape[0]))
 
     def aggregate(self, reports: Mapping[str, Report]) -> RoundResult:
         """Join the round's reports; the ledger then holds the state of the next round's start.
@@ -119,7 +125,7 @@ class Ledger:
             if weight not in report.pairs or not samples:
                 continue
             after, before = report.pairs[weight], self.pairs[name][weight]
-            scale = self._lora.scale(after.a_RI.shape[0])
+            scale = self._lora.scale(weight, after.a_RI.shape[0])
             found[name] = Contribution(samples / total, scale, before, after)
         return found
 
@@ -146,7 +152,7 @@ class Ledger:
 
     def global_factors(self) -> dict[str, Factors]:
         """Return dW of every trained weight, scale inside: what the run has learned so far."""
-        merged = {name: self._product(pair) for name, pair in self.means.items()}
+        merged = {name: self._product(name, pair) for name, pair in self.means.items()}
         return {**merged, **self.totals}
 
     def state(self) -> dict[str, np.ndarray]:

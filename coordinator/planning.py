@@ -53,12 +53,13 @@ def plan_device(config: ServeConfig, facts: ModelFacts, device: str) -> Plan:
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
     names = facts.weights(0, split)
+    ranks = {name: config.lora.rank_of(name, rank) for name in names}
     for name in names:
-        check_rank(name, rank, facts.targets[name])
+        check_rank(name, ranks[name], facts.targets[name])
     return Plan(
         split=split,
-        ranks=dict.fromkeys(names, rank),
-        alphas={},
+        ranks=ranks,
+        alphas={name: config.lora.alpha_of(name) for name in names},
         batch_size=batch,
         micro_batch=micro,
         tail=config.labels == "device" or split == num_blocks,
@@ -69,9 +70,10 @@ def plan_server(config: ServeConfig, facts: ModelFacts, first: int) -> dict[str,
     """Return the ranks of the coordinator's own adapters, in blocks first .. L-1."""
     rank = config.lora.r if config.server_rank is None else config.server_rank
     names = facts.weights(first, facts.layout.num_blocks)
+    ranks = {name: config.lora.rank_of(name, rank) for name in names}
     for name in names:
-        check_rank(name, rank, facts.targets[name])
-    return dict.fromkeys(names, rank)
+        check_rank(name, ranks[name], facts.targets[name])
+    return ranks
 
 
 def check_config(config: ServeConfig, facts: ModelFacts) -> int:
@@ -79,11 +81,15 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
     plans = {name: plan_device(config, facts, name) for name in config.devices}
     plans["default"] = plan_device(config, facts, "")
     first = min(plan.split for plan in plans.values())
-    ranks = {rank for plan in plans.values() for rank in plan.ranks.values()}
-    ranks |= set(plan_server(config, facts, first).values())
-    if config.aggregation == "fedavg" and len(ranks) > 1:
+    ranks: dict[str, set[int]] = {}
+    for held in (*(plan.ranks for plan in plans.values()), plan_server(config, facts, first)):
+        for name, rank in held.items():
+            ranks.setdefault(name, set()).add(rank)
+    unequal = {name: sorted(found) for name, found in ranks.items() if len(found) > 1}
+    if config.aggregation == "fedavg" and unequal:
+        name, found = next(iter(unequal.items()))
         raise ConfigError(
-            f"aggregation: 'fedavg' needs equal ranks, the config gives {sorted(ranks)}; "
+            f"aggregation: 'fedavg' needs equal ranks, the config gives {found} for {name!r}; "
             "use 'exact' or one rank"
         )
     return first

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from coordinator.gateway import Gateway
@@ -29,6 +30,9 @@ class Watcher(Protocol):
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """A device finished a step of the round that ends at *end_step*."""
 
+    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
+        """A device has sent and received so many bytes in its session."""
+
     def row(self, row: dict[str, Any]) -> None:
         """A row of metrics is complete."""
 
@@ -43,6 +47,9 @@ class Silence:
         """Ignore it."""
 
     def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """Ignore it."""
+
+    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
         """Ignore it."""
 
     def row(self, row: dict[str, Any]) -> None:
@@ -79,11 +86,18 @@ class Reporting:
         self.folder.append("events.jsonl", {"time": clock, "event": what, **details})
 
     def begin_round(self) -> None:
-        """Forget the steps of an earlier attempt."""
-        self._progress = {}
+        """Start the round's clock."""
         self._began_s = time.monotonic()
 
-    def step(self, device: str, report: StepReport, end_step: int) -> None:
+    def progress(self) -> dict[str, dict[str, float]]:
+        """What devices have reported in the current round, for a checkpoint."""
+        return {name: asdict(mine) for name, mine in self._progress.items()}
+
+    def load_progress(self, progress: Mapping[str, dict[str, Any]]) -> None:
+        """Take over what `progress` returned; steps reported since then are run again."""
+        self._progress = {name: _Progress(**mine) for name, mine in progress.items()}
+
+    def step(self, device: str, report: StepReport, end_step: int, gateway: Gateway) -> None:
         """Count a device's step."""
         mine = self._progress.setdefault(device, _Progress())
         mine.loss_sum += report.loss * report.num_targets
@@ -92,6 +106,8 @@ class Reporting:
         mine.compute_s += report.compute_s
         mine.wait_s += report.wait_s
         mine.peak_rss_bytes = max(mine.peak_rss_bytes, report.peak_rss_bytes)
+        if traffic := _traffic(gateway, device):
+            self.watcher.traffic(device, **traffic)
         self.watcher.step(device, report, end_step)
 
     def end_round(
@@ -112,7 +128,7 @@ class Reporting:
             }
         if evaluated is not None:
             row["eval"] = self._score(*evaluated)
-        self.pending = row
+        self.pending, self._progress = row, {}
 
     def _score(self, loss_sum: float, num_targets: int, num_correct: int) -> dict[str, float]:
         loss = loss_sum / max(1, num_targets)
@@ -127,6 +143,12 @@ class Reporting:
         if self.pending is not None and report.num_targets:
             scores = self.pending.setdefault("eval_by_device", {})
             scores[device] = self._score(report.loss_sum, report.num_targets, report.num_correct)
+
+    def flush_if_complete(self, members: Collection[str]) -> None:
+        """Write the row that was waiting once everybody of the round has evaluated."""
+        scores = {} if self.pending is None else self.pending.get("eval_by_device", {})
+        if members and all(name in scores for name in members):
+            self.flush()
 
     def flush(self) -> None:
         """Write the row that was waiting."""

@@ -60,6 +60,10 @@ class RunState:
     """Devices that have yet to evaluate the last aggregation."""
     is_handed_out: bool = False
     """Whether the last aggregation is on its way to them."""
+    awaited: set[str] = field(default_factory=set)
+    """Devices that took part before the coordinator restarted: a round waits for them too."""
+    begins: dict[str, int] = field(default_factory=dict)
+    """First step of the round that a member trains; missing where it is the round's own first."""
 
     @property
     def first_step(self) -> int:
@@ -77,11 +81,13 @@ class RunState:
         """A device is ready; it takes part from the next round on."""
         self.leave(member.name)
         self.ready[member.name] = member
+        self.awaited.discard(member.name)
 
     def leave(self, name: str) -> bool:
         """A device is gone; returns whether the round had to be given up."""
         self.ready.pop(name, None)
-        self.awaiting_eval.discard(name)
+        if name not in self.awaited:
+            self.awaiting_eval.discard(name)
         was_member = self.members.pop(name, None) is not None
         self.arrived.discard(name)
         self.uploaded.discard(name)
@@ -95,6 +101,11 @@ class RunState:
         self.round, self.step, self.attempt, self.safe_step = round_, step, attempt, step
         is_last = round_ == self.total_rounds
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
+
+    def stop_waiting(self) -> None:
+        """Those who are not back yet are not waited for any longer."""
+        self.awaiting_eval -= self.awaited
+        self.awaited = set()
 
     def rewind(self) -> None:
         """Give the round up and gather devices for another attempt at it."""
@@ -132,6 +143,10 @@ class RunState:
         self._skip_empty()
         return True
 
+    def num_steps(self, name: str) -> int:
+        """Steps of the round that a member trains."""
+        return self.end_step - self.begins.get(name, self.first_step)
+
     def upload(self, name: str) -> None:
         """A member's factors of the round are here."""
         self.uploaded.add(name)
@@ -141,7 +156,7 @@ class RunState:
         self._expect(Phase.COLLECTING)
         self.round += 1
         self.step = self.round * self.steps_per_round
-        self.members, self.uploaded = {}, set()
+        self.members, self.uploaded, self.begins = {}, set(), {}
         is_last = self.round == self.total_rounds
         self.awaiting_eval = evaluating if is_last else set()
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
@@ -174,14 +189,15 @@ class RunState:
     def decide(self) -> Action:
         """Return what must be done now."""
         if self.phase is Phase.GATHERING:
-            return Action.START_ROUND if len(self.ready) >= self.min_devices else Action.WAIT
+            is_enough = len(self.ready) >= self.min_devices and not self.awaited
+            return Action.START_ROUND if is_enough else Action.WAIT
         if self.phase is Phase.TRAINING:
             return self._decide_wave()
         if self.phase is Phase.COLLECTING:
             return Action.AGGREGATE if self.uploaded >= self.members.keys() else Action.WAIT
         if not self.awaiting_eval:
             return Action.CLOSE
-        return Action.WAIT if self.is_handed_out else Action.HAND_OUT
+        return Action.WAIT if self.is_handed_out or self.awaited else Action.HAND_OUT
 
     def _decide_wave(self) -> Action:
         if not self.arrived >= self.expected():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from coordinator.admission import Admission
 from coordinator.aggregation import SERVER
 from coordinator.config import ServeConfig
-from coordinator.engine import Job, LocalEngine
+from coordinator.engine import LocalEngine
 from coordinator.gateway import Gateway
 from coordinator.handout import Handout
 from coordinator.ledger import Ledger, Report
@@ -15,6 +15,7 @@ from coordinator.reporting import Reporting, Watcher
 from coordinator.rounds import RunState
 from coordinator.served import ServedModel
 from coordinator.store import Checkpoint, RunFolder
+from coordinator.wave import Job
 from edge_sdk.assembly import Envelope
 from edge_sdk.factors import Array
 from edge_sdk.messages import Activation
@@ -85,7 +86,11 @@ class Run:
             "round": self.state.round,
             "step": self.state.step,
             "attempt": self.state.attempt,
+            "devices": sorted(set(self.state.members) | self.handout.current),
+            "begins": self.state.begins,
+            "unevaluated": sorted(self.state.awaiting_eval),
             "row": self.reporting.pending,
+            "progress": self.reporting.progress(),
         }
         arrays = {"engine": self.engine.state(), "ledger": self.ledger.state()}
         self.folder.save_checkpoint(
@@ -101,13 +106,18 @@ class Run:
         self.engine.load_state(checkpoint.arrays["engine"])
         self.ledger.load_state(checkpoint.arrays["ledger"])
         self.handout.forget()
+        self.reporting.load_progress(state["progress"])
+        self.state.begins = dict(state["begins"])
         self.mail = Mail()
         self.must_rewind = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
         self.restore(checkpoint)
-        self.reporting.pending = checkpoint.state["row"]
+        row = self.reporting.pending = checkpoint.state["row"]
+        self.state.awaited = set(checkpoint.state["devices"])
+        evaluated = set((row or {}).get("eval_by_device", {}))
+        self.state.awaiting_eval = set(checkpoint.state["unevaluated"]) - evaluated
         done = self.state.round
         first_open = done if self.reporting.pending else done + 1
         self.folder.drop_rows_from("metrics.jsonl", first_open)

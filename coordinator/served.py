@@ -17,13 +17,13 @@ from coordinator.planning import ModelFacts, check_config, plan_server
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.batches import MicroBatch, eval_batches
 from edge_sdk.data import load_rows
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.layout import build_empty
 from edge_sdk.partition import Slice
 from edge_sdk.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
-from edge_sdk.weights import PartCache, Source, model_hash
+from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
 
 
 class ServedModel:
@@ -44,6 +44,7 @@ class ServedModel:
         self.source.load_whole(config.training.seed)
         lora: LoraConfig = config.lora
         layout = self.source.layout
+        self._check_tokenizer()
         self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
         self.first = check_config(config, self.facts)
         self._cache = cache or PartCache()
@@ -79,12 +80,18 @@ class ServedModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, checked against its embeddings."""
-        from transformers import AutoTokenizer
+        """The model's tokenizer."""
+        return load_tokenizer(self.source.folder)
 
-        tokenizer = AutoTokenizer.from_pretrained(self.source.folder)
-        check_tokenizer(tokenizer, self.text_config.vocab_size)
-        return tokenizer
+    def _check_tokenizer(self) -> None:
+        """Devices use this tokenizer: better refused now than by each of them."""
+        rows, tokens = self.text_config.vocab_size, len(self.tokenizer)
+        if tokens > rows:
+            raise ModelError(
+                f"{self.source.folder}: the tokenizer knows {tokens} tokens, the model {rows}; "
+                "they do not belong together"
+            )
+        check_tokenizer(self.tokenizer, rows)
 
     def _load_evaluation(self) -> list[MicroBatch]:
         evaluation = self._config.evaluation

@@ -6,15 +6,21 @@ What to do next is decided in `rounds.py`, who may take part in `admission.py`, 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from coordinator.conductor import COMPLETED, PAUSED, Conductor
 from coordinator.intake import Intake
 from coordinator.run import Run
 from coordinator.worker import Worker
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import PeerGone
 
 __all__ = ["COMPLETED", "PAUSED", "Coordinator"]
 
 # The loop comes round at least so often, to notice silence and Ctrl-C.
 GLANCE_S = 0.5
+# Seconds for the last words to all devices.
+GOODBYE_S = 10.0
 
 
 class Coordinator:
@@ -42,7 +48,22 @@ class Coordinator:
         finally:
             self._worker.close()
         run.reporting.event("run.ended", outcome=conductor.outcome)
+        if conductor.outcome == COMPLETED:
+            self._say_goodbye()
         return conductor.outcome
+
+    def _say_goodbye(self) -> None:
+        """End all sessions, once everybody knows that the run is over.
+
+        After a pause there is no goodbye: devices keep trying, and join the run that is resumed.
+        """
+        gateway, deadline = self._run.gateway, Deadline.after(GOODBYE_S)
+        names = gateway.devices()
+        for name in names:
+            with suppress(PeerGone):
+                gateway.drop(name, COMPLETED)
+        while not set(names).isdisjoint(gateway.devices()) and deadline.left_s():
+            gateway.events(min(GLANCE_S, deadline.left_s()))
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""

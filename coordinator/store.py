@@ -97,11 +97,13 @@ class RunFolder:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
-        with storage_errors(str(self.path / name)), (self.path / name).open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
+        with storage_errors(str(self.path / name)), (self.path / name).open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                file.write(b"\n")  # a crash has cut the last line off
+            file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Read a .jsonl file; a last line that was cut off by a crash is left out."""
+        """Read a .jsonl file; a line that was cut off by a crash is left out."""
         path = self.path / name
         if not path.is_file():
             return []
@@ -110,7 +112,7 @@ class RunFolder:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
-                break
+                continue
         return rows
 
     def drop_rows_from(self, name: str, round_: int) -> None:
@@ -129,23 +131,29 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             for name, arrays in checkpoint.arrays.items():
-                data = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
+                data = save({key: np.asarray(a, order="C") for key, a in arrays.items()})
                 (temporary / f"{name}.safetensors").write_bytes(data)
             state = json.dumps(checkpoint.state, indent=2, sort_keys=True)
             (temporary / "state.json").write_text(state)
-            for file in temporary.iterdir():
+            for file in (*temporary.iterdir(), temporary):
                 _sync(file)
-            if final.exists():  # a second pause at the same step
-                shutil.rmtree(final)
+            aside = self.path / f".{final.name}.old"
+            if final.exists():  # the same step again: one of both is there at every moment
+                shutil.rmtree(aside, ignore_errors=True)
+                final.replace(aside)
             temporary.replace(final)
             _sync(self.path)
+            for done in self.path.glob(".checkpoint-*.old"):
+                shutil.rmtree(done)
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
         return final
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.path.glob("checkpoint-*") if (p / "state.json").is_file())
+        found = {_step(p): p for p in self.path.glob(".checkpoint-*.old")}
+        found |= {_step(p): p for p in self.path.glob("checkpoint-*")}
+        return [found[step] for step in sorted(found) if (found[step] / "state.json").is_file()]
 
     def load_checkpoint(self) -> Checkpoint:
         """Read the newest checkpoint.
@@ -166,6 +174,10 @@ class RunFolder:
         except (OSError, ValueError, SafetensorError) as error:
             raise StorageError(f"checkpoint {newest} cannot be read: {error}") from error
         return Checkpoint(state, arrays)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(".").removesuffix(".old").removeprefix("checkpoint-"))
 
 
 def _sync(path: Path) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,6 +40,10 @@ class LoraConfig:
     """Rank where a device's own settings name none."""
     lora_alpha: float = 16.0
     """The adapter's scale is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of single weights, by the end of their module name; regular expressions, as in PEFT."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for lora_alpha."""
     use_rslora: bool = False
     """Scale by the square root of the rank."""
     lora_dropout: float = 0.0
@@ -52,10 +57,26 @@ class LoraConfig:
         if not self.target_modules:
             raise ValueError("target_modules is empty; name modules or use 'all-linear'")
 
-    def scale(self, rank: int, alpha: float | None = None) -> float:
-        """The factor in front of B A."""
-        alpha = self.lora_alpha if alpha is None else alpha
+    def rank_of(self, weight: str, default: int) -> int:
+        """The rank of *weight*: that of the first pattern that fits, or *default*."""
+        return _first_fit(self.rank_pattern, weight, default)
+
+    def alpha_of(self, weight: str) -> float:
+        """The alpha of *weight*."""
+        return _first_fit(self.alpha_pattern, weight, self.lora_alpha)
+
+    def scale(self, weight: str, rank: int) -> float:
+        """The factor in front of the B A of *weight*."""
+        alpha = self.alpha_of(weight)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+T = TypeVar("T")
+
+
+def _first_fit(patterns: Mapping[str, T], weight: str, default: T) -> T:
+    fits = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", weight))
+    return next(fits, default)
 
 
 class Shape(NamedTuple):
@@ -169,7 +190,7 @@ class Adapters:
         self._lora = lora
         self._tuner: Any = None
         self.ranks = {name: rank for name, rank in ranks.items() if rank > 0}
-        self.alphas = {name: alphas.get(name, lora.lora_alpha) for name in self.ranks}
+        self.alphas = {name: alphas.get(name, lora.alpha_of(name)) for name in self.ranks}
         self.residual: dict[str, Factors] = {}
         if self.ranks:
             self._inject(self.ranks, OWN, alpha_pattern=self.alphas)
@@ -209,11 +230,12 @@ class Adapters:
 
     def scale(self, name: str) -> float:
         """The factor in front of the B A of weight *name*."""
-        return self._lora.scale(self.ranks[name], self.alphas[name])
+        rank, alpha = self.ranks[name], self.alphas[name]
+        return alpha / math.sqrt(rank) if self._lora.use_rslora else alpha / rank
 
-    def product(self, pair: Pair) -> Factors:
-        """The matrix s B A of a pair whose alpha is the run's."""
-        return Factors(pair.b_OR * self._lora.scale(pair.a_RI.shape[0]), pair.a_RI)
+    def product(self, name: str, pair: Pair) -> Factors:
+        """The matrix s B A of a pair for weight *name*, with the run's alpha."""
+        return Factors(pair.b_OR * self._lora.scale(name, pair.a_RI.shape[0]), pair.a_RI)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained factors, as `<weight>.A` and `<weight>.B`, in model order."""

@@ -15,9 +15,10 @@ from types import FrameType
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config import load_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint
 from edge_sdk.plan import Plan
+from edge_sdk.quiet import quiet_libraries
 
 ENV_PREFIX = "EDGE_SDK_"
 
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    if options.log_level != "debug":
+        quiet_libraries()
     try:
         code: int = options.run(options)
     except EdgeError as error:
-        print(f"edge-sdk: {error}", file=sys.stderr)
+        print(f"edge-sdk: {one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
@@ -88,7 +91,6 @@ class _Lines(Callback):
 def _run(options: argparse.Namespace) -> int:
     from edge_sdk.client import STOPPED, EdgeClient
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())
     asked = False

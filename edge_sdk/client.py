@@ -26,6 +26,10 @@ from edge_sdk.transport import Link, LinkConfig, ZmqLink
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped"
+# A wrong server key, or nobody there, is reported after so many seconds.
+FIRST_CONTACT_S = 10.0
+# Seconds for the last words of a device; a coordinator that is away will find out by itself.
+FAREWELL_S = 1.0
 
 
 class EdgeClient:
@@ -70,7 +74,7 @@ class EdgeClient:
             reason = self._take_part(participant)
         finally:
             participant.close()
-            link.close()
+            link.close(FAREWELL_S)
             self._callback.on_train_end(reason)
         return reason
 
@@ -82,6 +86,7 @@ class EdgeClient:
                 server_key=load_public_key(config.server_key),
                 keys=load_key_pair(config.secret_key),
                 patience_s=config.patience_s,
+                first_contact_s=min(FIRST_CONTACT_S, config.patience_s),
                 chunk_bytes=config.chunk_bytes,
             )
         )
@@ -155,5 +160,5 @@ def _quietly(say: Callable[[], None]) -> None:
     """A last word is welcome, but not worth another error."""
     try:
         say()
-    except TransportError as error:
+    except EdgeError as error:
         log.debug("farewell.lost reason=%s", error)

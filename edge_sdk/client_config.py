@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_sdk.data import DataConfig
+from edge_sdk.packets import MAX_CHUNK_BYTES
 from edge_sdk.training import Compute
 
 
@@ -44,3 +45,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
+        if not 0 < self.chunk_bytes <= MAX_CHUNK_BYTES:
+            raise ValueError(f"chunk_bytes must be 1..{MAX_CHUNK_BYTES}, got {self.chunk_bytes}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")

@@ -18,22 +18,15 @@ from typing import Any
 import zmq
 
 from edge_sdk import packets
-from edge_sdk.assembly import Envelope, Outgoing
+from edge_sdk.assembly import Envelope
 from edge_sdk.channel import ACK_EVERY_BYTES
 from edge_sdk.conversation import BadMessage, Conversation
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, RemoteProtocolError, SessionLost
 from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.messages import FROM_COORDINATOR
-from edge_sdk.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Lane, Leaving
+from edge_sdk.packets import Kind, Lane
 from edge_sdk.sockets import Waker, receive_frame
-from edge_sdk.transport_line import (
-    REBUILD_FIRST_S,
-    REBUILD_MOST_S,
-    Counters,
-    Line,
-    LinkConfig,
-    Patience,
-)
+from edge_sdk.transport_line import REBUILD_FIRST_S, Counters, Line, LinkConfig, Patience
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +54,6 @@ class DeviceIo:
     dead: EdgeError | None = None
     """Why the link will never work again."""
     name: str = ""
-    """As the coordinator calls this device."""
     has_error_posted: bool = False
     _context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     _lines: list[Line] = field(default_factory=list)
@@ -70,6 +62,7 @@ class DeviceIo:
     _patience: Patience = field(init=False)
     _keys: KeyPair | None = None
     _is_resumed: bool = False
+    _limit: int = 0
     _close_at_s: float | None = None
     _beat_s: float = 0.0
     _tick_s: float = 0.0
@@ -79,7 +72,7 @@ class DeviceIo:
     _has_more: bool = False
 
     def post(self, *command: Any) -> None:
-        """Hand a command to the thread; any thread may call this."""
+        """Hand a command to the thread, from any thread."""
         self.commands.append(command)
         self.waker.wake()
 
@@ -114,30 +107,26 @@ class DeviceIo:
         if self.config.server_key:
             self._keys = self.config.keys or make_key_pair()
         self._poller.register(self.waker.fileno(), zmq.POLLIN)
+        self._limit = self.config.max_message_bytes
         self._new_talk()
         for lane in Lane:
-            self._lines.append(self._connect(lane))
+            self._lines.append(self._line(lane, REBUILD_FIRST_S))
         self._patience = Patience(self.config, now_s)
 
     def _new_talk(self) -> None:
-        limit = self.config.max_message_bytes
-        self._talk = Conversation(secrets.token_hex(16), limit, FROM_COORDINATOR)
+        self._talk = Conversation(secrets.token_hex(16), self._limit, FROM_COORDINATOR)
         self._is_resumed = False
 
-    def _connect(self, lane: Lane) -> Line:
-        return Line(self._context, self._poller, self.config, self._keys, lane)
+    def _line(self, lane: Lane, pause_s: float) -> Line:
+        return Line(self._context, self._poller, self.config, self._keys, lane, pause_s)
 
     def _rebuild(self, line: Line) -> None:
         line.close()
-        fresh = self._connect(line.lane)
-        fresh.rebuild_pause_s = min(2 * line.rebuild_pause_s, REBUILD_MOST_S)
-        self._lines[line.lane] = fresh
+        self._lines[line.lane] = self._line(line.lane, line.next_pause_s())
 
     def _is_done(self) -> bool:
-        if self.dead is not None:
-            return True
-        if self._close_at_s is None:
-            return False
+        if self.dead is not None or self._close_at_s is None:
+            return self.dead is not None
         is_flushed = self._talk.is_idle and not self.commands
         return is_flushed or time.monotonic() >= self._close_at_s
 
@@ -145,7 +134,7 @@ class DeviceIo:
         control = self._lines[Lane.CONTROL]
         if control.is_attached and self.dead is None:
             control.socket.linger = 300
-            self._note(Leaving(session=self._talk.session))
+            self._note(packets.Leaving(session=self._talk.session))
 
     def _shut(self) -> None:
         for line in self._lines:
@@ -164,7 +153,6 @@ class DeviceIo:
         for line in self._lines:
             if line.monitor in ready:
                 self._watch(line, now_s)
-        for line in self._lines:
             state = ready.get(line.socket, 0)
             if state & zmq.POLLIN:
                 self._drain(line, now_s)
@@ -180,7 +168,7 @@ class DeviceIo:
         if self._has_more or self.commands:
             self._has_more = False
             return 0
-        until_s = min(self._tick_s, self._beat_s)
+        until_s = self._tick_s
         if self._ack_s is not None:
             until_s = min(until_s, self._ack_s)
         if self._close_at_s is not None:
@@ -192,21 +180,19 @@ class DeviceIo:
         if name == "close":
             self._close_at_s = now_s + rest[0]
         elif name == "limit":
-            self._talk.set_limit(rest[0])
+            self._limit = rest[0]
+            self._talk.set_limit(self._limit)
         elif epoch != self.epoch:
             return
         elif name == "send":
-            outgoing: Outgoing = rest[0]
-            self._talk.send(outgoing)
+            self._talk.send(rest[0])
         elif name == "taken":
             self._talk.taken(*rest)
 
     def _pump(self, line: Line, now_s: float) -> None:
-        if not line.is_attached or line.is_full:
-            return
         sender = self._talk.senders[line.lane]
         for _ in range(TURN_PACKETS):
-            due = sender.peek(now_s)
+            due = sender.peek(now_s) if line.is_attached and not line.is_full else None
             if due is None:
                 return
             frame = self._talk.frame(line.lane, due)
@@ -245,26 +231,29 @@ class DeviceIo:
             self.inbox.put((self.epoch, RemoteProtocolError(item.text) if bad else item))  # type: ignore[union-attr,arg-type]
 
     def _on_note(self, line: Line, note: Any, now_s: float) -> None:
-        session = self._talk.session
-        if isinstance(note, Ack):
+        if isinstance(note, packets.Ack):
             self._talk.on_ack(note, now_s)
-        elif isinstance(note, Attached):
-            if note.session == session:
-                self._attached(line, note, now_s)
-        elif isinstance(note, BeatBack):
+        elif isinstance(note, packets.BeatBack):
             self.counters.rtt_s = time.monotonic() - note.sent_s
         elif isinstance(note, packets.WhoAreYou):
             if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
                 self._who_s = now_s
                 for each in self._lines:
                     self._attach(each, now_s)
-        elif isinstance(note, packets.Unknown):
-            if note.session == session:
+        elif isinstance(note, packets.Closed) and not note.session:
+            self._report(RefusedError(note.reason))
+        elif (
+            isinstance(note, (packets.Attached, packets.Closed, packets.Unknown))
+            and note.session == self._talk.session
+        ):
+            if isinstance(note, packets.Attached):
+                self._attached(line, note, now_s)
+            elif isinstance(note, packets.Unknown):
                 self._lost(now_s)
-        elif isinstance(note, packets.Closed) and note.session == session:
-            self.dead = RefusedError(note.reason)
+            else:
+                self.dead = RefusedError(note.reason)
 
-    def _attached(self, line: Line, note: Attached, now_s: float) -> None:
+    def _attached(self, line: Line, note: packets.Attached, now_s: float) -> None:
         line.is_attached, line.is_full = True, False
         line.rebuild_pause_s = REBUILD_FIRST_S
         self.name = note.name
@@ -276,8 +265,7 @@ class DeviceIo:
     def _lost(self, now_s: float) -> None:
         log.warning("link.session_lost address=%s", self.config.address)
         self._new_talk()
-        error = SessionLost("the coordinator restarted and does not know this session")
-        self.inbox.put((self.epoch, error))
+        self.inbox.put((self.epoch, SessionLost("the coordinator does not know this session")))
         self.epoch += 1
         for line in self._lines:
             line.is_attached = False
@@ -296,7 +284,7 @@ class DeviceIo:
     def _attach(self, line: Line, now_s: float) -> None:
         line.attach_s = now_s
         if line.is_up:
-            note = Attach(
+            note = packets.Attach(
                 session=self._talk.session,
                 is_resumed=self._is_resumed,
                 sdk_version=self.sdk_version,
@@ -341,7 +329,7 @@ class DeviceIo:
             self.inbox.put((self.epoch, error))
 
     def _tick(self, now_s: float) -> None:
-        self._tick_s = now_s + TICK_S
+        self._tick_s = now_s + min(TICK_S, self.config.beat_s)
         for line in list(self._lines):
             if line.rebuild_s is not None and now_s >= line.rebuild_s:
                 self._rebuild(line)
@@ -350,14 +338,13 @@ class DeviceIo:
             elif line.is_attached and self._talk.senders[line.lane].is_stuck(now_s):
                 log.warning("link.stuck lane=%s", line.lane.name)
                 self._rebuild(line)  # the connection may be dead without anybody knowing
-        if now_s >= self._beat_s:
-            self._beat(now_s)
+        self._beat_if_due(now_s)
         error = self._patience.complaint(now_s, self._lines)
         if error is not None:
             self._report(error)
 
-    def _beat(self, now_s: float) -> None:
-        self._beat_s = now_s + self.config.beat_s
-        if self._lines[Lane.CONTROL].is_attached:
-            rtt_s = self.counters.rtt_s or 0.0
-            self._note(Beat(sent_s=time.monotonic(), rtt_s=rtt_s, numbers=self.telemetry()))
+    def _beat_if_due(self, now_s: float) -> None:
+        if now_s >= self._beat_s and self._lines[Lane.CONTROL].is_attached:
+            self._beat_s = now_s + self.config.beat_s
+            rtt_s, sent_s = self.counters.rtt_s or 0.0, time.monotonic()
+            self._note(packets.Beat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry()))

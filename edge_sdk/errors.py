@@ -1,4 +1,4 @@
-"""Every exception this project raises on purpose, and the exit code that each one ends a program with.
+"""Every exception this project raises on purpose, and the exit code with which it ends a program.
 
     EdgeError                  1
     + ConfigError              2   the configuration is wrong
@@ -98,6 +98,16 @@ class NumericError(EdgeError):
     """NaN or infinity where a finite number was due."""
 
     exit_code = 10
+
+
+def public_name(error: EdgeError) -> str:
+    """Return the name of the error's nearest class in this file: what the other side knows."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's message as one line for a terminal, whatever a library has put into it."""
+    return " ".join(str(error).split())
 
 
 INTERRUPTED_EXIT_CODE = 130

@@ -15,6 +15,8 @@ Array = NDArray[np.floating]
 
 # Singular values below this share of the largest are float32 rounding, not somebody's work.
 TOLERANCE = 1e-6
+# Where large terms cancel, below this share of their size: their own rounding, a few bits of it.
+ROUNDING = 2.0**-21
 
 
 class Factors(NamedTuple):
@@ -51,7 +53,11 @@ def stack(terms: Sequence[Factors]) -> Factors:
 
 
 def compress(
-    term: Factors, max_rank: int | None = None, tolerance: float = TOLERANCE
+    term: Factors,
+    max_rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    *,
+    cancels: bool = False,
 ) -> tuple[Factors, float]:
     """Return *term* with as few ranks as it needs, and the relative error of what was cut.
 
@@ -63,6 +69,7 @@ def compress(
         term: The matrix.
         max_rank: Keep at most this many singular values; None keeps all that matter.
         tolerance: Singular values below `tolerance` times the largest are dropped.
+        cancels: The term is a stack whose terms may cancel: drop what is only their rounding, too.
 
     Returns:
         The compressed matrix and |dropped by max_rank|_F / |all|_F (0.0 without a cap).
@@ -72,7 +79,11 @@ def compress(
     q_left_OS, r_left_SS = np.linalg.qr(term.b_OR.astype(np.float64))
     q_right_IS, r_right_SS = np.linalg.qr(term.a_RI.astype(np.float64).T)
     u_SS, sigma_S, vt_SS = np.linalg.svd(r_left_SS @ r_right_SS.T, full_matrices=False)
-    kept = int(np.count_nonzero(sigma_S > tolerance * sigma_S[0])) if sigma_S[0] > 0 else 0
+    least = tolerance * sigma_S[0]
+    if cancels:
+        size_S = np.linalg.norm(r_left_SS, axis=0) * np.linalg.norm(r_right_SS, axis=0)
+        least = max(least, ROUNDING * float(np.linalg.norm(size_S)))
+    kept = int(np.count_nonzero(sigma_S > least))
     cut = kept if max_rank is None else min(kept, max_rank)
     total = float(np.sqrt(np.sum(sigma_S**2)))
     error = float(np.sqrt(np.sum(sigma_S[cut:kept] ** 2))) / total if total > 0 else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 from edge_sdk import errors
 from edge_sdk.assembly import Envelope
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import EdgeError, ReceiveTimeout, RefusedError
+from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
 from edge_sdk.messages import (
     Failure,
     Pause,
@@ -83,6 +83,24 @@ class Inbox:
             if isinstance(envelope.message, kind):
                 return envelope
             log.debug("message.ignored kind=%s", type(envelope.message).__name__)
+
+    def first(self, kind: type[Any], patience_s: float) -> Envelope:
+        """Return the first message of *kind* of a session, from a coordinator that may be down.
+
+        Raises:
+            PeerGone: nobody has answered for *patience_s* seconds.
+        """
+        deadline = Deadline.after(patience_s)
+        while True:
+            try:
+                return self.expect(kind)
+            except SessionLost:
+                raise
+            except PeerGone as gone:
+                left_s = deadline.left_s()
+                if not left_s:
+                    raise
+                log.warning("coordinator.absent reason=%s retrying_s=%.0f", gone, left_s)
 
     def answer(self, kind: type[Any], stamp: Stamp, micro: int) -> Envelope:
         """Return the answer to what was just sent; older ones are stale.

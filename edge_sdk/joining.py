@@ -24,7 +24,15 @@ from edge_sdk.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcom
 from edge_sdk.plan import Part
 from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig, from_pairs
-from edge_sdk.weights import FILE_NAMES, PartCache, Source, load_config, open_part
+from edge_sdk.weights import (
+    FILE_NAMES,
+    PartCache,
+    Source,
+    load_config,
+    load_tokenizer,
+    open_part,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from edge_sdk.runtime import Runtime
@@ -75,8 +83,7 @@ class Preparation:
         for name, tensor in open_part(self.fetch(part, ask, welcome.stamp)).items():
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(tensor.numpy().tobytes())
+            write_whole(folder / name, tensor.numpy().tobytes())
         self._files = folder
         return folder
 
@@ -86,12 +93,10 @@ class Preparation:
         Raises:
             DataError: something is wrong with it; the message names file and line.
         """
-        from transformers import AutoTokenizer
-
         assert self._files is not None, "files come first"
         model_config = load_config(self._files, welcome.num_labels)
         text_config = model_config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(self._files)
+        tokenizer = load_tokenizer(self._files)
         seed = int(welcome.training["seed"])
         rows, held_out = load_data(self._dataset, self._config.data, seed)
         limits = ModelLimits(
@@ -109,7 +114,7 @@ class Preparation:
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice with the adapters of its plan."""
-        from edge_sdk.layout import find_layout
+        from edge_sdk.layout import building, find_layout
         from edge_sdk.runtime_torch import TorchRuntime
 
         assert self._files is not None, "files come first"
@@ -117,18 +122,20 @@ class Preparation:
         task: Any = welcome.task
         settings = dict(welcome.training)
         total_steps = int(settings.pop("total_steps"))
-        return TorchRuntime(
-            model_config,
-            task,
-            find_layout(model_config, task),
-            {part.name: self._tensors(part, welcome, ask) for part in assigned.parts},
-            assigned.plan,
-            from_pairs(LoraConfig, welcome.lora),
-            from_pairs(TrainingConfig, settings),
-            total_steps,
-            device=self._config.device,
-            compute=self._config.compute,
-        )
+        tensors = {part.name: self._tensors(part, welcome, ask) for part in assigned.parts}
+        with building:
+            return TorchRuntime(
+                model_config,
+                task,
+                find_layout(model_config, task),
+                tensors,
+                assigned.plan,
+                from_pairs(LoraConfig, welcome.lora),
+                from_pairs(TrainingConfig, settings),
+                total_steps,
+                device=self._config.device,
+                compute=self._config.compute,
+            )
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """The tensors of *part*, from the local model where one is named."""
@@ -137,6 +144,7 @@ class Preparation:
         if self._local is None:
             task: Any = welcome.task
             self._local = Source(self._config.model, task, num_labels=welcome.num_labels)
+            self._local.load_whole(int(welcome.training["seed"]))
         found = hashlib.sha256(self._local.pack(part.name)).hexdigest()
         if found != part.sha256:
             raise ModelError(

@@ -7,7 +7,9 @@ what runs before and after it is observed once, without weights. Knows no files 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -52,13 +54,38 @@ class Layout:
 
 def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     """Build the model of *config* with every parameter on the meta device, buffers in place."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with _without_weights():
         model = _from_config(config, task, dtype)
     tie: Any = model.tie_weights  # every registration above made a new parameter
     tie()
     return model
+
+
+building = threading.RLock()
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Let this thread's modules keep their parameters on the meta device, their buffers in place.
+
+    As `accelerate.init_empty_weights`, which does it to all threads: a device that builds its model
+    while another one in the same process does would end up without weights.
+    """
+    mine = threading.get_ident()
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and threading.get_ident() == mine:
+            empty = parameter.data.to("meta")
+            module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+
+    with building:
+        nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
@@ -73,7 +100,10 @@ def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
         model: nn.Module = factory.from_config(config, dtype=dtype)
     except (ValueError, AttributeError, KeyError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise ModelError(f"transformers builds no {task} model of type {kind!r}: {error}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"transformers builds no {task} model of type {kind!r}: {reason}"
+        ) from None
     return model
 
 

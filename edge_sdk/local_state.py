@@ -6,6 +6,8 @@ They never leave the device. Knows no network and no runtime.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,21 +35,10 @@ class LocalState:
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        from safetensors.numpy import save
-
-        path = self._path(step)
-        temporary = path.with_suffix(".tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(save({k: np.ascontiguousarray(a) for k, a in arrays.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        self._write(self._path(step), arrays)
+        with storage_errors(self.folder):
             for old in self.steps()[:-KEPT]:
-                self._path(old).unlink()
-        except OSError as error:
-            raise StorageError(f"cannot write checkpoint {path}: {error.strerror}") from error
+                self._path(old).unlink(missing_ok=True)
 
     def load(self, step: int) -> dict[str, np.ndarray]:
         """Read the checkpoint of *step*.
@@ -55,14 +46,57 @@ class LocalState:
         Raises:
             StorageError: there is none, or it cannot be read.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        return _read(self._path(step))
 
-        try:
-            arrays: dict[str, np.ndarray] = load_file(self._path(step))
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot read checkpoint {self._path(step)}: {error}") from error
-        return arrays
+    def save_moments(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep the optimizer moments after a round's last step, before it is aggregated."""
+        if arrays:
+            self._write(self._end_path(step), arrays)
+            for old in self.folder.glob("end-*.safetensors"):
+                if old != self._end_path(step):
+                    old.unlink(missing_ok=True)
+
+    def moments(self, step: int) -> dict[str, np.ndarray]:
+        """The optimizer moments at *step*, or the newest there are; empty without any."""
+        if self._end_path(step).is_file():
+            return _read(self._end_path(step))
+        held = self.steps()
+        return self.load(held[-1]) if held else {}
+
+    def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        from safetensors.numpy import save
+
+        temporary = path.with_suffix(".tmp")
+        with storage_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(save({k: np.array(a, order="C") for k, a in arrays.items()}))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.safetensors"
+
+    def _end_path(self, step: int) -> Path:
+        return self.folder / f"end-{step:06d}.safetensors"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write checkpoint {path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays: dict[str, np.ndarray] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read checkpoint {path}: {error}") from error
+    return arrays

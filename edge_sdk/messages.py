@@ -1,8 +1,7 @@
 """Every message that a device and the coordinator exchange; the protocol's dictionary.
 
 Frozen dataclasses without behaviour. How they become bytes is `wire.py`, how they are delivered in
-order and exactly once is `channel.py`, when each may be sent is `session.py`. Tensors travel beside
-a message, by name; the docstring of a message lists the tensors it brings.
+order and exactly once is `channel.py`. Tensors travel beside a message, by name.
 
 Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs.
 """
@@ -10,6 +9,7 @@ Legend: B sequences, T positions of the longest of them, D hidden size, R rank, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from edge_sdk.plan import Part, Plan
 
@@ -299,7 +299,7 @@ class Failure:
     is_fatal: bool = True
 
 
-Message = (
+FromDevice = (
     Hello
     | PartRequest
     | Ready
@@ -310,7 +310,10 @@ Message = (
     | EvalReport
     | Paused
     | Goodbye
-    | Welcome
+    | Failure
+)
+FromCoordinator = (
+    Welcome
     | Refused
     | PlanAssigned
     | PartData
@@ -322,31 +325,8 @@ Message = (
     | RunOver
     | Failure
 )
+Message = FromDevice | FromCoordinator
 
-FROM_DEVICE: tuple[type, ...] = (
-    Hello,
-    PartRequest,
-    Ready,
-    Activation,
-    TopGradient,
-    StepReport,
-    AdapterUpload,
-    EvalReport,
-    Paused,
-    Goodbye,
-    Failure,
-)
-FROM_COORDINATOR: tuple[type, ...] = (
-    Welcome,
-    Refused,
-    PlanAssigned,
-    PartData,
-    RoundStart,
-    Gradient,
-    TopHidden,
-    EvalResult,
-    Pause,
-    RunOver,
-    Failure,
-)
-MESSAGES: dict[str, type] = {kind.__name__: kind for kind in (*FROM_DEVICE, *FROM_COORDINATOR)}
+FROM_DEVICE: tuple[type, ...] = get_args(FromDevice)
+FROM_COORDINATOR: tuple[type, ...] = get_args(FromCoordinator)
+MESSAGES: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}

@@ -15,7 +15,7 @@ from edge_sdk.adapters import Pair
 from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.errors import EdgeError
+from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.factors import Array, Factors
 from edge_sdk.inbox import Inbox, Redirected
 from edge_sdk.joining import Dataset, Preparation, Prepared, make_batches
@@ -88,7 +88,7 @@ class Participant:
                 model_hash=self._config.model_hash,
             )
         )
-        welcome: Welcome = self._inbox.expect(Welcome).message
+        welcome: Welcome = self._inbox.first(Welcome, self._config.patience_s).message
         assigned: PlanAssigned = self._inbox.expect(PlanAssigned).message
         is_same = self._welcome == welcome and self._assigned == assigned
         self._stamp = welcome.stamp
@@ -179,9 +179,9 @@ class Participant:
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""
         runtime, _ = self._ready()
-        if start.is_full and (held := self._state.steps()):
+        if start.is_full:
             # Factors and residual come with the message; moments are best where they were left.
-            runtime.load_moments(self._state.load(held[-1]))
+            runtime.load_moments(self._state.moments(start.stamp.step))
         own = {name[:-2] for name in tensors if name.endswith(".A")}
         changed = {name[:-2] for name in tensors if name.endswith(".V")}
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
@@ -213,6 +213,7 @@ class Participant:
             self._link.send(report)
             self._callback.on_step_end(report)
             self._inbox.glance()
+        self._state.save_moments(start.end_step, self._ready()[0].moments())
         self._upload()
         stats = self._link.stats()
         self._callback.on_round_end(
@@ -241,5 +242,5 @@ class Participant:
 
     def report(self, error: EdgeError) -> None:
         """Tell the coordinator why this device cannot go on."""
-        kind = type(error).__name__
+        kind = public_name(error)
         self._link.send(Failure(stamp=self._stamp, error=kind, text=str(error)))

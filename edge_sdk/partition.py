@@ -84,7 +84,9 @@ class Slice:
                     f"{name}: shape {tuple(value.shape)}, the config says {tuple(wanted.shape)}"
                 )
             dtype = self.dtype if value.is_floating_point() else value.dtype
-            _set_tensor(self.model, name, value.to(self.device, dtype))
+            # A classifier's head is trained in place: never in the caller's tensors.
+            is_head = part == "tail" and self.task != "causal-lm"
+            _set_tensor(self.model, name, value.to(self.device, dtype, copy=is_head))
         tie: Any = self.model.tie_weights
         tie()
         self.present.add(part)

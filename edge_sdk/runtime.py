@@ -114,6 +114,10 @@ class Runtime(Protocol):
         """Take over what `state` returned."""
         ...
 
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's part of `state`."""
+        ...
+
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer moments of what `state` returned, wherever they still fit."""
+        """Take over the optimizer moments of `state` or `moments`, wherever they still fit."""
         ...

@@ -149,8 +149,10 @@ class TorchRuntime:
         self.adapters.load_pairs(pairs)
 
     def begin_round(self) -> None:
-        """Remember the factors of the round's start."""
+        """Remember the factors of the round's start; a step that was given up leaves nothing."""
         self._before = self.adapters.products()
+        self._optimizer.forget_gradients()
+        self._hidden = None
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the frozen residuals."""
@@ -178,7 +180,7 @@ class TorchRuntime:
             **adapter_state(self.adapters),
             **{f"head:{n}": v for n, v in self.head().items()},
             **before_state(self._before),
-            **{f"optimizer:{n}": v for n, v in self._optimizer.state().items()},
+            **self.moments(),
         }
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -191,8 +193,12 @@ class TorchRuntime:
         self._hidden = None
 
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer moments of what `state` returned."""
+        """Take over the optimizer moments of what `state` or `moments` returned."""
         self._optimizer.load_state(under("optimizer:", state))
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's part of `state`."""
+        return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}
 
 
 def merge_change(
@@ -207,7 +213,7 @@ def merge_change(
             terms.append(adapters.residual[name])
         if name in now:
             terms += [now[name].scaled(-1.0), before[name]]
-        merged[name] = compress(stack(terms))[0]
+        merged[name] = compress(stack(terms), cancels=True)[0]
     adapters.set_residual(merged)
 
 

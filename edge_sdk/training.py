@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ Compute = Literal["auto", "float32", "bfloat16", "float16"]
 # As torch.amp.GradScaler starts and grows.
 FIRST_LOSS_SCALE = 65536.0
 STEPS_TO_DOUBLE_SCALE = 2000
+SCALE = "loss_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ def to_pairs(config: Any) -> dict[str, str]:
     return {
         name: ",".join(value) if isinstance(value, tuple) else str(value)
         for name, value in asdict(config).items()
+        if not isinstance(value, dict)  # patterns: the plan names every weight's own
     }
 
 
@@ -75,7 +77,7 @@ def from_pairs(cls: Any, pairs: Mapping[str, str]) -> Any:
     Raises:
         ConfigError: a key is unknown, or a value does not fit its field.
     """
-    kinds = {field.name: type(field.default) for field in fields(cls)}
+    kinds = {f.name: type(f.default) for f in fields(cls) if f.default_factory is MISSING}
     if unknown := pairs.keys() - kinds.keys():
         raise ConfigError(f"the coordinator sent unknown settings: {', '.join(sorted(unknown))}")
     read = {bool: lambda text: text == "True", tuple: lambda text: tuple(text.split(","))}
@@ -169,10 +171,11 @@ class Optimizer:
             self._torch.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of the moments, as `<parameter>.<moment>`."""
+        """Copies of the moments, as `<parameter>.<moment>`, and in float16 the loss scale."""
         if self._torch is None:
             return {}
-        return {
+        scale = {SCALE: np.array([self.loss_scale, self._good_steps])} if self._is_scaled else {}
+        return scale | {
             f"{name}.{moment}": value.detach().cpu().numpy().copy()
             for name, parameter in self.parameters.items()
             for moment, value in self._torch.state.get(parameter, {}).items()
@@ -183,6 +186,8 @@ class Optimizer:
         """Take moments over wherever name and shape still fit; the rest start fresh."""
         import torch
 
+        if self._is_scaled and SCALE in state:
+            self.loss_scale, self._good_steps = float(state[SCALE][0]), int(state[SCALE][1])
         if self._torch is None or self._config.optimizer != "adamw":
             return
         for name, parameter in self.parameters.items():

@@ -68,6 +68,7 @@ class Line:
         config: LinkConfig,
         keys: KeyPair | None,
         lane: Lane,
+        rebuild_pause_s: float = REBUILD_FIRST_S,
     ) -> None:
         self.lane = lane
         self.is_up = False
@@ -76,7 +77,7 @@ class Line:
         self.has_tcp = False  # a TCP connection was made at least once
         self.attach_s = 0.0
         self.rebuild_s: float | None = None
-        self.rebuild_pause_s = REBUILD_FIRST_S
+        self.rebuild_pause_s = rebuild_pause_s
         self._poller = poller
         self.socket = context.socket(zmq.DEALER)
         self.monitor = self.socket.get_monitor_socket()
@@ -98,6 +99,10 @@ class Line:
             self.socket.curve_publickey = keys.public.encode()
             self.socket.curve_secretkey = keys.secret.encode()
         self.socket.connect(config.address)
+
+    def next_pause_s(self) -> float:
+        """Return how long the socket after this one waits when it is refused as well."""
+        return min(2 * self.rebuild_pause_s, REBUILD_MOST_S)
 
     def put(self, frame: Any) -> bool:
         """Send a frame; returns whether there was a connection with room for it."""

@@ -1,7 +1,8 @@
 """Where a model's weights come from, and the parts in which they travel.
 
 A part is a safetensors file known by its SHA-256: `files` (config, tokenizer), `front`,
-`block.<i>`, `tail`. Knows folders and the Hugging Face cache; knows nothing of networks or of running a model.
+`block.<i>`, `tail`. Knows folders and the Hugging Face cache; knows nothing of networks or of
+running a model.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.errors import ModelError, StorageError
+from edge_sdk.errors import ModelError, StorageError, one_line
 from edge_sdk.plan import Part
 
 if TYPE_CHECKING:
@@ -163,6 +165,20 @@ def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a trans
     return config
 
 
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
+    """Read the tokenizer that lies in *folder*.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - tokenizers raise plain Exception, and others more
+        raise ModelError(f"{folder}: no tokenizer that can be read: {one_line(error)}") from error
+
+
 def model_hash(parts: Mapping[str, Part]) -> str:
     """One hash for a whole model: that of its parts' hashes, in the order of their names."""
     digest = hashlib.sha256()
@@ -200,7 +216,10 @@ def open_part(path: Path) -> Mapping[str, torch.Tensor]:
 def _open_tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of safetensors files: {error!r}") from error
         return _open_files([folder / name for name in names])
     single = folder / "model.safetensors"
     return _open_files([single]) if single.is_file() else _InMemory()
@@ -241,16 +260,21 @@ class PartCache:
         return partial.stat().st_size if partial.is_file() else 0
 
     def append(self, part: Part, offset: int, data: memoryview | bytes) -> None:
-        """Add a stretch of *part*; one that is already there is ignored."""
-        if offset != self.received(part):
+        """Add a stretch of *part*; what is there already is written again with the same bytes.
+
+        Several devices of one machine may fetch the same part into the same folder at once.
+        """
+        if offset > self.received(part):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._partial(part).open("ab") as file:
+            handle = os.open(self._partial(part), os.O_WRONLY | os.O_CREAT, 0o644)
+            with open(handle, "wb") as file:
+                file.seek(offset)
                 file.write(data)
         except OSError as error:
             raise StorageError(
-                f"cannot write part {part.name!r} to {self.folder}: {error}"
+                f"cannot write part {part.name!r} to {self.folder}: {error.strerror}"
             ) from error
 
     def finish(self, part: Part) -> Path:
@@ -260,24 +284,43 @@ class PartCache:
             ModelError: the bytes are not those of the part; they are thrown away.
         """
         partial = self._partial(part)
-        found = _digest(partial)
-        if found != part.sha256:
+        try:
+            found = _digest(partial)
+            if found == part.sha256:
+                partial.replace(self.path(part))
+                return self.path(part)
             partial.unlink()
-            raise ModelError(
-                f"part {part.name!r} arrived damaged: sha256 {found[:12]}..., "
-                f"expected {part.sha256[:12]}...; it will be fetched again"
-            )
-        partial.replace(self.path(part))
-        return self.path(part)
+        except FileNotFoundError:  # another device of this machine was faster
+            return self.path(part)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path(part)}: {error.strerror}") from error
+        raise ModelError(
+            f"part {part.name!r} arrived damaged: sha256 {found[:12]}..., "
+            f"expected {part.sha256[:12]}...; start again to fetch it again"
+        )
 
     def store(self, part: Part, data: bytes) -> Path:
         """Put a whole part into the cache."""
-        self._partial(part).unlink(missing_ok=True)
-        self.append(part, 0, data)
-        return self.finish(part)
+        write_whole(self.path(part), data)
+        return self.path(part)
 
     def _partial(self, part: Part) -> Path:
         return self.folder / f"{part.sha256}.partial"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that others may be reading or writing: they see all of it or nothing.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _digest(path: Path) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch or transformers, which read them once. Two threads: the tests must
-# not starve a small machine, and sums in one order are the same sums.
+# Before anything imports torch or transformers, which read them once. One thread: tiny models gain
+# nothing from more, and on a busy machine threads that wait for each other cost minutes.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
 for _name in [name for name in os.environ if name.startswith("EDGE_SDK_")]:
     del os.environ[_name]  # somebody's own settings would change what the tests load
 

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 
-from coordinator.engine import Job, LocalEngine
+from coordinator.engine import LocalEngine
+from coordinator.wave import Job
 from edge_sdk.adapters import LoraConfig, Pair, find_targets, initial_pair
 from edge_sdk.layout import Layout, find_layout
 from edge_sdk.partition import Slice

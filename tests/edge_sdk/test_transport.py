@@ -275,7 +275,10 @@ def test_unreachable_coordinator_ends_patience(tmp_path: Path) -> None:
         address=gateway.address, server_key=SERVER.public, keys=DEVICE, patience_s=1.0
     )
     with ZmqLink(config) as link:
-        collect(gateway, 1, Joined)
+        deadline = Deadline.after(10)
+        while not link.name:
+            assert not deadline.has_passed()
+            time.sleep(0.02)
         gateway.close()
         begin_s = time.monotonic()
         with pytest.raises(PeerGone, match="nothing heard"):

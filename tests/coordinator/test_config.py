@@ -1,0 +1,65 @@
+"""What a run is told is refused where it is impossible, and merged device by device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from edge_sdk.adapters import LoraConfig
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": 0},
+        {"steps_per_round": 0},
+        {"min_devices": 0},
+        {"save_total_limit": 0},
+        {"patience_s": 0.0},
+        {"max_rank": 0},
+        {"max_rank": -1},
+    ],
+)
+def test_impossible_numbers_are_refused(change: dict[str, Any]) -> None:
+    """The message names the key and the value."""
+    ((name, value),) = change.items()
+
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        ServeConfig(model="m", **change)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "every_rounds"])
+def test_impossible_evaluations_are_refused(name: str) -> None:
+    """Evaluation needs a batch and an interval."""
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        EvaluationConfig(**{name: 0})
+
+
+def test_a_classifier_names_its_classes() -> None:
+    """Without at least two classes there is nothing to classify."""
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        ServeConfig(model="m", task="sequence-classification", label_names=("one",))
+
+
+def test_a_device_s_own_settings_come_first() -> None:
+    """Own fields, then those of `default`, then what every device has."""
+    config = ServeConfig(
+        model="m",
+        lora=LoraConfig(r=6),
+        default=DeviceSettings(split=3, micro_batch=2),
+        devices={"a": DeviceSettings(split=1, r=2, codec="float32")},
+    )
+
+    assert config.settings("a") == DeviceSettings(
+        split=1, r=2, batch_size=8, micro_batch=2, codec="float32"
+    )
+    assert config.settings("b") == DeviceSettings(
+        split=3, r=6, batch_size=8, micro_batch=2, codec="bfloat16"
+    )
+
+
+def test_a_run_has_rounds_times_steps() -> None:
+    """The schedule's length is known from the start."""
+    assert ServeConfig(model="m", rounds=3, steps_per_round=7).total_steps == 21

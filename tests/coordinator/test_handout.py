@@ -1,0 +1,109 @@
+"""A device gets all, a change or a word to use its own past, and then holds dW in each case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator.handout import Handout
+from coordinator.ledger import RoundResult
+from edge_sdk.messages import Stamp
+from edge_sdk.plan import Plan
+from tests.coordinator.test_ledger import SAMPLES, SPLITS, Simulation
+
+HEAD = {"score.weight": np.ones(3, np.float32)}
+
+
+def make_plan(simulation: Simulation, name: str, *, tail: bool = False) -> Plan:
+    """The plan of one of the simulated devices."""
+    return Plan(
+        split=SPLITS[name],
+        ranks=simulation.wanted(name),
+        alphas={},
+        batch_size=SAMPLES[name],
+        micro_batch=1,
+        tail=tail,
+    )
+
+
+def after_a_round() -> tuple[Simulation, Handout, RoundResult]:
+    """Round 0 with two of three devices is over."""
+    simulation = Simulation()
+    result = simulation.round({"one", "four"}, {"one": HEAD})
+    handout = Handout(simulation.ledger, simulation.facts)
+    handout.round_ended(result, {"one", "four"})
+    return simulation, handout, result
+
+
+STAMP = Stamp(device="one", round=1, step=20)
+
+
+def test_a_member_gets_what_has_changed() -> None:
+    """Who was in the last round needs only the changes of its own blocks."""
+    simulation, handout, result = after_a_round()
+
+    start, tensors = handout.message(STAMP, 40, make_plan(simulation, "one"), (20,), evaluate=True)
+
+    assert (start.is_full, start.restore_step, start.evaluate) == (False, -1, True)
+    weights = simulation.weights("one")
+    assert tensors.keys() == {f"{n}.{letter}" for n in weights for letter in "UV"}
+    for name in weights:
+        assert tensors[f"{name}.U"] == (result.changes[name].b_OR, "float32")
+        assert tensors[f"{name}.V"][0] is result.changes[name].a_RI
+
+
+def test_a_newcomer_gets_everything() -> None:
+    """Own factors and residual together are dW."""
+    simulation, handout, _ = after_a_round()
+    stamp = Stamp(device="two", round=1, step=20)
+
+    start, tensors = handout.message(stamp, 40, make_plan(simulation, "two"), (), evaluate=False)
+
+    assert (start.is_full, start.restore_step) == (True, -1)
+    arrays = {name: array.astype(np.float64) for name, (array, _) in tensors.items()}
+    for name in simulation.weights("two"):
+        own = 2.0 * arrays[f"{name}.B"] @ arrays[f"{name}.A"]  # alpha / rank = 8 / 4
+        found = own + arrays[f"{name}.U"] @ arrays[f"{name}.V"]
+        expected = simulation.expected[name]
+        assert np.linalg.norm(found - expected) <= 3e-6 * np.linalg.norm(expected)
+
+
+def test_who_kept_its_state_is_told_to_use_it() -> None:
+    """After a restart of the coordinator a device with a checkpoint of this step restores it."""
+    simulation, handout, _ = after_a_round()
+    handout.forget()
+
+    start, tensors = handout.message(
+        STAMP, 40, make_plan(simulation, "one"), (0, 20), evaluate=False
+    )
+
+    assert (start.is_full, start.restore_step, tensors) == (False, 20, {})
+
+
+def test_who_left_gets_everything_again() -> None:
+    """A device that was lost is told everything, the others only what has changed."""
+    simulation, handout, _ = after_a_round()
+
+    handout.forget("one")
+
+    start, _ = handout.message(STAMP, 40, make_plan(simulation, "one"), (), evaluate=False)
+    other, _ = handout.message(
+        Stamp(device="four"), 40, make_plan(simulation, "four"), (), evaluate=False
+    )
+    assert (start.is_full, other.is_full) == (True, False)
+
+
+@pytest.mark.parametrize("is_current", [True, False])
+def test_the_head_goes_to_who_has_the_tail(is_current: bool) -> None:
+    """A trained head travels with either kind of start, to devices with the tail only."""
+    simulation, handout, result = after_a_round()
+    if not is_current:
+        handout.forget()
+
+    with_tail, without = (
+        handout.message(STAMP, 40, make_plan(simulation, "one", tail=tail), (), evaluate=False)[1]
+        for tail in (True, False)
+    )
+
+    assert with_tail.keys() - without.keys() == HEAD.keys()
+    assert np.array_equal(with_tail["score.weight"][0], result.head["score.weight"])

@@ -1,0 +1,152 @@
+"""Rows of metrics say what was measured, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coordinator.reporting import Reporting, Silence
+from coordinator.store import RunFolder
+from edge_sdk.errors import PeerGone
+from edge_sdk.messages import EvalReport, Stamp, StepReport
+from edge_sdk.runtime import TailSums
+
+
+class Traffic:
+    """A gateway of which only the counters matter."""
+
+    def stats(self, device: str) -> Any:
+        """Bytes of a session."""
+        if device == "gone":
+            raise PeerGone(device)
+        return SimpleNamespace(bytes_up=10, bytes_down=20)
+
+
+GATEWAY: Any = Traffic()
+
+
+@pytest.fixture
+def reporting(tmp_path: Path) -> Reporting:
+    """Reports of a language model's run."""
+    return Reporting(RunFolder.create(tmp_path, "run"), Silence(), is_classifier=False)
+
+
+def step(loss: float, targets: int) -> StepReport:
+    """A device's step."""
+    return StepReport(
+        stamp=Stamp(),
+        loss=loss,
+        num_targets=targets,
+        num_sequences=2,
+        num_tokens=2 * targets,
+        compute_s=0.5,
+        wait_s=0.25,
+        peak_rss_bytes=100 * targets,
+    )
+
+
+def evaluation(loss_sum: float, targets: int, correct: int = 0) -> EvalReport:
+    """A device's evaluation."""
+    return EvalReport(stamp=Stamp(), loss_sum=loss_sum, num_targets=targets, num_correct=correct)
+
+
+def test_losses_are_means_over_targets(reporting: Reporting) -> None:
+    """Every target counts once, whatever the size of its step and its device."""
+    for name, loss, targets in (("b", 3.0, 10), ("a", 1.0, 30), ("a", 2.0, 10)):
+        reporting.step(name, step(loss, targets), 20, GATEWAY)
+    reporting.end_round(1, 20, {"samples": 6}, TailSums(8.0, 4, 1))
+    reporting.flush()
+
+    (row,) = reporting.folder.rows("metrics.jsonl")
+    assert row["train_loss"] == pytest.approx((30 + 30 + 20) / 50)
+    assert row["train_loss_by_device"] == {"a": 50 / 40, "b": 3.0}
+    assert row["eval"] == {
+        "loss": 2.0,
+        "targets": 4,
+        "accuracy": 0.25,
+        "perplexity": pytest.approx(math.exp(2.0)),
+    }
+    assert (row["round"], row["step"], row["samples"]) == (1, 20, 6)
+
+
+def test_a_row_waits_for_evaluations_in_any_order(reporting: Reporting) -> None:
+    """The row is the same bytes whoever evaluates first; who has no data is left out."""
+    lines = []
+    for order in ("ab", "ba"):
+        reporting.end_round(0, 0, {}, None)
+        for name in order:
+            reporting.evaluation(name, evaluation(2.0 if name == "a" else 6.0, 2))
+        reporting.evaluation("c", evaluation(0.0, 0))
+        reporting.end_round(1, 20, {}, None)
+        lines.append((reporting.folder.path / "metrics.jsonl").read_bytes())
+        reporting.pending = None
+        (reporting.folder.path / "metrics.jsonl").unlink()
+
+    assert lines[0] == lines[1]
+    assert b'"a": {"accuracy": 0.0, "loss": 1.0' in lines[0]
+    assert b'"c"' not in lines[0]
+
+
+def test_an_overflowing_loss_is_still_a_number(reporting: Reporting) -> None:
+    """A run that has diverged writes a huge perplexity, not a traceback."""
+    reporting.end_round(1, 20, {}, TailSums(1e9, 1, 0))
+    reporting.flush()
+
+    (row,) = reporting.folder.rows("metrics.jsonl")
+    assert row["eval"]["perplexity"] == math.exp(700.0)
+
+
+def test_a_classifier_has_no_perplexity(tmp_path: Path) -> None:
+    """Accuracy is what counts there."""
+    reporting = Reporting(RunFolder.create(tmp_path, "run"), Silence(), is_classifier=True)
+    reporting.end_round(1, 20, {}, TailSums(2.0, 4, 3))
+    reporting.flush()
+
+    (row,) = reporting.folder.rows("metrics.jsonl")
+    assert row["eval"] == {"loss": 0.5, "targets": 4, "accuracy": 0.75}
+
+
+def test_telemetry_holds_what_the_seed_does_not_decide(reporting: Reporting) -> None:
+    """Times, bytes and memory by device; a device that has left has no bytes."""
+    reporting.begin_round()
+    for name in ("gone", "a", "a"):
+        reporting.step(name, step(1.0, 5), 20, GATEWAY)
+    reporting.telemetry(0, GATEWAY)
+
+    (row,) = reporting.folder.rows("telemetry.jsonl")
+    assert row["devices"]["a"] == {
+        "tokens": 20,
+        "compute_s": 1.0,
+        "wait_s": 0.5,
+        "peak_rss_bytes": 500,
+        "bytes_up": 10,
+        "bytes_down": 20,
+    }
+    assert "bytes_up" not in row["devices"]["gone"]
+
+
+def test_progress_survives_a_restart(reporting: Reporting) -> None:
+    """Steps before a checkpoint still count after it."""
+    reporting.step("a", step(1.0, 5), 20, GATEWAY)
+    saved = reporting.progress()
+    reporting.step("a", step(9.0, 5), 20, GATEWAY)
+
+    reporting.load_progress(saved)
+    reporting.step("a", step(3.0, 5), 20, GATEWAY)
+    reporting.end_round(1, 20, {}, None)
+
+    assert reporting.pending is not None
+    assert reporting.pending["train_loss"] == 2.0
+
+
+def test_events_carry_the_time(reporting: Reporting) -> None:
+    """What happened stands with its details and a clock time."""
+    reporting.event("device.joined", device="a")
+
+    (row,) = reporting.folder.rows("events.jsonl")
+    assert (row["event"], row["device"]) == ("device.joined", "a")
+    assert row["time"]

@@ -1,0 +1,174 @@
+"""Nothing malformed reaches the model; what is refused is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.rounds import Member
+from coordinator.wave_input import WaveInput, check_gradient, check_upload
+from edge_sdk.errors import NumericError, RemoteProtocolError
+from edge_sdk.messages import Activation, Stamp
+from edge_sdk.plan import Plan
+
+PLAN = Plan(split=2, ranks={}, alphas={}, batch_size=8, micro_batch=4)
+MEMBER = Member("a", 2, 8, 2, is_local=False)
+MESSAGE = Activation(stamp=Stamp(), micro=0, num_micro=2, num_targets=5)
+VOCAB, CLASSES, LONGEST, HIDDEN = 50, 3, 6, 8
+
+
+def make_input(labels: str = "server", num_labels: int = 0) -> WaveInput:
+    """What a run allows."""
+    return WaveInput(HIDDEN, VOCAB, num_labels, LONGEST, labels)
+
+
+def tensors(**changes: Any) -> dict[str, Any]:
+    """What an honest device sends, but for *changes*; None leaves a tensor out."""
+    honest = {
+        "hidden": np.ones((3, 5, HIDDEN), np.float32),
+        "lengths": np.array([5, 1, 3], np.int32),
+        "labels": np.full((3, 5), -100, np.int32),
+    }
+    return {name: value for name, value in {**honest, **changes}.items() if value is not None}
+
+
+def test_an_honest_message_becomes_a_job() -> None:
+    """Tensors arrive as they are, with the plan's split and the step's samples."""
+    sent = tensors()
+
+    job = make_input().job(MEMBER, PLAN, MESSAGE, sent)
+
+    assert (job.device, job.split, job.weight, job.num_targets) == ("a", 2, 8.0, 5)
+    assert job.hidden_BTD is sent["hidden"]
+    assert job.lengths_B is sent["lengths"]
+    assert job.labels is sent["labels"]
+
+
+def test_labels_that_stay_on_the_device_are_not_taken() -> None:
+    """With `labels: device` a job has none, and sending them is a mistake."""
+    job = make_input("device").job(MEMBER, PLAN, MESSAGE, tensors(labels=None))
+
+    assert job.labels is None
+    with pytest.raises(RemoteProtocolError, match=r"expected \['hidden', 'lengths'\]"):
+        make_input("device").job(MEMBER, PLAN, MESSAGE, tensors())
+
+
+def test_classes_are_one_number_a_sequence() -> None:
+    """A classifier's labels are checked against its classes."""
+    good = np.array([0, 2, 1], np.int32)
+
+    job = make_input(num_labels=CLASSES).job(MEMBER, PLAN, MESSAGE, tensors(labels=good))
+
+    assert job.labels is good
+    for bad in (np.array([0, 3, 1], np.int32), np.array([0, -100, 1], np.int32)):
+        with pytest.raises(RemoteProtocolError, match=r"labels outside 0\.\.2"):
+            make_input(num_labels=CLASSES).job(MEMBER, PLAN, MESSAGE, tensors(labels=bad))
+
+
+def hidden(*shape: int, dtype: Any = np.float32) -> Any:
+    """A hidden state."""
+    return np.zeros(shape, dtype)
+
+
+MALFORMED = [
+    ({"hidden": None}, "expected"),
+    ({"lengths": None}, "expected"),
+    ({"labels": None}, "expected"),
+    ({"extra": np.zeros(1)}, "expected"),
+    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.float64)}, "hidden: float64"),
+    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.int32)}, "hidden: int32"),
+    ({"hidden": hidden(3, 5)}, "hidden: float32"),
+    ({"hidden": hidden()}, "hidden: float32"),
+    ({"hidden": hidden(3, 5, HIDDEN, 1)}, "hidden: float32"),
+    ({"hidden": hidden(3, 5, HIDDEN + 1)}, "size 9, the model has 8"),
+    ({"hidden": hidden(3, 5, 0)}, "size 0"),
+    ({"hidden": hidden(0, 5, HIDDEN)}, "the plan allows 4 x 6"),
+    ({"hidden": hidden(5, 5, HIDDEN)}, "5 x 5, the plan allows 4 x 6"),
+    ({"hidden": hidden(3, 7, HIDDEN)}, "3 x 7, the plan allows 4 x 6"),
+    ({"hidden": hidden(3, 0, HIDDEN)}, "the plan allows"),
+    ({"lengths": np.array([5, 1, 3], np.int64)}, "lengths: int64"),
+    ({"lengths": np.array([5.0, 1, 3], np.float32)}, "lengths: float32"),
+    ({"lengths": np.array([5, 1], np.int32)}, "lengths"),
+    ({"lengths": np.array([[5, 1, 3]], np.int32)}, "lengths"),
+    ({"lengths": np.array([5, 0, 3], np.int32)}, r"lengths outside 1\.\.5"),
+    ({"lengths": np.array([5, -1, 3], np.int32)}, r"lengths outside 1\.\.5"),
+    ({"lengths": np.array([6, 1, 3], np.int32)}, r"lengths outside 1\.\.5"),
+    ({"labels": np.zeros((3, 5), np.int64)}, "labels: int64"),
+    ({"labels": np.zeros((3, 4), np.int32)}, "labels: int32"),
+    ({"labels": np.zeros(3, np.int32)}, "labels: int32"),
+    ({"labels": np.full((3, 5), VOCAB, np.int32)}, r"labels outside 0\.\.49"),
+    ({"labels": np.full((3, 5), -1, np.int32)}, r"labels outside 0\.\.49"),
+    ({"labels": np.full((3, 5), -101, np.int32)}, r"labels outside 0\.\.49"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MALFORMED)
+def test_a_malformed_tensor_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Missing, surplus, wrong dtype, wrong shape, out of range: each by its name."""
+    with pytest.raises(RemoteProtocolError, match=message):
+        make_input().job(MEMBER, PLAN, MESSAGE, tensors(**changes))
+
+
+@pytest.mark.parametrize("num_targets", [0, -1])
+def test_a_step_without_targets_is_refused(num_targets: int) -> None:
+    """A loss over nothing would be a division by zero."""
+    message = replace(MESSAGE, num_targets=num_targets)
+
+    with pytest.raises(RemoteProtocolError, match=f"num_targets: {num_targets}"):
+        make_input().job(MEMBER, PLAN, message, tensors())
+
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_numbers_must_be_finite(bad: float) -> None:
+    """One NaN or infinity in a hidden state, gradient or upload is a numeric error."""
+    values = hidden(3, 5, HIDDEN)
+    values[2, 4, 7] = bad
+    job = make_input().job(MEMBER, PLAN, MESSAGE, tensors())
+
+    with pytest.raises(NumericError, match="hidden: 1 of 120 numbers"):
+        make_input().job(MEMBER, PLAN, MESSAGE, tensors(hidden=values))
+    with pytest.raises(NumericError, match="grad: 1 of 120"):
+        check_gradient(values, job)
+    with pytest.raises(NumericError, match="upload 'w.A': 1 of 120"):
+        check_upload(PLAN, {"w.A": values}, {"w.A": values.shape})
+
+
+@pytest.mark.parametrize(
+    "grad", [None, hidden(3, 5, HIDDEN, dtype=np.float64), hidden(3, 4, HIDDEN), hidden(120)]
+)
+def test_a_gradient_fits_its_hidden_state(grad: Any) -> None:
+    """A gradient of another dtype or shape than the hidden state is refused."""
+    job = make_input().job(MEMBER, PLAN, MESSAGE, tensors())
+
+    with pytest.raises(RemoteProtocolError, match=r"grad: .* expected float32 \(3, 5, 8\)"):
+        check_gradient(grad, job)
+    good = hidden(3, 5, HIDDEN)
+    assert check_gradient(good, job) is good
+
+
+SHAPES = {"w.A": (2, 3), "w.B": (4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w.A": None}, "'w.A' is missing or not in the plan"),
+        ({"v.A": hidden(2, 3)}, "'v.A' is missing or not in the plan"),
+        ({"w.A": hidden(3, 2)}, r"'w.A': \(3, 2\), not \(2, 3\)"),
+        ({"w.B": hidden(4, 2, dtype=np.float64)}, "upload 'w.B'"),
+    ],
+)
+def test_an_upload_is_what_the_plan_says(changes: dict[str, Any], message: str) -> None:
+    """Every planned factor, nothing else, in the planned shape and in float32."""
+    sent = {"w.A": hidden(2, 3), "w.B": hidden(4, 2)}
+    check_upload(PLAN, sent, SHAPES)
+
+    wrong = {name: value for name, value in {**sent, **changes}.items() if value is not None}
+    with pytest.raises(RemoteProtocolError, match=message):
+        check_upload(PLAN, wrong, SHAPES)

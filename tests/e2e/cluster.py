@@ -1,0 +1,372 @@
+"""A coordinator and its devices over real sockets: in threads of this process, or as programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.auth import AllowList
+from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.gateway import Gateway, GatewayConfig
+from coordinator.reporting import Silence
+from coordinator.run import Run
+from coordinator.served import ServedModel
+from coordinator.server import Coordinator
+from coordinator.store import RunFolder
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.callbacks import Callback
+from edge_sdk.client import EdgeClient
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.data import DataConfig
+from edge_sdk.deadline import Deadline
+from edge_sdk.keys import create_key_pair, load_key_pair
+from edge_sdk.messages import StepReport
+from edge_sdk.training import TrainingConfig
+from edge_sdk.transport import Link, LinkConfig, ZmqLink
+from edge_sdk.weights import PartCache
+from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'-\n"
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+WORDS = ("red", "green", "small", "old", "boat", "house", "river", "bird", "sees", "likes", "near")
+PATIENCE_S = 60.0
+
+
+def save_model(family: str, folder: Path) -> Path:
+    """Write a tiny model and a tokenizer of single characters to *folder*."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model: Any = make_model(make_config(family), task_of(family))
+    model.save_pretrained(folder)
+    vocab = {token: number for number, token in enumerate((*SPECIAL, *LETTERS))}
+    assert len(vocab) <= VOCAB
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sentences(seed: int, count: int = 24) -> list[dict[str, Any]]:
+    """Private texts of one device."""
+    draw = np.random.default_rng(seed)
+    return [{"text": " ".join(draw.choice(WORDS, draw.integers(2, 6)))} for _ in range(count)]
+
+
+def classified(seed: int, count: int = 24) -> list[dict[str, Any]]:
+    """Texts whose class is their first word."""
+    draw = np.random.default_rng(seed)
+    numbers = draw.integers(0, CLASSES, count)
+    return [{"text": f"{WORDS[n]} {draw.choice(WORDS)}", "label": WORDS[n]} for n in numbers]
+
+
+class Trap(Silence):
+    """A watcher that acts when something happens; it may raise, as a crash would."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.on_step: Callable[[str, StepReport], None] = lambda _device, _report: None
+        self.on_row: Callable[[dict[str, Any]], None] = lambda _row: None
+
+    def note(self, text: str) -> None:
+        """Keep it."""
+        self.notes.append(text)
+
+    def device(self, name: str, text: str) -> None:
+        """Keep it."""
+        self.notes.append(f"{name}: {text}")
+
+    def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """Let the trap decide."""
+        self.on_step(device, report)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Let the trap decide."""
+        self.rows.append(row)
+        self.on_row(row)
+
+
+class Crash(Exception):  # noqa: N818 - not an error: what a test does to a coordinator
+    """The coordinator dies here and now."""
+
+
+class Serving:
+    """A coordinator in a thread of its own."""
+
+    def __init__(self, run: Run, trap: Trap) -> None:
+        self.run, self.trap = run, trap
+        self.coordinator = Coordinator(run)
+        self.outcome = ""
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
+
+    def start(self) -> Serving:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def _serve(self) -> None:
+        try:
+            self.outcome = self.coordinator.serve()
+        except Crash:
+            self.outcome = "crashed"
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            self._error = error
+        finally:
+            self.run.gateway.close()
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> str:
+        """Wait for the end; returns how it came."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"still serving: {self.run.state}; {self.trap.notes}"
+        if self._error is not None:
+            raise self._error
+        return self.outcome
+
+    def stop_at(self, step: int, device: str = "a") -> Serving:
+        """Ask for a stop, as Ctrl-C does, when *device* has reported *step*."""
+
+        def check(name: str, report: StepReport) -> None:
+            if (name, report.stamp.step) == (device, step):
+                self.coordinator.stop()
+
+        self.trap.on_step = check
+        return self
+
+    def crash_at(self, step: int, device: str = "a") -> Serving:
+        """Die without a goodbye when *device* has reported *step*."""
+
+        def check(name: str, report: StepReport) -> None:
+            if (name, report.stamp.step) == (device, step):
+                raise Crash
+
+        self.trap.on_step = check
+        return self
+
+    @property
+    def metrics(self) -> bytes:
+        """The bytes of metrics.jsonl."""
+        return (self.run.folder.path / "metrics.jsonl").read_bytes()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return self.run.folder.rows("metrics.jsonl")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The rows of events.jsonl."""
+        return self.run.folder.rows("events.jsonl")
+
+
+class Cluster:
+    """Keys, allow-list and folders of one coordinator and its devices."""
+
+    def __init__(
+        self, folder: Path, model: Path, parts: Path, names: Sequence[str] = ("a", "b", "c")
+    ) -> None:
+        self.folder, self.model, self.parts, self.names = folder, model, parts, tuple(names)
+        self.address = "tcp://127.0.0.1:*"
+        self.public = create_key_pair(folder / "coordinator.key").public
+        self.allowed = folder / "devices.yaml"
+        for name in names:
+            pair = create_key_pair(folder / f"{name}.key")
+            AllowList(self.allowed).register(name, pair.public)
+        self._served: list[Serving] = []
+        self._clients: list[EdgeClient] = []
+
+    # ---- coordinator ----
+
+    def config(self, **settings: Any) -> ServeConfig:
+        """A run of all devices: SGD, two rounds of three steps, float32."""
+        settings = {
+            "model": str(self.model),
+            "secret_key": self.folder / "coordinator.key",
+            "allow_list": self.allowed,
+            "runs": self.folder / "runs",
+            "name": "run",
+            "rounds": 2,
+            "steps_per_round": 3,
+            "min_devices": len(self.names),
+            "labels": "server",
+            "default": DeviceSettings(split=2, batch_size=4, codec="float32"),
+            "lora": LoraConfig(r=4, lora_alpha=8),
+            "training": TrainingConfig(learning_rate=1e-2),
+            "evaluation": EvaluationConfig(),
+            "device": "cpu",
+            **settings,
+        }
+        return ServeConfig(**settings)
+
+    def serve(self, config: ServeConfig | None = None, *, trap: Trap | None = None) -> Serving:
+        """Start a coordinator; where the run's folder exists, it resumes."""
+        config, trap = config or self.config(), trap or Trap()
+        model = ServedModel(config, PartCache(self.parts))
+        settings = GatewayConfig(
+            address=self.address,
+            keys=load_key_pair(config.secret_key),
+            silent_after_s=min(30.0, config.patience_s),
+        )
+        gateway = Gateway(settings, AllowList(config.allow_list))
+        self.address = gateway.address
+        assert config.name is not None
+        path = config.runs / config.name
+        is_new = not path.exists()
+        folder = RunFolder.create(config.runs, config.name) if is_new else RunFolder(path)
+        run = Run(config, model, folder, gateway, trap, "run-1")
+        if not is_new:
+            run.resume(folder.load_checkpoint())
+        serving = Serving(run, trap)
+        self._served.append(serving)
+        return serving
+
+    # ---- devices ----
+
+    def client(
+        self,
+        name: str,
+        rows: Any = None,
+        callback: Callback | None = None,
+        link: Link | None = None,
+        **settings: Any,
+    ) -> EdgeClient:
+        """A device that is not started yet."""
+        settings = {
+            "coordinator": self.address,
+            "server_key": self.public,
+            "secret_key": self.folder / f"{name}.key",
+            "device": "cpu",
+            "cache": self.parts,
+            "state": self.folder / "state",
+            "patience_s": PATIENCE_S,
+            **settings,
+        }
+        client = EdgeClient(ClientConfig(**settings), rows, callback, link)
+        self._clients.append(client)
+        return client
+
+    def start(self, *names: str, **settings: Any) -> list[EdgeClient]:
+        """Start devices, by default all, each with texts of its own."""
+        return [
+            self.client(name, sentences(ord(name)), **settings).start()
+            for name in names or self.names
+        ]
+
+    def link(self, name: str) -> ZmqLink:
+        """A bare connection with the key of *name*, for devices that do not behave."""
+        keys = load_key_pair(self.folder / f"{name}.key")
+        return ZmqLink(LinkConfig(address=self.address, server_key=self.public, keys=keys))
+
+    def close(self) -> None:
+        """End what a failed test has left behind."""
+        for client in self._clients:
+            client.stop()
+        for serving in self._served:
+            serving.coordinator.stop()
+
+
+def wait_all(clients: Iterable[EdgeClient], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until every client has ended; raises what one of them ended with."""
+    deadline = Deadline.after(timeout_s)
+    for client in clients:
+        assert client.wait(deadline.left_s()), "a client has not ended"
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write *rows* as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def held_out(fraction: float = 0.25) -> DataConfig:
+    """Private data of which a share is for validation."""
+    return DataConfig(validation_fraction=fraction)
+
+
+# ---- programs ----
+
+
+class Program:
+    """One of our console scripts as a process of its own."""
+
+    def __init__(self, name: str, *arguments: str, cwd: Path, **environment: str) -> None:
+        command = [str(Path(sys.executable).parent / name), *arguments]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self._process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=settings,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def text(self) -> str:
+        """Everything it has said so far."""
+        return "\n".join(self.lines)
+
+    def wait_for(self, what: str, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until it has said *what*."""
+        deadline = Deadline.after(timeout_s)
+        while what not in self.text:
+            assert deadline.left_s() > 0, f"it never said {what!r}: {self.text}"
+            assert self._process.poll() is None, f"it ended without {what!r}: {self.text}"
+            time.sleep(0.02)
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Wait for its end; returns the exit code."""
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running: {self.text}") from None
+        self._reader.join(5.0)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return code
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
+    """Write a configuration; JSON is YAML."""
+    path.write_text(json.dumps(settings, default=str), encoding="utf-8")
+    return path

@@ -1,0 +1,128 @@
+"""Factored matrices are exactly the dense ones that they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_sdk.factors import Factors, compress, stack, zero
+
+RANKS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
+SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def random_factors(
+    generator: np.random.Generator, size: tuple[int, int], rank: int, scale: float = 1.0
+) -> Factors:
+    """A random matrix of *rank*, in float32."""
+    b_OR = scale * generator.normal(size=(size[0], rank))
+    return Factors(b_OR.astype(np.float32), generator.normal(size=(rank, size[1])).astype("f4"))
+
+
+def dense(term: Factors) -> np.ndarray:
+    """The matrix in float64."""
+    product: np.ndarray = term.b_OR.astype(np.float64) @ term.a_RI.astype(np.float64)
+    return product
+
+
+@given(RANKS, SIZES, SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_a_stack_is_the_sum(ranks: list[int], size: tuple[int, int], seed: int) -> None:
+    """Stacked factors of any ranks are the sum of the dense matrices, and their ranks add up."""
+    generator = np.random.default_rng(seed)
+    terms = [random_factors(generator, size, rank) for rank in ranks]
+
+    total = stack(terms)
+
+    assert total.rank == sum(ranks)
+    expected = sum((dense(term) for term in terms), np.zeros(size))
+    np.testing.assert_allclose(dense(total), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(RANKS, SIZES, SEEDS, st.sampled_from([1e-6, 1.0, 1e5]))
+@settings(deadline=None, max_examples=60)
+def test_compressing_loses_nothing(
+    ranks: list[int], size: tuple[int, int], seed: int, scale: float
+) -> None:
+    """Without a cap the matrix is the same to 1e-6, of the least rank, whatever its scale."""
+    generator = np.random.default_rng(seed)
+    terms = stack([random_factors(generator, size, rank, scale) for rank in ranks])
+
+    small, error = compress(terms)
+
+    assert error == 0.0
+    assert small.rank <= min(*size, sum(ranks))
+    assert np.linalg.norm(dense(small) - dense(terms)) <= 1e-6 * np.linalg.norm(dense(terms))
+    assert small.b_OR.dtype == small.a_RI.dtype == np.float32
+
+
+@given(st.integers(1, 9), st.integers(0, 9), SIZES, SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_a_cap_is_the_best_there_is_and_its_error_is_told(
+    rank: int, cap: int, size: tuple[int, int], seed: int
+) -> None:
+    """A capped matrix is the best one of that rank, and the error is what the cap has cut."""
+    term = random_factors(np.random.default_rng(seed), size, rank)
+    sigma = np.linalg.svd(dense(term), compute_uv=False)
+
+    small, error = compress(term, max_rank=cap)
+
+    assert small.rank <= cap
+    norm = np.linalg.norm(dense(term))
+    assert error == pytest.approx(np.linalg.norm(sigma[cap:]) / norm, abs=2e-6)
+    assert np.linalg.norm(dense(small) - dense(term)) / norm == pytest.approx(error, abs=2e-6)
+
+
+def test_a_difference_of_equals_is_of_rank_zero() -> None:
+    """What cancels leaves no factors behind."""
+    term = random_factors(np.random.default_rng(0), (8, 6), 3)
+
+    small, error = compress(stack([term, term.scaled(-1.0)]), cancels=True)
+
+    assert (small.rank, error) == (0, 0.0)
+    assert small.dense().shape == (8, 6)
+
+
+@given(RANKS, SIZES, SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_what_does_not_cancel_stays(ranks: list[int], size: tuple[int, int], seed: int) -> None:
+    """Of terms that cancel the rest is exact to a few bits of the terms' own float32 rounding."""
+    generator = np.random.default_rng(seed)
+    large = random_factors(generator, size, 3, scale=100.0)
+    rest = stack([random_factors(generator, size, rank) for rank in ranks])
+
+    small, _ = compress(stack([large, rest, large.scaled(-1.0)]), cancels=True)
+
+    size_of_terms = 100.0 * np.sqrt(6.0 * size[0] * size[1]) + np.linalg.norm(dense(rest))
+    assert np.linalg.norm(dense(small) - dense(rest)) <= 4e-6 * size_of_terms
+
+
+def test_both_factors_share_the_singular_values() -> None:
+    """Neither factor becomes tiny: both have the same norm, rank by rank."""
+    term = random_factors(np.random.default_rng(0), (8, 6), 3, scale=1e-4)
+
+    small, _ = compress(term)
+
+    columns, rows = np.linalg.norm(small.b_OR, axis=0), np.linalg.norm(small.a_RI, axis=1)
+    np.testing.assert_allclose(columns, rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_rank", [None, 0, 2])
+def test_nothing_stays_nothing(max_rank: int | None) -> None:
+    """The zero matrix has no ranks and no error, whether empty or full of zeros."""
+    zeros = Factors(np.zeros((4, 2), np.float32), np.ones((2, 3), np.float32))
+
+    for term in (zero(4, 3), zeros):
+        small, error = compress(term, max_rank)
+        assert (small.rank, error) == (0, 0.0)
+        assert not small.dense().any()
+
+
+def test_scaling_and_dense_agree() -> None:
+    """A scaled pair is the scaled matrix."""
+    term = random_factors(np.random.default_rng(0), (5, 4), 2)
+
+    np.testing.assert_allclose(term.scaled(-0.5).dense(), -0.5 * term.dense(), rtol=1e-6)
