@@ -12,13 +12,9 @@ that a busy neighbour hits both; the number is the median.
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from report import header, save, table
 
 from coordinator.auth import AllowList
 from coordinator.gateway import Gateway, GatewayConfig, Received
@@ -37,15 +34,27 @@ from edge_sdk.transport import LinkConfig, ZmqLink
 
 KIB = 1024
 SIZES_KIB = (64, 256, 1024, 4096, 16384, 65536)
-WARM_UP = 4
-MOST_BYTES = 768 * KIB * KIB
-MOST_TENSORS = 6000
-RESULTS = Path(__file__).parent / "results"
+# Buffers grow and pages are touched for the first time in the beginning; a run goes on for hours.
+WARM_UP_BYTES = 256 * KIB * KIB
+# More than any cache of the machines that we know.
+CACHE_BYTES = 128 * KIB * KIB
+MOST_BYTES = 3 * 1024 * KIB * KIB
+MOST_TENSORS = 20000
 
 
 def tensor(size_bytes: int) -> np.ndarray:
     """Return something that is not all zeros."""
     return np.arange(size_bytes // 4, dtype=np.float32)
+
+
+def tensors(size_bytes: int) -> list[np.ndarray]:
+    """Return so many of them that none is still in a cache when its turn comes, as in training."""
+    return [tensor(size_bytes) for _ in range(max(2, CACHE_BYTES // size_bytes))]
+
+
+def warm_up(size: int) -> int:
+    """Tensors before the clock starts."""
+    return max(4, min(WARM_UP_BYTES // size, 1000))
 
 
 def raw_receiver(pipe: Any, server: KeyPair | None, size: int, count: int) -> None:
@@ -60,11 +69,11 @@ def raw_receiver(pipe: Any, server: KeyPair | None, size: int, count: int) -> No
     router.bind("tcp://127.0.0.1:*")
     pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
     begin_s = 0.0
-    for number in range(WARM_UP + count):
+    for number in range(warm_up(size) + count):
         router.recv()
         frame = router.recv(copy=False)
         array = np.frombuffer(frame.buffer, np.float32)
-        if number == WARM_UP - 1:
+        if number == warm_up(size) - 1:
             begin_s = time.perf_counter()
     taken_s = time.perf_counter() - begin_s
     assert (array == tensor(size)).all()
@@ -83,9 +92,9 @@ def raw_sender(address: str, server: KeyPair | None, size: int, count: int, done
         dealer.curve_publickey = keys.public.encode()
         dealer.curve_secretkey = keys.secret.encode()
     dealer.connect(address)
-    array = tensor(size)
-    for _ in range(WARM_UP + count):
-        dealer.send(array, copy=False)
+    arrays = tensors(size)
+    for step in range(warm_up(size) + count):
+        dealer.send(arrays[step % len(arrays)], copy=False)
     done.wait()
     context.destroy(0)
 
@@ -107,12 +116,12 @@ def our_receiver(
     with Gateway(config, allowed) as gateway:
         pipe.send(gateway.address)
         begin_s, number = 0.0, 0
-        while number < WARM_UP + count:
+        while number < warm_up(size) + count:
             for event in gateway.events(10.0):
                 if isinstance(event, Received):
                     array = event.envelope.tensors["hidden"]
                     number += 1
-                    if number == WARM_UP:
+                    if number == warm_up(size):
                         begin_s = time.perf_counter()
         taken_s = time.perf_counter() - begin_s
         assert (array == tensor(size)).all()
@@ -137,11 +146,11 @@ def our_sender(
         name="bench",
         chunk_bytes=chunk,
     )
-    array = tensor(size)
+    arrays = tensors(size)
     with ZmqLink(config) as link:
-        for step in range(WARM_UP + count):
+        for step in range(warm_up(size) + count):
             message = Activation(stamp=Stamp(step=step), micro=0, num_micro=1, num_targets=1)
-            link.send(message, {"hidden": (array, "float32")})
+            link.send(message, {"hidden": (arrays[step % len(arrays)], "float32")})
         done.wait()
 
 
@@ -176,50 +185,26 @@ def measure(kind: str, size: int, *, curve: bool, chunk: int) -> float:
     return count * size / taken_s / 1e6
 
 
-def cpu_model() -> str:
-    """Return what /proc/cpuinfo calls the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def commit() -> str:
-    """Return the commit that was measured, marked if the tree had changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
-    return done.stdout.strip() or "no commit yet"
-
-
 def report(rows: list[tuple[int, bool, list[float], list[float]]], args: Any) -> str:
     """Return the page of results."""
-    lines = [
-        "# Wire throughput: ZmqLink -> Gateway against raw pyzmq",
-        "",
-        f"Command: `{' '.join(['python benchmarks/wire.py', *sys.argv[1:]])}`",
-        "",
-        f"Commit: {commit()}",
-        "",
-        f"Hardware: {cpu_model()}, {os.cpu_count()} cores, loopback TCP; load average at the end"
-        f" {os.getloadavg()[0]:.1f}",
-        "",
-        f"Software: Python {platform.python_version()}, pyzmq {zmq.__version__}, libzmq"
-        f" {zmq.zmq_version()}, numpy {np.__version__}; chunks of {args.chunk} KiB",
-        "",
-        f"Median of {args.repeats} runs, raw and ours in turn; in brackets lowest and highest.",
-        "",
-        "| tensor | CURVE | raw MB/s | ours MB/s | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for size, curve, raw, ours in rows:
-        middle = statistics.median(raw), statistics.median(ours)
-        lines.append(
-            f"| {size} KiB | {'on' if curve else 'off'}"
-            f" | {middle[0]:.0f} ({min(raw):.0f}-{max(raw):.0f})"
-            f" | {middle[1]:.0f} ({min(ours):.0f}-{max(ours):.0f})"
-            f" | {middle[1] / middle[0]:.2f} |"
+    cells = [
+        (
+            f"{size} KiB",
+            "on" if curve else "off",
+            f"{statistics.median(raw):.0f} ({min(raw):.0f}-{max(raw):.0f})",
+            f"{statistics.median(ours):.0f} ({min(ours):.0f}-{max(ours):.0f})",
+            f"{statistics.median(ours) / statistics.median(raw):.2f}",
         )
-    return "\n".join(lines) + "\n"
+        for size, curve, raw, ours in rows
+    ]
+    text = (
+        f"Loopback TCP, packets of {args.chunk} KiB, load average at the end "
+        f"{os.getloadavg()[0]:.1f}. Median of {args.repeats} runs, raw and ours in turn; in "
+        "brackets lowest and highest. Target: at least 0.8 x raw."
+    )
+    heads = ("tensor", "CURVE", "raw MB/s", "ours MB/s", "ours / raw")
+    title = "Wire throughput: ZmqLink -> Gateway against raw pyzmq"
+    return "\n\n".join([header(title, args), text, table(heads, cells)])
 
 
 def main() -> None:
@@ -242,10 +227,7 @@ def main() -> None:
             rows.append((size, curve, raw, ours))
             print(report(rows[-1:], args).splitlines()[-1], flush=True)
     if not args.no_write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{datetime.date.today().isoformat()}-wire.md"
-        path.write_text(report(rows, args))
-        print(path)
+        save("wire", report(rows, args))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,7 +48,6 @@ class Console:
             self._bars = Progress(*columns, console=self._out, refresh_per_second=4)
 
     def __enter__(self) -> Console:
-        quiet_libraries()
         if self._bars is not None:
             self._bars.start()
         return self
@@ -101,7 +99,8 @@ class Console:
         if scores:
             named = "  ".join(f"{name} {_score(score)}" for name, score in scores.items())
             parts.append(f"{_measure(scores.values())}: {named}")
-        self.note("  ".join(parts))
+        if len(parts) > 1:
+            self.note("  ".join(parts))
 
     def _of(self, name: str) -> _Device:
         if name not in self._devices:
@@ -116,14 +115,6 @@ class Console:
     def _show(self, mine: _Device, completed: int | None = None, **fields: Any) -> None:
         if self._bars is not None and mine.task is not None:
             self._bars.update(mine.task, completed=completed, **fields)
-
-
-def quiet_libraries() -> None:
-    """Keep loading bars and deprecations of libraries from breaking into our lines."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _columns(width: int, total_steps: int) -> list[ProgressColumn]:

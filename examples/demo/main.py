@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from processes import ROOT, Failed, Processes, call
+from processes import ROOT, SIGNALS, Failed, Processes, call
 from results import print_results
 from shards import Shards, make_shards
 
@@ -47,7 +45,7 @@ class Demo:
 
 def main() -> int:
     """Run the demo and return its exit code."""
-    signal.signal(signal.SIGTERM, interrupted)
+    SIGNALS.install()
     try:
         run(options_from(sys.argv[1:]))
     except (Failed, EdgeError) as error:
@@ -57,11 +55,6 @@ def main() -> int:
         print("demo: stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     return 0
-
-
-def interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Take SIGTERM for Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def options_from(arguments: list[str]) -> argparse.Namespace:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +24,36 @@ TAIL_LINES = 20
 
 class Failed(Exception):
     """A process of the demo failed; the message says which and shows the end of its log."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: raised once, and never where a process could be lost by it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_held = False
+
+    def install(self) -> None:
+        """From here on, listen."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
+
+    def _heard(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1 and not self._is_held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only count them."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+
+SIGNALS = Signals()
 
 
 class Processes:
@@ -40,7 +74,7 @@ class Processes:
         """Start one of our commands; without *log* it writes to our own stderr."""
         command = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
         # A session of its own: Ctrl-C reaches us alone, and we say once to each that it must stop.
-        with open(log or os.devnull, "ab") as file:
+        with SIGNALS.held(), open(log or os.devnull, "ab") as file:
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -50,7 +84,9 @@ class Processes:
                 stderr=file if log else sys.stderr,
                 start_new_session=True,
             )
-        self._running[name] = (process, log)
+            self._running[name] = (process, log)
+        if SIGNALS.count:
+            raise KeyboardInterrupt
 
     def wait(self) -> None:
         """Wait until all have ended well.
@@ -74,16 +110,21 @@ class Processes:
 
     def stop(self) -> None:
         """Ask all that still run to leave, the first one first; end those that do not."""
-        try:
-            # The coordinator first: devices save their state before it goes, and it a checkpoint.
+        with SIGNALS.held():
+            asked = SIGNALS.count
             for process, _ in self._running.values():
+                # The coordinator first: devices save their state before it goes, it a checkpoint.
                 process.terminate()
-                process.wait(STOP_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
+                deadline_s = time.monotonic() + STOP_S
+                # One more Ctrl-C: at once.
+                while process.poll() is None and SIGNALS.count == asked:
+                    if time.monotonic() > deadline_s:
+                        break
+                    time.sleep(0.05)
             for process, _ in self._running.values():
                 process.kill()
                 process.wait()
-        self._running.clear()
+            self._running.clear()
 
 
 def environment(threads: int = 1) -> dict[str, str]:
@@ -116,7 +157,8 @@ def call(script: str, log: Path, *arguments: str) -> dict[str, Any]:
         try:
             out, _ = process.communicate()
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # it has ended, as it should
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
             process.wait()
     if process.returncode:
         raise Failed(f"{script} ended with exit code {process.returncode}{end_of(log)}")

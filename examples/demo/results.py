@@ -15,8 +15,9 @@ from shards import Shards
 
 from coordinator.console import total_over_sessions
 from coordinator.launch import ADAPTER
+from edge_sdk.quiet import quiet_libraries
 
-MAX_NEW_TOKENS = 80
+MAX_NEW_TOKENS = 60
 
 
 def print_results(
@@ -118,13 +119,12 @@ def show_sample(console: Console, model: Path, adapter: Path, shards: Shards) ->
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from coordinator.console import quiet_libraries
-
     quiet_libraries()
     tokenizer = AutoTokenizer.from_pretrained(model)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prompt = prompt_of(shards, tokenizer)
-    texts = {"before": complete(base, tokenizer, prompt, shards.end)}
+    # The base model has not learned where to end, so it is cut off.
+    texts = {"before": complete(base, tokenizer, prompt, "") + " ..."}
     tuned = PeftModel.from_pretrained(base, adapter)
     texts["after"] = complete(tuned, tokenizer, prompt, shards.end)
     console.print("\n[bold]A text, before and after[/bold] (greedy; nobody trained on this prompt)")

@@ -43,12 +43,12 @@ WORDS = ("red", "green", "small", "old", "boat", "house", "river", "bird", "sees
 PATIENCE_S = 60.0
 
 
-def save_model(family: str, folder: Path) -> Path:
+def save_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny model and a tokenizer of single characters to *folder*."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model: Any = make_model(make_config(family), task_of(family))
+    model: Any = make_model(make_config(family), task_of(family), seed)
     model.save_pretrained(folder)
     vocab = {token: number for number, token in enumerate((*SPECIAL, *LETTERS))}
     assert len(vocab) <= VOCAB
@@ -189,11 +189,15 @@ class Cluster:
         self.address = "tcp://127.0.0.1:*"
         self.public = create_key_pair(folder / "coordinator.key").public
         self.allowed = folder / "devices.yaml"
-        for name in names:
-            pair = create_key_pair(folder / f"{name}.key")
-            AllowList(self.allowed).register(name, pair.public)
+        self.register(*names)
         self._served: list[Serving] = []
         self._clients: list[EdgeClient] = []
+
+    def register(self, *names: str) -> None:
+        """Let devices in."""
+        for name in names:
+            pair = create_key_pair(self.folder / f"{name}.key")
+            AllowList(self.allowed).register(name, pair.public)
 
     # ---- coordinator ----
 
