@@ -24,6 +24,16 @@ class LocalState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def prepare(self) -> None:
+        """Make the folder now, rather than find out at the first checkpoint that it cannot be.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".writable").touch()
+
     def steps(self) -> tuple[int, ...]:
         """Steps of which there is a checkpoint, oldest first."""
         found = self.folder.glob("step-*.safetensors")

@@ -93,6 +93,7 @@ class Participant:
         is_same = self._welcome == welcome and self._assigned == assigned
         self._stamp = welcome.stamp
         self._state = LocalState(self._config.state / welcome.stamp.run / welcome.stamp.device)
+        self._state.prepare()
         self._callback.on_connect(welcome.stamp.run)
         if not is_same or self._data is None or self._runtime is None:
             self._callback.on_plan(assigned.plan)
