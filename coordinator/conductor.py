@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from coordinator.aggregation import SERVER
+from coordinator.gateway import Received
 from coordinator.intake import Intake
 from coordinator.ledger import Report, RoundResult
 from coordinator.rounds import Action, Phase
@@ -16,7 +19,7 @@ from coordinator.run import Run
 from coordinator.wave import Answer, DeviceFault
 from coordinator.worker import Worker
 from edge_sdk.assembly import TensorOut
-from edge_sdk.errors import PeerGone
+from edge_sdk.errors import NumericError, PeerGone
 from edge_sdk.factors import Array
 from edge_sdk.messages import EvalResult, Gradient, Message, Pause, RunOver, TopHidden
 from edge_sdk.runtime import Micro, TailSums
@@ -206,7 +209,10 @@ class Conductor:
             return
         state.finish_lift()
         for name, top_BTD in tops.items():
-            if name in state.members:
+            if not np.isfinite(top_BTD).all():
+                fault = NumericError("the blocks cannot take what it sent: not finite")
+                self._intake.expel(name, fault)
+            elif name in state.members:
                 message = TopHidden(stamp=self._stamp(name), micro=state.micro)
                 self._send(name, message, {"hidden": self._coded(name, top_BTD)})
 
@@ -222,13 +228,19 @@ class Conductor:
         if attempt != state.attempt or state.phase is not Phase.TRAINING:
             return
         for answer in answers:
-            if answer.device in state.members:
+            if not np.isfinite(answer.grad_BTD).all():
+                # Our own is not finite either: `finish_step` leaves our adapters alone, once.
+                fault = NumericError("the gradient of what it sent is not finite")
+                self._intake.expel(answer.device, fault)
+            elif answer.device in state.members:
                 loss_sum = answer.sums.loss_sum if answer.sums else 0.0
                 message = Gradient(
                     stamp=self._stamp(answer.device), micro=state.micro, loss_sum=loss_sum
                 )
                 grad = self._coded(answer.device, answer.grad_BTD)
                 self._send(answer.device, message, {"grad": grad})
+        if state.phase is not Phase.TRAINING:
+            return
         self.run.mail.jobs, self.run.mail.grads = {}, {}
         is_last = not any(m.num_micro > state.micro + 1 for m in state.members.values())
         if is_last:
@@ -248,7 +260,7 @@ class Conductor:
         state.finish_wave()
         early, self.run.mail.early = self.run.mail.early, {}
         for name, envelope in early.items():
-            self._intake.activation(name, envelope)
+            self._intake.handle(Received(name, envelope))
 
     def _coded(self, device: str, array: Array) -> TensorOut:
         return array, self.run.admission.codecs[device]

@@ -25,7 +25,7 @@ from coordinator.wave import Answer, DeviceFault, Job
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.factors import Array, Factors
 from edge_sdk.layout import Layout
-from edge_sdk.loss import LossSums, loss_sums
+from edge_sdk.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.partition import Slice
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import (
@@ -164,7 +164,7 @@ class LocalEngine:
 
     def _forward(self, jobs: Sequence[Job], step: int, micro: int, *, to_logits: bool) -> _Wave:
         self.slice.model.train()
-        seed_step(self._training.seed, "coordinator", step, micro)
+        seed_step(self._training.seed, self._device, "coordinator", step, micro)
         # By name within a split: the same wave gives the same bits whoever answered first.
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
@@ -210,16 +210,19 @@ class LocalEngine:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
 
     def _losses(self, wave: _Wave) -> list[LossSums]:
-        sums, start = [], 0
+        """The wave's losses in one go, so that no job's logits are sliced, then told apart."""
+        longest = max(job.hidden_BTD.shape[1] for job in wave.jobs)
+        labels = []
         for job in wave.jobs:
-            rows, length = job.hidden_BTD.shape[:2]
             assert job.labels is not None, "labels are on the device"
-            logits = wave.top[start : start + rows]
-            if logits.dim() == 3:
-                logits = logits[:, :length]
-            sums.append(loss_sums(logits, self._labels(job.labels)))
-            start += rows
-        return sums
+            own = self._labels(job.labels)
+            labels.append(
+                F.pad(own, (0, longest - own.shape[1]), value=IGNORED) if own.dim() == 2 else own
+            )
+        whole = loss_sums(wave.top, torch.cat(labels))
+        rows = [len(job.lengths_B) for job in wave.jobs]
+        by_job = [torch.split(column, rows) for column in whole]
+        return [LossSums(*columns) for columns in zip(*by_job, strict=True)]
 
     def _answers(
         self, wave: _Wave, sums: Sequence[LossSums | None], devices: Container[str]

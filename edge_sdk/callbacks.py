@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from edge_sdk.plan import Plan
 
 
+# The reason given to `on_train_end` when an error ends the client; `run` and `wait` raise it.
+FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class RoundSummary:
     """One round as the device saw it."""
@@ -43,4 +47,4 @@ class Callback:
         """The session is lost; the client tries again by itself."""
 
     def on_train_end(self, reason: str) -> None:
-        """The run is over, or was stopped."""
+        """The run is over, was stopped, or has failed for this device."""

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from edge_sdk.callbacks import Callback, RoundSummary
+from edge_sdk.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
@@ -85,7 +85,8 @@ class _Lines(Callback):
         print(f"session lost ({reason}); joining again", flush=True)
 
     def on_train_end(self, reason: str) -> None:
-        print(f"ended: {reason}", flush=True)
+        if reason != FAILED:  # then the error is the one line to read
+            print(f"ended: {reason}", flush=True)
 
 
 def _run(options: argparse.Namespace) -> int:

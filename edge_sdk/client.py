@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
-from edge_sdk.callbacks import Callback
+from edge_sdk.callbacks import FAILED, Callback
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.errors import EdgeError, SessionLost, TransportError
 from edge_sdk.inbox import RunEnded, Stopped
@@ -69,7 +69,7 @@ class EdgeClient:
             torch.set_num_threads(self._config.threads)
         link = self._given_link or self._open_link()
         participant = Participant(link, self._config, self._dataset, self._callback, self._stop)
-        reason = "failed"
+        reason = FAILED
         try:
             reason = self._take_part(participant)
         finally:

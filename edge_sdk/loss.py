@@ -33,10 +33,11 @@ def loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> LossSums:
     if labels.dim() == 1:
         loss_B = F.cross_entropy(logits.float(), labels, reduction="none")
         return LossSums(loss_B, torch.ones_like(labels), (logits.argmax(-1) == labels).long())
-    labels_BT = labels[:, 1:]
+    # The labels are shifted, not the logits: a slice of these would be copied in the backward pass.
+    labels_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     is_target_BT = labels_BT != IGNORED
     # Only where there is a target: prompts cost no softmax over the vocabulary.
-    logits_NV = logits[:, :-1][is_target_BT].float()
+    logits_NV = logits[is_target_BT].float()
     labels_N = labels_BT[is_target_BT]
     rows_N = is_target_BT.nonzero()[:, 0]
     loss_N = F.cross_entropy(logits_NV, labels_N, reduction="none")

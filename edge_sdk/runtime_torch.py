@@ -73,7 +73,7 @@ class TorchRuntime:
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         self._slice.model.train()
-        seed_step(self._training.seed, "device", step, index)
+        seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, _ = self._tensors(micro)
         with autocast(self._compute, self._device):
             self._hidden = self._slice.front(ids_BT, lengths_B, self._plan.split)
@@ -100,7 +100,7 @@ class TorchRuntime:
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; see `Runtime`."""
         self._slice.model.train()
-        seed_step(self._training.seed, "device", step, index)
+        seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, labels = self._tensors(micro)
         with autocast(self._compute, self._device):
             sums = loss_sums(self._slice.whole(ids_BT, lengths_B), labels)

@@ -229,11 +229,15 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         yield
 
 
-def seed_step(seed: int, *where: int | str) -> None:
-    """Seed torch's generators for one micro-batch, so that dropout needs no saved state."""
+def seed_step(seed: int, device: torch.device, *where: int | str) -> None:
+    """Seed *device*'s generator for one micro-batch, so that dropout needs no saved state."""
     import hashlib
 
     import torch
 
     digest = hashlib.sha256(" ".join(map(str, (seed, *where))).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    number = int.from_bytes(digest[:8], "little") >> 1
+    # Not torch.manual_seed: it looks at every backend, and writes down a stack trace for CUDA.
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -192,6 +193,7 @@ class Cluster:
         self.register(*names)
         self._served: list[Serving] = []
         self._clients: list[EdgeClient] = []
+        self._links: list[ZmqLink] = []
 
     def register(self, *names: str) -> None:
         """Let devices in."""
@@ -279,10 +281,14 @@ class Cluster:
     def link(self, name: str) -> ZmqLink:
         """A bare connection with the key of *name*, for devices that do not behave."""
         keys = load_key_pair(self.folder / f"{name}.key")
-        return ZmqLink(LinkConfig(address=self.address, server_key=self.public, keys=keys))
+        link = ZmqLink(LinkConfig(address=self.address, server_key=self.public, keys=keys))
+        self._links.append(link)
+        return link
 
     def close(self) -> None:
         """End what a failed test has left behind."""
+        for link in self._links:
+            link.close(0.0)
         for client in self._clients:
             client.stop()
         for serving in self._served:
@@ -351,6 +357,14 @@ class Program:
         """Press Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
 
+    def freeze(self) -> None:
+        """Let it stand still, as a machine that hangs."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for its end; returns the exit code."""
         try:
@@ -368,6 +382,14 @@ class Program:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def write_yaml(path: Path, settings: dict[str, Any]) -> Path:

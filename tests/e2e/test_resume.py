@@ -118,6 +118,26 @@ def test_a_stopped_run_goes_on_with_the_same_devices(
     same(resumed, wholes[labels])
 
 
+@pytest.mark.parametrize("splits", [(1, 5, 5), (5, 5, 5)], ids=["mixed", "alone"])
+def test_a_stop_beside_devices_that_train_alone(
+    cluster: Cluster, config: ServeConfig, splits: tuple[int, ...]
+) -> None:
+    """Who holds the whole model stops anywhere; the round is run again from its start, exactly."""
+    devices = {n: DeviceSettings(split=k) for n, k in zip("abc", splits, strict=True)}
+    config = replace(config, devices=devices, steps_per_round=20)
+    state = cluster.folder / "state-whole"
+    expected = complete(cluster, replace(config, name="whole"), state=state)
+    stopped = cluster.serve(config).stop_at(25).start()
+    clients = cluster.start(data=held_out())
+    assert stopped.wait() == "paused"
+
+    resumed = cluster.serve(config).start()
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    same(resumed, expected)
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_stopped_run_goes_on_with_restarted_devices(
     cluster: Cluster, config: ServeConfig, wholes: dict[str, Whole], step: int

@@ -304,7 +304,7 @@ def test_dropout_needs_no_saved_state() -> None:
     """The same place in the run draws the same numbers, another place others."""
 
     def draw(*where: int | str) -> float:
-        seed_step(0, *where)
+        seed_step(0, torch.device("cpu"), *where)
         return float(torch.rand(1))
 
     draws: Callable[..., float] = draw

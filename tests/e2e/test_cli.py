@@ -1,0 +1,132 @@
+"""Both programs as processes: what a person sees, how they end, and Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from edge_sdk.keys import create_key_pair, load_key_pair
+from tests.e2e.cluster import Cluster, Program, free_port, sentences, write_rows, write_yaml
+
+NOISE = ("Traceback", "Warning", "warning:", "Loading weights", "%|", "it/s]", "Error in")
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start(cluster: Cluster) -> Iterator[Start]:
+    """Start a program in the cluster's folder; it is ended with the test."""
+    programs: list[Program] = []
+
+    def begin(name: str, *arguments: str) -> Program:
+        programs.append(Program(name, *arguments, cwd=cluster.folder))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        program.kill()
+
+
+@pytest.fixture
+def files(cluster: Cluster) -> Cluster:
+    """Configurations of a coordinator and of devices a, b and c in the cluster's folder."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    (cluster.folder / "coordinator.pub").write_text(cluster.public)
+    write_yaml(
+        cluster.folder / "run.yaml",
+        {
+            "model": str(cluster.model),
+            "listen": address,
+            "secret_key": "coordinator.key",
+            "allow_list": "devices.yaml",
+            "runs": "runs",
+            "name": "run",
+            "rounds": 2,
+            "steps_per_round": 3,
+            "min_devices": 2,
+            "default": {"split": 2, "batch_size": 4, "codec": "float32"},
+            "device": "cpu",
+        },
+    )
+    for name in cluster.names:
+        settings: dict[str, Any] = {
+            "coordinator": address,
+            "server_key": "coordinator.pub",
+            "secret_key": f"{name}.key",
+            "data": {"path": f"{name}.jsonl", "validation_fraction": 0.25},
+            "cache": str(cluster.parts),
+            "device": "cpu",
+        }
+        write_yaml(cluster.folder / f"{name}.yaml", settings)
+        write_rows(cluster.folder / f"{name}.jsonl", sentences(ord(name)))
+    return cluster
+
+
+def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
+    """Plain lines without noise and exit code 0; strangers leave with one line and code 4."""
+    create_key_pair(files.folder / "stranger.key")
+    other = load_key_pair(files.folder / "stranger.key").public
+    coordinator = start("coordinator", "serve", "--config", "run.yaml")
+    coordinator.wait_for("listening at")
+    began_s = time.monotonic()
+    misled = start("edge-sdk", "run", "--config", "c.yaml", f"server_key={other}")
+    stranger = start("edge-sdk", "run", "--config", "c.yaml", "secret_key=stranger.key")
+    devices = [start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab"]
+
+    assert [program.wait() for program in (coordinator, *devices)] == [0, 0, 0]
+
+    assert (misled.wait(20), stranger.wait(20)) == (4, 4)
+    assert time.monotonic() - began_s < 20.0  # 15 s of its own, and the start of two processes
+    assert len(misled.lines) == len(stranger.lines) == 1, (misled.text, stranger.text)
+    assert "wrong server key" in misled.lines[-1]
+    assert "register" in stranger.lines[-1]
+    for program in (coordinator, *devices, misled, stranger):
+        assert not [word for word in NOISE if word in program.text], program.text
+    assert (files.folder / "runs" / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    status = start("coordinator", "status", "runs/run")
+    assert status.wait() == 0
+    assert "2 of 2 rounds" in status.text
+
+
+def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
+    """Once: a checkpoint, then exit 130, and it resumes. Twice: exit 130 at once."""
+    serve = ("coordinator", "serve", "--config", "run.yaml", "rounds=5000", "min_devices=1")
+    coordinator = start(*serve)
+    coordinator.wait_for("listening at")
+    leaving, staying = (start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab")
+    for device in (leaving, staying):
+        device.wait_for("round 1") if device is staying else device.wait_for("round ")
+
+    leaving.interrupt()
+    assert leaving.wait(10) == 130
+    assert leaving.lines[-1] == "ended: stopped"
+    coordinator.wait_for("a: left: stopped")
+    coordinator.interrupt()
+    assert coordinator.wait(20) == 130
+    assert "stopped; go on with: coordinator resume" in coordinator.lines[-1]
+    checkpoints = sorted((files.folder / "runs" / "run").glob("checkpoint-*"))
+    step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
+
+    resumed = start("coordinator", "resume", "runs/run")
+    staying.wait_for("joining again")
+    resumed.wait_for("b: ready")
+    steps = re.compile(r"b: step +(\d+)/")
+    while not (found := steps.search(resumed.text)):
+        time.sleep(0.02)
+    assert int(found[1]) > step
+    staying.freeze()
+    resumed.interrupt()
+    resumed.wait_for("stopping at step")
+    began_s = time.monotonic()
+    resumed.interrupt()
+    assert resumed.wait(5) == 130
+    assert time.monotonic() - began_s < 3.0
+    staying.thaw()
+    staying.interrupt()
+    staying.interrupt()
+    assert staying.wait(5) == 130
+    for program in (coordinator, resumed, leaving, staying):
+        assert not [word for word in NOISE if word in program.text], program.text
