@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,13 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())
+    with _stopping_on_signals(client.stop):
+        return INTERRUPTED_EXIT_CODE if client.run() == STOPPED else 0
+
+
+@contextmanager
+def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks to stop, the second leaves at once."""
     asked = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -101,11 +109,15 @@ def _run(options: argparse.Namespace) -> int:
         if asked:
             os._exit(INTERRUPTED_EXIT_CODE)
         asked = True
-        client.stop()
+        stop()
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return INTERRUPTED_EXIT_CODE if client.run() == STOPPED else 0
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, on_signal) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _keygen(options: argparse.Namespace) -> int:

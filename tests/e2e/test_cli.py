@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from edge_sdk.keys import create_key_pair, load_key_pair
-from tests.e2e.cluster import Cluster, Program, free_port, sentences, write_rows, write_yaml
+from tests.e2e.cluster import Cluster, sentences, write_rows
+from tests.e2e.programs import Program, free_port, write_yaml
 
 NOISE = ("Traceback", "Warning", "warning:", "Loading weights", "%|", "it/s]", "Error in")
 Start = Callable[..., Program]
