@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples on every run, however slow: a green tree stays green.
+# `--hypothesis-profile=default` searches.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 # Before anything imports torch or transformers, which read them once. One thread: tiny models gain
 # nothing from more, and on a busy machine threads that wait for each other cost minutes.
