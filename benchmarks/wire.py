@@ -38,7 +38,7 @@ SIZES_KIB = (64, 256, 1024, 4096, 16384, 65536)
 WARM_UP_BYTES = 256 * KIB * KIB
 # More than any cache of the machines that we know.
 CACHE_BYTES = 128 * KIB * KIB
-MOST_BYTES = 3 * 1024 * KIB * KIB
+MOST_BYTES = 1024 * KIB * KIB
 MOST_TENSORS = 20000
 
 
