@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import secrets
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from coordinator.auth import AllowList
@@ -27,6 +24,7 @@ from coordinator.store import CONFIG, RunFolder
 from edge_sdk.config import dump_config, load_config
 from edge_sdk.errors import StorageError
 from edge_sdk.keys import load_key_pair
+from edge_sdk.stopping import stopping_on_signals
 
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
 ADAPTER = "adapter"
@@ -88,7 +86,7 @@ def _gateway(config: ServeConfig, keys: Any) -> Gateway:
 def _finish(run: Run, watcher: Watcher) -> str:
     watcher.note(f"run {run.folder.path}: listening at {run.gateway.address}")
     coordinator = Coordinator(run)
-    with _stopping_on_signals(coordinator.stop):
+    with stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         learned = run.ledger.global_factors()
@@ -109,26 +107,3 @@ def _environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
     return {"python": platform.python_version(), "platform": platform.platform(), **versions}
-
-
-@contextmanager
-def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks to stop, the second leaves at once."""
-    asked = False
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(130)
-        asked = True
-        stop()
-
-    previous = {number: signal.signal(number, on_signal) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)

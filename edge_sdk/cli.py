@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 
 from edge_sdk.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
@@ -20,6 +16,7 @@ from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint
 from edge_sdk.plan import Plan
 from edge_sdk.quiet import quiet_libraries
+from edge_sdk.stopping import stopping_on_signals
 
 ENV_PREFIX = "EDGE_SDK_"
 
@@ -95,29 +92,8 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())
-    with _stopping_on_signals(client.stop):
+    with stopping_on_signals(client.stop):
         return INTERRUPTED_EXIT_CODE if client.run() == STOPPED else 0
-
-
-@contextmanager
-def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks to stop, the second leaves at once."""
-    asked = False
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(INTERRUPTED_EXIT_CODE)
-        asked = True
-        stop()
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, on_signal) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _keygen(options: argparse.Namespace) -> int:
