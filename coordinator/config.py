@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.aggregation import RULES
+from coordinator.planning_config import PlanningConfig
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.training import Compute, TrainingConfig
@@ -83,6 +84,8 @@ class ServeConfig:
     """Optimizer steps between two aggregations."""
     aggregation: Literal["exact", "fedavg"] = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
+    """Who chooses split points and ranks."""
     max_rank: int | None = None
     """Keep at most so many ranks of each round's update; None loses nothing."""
     min_devices: int = 1

@@ -1,0 +1,49 @@
+"""What a device tells the coordinator about itself, so that its plan fits it.
+
+Part of the protocol: travels inside Hello. How the numbers are found is `measure.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """What a run may use on one device; None where nobody knows."""
+
+    board: str | None = None
+    """Name of the board, for people."""
+    memory_bytes: float | None = None
+    """Memory that the run may use, the whole process included: measured, or set by hand."""
+    total_memory_bytes: float | None = None
+    """Memory that the device has, or its container's limit."""
+    overhead_bytes: float | None = None
+    """Memory of the process once its libraries are loaded, before any part of the model."""
+    flops_per_s: float | None = None
+    """Floating-point operations a second in forward and backward of one real block."""
+    up_bytes_per_s: float | None = None
+    """Bandwidth from the device to the coordinator."""
+    down_bytes_per_s: float | None = None
+    """Bandwidth from the coordinator to the device."""
+    round_trip_s: float | None = None
+    """Time of a small message there and back."""
+
+
+def problems(profile: DeviceProfile) -> list[str]:
+    """Return what is wrong with a profile that somebody else has sent, a line each."""
+    found = []
+    for field in fields(profile):
+        value = getattr(profile, field.name)
+        if isinstance(value, str) or value is None:
+            continue
+        is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
+        if not math.isfinite(value) or not is_least:
+            found.append(f"{field.name} is {value}")
+    total, memory = profile.total_memory_bytes, profile.memory_bytes
+    if not found and memory is not None and total is not None and memory > total:
+        found.append(
+            f"memory_bytes is {memory:.0f}, {memory / total:.1f} x the device's {total:.0f}"
+        )
+    return found
