@@ -10,13 +10,13 @@ Participants are summed in the order of their names: float addition is not assoc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from edge_sdk.adapters import Pair, Shape
 from edge_sdk.errors import ConfigError
-from edge_sdk.factors import Array, Factors, compress, stack, zero
+from edge_sdk.factors import Array, Factors, compress, norm, stack, zero
 
 SERVER = ""
 """The coordinator's own name among the participants; sorts before every device."""
@@ -35,17 +35,30 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Update:
-    """What the round does to one weight."""
+    """What the round does to one weight: a new dW, or what is added to it."""
 
-    pairs: dict[str, Pair] = field(default_factory=dict)
-    """New own factors by participant, where the rule replaces them."""
+    total: Factors | None = None
+    """The new dW, where the rule makes it anew; columns in the order of their importance."""
     change: Factors | None = None
-    """What is added to dW and, less the participant's own progress, to its residual."""
+    """What is added to dW."""
     cut_error: float = 0.0
     """Share of the change, in Frobenius norm, that a rank cap has cut."""
 
 
-Rule = Callable[[Mapping[str, Contribution], Shape, int | None], Update]
+Join = Callable[[Mapping[str, Contribution], Shape, int | None], Update]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to join adapters and to hand the result out again."""
+
+    join: Join
+    share_out: Callable[[Factors, Pair, float], Pair] | None = None
+    """(dW, a fresh pair, its scale) -> what a participant of that rank holds next. None: everybody
+    keeps its own factors, and a frozen residual makes them up to dW."""
+    restarts: bool = False
+    """Whether everybody begins the next round with fresh factors and an optimizer without past."""
+    needs_equal_ranks: bool = False
 
 
 def fedavg(
@@ -58,30 +71,108 @@ def fedavg(
             f"aggregation 'fedavg' needs equal ranks, got {sorted(set(ranks.values()))}; "
             "use 'exact'"
         )
-    names = sorted(contributions)
-    mean = Pair(
-        mean_of({n: contributions[n].after.a_RI for n in names}, shares(contributions)),
-        mean_of({n: contributions[n].after.b_OR for n in names}, shares(contributions)),
-    )
-    return Update(pairs=dict.fromkeys(names, mean))
+    return Update(total=_mean_of_padded(contributions, shares(contributions)))
+
+
+def zeropad(
+    contributions: Mapping[str, Contribution], _shape: Shape, _max_rank: int | None
+) -> Update:
+    """Pad to the largest rank, mean of A and mean of B apart (HetLoRA, arXiv 2401.06432, 3.2).
+
+    Weights are the paper's: |dW_k|_F / sum_j |dW_j|_F, so that sparse adapters count less; samples
+    do not count. The scale is inside dW_k and B_k (the paper has none).
+    """
+    size = {n: norm(product(c.after, c.scale)) for n, c in contributions.items()}
+    total = sum(size[n] for n in sorted(size))
+    weight = {n: s / total for n, s in size.items()} if total > 0 else shares(contributions)
+    return Update(total=_mean_of_padded(contributions, weight))
+
+
+def svd(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int | None) -> Update:
+    """DW = sum_i p_i s_i B_i A_i, handed out as its best approximations of each rank.
+
+    HLoRA (arXiv 2503.00813) and FlexLoRA (2402.11505); QR and a small SVD, no dense matrix.
+    """
+    total, error = compress(_weighted_sum(contributions, shape), max_rank)
+    return Update(total=total, cut_error=error)
 
 
 def exact(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int | None) -> Update:
     """Add everybody's progress to dW and leave the factors alone.
 
-    dW <- dW + sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), as stacked factors made small again.
+    dW <- dW + sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), as stacked factors made small again. Also
+    `stack` (HSplitLoRA's NAA, FLoRA 2409.05976), where s_i B_i A_i = 0 at the start of each round.
     """
     weight = shares(contributions)
-    terms = [zero(*shape)]
+    terms = [_weighted_sum(contributions, shape)]
     for name in sorted(contributions):
         c = contributions[name]
-        terms.append(Factors(c.after.b_OR, c.after.a_RI).scaled(weight[name] * c.scale))
-        terms.append(Factors(c.before.b_OR, c.before.a_RI).scaled(-weight[name] * c.scale))
+        if c.before.b_OR.any():
+            terms.append(product(c.before, -weight[name] * c.scale))
     change, error = compress(stack(terms), max_rank)
     return Update(change=change, cut_error=error)
 
 
-RULES: dict[str, Rule] = {"exact": exact, "fedavg": fedavg}
+def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:
+    """The stacked factors of sum_i p_i s_i B_i A_i."""
+    weight = shares(contributions)
+    ordered = [(weight[n], contributions[n]) for n in sorted(contributions)]
+    return stack([zero(*shape), *(product(c.after, share * c.scale) for share, c in ordered)])
+
+
+def _mean_of_padded(
+    contributions: Mapping[str, Contribution], weight: Mapping[str, float]
+) -> Factors:
+    """Weighted means of all s B and of all A, each padded with zeros to the largest rank."""
+    rank = max(c.after.a_RI.shape[0] for c in contributions.values())
+    rows, columns = {}, {}
+    for name, c in contributions.items():
+        missing = (0, rank - c.after.a_RI.shape[0])
+        rows[name] = np.pad(c.after.a_RI, (missing, (0, 0)))
+        columns[name] = np.pad(c.after.b_OR * c.scale, ((0, 0), missing))
+    return Factors(mean_of(columns, weight), mean_of(rows, weight))
+
+
+def truncate(total: Factors, fresh: Pair, scale: float) -> Pair:
+    """The first rows of A and columns of B; ranks that dW does not have are fresh."""
+    return _fill(total.a_RI, total.b_OR / scale, fresh)
+
+
+def recut(total: Factors, fresh: Pair, scale: float) -> Pair:
+    """The largest singular values of dW; A's rows as long as when they are drawn, the rest in B.
+
+    With the norms shared equally, B and A are so small in the first rounds that AdamW's steps and
+    their own gradients do not fit them: measured, see docs/aggregation.md.
+    """
+    length_R = np.maximum(np.linalg.norm(total.a_RI, axis=1), np.finfo(np.float32).tiny)
+    drawn = 1.0 / np.sqrt(3.0)  # expected norm of a row of `initial_pair`
+    a_RI = total.a_RI * (drawn / length_R)[:, None].astype(np.float32)
+    b_OR = total.b_OR * (length_R / (drawn * scale)).astype(np.float32)
+    return _fill(a_RI, b_OR, fresh)
+
+
+def balanced(total: Factors, fresh: Pair, scale: float) -> Pair:
+    """The largest singular values of dW; B and A have equal norms."""
+    root = np.float32(np.sqrt(scale))
+    return _fill(total.a_RI / root, total.b_OR / root, fresh)
+
+
+def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
+    """As many ranks as *fresh* has: the given ones, then fresh ones, whose B is 0."""
+    rank = fresh.a_RI.shape[0]
+    a = np.concatenate([a_RI[:rank], fresh.a_RI[a_RI.shape[0] :]]).astype(np.float32)
+    b = np.concatenate([b_OR[:, :rank], fresh.b_OR[:, b_OR.shape[1] :]], axis=1)
+    return Pair(a, b.astype(np.float32))
+
+
+RULES: dict[str, Rule] = {
+    "exact": Rule(exact),
+    "stack": Rule(exact, restarts=True),
+    "svd": Rule(svd, recut),
+    "svd-balanced": Rule(svd, balanced),
+    "zeropad": Rule(zeropad, truncate),
+    "fedavg": Rule(fedavg, truncate, needs_equal_ranks=True),
+}
 
 
 def shares(contributions: Mapping[str, Contribution]) -> dict[str, float]:
@@ -98,7 +189,21 @@ def mean_of(values: Mapping[str, Array], weight: Mapping[str, float]) -> Array:
 
 def product(pair: Pair, scale: float) -> Factors:
     """The matrix s B A as factors."""
-    return Factors(pair.b_OR * scale, pair.a_RI)
+    return Factors(pair.b_OR * np.float32(scale), pair.a_RI)
+
+
+def resized(pair: Pair, fresh: Pair, ratio: float) -> Pair:
+    """The same matrix s B A with as many ranks as *fresh*, where it has no fewer than *pair*.
+
+    The first ranks stay as they are, so that an optimizer's moments keep their meaning; what a
+    smaller rank loses is for the residual to hold.
+
+    Args:
+        pair: The factors until now.
+        fresh: Factors of the new rank as they would be drawn.
+        ratio: Old scale / new scale.
+    """
+    return _fill(pair.a_RI, pair.b_OR * np.float32(ratio), fresh)
 
 
 def residual(total: Factors, own: Factors | None) -> Factors:

@@ -52,6 +52,15 @@ def stack(terms: Sequence[Factors]) -> Factors:
     )
 
 
+def norm(term: Factors) -> float:
+    """Frobenius norm of the matrix: |R_left R_right^T| of the two QR decompositions."""
+    if term.rank == 0:
+        return 0.0
+    r_left_SS = np.asarray(np.linalg.qr(term.b_OR.astype(np.float64), mode="r"))
+    r_right_SS = np.asarray(np.linalg.qr(term.a_RI.astype(np.float64).T, mode="r"))
+    return float(np.linalg.norm(r_left_SS @ r_right_SS.T))
+
+
 def compress(
     term: Factors,
     max_rank: int | None = None,
