@@ -1,7 +1,7 @@
 """Control groups: the limits of a container or a systemd unit, versions 1 and 2.
 
 psutil and /proc/meminfo speak of the host, whatever limit stands around this process. Only finds
-and reads the files; what they mean is decided in `memory.py` and `cores.py`.
+their folders; what stands there is read in `memory.py` and `cores.py`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,6 @@ def groups(controller: str, root: Path) -> list[Path]:
         elif not controllers:
             folders += _upwards(root / "sys/fs/cgroup", path)
     return [folder for folder in folders if folder.is_dir()]
-
-
-def read_number(file: Path) -> int | None:
-    """Return the number in *file*; None for `max`, for no such file, and for anything else."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def read_words(file: Path) -> list[str]:
-    """Return the words in *file*; none if it cannot be read."""
-    try:
-        return file.read_text().split()
-    except OSError:
-        return []
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:

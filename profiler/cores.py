@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from profiler.cgroup import groups, read_number, read_words
+from profiler.cgroup import groups
 from profiler.readings import Reading, smallest
+from profiler.sysfs import read_number, read_words
 
 
 def allowed_cores(root: Path = Path("/")) -> Reading:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from profiler.cgroup import groups, read_number, read_words
+from profiler.cgroup import groups
 from profiler.readings import MemoryInfo, Reading, smallest, unknown
+from profiler.sysfs import read_number, read_text, read_words
 
 ROOT = Path("/")
 
@@ -24,7 +25,7 @@ _NO_LIMIT_BYTES = 1 << 62
 
 def rss(root: Path = ROOT) -> Reading:
     """Resident memory of this process now."""
-    value = _kib_field(root / "proc/self/status", "VmRSS")
+    value = field_bytes(root / "proc/self/status", "VmRSS")
     if value is not None:
         return Reading(value, "/proc/self/status VmRSS", "B")
     if root == ROOT:
@@ -34,7 +35,7 @@ def rss(root: Path = ROOT) -> Reading:
 
 def peak_rss(root: Path = ROOT) -> Reading:
     """Most resident memory of this process since it began, or since `reset_peak_rss`."""
-    value = _kib_field(root / "proc/self/status", "VmHWM")
+    value = field_bytes(root / "proc/self/status", "VmHWM")
     if value is not None:
         return Reading(value, "/proc/self/status VmHWM", "B")
     if root == ROOT:
@@ -73,7 +74,7 @@ def memory_info(root: Path = ROOT) -> MemoryInfo:
 
 
 def _host(meminfo: Path, field: str, psutil_field: str, root: Path) -> Reading:
-    value = _kib_field(meminfo, field)
+    value = field_bytes(meminfo, field)
     if value is not None:
         return Reading(value, f"/proc/meminfo {field}", "B")
     if root == ROOT:
@@ -105,13 +106,9 @@ def _usage(folder: Path) -> int | None:
     return None
 
 
-def _kib_field(file: Path, field: str) -> int | None:
-    """Return the bytes of a line such as `VmRSS:   1234 kB`."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
+def field_bytes(file: Path, field: str) -> int | None:
+    """Return the bytes of a line such as `VmRSS:   1234 kB` in *file*; None without it."""
+    for line in (read_text(file) or "").split("\n"):
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024

@@ -29,6 +29,10 @@ class DeviceProfile:
     """Bandwidth from the coordinator to the device."""
     round_trip_s: float | None = None
     """Time of a small message there and back."""
+    power_mode: str | None = None
+    """Name of the board's power mode, for people; another mode is another speed."""
+    native_bf16: bool | None = None
+    """Whether the hardware itself multiplies bfloat16; emulation does not count."""
 
 
 def problems(profile: DeviceProfile) -> list[str]:
@@ -36,7 +40,7 @@ def problems(profile: DeviceProfile) -> list[str]:
     found = []
     for field in fields(profile):
         value = getattr(profile, field.name)
-        if isinstance(value, str) or value is None:
+        if isinstance(value, str | bool) or value is None:
             continue
         is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
         if not math.isfinite(value) or not is_least:

@@ -16,7 +16,17 @@ class Reading(NamedTuple):
     source: str
     """File, call or limit that the value was read from; `unknown` where there is none."""
     unit: str
-    """`B`, `s`, `W`, `Hz`, `C`, `cores` ..."""
+    """`B`, `s`, `W`, `J`, `Hz`, `C`, `%`, `cores`, `FLOP/s` ..."""
+    estimated: bool = False
+    """Whether it stands for something that it is not quite: a sum of some of the rails, say."""
+
+
+class Fact(NamedTuple):
+    """One thing that is so or is called so, and where that stands."""
+
+    value: str | bool | None
+    """None where no source knows."""
+    source: str
 
 
 class MemoryInfo(NamedTuple):
@@ -26,9 +36,17 @@ class MemoryInfo(NamedTuple):
     available: Reading
 
 
+NOT_KNOWN = "unknown"
+
+
 def unknown(unit: str) -> Reading:
     """Return the reading of a quantity that nothing here can tell."""
-    return Reading(None, "unknown", unit)
+    return Reading(None, NOT_KNOWN, unit)
+
+
+def no_fact() -> Fact:
+    """Return the fact that nothing here can tell."""
+    return Fact(None, NOT_KNOWN)
 
 
 def smallest(readings: list[Reading], unit: str) -> Reading:

@@ -1,0 +1,246 @@
+"""Peak memory of a stretch of a model, its adapters and one micro-batch; design.md 7.
+
+Pure arithmetic on the sizes of `work.py`: knows no torch, no model family, no device and no plan.
+What a frozen block keeps for its backward pass is told by `ModelShape.kept`, which
+`edge_sdk/model_shape.py` observes; without it, sizes of the linear layers stand in. Operations are
+`flops.py`; both are to be had from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from profiler.flops import FlopsEstimate, estimate_flops, estimate_seconds
+from profiler.work import (
+    FRAGMENTATION,
+    Kept,
+    Linear,
+    ModelShape,
+    Work,
+    adapted_linears,
+    lowest_block,
+)
+
+__all__ = [
+    "FRAGMENTATION",
+    "FlopsEstimate",
+    "Kept",
+    "Linear",
+    "MemoryEstimate",
+    "ModelShape",
+    "Work",
+    "adapter_bytes",
+    "estimate_flops",
+    "estimate_memory",
+    "estimate_seconds",
+    "hidden_bytes",
+]
+
+# Adapters, their gradients and Adam's moments are float32 whatever the base is.
+ADAPTER_BYTES = 4
+MOMENTS = {"adamw": 2, "sgd": 0}
+# Logits of all positions, those with a target, their softmax (or, later, its gradient).
+LOGITS_BYTES = 12
+# Model code, optimizer and PEFT layers that are loaded on first use, and BLAS's buffers: 14 to
+# 18 MiB over the import floor on Linux x86-64, before any large tensor (benchmarks/memory.py).
+RUNTIME_BYTES = 16 * 2**20
+# glibc never takes anything larger from its heap, where `FRAGMENTATION` applies.
+MAX_HEAP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Peak memory by what it is for, in bytes."""
+
+    base: int
+    """Frozen weights. All pages count, also of embedding rows that were not looked up yet."""
+    adapters: int
+    gradients: int
+    optimizer: int
+    residual: int
+    activations: int
+    """Kept between forward and backward pass."""
+    workspace: int
+    """What comes and goes: gradients of activations, logits, code loaded on first use."""
+    wire: int
+    overhead: int
+    """The process before any of this, as given."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> MemoryEstimate:
+    """Return the peak memory of a process that does *work*, again and again.
+
+    Args:
+        model: Sizes of the model.
+        work: The stretch, its adapters and the micro-batch.
+        overhead_bytes: Memory of the process once its libraries are loaded.
+    """
+    trained = _adapter_params(model, work)
+    head = model.head_params if work.trains_head and work.has_tail else 0
+    frozen, own = _activations(model, work)
+    activations = frozen + own
+    between = 2 * work.tokens * model.hidden_size * 4 if work.recompute else activations
+    return MemoryEstimate(
+        base=work.base_bytes * _base_params(model, work),
+        adapters=ADAPTER_BYTES * trained,
+        gradients=ADAPTER_BYTES * (trained + head),
+        optimizer=ADAPTER_BYTES * _moments(work.optimizer) * (trained + head),
+        residual=ADAPTER_BYTES * _residual_params(model, work),
+        activations=between,
+        # What is computed again is there during the backward pass only.
+        workspace=_workspace(model, work)
+        + max(0, activations - between)
+        + round((work.fragmentation - 1.0) * (_heap_share(model, work) * frozen + own)),
+        wire=_wire(model, work),
+        overhead=overhead_bytes,
+    )
+
+
+def adapter_bytes(
+    linear: Linear,
+    rank: int,
+    tokens: int,
+    compute_bytes: int = 4,
+    optimizer: str = "adamw",
+    fragmentation: float = FRAGMENTATION,
+) -> int:
+    """Return what an adapter adds to a device's memory; the sum over a block is what they all add.
+
+    Args:
+        linear: The adapted weight.
+        rank: Rank of the adapter; 0 costs nothing.
+        tokens: Tokens of a micro-batch.
+        compute_bytes: Bytes of an activation.
+        optimizer: `adamw` or `sgd`.
+        fragmentation: As in `Work`.
+    """
+    if rank == 0:
+        return 0
+    trained = rank * (linear.num_outputs + linear.num_inputs)
+    copies = 2 + _moments(optimizer)  # itself and its gradient
+    kept = tokens * rank  # A x, for the gradient of B
+    if compute_bytes != 4:  # autocast copies the factors, and the input for every adapter
+        kept += tokens * linear.num_inputs + (trained if tokens else 0)
+    elif not linear.input_is_kept:
+        kept += tokens * linear.num_inputs // linear.num_sharing
+    return ADAPTER_BYTES * copies * trained + round(fragmentation * compute_bytes * kept)
+
+
+def hidden_bytes(model: ModelShape, micro_batch: int, length: int, codec_bytes: int) -> int:
+    """Return the bytes of one hidden state, or of its gradient, on the wire."""
+    return micro_batch * length * model.hidden_size * codec_bytes
+
+
+def _moments(optimizer: str) -> int:
+    if optimizer not in MOMENTS:
+        raise ValueError(f"optimizer {optimizer!r} is not one of {', '.join(MOMENTS)}")
+    return MOMENTS[optimizer]
+
+
+def _base_params(model: ModelShape, work: Work) -> int:
+    params = model.block_params * (work.stop - work.first)
+    if work.has_front or (work.has_tail and model.tail_needs_front):
+        params += model.front_params
+    return params + (model.tail_params if work.has_tail else 0)
+
+
+def _adapter_params(model: ModelShape, work: Work) -> int:
+    return sum(
+        rank * (linear.num_outputs + linear.num_inputs)
+        for block in range(work.first, work.stop)
+        for linear, rank in adapted_linears(model, work, block)
+    )
+
+
+def _residual_params(model: ModelShape, work: Work) -> int:
+    return sum(
+        min(work.residual_rank, linear.num_outputs, linear.num_inputs)
+        * (linear.num_outputs + linear.num_inputs)
+        for block in range(work.first, work.stop)
+        for linear in model.linears
+        if f"{model.blocks_path}.{block}.{linear.name}" in work.ranks
+    )
+
+
+def _activations(model: ModelShape, work: Work) -> tuple[int, int]:
+    """Kept by all blocks that the backward pass reaches, and by their adapters on top.
+
+    The lowest block counts as a whole, although it keeps nothing that lies below its adapters.
+    """
+    reached = range(lowest_block(model, work), work.stop)
+    own = (_kept_adapters(adapted_linears(model, work, block), work) for block in reached)
+    return round(len(reached) * _kept_frozen(model, work)), sum(own)
+
+
+def _heap_share(model: ModelShape, work: Work) -> float:
+    """Share of a block's activations that lie in the heap: larger ones get pages of their own."""
+    sides = [n for li in model.linears for n in (li.num_outputs, li.num_inputs)]
+    width = work.tokens * work.compute_bytes
+    return sum(n for n in sides if n * width <= MAX_HEAP_BYTES) / sum(sides)
+
+
+def _kept_frozen(model: ModelShape, work: Work) -> float:
+    """What a block without adapters keeps."""
+    pairs = work.tokens * work.length
+    for kept in model.kept:
+        if (kept.base_bytes, kept.compute_bytes) == (work.base_bytes, work.compute_bytes):
+            per_block = kept.per_block if work.tokens else 0.0
+            return per_block + work.tokens * kept.per_token + pairs * kept.per_pair
+    # Whatever follows a linear layer keeps its output; attention keeps its own, a gate its factor.
+    numbers = sum(linear.num_outputs for linear in model.linears)
+    numbers += model.attention_size + model.intermediate_size
+    return float(work.compute_bytes * (work.tokens * numbers + pairs))
+
+
+def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
+    """What the adapters of a block keep on top: their inputs and A x."""
+    width, tokens = work.compute_bytes, work.tokens
+    kept = sum(width * tokens * rank for _, rank in adapted)
+    if work.shares_inputs:
+        # Linear layers that read the same tensor keep one; what the block keeps costs nothing.
+        inputs = {
+            linear.input_id if linear.input_id >= 0 else linear.name: linear.num_inputs
+            for linear, _ in adapted
+            if not linear.input_is_kept
+        }
+        return kept + width * tokens * sum(inputs.values())
+    # Every adapter has an input of its own, cast or dropped; a dropout keeps float32 noise too.
+    noise = 4 if work.has_lora_dropout else 0
+    kept += sum((width + noise) * tokens * linear.num_inputs for linear, _ in adapted)
+    if width != 4 and tokens:  # autocast's copies of the factors
+        kept += sum(width * rank * (li.num_outputs + li.num_inputs) for li, rank in adapted)
+    return kept
+
+
+def _workspace(model: ModelShape, work: Work) -> int:
+    """The larger of head and block: their backward passes follow each other."""
+    head = _head_workspace(model, work) if work.has_tail else 0
+    return RUNTIME_BYTES + max(head, _block_workspace(model, work))
+
+
+def _block_workspace(model: ModelShape, work: Work) -> int:
+    """Gradients in flight in a block: at its widest place by weight and by adapter, at its end."""
+    if work.first == work.stop:
+        return 0
+    widest = max(max(li.num_outputs, li.num_inputs) for li in model.linears)
+    return work.tokens * work.compute_bytes * (2 * widest + 2 * model.hidden_size)
+
+
+def _head_workspace(model: ModelShape, work: Work) -> int:
+    top = 2 * 4 * work.tokens * model.hidden_size  # final norm and its gradient
+    outputs = model.num_labels or model.vocab_size
+    return top + LOGITS_BYTES * work.tokens * outputs
+
+
+def _wire(model: ModelShape, work: Work) -> int:
+    """H and dL/dh in transit, and the received one decoded; twice where the tail is elsewhere."""
+    if work.has_front and work.has_tail and work.stop == model.num_blocks:
+        return 0
+    ends = 2 if work.has_front and work.has_tail else 1
+    coded = hidden_bytes(model, work.micro_batch, work.length, work.codec_bytes)
+    return ends * (2 * coded + hidden_bytes(model, work.micro_batch, work.length, 4))

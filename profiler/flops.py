@@ -1,0 +1,80 @@
+"""Floating-point operations of a stretch of a model, its adapters and one micro-batch.
+
+Pure arithmetic. Counts matrix products and attention, as torch's own counter does; what is small
+beside them (norms, activation functions, softmax, the optimizer) is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiler.work import ModelShape, Work, lowest_block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlopsEstimate:
+    """Floating-point operations of one micro-batch; a multiply-add is two."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both passes."""
+        return self.forward + self.backward
+
+
+def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
+    """Return the operations of one micro-batch of *work*: matrix products and attention.
+
+    Frozen weights take part in the backward pass of the activations only; below the lowest adapter
+    there is none.
+    """
+    lowest = lowest_block(model, work)
+    forward = backward = 0.0
+    for block in range(work.first, work.stop):
+        passes = _block_flops(model, work, block, is_lowest=work.has_front and block == lowest)
+        forward += passes.forward
+        backward += passes.backward if block >= lowest else 0.0
+    if work.has_tail:
+        head = _head_flops(model, work)
+        forward += head
+        reaches_blocks = lowest < work.stop or not work.has_front
+        backward += head * (reaches_blocks + (work.trains_head and model.num_labels > 0))
+    return FlopsEstimate(forward=forward, backward=backward + work.recompute * forward)
+
+
+def estimate_seconds(flops: FlopsEstimate, flops_per_s: float) -> float:
+    """Return how long *flops* take at a measured speed."""
+    return flops.total / flops_per_s
+
+
+def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) -> FlopsEstimate:
+    """Both passes of one block; *is_lowest*: nobody asks for the gradient of its input."""
+    prefix = f"{model.blocks_path}.{block}."
+    tokens = work.tokens
+    attention = 4.0 * tokens * work.length * model.attention_size  # Q K^T and P V
+    routed = 2.0 * tokens * model.routed_params
+    forward, backward = attention + routed, 2.5 * attention + routed  # Q K^T is computed again
+    ranks = [work.ranks.get(prefix + linear.name, 0) for linear in model.linears]
+    start = next((i for i, rank in enumerate(ranks) if rank > 0), 0) if is_lowest else 0
+    for i, (linear, rank) in enumerate(zip(model.linears, ranks, strict=True)):
+        sides = linear.num_outputs + linear.num_inputs
+        most = min(linear.num_outputs, linear.num_inputs)
+        residual = min(work.residual_rank, most) if prefix + linear.name in work.ranks else 0
+        frozen, own = 2.0 * (linear.num_weights + residual * sides), 2.0 * rank * sides
+        forward += tokens * (frozen + own)
+        if i < start:
+            continue
+        is_entry = i == start or linear.input_id == model.linears[start].input_id >= 0
+        asks = not (is_lowest and is_entry)
+        # For dA and dB, then for dx; without it, d(A x) alone.
+        backward += tokens * (own + (frozen + own if asks else 2.0 * rank * linear.num_outputs))
+    return FlopsEstimate(forward=forward, backward=backward)
+
+
+def _head_flops(model: ModelShape, work: Work) -> float:
+    """One pass through the head: of every token, or of one pooled state of each sequence."""
+    if model.num_labels:
+        return 2.0 * work.micro_batch * model.tail_params
+    return 2.0 * work.tokens * model.hidden_size * model.vocab_size

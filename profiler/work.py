@@ -1,0 +1,154 @@
+"""Sizes of a model, and what one side of the cut does with it for one micro-batch.
+
+Pure: what these cost is `estimate.py` (bytes) and `flops.py` (operations); where the sizes come
+from is `edge_sdk/model_shape.py`. Knows no torch, no model family, no device and no plan.
+
+Legend: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Memory that glibc's heap takes for a byte of activations: 1.9 to 2.3 in benchmarks/memory.py, on
+# Linux x86-64. What comes and goes between activations leaves holes, and torch's aligned blocks
+# fit badly into holes of their own size. With MALLOC_MMAP_THRESHOLD_=131072 in the environment
+# every tensor has pages of its own, and it is 1.
+FRAGMENTATION = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer of a block."""
+
+    name: str
+    """Module name inside the block, such as `self_attn.q_proj`."""
+    num_outputs: int
+    num_inputs: int
+    input_id: int = -1
+    """Same number, same input tensor, as q, k and v have; -1: nobody else reads it."""
+    num_sharing: int = 1
+    """Linear layers of the block that read this input, this one included."""
+    input_is_kept: bool = False
+    """Whether a frozen block keeps the input anyway: attention's output does, for one."""
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of the matrix."""
+        return self.num_outputs * self.num_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What one frozen block keeps from its forward to its backward pass, in bytes."""
+
+    base_bytes: int
+    """Width of the frozen parameters that this holds for."""
+    compute_bytes: int
+    """Width of activations that this holds for."""
+    per_block: float = 0.0
+    """Whatever the input: copies of weights in the width of the computation."""
+    per_token: float = 0.0
+    """For each of the B T tokens."""
+    per_pair: float = 0.0
+    """For each of the B T T pairs of positions: masks, or scores where attention keeps them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a model; all its blocks count as alike."""
+
+    num_blocks: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    linears: tuple[Linear, ...]
+    """All linear layers of one block, in the order in which they run."""
+    block_params: int
+    """Parameters of one block."""
+    front_params: int
+    """Parameters before the blocks: embeddings."""
+    tail_params: int
+    """Parameters after the blocks: final norm, head; a head tied to the embeddings is not here."""
+    tail_needs_front: bool
+    """Whether the tail computes with a tensor of the front."""
+    num_labels: int
+    """Classes; 0 for a causal language model."""
+    blocks_path: str
+    """Weights are called `<blocks_path>.<block>.<linear's name>`."""
+    head_dim: int = 0
+    """Size of an attention head; 0: hidden_size / num_heads."""
+    head_params: int = 0
+    """Parameters of the tail that a classifier trains in full."""
+    routed_params: int = 0
+    """Parameters of a block's experts that one token passes through."""
+    kept: tuple[Kept, ...] = ()
+    """What a block keeps, for each width that was observed."""
+
+    @property
+    def attention_size(self) -> int:
+        """Sizes of all heads together."""
+        return self.num_heads * (self.head_dim or self.hidden_size // self.num_heads)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one side does with one micro-batch."""
+
+    first: int
+    """Blocks first .. stop-1 are computed."""
+    stop: int
+    has_front: bool
+    has_tail: bool
+    ranks: Mapping[str, int]
+    """Rank of each adapted weight, by whole-model name; 0 or absent: none."""
+    micro_batch: int
+    """Sequences."""
+    length: int
+    """Tokens of the longest of them: padding is computed too."""
+    base_bytes: int = 4
+    """Per frozen parameter."""
+    compute_bytes: int = 4
+    """Per activation; 2 stands for autocast."""
+    codec_bytes: int = 2
+    """Per number on the wire."""
+    optimizer: str = "adamw"
+    """`adamw` or `sgd`."""
+    trains_head: bool = False
+    """Whether a classifier's head is trained here."""
+    recompute: bool = False
+    """Whether the backward pass computes the activations again, all of the stretch at once."""
+    residual_rank: int = 0
+    """Rank of the frozen residual of every weight in `ranks`."""
+    has_lora_dropout: bool = False
+    """Whether adapters drop part of their input."""
+    fragmentation: float = FRAGMENTATION
+    """Memory that the allocator's heap takes for a byte of activations; 1: no more than that."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro-batch, padding included."""
+        return self.micro_batch * self.length
+
+    @property
+    def shares_inputs(self) -> bool:
+        """Whether adapters keep the block's own tensors, not casts or dropouts of them."""
+        return self.compute_bytes == 4 and not self.has_lora_dropout
+
+
+def adapted_linears(model: ModelShape, work: Work, block: int) -> list[tuple[Linear, int]]:
+    """The adapted linear layers of a block and their ranks."""
+    prefix = f"{model.blocks_path}.{block}."
+    found = ((linear, work.ranks.get(prefix + linear.name, 0)) for linear in model.linears)
+    return [(linear, rank) for linear, rank in found if rank > 0]
+
+
+def lowest_block(model: ModelShape, work: Work) -> int:
+    """The first block that the backward pass reaches: without a front, it must leave at the top."""
+    if not work.has_front:
+        return work.first
+    blocks = range(work.first, work.stop)
+    return next((block for block in blocks if adapted_linears(model, work, block)), work.stop)
