@@ -12,7 +12,7 @@ import numpy as np
 
 from coordinator.config import ServeConfig
 from coordinator.gateway import Gateway
-from coordinator.planning import plan_device
+from coordinator.planner import Planner
 from coordinator.rounds import Member
 from coordinator.served import ServedModel
 from edge_sdk.errors import EdgeError, RefusedError, public_name
@@ -45,16 +45,21 @@ class Admission:
     """The coordinator's front desk."""
 
     def __init__(
-        self, config: ServeConfig, model: ServedModel, gateway: Gateway, run_id: str
+        self,
+        config: ServeConfig,
+        model: ServedModel,
+        gateway: Gateway,
+        planner: Planner,
+        run_id: str,
     ) -> None:
         self._config, self._model, self._gateway = config, model, gateway
-        self._run_id = run_id
+        self._planner, self._run_id = planner, run_id
         self.plans: dict[str, Plan] = {}
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
 
     def greet(self, device: str, hello: Hello) -> None:
-        """Answer a Hello with welcome and plan.
+        """Answer a Hello with a welcome, and a plan where none has to be thought of.
 
         Raises:
             RefusedError: the device cannot take part.
@@ -69,15 +74,26 @@ class Admission:
                 f"the device expects model {hello.model_hash[:12]}..., this run trains "
                 f"{self._model.hash[:12]}...; correct or remove `model_hash`"
             )
-        plan = plan_device(self._config, self._model.facts, device)
-        self.plans[device] = plan
         self.codecs[device] = self._codec(device, hello)
-        self._gateway.set_limits(device, self._largest_message(plan))
         self._gateway.send(device, self._welcome(device))
-        self._gateway.send(
-            device,
-            PlanAssigned(stamp=self.stamp(device), plan=plan, parts=self._model.parts_for(plan)),
-        )
+        if self._planner.is_fixed:
+            self.assign(device)
+
+    def assign(self, device: str) -> bool:
+        """Tell a device what to run, if that is known by now.
+
+        Raises:
+            RefusedError: it cannot take part.
+            ConfigError: the config asks for what nobody can do.
+        """
+        plan = self._planner.plan(device)
+        if plan is None:
+            return False
+        self.plans[device] = plan
+        self._gateway.set_limits(device, self._largest_message(plan))
+        parts = self._model.parts_for(plan)
+        self._gateway.send(device, PlanAssigned(stamp=self.stamp(device), plan=plan, parts=parts))
+        return True
 
     def stamp(self, device: str, round_: int = 0, step: int = 0, attempt: int = 0) -> Stamp:
         """A stamp of this run."""
@@ -109,6 +125,9 @@ class Admission:
             num_labels=len(config.label_names),
             training=training,
             lora=to_pairs(config.lora),
+            wants_profile=not self._planner.is_fixed,
+            importance=config.planning.importance,
+            importance_every=config.planning.importance_every * (config.planning.ranks == "rngwp"),
         )
 
     def _largest_message(self, plan: Plan) -> int:

@@ -13,13 +13,14 @@ from typing import Any
 
 from coordinator.auth import AllowList
 from coordinator.config import ServeConfig
+from coordinator.plan_command import add_plan
+from coordinator.presets import NAMES, load_serve_config, preset_text, preset_title
+from coordinator.simulate_command import add_simulate
 from coordinator.store import CONFIG, RunFolder
 from edge_sdk.config import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint, load_public_key
 from edge_sdk.quiet import quiet_libraries
-
-ENV_PREFIX = "COORDINATOR_"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_resume(commands)
+    add_plan(commands)
+    add_simulate(commands)
     _add(commands, "status", "where a run stands", _status, run_folder=True, formats=True)
     export = _add(commands, "export", "write a run's adapter or model", _export, run_folder=True)
     export.add_argument("--to", type=Path, required=True, help="folder to write")
     export.add_argument("--merged", action="store_true", help="the whole model, adapter merged in")
+    _add_presets(commands)
     keygen = _add(commands, "keygen", "make the coordinator's key pair", _keygen)
     keygen.add_argument("path", nargs="?", default="coordinator.key", help="default: %(default)s")
     _add_client(commands)
@@ -86,12 +90,21 @@ def _add(
 def _add_serve(commands: Any) -> None:
     serve = _add(commands, "serve", "start a run and serve it to its end", _serve)
     serve.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
+    serve.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
 
 
 def _add_resume(commands: Any) -> None:
     resume = _add(commands, "resume", "go on with a run", _resume, run_folder=True)
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+def _add_presets(commands: Any) -> None:
+    parser = commands.add_parser("presets", help="published methods as configurations")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add(verbs, "list", "list the presets", _list_presets, formats=True)
+    show = _add(verbs, "show", "print a preset", _show_preset)
+    show.add_argument("name")
 
 
 def _add_client(commands: Any) -> None:
@@ -111,18 +124,23 @@ def _add_client(commands: Any) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from coordinator.launch import serve
+    from coordinator.pooled_command import serve_pooled
 
-    config = load_config(ServeConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
+    config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    if config.trained_by == "coordinator":
+        return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
     return _watch(config.total_steps, lambda watcher: serve(config, watcher))
 
 
 def _resume(options: argparse.Namespace) -> int:
     from coordinator.launch import resume
+    from coordinator.pooled_command import resume_pooled
 
     RunFolder.open(options.folder)
     config = load_config(ServeConfig, options.folder / CONFIG, options.overrides, env={})
+    go_on = resume_pooled if config.trained_by == "coordinator" else resume
     return _watch(
-        config.total_steps, lambda watcher: resume(options.folder, watcher, options.overrides)
+        config.total_steps, lambda watcher: go_on(options.folder, watcher, options.overrides)
     )
 
 
@@ -163,12 +181,31 @@ def _status(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from coordinator.export import export_run
+    from coordinator.pooled_command import export_pooled
 
     if options.to.exists() and any(options.to.iterdir()):
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")
-    difference = export_run(RunFolder.open(options.folder), options.to, merged=options.merged)
-    what = "model" if options.merged else "adapter"
+    folder = RunFolder.open(options.folder)
+    config = load_config(ServeConfig, folder.path / CONFIG, env={})
+    export = export_pooled if config.trained_by == "coordinator" else export_run
+    difference = export(folder, options.to, merged=options.merged)
+    what = "adapter" if (options.to / "adapter_config.json").exists() else "model"
     print(f"{what} written to {options.to}; read back, logits differ by {difference:.0e} at most")
+    return 0
+
+
+def _list_presets(options: argparse.Namespace) -> int:
+    titles = {name: preset_title(name) for name in NAMES}
+    if options.format == "json":
+        print(json.dumps(titles, indent=2))
+        return 0
+    for name, title in titles.items():
+        print(f"{name:<12} {title}")
+    return 0
+
+
+def _show_preset(options: argparse.Namespace) -> int:
+    print(preset_text(options.name), end="")
     return 0
 
 

@@ -14,6 +14,8 @@ from coordinator.aggregation import SERVER
 from coordinator.gateway import Received
 from coordinator.intake import Intake
 from coordinator.ledger import Report, RoundResult
+from coordinator.pausing import Pausing
+from coordinator.planner import changed
 from coordinator.rounds import Action, Phase
 from coordinator.run import Run
 from coordinator.wave import Answer, DeviceFault
@@ -26,8 +28,6 @@ from edge_sdk.runtime import Micro, TailSums
 
 log = logging.getLogger(__name__)
 
-# Seconds that devices get to checkpoint themselves when the coordinator is about to leave.
-PAUSE_PATIENCE_S = 15.0
 COMPLETED, PAUSED = "completed", "paused"
 
 
@@ -39,7 +39,7 @@ class Conductor:
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
-        self._pause_until_s: float | None = None
+        self._pausing = Pausing(run, intake)
         self._await_until_s = time.monotonic() + run.config.patience_s
 
     def collect(self) -> None:
@@ -60,8 +60,11 @@ class Conductor:
         if run.must_rewind:
             run.watcher.note(f"round {run.state.round} starts again: too few devices are left")
             run.restore(run.folder.load_checkpoint())
-        if self._pause_until_s is not None:
-            return self._finish_pause()
+        if self._pausing.is_begun:
+            return self._end_if(self._pausing.finish())
+        if run.state.phase is Phase.GATHERING and run.is_engine_outdated:
+            self._worker.start(run.renew_engine, lambda _: None)
+            return True
         if run.mail.evals:
             return self._evaluate()
         if run.state.awaited and time.monotonic() >= self._await_until_s:
@@ -69,8 +72,10 @@ class Conductor:
             run.watcher.note(f"going on without {absent}: not back yet")
             run.state.stop_waiting()
         action = run.state.decide()
-        if self.stop_asked and self._can_pause(action):
-            return self._begin_pause()
+        if self.stop_asked and self._pausing.can_begin(action):
+            for name in list(run.state.members):
+                self._send(name, Pause(stamp=self._stamp(name)))
+            return self._end_if(self._pausing.begin())
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._run_wave,
@@ -152,9 +157,11 @@ class Conductor:
     def _join(self, reports: dict[str, Report]) -> tuple[RoundResult, TailSums | None]:
         """Aggregate and evaluate; runs in the worker's thread."""
         engine, ledger = self.run.engine, self.run.ledger
-        own = Report(0, 0, engine.adapters.pairs(), engine.head_values())
-        result = ledger.aggregate({SERVER: own, **reports})
-        engine.take(result.changes, result.replaced[SERVER], ledger.means, result.head)
+        own = Report(0, 0, engine.adapters.pairs(), engine.head_values(), engine.take_importance())
+        reports[SERVER] = own
+        result = ledger.aggregate(reports)
+        replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
+        engine.take(changes, replaced, result.head, restarts=result.restarts)
         return result, self.measure(self.run.state.round + 1)
 
     def measure(self, rounds_done: int) -> TailSums | None:
@@ -181,13 +188,29 @@ class Conductor:
         run.reporting.telemetry(run.state.round, run.gateway)
         run.state.finish_round(evaluating=members if run.config.evaluation.on_devices else set())
         facts = {
-            "samples": sum(report.num_samples for report in reports.values()),
+            "samples": sum(reports[name].num_samples for name in members),
             "cut_error": result.cut_error,
             "rank": max((f.rank for f in run.ledger.totals.values()), default=0),
         }
         run.reporting.end_round(run.state.round, run.state.step, facts, evaluated)
         run.mail.reports = {}
+        moved = self._plan_again(reports)
         run.save()
+        for name in moved:
+            self._intake.move(name)
+        if moved:
+            self._await_until_s = time.monotonic() + run.config.patience_s
+
+    def _plan_again(self, reports: dict[str, Report]) -> list[str]:
+        """Let the planner see the round; returns devices that are to run something else."""
+        run, state = self.run, self.run.state
+        old = {} if run.planner.plans is None else run.planner.plans.plans
+        decision = run.planner.round_ended(state.round, reports, run.gateway.devices())
+        if decision is None:
+            return []
+        run.reporting.planned(state.round, decision.plans, decision.reasons, run.planner.importance)
+        is_last = state.round == state.total_rounds
+        return [] if is_last else changed(old, decision.plans.plans)
 
     # ---- waves ----
 
@@ -289,42 +312,9 @@ class Conductor:
 
     # ---- endings ----
 
-    def _can_pause(self, action: Action) -> bool:
-        """Between two steps, or where there is nothing else to do."""
-        state = self.run.state
-        if state.phase in (Phase.GATHERING, Phase.CLOSING):
-            # A round that can start does: devices then save what the last one has taught them.
-            return action is Action.WAIT
-        is_between = state.micro == 0 and not state.is_lifted
-        return is_between if state.phase is Phase.TRAINING else self._has_local()
-
-    def _has_local(self) -> bool:
-        """Whether a member trains steps of its own, that nobody else can stop at."""
-        return any(member.is_local for member in self.run.state.members.values())
-
-    def _begin_pause(self) -> bool:
-        state = self.run.state
-        if not state.members:
-            self.outcome = PAUSED
-            return True
-        self._intake.paused = set()
-        self._pause_until_s = time.monotonic() + PAUSE_PATIENCE_S
-        self.run.watcher.note(f"stopping at step {state.step}; devices save their state")
-        for name in list(state.members):
-            self._send(name, Pause(stamp=self._stamp(name)))
-        return True
-
-    def _finish_pause(self) -> bool:
-        """Save this very step; where members train alone, the round's start has to do."""
-        assert self._pause_until_s is not None
-        state = self.run.state
-        is_complete = self._intake.paused >= state.members.keys()
-        if not is_complete and time.monotonic() < self._pause_until_s:
-            return False
-        if state.step > state.safe_step and not self._has_local():
-            self.run.save()
-        self.outcome = PAUSED
-        return True
+    def _end_if(self, is_paused: bool) -> bool:
+        self.outcome = PAUSED if is_paused else ""
+        return is_paused or not self._pausing.is_begun
 
     def _hand_out(self) -> None:
         """Give the last aggregation to everybody who was in it, to be evaluated."""

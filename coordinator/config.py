@@ -11,19 +11,21 @@ from typing import Literal
 
 from coordinator.aggregation import RULES
 from coordinator.planning_config import PlanningConfig
+from coordinator.pooled_config import PooledConfig
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.training import Compute, TrainingConfig
 
 Codec = Literal["bfloat16", "float16", "float32"]
+Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
     """What one device runs; a field left out is taken from `default`."""
 
-    split: int | None = None
-    """Blocks on the device, 1 .. number of blocks; all blocks is plain federated LoRA."""
+    split: int | Literal["all"] | None = None
+    """Blocks on the device, 1 .. number of blocks; `all` is plain federated LoRA."""
     r: int | None = None
     """Rank of the device's adapters."""
     batch_size: int | None = None
@@ -59,6 +61,9 @@ class ServeConfig:
 
     model: str
     """Folder of a transformers model, or a Hugging Face id."""
+    preset: Preset | None = None
+    """The published method that this run is: fills in what the method says and refuses what
+    contradicts it; see docs/presets.md."""
     revision: str | None = None
     """Revision of a Hugging Face id."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
@@ -82,10 +87,15 @@ class ServeConfig:
     """Aggregations in the run."""
     steps_per_round: int = 20
     """Optimizer steps between two aggregations."""
-    aggregation: Literal["exact", "fedavg"] = "exact"
+    aggregation: Literal["exact", "stack", "svd", "svd-balanced", "zeropad", "fedavg"] = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     """Who chooses split points and ranks."""
+    trained_by: Literal["devices", "coordinator"] = "devices"
+    """`devices`: split learning on data that stays where it is; `coordinator`: the whole model on
+    the data of `pooled`, without any device, as a centralised baseline."""
+    pooled: PooledConfig = field(default_factory=PooledConfig)
+    """What a coordinator without devices trains on, and what it trains."""
     max_rank: int | None = None
     """Keep at most so many ranks of each round's update; None loses nothing."""
     min_devices: int = 1

@@ -14,8 +14,8 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from coordinator.wave import Answer, DeviceFault, Job
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.factors import Array, Factors
+from edge_sdk.importance import Form, Meter
 from edge_sdk.layout import Layout
 from edge_sdk.loss import IGNORED, LossSums, loss_sums
+from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import (
@@ -59,13 +61,6 @@ class _Wave:
     lengths_B: torch.Tensor
 
 
-@dataclass
-class _Step:
-    """Who was served in the step that is being gathered."""
-
-    served: dict[str, Job] = field(default_factory=dict)
-
-
 class LocalEngine:
     """Blocks first .. L-1 with adapters and optimizer, in this process."""
 
@@ -93,8 +88,11 @@ class LocalEngine:
             parameter.requires_grad_(True)
         trained = {**self.adapters.parameters(), **self.head}
         self.optimizer = Optimizer(trained, training, total_steps, self._compute)
+        self._weights = tuple(ranks)
+        self._meter = Meter(slice_.model, self._weights)
         self._wave: _Wave | None = None
-        self._step = _Step()
+        self._served: dict[str, Job] = {}
+        """Who was served in the step that is being gathered."""
         self._before: dict[str, Factors] = {}
 
     # ---- training ----
@@ -144,16 +142,31 @@ class LocalEngine:
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
-        served = list(self._step.served.values())
-        self._step = _Step()
-        total = sum(job.weight for job in served)
+        served, self._served = list(self._served.values()), {}
+        scale = self.optimizer.loss_scale
         for name, parameter in self.optimizer.parameters.items():
-            if parameter.grad is None:
-                continue
-            block = self.block_of(name)
-            here = sum(j.weight for j in served if j.split <= block) if block is not None else total
-            parameter.grad /= here
-        return self.optimizer.step(step)
+            if parameter.grad is not None:
+                parameter.grad /= self._samples(name, served)
+        is_done = self.optimizer.step(step)
+        self._meter.close_step(lambda name: scale * self._samples(name, served))
+        return is_done
+
+    def _samples(self, name: str, served: Iterable[Job]) -> float:
+        """Samples whose gradients the weight *name* has seen."""
+        block = self.block_of(name)
+        return sum(job.weight for job in served if block is None or job.split <= block)
+
+    def measure_importance(self, form: Form, every: int) -> None:
+        """Measure the importance of our weights at every *every*-th step; 0 never does.
+
+        A value is that of the mean loss of the devices served in the weight's block, weighted by
+        their samples.
+        """
+        self._meter = Meter(self.slice.model, self._weights, form, every)
+
+    def take_importance(self) -> dict[str, float]:
+        """Mean importance by weight of the steps measured since the last call, or this round's."""
+        return self._meter.take()
 
     def block_of(self, name: str) -> int | None:
         """The block that a weight belongs to; None outside the blocks."""
@@ -168,7 +181,7 @@ class LocalEngine:
         # By name within a split: the same wave gives the same bits whoever answered first.
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
-        with autocast(self._compute, self._device):
+        with autocast(self._compute, self._device), self._meter.watching(step):
             top, lengths_B = self._climb(ordered, leaves, to_logits=to_logits)
         return _Wave(ordered, leaves, top, lengths_B)
 
@@ -235,7 +248,7 @@ class LocalEngine:
             grad = leaf.grad / (job.weight * self.optimizer.loss_scale)
             found = None if own is None else totals(own)
             answers.append(Answer(job.device, to_numpy(grad), found))
-            self._step.served[job.device] = job
+            self._served[job.device] = job
         return answers
 
     def whole(self, micro: Micro) -> TailSums:
@@ -251,27 +264,29 @@ class LocalEngine:
     def begin_round(self) -> None:
         """Remember the factors of the round's start."""
         self._before = self.adapters.products()
-
-    def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Add the round's change of dW, less our own progress, to our residuals."""
-        present = {n: c for n, c in changes.items() if self.is_present(n)}
-        merge_change(self.adapters, present, self._before)
+        self._meter.forget()
 
     def take(
         self,
         changes: Mapping[str, Factors],
         replaced: Mapping[str, Pair],
-        means: Mapping[str, Pair],
         head: Mapping[str, Array],
+        *,
+        restarts: bool = False,
     ) -> None:
-        """Take over what an aggregation hands out, as a device does."""
-        self.merge_change(changes)
+        """Take over what an aggregation hands out, as a device does.
+
+        Args:
+            changes: What is added to the residuals; also of blocks held only to evaluate.
+            replaced: Our new own factors, where the rule replaces them.
+            head: The trained head.
+            restarts: Whether the optimizer begins anew.
+        """
         self.adapters.load_pairs(replaced)
-        # Blocks that we hold only to evaluate have no adapter of ours: their mean is a residual.
-        bare = {n: p for n, p in means.items() if n not in self.adapters.ranks}
-        self.adapters.set_residual(
-            {n: self.adapters.product(n, p) for n, p in bare.items() if self.is_present(n)}
-        )
+        present = {n: c for n, c in changes.items() if self.is_present(n)}
+        merge_change(self.adapters, present, self._before)
+        if restarts:
+            self.optimizer.load_state({})
         if "tail" in self.slice.present:
             names = head_names(self.slice)
             load_parameters(named_parameters(self.slice, names), {n: head[n] for n in head})
@@ -289,12 +304,21 @@ class LocalEngine:
         """Overwrite our own factors."""
         self.adapters.load_pairs(pairs)
 
+    def load_moments(self, moments: Mapping[str, np.ndarray]) -> None:
+        """Take over the optimizer's moments of other ranks or blocks, where they still fit."""
+        self.optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
+
+    def load_head(self, head: Mapping[str, Array]) -> None:
+        """Overwrite the trained head, where it is trained here."""
+        load_parameters(self.head, {n: v for n, v in head.items() if n in self.head})
+
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""
         return {
             **adapter_state(self.adapters),
             **{f"head:{n}": value for n, value in self.head_values().items()},
             **before_state(self._before),
+            **{f"importance:{n}": v for n, v in self._meter.state().items()},
             **{f"optimizer:{n}": v for n, v in self.optimizer.state().items()},
         }
 
@@ -304,8 +328,9 @@ class LocalEngine:
         load_parameters(self.head, under("head:", state))
         self._before = load_before_state(state)
         self.optimizer.load_state(under("optimizer:", state))
+        self._meter.load_state(under("importance:", state))
         self.optimizer.forget_gradients()
-        self._wave, self._step = None, _Step()
+        self._wave, self._served = None, {}
 
 
 def _unstack(wave: _Wave) -> dict[str, Array]:

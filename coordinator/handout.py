@@ -42,10 +42,16 @@ class Handout:
         own = self._ledger.enrol(device, plan.ranks)
         if device in self.current and self._result is not None:
             result = self._result
-            changes = {n: f for n, f in result.changes.items() if n in weights}
+            changes = {n: f for n, f in result.changes_for(device).items() if n in weights}
             tensors = _tensors(result.replaced.get(device, {}), changes)
             head = result.head
-            start = RoundStart(stamp=stamp, end_step=end_step, is_full=False, evaluate=evaluate)
+            start = RoundStart(
+                stamp=stamp,
+                end_step=end_step,
+                is_full=False,
+                restarts=result.restarts,
+                evaluate=evaluate,
+            )
         elif stamp.step in held:
             return RoundStart(
                 stamp=stamp,
@@ -57,7 +63,13 @@ class Handout:
         else:
             tensors = _tensors(own, self._ledger.residuals(device, weights))
             head = self._ledger.head
-            start = RoundStart(stamp=stamp, end_step=end_step, is_full=True, evaluate=evaluate)
+            start = RoundStart(
+                stamp=stamp,
+                end_step=end_step,
+                is_full=True,
+                restarts=self._ledger.restarts,
+                evaluate=evaluate,
+            )
         if plan.tail:
             tensors |= {name: (value, "float32") for name, value in head.items()}
         return start, tensors

@@ -8,17 +8,19 @@ from typing import Any
 
 from coordinator.gateway import Event, Left, Received, Rejected, Silent
 from coordinator.ledger import Report
+from coordinator.probing import Probing
 from coordinator.run import Run
 from coordinator.wave_input import (
     WaveInput,
     check_evaluation,
     check_gradient,
+    check_importance,
     check_report,
     check_upload,
 )
 from edge_sdk.adapters import Pair, head_names
 from edge_sdk.assembly import Envelope
-from edge_sdk.errors import EdgeError, PeerGone, RemoteProtocolError
+from edge_sdk.errors import EdgeError, OutOfMemory, PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.messages import (
     Activation,
     AdapterUpload,
@@ -28,6 +30,8 @@ from edge_sdk.messages import (
     Hello,
     PartRequest,
     Paused,
+    Probe,
+    Profiled,
     Ready,
     StepReport,
     TopGradient,
@@ -43,6 +47,7 @@ class Intake:
         self.run = run
         self.paused: set[str] = set()
         """Devices that have checkpointed themselves."""
+        self._probing = Probing(run.gateway)
         self._input = WaveInput(
             run.model.text_config.hidden_size,
             run.model.text_config.vocab_size,
@@ -83,15 +88,60 @@ class Intake:
             AdapterUpload: self._on_upload,
             EvalReport: self._on_eval_report,
             Paused: self._on_paused,
+            Probe: self._probing.answer,
             Goodbye: lambda d, e: self.run.lose(d, e.message.reason),
-            Failure: lambda d, e: self.run.lose(d, f"{e.message.error}: {e.message.text}"),
+            Profiled: self._on_profiled,
+            Failure: self._on_failure,
         }
         handlers[type(message)](device, envelope)
 
     def _on_hello(self, device: str, envelope: Envelope) -> None:
         self.run.lose(device, "")
         self.run.admission.greet(device, envelope.message)
+        self._probing.begin(device)
         self.run.watcher.device(device, "fetching its blocks")
+
+    def _on_profiled(self, device: str, envelope: Envelope) -> None:
+        """Plan for the device at once, or with the others when all that the run needs are here."""
+        run, admission = self.run, self.run.admission
+        if device not in admission.codecs:
+            raise RemoteProtocolError("Profiled before Hello")
+        run.planner.profiled(device, envelope.message.profile)
+        run.watcher.device(device, "told what it offers")
+        if admission.assign(device) or run.planner.plans is not None:
+            return
+        waiting = [d for d in run.gateway.devices() if run.planner.is_known(d)]
+        if len(waiting) >= run.config.min_devices:
+            self._first_plans(waiting)
+
+    def _first_plans(self, devices: list[str]) -> None:
+        found = self.run.planner.begin(devices)
+        self.run.reporting.planned(self.run.state.round, found, ["first plans"], {})
+        for name in devices:
+            if name in found.refused:
+                self.expel(name, RefusedError(found.refused[name]))
+            else:
+                self.run.admission.assign(name)
+
+    def move(self, device: str) -> None:
+        """Let a device run its new plan; the next round waits until it is ready again."""
+        run = self.run
+        try:
+            run.lose(device, "")
+            run.admission.held_steps[device] = ()
+            run.state.awaited.add(device)
+            run.admission.assign(device)
+            run.watcher.device(device, "has a new plan")
+        except PeerGone as gone:
+            run.lose(device, str(gone))
+        except EdgeError as error:
+            self.expel(device, error)
+
+    def _on_failure(self, device: str, envelope: Envelope) -> None:
+        message: Failure = envelope.message
+        if message.error == OutOfMemory.__name__:
+            self.run.planner.ran_out_of_memory(device)
+        self.run.lose(device, f"{message.error}: {message.text}")
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
         member = self.run.admission.admit(device, envelope.message)
@@ -163,11 +213,15 @@ class Intake:
         plan, tensors = self.run.admission.plans[device], envelope.tensors
         shapes = self._upload_shapes(plan.ranks, tail=plan.tail)
         check_upload(plan, tensors, shapes)
+        check_importance(plan, envelope.message.importance)
         self.run.mail.reports[device] = Report(
             split=plan.split,
             num_samples=plan.batch_size * self.run.state.num_steps(device),
-            pairs={n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in plan.ranks},
+            pairs={
+                n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n, r in plan.ranks.items() if r
+            },
             head={n: tensors[n] for n in self._head_shapes() if plan.tail},
+            importance=envelope.message.importance,
         )
         self.run.state.upload(device)
 
@@ -178,6 +232,8 @@ class Intake:
     def _upload_shapes(self, ranks: dict[str, int], *, tail: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = self._head_shapes() if tail else {}
         for name, rank in ranks.items():
+            if not rank:
+                continue
             size = self.run.model.facts.targets[name]
             shapes[f"{name}.A"] = (rank, size.num_inputs)
             shapes[f"{name}.B"] = (size.num_outputs, rank)

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coordinator.aggregation import RULES, SERVER, Contribution, Update, mean_of, product, residual
+from coordinator.aggregation import (
+    RULES,
+    SERVER,
+    Contribution,
+    Update,
+    mean_of,
+    product,
+    residual,
+    resized,
+)
 from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig, Pair, initial_pair
 from edge_sdk.factors import Array, Factors, compress, stack, zero
@@ -27,6 +36,8 @@ class Report:
     """Samples it trained on in the round; not used for the coordinator."""
     pairs: Mapping[str, Pair]
     head: Mapping[str, Array] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """Importance by weight, mean of the round's measured steps; see `edge_sdk/importance.py`."""
 
 
 @dataclass
@@ -40,6 +51,15 @@ class RoundResult:
     head: dict[str, Array]
     cut_error: float
     """Largest relative error that a rank cap caused."""
+    restarts: bool = False
+    """Whether the optimizers begin anew, too."""
+    keeps_residuals: bool = True
+    """Whether own factors are made up to dW by a residual; else they stand for dW themselves."""
+
+    def changes_for(self, participant: str) -> dict[str, Factors]:
+        """The changes that *participant* is to add to its residuals, by weight."""
+        own = {} if self.keeps_residuals else self.replaced.get(participant, {})
+        return {weight: f for weight, f in self.changes.items() if weight not in own}
 
 
 class Ledger:
@@ -49,18 +69,23 @@ class Ledger:
         self, facts: ModelFacts, lora: LoraConfig, rule: str, max_rank: int | None, seed: int
     ) -> None:
         self._facts, self._lora, self._seed = facts, lora, seed
-        self._rule_name, self._rule = rule, RULES[rule]
+        self._rule = RULES[rule]
         self._max_rank = max_rank
         self.totals: dict[str, Factors] = {}
-        """dW by weight, where it is not zero and not simply everybody's adapter."""
+        """dW by weight, scale inside, where it is not zero: what the run has learned so far."""
         self.pairs: dict[str, dict[str, Pair]] = {}
         """Own factors by participant (SERVER or device name) and weight."""
-        self.means: dict[str, Pair] = {}
-        """Everybody's common factors, for rules that make them equal."""
         self.head: dict[str, Array] = {}
+        self.rounds = 0
+        """Aggregations so far."""
+
+    @property
+    def restarts(self) -> bool:
+        """Whether every round begins with fresh factors and optimizers."""
+        return self._rule.restarts
 
     def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
-        """Return the own factors that *participant* is to hold, made anew where it has none."""
+        """Return the own factors that *participant* is to hold, cut or made where it has none."""
         held = self.pairs.get(participant, {})
         self.pairs[participant] = {
             name: self._own(name, rank, held.get(name)) for name, rank in ranks.items() if rank
@@ -68,15 +93,28 @@ class Ledger:
         return self.pairs[participant]
 
     def _own(self, name: str, rank: int, held: Pair | None) -> Pair:
-        if name in self.means:  # also for who has missed rounds and holds an older mean
-            return self.means[name]
-        if held is not None and held.a_RI.shape[0] == rank:
+        share_out = self._rule.share_out
+        if share_out is not None and name in self.totals:  # also for who has missed rounds
+            scale = self._lora.scale(name, rank)
+            return share_out(self.totals[name], self._fresh(name, rank), scale)
+        if held is None:
+            return self._fresh(name, rank)
+        before = held.a_RI.shape[0]
+        if before == rank:
             return held
-        return initial_pair(name, rank, self._facts.targets[name], self._seed)
+        ratio = self._lora.scale(name, before) / self._lora.scale(name, rank)
+        return resized(held, self._fresh(name, rank), ratio)
+
+    def _fresh(self, name: str, rank: int) -> Pair:
+        """Factors as they are drawn; where every round starts afresh, others in each."""
+        seed = self._seed + self.rounds * self._rule.restarts
+        return initial_pair(name, rank, self._facts.targets[name], seed)
 
     def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
         """Return dW less what the participant's own adapter already adds, by weight."""
         own = self.pairs.get(participant, {})
+        if self._rule.share_out is not None:
+            return {n: self.totals[n] for n in weights if n in self.totals and n not in own}
         return {
             name: residual(
                 self.totals[name], self._product(name, own[name]) if name in own else None
@@ -94,22 +132,22 @@ class Ledger:
         Raises:
             ConfigError: the rule does not allow the reported ranks.
         """
-        result = RoundResult({}, {name: {} for name in reports}, self._join_heads(reports), 0.0)
+        self.rounds += 1
+        result = RoundResult({}, {}, self._join_heads(reports), 0.0)
+        result.restarts = self._rule.restarts
+        result.keeps_residuals = self._rule.share_out is None
         for weight, shape in self._facts.targets.items():
             contributions = self._contributions(weight, reports)
-            if not contributions:
-                continue
-            update = self._rule(contributions, shape, self._max_rank)
-            mean = next(iter(update.pairs.values()), None)
-            for name, report in reports.items():
-                if mean is not None and weight in report.pairs:
-                    result.replaced[name][weight] = mean
-            self._note(weight, update, mean)
-            if update.change is not None:
-                result.changes[weight] = update.change
-            result.cut_error = max(result.cut_error, update.cut_error)
+            if contributions:
+                update = self._rule.join(contributions, shape, self._max_rank)
+                self._note(weight, update, result)
         for name, report in reports.items():
-            self.pairs[name] = {**report.pairs, **result.replaced[name]}
+            ranks = {weight: pair.a_RI.shape[0] for weight, pair in report.pairs.items()}
+            self.pairs[name] = dict(report.pairs)
+            if self._rule.restarts or self._rule.share_out is not None:
+                held = {} if self._rule.restarts else report.pairs
+                self.pairs[name] = {w: self._own(w, r, held.get(w)) for w, r in ranks.items()}
+                result.replaced[name] = self.pairs[name]
         self.head = result.head or self.head
         return result
 
@@ -129,12 +167,15 @@ class Ledger:
             found[name] = Contribution(samples / total, scale, before, after)
         return found
 
-    def _note(self, weight: str, update: Update, mean: Pair | None) -> None:
-        if update.change is not None:
-            old = self.totals.get(weight) or zero(*self._facts.targets[weight])
+    def _note(self, weight: str, update: Update, result: RoundResult) -> None:
+        result.cut_error = max(result.cut_error, update.cut_error)
+        old = self.totals.get(weight) or zero(*self._facts.targets[weight])
+        if update.total is not None:
+            self.totals[weight] = update.total
+            result.changes[weight] = residual(update.total, old)
+        elif update.change is not None:
+            result.changes[weight] = update.change
             self.totals[weight] = compress(stack([old, update.change]))[0]
-        if mean is not None:
-            self.means[weight] = mean
 
     def _join_heads(self, reports: Mapping[str, Report]) -> dict[str, Array]:
         """p-weighted mean of a trained head over those who hold it."""
@@ -152,24 +193,22 @@ class Ledger:
 
     def global_factors(self) -> dict[str, Factors]:
         """Return dW of every trained weight, scale inside: what the run has learned so far."""
-        merged = {name: self._product(name, pair) for name, pair in self.means.items()}
-        return {**merged, **self.totals}
+        return dict(self.totals)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything as flat arrays, for a checkpoint."""
-        state: dict[str, np.ndarray] = {}
+        state: dict[str, np.ndarray] = {"rounds": np.array(self.rounds)}
         for who, pairs in self.pairs.items():
             for name, pair in pairs.items():
                 state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
-        for name, pair in self.means.items():
-            state |= {f"mean:{name}.A": pair.a_RI, f"mean:{name}.B": pair.b_OR}
         for name, factors in self.totals.items():
             state |= {f"total:{name}.A": factors.a_RI, f"total:{name}.B": factors.b_OR}
         return state | {f"head:{name}": value for name, value in self.head.items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
-        self.totals, self.pairs, self.means, self.head = {}, {}, {}, {}
+        self.totals, self.pairs, self.head = {}, {}, {}
+        self.rounds = int(state["rounds"])
         for key, a in state.items():
             kind, _, rest = key.partition(":")
             if kind == "head":
@@ -180,7 +219,5 @@ class Ledger:
             who, _, name = rest.removesuffix(".A").rpartition(":")
             if kind == "pair":
                 self.pairs.setdefault(who, {})[name] = Pair(a, b)
-            elif kind == "mean":
-                self.means[name] = Pair(a, b)
             elif kind == "total":
                 self.totals[name] = Factors(b, a)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coordinator.aggregation import RULES
 from coordinator.config import ServeConfig
+from coordinator.rank_choice import possible_ranks
 from edge_sdk.adapters import Shape, check_rank
 from edge_sdk.errors import ConfigError
 from edge_sdk.layout import Layout
@@ -34,32 +36,43 @@ class ModelFacts:
 
 
 def plan_device(config: ServeConfig, facts: ModelFacts, device: str) -> Plan:
-    """Return the plan that the config asks for.
+    """Return the plan that the config asks for, whatever `planning` may choose instead.
 
     Raises:
         ConfigError: split, rank or micro-batch cannot be had.
     """
     settings = config.settings(device)
-    where = f"devices.{device}" if device in config.devices else "default"
     split, rank = settings.split, settings.r
-    batch = settings.batch_size
     assert split is not None
     assert rank is not None
+    split = facts.layout.num_blocks if split == "all" else split
+    ranks = {name: config.lora.rank_of(name, rank) for name in facts.weights(0, split)}
+    return make_plan(config, facts, device, split, ranks)
+
+
+def make_plan(
+    config: ServeConfig, facts: ModelFacts, device: str, split: int, ranks: Mapping[str, int]
+) -> Plan:
+    """Return the plan of a device for a split and ranks that somebody has chosen.
+
+    Raises:
+        ConfigError: split, rank or micro-batch cannot be had.
+    """
+    where = f"devices.{device}" if device in config.devices else "default"
+    settings, num_blocks = config.settings(device), facts.layout.num_blocks
+    batch = settings.batch_size
     assert batch is not None
-    num_blocks = facts.layout.num_blocks
     if not 1 <= split <= num_blocks:
         raise ConfigError(f"{where}.split: {split} is outside 1..{num_blocks} (the model's blocks)")
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
-    names = facts.weights(0, split)
-    ranks = {name: config.lora.rank_of(name, rank) for name in names}
-    for name in names:
-        check_rank(name, ranks[name], facts.targets[name])
+    for name, rank in ranks.items():
+        check_rank(name, rank, facts.targets[name])
     return Plan(
         split=split,
-        ranks=ranks,
-        alphas={name: config.lora.alpha_of(name) for name in names},
+        ranks={name: ranks[name] for name in facts.targets if name in ranks},
+        alphas={name: config.lora.alpha_of(name) for name in facts.targets if name in ranks},
         batch_size=batch,
         micro_batch=micro,
         tail=config.labels == "device" or split == num_blocks,
@@ -81,15 +94,71 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
     plans = {name: plan_device(config, facts, name) for name in config.devices}
     plans["default"] = plan_device(config, facts, "")
     first = min(plan.split for plan in plans.values())
+    if config.planning.split != "fixed":
+        first = 1  # any device that joins may get it
+    check_planning(config, facts)
     ranks: dict[str, set[int]] = {}
     for held in (*(plan.ranks for plan in plans.values()), plan_server(config, facts, first)):
         for name, rank in held.items():
             ranks.setdefault(name, set()).add(rank)
     unequal = {name: sorted(found) for name, found in ranks.items() if len(found) > 1}
-    if config.aggregation == "fedavg" and unequal:
+    is_fixed = config.planning.ranks == "fixed"
+    if config.aggregation == "fedavg" and unequal and is_fixed:
         name, found = next(iter(unequal.items()))
         raise ConfigError(
             f"aggregation: 'fedavg' needs equal ranks, the config gives {found} for {name!r}; "
             "use 'exact' or one rank"
         )
+    if config.aggregation == "zeropad" and first < facts.layout.num_blocks:
+        raise ConfigError(
+            f"aggregation: 'zeropad' weighs adapters by their norm and not by samples, so every "
+            f"device must hold all {facts.layout.num_blocks} blocks, the config gives one {first}; "
+            "use split: all, or 'exact'"
+        )
     return first
+
+
+def check_planning(config: ServeConfig, facts: ModelFacts) -> None:
+    """Refuse a `planning` section whose plans the aggregation could not join.
+
+    Raises:
+        ConfigError: it says what to change.
+    """
+    planning, rule = config.planning, RULES[config.aggregation]
+    if planning.ranks != "fixed":
+        possible_ranks(planning.rank_set, facts.targets)
+    if config.aggregation == "zeropad" and planning.split != "fixed":
+        raise ConfigError(
+            f"planning.split: {planning.split!r} chooses unequal splits, and aggregation 'zeropad' "
+            "needs every device to hold all blocks; use planning.split: fixed with split: all"
+        )
+    if not rule.needs_equal_ranks:
+        return
+    if planning.ranks == "rngwp":
+        raise ConfigError(
+            f"planning.ranks: 'rngwp' gives devices unequal ranks, which aggregation "
+            f"{config.aggregation!r} cannot join; use 'exact', or planning.ranks: uniform"
+        )
+    own = {f"devices.{name}.r": settings.r for name, settings in config.devices.items()}
+    own["server_rank"] = config.server_rank
+    given = [key for key, rank in own.items() if rank is not None]
+    if given and planning.ranks == "uniform":
+        raise ConfigError(
+            f"{given[0]}: aggregation {config.aggregation!r} needs one rank for everybody, which "
+            f"planning.ranks: uniform chooses; remove {given[0]}, or use planning.ranks: fixed"
+        )
+    if planning.split != "fixed" and len(rank_set := _fixed_ranks(config)) > 1:
+        raise ConfigError(
+            f"aggregation: {config.aggregation!r} needs equal ranks, the config gives "
+            f"{sorted(rank_set)}, and planning.split decides who holds which block; use 'exact' "
+            "or one rank"
+        )
+
+
+def _fixed_ranks(config: ServeConfig) -> set[int]:
+    """Ranks that devices and coordinator get from the config, where no pattern says otherwise."""
+    if config.planning.ranks != "fixed":
+        return set()
+    ranks = {config.settings(name).r for name in ("", *config.devices)}
+    ranks.add(config.lora.r if config.server_rank is None else config.server_rank)
+    return {rank for rank in ranks if rank is not None}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from coordinator.armsc import PlanSet
 from coordinator.gateway import Gateway
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
@@ -137,6 +138,25 @@ class Reporting:
         if not self.is_classifier:
             score["perplexity"] = math.exp(min(loss, 700.0))
         return score
+
+    def planned(
+        self, round_: int, found: PlanSet, reasons: Sequence[str], importance: Mapping[str, float]
+    ) -> None:
+        """Keep what everybody is to run from round *round_* on, and why, in plans.jsonl."""
+        plans = {d: {"split": p.split, "ranks": p.ranks} for d, p in found.plans.items()}
+        row = {
+            "round": round_,
+            "reasons": list(reasons),
+            "plans": plans,
+            "server_ranks": found.server_ranks,
+            "wave_s": found.wave_s,
+            "utility": found.utility,
+            "refused": found.refused,
+            "importance": dict(importance),
+        }
+        self.folder.append("plans.jsonl", row)
+        for reason in reasons:
+            self.watcher.note(f"plans from round {round_} on: {reason}")
 
     def evaluation(self, device: str, report: EvalReport) -> None:
         """A device went through its private validation data."""

@@ -11,14 +11,18 @@ from coordinator.engine import LocalEngine
 from coordinator.gateway import Gateway
 from coordinator.handout import Handout
 from coordinator.ledger import Ledger, Report
+from coordinator.planner import Planner
 from coordinator.reporting import Reporting, Watcher
 from coordinator.rounds import RunState
 from coordinator.served import ServedModel
+from coordinator.situation import ServerProfile, Situation, planning_length
 from coordinator.store import Checkpoint, RunFolder
 from coordinator.wave import Job
 from edge_sdk.assembly import Envelope
 from edge_sdk.factors import Array
 from edge_sdk.messages import Activation
+from edge_sdk.runtime_torch import under
+from profiler.memory import memory_info
 
 
 @dataclass
@@ -66,13 +70,14 @@ class Run:
             min_devices=config.min_devices,
             labels_on_device=config.labels == "device",
         )
-        self.engine: LocalEngine = model.make_engine()
+        self.planner = Planner(config, model.facts, situation(config, model))
+        self.engine: LocalEngine = model.planned_engine()
         self.ledger = Ledger(
             model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
         )
         self.engine.load_pairs(self.ledger.enrol(SERVER, self.engine.adapters.ranks))
         self.engine.begin_round()
-        self.admission = Admission(config, model, gateway, run_id)
+        self.admission = Admission(config, model, gateway, self.planner, run_id)
         self.handout = Handout(self.ledger, model.facts)
         self.reporting = Reporting(folder, watcher, bool(config.label_names))
         self.mail = Mail()
@@ -91,6 +96,7 @@ class Run:
             "unevaluated": sorted(self.state.awaiting_eval),
             "row": self.reporting.pending,
             "progress": self.reporting.progress(),
+            "planner": self.planner.state(),
         }
         arrays = {"engine": self.engine.state(), "ledger": self.ledger.state()}
         self.folder.save_checkpoint(
@@ -103,13 +109,47 @@ class Run:
         state = checkpoint.state
         attempt = max(state["attempt"], self.state.attempt)
         self.state.restore(state["round"], state["step"], attempt)
-        self.engine.load_state(checkpoint.arrays["engine"])
         self.ledger.load_state(checkpoint.arrays["ledger"])
+        self.planner.load_state(state["planner"])
+        self._restore_engine(checkpoint.arrays["engine"])
         self.handout.forget()
         self.reporting.load_progress(state["progress"])
         self.state.begins = dict(state["begins"])
         self.mail = Mail()
         self.must_rewind = False
+
+    def _restore_engine(self, state: dict[str, Array]) -> None:
+        """An engine as it was saved, whatever has been planned since."""
+        own = {n: v for n, v in under("own:", state).items() if n.endswith(".A")}
+        ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
+        if ranks != self.engine.adapters.ranks:
+            first = min((self.engine.block_of(n) or 0 for n in ranks), default=self.engine.first)
+            self.engine = self.model.make_engine(first, ranks)
+        self.engine.load_state(state)
+
+    @property
+    def is_engine_outdated(self) -> bool:
+        """Whether our own blocks or ranks are not what the plans in force leave to us."""
+        ranks = self.planner.server_ranks
+        return ranks is not None and self.engine.adapters.ranks != {
+            name: rank for name, rank in ranks.items() if rank
+        }
+
+    def renew_engine(self) -> None:
+        """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
+        ranks = self.planner.server_ranks
+        assert ranks is not None
+        moments, head = self.engine.optimizer.state(), self.engine.head_values()
+        blocks = [self.engine.block_of(name) or 0 for name in ranks]
+        last = self.model.facts.layout.num_blocks
+        del self.engine  # two would need twice the memory
+        self.engine = self.model.make_engine(min(blocks, default=last), ranks)
+        weights = [n for n in self.model.facts.targets if self.engine.is_present(n)]
+        self.engine.load_pairs(self.ledger.enrol(SERVER, ranks))
+        self.engine.adapters.set_residual(self.ledger.residuals(SERVER, weights))
+        self.engine.load_moments(moments)
+        self.engine.load_head(head)
+        self.engine.begin_round()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
@@ -132,3 +172,19 @@ class Run:
         if was_ready and reason:
             self.reporting.event("device.left", device=device, reason=reason)
             self.watcher.device(device, f"left: {reason}")
+
+
+def situation(config: ServeConfig, model: ServedModel) -> Situation | None:
+    """What is to be planned before any device has come; None where the config plans nothing."""
+    planning = config.planning
+    if planning.split == planning.ranks == "fixed":
+        return None
+    memory = planning.server_memory_bytes or memory_info().available.value
+    return Situation(
+        config=config,
+        facts=model.facts,
+        model=model.shape,
+        profiles={},
+        server=ServerProfile(memory_bytes=memory, flops_per_s=planning.server_flops_per_s),
+        length=planning_length(config, model.max_length),
+    )

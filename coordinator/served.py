@@ -5,6 +5,7 @@ Knows no network and no rounds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from edge_sdk.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
+from profiler.estimate import ModelShape
 
 
 class ServedModel:
@@ -79,6 +81,13 @@ class ServedModel:
         )
 
     @cached_property
+    def shape(self) -> ModelShape:
+        """The model's sizes, for estimates."""
+        from edge_sdk.model_shape import model_shape
+
+        return model_shape(self.source.config, self._config.task, self.facts.layout)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(self.source.folder)
@@ -126,10 +135,19 @@ class ServedModel:
 
     # ---- engine ----
 
-    def make_engine(self) -> LocalEngine:
-        """Build the blocks that some device leaves to us, or all if there is a file to evaluate."""
+    def planned_engine(self) -> LocalEngine:
+        """Build the engine that the config asks for, before any device has a plan."""
+        return self.make_engine(self.first, plan_server(self._config, self.facts, self.first))
+
+    def make_engine(self, first: int, ranks: Mapping[str, int]) -> LocalEngine:
+        """Build the blocks that some device leaves to us, or all if there is a file to evaluate.
+
+        Args:
+            first: First block that is ours to train.
+            ranks: Rank of each of our own adapters.
+        """
         config, layout = self._config, self.facts.layout
-        first = 0 if self.eval_batches else self.first
+        present = 0 if self.eval_batches else first
         has_tail = config.labels == "server" or bool(self.eval_batches)
         slice_ = Slice(
             self.source.config,
@@ -138,21 +156,24 @@ class ServedModel:
             torch.float32,
             pick_device(config.device),
         )
-        names = [f"block.{i}" for i in range(first, layout.num_blocks)]
-        if first == 0 or (has_tail and layout.tail_needs_front):
+        names = [f"block.{i}" for i in range(present, layout.num_blocks)]
+        if present == 0 or (has_tail and layout.tail_needs_front):
             names.append("front")
         for name in [*names, *(["tail"] * has_tail)]:
             slice_.add(name, self.source.tensors(name))
-        return LocalEngine(
+        engine = LocalEngine(
             slice_,
-            self.first,
-            plan_server(config, self.facts, self.first),
+            first,
+            ranks,
             config.lora,
             config.training,
             config.total_steps,
             trains_head=config.labels == "server",
             compute=config.compute,
         )
+        if config.planning.ranks == "rngwp":
+            engine.measure_importance(config.planning.importance, config.planning.importance_every)
+        return engine
 
 
 def usable_positions(model_config: Any, config: ServeConfig) -> int:

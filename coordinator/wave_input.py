@@ -15,6 +15,9 @@ from edge_sdk.loss import IGNORED
 from edge_sdk.messages import Activation, EvalReport, StepReport
 from edge_sdk.plan import Plan
 
+# Of a mean token loss; honest ones stay below 1e3. Larger ones could overflow a sum.
+MAX_IMPORTANCE = 1e9
+
 
 class WaveInput:
     """The shapes that the run allows."""
@@ -107,6 +110,17 @@ def check_evaluation(report: EvalReport) -> None:
         raise RemoteProtocolError(
             f"evaluation: {report.num_correct} of {report.num_targets} targets correct"
         )
+
+
+def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
+    """Refuse importance of weights that are not in the plan, or that cannot be."""
+    for name, value in importance.items():
+        if name not in plan.ranks:
+            raise RemoteProtocolError(f"importance of {name[:60]!r}, which is not in the plan")
+        if not 0.0 <= value <= MAX_IMPORTANCE:
+            raise RemoteProtocolError(
+                f"importance of {name!r}: {value}, outside 0..{MAX_IMPORTANCE:g}"
+            )
 
 
 def check_upload(

@@ -228,9 +228,9 @@ class Adapters:
                     linear.weight.data = linear.weight.data.float()
                     linear.weight.requires_grad_(adapter == OWN)
 
-    def scale(self, name: str) -> float:
-        """The factor in front of the B A of weight *name*."""
-        rank, alpha = self.ranks[name], self.alphas[name]
+    def scale(self, name: str, rank: int | None = None) -> float:
+        """The factor in front of the B A of weight *name*, if it had *rank*."""
+        rank, alpha = rank or self.ranks[name], self.alphas[name]
         return alpha / math.sqrt(rank) if self._lora.use_rslora else alpha / rank
 
     def product(self, name: str, pair: Pair) -> Factors:

@@ -16,7 +16,14 @@ from types import TracebackType
 
 from edge_sdk.callbacks import FAILED, Callback
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.errors import EdgeError, SessionLost, TransportError
+from edge_sdk.errors import (
+    EdgeError,
+    OutOfMemory,
+    SessionLost,
+    TransportError,
+    is_out_of_memory,
+    one_line,
+)
 from edge_sdk.inbox import RunEnded, Stopped
 from edge_sdk.joining import Dataset
 from edge_sdk.keys import load_key_pair, load_public_key
@@ -30,6 +37,8 @@ STOPPED = "stopped"
 FIRST_CONTACT_S = 10.0
 # Seconds for the last words of a device; a coordinator that is away will find out by itself.
 FAREWELL_S = 1.0
+# A device that still runs out of memory after so many smaller plans gives up.
+MOST_SMALLER_PLANS = 3
 
 
 class EdgeClient:
@@ -92,6 +101,7 @@ class EdgeClient:
         )
 
     def _take_part(self, participant: Participant) -> str:
+        smaller = 0
         while True:
             try:
                 participant.join()
@@ -109,6 +119,13 @@ class EdgeClient:
             except EdgeError as error:
                 _quietly(partial(participant.report, error))
                 raise
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or smaller == MOST_SMALLER_PLANS:
+                    raise
+                smaller += 1
+                log.warning("memory.exhausted plan_smaller=%d reason=%s", smaller, one_line(error))
+                participant.forget()
+                _quietly(partial(participant.report, OutOfMemory(one_line(error))))
 
     # ---- in the background ----
 

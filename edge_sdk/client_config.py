@@ -8,6 +8,7 @@ from pathlib import Path
 from edge_sdk.data import DataConfig
 from edge_sdk.packets import MAX_CHUNK_BYTES
 from edge_sdk.training import Compute
+from profiler.profile import DeviceProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,9 @@ class ClientConfig:
     """CPU threads of torch; None leaves torch's own choice."""
     cache: Path | None = None
     """Downloaded parts of models; None: edgesplit/parts in the user's cache folder."""
+    profile: DeviceProfile = field(default_factory=DeviceProfile)
+    """What the run may use of this device, set by hand; what is left out is measured when the
+    coordinator asks. `memory_bytes` is the budget of the whole process."""
     state: Path = Path("edge-state")
     """Checkpoints of this device's adapters and optimizer, a folder for each run."""
     patience_s: float = 600.0

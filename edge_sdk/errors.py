@@ -76,6 +76,10 @@ class DeviceError(EdgeError):
     exit_code = 6
 
 
+class OutOfMemory(DeviceError):
+    """The plan does not fit this machine's memory; the coordinator makes a smaller one."""
+
+
 class DataError(EdgeError):
     """The data is missing, malformed or unusable; the message names the file and the line."""
 
@@ -103,6 +107,12 @@ class NumericError(EdgeError):
 def public_name(error: EdgeError) -> str:
     """Return the name of the error's nearest class in this file: what the other side knows."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether *error* is Python's, torch's CPU allocator's or CUDA's way of saying so."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -21,8 +21,10 @@ KEPT = 2
 class LocalState:
     """Checkpoints of one device in one run, by step."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, plan: str = "") -> None:
         self.folder = folder
+        self.plan = plan
+        """Name of the plan in force: another plan's checkpoints fit no adapter of this one."""
 
     def prepare(self) -> None:
         """Make the folder now, rather than find out at the first checkpoint that it cannot be.
@@ -35,9 +37,13 @@ class LocalState:
             (self.folder / ".writable").touch()
 
     def steps(self) -> tuple[int, ...]:
-        """Steps of which there is a checkpoint, oldest first."""
+        """Steps of which there is a checkpoint under this plan, oldest first."""
+        return tuple(step for step, path in self._all() if path == self._path(step))
+
+    def _all(self) -> list[tuple[int, Path]]:
+        """The checkpoints of all plans, oldest first."""
         found = self.folder.glob("step-*.safetensors")
-        return tuple(sorted(int(p.stem.removeprefix("step-")) for p in found))
+        return sorted((int(p.stem.split("-")[1]), p) for p in found)
 
     def save(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """Write a checkpoint, whole or not at all, and forget old ones.
@@ -47,8 +53,8 @@ class LocalState:
         """
         self._write(self._path(step), arrays)
         with storage_errors(self.folder):
-            for old in self.steps()[:-KEPT]:
-                self._path(old).unlink(missing_ok=True)
+            for _, old in self._all()[:-KEPT]:
+                old.unlink(missing_ok=True)
 
     def load(self, step: int) -> dict[str, np.ndarray]:
         """Read the checkpoint of *step*.
@@ -70,8 +76,8 @@ class LocalState:
         """The optimizer moments at *step*, or the newest there are; empty without any."""
         if self._end_path(step).is_file():
             return _read(self._end_path(step))
-        held = self.steps()
-        return self.load(held[-1]) if held else {}
+        held = self._all()
+        return _read(held[-1][1]) if held else {}
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save
@@ -86,7 +92,8 @@ class LocalState:
             temporary.replace(path)
 
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}.safetensors"
+        plan = f"-{self.plan}" if self.plan else ""
+        return self.folder / f"step-{step:06d}{plan}.safetensors"
 
     def _end_path(self, step: int) -> Path:
         return self.folder / f"end-{step:06d}.safetensors"

@@ -8,28 +8,16 @@ Legend: B sequences, T positions of the longest of them, D hidden size, R rank, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
+from edge_sdk.messages_both import Failure as Failure
+from edge_sdk.messages_both import Probe as Probe
+from edge_sdk.messages_both import Stamp as Stamp
 from edge_sdk.plan import Part, Plan
+from profiler.profile import DeviceProfile
 
 PROTOCOL_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
-    """What a message belongs to, so that it may be sent twice and is applied once."""
-
-    run: str = ""
-    """Run id; empty before the coordinator has welcomed the device."""
-    device: str = ""
-    """Name of the device as the coordinator registered its key."""
-    round: int = 0
-    """Aggregation round, from 0."""
-    step: int = 0
-    """Optimizer step since the start of the run, from 0."""
-    attempt: int = 0
-    """Counts how often the coordinator started this round; answers to an earlier one are stale."""
 
 
 # ---- device -> coordinator -----------------------------------------------------------------------
@@ -47,6 +35,14 @@ class Hello:
     model_hash: str = ""
     """Expected model; empty takes whatever the coordinator serves."""
     backend: str = "torch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled:
+    """What the run may use of this device; asked for by `Welcome`. Device -> coordinator."""
+
+    stamp: Stamp
+    profile: DeviceProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +121,9 @@ class AdapterUpload:
     """
 
     stamp: Stamp
+    importance: dict[str, float] = field(default_factory=dict)
+    """Importance of each weight of the plan, mean of the steps of the round that measured it, for
+    the device's mean token loss; empty where none did. Not divided by any cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +180,12 @@ class Welcome:
     """The run's training configuration, as the `key=value` pairs of docs/configuration.md."""
     lora: dict[str, str]
     """The run's LoRA configuration, likewise."""
+    wants_profile: bool = False
+    """Whether the plan waits for the device's `Profiled`."""
+    importance: str = "free"
+    """Which form of importance is measured: `free`, `reference` or `signed`."""
+    importance_every: int = 0
+    """Steps between two measurements; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +235,8 @@ class RoundStart:
     restore_step: int = -1
     """Continue from the device's own checkpoint of this step, as if nothing had happened; -1 for
     what this message brings."""
+    restarts: bool = False
+    """Train with an optimizer that knows no past."""
     evaluate: bool = False
     """Go through the private validation data before training, and report."""
 
@@ -285,22 +292,9 @@ class RunOver:
     reason: str
 
 
-# ---- both ways -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """The sender could not do what was asked, or was sent something it cannot accept."""
-
-    stamp: Stamp
-    error: str
-    """Class name from `errors.py`."""
-    text: str
-    is_fatal: bool = True
-
-
 FromDevice = (
     Hello
+    | Profiled
     | PartRequest
     | Ready
     | Activation
@@ -310,6 +304,7 @@ FromDevice = (
     | EvalReport
     | Paused
     | Goodbye
+    | Probe
     | Failure
 )
 FromCoordinator = (
@@ -323,6 +318,7 @@ FromCoordinator = (
     | EvalResult
     | Pause
     | RunOver
+    | Probe
     | Failure
 )
 Message = FromDevice | FromCoordinator

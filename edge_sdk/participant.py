@@ -15,6 +15,7 @@ from edge_sdk.adapters import Pair
 from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
+from edge_sdk.device_profile import device_profile, with_link
 from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.factors import Array, Factors
 from edge_sdk.inbox import Inbox, Redirected
@@ -31,14 +32,17 @@ from edge_sdk.messages import (
     Pause,
     Paused,
     PlanAssigned,
+    Profiled,
     Ready,
     RoundStart,
     Stamp,
     Welcome,
 )
+from edge_sdk.plan import fingerprint
 from edge_sdk.runtime import Runtime
 from edge_sdk.steps import Steps
 from edge_sdk.transport import Link, package_version
+from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,9 @@ class Participant:
         self._data: Prepared | None = None
         self._runtime: Runtime | None = None
         self._steps: Steps | None = None
+        self._folder = config.state
         self._state = LocalState(config.state)
+        self._measured: DeviceProfile | None = None
 
     def close(self) -> None:
         """Stop preparing batches."""
@@ -89,15 +95,34 @@ class Participant:
             )
         )
         welcome: Welcome = self._inbox.first(Welcome, self._config.patience_s).message
+        self._enter(welcome)
+        if welcome.wants_profile:
+            self._link.send(Profiled(stamp=self._stamp, profile=self._profile(welcome)))
         assigned: PlanAssigned = self._inbox.expect(PlanAssigned).message
-        is_same = self._welcome == welcome and self._assigned == assigned
+        self._adopt(assigned)
+
+    def _enter(self, welcome: Welcome) -> None:
+        """Be in the run that *welcome* speaks of."""
+        if self._welcome != welcome:
+            self._welcome, self._assigned, self._data = welcome, None, None
         self._stamp = welcome.stamp
-        self._state = LocalState(self._config.state / welcome.stamp.run / welcome.stamp.device)
-        self._state.prepare()
+        self._folder = self._config.state / welcome.stamp.run / welcome.stamp.device
+        LocalState(self._folder).prepare()
         self._callback.on_connect(welcome.stamp.run)
-        if not is_same or self._data is None or self._runtime is None:
+
+    def _profile(self, welcome: Welcome) -> DeviceProfile:
+        """What this device offers, measured once: later most of its memory is the run's own."""
+        if self._measured is None:
+            files = self._preparation.files(welcome, self._ask)
+            found = device_profile(self._config, files, welcome.max_length)
+            self._measured = with_link(found, self._link, self._inbox, self._stamp)
+        return self._measured
+
+    def _adopt(self, assigned: PlanAssigned) -> None:
+        """Run *assigned* from now on; says so when all is in place."""
+        if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
-            self._set_up(welcome, assigned)
+            self._set_up(assigned)
         assert self._data is not None
         self._link.send(
             Ready(
@@ -108,15 +133,24 @@ class Participant:
             )
         )
 
-    def _set_up(self, welcome: Welcome, assigned: PlanAssigned) -> None:
-        self._welcome, self._assigned = welcome, assigned
-        self._preparation.files(welcome, self._ask)
-        self._data = self._preparation.data(welcome)
+    def _set_up(self, assigned: PlanAssigned) -> None:
+        welcome = self._welcome
+        assert welcome is not None, "a plan before a welcome"
+        self.forget()  # two slices would need twice the memory
+        if self._data is None:
+            self._preparation.files(welcome, self._ask)
+            self._data = self._preparation.data(welcome)
         seed = int(welcome.training["seed"])
+        self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
         self._runtime = self._preparation.runtime(welcome, assigned, self._ask)
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
+        self._assigned = assigned
+
+    def forget(self) -> None:
+        """Let go of the model; its checkpoints stay."""
+        self._runtime = self._steps = self._assigned = None
 
     def _ask(self, request: PartRequest) -> Envelope:
         self._link.send(request)
@@ -158,8 +192,7 @@ class Participant:
             self._save(self._stamp.step)
             self._link.send(Paused(stamp=self._stamp))
         elif isinstance(message, PlanAssigned) and self._welcome is not None:
-            self._callback.on_plan(message.plan)
-            self._set_up(self._welcome, message)
+            self._adopt(message)
         else:
             log.debug("message.ignored kind=%s", type(message).__name__)
 
@@ -180,17 +213,19 @@ class Participant:
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""
         runtime, _ = self._ready()
-        if start.is_full:
+        if start.restarts:
+            runtime.load_moments({})
+        elif start.is_full:
             # Factors and residual come with the message; moments are best where they were left.
             runtime.load_moments(self._state.moments(start.stamp.step))
         own = {name[:-2] for name in tensors if name.endswith(".A")}
         changed = {name[:-2] for name in tensors if name.endswith(".V")}
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
+        runtime.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
         if start.is_full:
             runtime.set_residual(residual)
         else:
             runtime.merge_change(residual)
-        runtime.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
         runtime.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
 
     def _save(self, step: int) -> None:

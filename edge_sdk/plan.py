@@ -5,6 +5,7 @@ Part of the protocol: both travel inside messages. How a plan is found is not de
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -34,3 +35,9 @@ class Plan:
     """Sequences that pass through the model together; divides the step into micro-batches."""
     tail: bool = False
     """Whether final norm and head run on the device (labels: device, or split = all blocks)."""
+
+
+def fingerprint(plan: Plan) -> str:
+    """A short name for what *plan* makes of a model: equal for plans whose adapters fit."""
+    held = [plan.split, plan.tail, sorted(plan.ranks.items()), sorted(plan.alphas.items())]
+    return hashlib.sha256(repr(held).encode()).hexdigest()[:12]

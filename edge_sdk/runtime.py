@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_sdk.adapters import Pair
 from edge_sdk.factors import Array, Factors
+from edge_sdk.importance import Form
 
 
 class Micro(NamedTuple):
@@ -63,6 +64,17 @@ class Runtime(Protocol):
 
         Raises:
             NumericError: a gradient is NaN or infinite; nothing was changed.
+        """
+        ...
+
+    def measure_importance(self, form: Form, every: int) -> None:
+        """Measure the importance of the plan's weights at every *every*-th step; 0 never does."""
+        ...
+
+    def take_importance(self) -> dict[str, float]:
+        """Mean importance by weight of the steps measured since the last call, or this round's.
+
+        That of the device's own mean token loss; empty where no step was due.
         """
         ...
 

@@ -11,8 +11,10 @@ import torch
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.errors import NumericError
 from edge_sdk.factors import Array, Factors, compress, stack
+from edge_sdk.importance import Form, Meter
 from edge_sdk.layout import Layout, Task
 from edge_sdk.loss import LossSums, loss_sums
+from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
 from edge_sdk.plan import Plan
 from edge_sdk.runtime import Micro, TailSums
@@ -65,6 +67,7 @@ class TorchRuntime:
             parameter.requires_grad_(True)
         trained = {**self.adapters.parameters(), **self._head}
         self._optimizer = Optimizer(trained, training, total_steps, self._compute)
+        self._meter = Meter(self._slice.model, plan.ranks)
         self._hidden: torch.Tensor | None = None
         self._before: dict[str, Factors] = {}
 
@@ -75,7 +78,7 @@ class TorchRuntime:
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, _ = self._tensors(micro)
-        with autocast(self._compute, self._device):
+        with autocast(self._compute, self._device), self._meter.watching(step):
             self._hidden = self._slice.front(ids_BT, lengths_B, self._plan.split)
         return to_numpy(self._hidden)
 
@@ -102,15 +105,27 @@ class TorchRuntime:
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, labels = self._tensors(micro)
-        with autocast(self._compute, self._device):
+        with autocast(self._compute, self._device), self._meter.watching(step):
             sums = loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
         torch.autograd.backward(sums.loss_B.sum() * (self._optimizer.loss_scale / num_targets))
         return totals(sums)
 
     def step(self, step: int) -> None:
         """Update the adapters; see `Runtime`."""
+        scale = self._optimizer.loss_scale
         if not self._optimizer.step(step):
             raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
+        self._meter.close_step(lambda _: scale)
+
+    # ---- importance ----
+
+    def measure_importance(self, form: Form, every: int) -> None:
+        """Measure at every *every*-th step from now on; see `Runtime`."""
+        self._meter = Meter(self._slice.model, self._plan.ranks, form, every)
+
+    def take_importance(self) -> dict[str, float]:
+        """Mean importance by weight since the last call; see `Runtime`."""
+        return self._meter.take()
 
     # ---- evaluation ----
 
@@ -152,6 +167,7 @@ class TorchRuntime:
         """Remember the factors of the round's start; a step that was given up leaves nothing."""
         self._before = self.adapters.products()
         self._optimizer.forget_gradients()
+        self._meter.forget()
         self._hidden = None
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
@@ -163,7 +179,7 @@ class TorchRuntime:
         return self.adapters.most_bytes()
 
     def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Res <- Res + change - (s B' A' - s B A); design.md 6."""
+        """Res <- Res + change + s B A - s B' A' with the factors held from now on; design.md 6."""
         merge_change(self.adapters, changes, self._before)
 
     def head(self) -> dict[str, Array]:
@@ -180,6 +196,7 @@ class TorchRuntime:
             **adapter_state(self.adapters),
             **{f"head:{n}": v for n, v in self.head().items()},
             **before_state(self._before),
+            **{f"importance:{n}": v for n, v in self._meter.state().items()},
             **self.moments(),
         }
 
@@ -189,12 +206,14 @@ class TorchRuntime:
         self.load_head(under("head:", state))
         self._before = load_before_state(state)
         self.load_moments(state)
+        self._meter.load_state(under("importance:", state))
         self._optimizer.forget_gradients()
         self._hidden = None
 
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over the optimizer moments of what `state` or `moments` returned."""
-        self._optimizer.load_state(under("optimizer:", state))
+        moments = under("optimizer:", state)
+        self._optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
 
     def moments(self) -> dict[str, np.ndarray]:
         """The optimizer's part of `state`."""
@@ -204,7 +223,10 @@ class TorchRuntime:
 def merge_change(
     adapters: Adapters, changes: Mapping[str, Factors], before: Mapping[str, Factors]
 ) -> None:
-    """Res <- Res + change - (s B' A' - s B A) for the weights in *changes*; design.md 6."""
+    """Res <- Res + change + s B A - s B' A' for the weights in *changes*; design.md 6.
+
+    B A are the factors at the start of the round that ended, B' A' those that are held now.
+    """
     now = adapters.products()
     merged = {}
     for name, change in changes.items():

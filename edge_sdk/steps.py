@@ -41,6 +41,8 @@ class Steps:
         self, runtime: Runtime, plan: Plan, welcome: Welcome, link: Link, inbox: Inbox
     ) -> None:
         self._runtime, self._plan = runtime, plan
+        form: Any = welcome.importance
+        runtime.measure_importance(form, welcome.importance_every)
         self._link, self._inbox = link, inbox
         self._codec = welcome.codec
         self._keeps_labels = welcome.labels == "device"

@@ -31,7 +31,7 @@ DOORS = {
         "coordinator/gateway*.py",
     ],
     "pynvml": ["profiler/sources.py"],
-    "onnxruntime": ["edge_sdk/runtime_onnx.py"],
+    "onnxruntime": ["edge_sdk/onnx_model.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from coordinator.aggregation import product
 from coordinator.wave import Job
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.factors import Factors
@@ -23,7 +24,7 @@ def test_a_restored_engine_goes_on_bit_for_bit() -> None:
     for engine in (straight, stopped):
         engine.train(jobs, 0, 0)
         engine.finish_step(0)
-        engine.merge_change(change)
+        engine.take(change, {}, {})
     restored = make_engine("bert", training)
     restored.train(jobs, 5, 0)  # a step that was cut off
 
@@ -65,15 +66,16 @@ def test_evaluation_equals_the_whole_model() -> None:
 
 
 def test_a_mean_of_blocks_that_are_only_evaluated_is_a_residual() -> None:
-    """With `fedavg` the coordinator's evaluation sees what devices alone have trained."""
+    """The coordinator's evaluation sees what devices alone have trained."""
     engine = make_engine("llama", first=2)  # scale: alpha / r = 2
     name = "model.layers.0.mlp.up_proj"
     pair = warm_pair(name, known("llama").shapes[name])
 
-    engine.take({}, {}, {name: pair}, {})
+    engine.take({name: product(pair, 2.0)}, {}, {})
 
     held = engine.adapters.residual[name]
-    np.testing.assert_allclose(held.dense(), 2.0 * pair.b_OR @ pair.a_RI, rtol=1e-5)
+    expected = 2.0 * pair.b_OR @ pair.a_RI
+    np.testing.assert_allclose(held.dense(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_of_weights() -> None:

@@ -103,10 +103,11 @@ def test_three_cuts_are_one_machine(cluster: Cluster, labels: str) -> None:
     wait_all(clients)
 
     assert outcome == "completed"
-    means = serving.run.ledger.means
-    assert means.keys() == central.targets.keys()
+    ledger = serving.run.ledger
+    joined = {weight: pair for own in ledger.pairs.values() for weight, pair in own.items()}
+    assert joined.keys() == ledger.totals.keys() == central.targets.keys()
     moved = {"A": 0.0, "B": 0.0}
-    for name, pair in means.items():
+    for name, pair in joined.items():
         for letter, found in (("A", pair.a_RI), ("B", pair.b_OR)):
             expected = central.factor(f"{name}.{letter}")
             np.testing.assert_allclose(found, expected, atol=1e-5)

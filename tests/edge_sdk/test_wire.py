@@ -35,6 +35,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
     if typing.get_origin(hint) is dict:
         return st.dictionaries(st.text(max_size=5), values(typing.get_args(hint)[1]), max_size=3)
+    if type(None) in typing.get_args(hint):
+        return st.none() | values(typing.get_args(hint)[0])
     return {
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),

@@ -1,0 +1,292 @@
+"""Plan a whole run: split points and ranks of every device and of the coordinator (ARMSC).
+
+Pure: a situation in, plans with their reasons out. Split points come from `splits.py`, ranks from
+`rank_choice.py`, prices from `costs.py`. When to plan again is `replan.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from coordinator.aggregation import RULES, SERVER
+from coordinator.assessment import server_bytes, server_wave_seconds, utility, wave_seconds
+from coordinator.costs import (
+    Ranks,
+    adapter_budget,
+    adapters_bytes,
+    device_bytes,
+    device_seconds,
+    device_tokens,
+    options,
+    rank_tables,
+    server_side,
+)
+from coordinator.planning import make_plan
+from coordinator.rank_choice import choose_ranks, uniform_ranks
+from coordinator.situation import Situation
+from coordinator.splits import (
+    Binding,
+    Option,
+    Splits,
+    choose_splits,
+    deepest_splits,
+    fitting,
+)
+from edge_sdk.errors import ConfigError
+from edge_sdk.plan import Plan
+from profiler.profile import problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStory:
+    """The numbers behind one device's plan. Memory in bytes; infinite where nobody knows."""
+
+    budget_bytes: float
+    options: tuple[Option, ...]
+    """Every split with the least ranks that let all weights learn."""
+    binding: Binding
+    """What keeps the device from going deeper."""
+    planned_bytes: float
+    """Predicted peak with the chosen ranks."""
+    adapter_bytes: float
+    adapter_budget_bytes: float
+    device_s: float | None
+    """Its compute and link time in a wave; None where unknown."""
+    server_s: float | None
+    """What it costs the coordinator in a wave."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStory:
+    """The numbers behind the coordinator's share."""
+
+    first: int
+    """Its first block; the number of blocks where it trains none."""
+    budget_bytes: float
+    planned_bytes: float
+    adapter_bytes: float
+    adapter_budget_bytes: float
+    server_s: float | None
+    """Its time of a wave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why the plans are as they are."""
+
+    devices: dict[str, DeviceStory]
+    server: ServerStory
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSet:
+    """Plans of all devices, and what they come to."""
+
+    plans: dict[str, Plan]
+    server_ranks: dict[str, int]
+    """Rank of each of the coordinator's own adapters."""
+    refused: dict[str, str]
+    """Devices that cannot take part, and why."""
+    wave_s: float | None
+    """The slower side's time of a wave; None where a speed or a link is unknown."""
+    utility: float
+    """Importance times what its rank is worth, over all weights, in the mean over the devices."""
+    explanation: Explanation
+
+
+def plan_all(situation: Situation) -> PlanSet:
+    """Return the best plans for a situation.
+
+    A device that cannot take part is refused by name and the others are planned without it.
+
+    Raises:
+        ConfigError: the coordinator is too small for what the devices leave to it, or the config
+            asks for what nobody can do.
+    """
+    tables, refused = _tables(situation)
+    splits = _split(situation, tables)
+    devices, ranks = _ranks(situation, splits)
+    plans, chosen = {}, splits.chosen
+    for device, own in devices.items():
+        plans[device] = make_plan(
+            situation.config, situation.facts, device, chosen[device].split, own
+        )
+    stories = {d: _story(situation, d, tables[d], splits, plans[d]) for d in plans}
+    return PlanSet(
+        plans=plans,
+        server_ranks=ranks,
+        refused=refused,
+        wave_s=wave_seconds(situation, plans, ranks),
+        utility=utility(situation, plans, ranks),
+        explanation=Explanation(
+            devices=stories,
+            server=_server_story(situation, splits, ranks),
+            notes=_notes(situation),
+        ),
+    )
+
+
+# ---- split points ----
+
+
+def _tables(situation: Situation) -> tuple[dict[str, list[Option]], dict[str, str]]:
+    """Each able device's options, and why the others are not."""
+    tables, refused = {}, {}
+    for device in sorted(situation.profiles):
+        wrong = problems(situation.profile(device))
+        if wrong:
+            refused[device] = f"its profile cannot be true: {'; '.join(wrong)}"
+            continue
+        try:
+            own = options(situation, device)
+            pin = situation.pinned_split(device)
+            fitting(device, own, situation.limit_bytes(device), pin)
+        except ConfigError as error:
+            refused[device] = str(error)
+        else:
+            tables[device] = own
+    return tables, refused
+
+
+def _split(situation: Situation, tables: Mapping[str, list[Option]]) -> Splits:
+    budgets = {device: situation.limit_bytes(device) for device in tables}
+    pins = {d: pin for d in tables if (pin := situation.pinned_split(d)) is not None}
+    by_time = situation.config.planning.split == "armsc" and situation.server_speed is not None
+    rule = choose_splits if by_time else deepest_splits
+    return rule(tables, budgets, server_side(situation), pins)
+
+
+# ---- ranks ----
+
+
+def _ranks(
+    situation: Situation, splits: Splits
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Ranks of every device and of the coordinator."""
+    found: dict[str, dict[str, int]] = {}
+    for device, option in splits.chosen.items():
+        tokens = device_tokens(situation, device, option.split)
+        budget = adapter_budget(situation, device, option.split)
+        found[device] = _choose(situation, device, tokens, budget)
+    tokens = _server_tokens(situation, splits)
+    found[SERVER] = _choose(situation, SERVER, tokens, _server_adapter_budget(situation, splits))
+    if RULES[situation.config.aggregation].needs_equal_ranks:
+        found = _made_equal(found)
+    return {device: found[device] for device in splits.chosen}, found[SERVER]
+
+
+def _choose(
+    situation: Situation, device: str, tokens: Mapping[str, int], budget_bytes: float
+) -> dict[str, int]:
+    """Ranks of a device, or of `SERVER`, on the weights that *tokens* pass through."""
+    possible = {name: situation.ranks(device, name) for name in tokens}
+    if all(len(ranks) == 1 for ranks in possible.values()):
+        return {name: ranks[0] for name, ranks in possible.items()}
+    if situation.config.planning.ranks == "uniform":
+        bytes_of = partial(adapters_bytes, situation, tokens=tokens)
+        return uniform_ranks(possible, bytes_of, budget_bytes)
+    return choose_ranks(rank_tables(situation, device, tokens), budget_bytes)
+
+
+def _made_equal(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """One rank for everybody: that of who can hold least."""
+    most = min((max(own.values()) for own in ranks.values() if own), default=0)
+    return {name: {w: min(r, most) for w, r in own.items()} for name, own in ranks.items()}
+
+
+def _server_tokens(situation: Situation, splits: Splits) -> dict[str, int]:
+    """Tokens that pass through each of the coordinator's weights in a wave."""
+    found: dict[str, int] = {}
+    for block in range(_first(situation, splits), situation.num_blocks):
+        tokens = sum(
+            situation.tokens(device)
+            for device, option in splits.chosen.items()
+            if option.split <= block
+        )
+        found |= dict.fromkeys(situation.weights(block, block + 1), tokens)
+    return found
+
+
+def _first(situation: Situation, splits: Splits) -> int:
+    return min((o.split for o in splits.chosen.values()), default=situation.num_blocks)
+
+
+def _server_adapter_budget(situation: Situation, splits: Splits) -> float:
+    """Memory that the coordinator has left for adapters."""
+    tokens = _server_tokens(situation, splits)
+    first = {name: situation.first_rank(SERVER, name) for name in tokens}
+    base = splits.server_bytes - adapters_bytes(situation, first, tokens)
+    return situation.limit_bytes(SERVER) - base
+
+
+def _depths(splits: Splits) -> dict[str, int]:
+    return {device: option.split for device, option in splits.chosen.items()}
+
+
+# ---- why ----
+
+
+def _story(
+    situation: Situation, device: str, table: list[Option], splits: Splits, plan: Plan
+) -> DeviceStory:
+    tokens = device_tokens(situation, device, plan.split)
+    return DeviceStory(
+        budget_bytes=situation.budget_bytes(device),
+        options=tuple(table),
+        binding=splits.binding[device],
+        planned_bytes=device_bytes(situation, device, plan.split, plan.ranks),
+        adapter_bytes=adapters_bytes(situation, plan.ranks, tokens),
+        adapter_budget_bytes=adapter_budget(situation, device, plan.split),
+        device_s=device_seconds(situation, device, plan.split, plan.ranks),
+        server_s=None if situation.server_speed is None else splits.chosen[device].server_s,
+        notes=_device_notes(situation, device, plan),
+    )
+
+
+def _device_notes(situation: Situation, device: str, plan: Plan) -> tuple[str, ...]:
+    profile, found = situation.profile(device), []
+    if situation.is_fixed:
+        peak = device_bytes(situation, device, plan.split, plan.ranks)
+        is_large = peak > situation.budget_bytes(device)
+        return ("the config gives it more than fits its memory",) if is_large else ()
+    if profile.memory_bytes is None:
+        found.append("memory unknown: split and largest rank as in the config")
+    elif profile.overhead_bytes is None:
+        found.append("overhead_bytes unknown: counted as 0")
+    if situation.config.planning.split == "armsc":
+        unknown = [
+            name
+            for name in ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
+            if getattr(profile, name) is None
+        ]
+        if unknown:
+            found.append(f"{', '.join(unknown)} unknown: only memory decides its split")
+    return tuple(found)
+
+
+def _server_story(situation: Situation, splits: Splits, ranks: Ranks) -> ServerStory:
+    tokens = _server_tokens(situation, splits)
+    return ServerStory(
+        first=_first(situation, splits),
+        budget_bytes=situation.budget_bytes(SERVER),
+        planned_bytes=server_bytes(situation, _depths(splits), ranks),
+        adapter_bytes=adapters_bytes(situation, ranks, tokens),
+        adapter_budget_bytes=_server_adapter_budget(situation, splits),
+        server_s=server_wave_seconds(situation, _depths(splits), ranks),
+    )
+
+
+def _notes(situation: Situation) -> tuple[str, ...]:
+    config, found = situation.config, [f"sequences of up to {situation.length} tokens"]
+    if config.planning.split == "armsc" and situation.server_speed is None:
+        found.append("planning.server_flops_per_s unknown: only memory decides the splits")
+    if not math.isfinite(situation.budget_bytes(SERVER)):
+        found.append("planning.server_memory_bytes unknown: the coordinator holds everything")
+    if situation.importance is None and config.planning.ranks == "rngwp":
+        found.append("importance not measured yet: all weights alike")
+    return tuple(found)

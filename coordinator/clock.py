@@ -1,0 +1,127 @@
+"""A modelled clock: how long a run would take on other machines. Pure; times are not measured.
+
+Each device computes by itself and at the same time as the others; its link carries one message at
+a time in each direction; the coordinator is one resource that serves one wave after the other.
+
+    device forward -> up -> coordinator forward and backward -> down -> device backward
+
+The caller says what happens in an order in which causes come before effects; this file adds up
+when. Waiting is free, energy is power times the time in which something is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Speeds of a device and its link, or of the coordinator (whose links are the devices')."""
+
+    flops_per_s: float
+    watts: float = 0.0
+    up_bytes_per_s: float = float("inf")
+    """From the device to the coordinator."""
+    down_bytes_per_s: float = float("inf")
+    round_trip_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one machine has done since the last reading."""
+
+    compute_s: float = 0.0
+    up_s: float = 0.0
+    """Time in which its uplink was busy."""
+    down_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(slots=True)
+class _Node:
+    """Where one machine stands in time."""
+
+    machine: Machine
+    now_s: float = 0.0
+    up_free_s: float = 0.0
+    down_free_s: float = 0.0
+    arrived_s: float = 0.0
+    """When its last message reached the coordinator."""
+    usage: Usage = field(default_factory=Usage)
+
+    def compute(self, flops: float) -> None:
+        seconds = flops / self.machine.flops_per_s
+        self.now_s += seconds
+        self.usage.compute_s += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a clock shows at the end of a round."""
+
+    seconds: float
+    """Since the start."""
+    round_s: float
+    """Since the last reading."""
+    devices: dict[str, Usage]
+    coordinator: Usage
+
+
+class Clock:
+    """Time of one run: a coordinator and its devices, all at 0 when it is made."""
+
+    def __init__(self, devices: Mapping[str, Machine], coordinator: Machine) -> None:
+        self._devices = {name: _Node(machine) for name, machine in devices.items()}
+        self._coordinator = _Node(coordinator)
+        self._read_s = 0.0
+
+    def compute(self, device: str, flops: float) -> None:
+        """*device* computes; nobody else waits for that."""
+        self._devices[device].compute(flops)
+
+    def upload(self, device: str, num_bytes: int) -> None:
+        """*device* sends a message as soon as its uplink is free, and does not wait for it."""
+        node = self._devices[device]
+        seconds = num_bytes / node.machine.up_bytes_per_s
+        node.up_free_s = max(node.now_s, node.up_free_s) + seconds
+        node.arrived_s = node.up_free_s + node.machine.round_trip_s / 2
+        node.usage.up_s += seconds
+        node.usage.bytes_up += num_bytes
+
+    def serve(self, devices: Iterable[str], flops: float = 0.0) -> None:
+        """The coordinator computes what needs the last message of each of *devices*."""
+        node = self._coordinator
+        arrivals = (self._devices[device].arrived_s for device in devices)
+        node.now_s = max((node.now_s, *arrivals))
+        node.compute(flops)
+
+    def download(self, device: str, num_bytes: int) -> None:
+        """The coordinator sends what it has now; *device* waits for it."""
+        node = self._devices[device]
+        seconds = num_bytes / node.machine.down_bytes_per_s
+        node.down_free_s = max(self._coordinator.now_s, node.down_free_s) + seconds
+        node.now_s = max(node.now_s, node.down_free_s + node.machine.round_trip_s / 2)
+        node.usage.down_s += seconds
+        node.usage.bytes_down += num_bytes
+
+    def read(self) -> Reading:
+        """End a round: everything sent has arrived. Usage is counted from here anew."""
+        self.serve(self._devices)
+        now_s = self._coordinator.now_s
+        reading = Reading(
+            seconds=now_s,
+            round_s=now_s - self._read_s,
+            devices={name: node.usage for name, node in self._devices.items()},
+            coordinator=self._coordinator.usage,
+        )
+        self._read_s = now_s
+        for node in (*self._devices.values(), self._coordinator):
+            node.usage = Usage()
+        return reading
+
+
+def central_step_s(flops: float, machine: Machine) -> float:
+    """Seconds of one step of centralised training, *flops* forward and backward, on *machine*."""
+    return flops / machine.flops_per_s

@@ -1,0 +1,302 @@
+"""What splits and ranks cost on one device and on the coordinator, by the profiler's estimates.
+
+Turns a situation into the tables from which `splits.py` and `rank_choice.py` choose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+
+from coordinator.aggregation import SERVER
+from coordinator.rank_choice import Choice, Weights, rank_table
+from coordinator.situation import Situation
+from coordinator.splits import Option, Server
+from profiler.estimate import (
+    ModelShape,
+    Work,
+    estimate_flops,
+    estimate_memory,
+    hidden_bytes,
+)
+
+Ranks = Mapping[str, int]
+# Of the ranks of weights that read the same input.
+MOST_COMBINATIONS = 1000
+
+
+def first_ranks(situation: Situation, device: str, first: int, stop: int) -> dict[str, int]:
+    """The ranks that a stretch of blocks is priced with."""
+    return {n: situation.first_rank(device, n) for n in situation.weights(first, stop)}
+
+
+# ---- memory ----
+
+
+def adapters_bytes(situation: Situation, ranks: Ranks, tokens: Mapping[str, int]) -> float:
+    """Memory that adapters of *ranks* add, with *tokens* passing through each in a wave."""
+    blocks: dict[tuple[int, int], dict[str, int]] = {}
+    for name, rank in ranks.items():
+        block, inside = situation.place(name)
+        blocks.setdefault((block, tokens[name]), {})[inside] = rank
+    return math.fsum(
+        _adapters_of_block(situation, tuple(own.items()), count)
+        for (_, count), own in blocks.items()
+    )
+
+
+def _adapters_of_block(
+    situation: Situation, ranks: tuple[tuple[str, int], ...], tokens: int
+) -> float:
+    """Memory that adapters add to one block, by name inside the block."""
+    config = situation.config
+    has_dropout = config.lora.lora_dropout > 0
+    with_, without = (
+        _block_bytes(situation.model, own, tokens, config.training.optimizer, has_dropout)
+        for own in (tuple((name, rank) for name, rank in ranks if rank > 0), ())
+    )
+    return with_ - without
+
+
+@lru_cache(1 << 16)
+def _block_bytes(
+    model: ModelShape,
+    ranks: tuple[tuple[str, int], ...],
+    tokens: int,
+    optimizer: str,
+    has_dropout: bool,
+) -> int:
+    """Memory of one block in the middle of a stretch: only differences of it mean something."""
+    work = Work(
+        first=0,
+        stop=1,
+        has_front=False,
+        has_tail=False,
+        ranks={f"{model.blocks_path}.0.{name}": rank for name, rank in ranks},
+        micro_batch=tokens,
+        length=1,
+        optimizer=optimizer,
+        has_lora_dropout=has_dropout,
+    )
+    return estimate_memory(model, work).total
+
+
+def device_tokens(situation: Situation, device: str, split: int) -> dict[str, int]:
+    """Tokens that pass through each of a device's weights in a wave."""
+    return dict.fromkeys(situation.weights(0, split), situation.tokens(device))
+
+
+def device_bytes(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+    """Peak memory of a device's process."""
+    overhead = int(situation.profile(device).overhead_bytes or 0)
+    work = _device_work(situation, device, split, ranks)
+    return estimate_memory(situation.model, work, overhead).total
+
+
+def device_base_bytes(situation: Situation, device: str, split: int) -> float:
+    """Peak memory of a device's process less all adapters."""
+    ranks = first_ranks(situation, device, 0, split)
+    total = device_bytes(situation, device, split, ranks)
+    return total - adapters_bytes(situation, ranks, device_tokens(situation, device, split))
+
+
+def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) -> Work:
+    config = situation.config
+    has_tail = config.labels == "device" or split == situation.num_blocks
+    return Work(
+        first=0,
+        stop=split,
+        has_front=True,
+        has_tail=has_tail,
+        ranks=dict(ranks),
+        micro_batch=situation.micro_batch(device),
+        length=situation.length,
+        codec_bytes=_codec_bytes(situation, device),
+        optimizer=config.training.optimizer,
+        trains_head=has_tail and config.task == "sequence-classification",
+        residual_rank=situation.residual_rank,
+        has_lora_dropout=config.lora.lora_dropout > 0,
+    )
+
+
+def server_base_bytes(situation: Situation, first: int, ranks: Ranks) -> float:
+    """Memory of the coordinator before any device's rows come, if its blocks begin at *first*.
+
+    With a file to evaluate it holds the whole model, whatever the devices hold.
+    """
+    holds_all = situation.config.evaluation.data.path is not None
+    if first == situation.num_blocks and not holds_all:
+        return 0.0
+    work = _server_work(situation, SERVER, first, ranks, holds_all=holds_all)
+    return estimate_memory(situation.model, work).total
+
+
+def server_rows_bytes(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+    """Memory that a device's rows take on the coordinator."""
+    if split == situation.num_blocks:
+        return 0.0
+    model = situation.model
+    with_rows = _server_work(situation, device, split, ranks)
+    empty = _server_work(situation, SERVER, split, ranks)
+    return estimate_memory(model, with_rows).total - estimate_memory(model, empty).total
+
+
+def _server_work(
+    situation: Situation, device: str, split: int, ranks: Ranks, *, holds_all: bool = False
+) -> Work:
+    """The coordinator's work for one device's rows; for `SERVER`, for none."""
+    config = situation.config
+    has_tail = config.labels == "server" or holds_all
+    return Work(
+        first=0 if holds_all else split,
+        stop=situation.num_blocks,
+        has_front=holds_all,
+        has_tail=has_tail,
+        ranks=dict(ranks),
+        micro_batch=0 if device == SERVER else situation.micro_batch(device),
+        length=situation.length,
+        codec_bytes=2 if device == SERVER else _codec_bytes(situation, device),
+        optimizer=config.training.optimizer,
+        trains_head=config.labels == "server" and config.task == "sequence-classification",
+        residual_rank=situation.residual_rank,
+        has_lora_dropout=config.lora.lora_dropout > 0,
+    )
+
+
+# ---- time ----
+
+
+def device_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:
+    """Compute and link time of a device in a wave; None where its speed or link is unknown."""
+    profile = situation.profile(device)
+    if profile.flops_per_s is None:
+        return None
+    flops = estimate_flops(situation.model, _device_work(situation, device, split, ranks)).total
+    link_s = 0.0 if split == situation.num_blocks else link_seconds(situation, device)
+    return None if link_s is None else flops / profile.flops_per_s + link_s
+
+
+def link_seconds(situation: Situation, device: str) -> float | None:
+    """Time of a device's tensors on its link in a wave; None where the bandwidth is unknown."""
+    profile = situation.profile(device)
+    up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
+    if up is None or down is None:
+        return None
+    one_way = hidden_bytes(
+        situation.model,
+        situation.micro_batch(device),
+        situation.length,
+        _codec_bytes(situation, device),
+    )
+    # There and back once for h and dL/dh; with the tail on the device once more for its ends.
+    exchanges = 2 if situation.config.labels == "device" else 1
+    return exchanges * (one_way / up + one_way / down + (profile.round_trip_s or 0.0))
+
+
+def server_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:
+    """Compute time of the coordinator for a device's rows; None where its speed is unknown."""
+    if split == situation.num_blocks:
+        return 0.0
+    speed = situation.server_speed
+    work = _server_work(situation, device, split, ranks)
+    return None if speed is None else estimate_flops(situation.model, work).total / speed
+
+
+def _codec_bytes(situation: Situation, device: str) -> int:
+    return 4 if situation.config.settings(device).codec == "float32" else 2
+
+
+# ---- tables ----
+
+
+def options(situation: Situation, device: str) -> list[Option]:
+    """What each split of a device costs, with the least ranks.
+
+    Times are None throughout where the device's speed or link is unknown.
+    """
+    rows = [_option(situation, device, split) for split in range(1, situation.num_blocks + 1)]
+    if all(row.device_s is not None for row in rows):
+        return rows
+    return [
+        Option(row.split, row.device_bytes, None, row.server_bytes, row.server_s) for row in rows
+    ]
+
+
+def _option(situation: Situation, device: str, split: int) -> Option:
+    last = situation.num_blocks
+    own = first_ranks(situation, device, 0, split)
+    rest = first_ranks(situation, SERVER, split, last)
+    adapters = adapters_bytes(situation, own, device_tokens(situation, device, split))
+    return Option(
+        split,
+        device_base_bytes(situation, device, split) + min(adapters, _cap(situation, device)),
+        device_seconds(situation, device, split, own),
+        server_rows_bytes(situation, device, split, rest),
+        server_seconds(situation, device, split, rest) or 0.0,
+    )
+
+
+def server_side(situation: Situation) -> Server:
+    """The coordinator as splits see it."""
+    last = situation.num_blocks
+    base = [
+        server_base_bytes(situation, first, first_ranks(situation, SERVER, first, last))
+        for first in range(last + 1)
+    ]
+    return Server(situation.limit_bytes(SERVER), base)
+
+
+def adapter_budget(situation: Situation, device: str, split: int) -> float:
+    """Memory that a device has left for adapters at a split."""
+    left = situation.limit_bytes(device) - device_base_bytes(situation, device, split)
+    return min(left, _cap(situation, device))
+
+
+def _cap(situation: Situation, device: str) -> float:
+    cap = situation.config.planning.adapter_bytes
+    return math.inf if cap is None or situation.pinned_rank(device) is not None else cap
+
+
+def rank_tables(
+    situation: Situation, device: str, tokens: Mapping[str, int]
+) -> dict[Weights, tuple[Choice, ...]]:
+    """What ranks are worth and cost, on a device or on `SERVER`.
+
+    Args:
+        situation: The situation.
+        device: Whose ranks.
+        tokens: Tokens that pass through each weight in a wave; only these get a table.
+    """
+    tables = {}
+    for item in _items(situation, device, tokens):
+        insides = [situation.place(name)[1] for name in item]
+        price = partial(_price, situation, insides, tokens[item[0]])
+        tables[item] = rank_table(
+            [situation.importance_of(name) for name in item],
+            [situation.ranks(device, name) for name in item],
+            price,
+            situation.config.planning.utility,
+        )
+    return tables
+
+
+def _price(
+    situation: Situation, insides: Sequence[str], tokens: int, ranks: tuple[int, ...]
+) -> float:
+    return _adapters_of_block(situation, tuple(zip(insides, ranks, strict=True)), tokens)
+
+
+def _items(situation: Situation, device: str, weights: Iterable[str]) -> list[Weights]:
+    """Weights that are chosen together: those of a block that read the same input."""
+    inputs: dict[tuple[int, int | str], list[str]] = {}
+    for name in weights:
+        block, inside = situation.place(name)
+        source = situation.input_ids.get(inside, -1)
+        inputs.setdefault((block, source if source >= 0 else inside), []).append(name)
+    found: list[Weights] = []
+    for names in inputs.values():
+        size = math.prod(len(situation.ranks(device, name)) for name in names)
+        # Too many combinations: each is charged for the input as if it alone kept it.
+        found += [tuple(names)] if size <= MOST_COMBINATIONS else [(name,) for name in names]
+    return found

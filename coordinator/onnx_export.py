@@ -1,0 +1,134 @@
+"""Make the graphs that a device without torch runs, from a model's config alone.
+
+    python -m coordinator.onnx_export JOB.json MODEL_FOLDER OUT
+
+Every block is traced, and equal ones are kept once. Takes seconds of Python for each kind of block,
+and changes torch's modules while it does: a coordinator runs it as a process of its own
+(`graph_shop.py`). Reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coordinator.onnx_shapes import LOWERINGS
+from coordinator.onnx_trace import Traced, Tracer
+from coordinator.onnx_writer import Writer
+from edge_sdk.adapters import Shape, head_names
+from edge_sdk.errors import EdgeError, one_line
+from edge_sdk.graphs import About, Graphs
+from edge_sdk.layout import Layout, Task, find_layout
+from edge_sdk.partition import Slice
+from edge_sdk.weights import load_config, write_whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to export; all of it decides what comes out."""
+
+    task: Task
+    num_labels: int
+    split: int
+    """Blocks 0 .. split-1."""
+    tail: bool
+    """Whether the tail is wanted, too."""
+    measures: bool
+    """Whether the device measures importance."""
+    targets: Mapping[str, tuple[int, int]]
+    """(outputs, inputs) of each weight that may have an adapter, by module name."""
+    dtypes: Mapping[str, str]
+    """What each tensor of the slice is stored as, as torch calls it, by whole-model name."""
+
+
+def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:
+    """Return the graphs of *job* for the model of *config*.
+
+    Raises:
+        ModelError: the model's code cannot be traced, or uses an operator that has no translation.
+    """
+    layout = layout or find_layout(config, job.task)
+    slice_ = _weightless(config, job, layout)
+    head = head_names(slice_)
+    targets = {name: Shape(*shape) for name, shape in job.targets.items()}
+    # A head that is trained is float32, whatever it was stored as.
+    dtypes = {n: getattr(torch, d) for n, d in job.dtypes.items() if n not in head}
+    tracer = Tracer(slice_, targets, dtypes)
+    models = {"front": _written(tracer.front)}
+    kinds: list[int] = []
+    known: dict[bytes, int] = {}
+    for index in range(job.split):
+        block = _written(lambda index=index: tracer.block(index))  # type: ignore[misc]
+        kind = known.setdefault(block, len(known))
+        kinds.append(kind)
+        if f"block.{kind}" not in models:
+            models |= {f"block.{kind}": block, **_gradients(tracer, index, kind, job)}
+    if job.tail:
+        models["tail"] = _written(tracer.tail)
+    about = About(
+        blocks_path=layout.blocks_path,
+        kinds=tuple(kinds),
+        task=job.task,
+        head=head if job.tail else (),
+    )
+    return Graphs(about, models)
+
+
+def _gradients(tracer: Tracer, index: int, kind: int, job: Job) -> dict[str, bytes]:
+    found = {f"vjp.{kind}": _written(lambda: tracer.block_vjp(index))}
+    if job.measures:
+        found[f"measure.{kind}"] = _written(lambda: tracer.block_vjp(index, measures=True))
+    return found
+
+
+def _weightless(config: Any, job: Job, layout: Layout) -> Slice:
+    """The slice with a single zero for all its weights."""
+    slice_ = Slice(config, job.task, layout, torch.float32)
+    shapes = {name: tensor.shape for name, tensor in slice_.model.state_dict().items()}
+    for index in range(job.split):
+        zeros = {n: torch.zeros(()).expand(shapes[n]) for n in layout.blocks[index]}
+        slice_.add(f"block.{index}", zeros)
+    return slice_
+
+
+def _written(trace: Callable[[], Traced]) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of its own inner life
+        return Writer(trace(), LOWERINGS).write()
+
+
+def load_job(path: Path) -> Job:
+    """Read what `job_text` has made."""
+    return Job(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def job_text(job: Job) -> str:
+    """*job* as text, the same for equal jobs."""
+    return json.dumps(asdict(job), sort_keys=True)
+
+
+def main() -> int:
+    """Export the job of argument 1, for the model in the folder of argument 2, to argument 3."""
+    job_path, folder, out = map(Path, sys.argv[1:4])
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
+    try:
+        job = load_job(job_path)
+        config = load_config(folder, job.num_labels)
+        write_whole(out, export_slice(config, job).pack())
+    except EdgeError as error:
+        print(one_line(error), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""Trace what a device without torch computes: its blocks, their gradients, and the tail.
+
+The model's own code runs once on tensors without data; what comes out is a graph of aten operators
+in which batch, length and ranks are symbols. Weights and adapters are inputs. Knows no ONNX, no
+files, no network and no weight's value.
+
+Legend: B sequences, T positions, D hidden size, M tokens, N targets, V vocabulary or classes, R, S
+ranks, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch._decomp import get_decompositions
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu, log_softmax
+from transformers.activations import NewGELUActivation
+
+from edge_sdk.adapters import Shape, head_names, is_transposed
+from edge_sdk.errors import ModelError, one_line
+from edge_sdk.partition import Slice
+
+aten = torch.ops.aten
+# Everything else is translated as it is; these have no counterpart in ONNX.
+DECOMPOSED = (
+    aten.native_layer_norm_backward,
+    aten._softmax_backward_data,
+    aten._log_softmax_backward_data,
+    aten.gelu_backward,
+    aten.silu_backward,
+    aten.tanh_backward,
+    aten.sigmoid_backward,
+    aten.detach,
+    aten.t,
+    aten.fill,
+    aten.expand_copy,
+    aten.squeeze_copy,
+)
+# Sizes while tracing; 0 and 1 would be taken for fixed.
+ROWS, POSITIONS, RANK, TARGETS = 3, 11, 5, 7
+FACTORS = "ABVU"
+FORMS = ("free", "signed", "reference")
+
+
+class Input(NamedTuple):
+    """One input of a graph."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dynamic: tuple[int, ...] = ()
+    """Dimensions that may have any size; those in *shape* only serve to trace."""
+
+
+LENGTHS = Input((ROWS,), torch.int64, (0,))
+
+
+class Seen(NamedTuple):
+    """What a target has computed with, M tokens of it; *plain* is without adapters."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    is_transposed: bool
+    x: torch.Tensor
+    plain: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph of aten operators; inputs and outputs in their order."""
+
+    graph: fx.GraphModule
+    inputs: dict[str, Input]
+    outputs: tuple[str, ...]
+
+
+class Tracer:
+    """Traces a slice piece by piece: embeddings, each block, the gradient of each, the tail.
+
+    Args:
+        slice_: A slice of which every block that is traced is present; values do not matter.
+        targets: The weights that adapters may change, by module name.
+        dtypes: What each weight is stored as, by name; computed is in float32.
+    """
+
+    def __init__(
+        self, slice_: Slice, targets: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self._slice, self._targets, self._dtypes = slice_, targets, dtypes
+        self._slice.model.eval()
+        for module in slice_.model.modules():
+            if isinstance(module, NewGELUActivation):
+                # The same function as one operator: its gradient keeps one tensor, not six.
+                module.forward = partial(gelu, approximate="tanh")  # type: ignore[method-assign]
+
+    # ---- the pieces ----
+
+    def front(self) -> Traced:
+        """Token ids and lengths in, what enters block 0 out."""
+
+        def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            with self._in_place(values), self._nothing_in(self._slice.blocks[0]):
+                return (self._slice.front(values["input_ids"], values["lengths"], 1),)
+
+        ids = Input((ROWS, POSITIONS), torch.int64, (0, 1))
+        weights = self._weights(self._slice.layout.front)
+        return _trace(run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",))
+
+    def block(self, index: int) -> Traced:
+        """What enters a block in, what leaves it out; names are those inside the block."""
+        inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **self._block_inputs(index)}
+        return _trace(lambda values: (self._block(index, values),), inputs, ("out",))
+
+    def block_vjp(self, index: int, *, measures: bool = False) -> Traced:
+        """The same and dL/dout in; dL/dhidden, and dL/dA and dL/d(s B) of every target, out.
+
+        The forward pass is part of it: nothing is kept between a block's two graphs. With
+        *measures*, every form of `edge_sdk.importance` of every target comes out as well.
+        """
+        inputs = {"hidden": self._hidden(), "lengths": LENGTHS, "grad": self._hidden()}
+        inputs |= self._block_inputs(index)
+        trained = ["hidden", *(n for n in self._block_inputs(index) if n.endswith((".A", ".B")))]
+        targets = [n.removesuffix(".A") for n in trained if n.endswith(".A")] * measures
+
+        def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            leaves = {n: values[n].detach().requires_grad_(True) for n in trained}
+            seen: dict[str, Seen] = {}
+            out_BTD = self._block(index, {**values, **leaves}, seen)
+            wanted = [*leaves.values(), *(seen[n].plain for n in targets)]
+            grads = torch.autograd.grad(out_BTD, wanted, values["grad"])
+            pairs = zip(targets, grads[len(trained) :], strict=True)
+            measured = (number for n, grad in pairs for number in _importance(seen[n], grad))
+            return *grads[: len(trained)], *measured
+
+        outputs = [f"grad:{name}" for name in trained]
+        outputs += [f"{form}:{name}" for name in targets for form in FORMS]
+        return _trace(run, inputs, tuple(outputs))
+
+    def tail(self) -> Traced:
+        """Hidden state and labels in; loss sum, hits, dL/dh and a trainable head's gradients out.
+
+        A causal LM is asked at its targets only: norm and head look at one position at a time, so
+        that N positions with a target pass as one sequence.
+        """
+        head = head_names(self._slice)
+        is_causal = self._slice.task == "causal-lm"
+
+        def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            leaves = {n: values[n].detach().requires_grad_(True) for n in ("hidden", *head)}
+            with self._in_place({**values, **leaves}):
+                last = self._slice.layout.num_blocks
+                logits = self._slice.logits(leaves["hidden"], values["lengths"], last)
+            logits_NV = logits[0] if is_causal else logits
+            labels_N = values["labels"]
+            scores_NV = log_softmax(logits_NV.float(), -1)
+            loss = -scores_NV.gather(1, labels_N[:, None]).sum()
+            hits = (logits_NV.argmax(-1) == labels_N).long().sum()
+            return loss, hits, *torch.autograd.grad(loss, list(leaves.values()))
+
+        shape, dynamic = ((1, TARGETS), (1,)) if is_causal else ((ROWS, POSITIONS), (0, 1))
+        rows, each = (TARGETS, ()) if is_causal else (ROWS, (0,))
+        inputs = {
+            "hidden": self._hidden(shape, dynamic),
+            "lengths": Input(shape[:1], torch.int64, each),
+            "labels": Input((rows,), torch.int64, (0,)),
+            **self._weights(self._tail_names()),
+        }
+        outputs = ("loss", "hits", "grad:hidden", *(f"grad:{name}" for name in head))
+        return _trace(run, inputs, outputs)
+
+    # ---- inputs ----
+
+    def _hidden(
+        self, shape: tuple[int, ...] = (ROWS, POSITIONS), dynamic: tuple[int, ...] = (0, 1)
+    ) -> Input:
+        config: Any = self._slice.model.config
+        return Input((*shape, config.get_text_config().hidden_size), torch.float32, dynamic)
+
+    def _tail_names(self) -> list[str]:
+        layout = self._slice.layout
+        return [*(layout.front if layout.tail_needs_front else ()), *layout.tail]
+
+    def _weights(self, names: Iterable[str]) -> dict[str, Input]:
+        tensors = self._tensors()
+        return {
+            n: Input(tuple(tensors[n].shape), self._dtypes.get(n, tensors[n].dtype)) for n in names
+        }
+
+    def _prefix(self, index: int) -> str:
+        return f"{self._slice.layout.blocks_path}.{index}."
+
+    def _block_inputs(self, index: int) -> dict[str, Input]:
+        """Weights and factors, by their names inside the block."""
+        found = self._weights(self._slice.layout.blocks[index])
+        for name, shape in self._targets.items():
+            for down, up in ("AB", "VU") if name.startswith(self._prefix(index)) else ():
+                found[f"{name}.{down}"] = Input((RANK, shape.num_inputs), torch.float32, (0,))
+                found[f"{name}.{up}"] = Input((shape.num_outputs, RANK), torch.float32, (1,))
+        return {name.removeprefix(self._prefix(index)): entry for name, entry in found.items()}
+
+    # ---- running the model's code ----
+
+    def _block(
+        self, index: int, values: dict[str, torch.Tensor], seen: dict[str, Seen] | None = None
+    ) -> torch.Tensor:
+        prefix = self._prefix(index)
+        named = {prefix + n: v for n, v in values.items()} | values
+        with self._in_place(named), self._adapted(index, values, {} if seen is None else seen):
+            return self._slice.middle(values["hidden"], values["lengths"], index, index + 1)
+
+    @contextmanager
+    def _adapted(
+        self, index: int, values: Mapping[str, torch.Tensor], seen: dict[str, Seen]
+    ) -> Iterator[None]:
+        """Let the targets of a block answer W x + s B A x + U V x; the scale is inside B."""
+        prefix, model = self._prefix(index), self._slice.model
+        handles = []
+        for name in self._targets:
+            if name.startswith(prefix):
+                inside = name.removeprefix(prefix)
+                factors = tuple(values[f"{inside}.{factor}"] for factor in FACTORS)
+                hook = partial(_add_adapters, factors, seen, inside)
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _nothing_in(self, block: nn.Module) -> Iterator[None]:
+        """Make *block* answer what it is given."""
+        is_tuple = self._slice.layout.returns_tuple
+
+        def same(*args: Any, **kwargs: Any) -> Any:
+            hidden_BTD = args[0] if args else kwargs["hidden_states"]
+            return (hidden_BTD,) if is_tuple else hidden_BTD
+
+        block.forward = same  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del block.forward
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        model = self._slice.model
+        named = model.named_parameters(), model.named_buffers()
+        return {name: tensor for tensors in named for name, tensor in tensors}
+
+    @contextmanager
+    def _in_place(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Let the model use *values*, in float32, wherever it has the tensors of these names."""
+        tensors = self._tensors()
+        new = {id(tensors[n]): _computed(v) for n, v in values.items() if n in tensors}
+        held = [
+            (owned, name, tensor)
+            for module in self._slice.model.modules()
+            for owned in (module._parameters, module._buffers)
+            for name, tensor in owned.items()
+            if id(tensor) in new
+        ]
+        try:
+            for owned, name, tensor in held:
+                owned[name] = new[id(tensor)]  # type: ignore[assignment]
+            yield
+        finally:
+            for owned, name, tensor in held:
+                owned[name] = tensor  # type: ignore[assignment]
+
+
+def _add_adapters(
+    factors: tuple[torch.Tensor, ...],
+    seen: dict[str, Seen],
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    a_RI, b_OR, v_SI, u_OS = factors
+    x_MI = args[0].reshape(-1, args[0].shape[-1])
+    y_MO = out.reshape(-1, out.shape[-1])
+    seen[name] = Seen(module.weight, module.bias, is_transposed(module), x_MI, y_MO)  # type: ignore[arg-type]
+    y_MO = torch.addmm(y_MO, x_MI @ v_SI.t(), u_OS.t())
+    y_MO = torch.addmm(y_MO, x_MI @ a_RI.t(), b_OR.t())
+    return y_MO.reshape(out.shape)
+
+
+def _importance(seen: Seen, grad_MO: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What each of `FORMS` finds in one micro-batch; see `edge_sdk.importance`."""
+    plain_MO = seen.plain if seen.bias is None else seen.plain - seen.bias
+    dots_M = (grad_MO * plain_MO).sum(-1)
+    product = seen.x.t() @ grad_MO if seen.is_transposed else grad_MO.t() @ seen.x
+    return dots_M.abs().sum(), dots_M.sum(), (product * seen.weight).abs().sum()
+
+
+def _trace(
+    run: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]],
+    inputs: dict[str, Input],
+    outputs: tuple[str, ...],
+) -> Traced:
+    """Run *run* once on tensors without data.
+
+    Raises:
+        ModelError: The model's code decides by values, or fixes a size that varies.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [_fake(mode, name, entry) for name, entry in inputs.items()]
+
+    def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return run(dict(zip(inputs, values, strict=True)))
+
+    make = make_fx(
+        flat,
+        decomposition_table=get_decompositions(DECOMPOSED),
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )
+    try:
+        with mode, sdpa_kernel([SDPBackend.MATH]):
+            graph = make(*fakes)
+    except Exception as error:  # noqa: BLE001 - somebody else's model code may raise anything
+        raise ModelError(f"cannot be traced for onnxruntime: {one_line(error)}") from error
+    graph.graph.eliminate_dead_code()
+    _require_dynamic(graph, inputs)
+    return Traced(graph, inputs, outputs)
+
+
+def _fake(mode: FakeTensorMode, name: str, entry: Input) -> torch.Tensor:
+    """A tensor without data, with a symbol for the size of each dynamic dimension."""
+    if not entry.dynamic:
+        with mode:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+    sizes = [
+        DimDynamic.DYNAMIC if axis in entry.dynamic else DimDynamic.STATIC
+        for axis in range(len(entry.shape))
+    ]
+    return mode.from_tensor(
+        torch.zeros(entry.shape, dtype=entry.dtype),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+        source=ConstantSource(name),
+    )
+
+
+def _computed(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _require_dynamic(graph: fx.GraphModule, inputs: Mapping[str, Input]) -> None:
+    """The model's code must not have fixed a size that varies."""
+    nodes = graph.graph.find_nodes(op="placeholder")
+    for node, (name, entry) in zip(nodes, inputs.items(), strict=True):
+        for axis in entry.dynamic:
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int) or size.node.expr.is_number:
+                raise ModelError(f"the model's code fixes size {axis} of {name!r} to {size}")

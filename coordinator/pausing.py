@@ -1,0 +1,63 @@
+"""How a run is left so that it can go on: at which moment, and with what saved."""
+
+from __future__ import annotations
+
+import time
+
+from coordinator.intake import Intake
+from coordinator.rounds import Action, Phase
+from coordinator.run import Run
+
+# Seconds that devices get to checkpoint themselves when the coordinator is about to leave.
+PAUSE_PATIENCE_S = 15.0
+
+
+class Pausing:
+    """The way from \"stop\" to a run that is saved."""
+
+    def __init__(self, run: Run, intake: Intake) -> None:
+        self._run, self._intake = run, intake
+        self._until_s: float | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether devices have been asked to save themselves."""
+        return self._until_s is not None
+
+    def can_begin(self, action: Action) -> bool:
+        """Between two steps, or where there is nothing else to do."""
+        state = self._run.state
+        if state.phase in (Phase.GATHERING, Phase.CLOSING):
+            # A round that can start does: devices then save what the last one has taught them.
+            return action is Action.WAIT
+        is_between = state.micro == 0 and not state.is_lifted
+        return is_between if state.phase is Phase.TRAINING else self._has_local()
+
+    def _has_local(self) -> bool:
+        """Whether a member trains steps of its own, that nobody else can stop at."""
+        return any(member.is_local for member in self._run.state.members.values())
+
+    def begin(self) -> bool:
+        """The members have been asked to save themselves; returns whether there are none."""
+        state = self._run.state
+        if not state.members:
+            return True
+        self._intake.paused = set()
+        self._until_s = time.monotonic() + PAUSE_PATIENCE_S
+        self._run.watcher.note(f"stopping at step {state.step}; devices save their state")
+        return False
+
+    def finish(self) -> bool:
+        """Save this very step; where members train alone, the round's start has to do.
+
+        Returns:
+            Whether it is done; not while members may still answer.
+        """
+        assert self._until_s is not None
+        state = self._run.state
+        is_complete = self._intake.paused >= state.members.keys()
+        if not is_complete and time.monotonic() < self._until_s:
+            return False
+        if state.step > state.safe_step and not self._has_local():
+            self._run.save()
+        return True

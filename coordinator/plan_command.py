@@ -1,0 +1,280 @@
+"""`coordinator plan`: what the planner would decide for given devices, and why. Runs nothing.
+
+Reads the model's config, never its weights. Knows no network and no run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coordinator.presets import load_serve_config
+from edge_sdk.config import load_config
+from edge_sdk.errors import ConfigError, ModelError, one_line
+from profiler.memory import memory_info
+from profiler.profile import DeviceProfile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from coordinator.armsc import DeviceStory, PlanSet
+    from coordinator.config import ServeConfig
+    from coordinator.situation import Situation
+
+MIB = 2**20
+
+
+def add_plan(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
+    """Register the command with the parser of `coordinator`."""
+    text = "show which split and ranks each device would get"
+    parser: argparse.ArgumentParser = commands.add_parser("plan", help=text, description=text)
+    parser.set_defaults(run=run_plan)
+    parser.add_argument("--config", type=Path, help="YAML file of the run")
+    parser.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="one JSON file per device, <name>.json, as `profiler measure` writes it",
+    )
+    parser.add_argument("--importance", type=Path, help="JSON file: importance by weight name")
+    parser.add_argument("--explain", action="store_true", help="print the numbers of every split")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the plan; the exit code is 0 if at least one device can take part."""
+    from coordinator.armsc import plan_all
+
+    config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    situation = _situation(config, _read_profiles(options.profiles), options.importance)
+    found = plan_all(situation)
+    if options.format == "json":
+        sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
+    else:
+        _print_text(situation, found, explain=options.explain)
+    return 0 if found.plans else ConfigError.exit_code
+
+
+# ---- reading ----
+
+
+def _read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
+    found: dict[str, DeviceProfile] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ConfigError(f"{path}: a second profile for device {path.stem!r}; rename the file")
+        found[path.stem] = load_config(DeviceProfile, path, env={})
+    return found
+
+
+def _situation(
+    config: ServeConfig, profiles: Mapping[str, DeviceProfile], importance: Path | None
+) -> Situation:
+    from edge_sdk.model_shape import model_shape
+
+    from coordinator.planning import ModelFacts, check_config
+    from coordinator.served import usable_positions
+    from coordinator.situation import ServerProfile, Situation, planning_length
+    from edge_sdk.adapters import find_targets
+    from edge_sdk.layout import find_layout
+    from edge_sdk.weights import load_config as load_model_config
+
+    model_config = load_model_config(_config_folder(config), len(config.label_names))
+    layout = find_layout(model_config, config.task)
+    facts = ModelFacts(layout, find_targets(model_config, config.task, layout, config.lora))
+    check_config(config, facts)
+    positions = usable_positions(model_config, config)
+    if config.max_length is not None and not 2 <= config.max_length <= positions:
+        raise ConfigError(
+            f"max_length: {config.max_length} is outside 2..{positions} (the model's positions)"
+        )
+    return Situation(
+        config=config,
+        facts=facts,
+        model=model_shape(model_config, config.task, layout),
+        profiles=profiles,
+        server=ServerProfile(memory_bytes=memory_info().available.value),
+        length=planning_length(config, positions),
+        importance=None if importance is None else _read_importance(importance, facts.targets),
+    )
+
+
+def _config_folder(config: ServeConfig) -> Path:
+    """A folder with the model's config.json; of a model that is not here nothing else is loaded."""
+    from edge_sdk.weights import locate
+
+    path = Path(config.model).expanduser()
+    if path.is_dir() or path.is_absolute() or config.model.startswith((".", "~")):
+        return locate(config.model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(config.model, "config.json", revision=config.revision)
+    except Exception as error:  # noqa: BLE001 - the hub client raises a wide family of errors
+        raise ModelError(
+            f"model {config.model!r} is neither a local folder nor available from the hub: "
+            f"{one_line(error)}"
+        ) from error
+    return Path(file).parent
+
+
+def _read_importance(path: Path, known: Iterable[str]) -> dict[str, float]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold an object, importance by weight name")
+    names = set(known)
+    for name, value in values.items():
+        if name not in names:
+            raise ConfigError(f"{path}: {name!r} is no adapted weight of this model")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0.0 <= value < math.inf:
+            raise ConfigError(f"{path}: {name!r} must be a number of at least 0, got {value!r}")
+    return {name: float(value) for name, value in values.items()}
+
+
+# ---- writing ----
+
+
+def _as_json(found: PlanSet) -> Any:  # noqa: ANN401 - plain lists, objects and numbers
+    """The whole plan with its explanation; what nobody knows is null."""
+    return _finite(dataclasses.asdict(found))
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_text(situation: Situation, found: PlanSet, *, explain: bool) -> None:
+    from rich.console import Console
+
+    out = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+    out.print(_overview(situation, found))
+    for device, plan in found.plans.items():
+        out.print(f"{device}: adapters")
+        for line in _rank_lines(situation, plan.ranks):
+            out.print(f"  {line}")
+        if explain:
+            out.print(_options_table(found.explanation.devices[device], plan.split, found.wave_s))
+    if found.server_ranks:
+        out.print("coordinator: adapters")
+        for line in _rank_lines(situation, found.server_ranks):
+            out.print(f"  {line}")
+    for device, reason in found.refused.items():
+        out.print(f"{device}: refused, {reason}")
+    for note in _all_notes(found):
+        out.print(f"note: {note}")
+
+
+def _overview(situation: Situation, found: PlanSet) -> Table:
+    """One row per device and one for the coordinator."""
+    headings = ("", "blocks", "bound by", "needs MiB", "budget", "adapters", "wave s")
+    table = _table(headings, num_text=3)
+    for device, story in found.explanation.devices.items():
+        table.add_row(
+            device,
+            f"0..{found.plans[device].split - 1}",
+            story.binding,
+            _mib(story.planned_bytes),
+            _mib(story.budget_bytes),
+            _mib(story.adapter_bytes),
+            _seconds(story.device_s),
+        )
+    server, last = found.explanation.server, situation.num_blocks - 1
+    table.add_row(
+        "coordinator",
+        f"{server.first}..{last}" if server.first <= last else "none",
+        "",
+        _mib(server.planned_bytes),
+        _mib(server.budget_bytes),
+        _mib(server.adapter_bytes),
+        _seconds(server.server_s),
+    )
+    table.add_row("wave", "", "", "", "", "", _seconds(found.wave_s))
+    return table
+
+
+def _options_table(story: DeviceStory, split: int, wave_s: float | None) -> Table:
+    """Every split of a device, and what rules it out."""
+    headings = ("split", "", "device MiB", "device s", "coordinator MiB", "coordinator s")
+    table = _table(headings, num_text=2)
+    for option in story.options:
+        late = wave_s is not None and option.device_s is not None and option.device_s > wave_s
+        verdict = "memory" if option.device_bytes > story.budget_bytes else "time" if late else ""
+        table.add_row(
+            str(option.split),
+            "chosen" if option.split == split else verdict,
+            _mib(option.device_bytes),
+            _seconds(option.device_s),
+            _mib(option.server_bytes),
+            _seconds(None if story.server_s is None else option.server_s),
+        )
+    return table
+
+
+def _table(headings: Sequence[str], num_text: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < num_text else "right", no_wrap=True)
+    return table
+
+
+def _rank_lines(situation: Situation, ranks: Mapping[str, int]) -> list[str]:
+    """`attn.q_proj  0-3: 8, 4: 2`: ranks by kind of weight and block, one line if equal."""
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for name, rank in ranks.items():
+        block = situation.facts.block_of(name)
+        kind = name.removeprefix(f"{situation.facts.layout.blocks_path}.{block}.")
+        kinds.setdefault(kind, []).append((block, rank))
+    texts = {kind: _stretches(found) for kind, found in kinds.items()}
+    if len(texts) > 1 and len(set(texts.values())) == 1:
+        texts = {f"all {len(texts)} kinds of weight": next(iter(texts.values()))}
+    width = max(map(len, texts), default=0)
+    return [f"{kind:<{width}}  {text}" for kind, text in texts.items()]
+
+
+def _stretches(ranks: Iterable[tuple[int, int]]) -> str:
+    """`0-3: 8, 4: 2` for (block, rank) pairs."""
+    runs = []
+    for rank, group in itertools.groupby(sorted(ranks), key=lambda pair: pair[1]):
+        blocks = [block for block, _ in group]
+        last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
+        runs.append(f"{blocks[0]}{last}: {rank}")
+    return ", ".join(runs)
+
+
+def _all_notes(found: PlanSet) -> list[str]:
+    notes = list(found.explanation.notes)
+    for device, story in found.explanation.devices.items():
+        notes += [f"{device}: {note}" for note in story.notes]
+    return notes
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:,.1f}" if math.isfinite(num_bytes) else "unknown"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds:.3g}"

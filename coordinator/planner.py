@@ -1,0 +1,228 @@
+"""Who runs what, from the first device to the last round: the planning of one run as it goes on.
+
+Keeps profiles, importance and the plans in force; what the plans are is decided by the pure
+functions of `armsc.py` and `replan.py`. Knows no network and no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from coordinator.aggregation import SERVER
+from coordinator.armsc import PlanSet, plan_all
+from coordinator.config import ServeConfig
+from coordinator.ledger import Report
+from coordinator.planning import ModelFacts, plan_device
+from coordinator.replan import Decision, after_out_of_memory, replan
+from coordinator.situation import Situation
+from edge_sdk.errors import RefusedError
+from edge_sdk.importance import Smoothing, combine
+from edge_sdk.plan import Plan
+from profiler.profile import DeviceProfile, problems
+
+
+class Planner:
+    """Plans of a run, and what they are made from."""
+
+    def __init__(self, config: ServeConfig, facts: ModelFacts, start: Situation | None) -> None:
+        self._config, self._facts = config, facts
+        self._start = start
+        self.profiles: dict[str, DeviceProfile] = {}
+        """What devices have told, by name."""
+        self._caps: dict[str, float] = {}
+        """Memory that devices which ran out of it are planned with, at most."""
+        self.plans: PlanSet | None = None
+        """The plans in force; None before the first, and for a fixed config."""
+        self._before = start
+        """The situation that they were made in."""
+        self._smoothing = Smoothing()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the config leaves nothing to plan, so that nobody need be measured."""
+        return self._start is None
+
+    @property
+    def _situation(self) -> Situation:
+        """All that plans are made from, as of now."""
+        assert self._start is not None, "nothing is planned for a fixed config"
+        importance = dict(self._smoothing.values) or None
+        return replace(self._start, profiles=self.profiles, importance=importance)
+
+    @property
+    def importance(self) -> Mapping[str, float]:
+        """Smoothed global importance by weight; empty before the first measurement."""
+        return self._smoothing.values
+
+    @property
+    def server_ranks(self) -> dict[str, int] | None:
+        """Ranks of the coordinator's own adapters; None where the config's hold."""
+        return None if self.plans is None else self.plans.server_ranks
+
+    # ---- devices come ----
+
+    def profiled(self, device: str, profile: DeviceProfile) -> None:
+        """A device has told what it offers.
+
+        Raises:
+            RefusedError: that cannot be true, or is too little for any plan.
+            ConfigError: the coordinator is too small even for this device alone.
+        """
+        if wrong := problems(profile):
+            raise RefusedError(
+                f"its profile cannot be true: {'; '.join(wrong)}; correct `profile` in the "
+                "device's config"
+            )
+        cap = self._caps.get(device)
+        if cap is not None and (profile.memory_bytes is None or profile.memory_bytes > cap):
+            profile = replace(profile, memory_bytes=cap)
+        alone = replace(self._situation, profiles={device: profile})
+        if (reason := plan_all(alone).refused.get(device)) is not None:
+            raise RefusedError(reason)
+        self._know({**self.profiles, device: profile})
+
+    def _know(self, profiles: Mapping[str, DeviceProfile]) -> None:
+        self.profiles = dict(sorted(profiles.items()))
+
+    def plan(self, device: str) -> Plan | None:
+        """The plan of a device; None where it has to wait for the others' profiles.
+
+        Raises:
+            RefusedError: it cannot take part.
+            ConfigError: the config asks for what nobody can do.
+        """
+        if self.is_fixed:
+            return plan_device(self._config, self._facts, device)
+        if self.plans is None or device not in self.profiles:
+            return None
+        if device not in self.plans.plans or self._is_outgrown(device):
+            self._add(device)
+        return self.plans.plans[device]
+
+    def _is_outgrown(self, device: str) -> bool:
+        """Whether a device's plan takes more than it offers by now."""
+        assert self.plans is not None
+        story = self.plans.explanation.devices[device]
+        return story.planned_bytes > self._situation.budget_bytes(device)
+
+    def _add(self, device: str) -> None:
+        """Plan for everybody, and give *device* its part; the others keep theirs until later."""
+        assert self.plans is not None
+        new = plan_all(self._situation)
+        if device not in new.plans:
+            raise RefusedError(new.refused[device])
+        told = {**self.plans.explanation.devices, device: new.explanation.devices[device]}
+        self.plans = replace(
+            self.plans,
+            plans={**self.plans.plans, device: new.plans[device]},
+            explanation=replace(self.plans.explanation, devices=told),
+        )
+
+    def begin(self, devices: Collection[str]) -> PlanSet:
+        """Make the first plans, for *devices* that have all told what they offer.
+
+        Raises:
+            ConfigError: the coordinator is too small for what they leave to it.
+        """
+        self._know({d: self.profiles[d] for d in devices})
+        self.plans, self._before = plan_all(self._situation), self._situation
+        return self.plans
+
+    def is_known(self, device: str) -> bool:
+        """Whether a device has told what it offers."""
+        return device in self.profiles
+
+    def ran_out_of_memory(self, device: str) -> None:
+        """A device could not hold its plan; the next one is smaller."""
+        if self.plans is None or device not in self.plans.plans:
+            return
+        peak = self.plans.explanation.devices[device].planned_bytes
+        capped = after_out_of_memory(self.profiles[device], peak)
+        assert capped.memory_bytes is not None
+        self._caps[device] = capped.memory_bytes
+        self._know({**self.profiles, device: capped})
+
+    # ---- rounds end ----
+
+    def round_ended(
+        self, round_: int, reports: Mapping[str, Report], present: Collection[str]
+    ) -> Decision | None:
+        """Take in a round's importance; returns whether other plans are to hold, and why.
+
+        Args:
+            round_: Rounds done.
+            reports: What everybody brought, the coordinator's own (`SERVER`) among it.
+            present: Devices that are still here.
+        """
+        values = combine({n: (self._shares(n, reports), r.importance) for n, r in reports.items()})
+        self._smoothing.update(values, round_, self._config.rounds)
+        if self.plans is None:
+            return None
+        assert self._before is not None
+        self._know({d: p for d, p in self.profiles.items() if d in present})
+        now = self._situation
+        decision = replan(self.plans, self._before, now)
+        if decision.reasons:
+            self._before = now
+        self.plans = decision.plans
+        return decision if decision.reasons else None
+
+    def _shares(self, name: str, reports: Mapping[str, Report]) -> float | dict[str, float]:
+        """Samples by weight of the coordinator; of a device, all of its own."""
+        if name != SERVER:
+            return float(reports[name].num_samples)
+        devices = [r for n, r in reports.items() if n != SERVER]
+        return {
+            weight: float(
+                sum(r.num_samples for r in devices if r.split <= self._facts.block_of(weight))
+            )
+            for weight in reports[SERVER].importance
+        }
+
+    # ---- checkpoints ----
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a restart needs, as JSON can hold it."""
+        state: dict[str, Any] = {
+            "profiles": {d: asdict(p) for d, p in self.profiles.items()},
+            "caps": self._caps,
+            "importance": dict(self._smoothing.values),
+        }
+        if self.plans is not None and self._before is not None:
+            state["plans"] = _plain(self.plans.plans)
+            state["server_ranks"] = self.plans.server_ranks
+            state["before"] = {
+                "profiles": {d: asdict(p) for d, p in self._before.profiles.items()},
+                "importance": self._before.importance,
+            }
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; plans are as they were, their reasons made anew."""
+        self._caps = {**state["caps"], **self._caps}  # memory that was short stays short
+        self._smoothing.load_state({n: np.array(v) for n, v in state["importance"].items()})
+        self._know({d: DeviceProfile(**p) for d, p in state["profiles"].items()})
+        self.plans, self._before = None, self._start
+        if "plans" in state:
+            before = state["before"]
+            profiles = {d: DeviceProfile(**p) for d, p in before["profiles"].items()}
+            then = replace(self._situation, profiles=profiles, importance=before["importance"])
+            plans = {d: Plan(**p) for d, p in state["plans"].items()}
+            ranks = dict(state["server_ranks"])
+            self._before = then
+            self.plans = replace(plan_all(then), plans=plans, server_ranks=ranks)
+
+
+def _plain(plans: Mapping[str, Plan]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({d: asdict(p) for d, p in plans.items()}))
+    return found
+
+
+def changed(old: Mapping[str, Plan], new: Mapping[str, Plan]) -> list[str]:
+    """Devices whose plan is another one now."""
+    return sorted(d for d, plan in new.items() if d in old and old[d] != plan)

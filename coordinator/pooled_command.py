@@ -1,0 +1,285 @@
+"""A run without devices, from its folder to its result: for the command, and for programs.
+
+The folder is that of any run: config, events, metrics, telemetry, checkpoints, result.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from coordinator.conductor import COMPLETED, PAUSED
+from coordinator.config import ServeConfig
+from coordinator.export import export_adapter, export_merged
+from coordinator.gateway import Gateway
+from coordinator.launch import ADAPTER, _environment, _removed_if_it_never_began
+from coordinator.pooled import (
+    POOLED,
+    Dataset,
+    MicroShape,
+    PooledTrainer,
+    make_runtime,
+    plan_pooled,
+)
+from coordinator.reporting import Reporting, Silence, Watcher
+from coordinator.served import ServedModel
+from coordinator.store import CONFIG, Checkpoint, RunFolder, storage_errors
+from edge_sdk.config import dump_config, load_config
+from edge_sdk.errors import ConfigError, PeerGone, StorageError
+from edge_sdk.messages import EvalReport, Stamp
+from edge_sdk.runtime_torch import TorchRuntime
+from edge_sdk.stopping import stopping_on_signals
+
+MODEL = "model"
+"""Folder of the result where all weights were trained; adapters go where every run's go."""
+
+
+@dataclass(frozen=True)
+class PooledResult:
+    """What a run on pooled data brought."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    """The rows of metrics.jsonl: 0 is what was there before training, n what n rounds made."""
+    shapes: list[tuple[MicroShape, ...]]
+    """The micro-batches of every step, for a clock that models what they cost."""
+
+
+def train_pooled(
+    config: ServeConfig,
+    dataset: Dataset | None = None,
+    watcher: Watcher | None = None,
+    *,
+    durable: bool = True,
+) -> PooledResult:
+    """Train on pooled data and return what each evaluation found; the library's way in.
+
+    Args:
+        config: The run; its rounds, steps, seed, optimizer and evaluation as with devices.
+        dataset: Everybody's data in memory, as rows or tokenised; None: what `config.pooled` names.
+        watcher: Who looks on.
+        durable: Whether checkpoints and the result are written, beside metrics and config.
+
+    Raises:
+        ConfigError: the config asks for what cannot be had, or the run's folder exists.
+        DataError: something is wrong with the data.
+        NumericError: a gradient was NaN or infinite.
+    """
+    with _new_run(config, dataset, watcher or Silence(), durable=durable) as run:
+        run.train()
+        return run.result()
+
+
+def serve_pooled(config: ServeConfig, watcher: Watcher) -> str:
+    """Start a run without devices and train it to its end; returns how it ended."""
+    with _new_run(config, None, watcher) as run, stopping_on_signals(run.stop):
+        return run.train()
+
+
+def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
+    """Go on with the run at *path* as if nothing had happened; returns how it ended."""
+    folder = RunFolder.open(path)
+    config = load_config(ServeConfig, path / CONFIG, overrides, env={})
+    checkpoint = folder.load_checkpoint()
+    run = PooledRun(config, PooledTrainer(config, ServedModel(config)), folder, watcher)
+    try:
+        run.restore(checkpoint)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise StorageError(f"{path}: its checkpoint does not fit its config: {error}") from error
+    with stopping_on_signals(run.stop):
+        return run.train()
+
+
+def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
+    """Export the newest checkpoint of *run*; returns the largest difference of a logit."""
+    config = load_config(ServeConfig, run.path / CONFIG, env={})
+    checkpoint, model = run.load_checkpoint(), ServedModel(config)
+    runtime = make_runtime(config, model, plan_pooled(config, model.facts))
+    load_trained(runtime, checkpoint)
+    return write_result(config, model, runtime, folder, merged=merged)
+
+
+def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
+    """Take over what *checkpoint* holds.
+
+    Raises:
+        KeyError: it is of something else: adapters of other weights, or all weights.
+        RuntimeError: its adapters have other ranks.
+    """
+    state = checkpoint.arrays["trainer"]
+    names = {name for name in runtime.state() if not name.startswith("optimizer:")}
+    if lost := names ^ {name for name in state if not name.startswith("optimizer:")}:
+        raise KeyError(min(lost))
+    runtime.load_state(state)
+
+
+def write_result(
+    config: ServeConfig, model: ServedModel, runtime: TorchRuntime, folder: Path, *, merged: bool
+) -> float:
+    """Write an adapter, or the whole model; returns the largest difference of a logit, read back.
+
+    After this *model* must not be used: checking may write into the weights that it has open.
+    """
+    learned, head = runtime.adapters.products(), runtime.head()
+    if merged or config.pooled.trains == "all":
+        return export_merged(model.source, learned, head, folder)
+    difference = export_adapter(model.source, learned, head, folder)
+    card = folder / "README.md"
+    with storage_errors(str(card)):
+        text = card.read_text(encoding="utf-8").partition("Trained across devices")[0]
+        card.write_text(
+            f"{text}Trained on pooled data. Load it with "
+            "`peft.PeftModel.from_pretrained(base, this_folder)`.\n",
+            encoding="utf-8",
+        )
+    return difference
+
+
+@contextmanager
+def _new_run(
+    config: ServeConfig, dataset: Dataset | None, watcher: Watcher, *, durable: bool = True
+) -> Iterator[PooledRun]:
+    if config.trained_by != "coordinator":  # what is resumed must be what was begun
+        raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
+    trainer = PooledTrainer(config, ServedModel(config), dataset)
+    folder = RunFolder.create(config.runs, config.name)
+    with _removed_if_it_never_began(folder):
+        folder.write_text(CONFIG, dump_config(config))
+        folder.write_text("env.json", json.dumps(_environment(), indent=2))
+        yield PooledRun(config, trainer, folder, watcher, durable=durable)
+
+
+class PooledRun:
+    """One run on pooled data: rounds of steps, a row of metrics and a checkpoint after each."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        trainer: PooledTrainer,
+        folder: RunFolder,
+        watcher: Watcher,
+        *,
+        durable: bool = True,
+    ) -> None:
+        self.config, self.trainer, self.folder = config, trainer, folder
+        self._watcher, self._durable = watcher, durable
+        self._id = f"{folder.name}-{secrets.token_hex(4)}"
+        self._reporting = Reporting(folder, watcher, bool(config.label_names))
+        self._step = 0
+        self._stop_asked = False
+
+    def stop(self) -> None:
+        """Leave at the end of the step, with a checkpoint; any thread may call this."""
+        self._stop_asked = True
+
+    def train(self) -> str:
+        """Train to the end, or until `stop` was called; returns how it ended."""
+        reporting, config = self._reporting, self.config
+        if not self.folder.rows("metrics.jsonl"):
+            self._end_round(0, {})
+        reporting.event("run.started", run=self._id, step=self._step)
+        reporting.begin_round()
+        while self._step < config.total_steps:
+            if self._stop_asked:
+                return self._pause()
+            self._train_step()
+            if self._step % config.steps_per_round == 0:
+                self._close_round()
+        reporting.event("run.ended", outcome=COMPLETED)
+        if self._durable:
+            self._write_result()
+        return COMPLETED
+
+    def result(self) -> PooledResult:
+        """What the run has brought so far."""
+        shapes = [self.trainer.shapes(step) for step in range(self._step)]
+        return PooledResult(self.folder.path, self.folder.rows("metrics.jsonl"), shapes)
+
+    # ---- steps and rounds ----
+
+    def _train_step(self) -> None:
+        round_ = self._step // self.config.steps_per_round
+        report = self.trainer.train(self._stamp(round_))
+        self._step += 1
+        end_step = (round_ + 1) * self.config.steps_per_round
+        self._reporting.step(POOLED, report, end_step, _NO_GATEWAY)
+
+    def _stamp(self, round_: int) -> Stamp:
+        return Stamp(run=self._id, device=POOLED, round=round_, step=self._step)
+
+    def _close_round(self) -> None:
+        config, done = self.config, self._step // self.config.steps_per_round
+        plan = self.trainer.plan
+        self._reporting.telemetry(done - 1, _NO_GATEWAY)
+        facts = {
+            "samples": config.steps_per_round * plan.batch_size,
+            "cut_error": 0.0,
+            # Of what is added to a weight; nothing bounds it where the weight itself is trained.
+            "rank": max(plan.ranks.values()) if plan.ranks else None,
+        }
+        self._end_round(done, facts)
+        self._reporting.begin_round()
+
+    def _end_round(self, done: int, facts: dict[str, Any]) -> None:
+        """Write the row of *done* rounds, then a checkpoint: no crash in between loses a row."""
+        evaluation, trainer = self.config.evaluation, self.trainer
+        is_due = done in (0, self.config.rounds) or done % evaluation.every_rounds == 0
+        batches = trainer.model.eval_batches if is_due else []
+        found = trainer.evaluate(batches) if batches else None
+        self._reporting.end_round(done, self._step, facts, found)
+        if trainer.held_out and is_due and evaluation.on_devices:
+            own = trainer.evaluate(trainer.held_out)
+            report = EvalReport(stamp=self._stamp(done), **own._asdict())
+            self._reporting.evaluation(POOLED, report)
+        self._reporting.flush()
+        self._save()
+
+    # ---- stopping and going on ----
+
+    def _save(self) -> None:
+        if not self._durable:
+            return
+        progress = self._reporting.progress()
+        state = {"run": self._id, "step": self._step, "progress": progress}
+        checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state()})
+        self.folder.save_checkpoint(self._step, checkpoint, self.config.save_total_limit)
+
+    def _pause(self) -> str:
+        self._save()
+        self._reporting.event("run.ended", outcome=PAUSED)
+        self._watcher.note(f"stopped; go on with: coordinator resume {self.folder.path}")
+        return PAUSED
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Be as at *checkpoint*; rows written after it are dropped."""
+        self._id, self._step = checkpoint.state["run"], checkpoint.state["step"]
+        self._reporting.load_progress(checkpoint.state["progress"])
+        load_trained(self.trainer.runtime, checkpoint)
+        done = self._step // self.config.steps_per_round
+        self.folder.drop_rows_from("metrics.jsonl", done + 1)
+        self.folder.drop_rows_from("telemetry.jsonl", done)
+
+    def _write_result(self) -> None:
+        trainer = self.trainer
+        what = MODEL if self.config.pooled.trains == "all" else ADAPTER
+        target = self.folder.path / what
+        difference = write_result(self.config, trainer.model, trainer.runtime, target, merged=False)
+        self._reporting.event(f"{what}.exported", difference=difference)
+        self._watcher.note(
+            f"{what}: {target} (read back, logits differ by {difference:.0e} at most)"
+        )
+
+
+class _NoGateway:
+    """Whom reporting asks for the traffic of a device that is none."""
+
+    def stats(self, device: str) -> NoReturn:
+        raise PeerGone(f"{device} sends nothing")
+
+
+_NO_GATEWAY = cast(Gateway, _NoGateway())

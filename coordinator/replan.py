@@ -1,0 +1,150 @@
+"""Decide between rounds whether the plans still fit, and whether new ones are worth the change.
+
+Pure. Every decision comes with its reasons in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from coordinator.armsc import PlanSet, plan_all
+from coordinator.assessment import utility, wave_seconds
+from coordinator.costs import device_bytes
+from coordinator.situation import Situation
+from profiler.profile import DeviceProfile
+
+# A device that ran out of memory under a plan gets at most this part of what the plan took.
+AFTER_OUT_OF_MEMORY = 0.9
+_SPEEDS = ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What holds from now on, and why."""
+
+    plans: PlanSet
+    is_new: bool
+    reasons: tuple[str, ...]
+    """Why a new plan was made, and why it was taken or not; empty where none was due."""
+
+
+def drift(old: Mapping[str, float], new: Mapping[str, float]) -> float:
+    """Mean over the weights of the relative change of their share in all importance.
+
+    Shares: plans do not depend on the scale of importance, which falls as the loss does. A weight
+    that had none and has some now counts as a change of 1.
+    """
+    names = old.keys() & new.keys()
+    total_old, total_new = (math.fsum(v[n] for n in names) for v in (old, new))
+    if not names or total_old <= 0.0 or total_new <= 0.0:
+        return float(bool(names) and (total_old > 0.0) != (total_new > 0.0))
+    changes = []
+    for name in names:
+        before, after = old[name] / total_old, new[name] / total_new
+        changes.append(abs(after - before) / before if before > 0.0 else float(after > 0.0))
+    return math.fsum(changes) / len(changes)
+
+
+def after_out_of_memory(profile: DeviceProfile, peak_bytes: float) -> DeviceProfile:
+    """What to plan with for a device that ran out of memory under a plan of *peak_bytes*."""
+    most = AFTER_OUT_OF_MEMORY * peak_bytes
+    known = profile.memory_bytes
+    return replace(profile, memory_bytes=most if known is None else min(most, known))
+
+
+def reasons_to_replan(current: PlanSet, before: Situation, now: Situation) -> list[str]:
+    """Why a new plan is due; empty where none is.
+
+    Args:
+        current: The plans in force, made in the situation *before*.
+        before: That situation.
+        now: The situation now.
+    """
+    planning = now.config.planning
+    if now.is_fixed or not planning.replan:
+        return []
+    found = _newcomers(before, now)
+    for device in sorted(now.profiles.keys() & before.profiles.keys()):
+        found += _changes(current, before, now, device)
+    if planning.ranks == "rngwp" and now.importance is not None:
+        if before.importance is None:
+            found.append("importance was measured for the first time")
+        elif (moved := drift(before.importance, now.importance)) > planning.drift:
+            found.append(f"importance moved by {moved:.0%}, more than {planning.drift:.0%}")
+    return found
+
+
+def _newcomers(before: Situation, now: Situation) -> list[str]:
+    came = [f"{d} joined" for d in sorted(now.profiles.keys() - before.profiles.keys())]
+    return came + [f"{d} left" for d in sorted(before.profiles.keys() - now.profiles.keys())]
+
+
+def _changes(current: PlanSet, before: Situation, now: Situation, device: str) -> list[str]:
+    """What changed about one device."""
+    planning, found = now.config.planning, []
+    plan, story = current.plans.get(device), current.explanation.devices.get(device)
+    old, new = before.profiles[device], now.profiles[device]
+    budget = now.budget_bytes(device)
+    if plan is None or story is None:
+        return [] if old == new else [f"{device}: refused until now, its profile changed"]
+    if story.planned_bytes > budget:
+        found.append(
+            f"{device}: its plan takes {story.planned_bytes / 2**20:,.1f} MiB, "
+            f"{budget / 2**20:,.1f} MiB are left to it"
+        )
+    for name in _SPEEDS if planning.split == "armsc" else ():
+        was, now_is = getattr(old, name), getattr(new, name)
+        if was is None or now_is is None:
+            changed = was is not now_is
+        else:
+            changed = abs(now_is - was) > planning.drift * was
+        if changed:
+            found.append(f"{device}: {name} changed from {_number(was)} to {_number(now_is)}")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool, str]:
+    """Whether *new* is better than *current* by enough, both seen in the situation *now*."""
+    if missing := sorted(new.plans.keys() - current.plans.keys()):
+        return True, f"{', '.join(missing)}: no plan until now"
+    if lost := sorted(current.plans.keys() & new.refused.keys()):
+        return True, f"{lost[0]}: {new.refused[lost[0]]}"
+    plans = {d: p for d, p in current.plans.items() if d in new.plans}
+    for device, plan in plans.items():
+        if device_bytes(now, device, plan.split, plan.ranks) > now.budget_bytes(device):
+            return True, f"{device}: its plan no longer fits its memory"
+    gain = now.config.planning.min_gain
+    gains = {
+        "wave time": _fall(wave_seconds(now, plans, current.server_ranks), new.wave_s),
+        "utility": -_fall(utility(now, plans, current.server_ranks), new.utility),
+    }
+    text = ", ".join(f"{what} {g + 0.0:+.1%}" for what, g in gains.items())
+    if max(gains.values()) >= gain and max(gains.values()) > 0:
+        return True, f"gains: {text}"
+    return False, f"kept, gains below {gain:.0%}: {text}"
+
+
+def _fall(old: float | None, new: float | None) -> float:
+    """By what part of itself a number has fallen; 0 where nobody knows it."""
+    return (old - new) / old if old and new is not None else 0.0
+
+
+def replan(current: PlanSet, before: Situation, now: Situation) -> Decision:
+    """Return the plans for the next round.
+
+    Raises:
+        ConfigError: as `plan_all`.
+    """
+    reasons = reasons_to_replan(current, before, now)
+    if not reasons:
+        return Decision(plans=current, is_new=False, reasons=())
+    new = plan_all(now)
+    is_better, why = worth_changing(current, new, now)
+    plans = new if is_better else current
+    return Decision(plans=plans, is_new=is_better, reasons=(*reasons, why))

@@ -1,0 +1,285 @@
+"""One simulated device: a real participant in a thread of its own, which runs only when told to.
+
+One thread of the whole simulation runs at any time, so that equal simulations do the same things
+in the same order. What is computed goes through one thread for all devices: torch keeps threads of
+its own for every thread that calls it. Knows no rounds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from edge_sdk.assembly import Envelope, TensorOut
+from edge_sdk.callbacks import Callback
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import EdgeError, ReceiveTimeout
+from edge_sdk.factors import Array
+from edge_sdk.inbox import RunEnded, Stopped
+from edge_sdk.joining import Ask, Dataset, Preparation
+from edge_sdk.memory_link import MemoryLink, memory_pair
+from edge_sdk.messages import Message, PlanAssigned, Welcome
+from edge_sdk.participant import Participant
+from edge_sdk.plan import Part, Plan
+from edge_sdk.runtime import Micro, Runtime, TailSums
+from edge_sdk.runtime_torch import pick_device
+from edge_sdk.transport import NO_TENSORS, LinkStats
+
+FIRST_LIMIT_BYTES = 1024 * 1024
+"""Payload of a message from a device for which nothing else was set, as with the real gateway."""
+
+
+class Tap:
+    """Hears what devices compute and what travels, in the order of causes; this one ignores it."""
+
+    def forward(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The device's blocks, forward."""
+
+    def backward(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The same blocks, backward."""
+
+    def tail(self, device: str, plan: Plan, micro: Micro) -> None:
+        """Final norm and head, both ways."""
+
+    def local(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The whole model, both ways."""
+
+    def up(self, device: str, message: Message, num_bytes: int) -> None:
+        """A device has sent a message; bytes are those of all its packets."""
+
+    def down(self, device: str, message: Message, num_bytes: int) -> None:
+        """The coordinator has sent a message."""
+
+
+@dataclass
+class Workshop:
+    """What all devices of one process share."""
+
+    tap: Tap
+    compute: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "simulated-compute")
+    )
+    """The one thread that computes."""
+    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Frozen weights by the hash of their part: one copy, however many devices hold it."""
+
+    def run(self, what: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute, and wait for the result."""
+        return self.compute.submit(what, *args, **kwargs).result()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.compute.shutdown()
+
+
+class _Turn:
+    """Whose turn it is: the simulation's or the device's."""
+
+    def __init__(self) -> None:
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def give(self) -> None:
+        """Let the device run until it gives the turn back."""
+        self._go.release()
+        self._back.acquire()
+
+    def await_go(self) -> None:
+        """Wait, as the device, for the first turn."""
+        self._go.acquire()
+
+    def end(self) -> None:
+        """Give the turn back for good."""
+        self._back.release()
+
+    def pause(self) -> None:
+        """Give the turn back and wait for the next one."""
+        self.end()
+        self._go.acquire()
+
+
+class _TurnLink:
+    """A device's link; where a real one would wait for a message, the others have their turn."""
+
+    def __init__(self, link: MemoryLink, turn: _Turn, name: str, tap: Tap) -> None:
+        self._link, self._turn, self._name, self._tap = link, turn, name, tap
+
+    def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
+        """Send a message; see `transport.Link`."""
+        before = self._link.stats().bytes_up
+        self._link.send(message, tensors)
+        self._tap.up(self._name, message, self._link.stats().bytes_up - before)
+
+    def receive(self, deadline: Deadline) -> Envelope:
+        """Return the next message; see `transport.Link`."""
+        try:
+            return self._link.receive(Deadline.after(0.0))
+        except ReceiveTimeout:
+            if deadline.left_s():
+                self._turn.pause()
+            raise
+
+    def set_limit(self, max_message_bytes: int) -> None:
+        """Change the payload that one received message may have."""
+        self._link.set_limit(max_message_bytes)
+
+    def stats(self) -> LinkStats:
+        """Return what the link has done so far."""
+        return self._link.stats()
+
+    def close(self, flush_s: float = 0.0) -> None:
+        """Close this end."""
+        self._link.close(flush_s)
+
+
+class HeardRuntime:
+    """A runtime whose work is heard and computed in the workshop's thread."""
+
+    def __init__(self, runtime: Runtime, device: str, plan: Plan, shop: Workshop) -> None:
+        self._runtime, self._shop = runtime, shop
+        self._device, self._plan = device, plan
+        self._micro: Micro | None = None
+
+    def forward(self, micro: Micro, step: int, index: int) -> Array:
+        """Run the device's blocks; see `Runtime`."""
+        self._micro = micro
+        self._shop.tap.forward(self._device, self._plan, micro)
+        hidden: Array = self._shop.run(self._runtime.forward, micro, step, index)
+        return hidden
+
+    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
+        """Loss and dL/dtop; see `Runtime`."""
+        self._shop.tap.tail(self._device, self._plan, micro)
+        found: tuple[TailSums, Array] = self._shop.run(
+            self._runtime.tail, top_BTD, micro, num_targets
+        )
+        return found
+
+    def backward(self, grad_BTD: Array) -> None:
+        """Continue the backward pass; see `Runtime`."""
+        assert self._micro is not None, "backward without forward"
+        self._shop.tap.backward(self._device, self._plan, self._micro)
+        self._shop.run(self._runtime.backward, grad_BTD)
+
+    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+        """The whole model, both ways; see `Runtime`."""
+        self._shop.tap.local(self._device, self._plan, micro)
+        sums: TailSums = self._shop.run(self._runtime.local, micro, num_targets, step, index)
+        return sums
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a runtime can do takes no modelled time."""
+        found = getattr(self._runtime, name)
+        return partial(self._shop.run, found) if callable(found) else found
+
+
+class _SharingPreparation(Preparation):
+    """A device's preparation that shares frozen weights with the other devices of the process."""
+
+    def __init__(
+        self, config: ClientConfig, dataset: Dataset | None, name: str, shop: Workshop
+    ) -> None:
+        super().__init__(config, dataset)
+        self._name, self._shop = name, shop
+
+    def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
+        """Build the device's slice; see `Preparation`."""
+        for part in assigned.parts:  # first: whoever computes must not wait for messages
+            self._tensors(part, welcome, ask)
+        runtime: Runtime = self._shop.run(super().runtime, welcome, assigned, ask)
+        return cast("Runtime", HeardRuntime(runtime, self._name, assigned.plan, self._shop))
+
+    def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
+        """The tensors of *part*, as the slices hold them, so that none makes a copy."""
+        parts, device = self._shop.parts, pick_device(self._config.device)
+        if part.sha256 not in parts:
+            found = super()._tensors(part, welcome, ask)
+            parts[part.sha256] = {
+                name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+                for name, value in found.items()
+            }
+        return parts[part.sha256]
+
+
+class _SimulatedParticipant(Participant):
+    def __init__(
+        self,
+        link: _TurnLink,
+        config: ClientConfig,
+        dataset: Dataset | None,
+        stop: threading.Event,
+        name: str,
+        shop: Workshop,
+    ) -> None:
+        super().__init__(link, config, dataset, Callback(), stop)
+        self._preparation = _SharingPreparation(config, dataset, name, shop)
+
+
+class SimulatedDevice:
+    """A participant, its thread, and the coordinator's end of its link."""
+
+    def __init__(
+        self, name: str, config: ClientConfig, dataset: Dataset | None, shop: Workshop
+    ) -> None:
+        self.name = name
+        ours, self.link = memory_pair()
+        self.link.set_limit(FIRST_LIMIT_BYTES)
+        self.error: BaseException | None = None
+        self.is_over = False
+        self.is_due = True
+        """Whether something may have happened that it waits for."""
+        self._turn, self._stop = _Turn(), threading.Event()
+        self._own_link = _TurnLink(ours, self._turn, name, shop.tap)
+        self._make = partial(
+            _SimulatedParticipant, self._own_link, config, dataset, self._stop, name, shop
+        )
+        self._thread = threading.Thread(target=self._live, name=f"device-{name}", daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Let the device do all that it can do without hearing anything new."""
+        if not self.is_over:
+            self.is_due = False
+            self._turn.give()
+
+    def close(self) -> None:
+        """End the device wherever it is."""
+        self._stop.set()
+        while not self.is_over:
+            self._turn.give()
+        self._thread.join()
+
+    def _live(self) -> None:
+        self._turn.await_go()
+        try:
+            if not self._stop.is_set():
+                self._take_part()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever runs the simulation
+            self.error = error
+        finally:
+            self.is_over = True
+            self._turn.end()
+
+    def _take_part(self) -> None:
+        participant = self._make()
+        try:
+            participant.join()
+            participant.serve()
+        except (RunEnded, Stopped):
+            return
+        except EdgeError as error:
+            with suppress(EdgeError):
+                participant.report(error)
+            raise
+        finally:
+            participant.close()
+            self._own_link.close()

@@ -1,0 +1,82 @@
+"""The machines that a simulation is meant to run on: every device's, and the coordinator's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from coordinator.clock import Machine
+from coordinator.fleet import Catalogue, catalogue, free_bytes, make_machine, make_profile
+from coordinator.planning_config import PlanningConfig
+from coordinator.simulation_config import FleetConfig, device_names
+from edge_sdk.errors import ConfigError
+from profiler.profile import DeviceProfile
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Who takes part, and how fast each is."""
+
+    machines: dict[str, Machine]
+    """Devices by name, in order."""
+    profiles: dict[str, DeviceProfile]
+    """What each device says of itself."""
+    coordinator: Machine
+    coordinator_bytes: float
+    """Memory of the coordinator for the run."""
+
+
+def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
+    """Look up every board and link.
+
+    Raises:
+        ConfigError: one of them has no entry.
+    """
+    known, scale = _known(config), config.scale
+    found, profiles = {}, {}
+    for name, device in device_names(config).items():
+        where = f"simulation.devices.{name}"
+        board = _find(known.boards, device.board, f"{where}.board")
+        link = _find(known.links, device.link, f"{where}.link")
+        found[name] = make_machine(
+            board,
+            link,
+            utilisation=config.utilisation,
+            scale=scale,
+            flops_per_s=device.flops_per_s,
+        )
+        profiles[name] = make_profile(
+            device.board,
+            board,
+            found[name],
+            overhead_bytes=config.overhead_bytes,
+            scale=scale,
+            memory_bytes=device.memory_bytes,
+        )
+    board = _find(known.boards, config.coordinator, "simulation.coordinator")
+    speed, memory = planning.server_flops_per_s, planning.server_memory_bytes
+    return Fleet(
+        found,
+        profiles,
+        make_machine(
+            board,
+            utilisation=config.utilisation,
+            scale=scale,
+            flops_per_s=None if speed is None else speed * scale.flops,  # is what it says
+        ),
+        free_bytes(board, scale) if memory is None else memory,
+    )
+
+
+def _known(own: FleetConfig) -> Catalogue:
+    known = catalogue()
+    return Catalogue(boards=known.boards | own.boards, links=known.links | own.links)
+
+
+def _find(known: Mapping[str, T], name: str, where: str) -> T:
+    if name not in known:
+        raise ConfigError(f"{where}: {name!r} is unknown; there are {', '.join(sorted(known))}")
+    return known[name]

@@ -1,0 +1,152 @@
+"""A stand-in for the gateway whose devices live in this process: same messages, no sockets.
+
+The coordinator asks for events; before it gets any, each device with news has its turn, in the
+order of the names. Nothing waits for a real clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from coordinator.seats import DeviceStats, Event, Left, Received, Rejected
+from coordinator.simulated_device import SimulatedDevice, Tap
+from edge_sdk.assembly import TensorOut
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import (
+    EdgeError,
+    PeerGone,
+    ReceiveTimeout,
+    RemoteProtocolError,
+    TransportError,
+)
+from edge_sdk.messages import Message
+from edge_sdk.transport import NO_TENSORS
+
+
+class SimulatedGateway:
+    """Sessions of simulated devices; what it offers is that of `gateway.Gateway`."""
+
+    address = "memory"
+
+    def __init__(self, devices: Mapping[str, SimulatedDevice], tap: Tap) -> None:
+        self._seats = dict(sorted(devices.items()))
+        self._all = list(self._seats.values())
+        self._tap = tap
+        self._is_woken = False
+
+    def devices(self) -> list[str]:
+        """Return the names of all devices with a session, sorted."""
+        return list(self._seats)
+
+    def stats(self, device: str) -> DeviceStats:
+        """Return what is known about the connection of *device*."""
+        stats = self._seat(device).link.stats()
+        return DeviceStats(
+            session="0" * 32,
+            bytes_up=stats.bytes_down,  # our end of the link: what comes in was sent up
+            bytes_down=stats.bytes_up,
+            reconnects=0,
+            rtt_s=stats.rtt_s,
+            heard_s=time.monotonic(),
+            telemetry={},
+        )
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """Return what the devices have done; *timeout_s* is not waited for.
+
+        Raises:
+            EdgeError: a device has failed, as that says.
+            TransportError: everybody waits for everybody else.
+        """
+        if self._is_woken:  # the coordinator has something to do itself
+            self._is_woken = False
+            return []
+        found: list[Event] = []
+        due = [device for device in self._all if device.is_due and not device.is_over]
+        for device in due:
+            device.advance()
+            found += self._heard(device)
+            _raise_failure(device)
+        if not due and not found and any(not device.is_over for device in self._all):
+            raise TransportError("the simulation stands still: every device waits for a message")
+        return found
+
+    def _heard(self, device: SimulatedDevice) -> list[Event]:
+        """What *device* has sent in its turn."""
+        found: list[Event] = []
+        while device.name in self._seats:
+            try:
+                envelope = device.link.receive(Deadline.after(0.0))
+            except ReceiveTimeout:
+                break
+            except RemoteProtocolError as error:
+                found.append(Rejected(device.name, str(error)))
+            except PeerGone:
+                del self._seats[device.name]
+                found.append(Left(device.name))
+            else:
+                found.append(Received(device.name, envelope))
+        return found
+
+    def send(
+        self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
+    ) -> None:
+        """Give *message* to *device*, which reads it in its next turn.
+
+        Raises:
+            PeerGone: The device has no session.
+        """
+        seat = self._seat(device)
+        before = seat.link.stats().bytes_up
+        seat.link.send(message, tensors)
+        seat.is_due = True
+        self._tap.down(device, message, seat.link.stats().bytes_up - before)
+
+    def set_limits(self, device: str, max_message_bytes: int) -> None:
+        """Change the payload in bytes that one message of *device* may have."""
+        self._seat(device).link.set_limit(max_message_bytes)
+
+    def drop(self, device: str, reason: str) -> None:
+        """End the session of *device*, which finds out after it has read what was sent."""
+        seat = self._seat(device)
+        seat.link.close()
+        seat.is_due = True
+        del self._seats[device]
+
+    def wake(self) -> None:
+        """Make `events` return now."""
+        self._is_woken = True
+
+    def _seat(self, device: str) -> SimulatedDevice:
+        seat = self._seats.get(device)
+        if seat is None:
+            raise PeerGone(f"device {device!r} has no session")
+        return seat
+
+    def close(self) -> None:
+        """End all devices."""
+        self._seats = {}
+        for device in self._all:
+            device.close()
+
+    def __enter__(self) -> SimulatedGateway:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _raise_failure(device: SimulatedDevice) -> None:
+    error = device.error
+    if isinstance(error, EdgeError):
+        kind: type[EdgeError] = type(error)
+        raise kind(f"device {device.name!r}: {error}") from error
+    if error is not None:
+        raise error

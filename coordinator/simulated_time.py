@@ -1,0 +1,200 @@
+"""What happens in a simulated run, told to the modelled clock; and the clock's rows.
+
+Training counts: computing, activations, gradients, adapters, and parts of the model that a new plan
+needs. Joining and evaluating do not: they cost every method the same, and a run without them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from coordinator.clock import Clock, Machine, Usage
+from coordinator.clock_costs import Costs
+from coordinator.engine import LocalEngine
+from coordinator.gateway import Gateway
+from coordinator.reporting import Reporting
+from coordinator.simulated_device import Tap
+from coordinator.wave import Answer, Job
+from edge_sdk.factors import Array
+from edge_sdk.messages import (
+    Activation,
+    AdapterUpload,
+    Gradient,
+    Message,
+    PlanAssigned,
+    RoundStart,
+    StepReport,
+    TopGradient,
+    TopHidden,
+)
+from edge_sdk.plan import Plan
+from edge_sdk.runtime import Micro
+from profiler.estimate import FlopsEstimate
+
+CLOCK = "clock.jsonl"
+COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)
+
+
+class ClockTap(Tap):
+    """Tells the clock what devices and coordinator do."""
+
+    def __init__(self, devices: Mapping[str, Machine], coordinator: Machine) -> None:
+        self.clock = Clock(devices, coordinator)
+        self.machines, self.coordinator = dict(devices), coordinator
+        self.plans: dict[str, Plan] = {}
+        """What each device runs."""
+        self.costs: Costs | None = None
+        """Set once the model is known, before any device computes."""
+        self._held: dict[str, set[str]] = {name: set() for name in devices}
+        self._attempt = 0
+
+    # ---- devices ----
+
+    def forward(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The device's blocks, forward."""
+        self.clock.compute(device, self._own(plan, micro).forward)
+
+    def backward(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The device's blocks, backward."""
+        self.clock.compute(device, self._own(plan, micro).backward)
+
+    def tail(self, device: str, plan: Plan, micro: Micro) -> None:
+        """Final norm and head, both ways."""
+        last = self._costs.num_blocks
+        self._both(device, self._costs.flops(last, last, {}, *micro.input_ids.shape, tail=True))
+
+    def local(self, device: str, plan: Plan, micro: Micro) -> None:
+        """The whole model, both ways."""
+        shape, last = micro.input_ids.shape, self._costs.num_blocks
+        self._both(device, self._costs.flops(0, last, plan.ranks, *shape, front=True, tail=True))
+
+    @property
+    def _costs(self) -> Costs:
+        assert self.costs is not None, "a device computes before the model is known"
+        return self.costs
+
+    def _own(self, plan: Plan, micro: Micro) -> FlopsEstimate:
+        return self._costs.flops(0, plan.split, plan.ranks, *micro.input_ids.shape, front=True)
+
+    def _both(self, device: str, flops: FlopsEstimate) -> None:
+        self.clock.compute(device, flops.total)
+
+    # ---- what travels ----
+
+    def up(self, device: str, message: Message, num_bytes: int) -> None:
+        """A device has sent a message."""
+        if _counts(message):
+            self.clock.upload(device, num_bytes)
+
+    def down(self, device: str, message: Message, num_bytes: int) -> None:
+        """The coordinator has sent a message."""
+        if isinstance(message, PlanAssigned):
+            self._assign(device, message)
+        elif isinstance(message, RoundStart) and message.end_step > message.stamp.step:
+            if message.stamp.attempt > self._attempt:  # whatever ran before is over
+                self._attempt = message.stamp.attempt
+                self.clock.serve(self.machines)
+            self.clock.download(device, num_bytes)
+        elif _counts(message):
+            self.clock.download(device, num_bytes)
+
+    def _assign(self, device: str, assigned: PlanAssigned) -> None:
+        """Parts that a new plan needs travel once more; those of the first are there already."""
+        self.plans[device] = assigned.plan
+        missing = [part for part in assigned.parts if part.sha256 not in self._held[device]]
+        self._held[device] |= {part.sha256 for part in missing}
+        if self._attempt and missing:
+            self.clock.download(device, sum(part.num_bytes for part in missing))
+
+    # ---- the coordinator ----
+
+    def serve(
+        self, jobs: Sequence[Job], ranks: Mapping[str, int], *, up: bool, down: bool, tail: bool
+    ) -> None:
+        """The coordinator runs its blocks for each of *jobs*: forward (up), backward (down)."""
+        total, last = 0.0, self._costs.num_blocks
+        # By name: a sum of floats depends on its order, and a set has none.
+        for job in sorted(jobs, key=lambda job: job.device):
+            flops = self._costs.flops(job.split, last, ranks, *job.hidden_BTD.shape[:2], tail=tail)
+            total += up * flops.forward + down * flops.backward
+        self.clock.serve([job.device for job in jobs], total)
+
+
+def _counts(message: Message) -> bool:
+    return isinstance(message, COUNTED) and not getattr(message, "is_eval", False)
+
+
+class TimedEngine:
+    """An engine whose waves take modelled time; everything else it does takes none."""
+
+    def __init__(self, engine: LocalEngine, tap: ClockTap) -> None:
+        self._engine, self._tap = engine, tap
+        self._lifted: list[Job] = []
+
+    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+        """Forward, loss and backward of a wave; see `Engine`."""
+        self._tap.serve(jobs, self._engine.adapters.ranks, up=True, down=True, tail=True)
+        return self._engine.train(jobs, step, micro)
+
+    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Forward of a wave whose labels stay on the devices; see `Engine`."""
+        self._lifted = list(jobs)
+        self._tap.serve(jobs, self._engine.adapters.ranks, up=True, down=False, tail=False)
+        return self._engine.lift(jobs, step, micro)
+
+    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Backward of the last `lift`; see `Engine`."""
+        jobs = [job for job in self._lifted if job.device in grads]
+        self._tap.serve(jobs, self._engine.adapters.ranks, up=False, down=True, tail=False)
+        return self._engine.lower(grads)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else an engine can do."""
+        return getattr(self._engine, name)
+
+
+class ClockedReporting(Reporting):
+    """Writes a row of the clock with each round."""
+
+    def __init__(self, plain: Reporting, tap: ClockTap) -> None:
+        super().__init__(plain.folder, plain.watcher, plain.is_classifier)
+        self.tap = tap
+        self.plans: list[dict[str, Plan]] = []
+        """What each device ran, round by round."""
+
+    def telemetry(self, round_: int, gateway: Gateway) -> None:
+        """Write what the round cost, and what it would have cost."""
+        super().telemetry(round_, gateway)
+        self.plans.append(dict(sorted(self.tap.plans.items())))
+        self.folder.append(CLOCK, clock_row(round_ + 1, self.tap))
+
+
+def clock_row(round_: int, tap: ClockTap) -> dict[str, Any]:
+    """Read the clock at the end of a round.
+
+    Returns:
+        Seconds since the start and of the round; for each device and the coordinator the time in
+        which it computed and its share of the round, joules, and the traffic of its link.
+    """
+    reading = tap.clock.read()
+    devices = {
+        name: _costs_of(usage, tap.machines[name], reading.round_s)
+        | {"split": tap.plans[name].split}
+        for name, usage in sorted(reading.devices.items())
+    }
+    server = _costs_of(reading.coordinator, tap.coordinator, reading.round_s)
+    return {
+        "round": round_,
+        "modelled": True,
+        "seconds": reading.seconds,
+        "round_seconds": reading.round_s,
+        "devices": devices,
+        "coordinator": {n: server[n] for n in ("compute_s", "busy", "energy_j")},
+    }
+
+
+def _costs_of(usage: Usage, machine: Machine, round_s: float) -> dict[str, Any]:
+    busy = usage.compute_s / round_s if round_s else 0.0
+    return asdict(usage) | {"busy": busy, "energy_j": usage.compute_s * machine.watts}

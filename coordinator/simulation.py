@@ -1,0 +1,178 @@
+"""Many devices in one process, trained for real, with a modelled clock.
+
+    result = simulate(config, Silence())
+
+The coordinator and the participants are those of a deployment. What is not there: the network
+(`simulated_gateway.py`), time (`clock.py`), and things that happen at the same moment. Equal
+configs on one machine give equal metrics and equal times.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from coordinator.clock_costs import Costs
+from coordinator.conductor import Conductor
+from coordinator.config import ServeConfig
+from coordinator.engine import LocalEngine
+from coordinator.export import export_adapter
+from coordinator.gateway import Gateway
+from coordinator.launch import ADAPTER, _environment, _removed_if_it_never_began
+from coordinator.reporting import Watcher
+from coordinator.run import Run
+from coordinator.served import ServedModel
+from coordinator.server import COMPLETED, Coordinator
+from coordinator.simulated_device import SimulatedDevice, Workshop
+from coordinator.simulated_fleet import Fleet, make_fleet
+from coordinator.simulated_gateway import SimulatedGateway
+from coordinator.simulated_time import ClockedReporting, ClockTap, TimedEngine
+from coordinator.simulation_config import SimulationConfig, device_names
+from coordinator.simulation_data import deal, own_data
+from coordinator.simulation_result import SimulationResult, read_result
+from coordinator.store import CONFIG, RunFolder
+from coordinator.worker import Worker
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.config import dump_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.stopping import stopping_on_signals
+from edge_sdk.weights import PartCache
+from profiler.profile import DeviceProfile
+
+# What was simulated, beside what the coordinator was told.
+SIMULATION = "simulation.yaml"
+# In every message, so that times do not depend on the name of a folder.
+RUN_ID = "simulation"
+
+
+def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
+    """Simulate a run to its end; Ctrl-C ends it early, with what there is so far.
+
+    Raises:
+        EdgeError: the config, the data or the model is wrong, or a device has failed.
+    """
+    if config.trained_by != "devices":
+        raise ConfigError("trained_by: a simulation trains on devices, got 'coordinator'")
+    if config.simulation.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.simulation.threads)
+    fleet = make_fleet(config.simulation, config.planning)
+    served = _served(config, fleet)
+    shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
+    tap = ClockTap(fleet.machines, fleet.coordinator)
+    model = _TimedModel(served, PartCache(config.simulation.cache), tap)
+    folder = RunFolder.create(config.runs, config.name)
+    with (
+        _removed_if_it_never_began(folder),
+        tempfile.TemporaryDirectory(prefix="edgesplit-") as state,
+        Workshop(tap) as shop,
+    ):
+        folder.write_text(CONFIG, dump_config(served))
+        folder.write_text(SIMULATION, dump_config(config))
+        folder.write_text("env.json", json.dumps(_environment(), indent=2))
+        devices = {
+            name: SimulatedDevice(
+                name, _client_config(config, name, profile, Path(state)), shards.get(name), shop
+            )
+            for name, profile in fleet.profiles.items()
+        }
+        with SimulatedGateway(devices, tap) as gateway:
+            # Whatever the coordinator asks of a gateway, this one answers too.
+            run = Run(served, model, folder, cast(Gateway, gateway), watcher, RUN_ID)
+            return _serve(run, shop, tap)
+
+
+def _serve(run: Run, shop: Workshop, tap: ClockTap) -> SimulationResult:
+    run.reporting = reporting = ClockedReporting(run.reporting, tap)
+    coordinator = _SimulatedCoordinator(run, shop)
+    run.watcher.note(f"run {run.folder.path}: {len(tap.machines)} simulated devices")
+    with _stopping(coordinator.stop):
+        outcome = coordinator.serve()
+    if outcome == COMPLETED:
+        target = run.folder.path / ADAPTER
+        learned = run.ledger.global_factors()
+        difference = export_adapter(run.model.source, learned, run.ledger.head, target)
+        run.reporting.event("adapter.exported", difference=difference)
+    else:
+        run.reporting.flush()
+    return read_result(outcome, run.folder, reporting.plans)
+
+
+def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
+    """Python hears signals in its main thread only."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return stopping_on_signals(stop) if is_main else nullcontext()
+
+
+class _TimedModel(ServedModel):
+    """A model whose engines, also those of later plans, take modelled time."""
+
+    def __init__(self, config: ServeConfig, cache: PartCache, tap: ClockTap) -> None:
+        super().__init__(config, cache)
+        self._tap = tap
+        tap.costs = Costs(self.shape, self.facts.layout.num_blocks)
+
+    def make_engine(self, *args: Any, **kwargs: Any) -> LocalEngine:
+        """Build an engine; see `ServedModel`."""
+        # What the coordinator asks of an engine, a timed one answers too.
+        return cast(LocalEngine, TimedEngine(super().make_engine(*args, **kwargs), self._tap))
+
+
+class _PromptWorker(Worker):
+    """Computes at once, so that nothing else happens meanwhile; the result waits its turn."""
+
+    def __init__(self, shop: Workshop, wake: Callable[[], None]) -> None:
+        super().__init__(wake)
+        self._pool.shutdown()
+        self._pool = shop.compute
+
+    def start(self, compute: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Compute; *then* gets the result when the event loop comes round."""
+        super().start(compute, then)
+        self._pool.submit(bool).result()  # one thread, so that what was asked before is done
+
+    def close(self) -> None:
+        """Leave the thread to the devices."""
+
+
+class _SimulatedCoordinator(Coordinator):
+    """A coordinator whose computations and devices take turns."""
+
+    def __init__(self, run: Run, shop: Workshop) -> None:
+        super().__init__(run)
+        self._worker.close()
+        self._worker = _PromptWorker(shop, run.gateway.wake)
+        self._conductor = Conductor(run, self._intake, self._worker)
+
+
+def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:
+    """What the coordinator is told; its planning knows the machine that it is meant to be."""
+    planning = replace(
+        config.planning,
+        server_memory_bytes=fleet.coordinator_bytes,
+        server_flops_per_s=fleet.coordinator.flops_per_s,
+    )
+    return replace(config.served(), planning=planning)
+
+
+def _client_config(
+    config: SimulationConfig, name: str, profile: DeviceProfile, state: Path
+) -> ClientConfig:
+    fleet = config.simulation
+    return ClientConfig(
+        coordinator="memory",
+        server_key="",
+        data=own_data(fleet, device_names(fleet)[name]),
+        device=config.device,
+        compute=config.compute,
+        cache=fleet.cache,
+        state=state,
+        profile=profile,
+    )

@@ -1,0 +1,122 @@
+"""The configuration of a simulated run: a coordinator's, and the devices that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from coordinator.auth import is_device_name
+from coordinator.config import ServeConfig
+from coordinator.fleet import Board, Connection, Scale
+from edge_sdk.data import DataConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedDevice:
+    """One device, or several of a kind."""
+
+    board: str = "orin-nano-8gb"
+    """Name in coordinator/data/boards.yaml or in `boards`."""
+    link: str = "wifi-good"
+    """Name in coordinator/data/links.yaml or in `links`."""
+    count: int = 1
+    """So many devices of this kind, named NAME-0, NAME-1, ...; one keeps the plain name."""
+    memory_bytes: float | None = None
+    """Memory for the run, instead of the board's."""
+    flops_per_s: float | None = None
+    """Speed in training, instead of the board's peak times `utilisation`."""
+    data: str | None = None
+    """A training file of its own, instead of a share of `simulation.data`."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.count > 1 and self.data is not None:
+            raise ValueError("data is the file of one device: count must be 1")
+        for name in ("memory_bytes", "flops_per_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """Which devices take part, on which data, and how fast everything is meant to be."""
+
+    devices: dict[str, SimulatedDevice] = field(default_factory=dict)
+    """The devices by name; what each trains is set in `devices` of the run, as always."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training data that is dealt out; its columns count for files of single devices too."""
+    shards: Literal["contiguous", "iid", "dirichlet"] = "iid"
+    """How: in the order of the file, at random, or each class in proportions of its own."""
+    alpha: float = 0.5
+    """Concentration of `dirichlet`: small is skewed. Classes are those of the labels; texts
+    without labels are sorted into ten classes by length."""
+    coordinator: str = "a100-80gb"
+    """Board of the coordinator; `planning.server_memory_bytes` and `planning.server_flops_per_s`
+    win where they are set."""
+    utilisation: float = 0.3
+    """Share of a board's peak that training reaches."""
+    overhead_bytes: float = 0.6e9
+    """What a device's process takes before any part of the model."""
+    boards: dict[str, Board] = field(default_factory=dict)
+    """Further boards, by name."""
+    links: dict[str, Connection] = field(default_factory=dict)
+    """Further links, by name."""
+    scale: Scale = field(default_factory=Scale)
+    """For a small model that stands for a large one; see docs/simulation.md."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's own choice."""
+    cache: Path | None = None
+    """Downloaded parts of models; None: edgesplit/parts in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation must be above 0 and at most 1, got {self.utilisation}")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be a number above 0, got {self.alpha}")
+        if self.overhead_bytes < 0:
+            raise ValueError(f"overhead_bytes must be at least 0, got {self.overhead_bytes}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in device_names(self):
+            if not is_device_name(name):
+                raise ValueError(f"devices: {name!r} is no name: letters, digits, . _ - only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig(ServeConfig):
+    """Everything about one simulated run: what `serve` reads, and who takes part.
+
+    Keys, listening address and patience mean nothing here; every round waits for every device.
+    """
+
+    simulation: FleetConfig = field(default_factory=FleetConfig)
+    """The devices that are simulated."""
+
+    def __post_init__(self) -> None:
+        ServeConfig.__post_init__(self)
+        if not self.simulation.devices:
+            raise ValueError("simulation.devices must name at least 1 device")
+
+    def served(self) -> ServeConfig:
+        """Return what the coordinator itself is told."""
+        values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
+        return ServeConfig(**values | {"min_devices": len(device_names(self.simulation))})
+
+
+def device_names(fleet: FleetConfig) -> dict[str, SimulatedDevice]:
+    """Return every single device by its name, in order.
+
+    Raises:
+        ValueError: two devices have one name.
+    """
+    found: dict[str, SimulatedDevice] = {}
+    for name, device in fleet.devices.items():
+        names = [name] if device.count == 1 else [f"{name}-{i}" for i in range(device.count)]
+        for each in names:
+            if each in found:
+                raise ValueError(f"devices: two are named {each!r}")
+            found[each] = device
+    return dict(sorted(found.items()))

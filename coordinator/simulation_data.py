@@ -1,0 +1,80 @@
+"""The private data of simulated devices: one file dealt out, or a file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from coordinator.simulation_config import FleetConfig, SimulatedDevice
+from edge_sdk.data import WORDS, DataConfig, Row, load_rows
+from edge_sdk.errors import ConfigError
+from edge_sdk.records import read_records
+from edge_sdk.sharding import (
+    IntArray,
+    contiguous_shards,
+    dirichlet_shards,
+    iid_shards,
+    length_classes,
+)
+
+# Texts that have no class are sorted into so many by their length.
+LENGTH_CLASSES = 10
+
+Records = list[Mapping[str, Any]]
+
+
+def deal(
+    fleet: FleetConfig, devices: Mapping[str, SimulatedDevice], seed: int
+) -> dict[str, Records]:
+    """Return the rows of each device that has no file of its own; a pure function of the seed.
+
+    Raises:
+        ConfigError: there is nothing to deal out, or less than a row for each.
+        DataError: the file is malformed; the message names file and line.
+    """
+    names = [name for name, device in devices.items() if device.data is None]
+    if not names:
+        return {}
+    if fleet.data.path is None:
+        raise ConfigError(
+            "simulation.data.path: names no training data; give it, or `data` for each device"
+        )
+    rows = load_rows(None, fleet.data)  # finds what is wrong with it while lines have numbers
+    if len(rows) < len(names):
+        raise ConfigError(f"simulation.data: {len(rows)} rows for {len(names)} devices")
+    wanted = set(fleet.data.columns.values()) or set(WORDS)
+    found = read_records(fleet.data.path, wanted, fleet.data.name, fleet.data.split)
+    records = [record for _, record in islice(found, fleet.data.limit)]
+    shards = _shards(fleet, rows, len(names), seed)
+    return {name: [records[i] for i in shard] for name, shard in zip(names, shards, strict=True)}
+
+
+def own_data(fleet: FleetConfig, device: SimulatedDevice) -> DataConfig:
+    """How a device reads its data; rows that were dealt out have no path and no limit."""
+    limit = fleet.data.limit if device.data is not None else None
+    return replace(fleet.data, path=device.data, limit=limit)
+
+
+def _shards(fleet: FleetConfig, rows: Sequence[Row], count: int, seed: int) -> list[IntArray]:
+    if fleet.shards == "contiguous":
+        return contiguous_shards(len(rows), count)
+    if fleet.shards == "iid":
+        return iid_shards(len(rows), count, seed)
+    return dirichlet_shards(_classes(rows), count, fleet.alpha, seed)
+
+
+def _classes(rows: Sequence[Row]) -> IntArray:
+    """The class of each row: its label, or how long it is beside the others."""
+    if rows[0].schema == "label":
+        labels = [str(row.label) for row in rows]
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    return length_classes([_num_letters(row) for row in rows], LENGTH_CLASSES)
+
+
+def _num_letters(row: Row) -> int:
+    turns = sum(len(str(turn.get("content", ""))) for turn in row.messages)
+    return len(row.text) + len(row.prompt) + len(row.completion) + turns

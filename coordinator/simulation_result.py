@@ -1,0 +1,103 @@
+"""What a simulation found, round by round, read back from its folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.simulated_time import CLOCK
+from coordinator.store import RunFolder
+from edge_sdk.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedRound:
+    """Where the run stood after so many rounds; row 0 is what was there before training."""
+
+    round: int
+    samples: int
+    """Trained on since the start, all devices."""
+    seconds: float
+    """Modelled, since the start."""
+    bytes_up: int
+    """From all devices, since the start: training only."""
+    bytes_down: int
+    train_loss: float | None
+    """Mean loss per target over the round's steps."""
+    loss: float | None
+    """On the coordinator's file, or else over all devices' validation data; None without any."""
+    accuracy: float | None
+    plans: dict[str, Plan]
+    """What each device ran in the round."""
+    metrics: dict[str, Any]
+    """The line of metrics.jsonl."""
+    clock: dict[str, Any]
+    """The line of clock.jsonl; empty in row 0."""
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss); it means something for language models."""
+        return None if self.loss is None else math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationResult:
+    """A simulation that has ended."""
+
+    outcome: str
+    """`completed`, or `paused` after Ctrl-C."""
+    folder: RunFolder
+    rounds: list[SimulatedRound]
+
+    def time_to(self, loss: float) -> float | None:
+        """Modelled seconds until *loss* was reached; None if it never was."""
+        reached = (r.seconds for r in self.rounds if r.loss is not None and r.loss <= loss)
+        return next(reached, None)
+
+
+def read_result(
+    outcome: str, folder: RunFolder, plans: Sequence[Mapping[str, Plan]]
+) -> SimulationResult:
+    """Join the rows of a run folder; *plans* are those of round 1, 2, ..."""
+    times = {row["round"]: row for row in folder.rows(CLOCK)}
+    samples = up = down = 0
+    seconds, rounds = 0.0, []
+    for metrics in folder.rows("metrics.jsonl"):
+        number = metrics["round"]
+        clock = times.get(number, {})
+        samples += metrics.get("samples", 0)
+        traffic = clock.get("devices", {}).values()
+        up += sum(device["bytes_up"] for device in traffic)
+        down += sum(device["bytes_down"] for device in traffic)
+        seconds = clock.get("seconds", seconds)
+        loss, accuracy = _score(metrics)
+        rounds.append(
+            SimulatedRound(
+                round=number,
+                samples=samples,
+                seconds=seconds,
+                bytes_up=up,
+                bytes_down=down,
+                train_loss=metrics.get("train_loss"),
+                loss=loss,
+                accuracy=accuracy,
+                plans=dict(plans[number - 1]) if number else {},
+                metrics=metrics,
+                clock=clock,
+            )
+        )
+    return SimulationResult(outcome, folder, rounds)
+
+
+def _score(metrics: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Loss and accuracy on the coordinator's file, or over the devices', each target alike."""
+    scores = (
+        [metrics["eval"]] if "eval" in metrics else [*metrics.get("eval_by_device", {}).values()]
+    )
+    targets = sum(score["targets"] for score in scores)
+    if not targets:
+        return None, None
+    loss = sum(score["loss"] * score["targets"] for score in scores) / targets
+    return loss, sum(score["accuracy"] * score["targets"] for score in scores) / targets

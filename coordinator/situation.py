@@ -1,0 +1,193 @@
+"""All that plans are made from, and what of it is settled before anything is computed.
+
+Knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`armsc.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from coordinator.aggregation import RULES, SERVER
+from coordinator.config import ServeConfig
+from coordinator.planning import ModelFacts
+from coordinator.rank_choice import possible_ranks
+from profiler.estimate import ModelShape
+from profiler.profile import DeviceProfile, problems
+
+# Positions of models reach 131,072; sequences of fine-tuning data rarely do.
+LONGEST = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerProfile:
+    """What a run may use of the coordinator's machine; None where nobody knows."""
+
+    memory_bytes: float | None = None
+    flops_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Everything a plan depends on; equal situations get equal plans."""
+
+    config: ServeConfig
+    facts: ModelFacts
+    model: ModelShape
+    profiles: Mapping[str, DeviceProfile]
+    """Devices to plan for, by name."""
+    server: ServerProfile = ServerProfile()
+    length: int
+    """Tokens of the sequences that plans must have room for."""
+    importance: Mapping[str, float] | None = None
+    """Global importance of adapted weights; None: not measured yet, all alike."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        return self.facts.layout.num_blocks
+
+    @cached_property
+    def _by_block(self) -> list[list[str]]:
+        blocks: list[list[str]] = [[] for _ in range(self.num_blocks)]
+        for name in self.facts.targets:
+            blocks[self.place(name)[0]].append(name)
+        return blocks
+
+    def weights(self, first: int, stop: int) -> list[str]:
+        """Adapted weights of blocks first .. stop-1."""
+        return [name for block in self._by_block[first:stop] for name in block]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, str]]:
+        path = f"{self.facts.layout.blocks_path}."
+        split = {name: name.removeprefix(path).partition(".") for name in self.facts.targets}
+        return {name: (int(block), inside) for name, (block, _, inside) in split.items()}
+
+    def place(self, weight: str) -> tuple[int, str]:
+        """Block of an adapted weight, and its name inside the block."""
+        return self._places[weight]
+
+    @cached_property
+    def input_ids(self) -> dict[str, int]:
+        """Which layers of a block read the same input, by name inside the block."""
+        return {linear.name: linear.input_id for linear in self.model.linears}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the config leaves nothing to plan."""
+        return self.config.planning.split == self.config.planning.ranks == "fixed"
+
+    def importance_of(self, weight: str) -> float:
+        """Importance of a weight; one that nobody measured is worth the mean of the others."""
+        if not self.importance:
+            return 1.0
+        return self.importance.get(weight, self._mean_importance)
+
+    @cached_property
+    def _mean_importance(self) -> float:
+        return math.fsum((self.importance or {}).values()) / max(1, len(self.importance or {}))
+
+    # ---- one device ----
+
+    def profile(self, device: str) -> DeviceProfile:
+        """What a device says of itself; nonsense counts as nothing where nothing depends on it."""
+        own = self.profiles[device]
+        return DeviceProfile() if self.is_fixed and problems(own) else own
+
+    def budget_bytes(self, device: str) -> float:
+        """Memory that a plan may use, of a device or of `SERVER`; infinite where unknown."""
+        planning = self.config.planning
+        if device == SERVER:
+            memory = planning.server_memory_bytes or self.server.memory_bytes
+        else:
+            memory = self.profile(device).memory_bytes
+        return math.inf if memory is None else memory * (1.0 - planning.memory_margin)
+
+    def limit_bytes(self, device: str) -> float:
+        """The same as a limit: a fixed config is carried out whether it fits or not."""
+        return math.inf if self.is_fixed else self.budget_bytes(device)
+
+    def pinned_split(self, device: str) -> int | None:
+        """The split that is not ours to choose; None where it is.
+
+        Without a memory budget nothing can be chosen: such a device runs what the config says.
+        """
+        own = self.config.devices.get(device)
+        split = own.split if own else None
+        is_known = self.profile(device).memory_bytes is not None
+        if split is None and (self.config.planning.split == "fixed" or not is_known):
+            split = self.config.settings(device).split
+        return self.num_blocks if split == "all" else split
+
+    def micro_batch(self, device: str) -> int:
+        """Sequences that pass through the model together."""
+        settings = self.config.settings(device)
+        assert settings.batch_size is not None
+        return settings.micro_batch or settings.batch_size
+
+    @property
+    def server_speed(self) -> float | None:
+        """The coordinator's floating-point operations a second."""
+        return self.config.planning.server_flops_per_s or self.server.flops_per_s
+
+    def tokens(self, device: str) -> int:
+        """Tokens of a device's micro-batch."""
+        return self.micro_batch(device) * self.length
+
+    # ---- ranks ----
+
+    @cached_property
+    def _rank_set(self) -> dict[str, list[int]]:
+        return possible_ranks(self.config.planning.rank_set, self.facts.targets)
+
+    def pinned_rank(self, device: str) -> int | None:
+        """The rank of a device, or of `SERVER`, that is not ours to choose; None where it is."""
+        config = self.config
+        own = config.devices.get(device)
+        rank = config.server_rank if device == SERVER else own.r if own else None
+        if rank is None and config.planning.ranks == "fixed":
+            rank = config.lora.r if device == SERVER else config.settings(device).r
+        return rank
+
+    def ranks(self, device: str, weight: str) -> list[int]:
+        """Ranks that a weight may have on a device, or on `SERVER`, the smallest first."""
+        lora, pin = self.config.lora, self.pinned_rank(device)
+        rank = lora.rank_of(weight, -1 if pin is None else pin)
+        if rank >= 0:
+            return [rank]
+        found = self._rank_set[weight]
+        if device == SERVER or self.profile(device).memory_bytes is not None:
+            return found
+        # Memory unknown: nothing above what the config would give.
+        most = self.config.settings(device).r or 0
+        return [r for r in found if r <= most]
+
+    def first_rank(self, device: str, weight: str) -> int:
+        """The rank that a split is priced with: the least that lets the weight learn.
+
+        A split that left no room for it would spare the coordinator work and train nothing.
+        """
+        return next((rank for rank in self.ranks(device, weight) if rank > 0), 0)
+
+    @cached_property
+    def residual_rank(self) -> int:
+        """Ranks of the frozen residual, once everybody has learned something.
+
+        The sum of everybody's largest ranks, which the joined update cannot exceed; 0 under rules
+        that hand out factors alone.
+        """
+        if RULES[self.config.aggregation].share_out is not None:
+            return 0
+        most = {
+            device: max(self.ranks(device, weight)[-1] for weight in self.facts.targets)
+            for device in (SERVER, *self.profiles)
+        }
+        return min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
+
+
+def planning_length(config: ServeConfig, positions: int) -> int:
+    """Tokens to plan for: `max_length`, or what the model takes up to LONGEST."""
+    return config.max_length or min(positions, LONGEST)

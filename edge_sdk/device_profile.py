@@ -1,0 +1,77 @@
+"""What this device offers a run: set by hand where the config says so, else measured."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.errors import ConfigError
+from edge_sdk.inbox import Inbox
+from edge_sdk.link_probe import probe
+from edge_sdk.messages import Stamp
+from edge_sdk.transport import Link
+from profiler.profile import DeviceProfile
+
+log = logging.getLogger(__name__)
+
+
+def device_profile(config: ClientConfig, model: Path, max_length: int) -> DeviceProfile:
+    """Return the profile of this device, before any part of the model is loaded; without its link.
+
+    Args:
+        config: The device's own config; what its `profile` sets is not measured.
+        model: Folder with the model's config: one block of it is run with random weights.
+        max_length: Longest sequence of the run.
+
+    Raises:
+        ConfigError: the budget set by hand is more than the device has.
+    """
+    by_hand = config.profile
+    if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
+        return by_hand
+    from edge_sdk.runtime_torch import pick_device
+    from profiler.measure import measure_profile
+
+    device = pick_device(config.device).type
+    speed = by_hand.flops_per_s or _block_speed(model, device, max_length)
+    try:
+        found = measure_profile(
+            device=device,
+            memory_bytes=by_hand.memory_bytes,
+            overhead_bytes=by_hand.overhead_bytes,
+            flops_per_s=speed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"profile.memory_bytes: {error}") from error
+    return overlaid(found, by_hand)
+
+
+def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
+    """*found*, with every field that was set by hand as it was set."""
+    own = {f.name: getattr(by_hand, f.name) for f in fields(by_hand)}
+    return replace(found, **{name: value for name, value in own.items() if value is not None})
+
+
+def _block_speed(model: Path, device: str, max_length: int) -> float | None:
+    from profiler.measure import measure_block
+
+    try:
+        return measure_block(model, length=min(128, max_length), device=device).flops_per_s.value
+    except ValueError as error:
+        log.warning("speed.unknown reason=%s", error)
+        return None
+
+
+def with_link(profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp) -> DeviceProfile:
+    """Return *profile* with what it does not say about the link, measured now."""
+    if None not in (profile.up_bytes_per_s, profile.down_bytes_per_s, profile.round_trip_s):
+        return profile
+    speed = probe(link, inbox, stamp)
+    found = DeviceProfile(
+        up_bytes_per_s=speed.up_bytes_per_s,
+        down_bytes_per_s=speed.down_bytes_per_s,
+        round_trip_s=speed.round_trip_s,
+    )
+    return overlaid(found, profile)

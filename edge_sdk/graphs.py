@@ -1,0 +1,68 @@
+"""The graphs that a device without torch runs, in the one part in which they travel.
+
+Blocks of the same kind share their graphs: names inside them are those inside a block, and no
+weight lies in them. Knows no ONNX; what writes them is `coordinator/onnx_export.py`, what runs them
+`runtime_onnx.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_sdk.errors import ModelError, one_line
+
+PART_NAME = "graphs"
+ABOUT = "about"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """How the graphs of one slice belong together."""
+
+    blocks_path: str
+    """Module path of the block list."""
+    kinds: tuple[int, ...]
+    """Which graphs each block 0 .. split-1 uses: `block.<kind>`, `vjp.<kind>`, `measure.<kind>`."""
+    task: str
+    """`causal-lm` or `sequence-classification`."""
+    head: tuple[str, ...]
+    """Parameters of the tail that are trained, by whole-model name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """ONNX models by name: `front`, `block.<kind>`, `vjp.<kind>`, `measure.<kind>`, `tail`."""
+
+    about: About
+    models: Mapping[str, bytes]
+
+    def pack(self) -> bytes:
+        """Return the bytes of a safetensors file, the same for the same graphs."""
+        from safetensors.numpy import save
+
+        files = {**self.models, ABOUT: json.dumps(asdict(self.about), sort_keys=True).encode()}
+        packed: bytes = save({n: np.frombuffer(files[n], np.uint8) for n in sorted(files)})
+        return packed
+
+
+def read_graphs(path: Path) -> Graphs:
+    """Read what `pack` has written.
+
+    Raises:
+        ModelError: the file holds no graphs.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        files = {name: value.tobytes() for name, value in load_file(path).items()}
+        about = json.loads(files.pop(ABOUT))
+        lists = {name: tuple(about[name]) for name in ("kinds", "head")}
+        return Graphs(About(**{**about, **lists}), files)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} holds no graphs: {one_line(error)}") from error

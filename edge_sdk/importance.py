@@ -1,0 +1,288 @@
+"""How much each frozen weight matters to the loss: HSplitLoRA's gradient-weight product (RNGWP).
+
+The paper (arXiv 2505.02795) gives, for a weight W with entries w_j and the cost C(W) of tuning it,
+
+    Theta(W) = (sum_j w_j dL/dw_j) / C(W)
+
+and speaks of the magnitude of the product. Where that magnitude is taken cannot be seen:
+RECONSTRUCTED, and therefore a choice of three forms. With inputs x_t and output gradients d_t of
+tokens t, on the frozen W alone (no bias, no adapter, no residual):
+
+    reference   sum_j |w_j dL/dw_j|      one more product of W's size per micro-batch
+    free        sum_t |<d_t, W x_t>|     from what the backward pass computes anyway
+    signed      |sum_t <d_t, W x_t>|     = |sum_j w_j dL/dw_j|, the other reading of the paper
+
+Measured while a model trains, and only then: between measurements nothing hangs on it. Knows no
+network and no planner: costs come from there.
+
+Legend: B sequences, T positions, N tokens of a micro-batch, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from edge_sdk.adapters import is_transposed
+from edge_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Form = Literal["free", "reference", "signed"]
+Share = float | Mapping[str, float]
+"""Share of the samples that a participant stands for: of all weights, or weight by weight."""
+
+# Ours (RECONSTRUCTED): without a floor an importance of 0 would divide by 0, and without a cap one
+# spike would hold an old value for ever.
+FLOOR = 1e-12
+MOST_GAMMA = 0.999
+# The reference form costs about two fifths of a step: measured every second time only, it stays
+# below 3 % of the run at K = 10 (docs/importance.md).
+REFERENCE_PERIODS = 2
+# Numbers that are multiplied at a time: 1 MiB stays in a processor's cache, which makes the free
+# form twice as fast on one, and no second copy of an activation is ever made.
+CHUNK = 1 << 18
+
+
+class Meter:
+    """Measures the importance of linear layers at every K-th step of a model that trains.
+
+    The form `reference` is measured at every second of these steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Iterable[str], form: Form = "free", every: int = 0
+    ) -> None:
+        """Take the layers to measure, adapted or not, by module name; *every* = 0 never does.
+
+        Raises:
+            ConfigError: there is no such form, or *every* is negative.
+        """
+        if form not in get_args(Form) or every < 0:
+            raise ConfigError(
+                f"importance: {form!r} every {every} steps is not possible; "
+                f"choose one of {', '.join(get_args(Form))}, and 0 or more steps"
+            )
+        self._model, self.weights = model, tuple(weights)
+        self._form = form
+        self._every = every * (REFERENCE_PERIODS if form == "reference" else 1)
+        self._step: int | None = None
+        self._raw: dict[str, torch.Tensor] = {}
+        self._found: dict[str, tuple[float, int]] = {}
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Follow a forward pass of *step*, if one is due; its backward pass then measures.
+
+        Several micro-batches of a step add up: exactly in the forms `free` and `signed`; in
+        `reference` each is a gradient of its own.
+        """
+        if not self._every or step % self._every:
+            yield
+            return
+        if step != self._step:
+            self._step, self._raw = step, {}
+        with ExitStack() as hooks:
+            for name in self.weights:
+                layer = base_of(self._model.get_submodule(name))
+                watch = _Watch(layer, self._form, partial(self._add, name))
+                hooks.enter_context(layer.register_forward_pre_hook(watch.before))
+                hooks.enter_context(layer.register_forward_hook(watch.after))
+            yield
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._raw[name] = self._raw[name] + value if name in self._raw else value
+
+    def close_step(self, divisor: Callable[[str], float]) -> None:
+        """Take the measured step in; call it when all its backward passes are done.
+
+        Args:
+            divisor: What the gradients of a weight were multiplied by: a loss scale, samples; 0
+                for a weight that nobody's tokens went through.
+        """
+        step, raw = self._step, self._raw
+        self._step, self._raw = None, {}
+        if step is None:
+            return
+        values = {}
+        for name in self.weights:
+            if by := divisor(name):
+                values[name] = abs(float(raw[name])) / by if name in raw else 0.0
+        if all(map(math.isfinite, values.values())):  # float16 that overflows is no measurement
+            for name, value in values.items():
+                total, count = self._found.get(name, (0.0, 0))
+                self._found[name] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        """Mean importance per measured step since the last call, not divided by any cost."""
+        found, self._found = self._found, {}
+        return {name: total / count for name, (total, count) in found.items()}
+
+    def forget(self) -> None:
+        """Drop what has been measured; the steps since the last `take` count nothing."""
+        self._step, self._raw, self._found = None, {}, {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `take` would give, as sum and count, for a checkpoint between two steps."""
+        return {name: np.array(found, np.float64) for name, found in self._found.items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        self.forget()
+        self._found = {n: (float(s[0]), int(s[1])) for n, s in state.items() if n in self.weights}
+
+
+class _Watch:
+    """Follows one layer through a forward pass and hands its importance on in the backward pass.
+
+    What it keeps in between is the layer's input, which autograd keeps as well where the layer has
+    an adapter: <d_t, W x_t> = <W^T d_t, x_t>, and W^T d_t is what the layer's backward pass
+    computes. Only where the input needs no gradient (the first layers after frozen embeddings) does
+    nobody compute it: there the output is kept instead.
+    """
+
+    def __init__(self, layer: nn.Module, form: Form, add: Callable[[torch.Tensor], None]) -> None:
+        self._layer, self._form, self._add = layer, form, add
+
+    def before(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Watch the gradient by the input, in this layer's part of it alone."""
+        x = args[0]
+        if self._form == "reference" or not _has_gradient(x):
+            return None
+        own: Any = x.view_as(x)
+        own.register_hook(partial(self._dot, [x.detach()]))
+        return (own, *args[1:])
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> Any:
+        """Watch the gradient by the output, which this makes exist where nothing below needs it."""
+        import torch
+
+        if not torch.is_grad_enabled() or (self._form != "reference" and _has_gradient(args[0])):
+            return None
+        watched: Any = y if y.requires_grad else y.detach().requires_grad_(True)
+        if self._form == "reference":
+            watched.register_hook(partial(self._dense, [args[0].detach()]))
+        else:
+            bias = getattr(layer, "bias", None)
+            plain = y.detach() if bias is None else y.detach() - bias
+            watched.register_hook(partial(self._dot, [plain]))
+        return watched
+
+    def _dot(self, kept: list[torch.Tensor], grad: torch.Tensor) -> None:
+        """Add up <W^T d_t, x_t>, or <d_t, W x_t>, of each token."""
+        x_NI: Any = kept.pop().flatten(0, -2)
+        grad_NI: Any = grad.flatten(0, -2)
+        rows = max(1, CHUNK // x_NI.shape[1])
+        for x, g in zip(x_NI.split(rows), grad_NI.split(rows), strict=True):
+            dots_N = (g.float() * x.float()).sum(-1)
+            self._add((dots_N if self._form == "signed" else dots_N.abs()).sum())
+
+    def _dense(self, kept: list[torch.Tensor], grad: torch.Tensor) -> None:
+        """Add up |w_j g_j|; the dense gradient lives in here alone."""
+        weight = weight_of(self._layer)
+        x_NI, d_NO = kept.pop().flatten(0, -2).float(), grad.flatten(0, -2).float()
+        product = x_NI.T @ d_NO if is_transposed(self._layer) else d_NO.T @ x_NI
+        self._add(product.mul_(weight).abs_().sum())
+
+
+def _has_gradient(x: torch.Tensor) -> bool:
+    import torch
+
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """The frozen layer itself, where *layer* is one that PEFT has wrapped."""
+    base: nn.Module = getattr(layer, "base_layer", layer)
+    return base
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as its forward pass uses it, dense.
+
+    A quantised layer of any make has a method `dequantize`, or is one that PEFT knows; a copy is
+    made then, which its user drops before asking for the next.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    dequantize = getattr(layer, "dequantize", None)
+    dense: Any = dequantize_module_weight(layer) if dequantize is None else dequantize()
+    weight: torch.Tensor = dense.detach()
+    return weight
+
+
+# ---- arithmetic on what was measured -------------------------------------------------------------
+
+
+def normalised(values: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
+    """Theta(W): each value divided by C(W), the bytes that tuning W costs."""
+    return {name: values[name] / costs[name] for name in sorted(values)}
+
+
+def combine(reports: Mapping[str, tuple[Share, Mapping[str, float]]]) -> dict[str, float]:
+    """The global importance: mean over those who held a weight, by their shares p.
+
+    Args:
+        reports: By participant its share, and its values by weight. The coordinator's share of a
+            weight is that of the devices whose split lies below it, hence weight by weight.
+    """
+    terms: dict[str, list[tuple[float, float]]] = {}
+    for participant in sorted(reports):  # float addition is not associative
+        share, values = reports[participant]
+        for name, value in values.items():
+            own = share.get(name, 0.0) if isinstance(share, Mapping) else share
+            if own > 0:
+                terms.setdefault(name, []).append((own, value))
+    return {
+        name: sum(p * value for p, value in terms[name]) / sum(p for p, _ in terms[name])
+        for name in sorted(terms)
+    }
+
+
+class Smoothing:
+    """Importance over the rounds of a run, weight by weight, as in the paper.
+
+        I_t = g I_(t-1) + (1 - g) Theta_t,    g = 1 - exp(-(Theta_t t) / (I_(t-1) T))
+
+    Early g is near 0, so that history counts little; later a spike pushes g towards 1 and is held
+    back, while a fall pushes it towards 0 and is accepted at once. RECONSTRUCTED: I_1 = Theta_1,
+    also for a weight that first appears later; I is at least *floor*; g is at most *most_gamma*
+    (1.0 is the paper's formula as printed).
+    """
+
+    def __init__(self, floor: float = FLOOR, most_gamma: float = MOST_GAMMA) -> None:
+        self._floor, self._most_gamma = floor, most_gamma
+        self.values: dict[str, float] = {}
+        """I of every weight that was ever measured, by name."""
+
+    def update(self, values: Mapping[str, float], t: int, T: int) -> dict[str, float]:  # noqa: N803
+        """Take in Theta of round *t* (from 1) of *T*; returns I of all weights.
+
+        A weight that nobody has measured this time keeps its value.
+        """
+        if not 1 <= t <= T:
+            raise ValueError(f"round t must be in 1..{T}, got {t}")
+        for name, theta in values.items():
+            old = self.values.get(name)
+            new = theta if old is None else self._mixed(old, theta, t / T)
+            self.values[name] = max(new, self._floor)
+        return dict(sorted(self.values.items()))
+
+    def _mixed(self, old: float, theta: float, progress: float) -> float:
+        gamma = min(1.0 - math.exp(-theta * progress / old), self._most_gamma)
+        return gamma * old + (1.0 - gamma) * theta
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for a checkpoint."""
+        return {name: np.array(value, np.float64) for name, value in self.values.items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        self.values = {name: float(state[name]) for name in sorted(state)}

@@ -1,0 +1,192 @@
+"""Read the sizes that estimates need off a model without weights; see design.md 7.
+
+Knows no model family: what a block keeps for its backward pass is observed by running one block on
+a few tokens, in the model's own code. Knows no plan and no device.
+
+Legend: B sequences, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from edge_sdk.adapters import head_names, is_transposed
+from edge_sdk.layout import Layout, Task
+from edge_sdk.partition import CPU, Slice
+from edge_sdk.training import autocast
+from profiler.estimate import Kept, Linear, ModelShape
+
+# Frozen parameters and computation: the widths that a device may run.
+_WIDTHS = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+)
+# Of two rows one is padded, as in most batches: only then does a model make a mask.
+_ROWS = 2
+# Three lengths tell apart what grows with T^2, with T and not at all.
+_LENGTHS = (8, 16, 24)
+
+
+def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
+    """Return the sizes of the model of *config*; its largest block stands for all of them.
+
+    Args:
+        config: As transformers reads it.
+        task: What the model is used for.
+        layout: Where its parts are.
+    """
+    slices = [Slice(config, task, layout, base) for base, _ in _WIDTHS]
+    model: Any = slices[0].model
+    text = model.config.get_text_config()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    blocks = [_total(sizes, names) for names in layout.blocks]
+    block = blocks.index(max(blocks))
+    for slice_ in slices:
+        _add_zeros(slice_, block)
+    linears = _linears(slices[0], block)
+    heads = text.num_attention_heads
+    return ModelShape(
+        num_blocks=layout.num_blocks,
+        hidden_size=text.hidden_size,
+        intermediate_size=max(linear.num_inputs for linear in linears),
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or 0,
+        vocab_size=text.vocab_size,
+        linears=linears,
+        block_params=blocks[block],
+        front_params=_total(sizes, layout.front),
+        tail_params=_total(sizes, layout.tail),
+        tail_needs_front=layout.tail_needs_front,
+        num_labels=0 if task == "causal-lm" else int(text.num_labels),
+        blocks_path=layout.blocks_path,
+        head_params=_total(sizes, head_names(slices[0])),
+        routed_params=_routed_params(slices[0].blocks[block], text),
+        kept=tuple(
+            _kept(slice_, block, *widths) for slice_, widths in zip(slices, _WIDTHS, strict=True)
+        ),
+    )
+
+
+def _total(sizes: dict[str, int], names: Iterable[str]) -> int:
+    """Parameters among the named tensors; buffers count for nothing."""
+    return sum(sizes.get(name, 0) for name in names)
+
+
+def _routed_params(block: nn.Module, text_config: Any) -> int:
+    """Parameters of the experts that one token passes through; experts are stacked in 3-D."""
+    per_token: int = getattr(text_config, "num_experts_per_tok", None) or 0
+    stacked = (p.shape for p in block.parameters() if p.dim() == 3)
+    return per_token * sum(shape[1] * shape[2] for shape in stacked)
+
+
+def _add_zeros(slice_: Slice, block: int) -> None:
+    """Make *block* present with weights of zero, which no page of memory stands behind."""
+    prefix = f"{slice_.layout.blocks_path}.{block}."
+    tensors = {prefix + n: t for n, t in slice_.blocks[block].state_dict().items()}
+    # numpy asks the kernel for zeros, which nobody writes; torch would write its own.
+    zeros = torch.from_numpy(np.zeros(max(t.nbytes for t in tensors.values()), np.uint8))
+    hollow = {n: zeros[: t.nbytes].view(t.dtype).view(t.shape) for n, t in tensors.items()}
+    slice_.add(f"block.{block}", hollow)
+    slice_.model.train()  # dropout keeps its noise
+
+
+class _Watch:
+    """Sees what a block keeps while it runs forward; tensors are told apart by their memory."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, int] = {}
+        """Bytes of whatever the backward pass needs, by its place."""
+        self.inputs: dict[str, int] = {}
+        """Place of each linear layer's input, by its name, in the order of the calls."""
+        self.shared: set[int] = set()
+        """Places that are not this block's own."""
+        self._alive: list[torch.Tensor] = []
+
+    def _place(self, tensor: torch.Tensor) -> int:
+        self._alive.append(tensor)  # so that nothing else comes to lie there
+        return tensor.untyped_storage().data_ptr()
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Note what autograd packs."""
+        self.saved[self._place(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def enter_linear(self, name: str, _m: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Note the input of a linear layer."""
+        self.inputs[name] = self._place(args[0])
+
+    def enter_block(self, module: nn.Module, args: object, kwargs: object) -> None:
+        """Note weights, and masks and rotary tables: those are made once, for all blocks."""
+        tensors = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
+        self.shared |= {self._place(t) for t in tensors if isinstance(t, torch.Tensor)}
+
+    def own(self) -> dict[int, int]:
+        """What the block itself keeps."""
+        return {place: size for place, size in self.saved.items() if place not in self.shared}
+
+
+def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Watch:
+    """Run *block* forward on *length* tokens, without adapters but with a gradient to pass on."""
+    module, watch = slice_.blocks[block], _Watch()
+    config: Any = slice_.model.config
+    size = config.get_text_config().hidden_size
+    hidden_BTD = torch.zeros(_ROWS, length, size, dtype=slice_.dtype, requires_grad=True)
+    lengths_B = torch.tensor([length] + [length - 1] * (_ROWS - 1))
+    handles = [module.register_forward_pre_hook(watch.enter_block, with_kwargs=True)]
+    for name, linear in _linear_layers(module).items():
+        handles.append(linear.register_forward_pre_hook(partial(watch.enter_linear, name)))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor),
+        autocast(compute, CPU),
+    ):
+        slice_.middle(hidden_BTD, lengths_B, block, block + 1)
+    for handle in handles:
+        handle.remove()
+    return watch
+
+
+def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Every module of *block* that multiplies by a matrix of its own."""
+    owners = {n: m for n, m in block.named_modules() if "weight" in m._parameters}
+    return {n: m for n, m in owners.items() if m.get_parameter("weight").dim() == 2}
+
+
+def _linears(slice_: Slice, block: int) -> tuple[Linear, ...]:
+    """The linear layers of a block as they run, and which of their inputs are there anyway."""
+    watch = _watch(slice_, block, _LENGTHS[0], torch.float32)
+    layers, own = _linear_layers(slice_.blocks[block]), watch.own()
+    readers = Counter(watch.inputs.values())
+    places = list(readers)
+    found = []
+    for name, place in watch.inputs.items():
+        rows, columns = layers[name].get_parameter("weight").shape
+        outputs, inputs = (columns, rows) if is_transposed(layers[name]) else (rows, columns)
+        found.append(
+            Linear(name, outputs, inputs, places.index(place), readers[place], place in own)
+        )
+    return tuple(found)
+
+
+def _kept(slice_: Slice, block: int, base: torch.dtype, compute: torch.dtype) -> Kept:
+    """What a block keeps, by the growth from one length to the next."""
+    sizes = [sum(_watch(slice_, block, length, compute).own().values()) for length in _LENGTHS]
+    first, step = _LENGTHS[0], _LENGTHS[1] - _LENGTHS[0]
+    per_square = (sizes[2] - 2 * sizes[1] + sizes[0]) / (2 * step**2)
+    per_length = (sizes[1] - sizes[0]) / step - per_square * (2 * first + step)
+    return Kept(
+        base_bytes=base.itemsize,
+        compute_bytes=compute.itemsize,
+        per_block=max(0.0, sizes[0] - per_length * first - per_square * first**2),
+        per_token=max(0.0, per_length / _ROWS),
+        per_pair=max(0.0, per_square / _ROWS),
+    )

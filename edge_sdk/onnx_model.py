@@ -1,0 +1,202 @@
+"""A slice as onnxruntime sees it: sessions, weights mapped from disk, factors handed in.
+
+Only importer of onnxruntime. Knows blocks and tails as graphs (`graphs.py`); knows no optimizer,
+no adapter rule and no network.
+
+Legend: B sequences, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_sdk.adapters import Shape
+from edge_sdk.errors import DeviceError, ModelError, one_line
+from edge_sdk.graphs import Graphs
+from edge_sdk.part_map import Stored
+
+# TensorProto.BFLOAT16: numpy has no dtype for it.
+BFLOAT16 = 16
+# Warnings about what the optimizer of graphs could not do help nobody on a device.
+LOG_ERRORS = 3
+Factor = Callable[[str], Mapping[str, np.ndarray]]
+
+
+class OnnxModel:
+    """Runs the graphs of a slice over weights that stay where they are.
+
+    Args:
+        graphs: What `coordinator/onnx_export.py` has made for the slice.
+        weights: Tensors of all its parts, by whole-model name.
+        threads: CPU threads; None leaves onnxruntime's own choice.
+    """
+
+    def __init__(
+        self, graphs: Graphs, weights: Mapping[str, Stored], threads: int | None = None
+    ) -> None:
+        self.about = graphs.about
+        self._graphs = graphs
+        self._options = _options(threads)
+        self._weights = {name: _mapped(stored) for name, stored in weights.items()}
+        self._sessions: dict[str, Any] = {}
+
+    def close_measuring(self) -> None:
+        """Let go of what only measuring needs."""
+        for name in [n for n in self._sessions if n.startswith("measure.")]:
+            del self._sessions[name]
+
+    def replace(self, name: str, array: np.ndarray) -> None:
+        """Let *array*, which may change in place, stand for a weight."""
+        self._weights[name] = ort.OrtValue.ortvalue_from_numpy(array)
+
+    # ---- what there is ----
+
+    def prefix(self, index: int) -> str:
+        """What the names of a block's weights begin with."""
+        return f"{self.about.blocks_path}.{index}."
+
+    def targets(self) -> dict[str, Shape]:
+        """Every weight that may have an adapter, by module name, in the graphs' order."""
+        found: dict[str, Shape] = {}
+        for index, kind in enumerate(self.about.kinds):
+            sizes = {i.name: i.shape for i in self._session(f"vjp.{kind}").get_inputs()}
+            for name in [n.removesuffix(".A") for n in sizes if n.endswith(".A")]:
+                shape = Shape(sizes[f"{name}.B"][0], sizes[f"{name}.A"][1])
+                found[self.prefix(index) + name] = shape
+        return found
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            try:
+                self._sessions[name] = ort.InferenceSession(
+                    self._graphs.models[name], self._options, providers=["CPUExecutionProvider"]
+                )
+            except KeyError:
+                raise ModelError(f"the coordinator sent no graph {name!r}") from None
+            except Exception as error:  # noqa: BLE001 - onnxruntime has many, without a base
+                raise ModelError(f"graph {name!r} cannot be loaded: {one_line(error)}") from error
+        return self._sessions[name]
+
+    # ---- running ----
+
+    def enter(self, input_ids: np.ndarray, lengths: np.ndarray) -> Any:
+        """Embed (B, T) token ids; returns what enters block 0, (B, T, D)."""
+        given = {"input_ids": input_ids, "lengths": lengths}
+        return self._run("front", ["out"], given, "")["out"]
+
+    def block(self, index: int, hidden: Any, lengths: np.ndarray, factors: Factor) -> Any:
+        """Run a block; returns its output (B, T, D)."""
+        given = {"hidden": hidden, "lengths": lengths, **self._factors(index, factors)}
+        name = f"block.{self.about.kinds[index]}"
+        return self._run(name, ["out"], given, self.prefix(index))["out"]
+
+    def pull(
+        self,
+        index: int,
+        given: Mapping[str, Any],
+        factors: Factor,
+        wanted: Sequence[str],
+        *,
+        measures: bool = False,
+    ) -> dict[str, Any]:
+        """Run a block's forward and backward pass.
+
+        Args:
+            index: Which block.
+            given: `hidden` and `grad` (B, T, D), `lengths` (B,).
+            factors: A, s B, V and U of a weight by module name.
+            wanted: Outputs: `grad:hidden`, `grad:<weight inside the block>.<A or B>`, and when it
+                measures, `<form>:<weight inside the block>`. Nothing else is computed.
+            measures: Use the graph that also knows importance.
+        """
+        name = f"{'measure' if measures else 'vjp'}.{self.about.kinds[index]}"
+        return self._run(
+            name, wanted, {**given, **self._factors(index, factors)}, self.prefix(index)
+        )
+
+    def tail(
+        self, hidden: np.ndarray, lengths: np.ndarray, labels: np.ndarray, wanted: Sequence[str]
+    ) -> dict[str, Any]:
+        """Run norm, head and loss; outputs: `loss`, `hits`, `grad:hidden`, `grad:<head>`."""
+        given = {"hidden": hidden, "lengths": lengths, "labels": labels}
+        return self._run("tail", wanted, given, "")
+
+    def _factors(self, index: int, factors: Factor) -> dict[str, Any]:
+        prefix, kind = self.prefix(index), self.about.kinds[index]
+        names = [i.name for i in self._session(f"block.{kind}").get_inputs()]
+        return {
+            f"{name.removesuffix('.A')}.{factor}": array
+            for name in names
+            if name.endswith(".A")
+            for factor, array in factors(prefix + name.removesuffix(".A")).items()
+        }
+
+    def _run(
+        self, name: str, wanted: Sequence[str], given: Mapping[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        session = self._session(name)
+        feeds = {}
+        for entry in session.get_inputs():
+            known = given.get(entry.name)
+            is_weight = known is None
+            feeds[entry.name] = self._weight(prefix, entry.name) if is_weight else _value(known)
+        try:
+            found = session.run_with_ort_values(list(wanted), feeds, _only_wanted())
+        except Exception as error:  # noqa: BLE001 - onnxruntime has many, without a base
+            raise _run_error(error) from error
+        return dict(zip(wanted, found, strict=True))
+
+    def _weight(self, prefix: str, name: str) -> Any:
+        found = self._weights.get(prefix + name) or self._weights.get(name)
+        if found is None:
+            raise ModelError(f"the parts hold no tensor {prefix + name!r}")
+        return found
+
+
+def version() -> str:
+    """Version of onnxruntime."""
+    return str(ort.__version__)
+
+
+def _options(threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_ERRORS
+    # Patterns are kept for every shape that was ever seen; ours vary with each micro-batch.
+    options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+@cache
+def _only_wanted() -> Any:
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    options.log_severity_level = LOG_ERRORS
+    return options
+
+
+def _mapped(stored: Stored) -> Any:
+    """A weight where it lies."""
+    if stored.dtype == "BF16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored.array, BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(stored.array)
+
+
+def _value(array: Any) -> Any:
+    """An array as onnxruntime takes it, without a copy where it is in order."""
+    if isinstance(array, ort.OrtValue):
+        return array
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _run_error(error: Exception) -> Exception:
+    text = one_line(error)
+    if "allocate memory" in text or "bad_alloc" in text:
+        return MemoryError(text)
+    return DeviceError(f"onnxruntime: {text}")

@@ -1,0 +1,329 @@
+"""The `Runtime` of a device without torch: onnxruntime, and numpy around it.
+
+Nothing is kept between forward and backward but what entered each block: a block's gradient graph
+runs its forward pass again, so that memory is that of one block, however many there are. Knows no
+network; graphs are run in `onnx_model.py`.
+
+Legend: B sequences, T positions, D hidden size, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.adapter_state import (
+    adapter_state,
+    before_state,
+    load_adapter_state,
+    load_before_state,
+    merge_change,
+    under,
+)
+from edge_sdk.adapters import LoraConfig, Pair
+from edge_sdk.errors import ConfigError, NumericError
+from edge_sdk.factors import Array, Factors
+from edge_sdk.graphs import Graphs
+from edge_sdk.importance import Form
+from edge_sdk.moments import fitted
+from edge_sdk.numpy_adapters import NumpyAdapters
+from edge_sdk.numpy_optimizer import NumpyOptimizer
+from edge_sdk.onnx_model import OnnxModel
+from edge_sdk.part_map import Stored
+from edge_sdk.plan import Plan
+from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.tally import Tally
+from edge_sdk.tokenize import IGNORE
+from edge_sdk.training import Compute, TrainingConfig
+
+# Targets whose logits exist at the same time: 51 MB with a vocabulary of 50,000.
+TAIL_TARGETS = 256
+
+
+def check_settings(lora: LoraConfig, device: str, compute: Compute) -> None:
+    """Refuse what this backend does not do.
+
+    Raises:
+        ConfigError: dropout, a GPU or half precision is asked for.
+    """
+    if lora.lora_dropout:
+        raise ConfigError(
+            f"lora.lora_dropout: {lora.lora_dropout} is not possible with the onnxruntime backend, "
+            "which draws no random numbers; set it to 0, or install torch on this device"
+        )
+    if device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"device: {device!r} is not possible with the onnxruntime backend, which computes on "
+            "the CPU; set it to 'cpu', or backend to 'torch'"
+        )
+    if compute not in ("auto", "float32"):
+        raise ConfigError(
+            f"compute: {compute!r} is not possible with the onnxruntime backend, which computes in "
+            "float32; set it to 'auto', or backend to 'torch'"
+        )
+
+
+class OnnxRuntime:
+    """Blocks 0 .. split-1 of a model, their adapters, and the tail where the plan says so.
+
+    Args:
+        graphs: The slice's graphs.
+        parts: The tensors of each part, as `part_map.map_part` gives them.
+        plan: What to run.
+        lora: Of the run.
+        training: Of the run.
+        total_steps: Steps of the whole run.
+        device: `auto` or `cpu`.
+        compute: `auto` or `float32`.
+        threads: CPU threads; None leaves onnxruntime's own choice.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        parts: Mapping[str, Mapping[str, Stored]],
+        plan: Plan,
+        lora: LoraConfig,
+        training: TrainingConfig,
+        total_steps: int,
+        *,
+        device: str = "auto",
+        compute: Compute = "auto",
+        threads: int | None = None,
+    ) -> None:
+        check_settings(lora, device, compute)
+        weights = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+        self._plan, self._is_causal = plan, graphs.about.task == "causal-lm"
+        self._model = OnnxModel(graphs, weights, threads)
+        self._matrices = [t.array.shape for t in weights.values() if t.array.ndim == 2]
+        targets = self._model.targets()
+        self.adapters = NumpyAdapters(targets, plan.ranks, plan.alphas, lora, training.seed)
+        head = graphs.about.head if plan.tail else ()
+        self._head: dict[str, Array] = {name: weights[name].float32() for name in head}
+        for name, array in self._head.items():
+            self._model.replace(name, array)
+        trained = {**self.adapters.parameters, **self._head}
+        self._optimizer = NumpyOptimizer(trained, training, total_steps)
+        self._tally = Tally(plan.ranks)
+        self._before: dict[str, Factors] = {}
+        self._entered: list[Any] = []
+        self._lengths = np.zeros(0, np.int64)
+        self._is_measured = False
+
+    # ---- training ----
+
+    def forward(self, micro: Micro, step: int, index: int) -> Array:
+        """Run the device's blocks; see `Runtime`."""
+        *self._entered, top = self._climb(micro)
+        self._lengths = micro.lengths.astype(np.int64)
+        self._is_measured = self._tally.is_due(step)
+        hidden_BTD: Array = top.numpy()
+        return hidden_BTD
+
+    def _climb(self, micro: Micro) -> list[Any]:
+        """What enters each block, and what leaves the last one."""
+        lengths_B = micro.lengths.astype(np.int64)
+        hidden = [self._model.enter(micro.input_ids, lengths_B)]
+        for block in range(self._plan.split):
+            output = self._model.block(block, hidden[-1], lengths_B, self.adapters.factors)
+            hidden.append(output)
+        return hidden
+
+    def backward(self, grad_BTD: Array) -> None:
+        """Continue the backward pass from dL/dh; see `Runtime`."""
+        assert self._entered, "backward without forward"
+        entered, self._entered = self._entered, []
+        grad: Any = np.ascontiguousarray(grad_BTD, dtype=np.float32)
+        lowest = self._lowest_of_interest()
+        for block in reversed(range(lowest, self._plan.split)):
+            given = {"hidden": entered.pop(), "grad": grad, "lengths": self._lengths}
+            grad = self._pull(block, given, goes_on=block > lowest)
+
+    def _lowest_of_interest(self) -> int:
+        """The first block that has an adapter, or is measured; there are none below."""
+        if self._is_measured:
+            return 0
+        prefixes = [self._model.prefix(block) for block in range(self._plan.split)]
+        is_trained = [any(n.startswith(p) for n in self.adapters.ranks) for p in prefixes]
+        return is_trained.index(True) if any(is_trained) else self._plan.split
+
+    def _pull(self, block: int, given: dict[str, Any], *, goes_on: bool) -> Any:
+        """One block's backward pass; returns the gradient of what entered it, if that is needed."""
+        prefix = self._model.prefix(block)
+        inside = [n.removeprefix(prefix) for n in self._plan.ranks if n.startswith(prefix)]
+        trained = [n for n in inside if prefix + n in self.adapters.ranks]
+        wanted = [f"grad:{n}.{factor}" for n in trained for factor in "AB"]
+        wanted += [f"{self._tally.form}:{n}" for n in inside] if self._is_measured else []
+        wanted += ["grad:hidden"] if goes_on else []
+        found = self._model.pull(
+            block, given, self.adapters.factors, wanted, measures=self._is_measured
+        )
+        for name in trained:
+            full = prefix + name
+            self._optimizer.add_gradient(f"{full}.A", found[f"grad:{name}.A"].numpy())
+            # The graph knows s B: dL/dB = s dL/d(s B).
+            grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self.adapters.scale(full))
+            self._optimizer.add_gradient(f"{full}.B", grad_OR)
+        for name in inside if self._is_measured else ():
+            self._tally.add(prefix + name, float(found[f"{self._tally.form}:{name}"].numpy()))
+        return found.get("grad:hidden")
+
+    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
+        """Loss and dL/dtop; see `Runtime`."""
+        sums, grad_BTD = self._tail(top_BTD, micro, 1.0 / num_targets)
+        assert grad_BTD is not None
+        return sums, grad_BTD
+
+    def _tail(
+        self, top_BTD: Array, micro: Micro, share: float | None
+    ) -> tuple[TailSums, Array | None]:
+        """Loss, and unless *share* is None, gradients times that."""
+        wanted = ["loss", "hits"]
+        if share is not None:
+            wanted += ["grad:hidden", *(f"grad:{name}" for name in self._head)]
+        if not self._is_causal:
+            labels_B = micro.labels.astype(np.int64)
+            lengths_B = micro.lengths.astype(np.int64)
+            found = self._model.tail(top_BTD, lengths_B, labels_B, wanted)
+            return _sums(found, len(labels_B)), self._tail_gradients(found, share)
+        return self._tail_of_targets(top_BTD, micro, wanted, share)
+
+    def _tail_gradients(self, found: Mapping[str, Any], share: float | None) -> Array | None:
+        if share is None:
+            return None
+        for name in self._head:
+            self._optimizer.add_gradient(name, found[f"grad:{name}"].numpy() * np.float32(share))
+        grad: Array = found["grad:hidden"].numpy() * np.float32(share)
+        return grad
+
+    def _tail_of_targets(
+        self, top_BTD: Array, micro: Micro, wanted: list[str], share: float | None
+    ) -> tuple[TailSums, Array | None]:
+        """A causal LM's loss, some targets at a time: no logits where there is none."""
+        labels_BT = np.full_like(micro.labels, IGNORE)
+        labels_BT[:, :-1] = micro.labels[:, 1:]
+        rows_N, positions_N = np.nonzero(labels_BT != IGNORE)
+        grad_BTD = None if share is None else np.zeros_like(top_BTD)
+        total = TailSums(0.0, 0, 0)
+        for first in range(0, len(rows_N), TAIL_TARGETS):
+            where = rows_N[first : first + TAIL_TARGETS], positions_N[first : first + TAIL_TARGETS]
+            labels_N = labels_BT[where].astype(np.int64)
+            lengths = np.array([len(labels_N)])
+            found = self._model.tail(top_BTD[where][None], lengths, labels_N, wanted)
+            if grad_BTD is not None:
+                grad_BTD[where] = self._tail_gradients(found, share)
+            total = TailSums(*(a + b for a, b in zip(total, _sums(found, len(labels_N)), strict=True)))
+        return total, grad_BTD
+
+    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+        """Forward and backward of the whole model; see `Runtime`."""
+        sums, grad_BTD = self.tail(self.forward(micro, step, index), micro, num_targets)
+        self.backward(grad_BTD)
+        return sums
+
+    def step(self, step: int) -> None:
+        """Update the adapters; see `Runtime`."""
+        if not self._optimizer.step(step):
+            raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
+        self._tally.close_step(step)
+
+    # ---- importance ----
+
+    def measure_importance(self, form: Form, every: int) -> None:
+        """Measure at every *every*-th step from now on; see `Runtime`."""
+        self._tally = Tally(self._plan.ranks, form, every)
+        self._model.close_measuring()
+
+    def take_importance(self) -> dict[str, float]:
+        """Mean importance by weight since the last call; see `Runtime`."""
+        return self._tally.take()
+
+    # ---- evaluation ----
+
+    def forward_eval(self, micro: Micro) -> Array:
+        """Run the device's blocks; see `Runtime`."""
+        lengths_B = micro.lengths.astype(np.int64)
+        hidden = self._model.enter(micro.input_ids, lengths_B)
+        for block in range(self._plan.split):
+            hidden = self._model.block(block, hidden, lengths_B, self.adapters.factors)
+        hidden_BTD: Array = hidden.numpy()
+        return hidden_BTD
+
+    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
+        """Loss without gradients; see `Runtime`."""
+        return self._tail(top_BTD, micro, None)[0]
+
+    # ---- adapters ----
+
+    def pairs(self) -> dict[str, Pair]:
+        """Copies of the own factors."""
+        return self.adapters.pairs()
+
+    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
+        """Overwrite the own factors."""
+        self.adapters.load_pairs(pairs)
+
+    def begin_round(self) -> None:
+        """Remember the factors of the round's start; a step that was given up leaves nothing."""
+        self._before = self.adapters.products()
+        self._tally.forget()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._optimizer.forget_gradients()
+        self._entered = []
+
+    def set_residual(self, residual: Mapping[str, Factors]) -> None:
+        """Replace the frozen residuals."""
+        self.adapters.set_residual({**self.adapters.zero_residual(), **residual})
+
+    def merge_change(self, changes: Mapping[str, Factors]) -> None:
+        """Res <- Res + change + s B A - s B' A'; see `Runtime`."""
+        merge_change(self.adapters, changes, self._before)
+
+    def head(self) -> dict[str, Array]:
+        """The trainable head."""
+        return {name: array.copy() for name, array in self._head.items()}
+
+    def load_head(self, head: Mapping[str, Array]) -> None:
+        """Overwrite the trainable head."""
+        for name, array in head.items():
+            self._head[name][...] = array
+
+    def most_bytes(self) -> int:
+        """Upper bound for the bytes of all factors and residuals together."""
+        return 4 * 4 * sum(sum(shape) * min(shape) for shape in self._matrices)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a restart needs."""
+        return {
+            **adapter_state(self.adapters),
+            **{f"head:{n}": v for n, v in self.head().items()},
+            **before_state(self._before),
+            **{f"importance:{n}": v for n, v in self._tally.state().items()},
+            **self.moments(),
+        }
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        load_adapter_state(self.adapters, state)
+        self.load_head(under("head:", state))
+        self._before = load_before_state(state)
+        self.load_moments(state)
+        self._tally.load_state(under("importance:", state))
+        self._forget_step()
+
+    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over the optimizer moments of what `state` or `moments` returned."""
+        moments = under("optimizer:", state)
+        self._optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's part of `state`."""
+        return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}
+
+
+def _sums(found: Mapping[str, Any], num_targets: int) -> TailSums:
+    return TailSums(float(found["loss"].numpy()), num_targets, int(found["hits"].numpy()))

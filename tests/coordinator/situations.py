@@ -1,0 +1,76 @@
+"""Situations to plan for: a tiny model, two devices, a coordinator."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from coordinator.config import DeviceSettings, ServeConfig
+from coordinator.costs import adapters_bytes
+from coordinator.planning import ModelFacts
+from coordinator.planning_config import PlanningConfig
+from coordinator.situation import ServerProfile, Situation
+from edge_sdk.adapters import LoraConfig, find_targets
+from edge_sdk.layout import find_layout
+from edge_sdk.model_shape import model_shape
+from profiler.estimate import ModelShape
+from profiler.profile import DeviceProfile
+from tests.tiny import make_config, task_of
+
+# A board on a radio link and one with a cable, both slower than the coordinator.
+SLOW = DeviceProfile(
+    memory_bytes=1e9,
+    overhead_bytes=0.0,
+    flops_per_s=1e7,
+    up_bytes_per_s=1e6,
+    down_bytes_per_s=2e6,
+    round_trip_s=0.05,
+)
+FAST = replace(SLOW, flops_per_s=4e7, up_bytes_per_s=1e7, down_bytes_per_s=1e7, round_trip_s=0.001)
+SERVER_SPEED = ServerProfile(memory_bytes=1e9, flops_per_s=1e8)
+
+
+@functools.cache
+def model_of(family: str, **changes: Any) -> tuple[ModelFacts, ModelShape]:
+    """Facts and shape of a tiny model."""
+    config, task = make_config(family, **changes), task_of(family)
+    layout = find_layout(config, task)
+    facts = ModelFacts(layout, find_targets(config, task, layout, LoraConfig()))
+    return facts, model_shape(config, task, layout)
+
+
+def make_situation(
+    model: tuple[ModelFacts, ModelShape], *, planning: dict[str, Any] | None = None, **changes: Any
+) -> Situation:
+    """Two devices, everything planned."""
+    chosen = {"split": "armsc", "ranks": "rngwp", "rank_set": (1, 2, 4, 8), **(planning or {})}
+    settings = {
+        "planning": PlanningConfig(**chosen),
+        "default": DeviceSettings(split=1, batch_size=4, micro_batch=2, codec="bfloat16"),
+        "lora": LoraConfig(r=4),
+        **changes.pop("config", {}),
+    }
+    facts, shape = model
+    fields = {
+        "profiles": {"a": SLOW, "b": FAST},
+        "server": SERVER_SPEED,
+        "length": 16,
+        **changes,
+    }
+    return Situation(config=ServeConfig(model="m", **settings), facts=facts, model=shape, **fields)
+
+
+def with_memory(situation: Situation, **budgets: float) -> Situation:
+    """The same with other memory budgets, after the margin."""
+    share = 1.0 - situation.config.planning.memory_margin
+    profiles = {
+        name: replace(profile, memory_bytes=budgets.get(name, 1e9) / share)
+        for name, profile in situation.profiles.items()
+    }
+    return replace(situation, profiles=profiles)
+
+
+def priced(situation: Situation, ranks: dict[str, int]) -> float:
+    """What adapters of device `a` add to its memory."""
+    return adapters_bytes(situation, ranks, dict.fromkeys(ranks, situation.tokens("a")))

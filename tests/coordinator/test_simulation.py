@@ -1,0 +1,369 @@
+"""A simulated run: what a deployment computes, the same every time, with a modelled clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator import simulated_device, simulation
+from coordinator.clock_costs import Costs
+from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.export import export_run
+from coordinator.fleet import Board, Connection, Scale
+from coordinator.planning_config import PlanningConfig
+from coordinator.reporting import Silence
+from coordinator.simulate_command import load_simulation
+from coordinator.simulated_device import HeardRuntime, Workshop
+from coordinator.simulation import simulate
+from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.simulation_result import SimulationResult
+from coordinator.store import CONFIG
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.config import load_config
+from edge_sdk.data import DataConfig
+from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.layout import find_layout
+from edge_sdk.messages import StepReport
+from edge_sdk.model_shape import model_shape
+from edge_sdk.training import TrainingConfig
+from edge_sdk.weights import Source
+from tests.e2e.cluster import (
+    Cluster,
+    classified,
+    save_model,
+    sentences,
+    wait_all,
+    write_rows,
+)
+from tests.tiny import BLOCKS
+
+# peft's own, while the exported adapter is read back.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk."""
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of parts for all runs of this file."""
+    return tmp_path_factory.mktemp("parts")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: Path) -> Any:
+    """Make configs of small simulations of three devices, each in a folder of its own."""
+    folder = tmp_path_factory.mktemp("simulations")
+    train = write_rows(folder / "train.jsonl", sentences(1, 30))
+    dev = write_rows(folder / "dev.jsonl", sentences(2, 6))
+    devices = {"n": SimulatedDevice(count=2), "x": SimulatedDevice(board="jetson-nano", link="5g")}
+    numbers = count()
+
+    def config(**settings: Any) -> SimulationConfig:
+        fleet = {
+            "devices": devices,
+            "data": DataConfig(path=str(train)),
+            "cache": parts,
+            **settings.pop("fleet", {}),
+        }
+        settings = {
+            "model": str(llama),
+            "runs": folder,
+            "name": f"run-{'x' * next(numbers)}",
+            "rounds": 2,
+            "steps_per_round": 2,
+            "default": DeviceSettings(split=2, batch_size=4, micro_batch=2, codec="float32"),
+            "lora": LoraConfig(r=4, lora_alpha=8),
+            "training": TrainingConfig(learning_rate=1e-2),
+            "evaluation": EvaluationConfig(data=DataConfig(path=str(dev))),
+            "device": "cpu",
+            **settings,
+        }
+        return SimulationConfig(**settings, simulation=FleetConfig(**fleet))
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def plain(make: Any) -> SimulationResult:
+    """A simulation of which several tests look at something else."""
+    return simulate(make(), Silence())
+
+
+def file_of(result: SimulationResult, name: str) -> bytes:
+    """A file of the run folder."""
+    return (result.folder.path / name).read_bytes()
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_a_simulation_learns_what_a_deployment_learns(
+    tmp_path: Path, llama: Path, parts: Path, labels: Any
+) -> None:
+    """The same devices with the same rows over real sockets give the same bytes of metrics."""
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", sentences(ord(name))) for name in "abc"}
+    cluster = Cluster(tmp_path, llama, parts)
+    settings = {"labels": labels, "devices": {"b": DeviceSettings(split=3)}}
+    deployed = cluster.config(**settings)
+    serving = cluster.serve(deployed).start()
+    clients = [
+        cluster.client(name, data=DataConfig(path=str(path))).start()
+        for name, path in files.items()
+    ]
+    assert serving.wait() == "completed"
+    wait_all(clients)
+
+    values = {name: getattr(deployed, name) for name in ServeConfig.__dataclass_fields__}
+    devices = {name: SimulatedDevice(data=str(path)) for name, path in files.items()}
+    fleet = FleetConfig(devices=devices, cache=parts)
+    result = simulate(
+        SimulationConfig(**values | {"name": "simulated"}, simulation=fleet), Silence()
+    )
+
+    assert file_of(result, "metrics.jsonl") == serving.metrics
+
+
+def test_equal_simulations_are_equal(make: Any, plain: SimulationResult) -> None:
+    """With dropout on both sides: the same metrics, the same times, whatever the folder's name."""
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3)
+    devices = {"x": DeviceSettings(split="all")}
+
+    first, second = (
+        simulate(make(lora=lora, devices=devices, steps_per_round=1), Silence()) for _ in range(2)
+    )
+
+    assert file_of(first, "metrics.jsonl") == file_of(second, "metrics.jsonl")
+    assert file_of(first, "clock.jsonl") == file_of(second, "clock.jsonl")
+    assert first.rounds[-1].loss != plain.rounds[-1].loss
+
+
+def test_the_run_folder_is_that_of_a_served_run(plain: SimulationResult, tmp_path: Path) -> None:
+    """Status, export and whoever reads a run folder need not know that it was simulated."""
+    path = plain.folder.path
+    config = load_config(ServeConfig, path / CONFIG, env={})
+    names = {entry.name for entry in path.iterdir()}
+
+    assert (config.min_devices, config.rounds) == (3, 2)
+    assert export_run(plain.folder, tmp_path / "adapter", merged=False) < 1e-4
+    assert {"adapter", "env.json", "events.jsonl", "telemetry.jsonl", "clock.jsonl"} <= names
+    assert "checkpoint-000004" in names
+
+
+def test_rows_tell_what_a_comparison_needs(plain: SimulationResult) -> None:
+    """Samples, loss, time and traffic add up over the rounds."""
+    first, second, last = plain.rounds
+
+    assert plain.outcome == "completed"
+    assert [r.samples for r in plain.rounds] == [0, 24, 48]
+    assert (first.seconds, first.bytes_up, first.plans) == (0.0, 0, {})
+    assert 0 < second.seconds < last.seconds
+    assert last.loss is not None
+    assert first.loss is not None
+    assert last.loss == last.metrics["eval"]["loss"] < first.loss
+    assert last.perplexity == pytest.approx(last.metrics["eval"]["perplexity"])
+    assert {name: plan.split for name, plan in last.plans.items()} == {"n-0": 2, "n-1": 2, "x": 2}
+    assert plain.time_to(last.loss) == last.seconds
+    assert plain.time_to(-1.0) is None
+    devices = last.clock["devices"]
+    assert sum(d["bytes_up"] for d in devices.values()) + second.bytes_up == last.bytes_up
+    assert devices["x"]["energy_j"] == pytest.approx(devices["x"]["compute_s"] * 10)
+    assert all(0 < d["busy"] < 1 for d in devices.values())
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_modelled_time_is_that_of_the_work(
+    make: Any, llama: Path, tmp_path: Path, labels: Any
+) -> None:
+    """With links that cost nothing a round lasts as long as its operations, one after the other."""
+
+    class Lengths(Silence):
+        tokens: list[int] = []
+
+        def step(self, device: str, report: StepReport, end_step: int) -> None:
+            assert report.num_tokens % report.num_sequences == 0
+            self.tokens.append(report.num_tokens // report.num_sequences)
+
+    board = Board(memory_gib=1, tflops=1e-6, watts=1)
+    fleet = {
+        "devices": {"a": SimulatedDevice(board="slow", link="free")},
+        "boards": {"slow": board},
+        "links": {"free": Connection(down_mbit=1e12, up_mbit=1e12, rtt_ms=0)},
+        "coordinator": "slow",
+        "utilisation": 0.5,
+    }
+    rows = write_rows(tmp_path / "equal.jsonl", [{"text": "all of one length"}] * 8)
+    fleet["data"] = DataConfig(path=str(rows))
+    watcher = Lengths()
+
+    result = simulate(make(labels=labels, rounds=1, fleet=fleet), watcher)
+
+    source = Source(str(llama), "causal-lm")
+    layout = find_layout(source.config, "causal-lm")
+    costs = Costs(model_shape(source.config, "causal-lm", layout), BLOCKS)
+    ranks = result.rounds[1].plans["a"].ranks
+    upper = {name.replace("layers.0", f"layers.{i}"): 4 for i in (2, 3, 4) for name in ranks}
+    micro = (2, watcher.tokens[0])
+    work = [
+        costs.flops(0, 2, ranks, *micro, front=True),
+        costs.flops(2, BLOCKS, upper, *micro),
+        costs.flops(BLOCKS, BLOCKS, {}, *micro, tail=True),
+    ]
+    flops = 2 * 2 * sum(w.total for w in work)  # 2 steps of 2 micro-batches
+    assert result.rounds[1].seconds == pytest.approx(flops / 0.5e6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "split"), [("stack", 4), ("svd", 4), ("zeropad", "all"), ("fedavg", "all")]
+)
+def test_every_aggregation_can_be_simulated(make: Any, aggregation: Any, split: Any) -> None:
+    """Also with labels on the coordinator and devices that are cut at different blocks."""
+    default = DeviceSettings(split=split, batch_size=4, micro_batch=2)
+    devices = {"x": DeviceSettings(split=2 if split == 4 else "all")}
+
+    result = simulate(
+        make(aggregation=aggregation, labels="server", default=default, devices=devices, rounds=1),
+        Silence(),
+    )
+
+    before, after = (r.loss for r in result.rounds)
+    assert before is not None
+    assert after is not None
+    assert after < before
+    is_local = split == "all"
+    assert (result.rounds[-1].clock["coordinator"]["compute_s"] == 0) == is_local
+    assert all(d["compute_s"] > 0 for d in result.rounds[-1].clock["devices"].values())
+
+
+def test_a_classifier_can_be_simulated(make: Any, tmp_path: Path) -> None:
+    """Labels, a trained head and accuracy on private validation data."""
+    model = save_model("bert", tmp_path / "bert")
+    rows = write_rows(tmp_path / "labelled.jsonl", classified(3, 40))
+    names = ("red", "green", "small", "old")
+    data = DataConfig(path=str(rows), labels=names, validation_fraction=0.25)
+
+    result = simulate(
+        make(
+            model=str(model),
+            task="sequence-classification",
+            label_names=names,
+            evaluation=EvaluationConfig(),
+            fleet={"data": data, "shards": "dirichlet", "alpha": 100.0},
+            rounds=1,
+        ),
+        Silence(),
+    )
+
+    last = result.rounds[-1]
+    assert last.loss is not None
+    assert last.accuracy is not None
+    assert set(last.metrics["eval_by_device"]) == {"n-0", "n-1", "x"}
+
+
+def test_frozen_weights_are_held_once_and_never_written(
+    make: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All devices of a process share the storage of the base model, which stays what it was."""
+    shops: list[Workshop] = []
+    runtimes: list[Any] = []
+
+    class Seen(Workshop):
+        def __enter__(self) -> Workshop:
+            shops.append(self)
+            return super().__enter__()
+
+    class SeenRuntime(HeardRuntime):
+        def __init__(self, runtime: Any, *rest: Any) -> None:
+            runtimes.append(runtime)
+            super().__init__(runtime, *rest)
+
+    monkeypatch.setattr(simulation, "Workshop", Seen)
+    monkeypatch.setattr(simulated_device, "HeardRuntime", SeenRuntime)
+    simulate(make(rounds=1), Silence())
+
+    source = Source(str(llama), "causal-lm")
+    kept = {name: value for part in shops[0].parts.values() for name, value in part.items()}
+    names = {name for part in ("front", "block.0", "block.1") for name in source.layout.part(part)}
+    assert names <= kept.keys()
+    for part in source.layout.part_names():
+        for name, value in source.tensors(part).items():
+            assert name not in kept or torch.equal(kept[name], value)
+    assert len(runtimes) == 3
+    for runtime in runtimes:
+        held = {p.data_ptr() for p in runtime._slice.model.parameters() if not p.is_meta}
+        assert {kept[name].data_ptr() for name in names} <= held
+
+
+def test_a_scaled_simulation_trains_the_same_and_takes_longer(
+    make: Any, plain: SimulationResult
+) -> None:
+    """Factors change times and what planning sees, never what is computed."""
+    scaled = simulate(make(fleet={"scale": Scale(flops=1e4, bytes=50)}), Silence())
+
+    assert file_of(plain, "metrics.jsonl") == file_of(scaled, "metrics.jsonl")
+    before, after = (r.rounds[-1].clock["devices"]["x"] for r in (plain, scaled))
+    assert after["compute_s"] == pytest.approx(1e4 * before["compute_s"])
+    assert after["up_s"] == pytest.approx(50 * before["up_s"])
+
+
+def test_a_device_that_fails_ends_the_simulation(make: Any, tmp_path: Path) -> None:
+    """The error is the device's own and names it; nothing is left of a run that never began."""
+    bad = write_rows(tmp_path / "bad.jsonl", [{"text": "one"}, {"text": " "}])
+    config = make(fleet={"devices": {"a": SimulatedDevice(), "b": SimulatedDevice(data=str(bad))}})
+
+    with pytest.raises(DataError, match=r"device 'b': .*bad\.jsonl:2: text is empty"):
+        simulate(config, Silence())
+
+
+def test_a_simulation_needs_devices(make: Any) -> None:
+    """A config without devices, or one that is trained by the coordinator, is refused."""
+    with pytest.raises(ValueError, match=r"simulation\.devices must name at least 1 device"):
+        make(fleet={"devices": {}})
+    with pytest.raises(ConfigError, match="trained_by"):
+        simulate(replace(make(), trained_by="coordinator"), Silence())
+
+
+def test_a_file_and_overrides_make_a_simulation(tmp_path: Path) -> None:
+    """One file holds the run and its devices; a preset lies below both."""
+    path = tmp_path / "sim.yaml"
+    path.write_text(
+        json.dumps({"model": "m", "simulation": {"devices": {"a": {"board": "orin-nx-8gb"}}}})
+    )
+
+    config = load_simulation(path, ["simulation.devices.a.link=3g", "rounds=3"], preset="hlora")
+
+    assert config.simulation.devices == {"a": SimulatedDevice(board="orin-nx-8gb", link="3g")}
+    assert (config.rounds, config.aggregation, config.default.split) == (3, "svd", "all")
+    with pytest.raises(ConfigError, match="aggregation must be 'svd'"):
+        load_simulation(path, ["aggregation=exact"], preset="hlora")
+
+
+def test_planning_sees_the_boards(make: Any) -> None:
+    """A slow board gets fewer blocks than a fast one, and the plans are those of every round."""
+    fleet = {
+        "devices": {
+            "fast": SimulatedDevice(link="lan-1g", flops_per_s=1e12, memory_bytes=8e9),
+            "slow": SimulatedDevice(link="lan-1g", flops_per_s=1e8, memory_bytes=8e9),
+        }
+    }
+    planning = PlanningConfig(
+        split="armsc", ranks="rngwp", rank_set=(2, 4), server_flops_per_s=1e10
+    )
+
+    result = simulate(
+        make(fleet=fleet, planning=planning, default=DeviceSettings(batch_size=4)), Silence()
+    )
+
+    assert result.outcome == "completed"
+    for round_ in result.rounds[1:]:
+        fast, slow = round_.plans["fast"], round_.plans["slow"]
+        assert 1 <= slow.split < fast.split <= BLOCKS
+        assert {*fast.ranks.values(), *slow.ranks.values()} <= {0, 2, 4}
+        assert round_.clock["devices"]["slow"]["split"] == slow.split

@@ -1,0 +1,78 @@
+"""Every aggregation rule in a real run: learns, and leaves everybody with what the rule says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.aggregation import SERVER
+from coordinator.config import DeviceSettings, EvaluationConfig
+from edge_sdk.data import DataConfig
+from edge_sdk.errors import ConfigError
+from edge_sdk.training import TrainingConfig
+from tests.e2e.cluster import Cluster, Serving, sentences, wait_all, write_rows
+from tests.tiny import BLOCKS
+
+ADAM = TrainingConfig(learning_rate=2e-2, lr_scheduler_type="constant")
+RANKS = {"a": 2, "b": 4, "c": 8}
+
+
+def train(cluster: Cluster, rule: str, splits: tuple[int, ...], **settings: Any) -> Serving:
+    """Serve a run of unequal devices to its end; the coordinator evaluates the global model."""
+    equal = rule == "fedavg"
+    devices = {
+        n: DeviceSettings(split=k, r=4 if equal else RANKS[n])
+        for n, k in zip("abc", splits, strict=True)
+    }
+    shard = write_rows(cluster.folder / "dev.jsonl", sentences(9, 8))
+    settings = {
+        "rounds": 3,
+        "steps_per_round": 5,
+        "server_rank": 4,
+        "training": ADAM,
+        "default": DeviceSettings(split=splits[-1], r=4, batch_size=4, codec="float32"),
+        "evaluation": EvaluationConfig(data=DataConfig(path=str(shard))),
+        **settings,
+    }
+    serving = cluster.serve(cluster.config(devices=devices, aggregation=rule, **settings)).start()
+    clients = cluster.start(state=cluster.folder / f"state-{rule}")
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    return serving
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+@pytest.mark.parametrize("rule", ["exact", "stack", "svd", "fedavg"])
+def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
+    """Cut at 1, 3 and 5 of 5 blocks, the loss falls, and blocks held to be evaluated carry dW."""
+    serving = train(cluster, rule, (1, 3, 5), labels=labels)
+
+    losses = [row["eval"]["loss"] for row in serving.rows]
+    assert losses[-1] < 0.97 * losses[0]
+    run, engine = serving.run, serving.run.engine
+    for weight, total in run.ledger.totals.items():
+        own = engine.adapters.products().get(weight)
+        held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]
+        expected = total.dense()
+        if run.ledger.pairs[SERVER].get(weight) is not None and rule == "svd":
+            expected = own.dense() if own is not None else expected  # its best of rank 4
+        size = max(1e-3, float(np.linalg.norm(expected)))
+        assert np.linalg.norm(sum(held) - expected) <= 3e-5 * size, weight
+
+
+@pytest.mark.parametrize("rule", ["zeropad", "svd"])
+def test_federated_rules_learn(cluster: Cluster, rule: str) -> None:
+    """With whole models on the devices and unequal ranks the loss falls."""
+    losses = [row["eval"]["loss"] for row in train(cluster, rule, (BLOCKS,) * 3).rows]
+
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_zeropad_with_a_cut_is_refused(cluster: Cluster) -> None:
+    """Weights by norm cannot count each sample once: refused before the run, with the cure."""
+    devices = {"a": DeviceSettings(split=1)}
+
+    with pytest.raises(ConfigError, match=r"'zeropad' .* every device must hold all 5 blocks"):
+        cluster.serve(cluster.config(aggregation="zeropad", devices=devices))

@@ -1,0 +1,186 @@
+"""Plans made for real devices, and changed while the run goes on, without losing anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.planning_config import PlanningConfig
+from edge_sdk.callbacks import Callback
+from edge_sdk.data import DataConfig
+from edge_sdk.errors import EdgeError
+from edge_sdk.messages import StepReport
+from edge_sdk.plan import Plan
+from edge_sdk.training import TrainingConfig
+from profiler.profile import DeviceProfile
+from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
+
+MIB = float(2**20)
+LINK = {"up_bytes_per_s": 1e6, "down_bytes_per_s": 4e6, "round_trip_s": 0.01}
+SMALL = DeviceProfile(memory_bytes=20 * MIB, overhead_bytes=0.0, flops_per_s=1e9, **LINK)
+PROFILES = {
+    "a": SMALL,
+    "b": replace(SMALL, memory_bytes=24 * MIB, flops_per_s=2e9),
+    "c": replace(SMALL, memory_bytes=256 * MIB, flops_per_s=8e9),
+}
+PLANNING = PlanningConfig(
+    split="armsc",
+    ranks="rngwp",
+    rank_set=(2, 4, 8),
+    server_memory_bytes=512 * MIB,
+    server_flops_per_s=4e9,
+    importance_every=2,
+)
+RESTLESS = replace(PLANNING, drift=0.0, min_gain=0.0, adapter_bytes=150_000.0)
+
+
+class Told(Callback):
+    """Keeps the plans that a device was given."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.plans: list[Plan] = []
+        self.fails_at = fails_at
+
+    def on_plan(self, plan: Plan) -> None:
+        """Keep it."""
+        self.plans.append(plan)
+
+    def on_step_end(self, report: StepReport) -> None:
+        """Run out of memory, once."""
+        if report.stamp.step == self.fails_at:
+            self.fails_at = -1
+            raise MemoryError("no room for another tensor")
+
+
+def serve(cluster: Cluster, planning: PlanningConfig, **settings: Any) -> Serving:
+    """Start a coordinator that plans and evaluates."""
+    shard = write_rows(cluster.folder / "dev.jsonl", sentences(9, 8))
+    settings = {
+        "rounds": 4,
+        "steps_per_round": 4,
+        "max_length": 40,
+        "training": TrainingConfig(learning_rate=1e-2, lr_scheduler_type="constant"),
+        "evaluation": EvaluationConfig(data=DataConfig(path=str(shard))),
+        "planning": planning,
+        **settings,
+    }
+    return cluster.serve(cluster.config(**settings)).start()
+
+
+def take_part(
+    cluster: Cluster, told: dict[str, Told], name: str = "run", more_bytes: float = 0.0
+) -> list[Any]:
+    """Start all three devices, each with *more_bytes* beyond its profile."""
+    profiles = {
+        n: replace(p, memory_bytes=(p.memory_bytes or 0.0) + more_bytes)
+        for n, p in PROFILES.items()
+    }
+    return [
+        cluster.client(
+            n,
+            sentences(ord(n)),
+            told[n],
+            profile=profiles[n],
+            data=held_out(),
+            state=cluster.folder / f"state-{name}",
+        ).start()
+        for n in "abc"
+    ]
+
+
+def check_global(serving: Serving) -> None:
+    """What the coordinator evaluates is dW, own adapter and residual together."""
+    run, engine = serving.run, serving.run.engine
+    for weight, total in run.ledger.totals.items():
+        own = engine.adapters.products().get(weight)
+        held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]
+        error = np.linalg.norm(sum(held) - total.dense())
+        assert error <= 3e-5 * max(1e-3, float(np.linalg.norm(total.dense()))), weight
+
+
+@pytest.mark.parametrize("aggregation", ["exact", "stack", "svd"])
+def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str) -> None:
+    """Ranks follow importance between rounds; the run learns, and everybody still holds dW."""
+    told = {n: Told() for n in "abc"}
+    serving = serve(cluster, RESTLESS, aggregation=aggregation)
+    clients = take_part(cluster, told)
+
+    assert serving.wait() == "completed"
+
+    wait_all(clients)
+    rows = serving.run.folder.rows("plans.jsonl")
+    assert rows[0]["reasons"] == ["first plans"]
+    assert len(rows) >= 2
+    assert any("importance" in reason for reason in rows[1]["reasons"])
+    assert any(len(own.plans) >= 2 for own in told.values())
+    depth = {n: own.plans[0].split for n, own in told.items()}
+    assert depth["a"] <= depth["b"] <= depth["c"]
+    losses = [row["eval"]["loss"] for row in serving.rows]
+    assert losses[-1] < 0.97 * losses[0]
+    if aggregation != "svd":
+        check_global(serving)
+
+
+def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
+    """The device reports it, comes back to a plan that takes less, and the run completes."""
+    told = {n: Told(fails_at=5 if n == "c" else -1) for n in "abc"}
+    default = DeviceSettings(split=2, batch_size=24, codec="float32")
+    serving = serve(cluster, PLANNING, default=default, patience_s=20.0)
+    clients = take_part(cluster, told, more_bytes=20 * MIB)
+
+    assert serving.wait() == "completed"
+
+    wait_all(clients)
+    first, *_, last = told["c"].plans
+    assert sum(last.ranks.values()) < sum(first.ranks.values()) or last.split < first.split
+    assert any("OutOfMemory" in note for note in serving.trap.notes)
+
+
+def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:
+    """Stopped and resumed between changes of plan, the metrics are those of an unbroken run."""
+    straight = serve(cluster, RESTLESS, name="straight")
+    wait_all_after(straight, take_part(cluster, {n: Told() for n in "abc"}, "straight"))
+
+    stopped = serve(cluster, RESTLESS, name="stopped").stop_at(6)
+    clients = take_part(cluster, {n: Told() for n in "abc"}, "stopped")
+    assert stopped.wait() == "paused"
+    resumed = serve(cluster, RESTLESS, name="stopped")
+    wait_all_after(resumed, clients)
+
+    assert resumed.metrics == straight.metrics
+
+
+def wait_all_after(serving: Serving, clients: list[Any]) -> None:
+    """Wait for the coordinator, then for its devices."""
+    assert serving.wait() == "completed"
+    wait_all(clients)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"memory_bytes": float("nan")}, "memory_bytes must be a finite number, got nan"),
+        ({"flops_per_s": -1.0}, "flops_per_s is -1.0"),
+        ({"memory_bytes": 100 * MIB, "total_memory_bytes": 10 * MIB}, "10.0 x the device's"),
+        ({"memory_bytes": 1000.0}, "memory|block"),
+    ],
+)
+def test_a_nonsense_profile_is_refused(
+    cluster: Cluster, change: dict[str, float], text: str
+) -> None:
+    """One clear line; the run goes on with the devices that make sense."""
+    serving = serve(cluster, PLANNING, min_devices=2)
+    told = {n: Told() for n in "abc"}
+    bad = cluster.client("c", sentences(3), profile=replace(PROFILES["c"], **change)).start()
+
+    with pytest.raises(EdgeError, match=text):
+        assert bad.wait(60.0)
+    clients = [
+        cluster.client(n, sentences(ord(n)), told[n], profile=PROFILES[n]).start() for n in "ab"
+    ]
+    assert serving.wait() == "completed"
+    wait_all(clients)
