@@ -39,6 +39,8 @@ class Conductor:
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
+        self._pruned: list[str] = []
+        """Devices that have cut ranks off in the round that is being joined."""
         self._pausing = Pausing(run, intake)
         self._await_until_s = time.monotonic() + run.config.patience_s
 
@@ -159,6 +161,7 @@ class Conductor:
         engine, ledger = self.run.engine, self.run.ledger
         own = Report(0, 0, engine.adapters.pairs(), engine.head_values(), engine.take_importance())
         reports[SERVER] = own
+        self._pruned = self.run.planner.prune(ledger.pairs, reports)
         result = ledger.aggregate(reports)
         replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
         engine.take(changes, replaced, result.head, restarts=result.restarts)
@@ -207,7 +210,7 @@ class Conductor:
         old = {} if run.planner.plans is None else run.planner.plans.plans
         decision = run.planner.round_ended(state.round, reports, run.gateway.devices())
         if decision is None:
-            return []
+            return [] if state.round == state.total_rounds else self._pruned
         run.reporting.planned(state.round, decision.plans, decision.reasons, run.planner.importance)
         is_last = state.round == state.total_rounds
         return [] if is_last else changed(old, decision.plans.plans)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 from coordinator.aggregation import SERVER
 from coordinator.rank_choice import Choice, Weights, rank_table
 from coordinator.situation import Situation
 from coordinator.splits import Option, Server
 from profiler.estimate import (
-    ModelShape,
     Work,
     estimate_flops,
     estimate_memory,
@@ -50,36 +49,28 @@ def _adapters_of_block(
     situation: Situation, ranks: tuple[tuple[str, int], ...], tokens: int
 ) -> float:
     """Memory that adapters add to one block, by name inside the block."""
-    config = situation.config
-    has_dropout = config.lora.lora_dropout > 0
-    with_, without = (
-        _block_bytes(situation.model, own, tokens, config.training.optimizer, has_dropout)
-        for own in (tuple((name, rank) for name, rank in ranks if rank > 0), ())
-    )
-    return with_ - without
+    given = tuple((name, rank) for name, rank in ranks if rank > 0)
+    return _block_bytes(situation, given, tokens) - _block_bytes(situation, (), tokens)
 
 
-@lru_cache(1 << 16)
-def _block_bytes(
-    model: ModelShape,
-    ranks: tuple[tuple[str, int], ...],
-    tokens: int,
-    optimizer: str,
-    has_dropout: bool,
-) -> int:
+def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], tokens: int) -> int:
     """Memory of one block in the middle of a stretch: only differences of it mean something."""
-    work = Work(
-        first=0,
-        stop=1,
-        has_front=False,
-        has_tail=False,
-        ranks={f"{model.blocks_path}.0.{name}": rank for name, rank in ranks},
-        micro_batch=tokens,
-        length=1,
-        optimizer=optimizer,
-        has_lora_dropout=has_dropout,
-    )
-    return estimate_memory(model, work).total
+    known, key = situation.block_bytes, (ranks, tokens)
+    if key not in known:
+        config, path = situation.config, situation.model.blocks_path
+        work = Work(
+            first=0,
+            stop=1,
+            has_front=False,
+            has_tail=False,
+            ranks={f"{path}.0.{name}": rank for name, rank in ranks},
+            micro_batch=tokens,
+            length=1,
+            optimizer=config.training.optimizer,
+            has_lora_dropout=config.lora.lora_dropout > 0,
+        )
+        known[key] = estimate_memory(situation.model, work).total
+    return known[key]
 
 
 def device_tokens(situation: Situation, device: str, split: int) -> dict[str, int]:

@@ -315,6 +315,7 @@ class LocalEngine:
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""
         return {
+            "first": np.array(self.first),
             **adapter_state(self.adapters),
             **{f"head:{n}": value for n, value in self.head_values().items()},
             **before_state(self._before),

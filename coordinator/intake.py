@@ -107,6 +107,9 @@ class Intake:
         if device not in admission.codecs:
             raise RemoteProtocolError("Profiled before Hello")
         run.planner.profiled(device, envelope.message.profile)
+        if device in run.state.ready:  # it has changed; what that means is decided between rounds
+            run.watcher.device(device, "reports another speed")
+            return
         run.watcher.device(device, "told what it offers")
         if admission.assign(device) or run.planner.plans is not None:
             return

@@ -36,9 +36,9 @@ def serve(config: ServeConfig, watcher: Watcher) -> str:
     model = ServedModel(config)
     with _gateway(config, keys) as gateway:
         folder = RunFolder.create(config.runs, config.name)
-        with _removed_if_it_never_began(folder):
+        with removed_if_it_never_began(folder):
             folder.write_text(CONFIG, dump_config(config))
-            folder.write_text("env.json", json.dumps(_environment(), indent=2))
+            folder.write_text("env.json", json.dumps(environment(), indent=2))
             run_id = f"{folder.name}-{secrets.token_hex(4)}"
             return _finish(Run(config, model, folder, gateway, watcher, run_id), watcher)
 
@@ -62,7 +62,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
 
 
 @contextmanager
-def _removed_if_it_never_began(folder: RunFolder) -> Iterator[None]:
+def removed_if_it_never_began(folder: RunFolder) -> Iterator[None]:
     """Leave no half-started run behind: without a checkpoint there is nothing to resume."""
     try:
         yield
@@ -99,7 +99,7 @@ def _finish(run: Run, watcher: Watcher) -> str:
     return outcome
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:
         try:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from coordinator.aten_graph import Traced
 from coordinator.onnx_shapes import LOWERINGS
-from coordinator.onnx_trace import Traced, Tracer
+from coordinator.onnx_trace import Tracer
 from coordinator.onnx_writer import Writer
 from edge_sdk.adapters import Shape, head_names
 from edge_sdk.errors import EdgeError, one_line

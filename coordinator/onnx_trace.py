@@ -10,59 +10,25 @@ ranks, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
-from torch._decomp import get_decompositions
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.nn.functional import gelu, log_softmax
 from transformers.activations import NewGELUActivation
 
+from coordinator.aten_graph import Input, Traced, trace
 from edge_sdk.adapters import Shape, head_names, is_transposed
-from edge_sdk.errors import ModelError, one_line
 from edge_sdk.partition import Slice
 
-aten = torch.ops.aten
-# Everything else is translated as it is; these have no counterpart in ONNX.
-DECOMPOSED = (
-    aten.native_layer_norm_backward,
-    aten._softmax_backward_data,
-    aten._log_softmax_backward_data,
-    aten.gelu_backward,
-    aten.silu_backward,
-    aten.tanh_backward,
-    aten.sigmoid_backward,
-    aten.detach,
-    aten.t,
-    aten.fill,
-    aten.expand_copy,
-    aten.squeeze_copy,
-)
-# Sizes while tracing; 0 and 1 would be taken for fixed.
-ROWS, POSITIONS, RANK, TARGETS = 3, 11, 5, 7
 FACTORS = "ABVU"
 FORMS = ("free", "signed", "reference")
 
 
-class Input(NamedTuple):
-    """One input of a graph."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    dynamic: tuple[int, ...] = ()
-    """Dimensions that may have any size; those in *shape* only serve to trace."""
-
-
-LENGTHS = Input((ROWS,), torch.int64, (0,))
+LENGTHS = Input(("B",), torch.int64)
 
 
 class Seen(NamedTuple):
@@ -73,15 +39,6 @@ class Seen(NamedTuple):
     is_transposed: bool
     x: torch.Tensor
     plain: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A graph of aten operators; inputs and outputs in their order."""
-
-    graph: fx.GraphModule
-    inputs: dict[str, Input]
-    outputs: tuple[str, ...]
 
 
 class Tracer:
@@ -112,14 +69,14 @@ class Tracer:
             with self._in_place(values), self._nothing_in(self._slice.blocks[0]):
                 return (self._slice.front(values["input_ids"], values["lengths"], 1),)
 
-        ids = Input((ROWS, POSITIONS), torch.int64, (0, 1))
+        ids = Input(("B", "T"), torch.int64)
         weights = self._weights(self._slice.layout.front)
-        return _trace(run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",))
+        return trace(run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",))
 
     def block(self, index: int) -> Traced:
         """What enters a block in, what leaves it out; names are those inside the block."""
         inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **self._block_inputs(index)}
-        return _trace(lambda values: (self._block(index, values),), inputs, ("out",))
+        return trace(lambda values: (self._block(index, values),), inputs, ("out",))
 
     def block_vjp(self, index: int, *, measures: bool = False) -> Traced:
         """The same and dL/dout in; dL/dhidden, and dL/dA and dL/d(s B) of every target, out.
@@ -144,7 +101,7 @@ class Tracer:
 
         outputs = [f"grad:{name}" for name in trained]
         outputs += [f"{form}:{name}" for name in targets for form in FORMS]
-        return _trace(run, inputs, tuple(outputs))
+        return trace(run, inputs, tuple(outputs))
 
     def tail(self) -> Traced:
         """Hidden state and labels in; loss sum, hits, dL/dh and a trainable head's gradients out.
@@ -167,24 +124,20 @@ class Tracer:
             hits = (logits_NV.argmax(-1) == labels_N).long().sum()
             return loss, hits, *torch.autograd.grad(loss, list(leaves.values()))
 
-        shape, dynamic = ((1, TARGETS), (1,)) if is_causal else ((ROWS, POSITIONS), (0, 1))
-        rows, each = (TARGETS, ()) if is_causal else (ROWS, (0,))
         inputs = {
-            "hidden": self._hidden(shape, dynamic),
-            "lengths": Input(shape[:1], torch.int64, each),
-            "labels": Input((rows,), torch.int64, (0,)),
+            "hidden": self._hidden(1, "N") if is_causal else self._hidden(),
+            "lengths": Input((1,), torch.int64) if is_causal else LENGTHS,
+            "labels": Input(("N",) if is_causal else ("B",), torch.int64),
             **self._weights(self._tail_names()),
         }
         outputs = ("loss", "hits", "grad:hidden", *(f"grad:{name}" for name in head))
-        return _trace(run, inputs, outputs)
+        return trace(run, inputs, outputs)
 
     # ---- inputs ----
 
-    def _hidden(
-        self, shape: tuple[int, ...] = (ROWS, POSITIONS), dynamic: tuple[int, ...] = (0, 1)
-    ) -> Input:
+    def _hidden(self, rows: int | str = "B", positions: str = "T") -> Input:
         config: Any = self._slice.model.config
-        return Input((*shape, config.get_text_config().hidden_size), torch.float32, dynamic)
+        return Input((rows, positions, config.get_text_config().hidden_size))
 
     def _tail_names(self) -> list[str]:
         layout = self._slice.layout
@@ -204,8 +157,8 @@ class Tracer:
         found = self._weights(self._slice.layout.blocks[index])
         for name, shape in self._targets.items():
             for down, up in ("AB", "VU") if name.startswith(self._prefix(index)) else ():
-                found[f"{name}.{down}"] = Input((RANK, shape.num_inputs), torch.float32, (0,))
-                found[f"{name}.{up}"] = Input((shape.num_outputs, RANK), torch.float32, (1,))
+                found[f"{name}.{down}"] = Input(("R", shape.num_inputs))
+                found[f"{name}.{up}"] = Input((shape.num_outputs, "R"))
         return {name.removeprefix(self._prefix(index)): entry for name, entry in found.items()}
 
     # ---- running the model's code ----
@@ -303,63 +256,5 @@ def _importance(seen: Seen, grad_MO: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return dots_M.abs().sum(), dots_M.sum(), (product * seen.weight).abs().sum()
 
 
-def _trace(
-    run: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]],
-    inputs: dict[str, Input],
-    outputs: tuple[str, ...],
-) -> Traced:
-    """Run *run* once on tensors without data.
-
-    Raises:
-        ModelError: The model's code decides by values, or fixes a size that varies.
-    """
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [_fake(mode, name, entry) for name, entry in inputs.items()]
-
-    def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return run(dict(zip(inputs, values, strict=True)))
-
-    make = make_fx(
-        flat,
-        decomposition_table=get_decompositions(DECOMPOSED),
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )
-    try:
-        with mode, sdpa_kernel([SDPBackend.MATH]):
-            graph = make(*fakes)
-    except Exception as error:  # noqa: BLE001 - somebody else's model code may raise anything
-        raise ModelError(f"cannot be traced for onnxruntime: {one_line(error)}") from error
-    graph.graph.eliminate_dead_code()
-    _require_dynamic(graph, inputs)
-    return Traced(graph, inputs, outputs)
-
-
-def _fake(mode: FakeTensorMode, name: str, entry: Input) -> torch.Tensor:
-    """A tensor without data, with a symbol for the size of each dynamic dimension."""
-    if not entry.dynamic:
-        with mode:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-    sizes = [
-        DimDynamic.DYNAMIC if axis in entry.dynamic else DimDynamic.STATIC
-        for axis in range(len(entry.shape))
-    ]
-    return mode.from_tensor(
-        torch.zeros(entry.shape, dtype=entry.dtype),
-        symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
-        source=ConstantSource(name),
-    )
-
-
 def _computed(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
-
-
-def _require_dynamic(graph: fx.GraphModule, inputs: Mapping[str, Input]) -> None:
-    """The model's code must not have fixed a size that varies."""
-    nodes = graph.graph.find_nodes(op="placeholder")
-    for node, (name, entry) in zip(nodes, inputs.items(), strict=True):
-        for axis in entry.dynamic:
-            size = node.meta["val"].shape[axis]
-            if isinstance(size, int) or size.node.expr.is_number:
-                raise ModelError(f"the model's code fixes size {axis} of {name!r} to {size}")

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from coordinator.onnx_trace import Traced
+from coordinator.aten_graph import Traced
 from edge_sdk.errors import ModelError
 
 # LayerNormalization and ReduceSum with axes as inputs; onnxruntime 1.17 and later read both numbers.
@@ -57,6 +57,7 @@ class Writer:
         self._values: dict[fx.Node, Value] = {}
         self._sizes: dict[Any, str] = {}
         self._sources: dict[Any, tuple[str, int]] = {}
+        self._letters: dict[Any, str] = {}
 
     # ---- the model ----
 
@@ -80,8 +81,11 @@ class Writer:
 
     def _place(self, node: fx.Node, name: str) -> None:
         self._values[node] = name
-        for axis, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, int) and not size.node.expr.is_number:
+        letters = self._traced.inputs[name].shape
+        for axis, (letter, size) in enumerate(zip(letters, node.meta["val"].shape, strict=True)):
+            if isinstance(letter, str):
+                self._letters[size.node.expr] = letter
+            if isinstance(letter, str) and letter != "R":
                 self._sources.setdefault(size.node.expr, (name, axis))
 
     def _lower(self, node: fx.Node) -> None:
@@ -114,8 +118,15 @@ class Writer:
 
     def _info(self, name: str, node: fx.Node) -> onnx.ValueInfoProto:
         value = node.meta["val"]
-        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        shape = [self._shown(_expression(size)) for size in value.shape]
         return helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], shape)
+
+    def _shown(self, expression: Any) -> int | str | None:
+        """A size as the model tells it; ranks have no name, for equal names mean equal sizes."""
+        if expression.is_number:
+            return int(expression)
+        letter = self._letters.get(expression)
+        return None if letter == "R" else letter
 
     # ---- what lowerings use ----
 
@@ -205,7 +216,7 @@ class Writer:
             PythonMod: "Mod",
         }
         operator = operators.get(expression.func)
-        if operator is None:
+        if operator is None:  # a rank, among others: it stands for many
             raise ModelError(f"onnxruntime: no translation of the size {expression}")
         name, *rest = (self._size(argument) for argument in expression.args)
         for other in rest:

@@ -20,9 +20,11 @@ from coordinator.ledger import Report
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan
 from coordinator.situation import Situation
+from edge_sdk.adapters import Pair
 from edge_sdk.errors import RefusedError
 from edge_sdk.importance import Smoothing, combine
 from edge_sdk.plan import Plan
+from edge_sdk.rank_penalty import pruned_rank
 from profiler.profile import DeviceProfile, problems
 
 
@@ -41,6 +43,8 @@ class Planner:
         self._before = start
         """The situation that they were made in."""
         self._smoothing = Smoothing()
+        self._pruned: dict[str, dict[str, int]] = {}
+        """Ranks that devices have cut off themselves, by device and weight."""
 
     @property
     def is_fixed(self) -> bool:
@@ -63,6 +67,14 @@ class Planner:
     def server_ranks(self) -> dict[str, int] | None:
         """Ranks of the coordinator's own adapters; None where the config's hold."""
         return None if self.plans is None else self.plans.server_ranks
+
+    @property
+    def first(self) -> int | None:
+        """The coordinator's first block under the plans in force; None where the config's holds."""
+        if self.plans is None:
+            return None
+        last = self._facts.layout.num_blocks
+        return min((plan.split for plan in self.plans.plans.values()), default=last)
 
     # ---- devices come ----
 
@@ -97,7 +109,8 @@ class Planner:
             ConfigError: the config asks for what nobody can do.
         """
         if self.is_fixed:
-            return plan_device(self._config, self._facts, device)
+            plan = plan_device(self._config, self._facts, device)
+            return replace(plan, ranks=plan.ranks | self._pruned.get(device, {}))
         if self.plans is None or device not in self.profiles:
             return None
         if device not in self.plans.plans or self._is_outgrown(device):
@@ -120,6 +133,7 @@ class Planner:
         self.plans = replace(
             self.plans,
             plans={**self.plans.plans, device: new.plans[device]},
+            server_ranks={**new.server_ranks, **self.plans.server_ranks},
             explanation=replace(self.plans.explanation, devices=told),
         )
 
@@ -172,6 +186,28 @@ class Planner:
         self.plans = decision.plans
         return decision if decision.reasons else None
 
+    def prune(
+        self, before: Mapping[str, Mapping[str, Pair]], reports: Mapping[str, Report]
+    ) -> list[str]:
+        """Take in which ranks the round has made superfluous; returns devices that have such.
+
+        Args:
+            before: Own factors at the round's start, by participant and weight.
+            reports: What everybody brought.
+        """
+        training, found = self._config.training, []
+        for name in sorted(reports.keys() - {SERVER}) if training.rank_penalty else ():
+            ranks = {
+                weight: rank
+                for weight, pair in reports[name].pairs.items()
+                if (rank := pruned_rank(before[name][weight], pair, training.rank_kept))
+                < pair.a_RI.shape[0]
+            }
+            if ranks:
+                self._pruned[name] = self._pruned.get(name, {}) | ranks
+                found.append(name)
+        return found
+
     def _shares(self, name: str, reports: Mapping[str, Report]) -> float | dict[str, float]:
         """Samples by weight of the coordinator; of a device, all of its own."""
         if name != SERVER:
@@ -192,6 +228,7 @@ class Planner:
             "profiles": {d: asdict(p) for d, p in self.profiles.items()},
             "caps": self._caps,
             "importance": dict(self._smoothing.values),
+            "pruned": self._pruned,
         }
         if self.plans is not None and self._before is not None:
             state["plans"] = _plain(self.plans.plans)
@@ -207,6 +244,7 @@ class Planner:
         self._caps = {**state["caps"], **self._caps}  # memory that was short stays short
         self._smoothing.load_state({n: np.array(v) for n, v in state["importance"].items()})
         self._know({d: DeviceProfile(**p) for d, p in state["profiles"].items()})
+        self._pruned = {d: dict(ranks) for d, ranks in state["pruned"].items()}
         self.plans, self._before = None, self._start
         if "plans" in state:
             before = state["before"]

@@ -109,6 +109,11 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
             f"aggregation: 'fedavg' needs equal ranks, the config gives {found} for {name!r}; "
             "use 'exact' or one rank"
         )
+    if config.training.rank_penalty and config.aggregation != "zeropad":
+        raise ConfigError(
+            f"training.rank_penalty: ranks are pruned under aggregation 'zeropad', not "
+            f"{config.aggregation!r}; set it to 0"
+        )
     if config.aggregation == "zeropad" and first < facts.layout.num_blocks:
         raise ConfigError(
             f"aggregation: 'zeropad' weighs adapters by their norm and not by samples, so every "

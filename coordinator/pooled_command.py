@@ -17,7 +17,7 @@ from coordinator.conductor import COMPLETED, PAUSED
 from coordinator.config import ServeConfig
 from coordinator.export import export_adapter, export_merged
 from coordinator.gateway import Gateway
-from coordinator.launch import ADAPTER, _environment, _removed_if_it_never_began
+from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.pooled import (
     POOLED,
     Dataset,
@@ -148,9 +148,9 @@ def _new_run(
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
     trainer = PooledTrainer(config, ServedModel(config), dataset)
     folder = RunFolder.create(config.runs, config.name)
-    with _removed_if_it_never_began(folder):
+    with removed_if_it_never_began(folder):
         folder.write_text(CONFIG, dump_config(config))
-        folder.write_text("env.json", json.dumps(_environment(), indent=2))
+        folder.write_text("env.json", json.dumps(environment(), indent=2))
         yield PooledRun(config, trainer, folder, watcher, durable=durable)
 
 

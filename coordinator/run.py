@@ -122,28 +122,28 @@ class Run:
         """An engine as it was saved, whatever has been planned since."""
         own = {n: v for n, v in under("own:", state).items() if n.endswith(".A")}
         ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
-        if ranks != self.engine.adapters.ranks:
-            first = min((self.engine.block_of(n) or 0 for n in ranks), default=self.engine.first)
+        first = int(state["first"])
+        if (first, ranks) != (self.engine.first, self.engine.adapters.ranks):
             self.engine = self.model.make_engine(first, ranks)
         self.engine.load_state(state)
 
     @property
     def is_engine_outdated(self) -> bool:
         """Whether our own blocks or ranks are not what the plans in force leave to us."""
-        ranks = self.planner.server_ranks
-        return ranks is not None and self.engine.adapters.ranks != {
-            name: rank for name, rank in ranks.items() if rank
-        }
+        first, ranks = self.planner.first, self.planner.server_ranks
+        if first is None or ranks is None:
+            return False
+        wanted = {name: rank for name, rank in ranks.items() if rank}
+        return (first, wanted) != (self.engine.first, self.engine.adapters.ranks)
 
     def renew_engine(self) -> None:
         """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
-        ranks = self.planner.server_ranks
+        first, ranks = self.planner.first, self.planner.server_ranks
+        assert first is not None
         assert ranks is not None
         moments, head = self.engine.optimizer.state(), self.engine.head_values()
-        blocks = [self.engine.block_of(name) or 0 for name in ranks]
-        last = self.model.facts.layout.num_blocks
         del self.engine  # two would need twice the memory
-        self.engine = self.model.make_engine(min(blocks, default=last), ranks)
+        self.engine = self.model.make_engine(first, ranks)
         weights = [n for n in self.model.facts.targets if self.engine.is_present(n)]
         self.engine.load_pairs(self.ledger.enrol(SERVER, ranks))
         self.engine.adapters.set_residual(self.ledger.residuals(SERVER, weights))

@@ -24,7 +24,7 @@ from coordinator.config import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.export import export_adapter
 from coordinator.gateway import Gateway
-from coordinator.launch import ADAPTER, _environment, _removed_if_it_never_began
+from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.reporting import Watcher
 from coordinator.run import Run
 from coordinator.served import ServedModel
@@ -70,13 +70,13 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     model = _TimedModel(served, PartCache(config.simulation.cache), tap)
     folder = RunFolder.create(config.runs, config.name)
     with (
-        _removed_if_it_never_began(folder),
+        removed_if_it_never_began(folder),
         tempfile.TemporaryDirectory(prefix="edgesplit-") as state,
         Workshop(tap) as shop,
     ):
         folder.write_text(CONFIG, dump_config(served))
         folder.write_text(SIMULATION, dump_config(config))
-        folder.write_text("env.json", json.dumps(_environment(), indent=2))
+        folder.write_text("env.json", json.dumps(environment(), indent=2))
         devices = {
             name: SimulatedDevice(
                 name, _client_config(config, name, profile, Path(state)), shards.get(name), shop

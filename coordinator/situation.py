@@ -66,6 +66,11 @@ class Situation:
         split = {name: name.removeprefix(path).partition(".") for name in self.facts.targets}
         return {name: (int(block), inside) for name, (block, _, inside) in split.items()}
 
+    @cached_property
+    def block_bytes(self) -> dict[tuple[tuple[tuple[str, int], ...], int], int]:
+        """What `costs.py` has asked the estimate already: plans ask the same of every block."""
+        return {}
+
     def place(self, weight: str) -> tuple[int, str]:
         """Block of an adapted weight, and its name inside the block."""
         return self._places[weight]
@@ -154,6 +159,16 @@ class Situation:
 
     def ranks(self, device: str, weight: str) -> list[int]:
         """Ranks that a weight may have on a device, or on `SERVER`, the smallest first."""
+        key = (device, weight)
+        if key not in self._ranks:
+            self._ranks[key] = self._find_ranks(device, weight)
+        return self._ranks[key]
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], list[int]]:
+        return {}
+
+    def _find_ranks(self, device: str, weight: str) -> list[int]:
         lora, pin = self.config.lora, self.pinned_rank(device)
         rank = lora.rank_of(weight, -1 if pin is None else pin)
         if rank >= 0:
@@ -163,7 +178,8 @@ class Situation:
             return found
         # Memory unknown: nothing above what the config would give.
         most = self.config.settings(device).r or 0
-        return [r for r in found if r <= most]
+        allowed = [rank for rank in found if rank <= most]
+        return allowed if len(allowed) > 1 else [min(most, *self.facts.targets[weight])]
 
     def first_rank(self, device: str, weight: str) -> int:
         """The rank that a split is priced with: the least that lets the weight learn.

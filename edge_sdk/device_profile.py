@@ -75,3 +75,18 @@ def with_link(profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp) ->
         round_trip_s=speed.round_trip_s,
     )
     return overlaid(found, profile)
+
+
+def changed_profile(
+    old: DeviceProfile, by_hand: DeviceProfile, factor: float | None, *, is_link_due: bool
+) -> DeviceProfile:
+    """Return *old* with its speed times *factor*, its link forgotten where that is to be measured.
+
+    What was set by hand stays.
+    """
+    new = old
+    if factor is not None and old.flops_per_s is not None:
+        new = replace(new, flops_per_s=old.flops_per_s * factor)
+    if is_link_due:
+        new = replace(new, up_bytes_per_s=None, down_bytes_per_s=None, round_trip_s=None)
+    return overlaid(new, by_hand)

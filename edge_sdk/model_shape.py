@@ -113,13 +113,13 @@ class _Watch:
         self._alive: list[torch.Tensor] = []
 
     def _place(self, tensor: torch.Tensor) -> int:
-        self._alive.append(tensor)  # so that nothing else comes to lie there
+        self._alive.append(tensor.detach())  # so that nothing else comes to lie there
         return tensor.untyped_storage().data_ptr()
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         """Note what autograd packs."""
         self.saved[self._place(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own operation holds would never be freed
 
     def enter_linear(self, name: str, _m: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Note the input of a linear layer."""

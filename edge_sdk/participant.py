@@ -15,7 +15,7 @@ from edge_sdk.adapters import Pair
 from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.device_profile import device_profile, with_link
+from edge_sdk.device_profile import changed_profile, device_profile, with_link
 from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.factors import Array, Factors
 from edge_sdk.inbox import Inbox, Redirected
@@ -38,6 +38,7 @@ from edge_sdk.messages import (
     Stamp,
     Welcome,
 )
+from edge_sdk.pace import Pace
 from edge_sdk.plan import fingerprint
 from edge_sdk.runtime import Runtime
 from edge_sdk.steps import Steps
@@ -144,6 +145,7 @@ class Participant:
         self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
         self._runtime = self._preparation.runtime(welcome, assigned, self._ask)
+        self._pace = Pace()
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
         self._assigned = assigned
@@ -245,11 +247,13 @@ class Participant:
             report = steps.train(batch, self._stamp)
             loss_sum += report.loss * report.num_targets
             targets += report.num_targets
+            self._pace.step(report.num_tokens, report.compute_s, report.wait_s)
             self._stamp = replace(start.stamp, step=step + 1)
             self._link.send(report)
             self._callback.on_step_end(report)
             self._inbox.glance()
         self._state.save_moments(start.end_step, self._ready()[0].moments())
+        self._look_at_pace()
         self._upload()
         stats = self._link.stats()
         self._callback.on_round_end(
@@ -262,13 +266,27 @@ class Participant:
             )
         )
 
+    def _look_at_pace(self) -> None:
+        """Tell the coordinator if it plans with numbers that are true no more."""
+        factor, is_link_due = self._pace.end_round()
+        if self._measured is None or (factor is None and not is_link_due):
+            return
+        fresh = changed_profile(
+            self._measured, self._config.profile, factor, is_link_due=is_link_due
+        )
+        fresh = with_link(fresh, self._link, self._inbox, self._stamp)
+        if fresh != self._measured:
+            self._measured = fresh
+            self._link.send(Profiled(stamp=self._stamp, profile=fresh))
+
     def _upload(self) -> None:
         runtime, _ = self._ready()
         tensors: dict[str, TensorOut] = {}
         for name, pair in runtime.pairs().items():
             tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
         tensors |= {name: (value, "float32") for name, value in runtime.head().items()}
-        self._link.send(AdapterUpload(stamp=self._stamp), tensors)
+        importance = runtime.take_importance()
+        self._link.send(AdapterUpload(stamp=self._stamp, importance=importance), tensors)
 
     # ---- small things ----
 

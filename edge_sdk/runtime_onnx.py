@@ -214,7 +214,9 @@ class OnnxRuntime:
             found = self._model.tail(top_BTD[where][None], lengths, labels_N, wanted)
             if grad_BTD is not None:
                 grad_BTD[where] = self._tail_gradients(found, share)
-            total = TailSums(*(a + b for a, b in zip(total, _sums(found, len(labels_N)), strict=True)))
+            total = TailSums(
+                *(a + b for a, b in zip(total, _sums(found, len(labels_N)), strict=True))
+            )
         return total, grad_BTD
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:

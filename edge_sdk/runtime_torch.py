@@ -17,6 +17,7 @@ from edge_sdk.loss import LossSums, loss_sums
 from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
 from edge_sdk.plan import Plan
+from edge_sdk.rank_penalty import add_penalty
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.training import (
     Compute,
@@ -112,6 +113,10 @@ class TorchRuntime:
 
     def step(self, step: int) -> None:
         """Update the adapters; see `Runtime`."""
+        if self._training.rank_penalty:
+            weight = self._training.rank_penalty * self._optimizer.loss_scale
+            own = self.adapters
+            add_penalty(own.parameters(), own.ranks, weight, self._training.rank_kept)
         scale = self._optimizer.loss_scale
         if not self._optimizer.step(step):
             raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")

@@ -50,6 +50,11 @@ class TrainingConfig:
     """Added to the root of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Each side clips the 2-norm of the gradients of all its own adapters to this; 0 never."""
+    rank_penalty: float = 0.0
+    """HetLoRA's lambda: weight of |B_tail| |A_tail| in the device's loss, so that ranks it does not
+    need fade and are pruned; 0 prunes nothing. Needs `aggregation: zeropad`."""
+    rank_kept: float = 0.99
+    """HetLoRA's gamma: ranks before gamma r are not in the tail."""
     seed: int = 0
     """Of adapter initialisation, data order and dropout."""
 
@@ -57,7 +62,9 @@ class TrainingConfig:
         for name in ("learning_rate", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        if not 0.0 < self.rank_kept <= 1.0:
+            raise ValueError(f"rank_kept must be in (0, 1], got {self.rank_kept}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "rank_penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

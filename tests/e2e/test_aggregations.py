@@ -76,3 +76,29 @@ def test_zeropad_with_a_cut_is_refused(cluster: Cluster) -> None:
 
     with pytest.raises(ConfigError, match=r"'zeropad' .* every device must hold all 5 blocks"):
         cluster.serve(cluster.config(aggregation="zeropad", devices=devices))
+
+
+def test_hetlora_prunes_ranks(cluster: Cluster) -> None:
+    """A heavy penalty makes tails fade: devices get smaller ranks, and the run goes on learning."""
+    training = TrainingConfig(
+        learning_rate=2e-2, lr_scheduler_type="constant", rank_penalty=3.0, rank_kept=0.5
+    )
+
+    serving = train(cluster, "zeropad", (BLOCKS,) * 3, training=training, rounds=4)
+
+    ranks = {n: max(p.ranks.values()) for n, p in serving.run.admission.plans.items()}
+    smallest = {n: min(p.ranks.values()) for n, p in serving.run.admission.plans.items()}
+    assert max(ranks.values()) <= 8
+    assert any(smallest[n] < RANKS[n] for n in "abc")
+    held = {n: p.a_RI.shape[0] for n, p in serving.run.ledger.pairs["c"].items()}
+    assert held.keys() == serving.run.admission.plans["c"].ranks.keys()
+    losses = [row["eval"]["loss"] for row in serving.rows]
+    assert losses[-1] < losses[0]
+
+
+def test_pruning_needs_zeropad(cluster: Cluster) -> None:
+    """Pruned ranks have no meaning elsewhere: refused before the run."""
+    training = TrainingConfig(rank_penalty=0.1)
+
+    with pytest.raises(ConfigError, match="rank_penalty"):
+        cluster.serve(cluster.config(training=training))

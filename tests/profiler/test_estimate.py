@@ -111,8 +111,10 @@ def more(work: Work, field: str) -> Work:
 
 
 GROWING = st.sampled_from(
-    "stop micro_batch length codec_bytes residual_rank fragmentation optimizer trains_head "
-    "has_lora_dropout ranks has_tail".split()
+    [
+        *("stop", "micro_batch", "length", "ranks", "residual_rank", "has_lora_dropout"),
+        *("codec_bytes", "fragmentation", "optimizer", "trains_head", "has_tail"),
+    ]
 )
 
 
@@ -199,7 +201,7 @@ def test_prices_of_adapters_add_up(
 
 
 def test_an_adapter_by_hand() -> None:
-    """16 bytes per parameter with AdamW, 8 with SGD, A x, and the input where nobody else has it."""
+    """16 bytes per parameter with AdamW, 8 with SGD, A x, and the input if nobody else has it."""
     lone = Linear("w", 10, 6)
 
     assert adapter_bytes(lone, 2, 0) == 16 * 2 * 16

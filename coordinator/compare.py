@@ -1,0 +1,214 @@
+"""Run methods on the same data, devices, seeds and number of samples; what they did, as cells.
+
+    cells = compare(config, load_methods(config, file), folder, print)
+
+A method with devices is simulated; one that the coordinator trains gets the devices' shards joined,
+and the time of the coordinator's machine. Runs that have ended are kept in `cells.jsonl` and not
+run again. What cells come to is `comparison.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coordinator.clock import Machine, central_step_s
+from coordinator.clock_costs import Costs
+from coordinator.compare_config import CompareConfig, DeviceSet
+from coordinator.compare_devices import Fitted, device_set, fit, samples_of_a_step
+from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
+from coordinator.pooled import MicroShape
+from coordinator.pooled_command import train_pooled
+from coordinator.reporting import Silence
+from coordinator.simulated_fleet import make_fleet
+from coordinator.simulation import simulate
+from coordinator.simulation_config import SimulationConfig, device_names
+from coordinator.simulation_data import deal
+from coordinator.simulation_result import SimulatedRound, read_result
+from coordinator.store import RunFolder, storage_errors
+from edge_sdk.config import dump_config
+from edge_sdk.errors import ConfigError
+
+CELLS = "cells.jsonl"
+
+Told = Callable[[str], None]
+
+
+def compare(
+    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, told: Told
+) -> list[Cell]:
+    """Run everything that has not been run yet; returns all cells.
+
+    Args:
+        config: What is compared.
+        methods: The run of each method, as `load_methods` gives them.
+        out: Folder of cells, runs and data.
+        told: Gets a line about each run.
+
+    Raises:
+        EdgeError: a config, the data or the model is wrong.
+    """
+    wanted, cells = config.compare, []
+    for kind in wanted.device_sets:
+        for method, run in methods.items():
+            runner = Runner(method, run, kind, out, told)
+            rates = wanted.learning_rates or (run.training.learning_rate,)
+            try:
+                tried = [runner.cell(wanted.seeds[0], rate) for rate in rates]
+            except ConfigError as error:
+                raise ConfigError(f"{method}, {kind} devices: {error}") from error
+            best = best_rates(tried)[method, kind]
+            cells += [*tried, *(runner.cell(seed, best) for seed in wanted.seeds[1:])]
+    return cells
+
+
+class Runner:
+    """One method on one set of devices."""
+
+    def __init__(
+        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, told: Told
+    ) -> None:
+        self._method, self._kind, self._out, self._told = method, kind, out, told
+        self._config = device_set(config, kind)
+        self._folder = RunFolder(out)
+
+    def cell(self, seed: int, rate: float) -> Cell:
+        """Return a run of *seed* at *rate*, from an earlier comparison where that had it."""
+        training = replace(self._config.training, seed=seed, learning_rate=rate)
+        config = replace(self._config, training=training, runs=self._out / "runs")
+        digest = hashlib.sha256(dump_config(replace(config, name=None)).encode()).hexdigest()[:12]
+        name = f"{self._method}, {self._kind}, seed {seed}, rate {rate:g}"
+        for row in self._folder.rows(CELLS):
+            if row.pop("digest") == digest and row["method"] == self._method:
+                return cell_from_row(row)
+        folder = f"{self._method}-{self._kind}-{seed}-{rate:g}-{digest}"
+        shutil.rmtree(config.runs / folder, ignore_errors=True)  # of a run that was cut off
+        config = replace(config, name=folder)
+        files = write_shards(config, self._out / "data" / f"seed-{seed}")
+        trained_here = config.trained_by == "coordinator"
+        parts = _pooled(config, files) if trained_here else _simulated(config, files)
+        cell = Cell(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
+        self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
+        self._told(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
+        return cell
+
+
+# ---- data ----
+
+
+def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
+    """Deal the data out and write each share to a file; returns the file of every device.
+
+    All methods of a seed read the same files, whoever takes part.
+    """
+    fleet = config.simulation
+    shards = deal(fleet, device_names(fleet), config.training.seed)
+    files = {name: device.data for name, device in fleet.devices.items() if device.data}
+    with storage_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in shards.items():
+            path = folder / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), "utf-8")
+            files[name] = str(path)
+    return files
+
+
+# ---- with devices ----
+
+
+def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
+    """Simulate a run and take from it what a cell holds."""
+    fitted = fit(config)
+    fleet = fitted.config.simulation
+    devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
+    result = simulate(
+        replace(fitted.config, simulation=replace(fleet, devices=devices)), Silence()
+    )
+    folder = result.folder
+    for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
+        shutil.rmtree(checkpoint)
+    plans = folder.rows("plans.jsonl")
+    return {
+        "points": _points(result.rounds, _real_seconds(folder)),
+        "held": tuple(_held(round_) for round_ in result.rounds[1:]),
+        "importance": tuple((p["round"], p["importance"]) for p in plans if p["importance"]),
+        "notes": fitted.notes,
+        **_sizes(fitted, result.rounds[1:]),
+    }
+
+
+def _held(round_: SimulatedRound) -> dict[str, Held]:
+    return {
+        name: Held(plan.split, sum(plan.ranks.values()) / max(1, len(plan.ranks)))
+        for name, plan in round_.plans.items()
+    }
+
+
+def _sizes(fitted: Fitted, rounds: list[SimulatedRound]) -> dict[str, Any]:
+    """Largest predicted memory and most trained numbers of each device."""
+    plans = {
+        (name, plan.split, tuple(plan.ranks.items()))
+        for round_ in rounds
+        for name, plan in round_.plans.items()
+    }
+    peak: dict[str, float] = {}
+    trained: dict[str, int] = {}
+    for name, split, ranks in sorted(plans):
+        peak[name] = max(peak.get(name, 0.0), fitted.peak_bytes(name, split, dict(ranks)))
+        trained[name] = max(trained.get(name, 0), fitted.num_trained(dict(ranks)))
+    return {"peak_bytes": peak, "trained": trained}
+
+
+def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[Point, ...]:
+    """The evaluations of a run."""
+    found = tuple(
+        Point(r.samples, r.seconds, real_s[r.round], r.bytes_up, r.bytes_down, r.loss, r.accuracy)
+        for r in rounds
+        if r.loss is not None and r.accuracy is not None
+    )
+    if not found:
+        raise ConfigError(
+            "evaluation.data.path: names no file, and no device holds out validation data: a "
+            "comparison needs one of them"
+        )
+    return found
+
+
+def _real_seconds(folder: RunFolder) -> dict[int, float]:
+    """Seconds since the start of training, by round."""
+    found, seconds = {0: 0.0}, 0.0
+    for row in folder.rows("telemetry.jsonl"):
+        seconds += row["seconds"]
+        found[row["round"] + 1] = seconds
+    return found
+
+
+# ---- without devices ----
+
+
+def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
+    """Train on the joined shards; the time is that of the coordinator's machine."""
+    data = replace(config.simulation.data, path=None, limit=None)
+    pooled = replace(
+        config.pooled,
+        data=data,
+        files=tuple(files.values()),
+        batch_size=config.pooled.batch_size or samples_of_a_step(config),
+    )
+    result = train_pooled(replace(config, pooled=pooled).served(), durable=False)
+    folder = RunFolder(result.folder)
+    rounds = read_result("completed", folder, [{}] * config.rounds).rounds
+    machine = make_fleet(config.simulation, config.planning).coordinator
+    flops = _flops(config)
+    seconds, ends = 0.0, [0.0]
+    for step, micros in enumerate(result.shapes, start=1):
+        seconds += sum(central_step_s(flops(micro), machine) for micro in micros)
+        if step % config.steps_per_round == 0:
+            ends.append(seconds)
+    timed = [replace(round_, seconds=ends[round_.round]) for round_ in rounds]
+    return {"points": _points(timed, _real_seconds(folder))}

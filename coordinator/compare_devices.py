@@ -1,0 +1,200 @@
+"""Fit a method to a set of devices: who takes part, with which split and rank, for how long.
+
+Every method gets the same devices, the same data and the same number of samples; what it cannot do
+on a device, it does as its published form would:
+
+* `planning` chooses: nothing to fit, a device that no plan fits drops out;
+* the whole model on each device (`split: all`): a device that cannot hold it drops out, with its
+  data, and the others take more steps;
+* one cut for all: the deepest up to the configured one that the weakest device can hold;
+* one rank for all: the largest of `planning.rank_set`, up to the configured one, that the weakest
+  device can hold at that cut.
+
+Pure but for the model's config, from which memory is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from coordinator.armsc import plan_all
+from coordinator.compare_config import DeviceSet
+from coordinator.config import DeviceSettings
+from coordinator.costs import device_bytes
+from coordinator.plan_command import _situation
+from coordinator.simulated_fleet import make_fleet
+from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
+from coordinator.situation import Situation
+from edge_sdk.errors import ConfigError
+from profiler.profile import DeviceProfile
+
+# Presets that hold the whole model and a rank for each device: as large as fits each.
+OWN_RANKS = ("hlora", "hetlora")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method that can run on its devices."""
+
+    config: SimulationConfig
+    situation: Situation
+    """What plans and memory of its devices are worked out from."""
+    notes: tuple[str, ...]
+    """What was changed, and who dropped out."""
+
+    def peak_bytes(self, device: str, split: int, ranks: Mapping[str, int]) -> float:
+        """Predicted peak memory of a device's process."""
+        return device_bytes(self.situation, device, split, ranks)
+
+    def num_trained(self, ranks: Mapping[str, int]) -> int:
+        """Numbers in adapters of *ranks*."""
+        targets = self.situation.facts.targets
+        return sum(rank * sum(targets[name]) for name, rank in ranks.items())
+
+
+def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
+    """Return *config* with every device named singly, and all alike where *kind* says so."""
+    devices = {name: replace(d, count=1) for name, d in device_names(config.simulation).items()}
+    settings = {name: config.devices.get(name, DeviceSettings()) for name in devices}
+    if kind == "homogeneous":
+        median = _median(config, devices)
+        devices = {name: replace(median, data=own.data) for name, own in devices.items()}
+        settings = {name: replace(own, split=None, r=None) for name, own in settings.items()}
+    fleet = replace(config.simulation, devices=devices)
+    return replace(config, simulation=fleet, devices=settings)
+
+
+def _median(
+    config: SimulationConfig, devices: Mapping[str, SimulatedDevice]
+) -> SimulatedDevice:
+    """The device with the median memory, the smaller of two; of equal ones the slower."""
+    profiles = make_fleet(config.simulation, config.planning).profiles
+
+    def budget(name: str) -> tuple[float, float, str]:
+        return profiles[name].memory_bytes or 0.0, profiles[name].flops_per_s or 0.0, name
+
+    return devices[sorted(devices, key=budget)[(len(devices) - 1) // 2]]
+
+
+def samples_of_a_step(config: SimulationConfig) -> int:
+    """Sequences of one step of all devices, which are named singly."""
+    return sum(config.settings(name).batch_size or 0 for name in config.simulation.devices)
+
+
+def fit(config: SimulationConfig) -> Fitted:
+    """Fit a method to the devices of *config*, which are named singly.
+
+    Raises:
+        ConfigError: it cannot run on any of them.
+    """
+    total = config.total_steps * samples_of_a_step(config)
+    if config.preset in OWN_RANKS and _has_one_rank(config):
+        config = replace(config, planning=replace(config.planning, ranks="uniform"))
+    situation = _whole_situation(config)
+    lost = _cannot_take_part(config, situation)
+    if len(lost) == len(situation.profiles):
+        raise ConfigError(f"it cannot run on any device: {next(iter(lost.values()))}")
+    config = _without(config, lost)
+    kept = {name: p for name, p in situation.profiles.items() if name not in lost}
+    situation = replace(situation, profiles=kept)
+    config, changes = _lowered(config, situation)
+    a_round = samples_of_a_step(config) * config.steps_per_round
+    config = replace(config, rounds=math.ceil(total / a_round))
+    told = replace(config, planning=situation.config.planning).served()
+    notes = [*(f"without {name}: {reason}" for name, reason in lost.items()), *changes]
+    return Fitted(config, replace(situation, config=told), tuple(notes))
+
+
+def _whole_situation(config: SimulationConfig) -> Situation:
+    """All devices, and the coordinator that is meant: what the simulation will plan from."""
+    fleet = make_fleet(config.simulation, config.planning)
+    planning = replace(
+        config.planning,
+        server_memory_bytes=fleet.coordinator_bytes,
+        server_flops_per_s=fleet.coordinator.flops_per_s,
+    )
+    return _situation(replace(config, planning=planning).served(), fleet.profiles, None)
+
+
+# ---- who takes part ----
+
+
+def _cannot_take_part(config: SimulationConfig, situation: Situation) -> dict[str, str]:
+    """Devices that can hold no part of the model under this method, and why."""
+    if not situation.is_fixed:
+        return plan_all(situation).refused
+    found = {}
+    for device in situation.profiles:
+        split = 1 if _has_one_split(config) else situation.pinned_split(device)
+        assert split is not None, "a fixed config gives everybody a split"
+        own = config.devices.get(device, DeviceSettings()).r
+        needed = _bytes_of(situation, device, split, own or min(config.planning.rank_set))
+        if needed > situation.budget_bytes(device):
+            found[device] = (
+                f"{split} of {situation.num_blocks} blocks need {needed / MIB:,.1f} MiB, "
+                f"it has {situation.budget_bytes(device) / MIB:,.1f}"
+            )
+    return found
+
+
+def _without(config: SimulationConfig, lost: Mapping[str, str]) -> SimulationConfig:
+    fleet = config.simulation
+    kept = {name: device for name, device in fleet.devices.items() if name not in lost}
+    settings = {name: own for name, own in config.devices.items() if name not in lost}
+    return replace(config, simulation=replace(fleet, devices=kept), devices=settings)
+
+
+# ---- one cut, one rank ----
+
+
+def _has_one_split(config: SimulationConfig) -> bool:
+    """Whether all devices are cut at one block, which leaves the coordinator some."""
+    if config.planning.split != "fixed" or config.settings("").split == "all":
+        return False
+    return all(device.split is None for device in config.devices.values())
+
+
+def _has_one_rank(config: SimulationConfig) -> bool:
+    """Whether neither planning nor the settings of single devices choose ranks."""
+    return config.planning.ranks == "fixed" and all(d.r is None for d in config.devices.values())
+
+
+def _lowered(
+    config: SimulationConfig, situation: Situation
+) -> tuple[SimulationConfig, list[str]]:
+    """Bring the one cut and the one rank down to what the weakest device can hold."""
+    default, ranks, notes = config.settings(""), config.planning.rank_set, []
+    split, rank = default.split, default.r
+    assert split is not None
+    assert rank is not None
+    if _has_one_split(config) and not isinstance(split, str):
+        deeper = range(min(split, situation.num_blocks), 1, -1)
+        fits = (k for k in deeper if _all_hold(situation, k, min(ranks)))
+        notes += _note("split", split, split := next(fits, 1))
+    if _has_one_rank(config):
+        blocks = situation.num_blocks if split == "all" else split
+        larger = sorted({rank, *(r for r in ranks if r < rank)}, reverse=True)
+        fits = (r for r in larger if _all_hold(situation, blocks, r))
+        notes += _note("rank", rank, rank := next(fits, larger[-1]))
+    settings, lora = replace(config.default, split=split, r=rank), replace(config.lora, r=rank)
+    return replace(config, default=settings, lora=lora), notes
+
+
+def _note(what: str, wanted: int, found: int) -> list[str]:
+    return [f"{what} {found} instead of {wanted}"] if found != wanted else []
+
+
+def _all_hold(situation: Situation, split: int, rank: int) -> bool:
+    return all(
+        _bytes_of(situation, device, split, rank) <= situation.budget_bytes(device)
+        for device in situation.profiles
+    )
+
+
+def _bytes_of(situation: Situation, device: str, split: int, rank: int) -> float:
+    names = situation.weights(0, split)
+    ranks = {name: situation.config.lora.rank_of(name, rank) for name in names}
+    return device_bytes(situation, device, split, ranks)

@@ -1,0 +1,108 @@
+"""Checks of what the owner of a device has written: its config, its keys, its data.
+
+Not here: whether anybody answers at the address in it (`doctor_link.py`).
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.config import load_config
+from edge_sdk.config_nodes import Entries, Node, from_environment, from_overrides, read_file
+from edge_sdk.config_values import Spot, build, by_key, field_types, type_words
+from edge_sdk.data import DataConfig, load_data
+from edge_sdk.doctor_finding import Finding, failure, ok, skipped
+from edge_sdk.errors import ConfigError, EdgeError, one_line
+from edge_sdk.keys import fingerprint, load_key_pair, load_public_key
+
+# Enough to find a wrong column or a broken file; a run reads all of them.
+MOST_ROWS = 1000
+
+
+def read_config(
+    file: Path | None, overrides: Iterable[str], env: Mapping[str, str], env_prefix: str
+) -> tuple[ClientConfig | None, Finding]:
+    """Return the config, if it is one, and everything that is wrong with it."""
+    overrides = list(overrides)
+    try:
+        config = load_config(ClientConfig, file, overrides, env, env_prefix)
+    except ConfigError as error:
+        try:
+            layers = [read_file(file)] if file is not None else []
+            layers += from_environment(env, env_prefix, ()) + from_overrides(overrides)
+            wrong = _all_wrong(layers)
+        except ConfigError:
+            wrong = []
+        text = "; ".join(wrong) or one_line(error)
+        return None, failure("config", text, "correct it; every key: docs/configuration.md")
+    return config, ok("config", f"{file or 'given on the command line'}: every key is known")
+
+
+def _all_wrong(layers: list[Node]) -> list[str]:
+    """Return what is wrong with each key by itself; `load_config` stops at the first."""
+    needed = [one.name for one in fields(ClientConfig) if _is_needed(one.name)]
+    stand_ins = from_overrides([f"{name}=x" for name in needed])
+    given = by_key(ClientConfig, layers, Spot(""))
+    wrong = []
+    for key, nodes in given.items():
+        alone: list[Node] = [Entries({key: node}, node.origin) for node in nodes]
+        try:
+            build(ClientConfig, [*stand_ins, *alone], Spot(""))
+        except ConfigError as error:
+            wrong.append(one_line(error))
+    types = field_types(ClientConfig)
+    missing = [f"{n} is missing; it must be {type_words(types[n])}" for n in needed]
+    return wrong + [text for name, text in zip(needed, missing, strict=True) if name not in given]
+
+
+def _is_needed(name: str) -> bool:
+    known = ClientConfig.__dataclass_fields__[name]
+    return known.default is MISSING and known.default_factory is MISSING
+
+
+def check_keys(secret_key: Path, server_key: str) -> Finding:
+    """Whether both keys are there, are keys, and the secret one is secret."""
+    if not secret_key.is_file():
+        cure = f"edge-sdk keygen {secret_key}, then register its public half"
+        return failure("keys", f"no secret key at {secret_key}", cure)
+    mode = stat.S_IMODE(secret_key.stat().st_mode)
+    if mode & 0o077:
+        text = f"{secret_key} has mode {mode:04o}: others can read it, so it is no secret"
+        return failure("keys", text, f"chmod 600 {secret_key}")
+    try:
+        ours = load_key_pair(secret_key).public
+    except ConfigError as error:
+        cure = f"edge-sdk keygen to another file, and secret_key=FILE ({secret_key} is kept)"
+        return failure("keys", one_line(error), cure)
+    try:
+        theirs = load_public_key(server_key)
+    except ConfigError as error:
+        cure = "copy coordinator.key.pub from the coordinator, and server_key=FILE"
+        return failure("keys", f"server_key: {one_line(error)}", cure)
+    if ours == theirs:
+        text = "server_key is this device's own public key, not the coordinator's"
+        return failure("keys", text, "server_key=coordinator.key.pub")
+    shown = f"this device {fingerprint(ours)}, coordinator {fingerprint(theirs)}"
+    return ok("keys", f"{shown}; mode {mode:04o}")
+
+
+def check_data(config: DataConfig) -> Finding:
+    """Whether the private data can be read, by its first rows; nothing of it is shown."""
+    if config.path is None:
+        return skipped("data", "data.path is empty: the application hands its own rows over")
+    if not Path(config.path).expanduser().exists() and "." not in Path(config.path).suffix:
+        return skipped("data", f"{config.path} is no file: a data set, fetched when a run begins")
+    limit = min(config.limit or MOST_ROWS, MOST_ROWS)
+    try:
+        rows, held_out = load_data(None, replace(config, limit=limit), seed=0)
+    except EdgeError as error:
+        return failure("data", one_line(error), "correct the file, or data.path=FILE")
+    except ModuleNotFoundError as error:
+        return failure("data", one_line(error), "pip install 'edgesplit[data]'")
+    extent = f"the first {limit} rows are" if len(rows) + len(held_out) >= limit else "all rows are"
+    count = f"{len(rows)} to train, {len(held_out)} to validate"
+    return ok("data", f"{config.path}: {extent} of the schema {rows[0].schema}; {count}")

@@ -1,0 +1,51 @@
+"""Whether a device still computes and hears as fast as when its plan was made. Pure.
+
+A board that throttles, a power mode that changes, a link that fades: the coordinator should know,
+because it plans with the old numbers. What is noise and what is worth a new plan it decides itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+# Less is noise of a busy machine, not worth a message.
+LEAST_CHANGE = 0.2
+
+
+@dataclass
+class Pace:
+    """Compute rate and waiting time of a plan's rounds, against those of its first round."""
+
+    _rates: list[float] = field(default_factory=list)
+    _waits: list[float] = field(default_factory=list)
+    _first: tuple[float, float] | None = None
+
+    def step(self, num_tokens: int, compute_s: float, wait_s: float) -> None:
+        """A step is done."""
+        self._rates.append(num_tokens / max(compute_s, 1e-9))
+        self._waits.append(wait_s)
+
+    def end_round(self) -> tuple[float | None, bool]:
+        """The round is over.
+
+        Returns:
+            By what the compute rate must be multiplied, None where it is as it was; and whether
+            the device waited so differently that its link should be measured again.
+        """
+        if not self._rates:
+            return None, False
+        rate, wait_s = median(self._rates), median(self._waits)
+        self._rates, self._waits = [], []
+        if self._first is None:
+            self._first = rate, wait_s
+            return None, False
+        old_rate, old_wait_s = self._first
+        is_other_rate = abs(rate - old_rate) > LEAST_CHANGE * old_rate
+        is_other_wait = abs(wait_s - old_wait_s) > 2 * LEAST_CHANGE * max(old_wait_s, 1e-3)
+        if is_other_rate or is_other_wait:
+            self._first = (
+                rate if is_other_rate else old_rate,
+                wait_s if is_other_wait else old_wait_s,
+            )
+        return (rate / old_rate if is_other_rate else None), is_other_wait

@@ -1,0 +1,94 @@
+"""A CURVE handshake and nothing more: are both keys right, and does a coordinator answer?
+
+Opens no session, so one that this device's key has open elsewhere goes on undisturbed. Not here:
+what the outcome means for people (`doctor_link.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import NamedTuple
+
+import zmq
+
+from edge_sdk import packets
+from edge_sdk.conversation import Conversation
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.messages import FROM_COORDINATOR
+from edge_sdk.packets import Lane
+from edge_sdk.sockets import receive_frame
+from edge_sdk.transport import package_version
+from edge_sdk.transport_line import Line, LinkConfig
+
+# A coordinator with another key closes the connection each time; once may be chance.
+ENOUGH_DROPS = 2
+GLANCE_S = 0.1
+
+
+class Handshake(NamedTuple):
+    """How far two sides came."""
+
+    is_up: bool
+    """Both keys were accepted."""
+    refused: int | None
+    """Status with which the coordinator refused our key, 400 where it does not know it."""
+    drops: int
+    """Connections that ended before the keys were accepted."""
+    round_trip_s: float | None
+    """Time that the coordinator took to answer a note; None where it did not."""
+
+
+def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
+    """Connect with the keys of *config*, ask one question that changes nothing, and leave.
+
+    Raises:
+        ConfigError: the address is none.
+    """
+    deadline, poller = Deadline.after(timeout_s), zmq.Poller()
+    with zmq.Context() as context:
+        line = Line(context, poller, config, config.keys, Lane.CONTROL)
+        try:
+            return _shake(line, poller, deadline)
+        finally:
+            line.close()
+
+
+def _shake(line: Line, poller: zmq.Poller, deadline: Deadline) -> Handshake:
+    session, drops, asked_s = secrets.token_hex(16), 0, 0.0
+    while not deadline.has_passed() and drops < ENOUGH_DROPS:
+        ready = dict(poller.poll(1000 * min(GLANCE_S, deadline.left_s())))
+        if line.monitor in ready:
+            for event, value in line.news():
+                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                    return Handshake(False, value, drops, None)
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    asked_s = time.perf_counter()
+                    line.put(_question(session))
+                drops += event == zmq.EVENT_DISCONNECTED
+        if line.socket in ready and _is_answer(line, session):
+            return Handshake(True, None, drops, time.perf_counter() - asked_s)
+    return Handshake(line.is_up, None, drops, None)
+
+
+def _question(session: str) -> bytes:
+    """Claim a session that the coordinator cannot know: it says so, and opens none."""
+    nothing = Conversation(session, packets.MAX_FRAME_BYTES, FROM_COORDINATOR).ack()
+    return packets.note_frame(
+        packets.Attach(
+            session=session, is_resumed=True, sdk_version=package_version(), name="", ack=nothing
+        )
+    )
+
+
+def _is_answer(line: Line, session: str) -> bool:
+    frame = receive_frame(line.socket)
+    if frame is None:
+        return False
+    try:
+        packet = packets.read_packet(frame.buffer)
+        note = packets.read_note(packet) if packet.kind == packets.Kind.NOTE else None
+    except RemoteProtocolError:
+        return False
+    return isinstance(note, packets.Unknown) and note.session == session

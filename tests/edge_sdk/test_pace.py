@@ -1,0 +1,58 @@
+"""A device notices that it computes or hears otherwise than when its plan was made."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_sdk.device_profile import changed_profile
+from edge_sdk.pace import Pace
+from profiler.profile import DeviceProfile
+
+
+def told(pace: Pace, compute_s: float, wait_s: float) -> tuple[float | None, bool]:
+    """A round of four steps of 100 tokens."""
+    for extra in (0.0, 0.0, 0.01, 9.0):  # one step was slow for reasons of its own
+        pace.step(100, compute_s + extra, wait_s)
+    return pace.end_round()
+
+
+def test_a_first_round_and_noise_change_nothing() -> None:
+    """Rates within a fifth of the first round's are not reported."""
+    pace = Pace()
+
+    assert told(pace, 1.0, 0.5) == (None, False)
+    assert told(pace, 1.1, 0.6) == (None, False)
+    assert Pace().end_round() == (None, False)
+
+
+@pytest.mark.parametrize(("compute_s", "factor"), [(2.0, 0.5), (0.5, 2.0)])
+def test_another_speed_is_reported_once(compute_s: float, factor: float) -> None:
+    """The factor is that of the median step, against what was last reported."""
+    pace = Pace()
+    told(pace, 1.0, 0.5)
+
+    found, is_link_due = told(pace, compute_s, 0.5)
+
+    assert found == pytest.approx(factor, rel=0.02)
+    assert not is_link_due
+    assert told(pace, compute_s, 0.5) == (None, False)
+
+
+def test_longer_waits_ask_for_the_link_to_be_measured() -> None:
+    """Waiting half as long again may be the link or the coordinator: measuring tells."""
+    pace = Pace()
+    told(pace, 1.0, 0.5)
+
+    assert told(pace, 1.0, 0.8) == (None, True)
+
+
+def test_what_was_set_by_hand_stays() -> None:
+    """A budget that a person has written is never changed by a measurement."""
+    by_hand = DeviceProfile(flops_per_s=5.0, up_bytes_per_s=7.0)
+    old = DeviceProfile(flops_per_s=5.0, up_bytes_per_s=7.0, down_bytes_per_s=8.0)
+
+    found = changed_profile(old, by_hand, 0.5, is_link_due=True)
+
+    assert found == by_hand
+    free = changed_profile(DeviceProfile(flops_per_s=5.0), DeviceProfile(), 0.5, is_link_due=False)
+    assert free.flops_per_s == 2.5
