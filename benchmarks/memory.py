@@ -201,7 +201,6 @@ def find_ranks(case: Case, config: Any, layout: Any) -> dict[str, int]:
 def train(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     """Be the device: build the slice, train, and say how much memory that took at most."""
     import peft  # noqa: F401 - part of the import floor
-    import torch
     from transformers import AutoConfig, AutoModel  # noqa: F401
 
     from edge_sdk.adapters import LoraConfig
@@ -236,7 +235,7 @@ def train(case: Case, folder: Path, steps: int) -> dict[str, Any]:
         steps,
         device="cpu",
         compute=case.dtype,
-        base_dtype=getattr(torch, case.dtype),
+        base=case.dtype,
     )
     set_residual(runtime, case)
     runtime.begin_round()

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 PART_DATA_BYTES = 4 * 1024 * 1024
 # Headers and alignment of a message, beside its tensors.
 MESSAGE_SLACK_BYTES = 1024 * 1024
+BACKENDS = ("torch", "onnxruntime")
 
 
 class Admission:
@@ -57,6 +58,9 @@ class Admission:
         self.plans: dict[str, Plan] = {}
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
+        self._backends: dict[str, str] = {}
+        self.waiting: set[str] = set()
+        """Devices whose plan is known, and whose graphs are still being made."""
 
     def greet(self, device: str, hello: Hello) -> None:
         """Answer a Hello with a welcome, and a plan where none has to be thought of.
@@ -74,7 +78,13 @@ class Admission:
                 f"the device expects model {hello.model_hash[:12]}..., this run trains "
                 f"{self._model.hash[:12]}...; correct or remove `model_hash`"
             )
+        if hello.backend not in BACKENDS:
+            raise RefusedError(
+                f"backend {hello.backend!r} is not known here; this coordinator serves "
+                f"{' and '.join(BACKENDS)}"
+            )
         self.codecs[device] = self._codec(device, hello)
+        self._backends[device] = hello.backend
         self._gateway.send(device, self._welcome(device))
         if self._planner.is_fixed:
             self.assign(device)
@@ -92,6 +102,13 @@ class Admission:
         self.plans[device] = plan
         self._gateway.set_limits(device, self._largest_message(plan))
         parts = self._model.parts_for(plan)
+        self.waiting.discard(device)
+        if self._backends.get(device) == "onnxruntime":
+            graphs = self._model.graphs_for(plan)
+            if graphs is None:
+                self.waiting.add(device)
+                return True
+            parts = (*parts, graphs)
         self._gateway.send(device, PlanAssigned(stamp=self.stamp(device), plan=plan, parts=parts))
         return True
 
@@ -123,6 +140,8 @@ class Admission:
             codec=self.codecs[device],
             max_length=model.max_length,
             num_labels=len(config.label_names),
+            vocab_size=model.text_config.vocab_size,
+            pad_id=model.text_config.pad_token_id or 0,
             training=training,
             lora=to_pairs(config.lora),
             wants_profile=not self._planner.is_fixed,

@@ -36,8 +36,8 @@ DECOMPOSED = (
     aten.expand_copy,
     aten.squeeze_copy,
 )
-# Sizes that vary, by the letter that stands for them, and what they are while tracing: 0 and 1 would
-# be taken for fixed. Every R may be another one; the writer sees to it that none is computed with.
+# Sizes that vary, by the letter that stands for them, and what they are while tracing: 0 and 1
+# would be taken for fixed. Every R may be another: the writer lets nothing be computed from one.
 SIZES = {"B": 3, "T": 11, "N": 7, "R": 5}
 
 
@@ -73,16 +73,17 @@ def trace(
     sizes = _symbols(mode)
     with mode:
         fakes = [
-            torch.empty([sizes.get(n, n) for n in entry.shape], dtype=entry.dtype)  # type: ignore[misc]
+            torch.empty([sizes.get(n, n) for n in entry.shape], dtype=entry.dtype)
             for entry in inputs.values()
         ]
 
     def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return run(dict(zip(inputs, values, strict=True)))
 
+    table: Any = get_decompositions(DECOMPOSED)
     make = make_fx(
         flat,
-        decomposition_table=get_decompositions(DECOMPOSED),
+        decomposition_table=table,
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
@@ -98,7 +99,7 @@ def trace(
 
 def _symbols(mode: FakeTensorMode) -> dict[Any, Any]:
     """A symbol for each size that varies."""
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(SIZES))
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(SIZES))
     example = mode.from_tensor(
         torch.empty(list(SIZES.values()), device="meta"),
         symbolic_context=dynamic,

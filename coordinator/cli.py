@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import AllowList
+from coordinator.compare_command import add_compare
 from coordinator.config import ServeConfig
 from coordinator.plan_command import add_plan
 from coordinator.presets import NAMES, load_serve_config, preset_text, preset_title
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_resume(commands)
     add_plan(commands)
     add_simulate(commands)
+    add_compare(commands)
     _add(commands, "status", "where a run stands", _status, run_folder=True, formats=True)
     export = _add(commands, "export", "write a run's adapter or model", _export, run_folder=True)
     export.add_argument("--to", type=Path, required=True, help="folder to write")

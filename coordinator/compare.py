@@ -17,17 +17,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.clock import Machine, central_step_s
+from coordinator.clock import central_step_s
 from coordinator.clock_costs import Costs
 from coordinator.compare_config import CompareConfig, DeviceSet
-from coordinator.compare_devices import Fitted, device_set, fit, samples_of_a_step
+from coordinator.compare_devices import (
+    Fitted,
+    device_set,
+    fit,
+    samples_of_a_step,
+    whole_situation,
+)
 from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
 from coordinator.pooled import MicroShape
 from coordinator.pooled_command import train_pooled
 from coordinator.reporting import Silence
+from coordinator.server import COMPLETED
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation import simulate
-from coordinator.simulation_config import SimulationConfig, device_names
+from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.simulation_data import deal
 from coordinator.simulation_result import SimulatedRound, read_result
 from coordinator.store import RunFolder, storage_errors
@@ -81,11 +88,11 @@ class Runner:
         """Return a run of *seed* at *rate*, from an earlier comparison where that had it."""
         training = replace(self._config.training, seed=seed, learning_rate=rate)
         config = replace(self._config, training=training, runs=self._out / "runs")
-        digest = hashlib.sha256(dump_config(replace(config, name=None)).encode()).hexdigest()[:12]
+        digest = _digest(config)
         name = f"{self._method}, {self._kind}, seed {seed}, rate {rate:g}"
         for row in self._folder.rows(CELLS):
             if row.pop("digest") == digest and row["method"] == self._method:
-                return cell_from_row(row)
+                return replace(cell_from_row(row), device_set=self._kind)
         folder = f"{self._method}-{self._kind}-{seed}-{rate:g}-{digest}"
         shutil.rmtree(config.runs / folder, ignore_errors=True)  # of a run that was cut off
         config = replace(config, name=folder)
@@ -96,6 +103,20 @@ class Runner:
         self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
         self._told(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
         return cell
+
+
+def _digest(config: SimulationConfig) -> str:
+    """Equal for runs that are configured alike, wherever their folders lie.
+
+    To a method without devices all devices are alike: only their data and batches count.
+    """
+    if config.trained_by == "coordinator":
+        fleet = config.simulation
+        own = {name: SimulatedDevice(data=d.data) for name, d in fleet.devices.items()}
+        settings = {n: replace(d, split=None, r=None) for n, d in config.devices.items()}
+        config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
+    text = dump_config(replace(config, name=None, runs=Path()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ---- data ----
@@ -126,10 +147,10 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     fitted = fit(config)
     fleet = fitted.config.simulation
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
-    result = simulate(
-        replace(fitted.config, simulation=replace(fleet, devices=devices)), Silence()
-    )
+    result = simulate(replace(fitted.config, simulation=replace(fleet, devices=devices)), Silence())
     folder = result.folder
+    if result.outcome != COMPLETED:
+        raise KeyboardInterrupt
     for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
         shutil.rmtree(checkpoint)
     plans = folder.rows("plans.jsonl")
@@ -203,12 +224,29 @@ def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any
     result = train_pooled(replace(config, pooled=pooled).served(), durable=False)
     folder = RunFolder(result.folder)
     rounds = read_result("completed", folder, [{}] * config.rounds).rounds
-    machine = make_fleet(config.simulation, config.planning).coordinator
-    flops = _flops(config)
-    seconds, ends = 0.0, [0.0]
-    for step, micros in enumerate(result.shapes, start=1):
-        seconds += sum(central_step_s(flops(micro), machine) for micro in micros)
-        if step % config.steps_per_round == 0:
-            ends.append(seconds)
+    ends = _modelled_ends(config, result.shapes)
     timed = [replace(round_, seconds=ends[round_.round]) for round_ in rounds]
     return {"points": _points(timed, _real_seconds(folder))}
+
+
+def _modelled_ends(config: SimulationConfig, steps: list[tuple[MicroShape, ...]]) -> list[float]:
+    """When each round ends, from 0 on."""
+    situation = whole_situation(config)
+    machine = make_fleet(config.simulation, config.planning).coordinator
+    costs = Costs(situation.model, situation.num_blocks)
+    rank = config.settings("").r or config.lora.r
+    trains_all = config.pooled.trains == "all"
+    names = () if trains_all else situation.facts.targets
+    ranks = {name: config.lora.rank_of(name, rank) for name in names}
+    seconds, ends = 0.0, [0.0]
+    for step, micros in enumerate(steps, start=1):
+        for count, length, _ in micros:
+            flops = costs.flops(
+                0, situation.num_blocks, ranks, count, length, front=True, tail=True
+            )
+            # Gradients of inputs and of weights cost a forward pass each.
+            total = 3 * flops.forward if trains_all else flops.total
+            seconds += central_step_s(total, machine)
+        if step % config.steps_per_round == 0:
+            ends.append(seconds)
+    return ends

@@ -1,4 +1,4 @@
-"""What `coordinator compare` compares: a simulation's configuration, and the methods to run it with.
+"""What `coordinator compare` compares: a simulation's configuration and the methods to run.
 
 Knows no training; how a method is fitted to a set of devices is `compare_devices.py`.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 
 from coordinator.config import Preset
 from coordinator.presets import NAMES, load_with_preset
-from coordinator.simulation_config import FleetConfig, SimulationConfig
+from coordinator.simulation_config import SimulationConfig
 from edge_sdk.errors import ConfigError
 
 DeviceSet = Literal["homogeneous", "heterogeneous"]
@@ -104,13 +104,6 @@ def load_methods(
         own = config.compare.methods.get(name)
         preset = own.preset if own else name
         settings = own.settings if own else ()
-        loaded = load_with_preset(
-            CompareConfig, file, [*overrides, *settings], env, preset=preset
-        )
+        loaded = load_with_preset(CompareConfig, file, [*overrides, *settings], env, preset=preset)
         found[name] = loaded.simulation_config()
     return found
-
-
-def dealt_out(fleet: FleetConfig) -> bool:
-    """Whether some device gets a share of `simulation.data`."""
-    return any(device.data is None for device in fleet.devices.values())

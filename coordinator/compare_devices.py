@@ -15,7 +15,6 @@ Pure but for the model's config, from which memory is predicted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,6 @@ from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.situation import Situation
 from edge_sdk.errors import ConfigError
-from profiler.profile import DeviceProfile
 
 # Presets that hold the whole model and a rank for each device: as large as fits each.
 OWN_RANKS = ("hlora", "hetlora")
@@ -67,9 +65,7 @@ def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
     return replace(config, simulation=fleet, devices=settings)
 
 
-def _median(
-    config: SimulationConfig, devices: Mapping[str, SimulatedDevice]
-) -> SimulatedDevice:
+def _median(config: SimulationConfig, devices: Mapping[str, SimulatedDevice]) -> SimulatedDevice:
     """The device with the median memory, the smaller of two; of equal ones the slower."""
     profiles = make_fleet(config.simulation, config.planning).profiles
 
@@ -93,7 +89,7 @@ def fit(config: SimulationConfig) -> Fitted:
     total = config.total_steps * samples_of_a_step(config)
     if config.preset in OWN_RANKS and _has_one_rank(config):
         config = replace(config, planning=replace(config.planning, ranks="uniform"))
-    situation = _whole_situation(config)
+    situation = whole_situation(config)
     lost = _cannot_take_part(config, situation)
     if len(lost) == len(situation.profiles):
         raise ConfigError(f"it cannot run on any device: {next(iter(lost.values()))}")
@@ -102,13 +98,13 @@ def fit(config: SimulationConfig) -> Fitted:
     situation = replace(situation, profiles=kept)
     config, changes = _lowered(config, situation)
     a_round = samples_of_a_step(config) * config.steps_per_round
-    config = replace(config, rounds=math.ceil(total / a_round))
+    config = replace(config, rounds=max(1, round(total / a_round)))
     told = replace(config, planning=situation.config.planning).served()
     notes = [*(f"without {name}: {reason}" for name, reason in lost.items()), *changes]
     return Fitted(config, replace(situation, config=told), tuple(notes))
 
 
-def _whole_situation(config: SimulationConfig) -> Situation:
+def whole_situation(config: SimulationConfig) -> Situation:
     """All devices, and the coordinator that is meant: what the simulation will plan from."""
     fleet = make_fleet(config.simulation, config.planning)
     planning = replace(
@@ -162,29 +158,26 @@ def _has_one_rank(config: SimulationConfig) -> bool:
     return config.planning.ranks == "fixed" and all(d.r is None for d in config.devices.values())
 
 
-def _lowered(
-    config: SimulationConfig, situation: Situation
-) -> tuple[SimulationConfig, list[str]]:
+def _lowered(config: SimulationConfig, situation: Situation) -> tuple[SimulationConfig, list[str]]:
     """Bring the one cut and the one rank down to what the weakest device can hold."""
-    default, ranks, notes = config.settings(""), config.planning.rank_set, []
+    default, ranks = config.settings(""), config.planning.rank_set
     split, rank = default.split, default.r
     assert split is not None
     assert rank is not None
+    found_split, found_rank = split, rank
     if _has_one_split(config) and not isinstance(split, str):
         deeper = range(min(split, situation.num_blocks), 1, -1)
         fits = (k for k in deeper if _all_hold(situation, k, min(ranks)))
-        notes += _note("split", split, split := next(fits, 1))
+        found_split = next(fits, 1)
     if _has_one_rank(config):
-        blocks = situation.num_blocks if split == "all" else split
-        larger = sorted({rank, *(r for r in ranks if r < rank)}, reverse=True)
-        fits = (r for r in larger if _all_hold(situation, blocks, r))
-        notes += _note("rank", rank, rank := next(fits, larger[-1]))
-    settings, lora = replace(config.default, split=split, r=rank), replace(config.lora, r=rank)
-    return replace(config, default=settings, lora=lora), notes
-
-
-def _note(what: str, wanted: int, found: int) -> list[str]:
-    return [f"{what} {found} instead of {wanted}"] if found != wanted else []
+        blocks = situation.num_blocks if isinstance(found_split, str) else found_split
+        smaller = sorted({rank, *(r for r in ranks if r < rank)}, reverse=True)
+        fits = (r for r in smaller if _all_hold(situation, blocks, r))
+        found_rank = next(fits, smaller[-1])
+    pairs = (("split", split, found_split), ("rank", rank, found_rank))
+    notes = [f"{what} {found} instead of {asked}" for what, asked, found in pairs if found != asked]
+    settings = replace(config.default, split=found_split, r=found_rank)
+    return replace(config, default=settings, lora=replace(config.lora, r=found_rank)), notes
 
 
 def _all_hold(situation: Situation, split: int, rank: int) -> bool:

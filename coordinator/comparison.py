@@ -104,12 +104,12 @@ class Spread(NamedTuple):
 
     mean: float
     deviation: float
-    count: int
+    num_seeds: int
 
     def text(self, digits: int) -> str:
         """`1.234 +- 0.005`; one seed has no deviation."""
         mean = f"{self.mean:,.{digits}f}"
-        return mean if self.count < 2 else f"{mean} \u00b1 {self.deviation:.{digits}f}"
+        return mean if self.num_seeds < 2 else f"{mean} \u00b1 {self.deviation:.{digits}f}"
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -269,8 +269,8 @@ def row_texts(row: Row, *, is_classifier: bool) -> tuple[str, ...]:
 def _time(found: Spread | None, row: Row) -> str:
     if found is None:
         return "not reached"
-    missing = row.loss.count - row.num_reached
-    return found.text(1) + (f" ({missing} of {row.loss.count} not reached)" if missing else "")
+    missing = row.loss.num_seeds - row.num_reached
+    return found.text(1) + (f" ({missing} of {row.loss.num_seeds} not reached)" if missing else "")
 
 
 def _span(values: tuple[float, float] | None, unit: float, digits: int) -> str:

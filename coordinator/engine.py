@@ -22,6 +22,14 @@ import torch
 from torch.nn import functional as F
 
 from coordinator.wave import Answer, DeviceFault, Job
+from edge_sdk.adapter_state import (
+    adapter_state,
+    before_state,
+    load_adapter_state,
+    load_before_state,
+    merge_change,
+    under,
+)
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form, Meter
@@ -31,15 +39,9 @@ from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import (
-    adapter_state,
-    before_state,
-    load_adapter_state,
-    load_before_state,
     load_parameters,
-    merge_change,
     to_numpy,
     totals,
-    under,
 )
 from edge_sdk.training import (
     Compute,

@@ -140,6 +140,16 @@ class Intake:
         except EdgeError as error:
             self.expel(device, error)
 
+    def assign_waiting(self) -> None:
+        """Send their plans to devices whose graphs are there by now."""
+        for device in sorted(self.run.admission.waiting):
+            try:
+                self.run.admission.assign(device)
+            except PeerGone as gone:
+                self.run.lose(device, str(gone))
+            except EdgeError as error:
+                self.expel(device, error)
+
     def _on_failure(self, device: str, envelope: Envelope) -> None:
         message: Failure = envelope.message
         if message.error == OutOfMemory.__name__:

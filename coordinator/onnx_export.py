@@ -9,45 +9,26 @@ and changes torch's modules while it does: a coordinator runs it as a process of
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coordinator.aten_graph import Traced
+from coordinator.export_job import Job, load_job
 from coordinator.onnx_shapes import LOWERINGS
 from coordinator.onnx_trace import Tracer
 from coordinator.onnx_writer import Writer
 from edge_sdk.adapters import Shape, head_names
 from edge_sdk.errors import EdgeError, one_line
 from edge_sdk.graphs import About, Graphs
-from edge_sdk.layout import Layout, Task, find_layout
+from edge_sdk.layout import Layout, find_layout
 from edge_sdk.partition import Slice
 from edge_sdk.weights import load_config, write_whole
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What to export; all of it decides what comes out."""
-
-    task: Task
-    num_labels: int
-    split: int
-    """Blocks 0 .. split-1."""
-    tail: bool
-    """Whether the tail is wanted, too."""
-    measures: bool
-    """Whether the device measures importance."""
-    targets: Mapping[str, tuple[int, int]]
-    """(outputs, inputs) of each weight that may have an adapter, by module name."""
-    dtypes: Mapping[str, str]
-    """What each tensor of the slice is stored as, as torch calls it, by whole-model name."""
 
 
 def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:
@@ -106,16 +87,6 @@ def _written(trace: Callable[[], Traced]) -> bytes:
         return Writer(trace(), LOWERINGS).write()
 
 
-def load_job(path: Path) -> Job:
-    """Read what `job_text` has made."""
-    return Job(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def job_text(job: Job) -> str:
-    """*job* as text, the same for equal jobs."""
-    return json.dumps(asdict(job), sort_keys=True)
-
-
 def main() -> int:
     """Export the job of argument 1, for the model in the folder of argument 2, to argument 3."""
     job_path, folder, out = map(Path, sys.argv[1:4])
@@ -126,7 +97,7 @@ def main() -> int:
         config = load_config(folder, job.num_labels)
         write_whole(out, export_slice(config, job).pack())
     except EdgeError as error:
-        print(one_line(error), file=sys.stderr)
+        sys.stderr.write(f"{one_line(error)}\n")
         return error.exit_code
     return 0
 

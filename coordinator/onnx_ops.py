@@ -236,11 +236,12 @@ def bmm(w: Writer, node: fx.Node) -> Value:
 @lowers("native_layer_norm.default")
 def layer_norm(w: Writer, node: fx.Node) -> Value:
     """Output, mean and one over the deviation."""
-    x, shape, weight, bias, epsilon = node.args
-    ones = np.ones(shape, NUMPY_TYPES[out(node).dtype])  # type: ignore[arg-type]
+    x, weight, bias, epsilon = node.args[0], *node.args[2:]
+    shape: Any = node.args[1]
+    ones: Any = np.ones(shape, NUMPY_TYPES[out(node).dtype])
     inputs = [w.value(x), w.constant(ones) if weight is None else w.value(weight)]
     inputs += [] if bias is None else [w.value(bias)]
-    axis = -len(shape)  # type: ignore[arg-type]
+    axis = -len(shape)
     return w.add_many("LayerNormalization", inputs, 3, axis=axis, epsilon=epsilon)
 
 

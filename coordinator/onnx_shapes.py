@@ -1,17 +1,18 @@
-"""What aten operators that move, pick and make numbers become in ONNX; the others are in
-`onnx_ops.py`, which holds the table.
+"""What aten operators that move, pick and make numbers become in ONNX.
+
+The others are in `onnx_ops.py`, which also makes the table.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from coordinator.onnx_ops import LAST, LOWERINGS, arg, axes, lowers, out
-from coordinator.onnx_writer import ONNX_TYPES, Value, Writer
+from coordinator.onnx_writer import Value, Writer
+from edge_sdk.errors import ModelError
 
 __all__ = ["LOWERINGS"]
 
@@ -35,7 +36,8 @@ def transpose(w: Writer, node: fx.Node) -> Value:
     if str(node.target) == "aten.permute.default":
         order = axes(node, 1)
     else:
-        first, second = (axis % len(order) for axis in (node.args[1:] or (0, 1)))  # type: ignore[operator]
+        swapped: Any = node.args[1:] or (0, 1)
+        first, second = (axis % len(order) for axis in swapped)
         order[first], order[second] = order[second], order[first]
     return w.add("Transpose", w.value(node.args[0]), perm=order)
 
@@ -141,7 +143,8 @@ def padded(w: Writer, node: fx.Node) -> Value:
         start = arg(node, 3)
         kept: Any = 1
     else:
-        assert arg(node, 5) == 1, "a stretch without gaps"
+        if arg(node, 5) != 1:
+            raise ModelError("onnxruntime: no translation of the gradient of a stretch with gaps")
         start = arg(node, 3)
         kept = node.args[0].meta["val"].shape[axis]  # type: ignore[union-attr]
     start = start.meta["val"] if isinstance(start, fx.Node) else start
@@ -188,7 +191,8 @@ def scatter_add(w: Writer, node: fx.Node) -> Value:
 def index(w: Writer, node: fx.Node) -> Value:
     """Look-up by one index for each of the first dimensions."""
     indices: Any = node.args[1]
-    assert all(entry is not None for entry in indices), "an index for each of the first dimensions"
+    if any(entry is None for entry in indices):
+        raise ModelError("onnxruntime: no translation of an index that leaves dimensions out")
     rest = node.args[0].meta["val"].dim() - len(indices)  # type: ignore[union-attr]
     picked = out(node).shape[: out(node).dim() - rest]
     shape = w.shape(picked)
@@ -228,7 +232,3 @@ def full(w: Writer, node: fx.Node) -> Value:
     number = node.args[2] if name == "new_full" else number
     value = w.operand(number, out(node).dtype)
     return w.add("Expand", value, w.shape(out(node).shape)) if out(node).dim() else value
-
-
-assert torch.float32 in ONNX_TYPES
-assert np.int64

@@ -199,7 +199,7 @@ class Tracer:
             hidden_BTD = args[0] if args else kwargs["hidden_states"]
             return (hidden_BTD,) if is_tuple else hidden_BTD
 
-        block.forward = same  # type: ignore[method-assign, assignment]
+        block.forward = same
         try:
             yield
         finally:

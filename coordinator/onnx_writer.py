@@ -19,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 from coordinator.aten_graph import Traced
 from edge_sdk.errors import ModelError
 
-# LayerNormalization and ReduceSum with axes as inputs; onnxruntime 1.17 and later read both numbers.
+# LayerNormalization, and reductions with axes as inputs; onnxruntime 1.17 and later read both.
 OPSET, IR_VERSION = 18, 8
 ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -76,8 +76,8 @@ class Writer:
                 self._values[node] = self.constant(getattr(graph, str(node.target)))
             elif node.op == "call_function":
                 self._lower(node)
-        (outputs,) = graph.graph.output_node().args
-        return self._model(list(outputs))  # type: ignore[call-overload, no-any-return]
+        outputs: Any = graph.graph.output_node().args[0]
+        return self._model(list(outputs))
 
     def _place(self, node: fx.Node, name: str) -> None:
         self._values[node] = name

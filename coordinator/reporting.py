@@ -190,6 +190,7 @@ class Reporting:
                 "wait_s": round(progress.wait_s, 3),
                 "peak_rss_bytes": progress.peak_rss_bytes,
                 **_traffic(gateway, name),
+                **_board(gateway, name),
             }
         seconds = time.monotonic() - self._began_s
         self.folder.append(
@@ -204,3 +205,12 @@ def _traffic(gateway: Gateway, device: str) -> dict[str, int]:
     except PeerGone:
         return {}
     return {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down}
+
+
+def _board(gateway: Gateway, device: str) -> dict[str, Any]:
+    """What the board said of itself with its last sign of life."""
+    try:
+        found = gateway.stats(device).telemetry
+    except PeerGone:
+        return {}
+    return {"board": found} if found else {}

@@ -14,6 +14,7 @@ from torch import nn
 
 from coordinator.config import ServeConfig
 from coordinator.engine import LocalEngine
+from coordinator.graph_shop import GraphShop, check_lora
 from coordinator.planning import ModelFacts, check_config, plan_server
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.batches import MicroBatch, eval_batches
@@ -54,6 +55,7 @@ class ServedModel:
         self.eval_batches = self._load_evaluation()
         self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
         self._by_hash = {part.sha256: part for part in self.parts.values()}
+        self.graphs = GraphShop(self.source, self.facts, num_labels, self._cache)
         self.hash = model_hash(self.parts)
 
     @property
@@ -117,6 +119,18 @@ class ServedModel:
         """The parts that a device needs for *plan*."""
         names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
         return tuple(self.parts[name] for name in names)
+
+    def graphs_for(self, plan: Plan) -> Part | None:
+        """The graphs that a device without torch needs for *plan*; None while they are being made.
+
+        Raises:
+            RefusedError: they cannot be made, or the run does what they cannot.
+        """
+        check_lora(self._config.lora)
+        part = self.graphs.find(plan, measures=self._config.planning.ranks == "rngwp")
+        if part is not None:
+            self._by_hash[part.sha256] = part
+        return part
 
     def read(self, sha256: str, offset: int, num_bytes: int) -> tuple[Part, bytes]:
         """Return a stretch of the part of that hash, from disk.

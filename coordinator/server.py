@@ -43,10 +43,12 @@ class Coordinator:
             while not conductor.outcome:
                 for event in run.gateway.events(GLANCE_S):
                     self._intake.handle(event)
+                self._intake.assign_waiting()
                 conductor.collect()
                 conductor.advance()
         finally:
             self._worker.close()
+            run.model.graphs.close()
         run.reporting.event("run.ended", outcome=conductor.outcome)
         if conductor.outcome == COMPLETED:
             self._say_goodbye()

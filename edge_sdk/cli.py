@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -59,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     keygen = commands.add_parser("keygen", help="make this device's key pair")
     keygen.add_argument("path", nargs="?", default="device.key", help="default: %(default)s")
     keygen.set_defaults(run=_keygen)
+    doctor = commands.add_parser("doctor", help="look for what would break a run here")
+    doctor.add_argument("--config", type=Path, help="also look at keys, data and the coordinator")
+    doctor.add_argument("--format", choices=("text", "json"), default="text")
+    doctor.add_argument(
+        "--session",
+        action="store_true",
+        help="also measure the link in a session; it ends another session of this device's key",
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -102,3 +114,26 @@ def _keygen(options: argparse.Namespace) -> int:
     print(f"public key: {pair.public}  fingerprint {fingerprint(pair.public)}")
     print(f"register it: coordinator client register NAME '{pair.public}'")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edge_sdk import doctor
+    from edge_sdk.doctor_finding import as_json, as_lines, summary
+
+    question = doctor.Question(
+        config=options.config,
+        overrides=tuple(options.overrides),
+        env=os.environ,
+        env_prefix=ENV_PREFIX,
+        session=options.session,
+    )
+    is_terminal = sys.stdout.isatty()
+    colours = is_terminal and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    findings = []
+    for finding in doctor.examine(question):
+        findings.append(finding)
+        if options.format == "text":
+            print(as_lines(finding, doctor.NAME_WIDTH, width=width, colours=colours), flush=True)
+    print(f"\n{summary(findings)}" if options.format == "text" else as_json(findings))
+    return doctor.exit_code(findings)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
+from edge_sdk.backend import choose_backend
 from edge_sdk.callbacks import FAILED, Callback
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.errors import (
@@ -72,11 +73,15 @@ class EdgeClient:
         Raises:
             EdgeError: what ended it otherwise; `exit_code` says of which kind.
         """
-        if self._config.threads is not None:
-            import torch
+        choose_backend(self._config)  # what cannot work is better known before anybody is greeted
+        if self._given_link is not None:
+            return self._run_over(self._given_link)
+        from profiler.monitor import Monitor
 
-            torch.set_num_threads(self._config.threads)
-        link = self._given_link or self._open_link()
+        with Monitor() as monitor:  # its readings travel with every sign of life
+            return self._run_over(self._open_link(monitor.telemetry))
+
+    def _run_over(self, link: Link) -> str:
         participant = Participant(link, self._config, self._dataset, self._callback, self._stop)
         reason = FAILED
         try:
@@ -87,7 +92,7 @@ class EdgeClient:
             self._callback.on_train_end(reason)
         return reason
 
-    def _open_link(self) -> ZmqLink:
+    def _open_link(self, telemetry: Callable[[], dict[str, float]]) -> ZmqLink:
         config = self._config
         return ZmqLink(
             LinkConfig(
@@ -97,7 +102,8 @@ class EdgeClient:
                 patience_s=config.patience_s,
                 first_contact_s=min(FIRST_CONTACT_S, config.patience_s),
                 chunk_bytes=config.chunk_bytes,
-            )
+            ),
+            telemetry,
         )
 
     def _take_part(self, participant: Participant) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_sdk.backend import Backend
 from edge_sdk.data import DataConfig
 from edge_sdk.packets import MAX_CHUNK_BYTES
-from edge_sdk.training import Compute
+from edge_sdk.training import Base, Compute
 from profiler.profile import DeviceProfile
 
 
@@ -30,10 +31,16 @@ class ClientConfig:
     """Take part only if the coordinator's model has this hash; empty takes any."""
     device: str = "auto"
     """Where the device computes: `auto`, `cpu`, `cuda`."""
+    backend: Backend = "auto"
+    """What computes: `torch`, or `onnxruntime`, which is small and needs no torch; auto is torch
+    where it is installed."""
     compute: Compute = "auto"
     """Dtype of matrix products; auto is bfloat16 where the hardware itself has it."""
+    base: Base = "float32"
+    """How the frozen weights lie in memory. int8 and int4: the linear layers of the blocks, which
+    need no compiled extension for it; the rest is float32 then. See docs/quantized.md."""
     threads: int | None = None
-    """CPU threads of torch; None leaves torch's own choice."""
+    """CPU threads of the backend; None leaves its own choice."""
     cache: Path | None = None
     """Downloaded parts of models; None: edgesplit/parts in the user's cache folder."""
     profile: DeviceProfile = field(default_factory=DeviceProfile)

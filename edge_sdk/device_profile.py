@@ -6,6 +6,7 @@ import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
+from edge_sdk.backend import choose_backend
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.inbox import Inbox
@@ -31,11 +32,18 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     by_hand = config.profile
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
-    from edge_sdk.runtime_torch import pick_device
     from profiler.measure import measure_profile
 
-    device = pick_device(config.device).type
-    speed = by_hand.flops_per_s or _block_speed(model, device, max_length)
+    device, speed = "cpu", by_hand.flops_per_s
+    if choose_backend(config) == "torch":
+        from edge_sdk.runtime_torch import pick_device
+
+        device = pick_device(config.device).type
+        speed = speed or _block_speed(model, device, max_length)
+    elif speed is None:
+        log.warning(
+            "speed.unknown reason=%s", "not measured without torch; set profile.flops_per_s"
+        )
     try:
         found = measure_profile(
             device=device,

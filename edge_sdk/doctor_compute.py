@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from edge_sdk.doctor_finding import Finding, failure, ok, skipped, warning
+from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.doctor_packages import Versions, release, torch_cure, version_of
 from profiler.board import cpu_bf16, gpu, is_tegra, jetpack, native_bf16
 from profiler.sources import HERE, Sources
@@ -27,7 +27,9 @@ TRIAL_TIMEOUT_S = 60.0
 KILL_WAIT_S = 2.0
 # Largest relative error of a gradient: what the dtype loses by itself, and a margin.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-QUANTISED_TOLERANCE = {"bitsandbytes": 0.2, "torchao": 0.05}
+OURS_TOLERANCE = {"int8": 0.03, "int4": 0.2}
+# Others that may be installed; runs do not use them.
+THEIRS_TOLERANCE = {"bitsandbytes": 0.2, "torchao": 0.05}
 # The last version of torch that is known to run on ARMv8.0 before the broken one, and the first
 # after it that does.
 SIGILL_BEFORE, SIGILL_SINCE = "torch==2.9.*", (2, 11)
@@ -203,6 +205,8 @@ def check_torch(
         why = "; ".join(found["notes"]) or "no driver, or a container without the GPU"
         text = f"{name} is built for CUDA {found['cuda']} but sees no GPU: {why}"
         cure = "docker run --runtime nvidia ...; on the host: nvidia-smi, CUDA_VISIBLE_DEVICES"
+        if is_tegra(sources):
+            cure = "sudo usermod -aG video,render $USER; in a container: --runtime nvidia"
     if device.startswith("cuda"):
         return failure("torch", f"{text}, and the config says device: {device}", cure)
     major = str(jetpack(sources).value or "").split(".")[0]
@@ -215,10 +219,10 @@ def check_kernel(
     outcome: Outcome, place: str, sources: Sources = HERE, versions: Versions = version_of
 ) -> Finding:
     """Whether a weight with an adapter runs forward and backward, and to the right result."""
-    name = f"a weight with an adapter, forward and backward on {place}"
+    name = f"LoRA forward and backward on {place}"
     if outcome.found is None:
         return failure(*_told("kernel", name, outcome.trouble, sources, versions))
-    text = f"{name}: relative error {outcome.error:.0e}"
+    text = f"{name}, relative error {outcome.error:.0e}"
     if not outcome.error <= TOLERANCE["float32"]:
         return failure("kernel", f"{text}, which is wrong", torch_cure(sources))
     return ok("kernel", f"{text}, {1000 * float(outcome.found['seconds']):.1f} ms")
@@ -257,28 +261,39 @@ def check_dtype(
 
 
 def check_quantised(
-    outcomes: Mapping[str, Outcome], sources: Sources = HERE, versions: Versions = version_of
+    outcomes: Mapping[str, Outcome],
+    base: str = "float32",
+    sources: Sources = HERE,
+    versions: Versions = version_of,
 ) -> Finding:
-    """Whether libraries for weights in 4 or 8 bits, where there are any, work on this machine."""
-    good, bad, cures = [], [], []
-    for name, tolerance in QUANTISED_TOLERANCE.items():
-        outcome = outcomes.get(name)
-        if outcome is None:
+    """Whether frozen weights in 8 and 4 bits work: our own form, and libraries that are there.
+
+    Args:
+        outcomes: By stage; libraries that are not installed are absent.
+        base: How the config wants frozen weights; failing is worse for that form.
+        sources: Where to look for the machine.
+        versions: What is installed.
+    """
+    good, bad = [], {}
+    for name, most in (OURS_TOLERANCE | THEIRS_TOLERANCE).items():
+        if name not in outcomes:
             continue
-        called = f"{name} {versions(name)}"
-        if outcome.found is not None and outcome.error <= tolerance:
-            good.append(f"{called} works")
+        outcome = outcomes[name]
+        if outcome.error <= most:
+            good.append(f"{name} (error {100 * outcome.error:.1f} %)")
             continue
-        wrong = f"relative error {outcome.error:.0e}"
         meaning, _ = explain(outcome.trouble, sources, versions)
-        text = outcome.trouble or wrong
-        bad.append(f"{called} is installed and fails: {text}" + (f"; {meaning}" if meaning else ""))
-        cures.append(name)
-    if bad:
-        return warning("quantised", "; ".join(bad + good), f"pip uninstall -y {' '.join(cures)}")
-    if good:
-        return ok("quantised", "; ".join(good))
-    return skipped("quantised", "neither bitsandbytes nor torchao is installed; nothing needs them")
+        trouble = outcome.trouble or f"relative error {outcome.error:.0e}"
+        bad[name] = f"{name} fails: {trouble}" + (f"; {meaning}" if meaning else "")
+    working = f"{', '.join(good)} work" if good else "none works"
+    if not bad:
+        return ok("quantised", f"frozen weights: {working}")
+    text = f"{'; '.join(bad.values())}; {working}"
+    if base in bad:
+        return failure("quantised", text, "base=float32")
+    theirs = [name for name in bad if name in THEIRS_TOLERANCE]
+    cure = f"runs do not use it: pip uninstall -y {' '.join(theirs)}" if theirs else "base=float32"
+    return warning("quantised", text, cure)
 
 
 def check_onnxruntime(

@@ -16,8 +16,7 @@ Status = Literal["ok", "warning", "failure", "skipped"]
 COLOURS: dict[Status, int] = {"ok": 32, "warning": 33, "failure": 31, "skipped": 90}
 PLURALS: dict[Status, str] = {"warning": "warnings", "failure": "failures"}
 STATUS_WIDTH = max(map(len, COLOURS)) + 2
-# A shell's command is never broken, a sentence is.
-LINE_WIDTH = 100
+LEAST_WIDTH = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +52,28 @@ def skipped(check: str, text: str, cure: str = "") -> Finding:
     return Finding(check, "skipped", text, cure)
 
 
-def as_lines(finding: Finding, name_width: int, *, colours: bool = False) -> str:
-    """Return *finding* for a terminal: one line, wrapped below itself, and its cure."""
+def as_lines(
+    finding: Finding, name_width: int, *, width: int | None = None, colours: bool = False
+) -> str:
+    """Return *finding* as a line, and its cure as another below it.
+
+    Args:
+        finding: What to write.
+        name_width: Columns for the names of checks.
+        width: Columns of the terminal: a longer text is wrapped, a command never; None does not.
+        colours: Whether the terminal shows colours.
+    """
     status: str = finding.status
     mark = f"\033[{COLOURS[finding.status]}m{status}\033[0m" if colours else status
     gap = " " * (STATUS_WIDTH - len(status))
     margin = " " * (STATUS_WIDTH + name_width)
-    text = textwrap.fill(
-        finding.text,
-        LINE_WIDTH - len(margin),
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace("\n", "\n" + margin)
-    lines = f"{mark}{gap}{finding.check:<{name_width}}{text}"
-    return f"{lines}\n{margin}-> {finding.cure}" if finding.cure else lines
+    text = finding.text
+    if width is not None:
+        room = max(LEAST_WIDTH, width - len(margin))
+        lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+        text = ("\n" + margin).join(lines)
+    line = f"{mark}{gap}{finding.check:<{name_width}}{text}"
+    return f"{line}\n{margin}-> {finding.cure}" if finding.cure else line
 
 
 def as_json(findings: Sequence[Finding]) -> str:
@@ -82,4 +89,4 @@ def summary(findings: Sequence[Finding]) -> str:
         for status in COLOURS
         if counts[status]
     ]
-    return f"{len(findings)} checks: {', '.join(parts)}"
+    return f"{len(findings)} check{'s' * (len(findings) != 1)}: {', '.join(parts)}"

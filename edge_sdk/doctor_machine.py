@@ -243,7 +243,7 @@ def check_clock(now_s: float | None = None) -> Finding:
             f"{text} cannot be right; a run does not mind, but downloads over https fail",
             "sudo timedatectl set-ntp true",
         )
-    return ok("clock", f"{text}; whether it is the coordinator's time cannot be known from here")
+    return ok("clock", f"{text}; the coordinator's is not known here")
 
 
 def _mib(size: float) -> str:

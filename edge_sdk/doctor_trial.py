@@ -10,6 +10,7 @@ Legend: B rows, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -96,7 +97,8 @@ def _product(dtype: str) -> Callable[[str], dict[str, Any]]:
         )
         a.requires_grad_(True)
         b.requires_grad_(True)
-        times = []
+        times: list[float] = []
+        grads: list[np.ndarray] = []
         for _ in range(REPEATS):
             a.grad = b.grad = None
             began = time.perf_counter()
@@ -129,11 +131,40 @@ def _distance(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
+def _packed(kind: Any) -> Callable[[str], dict[str, Any]]:
+    """Return the stage that runs a frozen layer in our own *kind*, forward and backward."""
+
+    def stage(device: str) -> dict[str, Any]:
+        import torch
+
+        from edge_sdk.quantized import quantize_linears, take_weight
+
+        where = torch.device(_place(device))
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(SIZE, SIZE, bias=False)
+        weight, layers = linear.weight.detach().clone(), torch.nn.Sequential(linear)
+        quantize_linears(layers, kind)
+        take_weight(layers[0], weight, where)
+        x = torch.randn(ROWS, SIZE, device=where, requires_grad=True)
+        y = layers(x)
+        torch.autograd.backward(y.sum())
+        assert x.grad is not None
+        exact = x.detach().cpu() @ weight.T
+        return {
+            "error": max(
+                float((y.detach().cpu() - exact).norm() / exact.norm()),
+                float((x.grad.cpu() - weight.sum(0)).norm() / (ROWS**0.5 * weight.sum(0).norm())),
+            )
+        }
+
+    return stage
+
+
 def _bitsandbytes(device: str) -> dict[str, Any]:
     """Quantise to four bits and back; loading it proves nothing on a board."""
-    import bitsandbytes.functional as bnb
     import torch
 
+    bnb: Any = importlib.import_module("bitsandbytes.functional")
     torch.manual_seed(0)
     weight = torch.randn(SIZE, SIZE, device=_place(device))
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
@@ -144,15 +175,15 @@ def _bitsandbytes(device: str) -> dict[str, Any]:
 def _torchao(device: str) -> dict[str, Any]:
     """Run a layer whose weight is held in eight bits."""
     import torch
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+    torchao: Any = importlib.import_module("torchao.quantization")
     torch.manual_seed(0)
     where = _place(device)
     layer = torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE, bias=False, device=where))
     x = torch.randn(ROWS, SIZE, device=where)
     with torch.no_grad():
         exact = layer(x)
-        quantize_(layer, Int8WeightOnlyConfig())
+        torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
         return {"error": float((layer(x) - exact).norm() / exact.norm())}
 
 
@@ -175,6 +206,8 @@ STAGES: dict[str, Callable[[str], dict[str, Any]]] = {
     "float32": _product("float32"),
     "bfloat16": _product("bfloat16"),
     "float16": _product("float16"),
+    "int8": _packed("int8"),
+    "int4": _packed("int4"),
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
     "onnxruntime": _onnxruntime,

@@ -1,6 +1,6 @@
 """Low-rank matrices as pairs of factors: B @ A, never formed; numpy only.
 
-Legend: R rank, I inputs, O outputs, S sum of ranks.
+Legend: R rank, I inputs, O outputs, S sum of ranks, K least of S, I and O.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def compress(
 ) -> tuple[Factors, float]:
     """Return *term* with as few ranks as it needs, and the relative error of what was cut.
 
-    QR of both factors, SVD of the small product: O((O + I) S^2 + S^3), no (O, I) matrix. The left
-    factor keeps the singular values' square root as the right one does, so that neither becomes
-    tiny. Runs in float64 and returns float32.
+    QR of both factors, SVD of the small product: O((O + I) S^2 + S^3), no (O, I) matrix while S is
+    smaller than O and I. The left factor keeps the singular values' square root as the right one
+    does, so that neither becomes tiny. Runs in float64 and returns float32.
 
     Args:
         term: The matrix.
@@ -85,18 +85,40 @@ def compress(
     """
     if term.rank == 0:
         return term, 0.0
-    q_left_OS, r_left_SS = np.linalg.qr(term.b_OR.astype(np.float64))
-    q_right_IS, r_right_SS = np.linalg.qr(term.a_RI.astype(np.float64).T)
-    u_SS, sigma_S, vt_SS = np.linalg.svd(r_left_SS @ r_right_SS.T, full_matrices=False)
-    least = tolerance * sigma_S[0]
+    left_OK, u_KK, sigma_K, vt_KK, right_KI = _decomposed(term)
+    least = tolerance * sigma_K[0]
     if cancels:
-        size_S = np.linalg.norm(r_left_SS, axis=0) * np.linalg.norm(r_right_SS, axis=0)
+        size_S = np.linalg.norm(term.b_OR, axis=0) * np.linalg.norm(term.a_RI, axis=1)
         least = max(least, ROUNDING * float(np.linalg.norm(size_S)))
-    kept = int(np.count_nonzero(sigma_S > least))
+    kept = int(np.count_nonzero(sigma_K > least))
     cut = kept if max_rank is None else min(kept, max_rank)
-    total = float(np.sqrt(np.sum(sigma_S**2)))
-    error = float(np.sqrt(np.sum(sigma_S[cut:kept] ** 2))) / total if total > 0 else 0.0
-    root_R = np.sqrt(sigma_S[:cut])
-    b_OR = (q_left_OS @ u_SS[:, :cut]) * root_R
-    a_RI = (root_R[:, None] * vt_SS[:cut]) @ q_right_IS.T
+    total = float(np.sqrt(np.sum(sigma_K**2)))
+    error = float(np.sqrt(np.sum(sigma_K[cut:kept] ** 2))) / total if total > 0 else 0.0
+    root_R = np.sqrt(sigma_K[:cut])
+    b_OR = _times(left_OK, u_KK[:, :cut]) * root_R
+    a_RI = root_R[:, None] * _times(vt_KK[:cut], right_KI)
     return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32)), error
+
+
+def _decomposed(
+    term: Factors,
+) -> tuple[Array | None, Array, Array, Array, Array | None]:
+    """(left, U, sigma, V^T, right) with left U sigma V^T right = the matrix; None is the identity.
+
+    A stack with more ranks than the matrix has rows or columns is larger than the matrix itself:
+    then there is nothing to gain from QR.
+    """
+    b_OR, a_RI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
+    if term.rank >= min(b_OR.shape[0], a_RI.shape[1]):
+        return None, *np.linalg.svd(b_OR @ a_RI, full_matrices=False), None
+    q_left_OK, r_left_KK = np.linalg.qr(b_OR)
+    q_right_IK, r_right_KK = np.linalg.qr(a_RI.T)
+    return q_left_OK, *np.linalg.svd(r_left_KK @ r_right_KK.T), q_right_IK.T
+
+
+def _times(left: Array | None, right: Array | None) -> Array:
+    assert left is not None or right is not None
+    if left is None or right is None:
+        return left if right is None else right  # type: ignore[return-value]
+    product: Array = left @ right
+    return product

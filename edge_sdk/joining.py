@@ -16,11 +16,14 @@ import numpy as np
 
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.assembly import Envelope
+from edge_sdk.backend import choose_backend
 from edge_sdk.batches import Batches
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import load_data
 from edge_sdk.errors import ModelError
 from edge_sdk.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
+from edge_sdk.part_map import map_part
+from edge_sdk.plain_tokenizer import PlainTokenizer
 from edge_sdk.plan import Part
 from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig, from_pairs
@@ -58,6 +61,7 @@ class Preparation:
 
     def __init__(self, config: ClientConfig, dataset: Dataset | None) -> None:
         self._config, self._dataset = config, dataset
+        self.backend = choose_backend(config)
         self._cache = PartCache(config.cache)
         self._local: Source | None = None
         self._files: Path | None = None
@@ -80,10 +84,10 @@ class Preparation:
         """Return a folder with the model's config and tokenizer."""
         part = welcome.files
         folder = self._cache.folder / f"{part.sha256}.files"
-        for name, tensor in open_part(self.fetch(part, ask, welcome.stamp)).items():
+        for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
-            write_whole(folder / name, tensor.numpy().tobytes())
+            write_whole(folder / name, stored.array.tobytes())
         self._files = folder
         return folder
 
@@ -94,34 +98,51 @@ class Preparation:
             DataError: something is wrong with it; the message names file and line.
         """
         assert self._files is not None, "files come first"
-        model_config = load_config(self._files, welcome.num_labels)
-        text_config = model_config.get_text_config()
-        tokenizer = load_tokenizer(self._files)
+        is_torch = self.backend == "torch"
+        tokenizer: Any = (load_tokenizer if is_torch else PlainTokenizer)(self._files)
         seed = int(welcome.training["seed"])
         rows, held_out = load_data(self._dataset, self._config.data, seed)
         limits = ModelLimits(
-            vocab_size=text_config.vocab_size,
+            vocab_size=welcome.vocab_size,
             max_positions=welcome.max_length,
             num_labels=welcome.num_labels or None,
         )
-        pad_id = text_config.pad_token_id
         return Prepared(
             train=tokenize_rows(rows, tokenizer, self._config.data, limits),
             validation=tokenize_rows(held_out, tokenizer, self._config.data, limits),
             vocab_size=len(tokenizer),
-            pad_id=0 if pad_id is None else pad_id,
+            pad_id=welcome.pad_id,
         )
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice with the adapters of its plan."""
+        settings = dict(welcome.training)
+        total_steps = int(settings.pop("total_steps"))
+        lora = from_pairs(LoraConfig, welcome.lora)
+        training = from_pairs(TrainingConfig, settings)
+        if self.backend == "torch":
+            return self._torch_runtime(welcome, assigned, ask, lora, training, total_steps)
+        return self._onnx_runtime(welcome, assigned, ask, lora, training, total_steps)
+
+    def _torch_runtime(
+        self,
+        welcome: Welcome,
+        assigned: PlanAssigned,
+        ask: Ask,
+        lora: LoraConfig,
+        training: TrainingConfig,
+        total_steps: int,
+    ) -> Runtime:
+        import torch
+
         from edge_sdk.layout import building, find_layout
         from edge_sdk.runtime_torch import TorchRuntime
 
         assert self._files is not None, "files come first"
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
         model_config = load_config(self._files, welcome.num_labels)
         task: Any = welcome.task
-        settings = dict(welcome.training)
-        total_steps = int(settings.pop("total_steps"))
         tensors = {part.name: self._tensors(part, welcome, ask) for part in assigned.parts}
         with building:
             return TorchRuntime(
@@ -130,20 +151,52 @@ class Preparation:
                 find_layout(model_config, task),
                 tensors,
                 assigned.plan,
-                from_pairs(LoraConfig, welcome.lora),
-                from_pairs(TrainingConfig, settings),
+                lora,
+                training,
                 total_steps,
                 device=self._config.device,
                 compute=self._config.compute,
             )
 
+    def _onnx_runtime(
+        self,
+        welcome: Welcome,
+        assigned: PlanAssigned,
+        ask: Ask,
+        lora: LoraConfig,
+        training: TrainingConfig,
+        total_steps: int,
+    ) -> Runtime:
+        from edge_sdk.graphs import PART_NAME, read_graphs
+        from edge_sdk.runtime_onnx import OnnxRuntime
+
+        paths = {part.name: self.fetch(part, ask, welcome.stamp) for part in assigned.parts}
+        if PART_NAME not in paths:
+            raise ModelError("the coordinator sent no graphs; it may be older than this device")
+        graphs = read_graphs(paths.pop(PART_NAME))
+        return OnnxRuntime(
+            graphs,
+            {name: map_part(path) for name, path in paths.items()},
+            assigned.plan,
+            lora,
+            training,
+            total_steps,
+            threads=self._config.threads,
+        )
+
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """The tensors of *part*, from the local model where one is named."""
+        is_streamed = self._config.base in ("int8", "int4")
         if self._config.model is None:
-            return open_part(self.fetch(part, ask, welcome.stamp))
+            return open_part(self.fetch(part, ask, welcome.stamp), is_streamed=is_streamed)
         if self._local is None:
             task: Any = welcome.task
-            self._local = Source(self._config.model, task, num_labels=welcome.num_labels)
+            self._local = Source(
+                self._config.model,
+                task,
+                num_labels=welcome.num_labels,
+                is_streamed=is_streamed,
+            )
             self._local.load_whole(int(welcome.training["seed"]))
         found = hashlib.sha256(self._local.pack(part.name)).hexdigest()
         if found != part.sha256:

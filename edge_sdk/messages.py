@@ -35,6 +35,7 @@ class Hello:
     model_hash: str = ""
     """Expected model; empty takes whatever the coordinator serves."""
     backend: str = "torch"
+    """What computes on the device: `torch`, or `onnxruntime`, which is sent graphs as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +177,10 @@ class Welcome:
     """Longest sequence in tokens; longer ones are cut or refused, as the data config says."""
     num_labels: int
     """Classes of a classifier; 0 for a causal LM."""
+    vocab_size: int
+    """Rows of the model's embedding; token ids lie below."""
+    pad_id: int
+    """Token that fills up a micro-batch."""
     training: dict[str, str]
     """The run's training configuration, as the `key=value` pairs of docs/configuration.md."""
     lora: dict[str, str]

@@ -146,6 +146,7 @@ def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Wat
     for name, linear in _linear_layers(module).items():
         handles.append(linear.register_forward_pre_hook(partial(watch.enter_linear, name)))
     with (
+        torch.random.fork_rng(devices=[]),  # dropout draws
         torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor),
         autocast(compute, CPU),
     ):

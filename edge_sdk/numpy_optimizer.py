@@ -36,6 +36,11 @@ class NumpyOptimizer:
         else:
             self._gradients[name] = np.array(value, np.float32)
 
+    def add_to_gradient(self, name: str, value: Array) -> None:
+        """Add to a gradient that a backward pass has left; where none has, there is nothing."""
+        if name in self._gradients:
+            self._gradients[name] += value
+
     def step(self, step: int) -> bool:
         """Clip, update with the rate of *step*, and forget the gradients.
 

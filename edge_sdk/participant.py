@@ -93,6 +93,7 @@ class Participant:
                 sdk_version=package_version(),
                 codecs=CODECS,
                 model_hash=self._config.model_hash,
+                backend=self._preparation.backend,
             )
         )
         welcome: Welcome = self._inbox.first(Welcome, self._config.patience_s).message

@@ -17,6 +17,7 @@ from torch import nn
 
 from edge_sdk.errors import ModelError
 from edge_sdk.layout import Layout, Task, build_empty
+from edge_sdk.quantized import Quantized, quantize_linears, take_weight
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,7 @@ class Slice:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        quantized: Quantized | None = None,
     ) -> None:
         self.model = build_empty(config, task, dtype)
         self.layout = layout
@@ -50,6 +52,7 @@ class Slice:
         self.dtype = dtype
         self.device = device
         self.present: set[str] = set()
+        self._is_quantized = quantized is not None
         path, _, self._list_name = layout.blocks_path.rpartition(".")
         self._list_owner = self.model.get_submodule(path)
         self.blocks: list[nn.Module] = list(self._list_owner._modules[self._list_name].children())  # type: ignore[union-attr]
@@ -58,6 +61,8 @@ class Slice:
         self._per_block = _per_block_settings(self._config, layout.num_blocks)
         for block in self.blocks:
             block.to("meta")
+            if quantized:
+                quantize_linears(block, quantized)
         for name in (*layout.front, *layout.tail):
             _set_tensor(self.model, name, _hollow(self.model, name, dtype).to(device))
         for name, buffer in list(self.model.named_buffers()):
@@ -70,6 +75,8 @@ class Slice:
     def add(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make *part* present from *tensors*, by whole-model name; floats become `self.dtype`.
 
+        Of a quantised slice's weights one at a time is asked for, and none is kept.
+
         Raises:
             ModelError: a tensor is missing or has another shape than the config says.
         """
@@ -78,18 +85,27 @@ class Slice:
         for name in self.layout.part(part):
             if name not in tensors:
                 raise ModelError(f"part {part!r} lacks tensor {name!r}")
-            value, wanted = tensors[name], _get_tensor(self.model, name)
-            if value.shape != wanted.shape:
-                raise ModelError(
-                    f"{name}: shape {tuple(value.shape)}, the config says {tuple(wanted.shape)}"
-                )
-            dtype = self.dtype if value.is_floating_point() else value.dtype
-            # A classifier's head is trained in place: never in the caller's tensors.
-            is_head = part == "tail" and self.task != "causal-lm"
-            _set_tensor(self.model, name, value.to(self.device, dtype, copy=is_head))
+            self._put(part, name, tensors[name])
         tie: Any = self.model.tie_weights
         tie()
         self.present.add(part)
+
+    def _put(self, part: str, name: str, value: torch.Tensor) -> None:
+        """Make one tensor present; nobody else holds it when this is done, unless it is kept."""
+        wanted = _get_tensor(self.model, name)
+        if value.shape != wanted.shape:
+            raise ModelError(
+                f"{name}: shape {tuple(value.shape)}, the config says {tuple(wanted.shape)}"
+            )
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and take_weight(_owner(self.model, path), value, self.device):
+            return
+        dtype = self.dtype if value.is_floating_point() else value.dtype
+        # A classifier's head is trained in place: never in the caller's tensors. Nor may a bias
+        # hold on to the file in which its block's dense weights lie.
+        is_own = part == "tail" and self.task != "causal-lm"
+        is_own |= part.startswith("block.") and self._is_quantized
+        _set_tensor(self.model, name, value.to(self.device, dtype, copy=is_own))
 
     def _with_buffers(self, part: str) -> nn.Module:
         """Bring the non-persistent buffers of a block back from the meta device."""

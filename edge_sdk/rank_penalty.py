@@ -50,6 +50,18 @@ def add_penalty(
                 b_OR.grad[:, kept:] += weight * norm_a / norm_b * tail_b
 
 
+def penalty_gradients(pair: Pair, gamma: float) -> Pair:
+    """What `add_penalty` adds to the gradients of A and B for lambda = 1; numpy only."""
+    kept = kept_rank(pair.a_RI.shape[0], gamma)
+    grad_a, grad_b = np.zeros_like(pair.a_RI), np.zeros_like(pair.b_OR)
+    tail_a, tail_b = pair.a_RI[kept:], pair.b_OR[:, kept:]
+    norm_a, norm_b = np.linalg.norm(tail_a), np.linalg.norm(tail_b)
+    if norm_a > 0 and norm_b > 0:
+        grad_a[kept:] = norm_b / norm_a * tail_a
+        grad_b[:, kept:] = norm_a / norm_b * tail_b
+    return type(pair)(grad_a, grad_b)
+
+
 def pruned_rank(before: Pair, after: Pair, gamma: float) -> int:
     """The rank of an adapter after a round of training with the penalty."""
     rank = after.a_RI.shape[0]

@@ -33,36 +33,14 @@ from edge_sdk.numpy_optimizer import NumpyOptimizer
 from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.part_map import Stored
 from edge_sdk.plan import Plan
+from edge_sdk.rank_penalty import penalty_gradients
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
-from edge_sdk.training import Compute, TrainingConfig
+from edge_sdk.training import TrainingConfig
 
 # Targets whose logits exist at the same time: 51 MB with a vocabulary of 50,000.
 TAIL_TARGETS = 256
-
-
-def check_settings(lora: LoraConfig, device: str, compute: Compute) -> None:
-    """Refuse what this backend does not do.
-
-    Raises:
-        ConfigError: dropout, a GPU or half precision is asked for.
-    """
-    if lora.lora_dropout:
-        raise ConfigError(
-            f"lora.lora_dropout: {lora.lora_dropout} is not possible with the onnxruntime backend, "
-            "which draws no random numbers; set it to 0, or install torch on this device"
-        )
-    if device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"device: {device!r} is not possible with the onnxruntime backend, which computes on "
-            "the CPU; set it to 'cpu', or backend to 'torch'"
-        )
-    if compute not in ("auto", "float32"):
-        raise ConfigError(
-            f"compute: {compute!r} is not possible with the onnxruntime backend, which computes in "
-            "float32; set it to 'auto', or backend to 'torch'"
-        )
 
 
 class OnnxRuntime:
@@ -75,9 +53,11 @@ class OnnxRuntime:
         lora: Of the run.
         training: Of the run.
         total_steps: Steps of the whole run.
-        device: `auto` or `cpu`.
-        compute: `auto` or `float32`.
         threads: CPU threads; None leaves onnxruntime's own choice.
+
+    Raises:
+        ConfigError: the run uses dropout.
+        ModelError: graphs and parts do not belong together.
     """
 
     def __init__(
@@ -89,12 +69,14 @@ class OnnxRuntime:
         training: TrainingConfig,
         total_steps: int,
         *,
-        device: str = "auto",
-        compute: Compute = "auto",
         threads: int | None = None,
     ) -> None:
-        check_settings(lora, device, compute)
+        if lora.lora_dropout:
+            raise ConfigError(
+                "lora.lora_dropout: the onnxruntime backend draws no random numbers; set it to 0"
+            )
         weights = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+        self._training = training
         self._plan, self._is_causal = plan, graphs.about.task == "causal-lm"
         self._model = OnnxModel(graphs, weights, threads)
         self._matrices = [t.array.shape for t in weights.values() if t.array.ndim == 2]
@@ -187,7 +169,9 @@ class OnnxRuntime:
             labels_B = micro.labels.astype(np.int64)
             lengths_B = micro.lengths.astype(np.int64)
             found = self._model.tail(top_BTD, lengths_B, labels_B, wanted)
-            return _sums(found, len(labels_B)), self._tail_gradients(found, share)
+            loss_sum, hits = float(found["loss"].numpy()), int(found["hits"].numpy())
+            sums = TailSums(loss_sum, len(labels_B), hits)
+            return sums, self._tail_gradients(found, share)
         return self._tail_of_targets(top_BTD, micro, wanted, share)
 
     def _tail_gradients(self, found: Mapping[str, Any], share: float | None) -> Array | None:
@@ -206,7 +190,7 @@ class OnnxRuntime:
         labels_BT[:, :-1] = micro.labels[:, 1:]
         rows_N, positions_N = np.nonzero(labels_BT != IGNORE)
         grad_BTD = None if share is None else np.zeros_like(top_BTD)
-        total = TailSums(0.0, 0, 0)
+        loss_sum, hits = 0.0, 0
         for first in range(0, len(rows_N), TAIL_TARGETS):
             where = rows_N[first : first + TAIL_TARGETS], positions_N[first : first + TAIL_TARGETS]
             labels_N = labels_BT[where].astype(np.int64)
@@ -214,10 +198,9 @@ class OnnxRuntime:
             found = self._model.tail(top_BTD[where][None], lengths, labels_N, wanted)
             if grad_BTD is not None:
                 grad_BTD[where] = self._tail_gradients(found, share)
-            total = TailSums(
-                *(a + b for a, b in zip(total, _sums(found, len(labels_N)), strict=True))
-            )
-        return total, grad_BTD
+            loss_sum += float(found["loss"].numpy())
+            hits += int(found["hits"].numpy())
+        return TailSums(loss_sum, len(rows_N), hits), grad_BTD
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; see `Runtime`."""
@@ -227,9 +210,18 @@ class OnnxRuntime:
 
     def step(self, step: int) -> None:
         """Update the adapters; see `Runtime`."""
+        if self._training.rank_penalty:
+            self._add_penalty()
         if not self._optimizer.step(step):
             raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
         self._tally.close_step(step)
+
+    def _add_penalty(self) -> None:
+        weight = np.float32(self._training.rank_penalty)
+        for name, pair in self.adapters.pairs().items():
+            grads = penalty_gradients(pair, self._training.rank_kept)
+            self._optimizer.add_to_gradient(f"{name}.A", weight * grads.a_RI)
+            self._optimizer.add_to_gradient(f"{name}.B", weight * grads.b_OR)
 
     # ---- importance ----
 
@@ -296,7 +288,7 @@ class OnnxRuntime:
 
     def most_bytes(self) -> int:
         """Upper bound for the bytes of all factors and residuals together."""
-        return 4 * 4 * sum(sum(shape) * min(shape) for shape in self._matrices)
+        return 4 * 4 * int(sum(sum(shape) * min(shape) for shape in self._matrices))
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""
@@ -325,7 +317,3 @@ class OnnxRuntime:
     def moments(self) -> dict[str, np.ndarray]:
         """The optimizer's part of `state`."""
         return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}
-
-
-def _sums(found: Mapping[str, Any], num_targets: int) -> TailSums:
-    return TailSums(float(found["loss"].numpy()), num_targets, int(found["hits"].numpy()))

@@ -8,18 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from edge_sdk.adapter_state import (
+    adapter_state,
+    before_state,
+    load_adapter_state,
+    load_before_state,
+    merge_change,
+    under,
+)
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.errors import NumericError
-from edge_sdk.factors import Array, Factors, compress, stack
+from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form, Meter
 from edge_sdk.layout import Layout, Task
 from edge_sdk.loss import LossSums, loss_sums
 from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
 from edge_sdk.plan import Plan
+from edge_sdk.quantized import resolve_base
 from edge_sdk.rank_penalty import add_penalty
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.training import (
+    Base,
     Compute,
     Optimizer,
     TrainingConfig,
@@ -52,15 +62,16 @@ class TorchRuntime:
         *,
         device: str = "auto",
         compute: Compute = "auto",
-        base_dtype: torch.dtype = torch.float32,
+        base: Base = "float32",
     ) -> None:
         self._device = pick_device(device)
-        self._slice = Slice(config, task, layout, base_dtype, self._device)
+        self._compute = resolve_compute(compute, self._device)
+        dtype, quantized = resolve_base(base, self._compute)
+        self._slice = Slice(config, task, layout, dtype, self._device, quantized)
         for name, tensors in parts.items():
             self._slice.add(name, tensors)
         self._plan = plan
         self._training = training
-        self._compute = resolve_compute(compute, self._device)
         self.adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
         head = head_names(self._slice) if plan.tail else ()
         self._head = named_parameters(self._slice, head)
@@ -225,61 +236,6 @@ class TorchRuntime:
         return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}
 
 
-def merge_change(
-    adapters: Adapters, changes: Mapping[str, Factors], before: Mapping[str, Factors]
-) -> None:
-    """Res <- Res + change + s B A - s B' A' for the weights in *changes*; design.md 6.
-
-    B A are the factors at the start of the round that ended, B' A' those that are held now.
-    """
-    now = adapters.products()
-    merged = {}
-    for name, change in changes.items():
-        terms = [change]
-        if name in adapters.residual:
-            terms.append(adapters.residual[name])
-        if name in now:
-            terms += [now[name].scaled(-1.0), before[name]]
-        merged[name] = compress(stack(terms), cancels=True)[0]
-    adapters.set_residual(merged)
-
-
-def adapter_state(adapters: Adapters) -> dict[str, np.ndarray]:
-    """Own factors and residuals as flat arrays."""
-    state: dict[str, np.ndarray] = {}
-    for name, pair in adapters.pairs().items():
-        state |= {f"own:{name}.A": pair.a_RI, f"own:{name}.B": pair.b_OR}
-    for name, factors in adapters.residual.items():
-        state |= {f"residual:{name}.V": factors.a_RI, f"residual:{name}.U": factors.b_OR}
-    return state
-
-
-def load_adapter_state(adapters: Adapters, state: Mapping[str, np.ndarray]) -> None:
-    """Take over what `adapter_state` returned."""
-    own = under("own:", state)
-    names = [n for n in adapters.ranks if f"{n}.A" in own]
-    adapters.load_pairs({n: Pair(own[f"{n}.A"], own[f"{n}.B"]) for n in names})
-    adapters.set_residual({**adapters.zero_residual(), **_factors(under("residual:", state))})
-
-
-def before_state(before: Mapping[str, Factors]) -> dict[str, np.ndarray]:
-    """The products of the round's start as flat arrays."""
-    state: dict[str, np.ndarray] = {}
-    for name, factors in before.items():
-        state |= {f"before:{name}.V": factors.a_RI, f"before:{name}.U": factors.b_OR}
-    return state
-
-
-def load_before_state(state: Mapping[str, np.ndarray]) -> dict[str, Factors]:
-    """Take over what `before_state` returned."""
-    return _factors(under("before:", state))
-
-
-def _factors(flat: Mapping[str, np.ndarray]) -> dict[str, Factors]:
-    names = [key.removesuffix(".V") for key in flat if key.endswith(".V")]
-    return {n: Factors(flat[f"{n}.U"], flat[f"{n}.V"]) for n in names}
-
-
 def load_parameters(
     parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Array]
 ) -> None:
@@ -287,11 +243,6 @@ def load_parameters(
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(torch.from_numpy(np.array(value)))
-
-
-def under(prefix: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The entries whose names begin with *prefix*, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

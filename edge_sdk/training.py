@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Compute = Literal["auto", "float32", "bfloat16", "float16"]
+Base = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+"""How frozen weights are kept; what int8 and int4 mean stands in `quantized.py`."""
 
 # As torch.amp.GradScaler starts and grows.
 FIRST_LOSS_SCALE = 65536.0

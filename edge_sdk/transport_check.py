@@ -24,7 +24,7 @@ from edge_sdk.transport_line import Line, LinkConfig
 
 # A coordinator with another key closes the connection each time; once may be chance.
 ENOUGH_DROPS = 2
-GLANCE_S = 0.1
+GLANCE_MS = 100
 
 
 class Handshake(NamedTuple):
@@ -58,7 +58,7 @@ def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
 def _shake(line: Line, poller: zmq.Poller, deadline: Deadline) -> Handshake:
     session, drops, asked_s = secrets.token_hex(16), 0, 0.0
     while not deadline.has_passed() and drops < ENOUGH_DROPS:
-        ready = dict(poller.poll(1000 * min(GLANCE_S, deadline.left_s())))
+        ready = dict(poller.poll(GLANCE_MS))
         if line.monitor in ready:
             for event, value in line.news():
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:

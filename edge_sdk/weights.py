@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.errors import ModelError, StorageError, one_line
+from edge_sdk.mapped import Some, open_files
 from edge_sdk.plan import Part
 
 if TYPE_CHECKING:
@@ -71,14 +72,23 @@ def locate(model: str, revision: str | None = None) -> Path:
 class Source:
     """A model on local disk, opened for reading part by part; tensors stay memory-mapped."""
 
-    def __init__(self, model: str, task: Task, *, num_labels: int = 0, revision: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        task: Task,
+        *,
+        num_labels: int = 0,
+        revision: str | None = None,
+        is_streamed: bool = False,
+    ) -> None:
+        """Open *model*; *is_streamed*: see `open_files`."""
         from edge_sdk.layout import find_layout
 
         self.folder = locate(model, revision)
         self.task = task
         self.config = load_config(self.folder, num_labels)
         self.layout: Layout = find_layout(self.config, task)
-        self._state = _open_tensors(self.folder)
+        self._state = _open_tensors(self.folder, is_streamed)
         self._renamed = not self._has_all()
 
     def _has_all(self) -> bool:
@@ -108,8 +118,8 @@ class Source:
         self._state = _InMemory(model.state_dict())
         self._renamed = False
 
-    def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of *part* by whole-model name.
+    def tensors(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of *part* by whole-model name, each read when it is asked for.
 
         Raises:
             ModelError: the folder does not hold them under these names.
@@ -118,7 +128,7 @@ class Source:
         missing = [name for name in names if name not in self._state]
         if missing:
             raise ModelError(f"{self.folder}: no tensor {missing[0]!r} (part {part!r})")
-        return {name: self._state[name] for name in names}
+        return Some(self._state, names)
 
     def pack(self, part: str) -> bytes:
         """Return *part* as the bytes of a safetensors file, the same on every machine."""
@@ -191,51 +201,21 @@ class _InMemory(dict[str, "torch.Tensor"]):
     """Tensors of a loaded model."""
 
 
-class _Mapped(Mapping[str, "torch.Tensor"]):
-    """Tensors of safetensors files, read when asked for."""
-
-    def __init__(self, files: dict[str, Any]) -> None:
-        self._files = files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def open_part(path: Path, *, is_streamed: bool = False) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a part file, memory-mapped; *is_streamed*: see `open_files`."""
+    return open_files([path], is_streamed)
 
 
-def open_part(path: Path) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of a part file, memory-mapped."""
-    return _open_files([path])
-
-
-def _open_tensors(folder: Path) -> Mapping[str, torch.Tensor]:
+def _open_tensors(folder: Path, is_streamed: bool) -> Mapping[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of safetensors files: {error!r}") from error
-        return _open_files([folder / name for name in names])
+        return open_files([folder / name for name in names], is_streamed)
     single = folder / "model.safetensors"
-    return _open_files([single]) if single.is_file() else _InMemory()
-
-
-def _open_files(paths: list[Path]) -> Mapping[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    files: dict[str, Any] = {}
-    for path in paths:
-        try:
-            handle: Any = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
-        files |= dict.fromkeys(handle.keys(), handle)
-    return _Mapped(files)
+    return open_files([single], is_streamed) if single.is_file() else _InMemory()
 
 
 class PartCache:

@@ -23,7 +23,7 @@ class Traffic:
         """Bytes of a session."""
         if device == "gone":
             raise PeerGone(device)
-        return SimpleNamespace(bytes_up=10, bytes_down=20)
+        return SimpleNamespace(bytes_up=10, bytes_down=20, telemetry={})
 
 
 GATEWAY: Any = Traffic()

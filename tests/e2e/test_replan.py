@@ -20,6 +20,7 @@ from profiler.profile import DeviceProfile
 from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
 
 MIB = float(2**20)
+LONG_S = 120.0  # every change of plan builds the slices anew
 LINK = {"up_bytes_per_s": 1e6, "down_bytes_per_s": 4e6, "round_trip_s": 0.01}
 SMALL = DeviceProfile(memory_bytes=20 * MIB, overhead_bytes=0.0, flops_per_s=1e9, **LINK)
 PROFILES = {
@@ -109,9 +110,9 @@ def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str)
     serving = serve(cluster, RESTLESS, aggregation=aggregation)
     clients = take_part(cluster, told)
 
-    assert serving.wait() == "completed"
+    assert serving.wait(LONG_S) == "completed"
 
-    wait_all(clients)
+    wait_all(clients, LONG_S)
     rows = serving.run.folder.rows("plans.jsonl")
     assert rows[0]["reasons"] == ["first plans"]
     assert len(rows) >= 2
@@ -132,9 +133,9 @@ def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
     serving = serve(cluster, PLANNING, default=default, patience_s=20.0)
     clients = take_part(cluster, told, more_bytes=20 * MIB)
 
-    assert serving.wait() == "completed"
+    assert serving.wait(LONG_S) == "completed"
 
-    wait_all(clients)
+    wait_all(clients, LONG_S)
     first, *_, last = told["c"].plans
     assert sum(last.ranks.values()) < sum(first.ranks.values()) or last.split < first.split
     assert any("OutOfMemory" in note for note in serving.trap.notes)
@@ -147,7 +148,7 @@ def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:
 
     stopped = serve(cluster, RESTLESS, name="stopped").stop_at(6)
     clients = take_part(cluster, {n: Told() for n in "abc"}, "stopped")
-    assert stopped.wait() == "paused"
+    assert stopped.wait(LONG_S) == "paused"
     resumed = serve(cluster, RESTLESS, name="stopped")
     wait_all_after(resumed, clients)
 
@@ -156,8 +157,8 @@ def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:
 
 def wait_all_after(serving: Serving, clients: list[Any]) -> None:
     """Wait for the coordinator, then for its devices."""
-    assert serving.wait() == "completed"
-    wait_all(clients)
+    assert serving.wait(LONG_S) == "completed"
+    wait_all(clients, LONG_S)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +183,5 @@ def test_a_nonsense_profile_is_refused(
     clients = [
         cluster.client(n, sentences(ord(n)), told[n], profile=PROFILES[n]).start() for n in "ab"
     ]
-    assert serving.wait() == "completed"
-    wait_all(clients)
+    assert serving.wait(LONG_S) == "completed"
+    wait_all(clients, LONG_S)

@@ -275,12 +275,14 @@ def test_a_device_keeps_no_more_than_is_estimated(family: str, leaves: str) -> N
 
 
 def test_dropout_in_the_model_is_seen() -> None:
-    """A model that drops activations keeps its noise, and scores where attention drops too."""
+    """Dropout keeps its noise, and scores where attention drops too; looking draws no number."""
     config = make_config("bert", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    generator = torch.get_rng_state()
     found = model_shape(config, "sequence-classification", layout_of("bert"))
 
     calm, noisy = shape_of("bert").kept[0], found.kept[0]
 
+    assert torch.equal(torch.get_rng_state(), generator)
     assert noisy.per_token > calm.per_token
     assert noisy.per_pair >= calm.per_pair + 4 * 4  # scores of four heads
 

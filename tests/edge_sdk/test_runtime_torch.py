@@ -142,7 +142,7 @@ def test_a_device_without_adapters_passes_gradients_by() -> None:
 
 def test_a_base_in_half_precision_trains_in_full() -> None:
     """The frozen base may be bfloat16; factors and what travels are float32."""
-    runtime = make_runtime("llama", 2, base_dtype=torch.bfloat16, compute="bfloat16")
+    runtime = make_runtime("llama", 2, base="bfloat16", compute="bfloat16")
     micro = make_micro("causal-lm", 0)
 
     hidden = runtime.forward(micro, 0, 0)

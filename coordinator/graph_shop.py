@@ -1,0 +1,175 @@
+"""Graphs for devices without torch: ordered, made in a process of their own, kept for ever.
+
+Making them takes seconds of Python and changes torch's modules meanwhile, so that it cannot happen
+beside a computation. What is made is known by all that it depends on and is never made twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from coordinator.export_job import Job, job_text
+from coordinator.planning import ModelFacts
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.errors import RefusedError
+from edge_sdk.graphs import PART_NAME
+from edge_sdk.plan import Part, Plan
+from edge_sdk.weights import PartCache, Source, write_whole
+
+log = logging.getLogger(__name__)
+
+MODULE = "coordinator.onnx_export"
+# Whatever changes the graphs of an unchanged model.
+MAKERS = ("edgesplit", "torch", "transformers", "onnx")
+
+
+@dataclass
+class Order:
+    """Graphs that are being made."""
+
+    process: subprocess.Popen[bytes]
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def path(self) -> Path:
+        """Where they will lie."""
+        return Path(self.folder.name) / "graphs.safetensors"
+
+    def error(self) -> str:
+        """What the process said last."""
+        lines = (Path(self.folder.name) / "stderr").read_text("utf-8", "replace").split("\n")
+        said = [line for line in lines if line.strip()]
+        return said[-1] if said else f"exit code {self.process.returncode}"
+
+
+class GraphShop:
+    """Graphs of one model, by plan.
+
+    Args:
+        source: The model.
+        facts: Its blocks and targets.
+        num_labels: Classes of a classifier; 0 for a causal LM.
+        cache: Where finished graphs are kept.
+    """
+
+    def __init__(
+        self, source: Source, facts: ModelFacts, num_labels: int, cache: PartCache
+    ) -> None:
+        self._source, self._facts, self._num_labels = source, facts, num_labels
+        self._cache = cache
+        self._keys: dict[tuple[int, bool, bool], str] = {}
+        self._orders: dict[str, Order] = {}
+
+    def find(self, plan: Plan, *, measures: bool) -> Part | None:
+        """Return the graphs of *plan*; None while they are being made.
+
+        Raises:
+            RefusedError: they cannot be made; the message says why.
+        """
+        what = (plan.split, plan.tail, measures)
+        if what not in self._keys:
+            self._keys[what] = self._key(self._job(plan, measures=measures))
+        key = self._keys[what]
+        if part := self._kept(key):
+            return part
+        if key not in self._orders:
+            self._orders[key] = self._begin(self._job(plan, measures=measures))
+            log.info("graphs.ordered split=%d", plan.split)
+        order = self._orders[key]
+        if order.process.poll() is None:
+            return None
+        del self._orders[key]
+        with order.folder:
+            if order.process.returncode:
+                raise RefusedError(
+                    f"no graphs for its onnxruntime backend: {order.error()}; install torch there"
+                )
+            return self._keep(key, order.path.read_bytes())
+
+    def close(self) -> None:
+        """Stop what is being made."""
+        for order in self._orders.values():
+            order.process.kill()
+            order.process.wait()
+            order.folder.cleanup()
+        self._orders = {}
+
+    def _job(self, plan: Plan, *, measures: bool) -> Job:
+        names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
+        stored = {n: t for name in names for n, t in self._source.tensors(name).items()}
+        return Job(
+            task=self._source.task,
+            num_labels=self._num_labels,
+            split=plan.split,
+            tail=plan.tail,
+            measures=measures,
+            targets={n: self._facts.targets[n] for n in self._facts.weights(0, plan.split)},
+            dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in stored.items()},
+        )
+
+    def _key(self, job: Job) -> str:
+        versions = {name: _version(name) for name in MAKERS}
+        config = self._source.config.to_json_string()
+        text = json.dumps([asdict(job), versions, config], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _index(self, key: str) -> Path:
+        return self._cache.folder / f"{key}.graphs.json"
+
+    def _kept(self, key: str) -> Part | None:
+        path = self._index(key)
+        if not path.is_file():
+            return None
+        part = Part(name=PART_NAME, **json.loads(path.read_text("utf-8")))
+        return part if self._cache.has(part) else None
+
+    def _keep(self, key: str, data: bytes) -> Part:
+        sha256 = hashlib.sha256(data).hexdigest()
+        part = Part(name=PART_NAME, sha256=sha256, num_bytes=len(data))
+        self._cache.store(part, data)
+        facts = {"sha256": part.sha256, "num_bytes": part.num_bytes}
+        write_whole(self._index(key), json.dumps(facts).encode())
+        return part
+
+    def _begin(self, job: Job) -> Order:
+        folder = tempfile.TemporaryDirectory(prefix="edgesplit-graphs-")
+        base = Path(folder.name)
+        (base / "job.json").write_text(job_text(job), "utf-8")
+        # Wherever we were imported from, whatever the working directory is.
+        ours = str(Path(__file__).parents[1])
+        paths = [ours, *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+        order = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
+        with (base / "stderr").open("wb") as errors:
+            command = [sys.executable, "-m", MODULE, *map(str, order)]
+            process = subprocess.Popen(command, stdout=errors, stderr=errors, env=env)
+        return Order(process, folder)
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Refuse a device whose backend cannot do what the run asks for.
+
+    Raises:
+        RefusedError: the run uses dropout.
+    """
+    if lora.lora_dropout:
+        raise RefusedError(
+            f"lora.lora_dropout: {lora.lora_dropout} is not possible with the onnxruntime backend, "
+            "which draws no random numbers; set it to 0, or install torch on this device"
+        )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,200 @@
+"""`edge-sdk doctor`: what breaks on real boards, looked at before a run does.
+
+Decides which checks there are and in which order; each stands in a `doctor_*.py` beside this file.
+Takes part in no run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk import doctor_compute as compute
+from edge_sdk import doctor_config as written
+from edge_sdk import doctor_link as links
+from edge_sdk import doctor_machine as machine
+from edge_sdk import doctor_packages as packages
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.doctor_finding import Finding, skipped
+from edge_sdk.errors import EdgeError, one_line
+from edge_sdk.keys import load_key_pair, load_public_key
+from edge_sdk.transport_check import shake_hands
+from edge_sdk.transport_line import LinkConfig
+from edge_sdk.weights import PartCache
+from profiler.sources import HERE, Sources
+
+FAILURE_EXIT_CODE = 1
+NAME_WIDTH = 14
+KERNEL_STAGES = ("torch", "float32", "bfloat16", "float16", *compute.OURS_TOLERANCE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the doctor is asked to look at."""
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    env: Mapping[str, str]
+    env_prefix: str
+    session: bool = False
+    """Also open a session with the coordinator, which ends another one of the same key."""
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there is anything to look at beyond the machine."""
+        is_set = any(name.startswith(self.env_prefix) for name in self.env)
+        return self.config is not None or bool(self.overrides) or is_set
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return 0 where nothing has failed; warnings are no failure."""
+    has_failed = any(finding.status == "failure" for finding in findings)
+    return FAILURE_EXIT_CODE if has_failed else 0
+
+
+def examine(
+    question: Question, sources: Sources = HERE, run: compute.Runner = compute.run_python
+) -> Iterator[Finding]:
+    """Yield what each check has found, as soon as it is known."""
+    config, read = None, None
+    if question.has_config:
+        config, read = written.read_config(
+            question.config, question.overrides, question.env, question.env_prefix
+        )
+    yield machine.check_python()
+    yield machine.check_board(sources)
+    yield packages.check_packages()
+    yield packages.check_origins()
+    yield packages.check_backend(sources)
+    yield from look_at_compute(config, sources, run)
+    yield from look_at_machine(config, sources)
+    if read is None:
+        text = "no --config: keys, data and the coordinator were not looked at"
+        yield skipped("config", text, "edge-sdk doctor --config device.yaml")
+        return
+    yield read
+    if config is not None:
+        yield written.check_keys(config.secret_key, config.server_key)
+        yield written.check_data(config.data)
+        yield from look_at_link(config, sources, session=question.session)
+
+
+def look_at_compute(
+    config: ClientConfig | None,
+    sources: Sources = HERE,
+    run: compute.Runner = compute.run_python,
+    versions: packages.Versions = packages.version_of,
+) -> Iterator[Finding]:
+    """Run kernels of whatever is installed, in processes of their own."""
+    device = "auto" if config is None else config.device
+    installed = packages.installed_backends(versions)
+    if "torch" in installed:
+        more = [one for one in compute.THEIRS_TOLERANCE if versions(one) is not None]
+        outcomes = compute.try_stages(device, [*KERNEL_STAGES, *more], run)
+        yield from _torch(outcomes, config, sources, versions)
+    if "onnxruntime" in installed:
+        is_alone = installed == ["onnxruntime"]
+        outcome = compute.try_stages("cpu", ["onnxruntime"], run)["onnxruntime"]
+        yield compute.check_onnxruntime(
+            outcome, is_alone=is_alone, sources=sources, versions=versions
+        )
+
+
+def _torch(
+    outcomes: dict[str, compute.Outcome],
+    config: ClientConfig | None,
+    sources: Sources,
+    versions: packages.Versions,
+) -> Iterator[Finding]:
+    device, wanted, base = ("auto", "auto", "float32")
+    if config is not None:
+        device, wanted, base = config.device, config.compute, config.base
+    built = compute.check_torch(outcomes["torch"], device, sources, versions)
+    yield built
+    place = str((outcomes["torch"].found or {}).get("device", device))
+    kernel = compute.check_kernel(outcomes["float32"], place, sources, versions)
+    dtypes = ("bfloat16", "float16")
+    others = (*dtypes, "quantised")
+    if built.status == "failure":
+        yield from (skipped(name, "torch itself fails") for name in ("kernel", *others))
+        return
+    yield kernel
+    if kernel.status == "failure":
+        yield from (skipped(name, "not even float32 works") for name in others)
+        return
+    for dtype in dtypes:
+        yield compute.check_dtype(dtype, outcomes[dtype], place, wanted, sources)
+    packed = {n: o for n, o in outcomes.items() if n not in ("torch", "float32", *dtypes)}
+    yield compute.check_quantised(packed, base, sources, versions)
+
+
+def look_at_machine(config: ClientConfig | None, sources: Sources = HERE) -> Iterator[Finding]:
+    """Look at memory, disk, limits, heat and clock."""
+    is_cpu = config is not None and config.device == "cpu"
+    by_hand = None if config is None else config.profile.memory_bytes
+    yield machine.check_memory(sources, on_gpu=not is_cpu, by_hand=by_hand)
+    yield machine.check_swap(sources)
+    yield machine.check_heat(sources)
+    cache = PartCache(None if config is None else config.cache).folder
+    state = Path("edge-state") if config is None else config.state
+    yield machine.check_disk("cache", cache)
+    yield machine.check_disk("state", state)
+    yield machine.check_limits()
+    yield machine.check_clock()
+
+
+def look_at_link(
+    config: ClientConfig, sources: Sources = HERE, *, session: bool = False
+) -> Iterator[Finding]:
+    """Go the way to the coordinator, a step at a time, as far as it leads."""
+    later = ["name", "reach", "mtu", "handshake", "session", "link"]
+
+    def rest(after: str) -> Iterator[Finding]:
+        names = later[later.index(after) + 1 :]
+        return (skipped(name, f"needs {after}") for name in names)
+
+    name, where = links.check_name(config.coordinator)
+    yield name
+    if where is None:
+        yield from rest("name")
+        return
+    _host, port, addresses = where
+    finding, reached = links.check_reach(addresses, port)
+    yield finding
+    if reached is None:
+        yield from rest("reach")
+        return
+    yield links.check_mtu(reached, sources.root)
+    if finding.status == "failure":
+        yield from (skipped(name, "needs reach") for name in later[3:])
+        return
+    yield from _with_keys(config, session=session)
+
+
+def _with_keys(config: ClientConfig, *, session: bool) -> Iterator[Finding]:
+    try:
+        link = LinkConfig(
+            address=config.coordinator,
+            server_key=load_public_key(config.server_key),
+            keys=load_key_pair(config.secret_key),
+            chunk_bytes=config.chunk_bytes,
+        )
+        assert link.keys is not None
+        shaken = links.check_handshake(shake_hands(link, links.HANDSHAKE_S), link.keys.public)
+    except EdgeError as error:
+        yield skipped("handshake", f"needs keys: {one_line(error)}")
+        shaken = None
+    if shaken is not None:
+        yield shaken
+    names: Sequence[str] = ("session", "link")
+    if shaken is None or shaken.status == "failure":
+        yield from (skipped(name, "needs handshake") for name in names)
+    elif not session:
+        text = "it would end a session that this device's key has open; none was opened"
+        yield skipped("session", text, "edge-sdk doctor --session, while the device takes no part")
+        yield skipped("link", "bandwidth is measured in a session")
+    else:
+        yield from links.check_session(
+            links.open_session(link, config.model_hash), config.chunk_bytes
+        )

@@ -1,0 +1,254 @@
+"""Frozen linear layers whose weights are kept in 8 or 4 bits; plain torch, on CPU and CUDA alike.
+
+    int8   w = s q, q in -127..127, one float32 s for each output
+    int4   w = s q, q in -8..7, one bfloat16 s for each 32 weights of an output, two q in a byte
+
+Only storage is small: a layer multiplies by float weights, which it makes a stretch of outputs at a
+time, forward and backward, and throws away. Knows no files and no adapters.
+
+Legend: N tokens, O outputs, I inputs, R a stretch of outputs, G groups, P bytes of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+from transformers.pytorch_utils import Conv1D
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.training import Base
+
+Quantized = Literal["int8", "int4"]
+
+# Of 32, 64 and 128, and of several ways to choose s, the best for its size (docs/quantized.md).
+GROUP = 32
+# A scale is rounded to bfloat16, by 2^-8 at most: what it divides then stays below 7.5.
+MOST_UP, MOST_DOWN = 7.47, 8.0
+# Weights that are made at a time: 4 MiB of float32 stay in a processor's cache; a GPU would rather
+# have few launches.
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+
+def resolve_base(base: Base, compute: torch.dtype) -> tuple[torch.dtype, Quantized | None]:
+    """The dtype of whatever is not quantised, and how linear layers are, if they are.
+
+    Raises:
+        ConfigError: products in *compute* cannot be had from such weights.
+    """
+    if base == "int8" or base == "int4":
+        return torch.float32, base
+    dtype: torch.dtype = getattr(torch, base)
+    if dtype != torch.float32 == compute:
+        raise ConfigError(
+            f"base: {base} weights do not multiply with float32 activations; set compute to "
+            "bfloat16 or float16, or base to float32, int8 or int4"
+        )
+    return dtype, None
+
+
+def quantize_linears(block: nn.Module, kind: Quantized) -> None:
+    """Put a layer without weights, which will keep them as *kind*, in place of each linear one."""
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in TWINS:
+                setattr(parent, name, TWINS[type(child)](child, kind))
+
+
+def take_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> bool:
+    """Let a quantised *layer* take *weight* over; False: it is none."""
+    if isinstance(layer, _Packed):
+        layer.take(weight, device)
+    return isinstance(layer, _Packed)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def pack(w_RI: torch.Tensor, kind: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise rows of float32 weights; returns codes (R, P) and scales (R, G).
+
+    Each weight comes back within half a step of itself, |s| / 2.
+    """
+    if kind == "int8":
+        scales_R1 = _not_zero(w_RI.abs().amax(1, keepdim=True) / 127)
+        return (w_RI / scales_R1).round_().to(torch.int8), scales_R1
+    w_RG3 = _grouped(nn.functional.pad(w_RI, (0, -w_RI.shape[1] % GROUP)))
+    low_RG, high_RG = -w_RG3.amin(2), w_RG3.amax(2)
+    # 4 bits reach one further down than up: s takes the sign that makes the larger side "down".
+    plain_RG = torch.maximum(low_RG / MOST_DOWN, high_RG / MOST_UP)
+    turned_RG = torch.maximum(high_RG / MOST_DOWN, low_RG / MOST_UP)
+    scales_RG = _not_zero(torch.where(plain_RG <= turned_RG, plain_RG, -turned_RG).bfloat16())
+    codes_RG3 = (w_RG3 / scales_RG.float()[:, :, None]).round_().clamp_(-8, 7).to(torch.int8)
+    first_RP, second_RP = codes_RG3.flatten(1).chunk(2, dim=1)
+    return (first_RP & 15) | (second_RP << 4), scales_RG
+
+
+def unpack(codes_RP: torch.Tensor, scales_RG: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """Return the float32 weights (R, I) of rows that `pack` has made."""
+    if scales_RG.dtype == torch.float32:
+        return codes_RP.float().mul_(scales_RG)
+    codes_R2P = codes_RP.new_empty(codes_RP.shape[0], 2, codes_RP.shape[1])
+    codes_R2P[:, 0] = (codes_RP << 4) >> 4  # arithmetic shifts: the sign comes along
+    codes_R2P[:, 1] = codes_RP >> 4
+    w_RG3 = _grouped(codes_R2P.float()).mul_(scales_RG.float()[:, :, None])
+    return w_RG3.flatten(1)[:, :num_inputs]
+
+
+def _grouped(rows: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(rows.shape[0], -1, GROUP)
+
+
+def _not_zero(scales: torch.Tensor) -> torch.Tensor:
+    """Rows or groups of zeros only have no scale of their own."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _stretches(num_outputs: int, num_inputs: int, device: torch.device) -> Iterator[slice]:
+    rows = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // num_inputs)
+    for first in range(0, num_outputs, rows):
+        yield slice(first, min(first + rows, num_outputs))
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+class _Multiply(torch.autograd.Function):
+    """`x W^T + b` with a W that is made when it is needed: kept for the backward pass is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: _Packed) -> torch.Tensor:
+        """Multiply in autocast's dtype where there is one, as `nn.Linear` does."""
+        kind = x.device.type
+        is_cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_cast else x.dtype
+        x_NI = x.reshape(-1, layer.num_inputs).to(dtype)
+        y_NO = x_NI.new_empty(x_NI.shape[0], layer.num_outputs)
+        for rows in layer.stretches():
+            torch.mm(x_NI, layer.rows(rows).to(dtype).T, out=y_NO[:, rows])
+        if layer.bias is not None:
+            y_NO += layer.bias.to(dtype)
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        return y_NO.view(*x.shape[:-1], layer.num_outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """dL/dx = dL/dy W; stretches add up in float32."""
+        layer: _Packed = ctx.layer
+        grad_NO = grad.reshape(-1, layer.num_outputs)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total_NI = grad_NO.new_zeros(grad_NO.shape[0], layer.num_inputs, dtype=wide)
+        for rows in layer.stretches():
+            total_NI += grad_NO[:, rows] @ layer.rows(rows).to(grad.dtype)
+        return total_NI.to(ctx.dtype).view(ctx.shape), None
+
+
+class _Packed(nn.Module):
+    """What the two kinds of linear layers share; takes no memory until `take` gives it weights."""
+
+    codes: nn.Parameter
+    """(O, P) int8; two codes in each for int4."""
+    scales: nn.Parameter
+    """(O, 1) float32, or (O, G) bfloat16 for int4."""
+    bias: nn.Parameter | None
+    is_transposed = False
+    """Whether the checkpoint, and `weight`, hold (I, O)."""
+
+    def __init__(self, twin: nn.Module, kind: Quantized) -> None:
+        """Become what *twin* is, whose weight lies on the meta device."""
+        nn.Module.__init__(self)  # nn.Linear's own would take memory for the weight
+        self.kind: Quantized = kind
+        shape = twin.get_parameter("weight").shape
+        self.num_outputs, self.num_inputs = shape[::-1] if self.is_transposed else shape
+        self.dtype = twin.get_parameter("weight").dtype
+        self.register_parameter("bias", twin._parameters["bias"])
+        self._keep(*pack(torch.empty(self.num_outputs, self.num_inputs, device="meta"), kind))
+
+    def _keep(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def take(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Quantise *weight*, which lies as in the checkpoint, on *device*, a stretch at a time."""
+        w_OI = weight.T if self.is_transposed else weight
+        self._keep(*(torch.empty_like(p, device=device) for p in (self.codes, self.scales)))
+        for rows in self.stretches():
+            codes, scales = pack(w_OI[rows].to(device, torch.float32), self.kind)
+            self.codes[rows], self.scales[rows] = codes, scales
+
+    def stretches(self) -> Iterator[slice]:
+        """Outputs that are computed together."""
+        return _stretches(self.num_outputs, self.num_inputs, self.codes.device)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """The float32 weights of some outputs, (R, I)."""
+        return unpack(self.codes[rows], self.scales[rows], self.num_inputs)
+
+    def dequantize(self) -> torch.Tensor:
+        """A dense copy of the weight as it is computed with, the way the checkpoint holds it."""
+        w_OI = self.rows(slice(None)).to(self.dtype)
+        return w_OI.T if self.is_transposed else w_OI
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What looks like the weight, and becomes `dequantize()` wherever it is computed with.
+
+        PEFT asks some twenty times, and a few models do, for no more than shape, dtype and device.
+        """
+        return _Promise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., I) -> (..., O)."""
+        y: torch.Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Promise(torch.Tensor):
+    """A tensor without memory that is a layer's dense weight to any operation."""
+
+    _layer: _Packed
+
+    @staticmethod
+    def __new__(cls, layer: _Packed) -> _Promise:
+        size = (layer.num_outputs, layer.num_inputs)[:: -1 if layer.is_transposed else 1]
+        make: Any = torch.Tensor._make_wrapper_subclass
+        promise: _Promise = make(cls, size, dtype=layer.dtype, device=layer.codes.device)
+        promise._layer = layer
+        return promise
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, lambda p: p._layer.dequantize(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class QuantizedLinear(_Packed, nn.Linear):  # type: ignore[misc, override]
+    """`nn.Linear`; to PEFT too, which puts adapters around it as around any other."""
+
+    def __init__(self, twin: nn.Module, kind: Quantized) -> None:
+        super().__init__(twin, kind)
+        self.in_features, self.out_features = self.num_inputs, self.num_outputs
+
+
+class QuantizedConv1D(_Packed, Conv1D):  # type: ignore[misc]
+    """GPT-2's linear layer, whose weight lies the other way round."""
+
+    is_transposed = True
+
+    def __init__(self, twin: nn.Module, kind: Quantized) -> None:
+        super().__init__(twin, kind)
+        self.nx, self.nf = self.num_inputs, self.num_outputs
+
+
+# Exactly these: what is derived from them may look at its weight in ways of its own.
+TWINS: dict[type[nn.Module], type[_Packed]] = {
+    nn.Linear: QuantizedLinear,
+    Conv1D: QuantizedConv1D,
+}

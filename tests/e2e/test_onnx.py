@@ -1,0 +1,100 @@
+"""A device without torch takes part like any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.errors import ConfigError, RefusedError
+from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, held_out, sentences, wait_all
+
+# Far above the rounding of 6 steps, far below what one wrong gradient would make of them.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+
+DEVICE = """
+import json, sys
+for name in ("torch", "transformers", "peft"):
+    sys.modules[name] = None  # as on a device where they are not installed
+from pathlib import Path
+from edge_sdk import ClientConfig, DataConfig, EdgeClient
+settings, rows = json.loads(sys.argv[1])
+for name in ("secret_key", "cache", "state"):
+    settings[name] = Path(settings[name])
+settings["data"] = DataConfig(validation_fraction=0.25)
+reason = EdgeClient(ClientConfig(**settings), rows).run()
+print(json.dumps([reason, [n for n, m in sys.modules.items() if n == "onnxruntime" and m]]))
+"""
+
+
+@pytest.fixture
+def pair(tmp_path: Path, llama: Path, parts: Path) -> Any:
+    """Devices a and b."""
+    made = Cluster(tmp_path, llama, parts, ("a", "b"))
+    yield made
+    made.close()
+
+
+def lean_device(cluster: Cluster, name: str) -> subprocess.Popen[str]:
+    """Start a device in a process that cannot import torch."""
+    settings = {
+        "coordinator": cluster.address,
+        "server_key": cluster.public,
+        "secret_key": str(cluster.folder / f"{name}.key"),
+        "cache": str(cluster.folder / "lean-parts"),
+        "state": str(cluster.folder / "lean-state"),
+        "threads": 1,
+    }
+    command = [sys.executable, "-c", DEVICE, json.dumps([settings, sentences(ord(name))])]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+
+
+def losses(serving: Serving) -> list[list[float]]:
+    """Training and validation losses by round."""
+    names = ("train_loss", "eval_loss")
+    return [[row[n] for n in names if n in row] for row in serving.rows[1:]]
+
+
+def test_a_mixed_run_learns_what_a_torch_run_learns(pair: Cluster) -> None:
+    """One device with torch and one that cannot import it: same losses, same dW."""
+    found = {}
+    for kind in ("torch", "mixed"):
+        serving = pair.serve(pair.config(name=kind, labels="device")).start()
+        names = ("a", "b") if kind == "torch" else ("a",)
+        clients = pair.start(*names, data=held_out(), state=pair.folder / kind)
+        lean = lean_device(pair, "b") if kind == "mixed" else None
+        assert serving.wait(3 * PATIENCE_S) == "completed"
+        wait_all(clients)
+        if lean is not None:
+            out, _ = lean.communicate(timeout=PATIENCE_S)
+            assert json.loads(out) == ["the run is complete", ["onnxruntime"]]
+        found[kind] = losses(serving), serving.run.ledger.global_factors()
+
+    (torch_losses, torch_learned), (mixed_losses, mixed_learned) = found.values()
+    np.testing.assert_allclose(mixed_losses, torch_losses, rtol=LOSS_TOLERANCE)
+    for name, factors in torch_learned.items():
+        np.testing.assert_allclose(
+            mixed_learned[name].dense(), factors.dense(), atol=WEIGHT_TOLERANCE
+        )
+
+
+def test_dropout_is_refused_with_a_cure(pair: Cluster) -> None:
+    """The run goes on with devices that have torch; the other one is told what to change."""
+    pair.serve(pair.config(lora=LoraConfig(r=4, lora_dropout=0.1))).start()
+    client = pair.client("b", sentences(0), backend="onnxruntime").start()
+
+    with pytest.raises(RefusedError, match=r"lora_dropout: 0.1 is not possible.*set it to 0"):
+        wait_all([client])
+
+
+def test_a_local_model_needs_torch(pair: Cluster) -> None:
+    """A folder that only transformers can read is refused before anything is fetched."""
+    with pytest.raises(ConfigError, match="model: .* is not possible with the onnxruntime"):
+        pair.client("b", sentences(0), backend="onnxruntime", model=str(pair.model)).run()

@@ -1,0 +1,319 @@
+"""What every backend promises, and that they compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edge_sdk.errors import ConfigError, NumericError
+from edge_sdk.factors import Array
+from edge_sdk.runtime import Micro, Runtime
+from tests.runtimes import (
+    BACKENDS,
+    LORA,
+    SPLIT,
+    graphs,
+    known,
+    make_runtime,
+    random_change,
+    random_pairs,
+)
+from tests.tiny import make_micro, num_targets
+
+CAUSAL = ("gpt2", "llama", "qwen2")
+HIDDEN_TOLERANCE, GRADIENT_TOLERANCE, TRAINED_TOLERANCE = 1e-5, 5e-5, 1e-4
+
+
+def ranks(index: int) -> int:
+    """Ranks from 0 to 4, so that some weights have no adapter."""
+    return index % 5
+
+
+def micro_of(family: str, step: int) -> Micro:
+    """Batches of other sizes and lengths at each step, padded on the right."""
+    return make_micro(known(family).task, step, rows=1 + step % 4, longest=4 + 3 * (step % 3))
+
+
+def train(runtime: Runtime, family: str, steps: range) -> list[float]:
+    """Steps in which what comes back is the tail's gradient of what went out."""
+    losses = []
+    for step in steps:
+        micro = micro_of(family, step)
+        top = runtime.forward(micro, step, 0)
+        sums, grad = runtime.tail(top, micro, num_targets(micro))
+        runtime.backward(grad)
+        runtime.step(step)
+        losses.append(sums.loss_sum)
+    return losses
+
+
+def learned(runtime: Runtime) -> Array:
+    """All trained numbers in one vector."""
+    arrays = [array for pair in runtime.pairs().values() for array in pair]
+    return np.concatenate([a.ravel() for a in (*arrays, *runtime.head().values())])
+
+
+def relative(found: Array, wanted: Array) -> float:
+    """Largest difference over the largest number."""
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def both(family: str, **options: Any) -> tuple[Runtime, Runtime]:
+    """Torch's runtime and onnxruntime's, with the same factors and residuals."""
+    pair = tuple(make_runtime(backend, family, ranks, **options) for backend in BACKENDS)
+    for runtime in pair:
+        runtime.load_pairs(random_pairs(pair[0]))
+        runtime.set_residual(random_change(family))
+    return pair  # type: ignore[return-value]
+
+
+# ---- equal ----
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, "bert"])
+def test_backends_compute_the_same(family: str) -> None:
+    """Hidden states, losses, hits and every gradient agree, with padding and any batch or rank."""
+    reference, runtime = both(family, max_grad_norm=0.0, optimizer="sgd", learning_rate=1.0)
+    for step in range(4):
+        micro = micro_of(family, step)
+        wanted, hidden = reference.forward(micro, step, 0), runtime.forward(micro, step, 0)
+        np.testing.assert_allclose(hidden, wanted, atol=HIDDEN_TOLERANCE, rtol=0)
+        np.testing.assert_allclose(runtime.forward_eval(micro), wanted, atol=HIDDEN_TOLERANCE)
+        (sums, grad), (own_sums, own_grad) = (
+            r.tail(wanted, micro, num_targets(micro)) for r in (reference, runtime)
+        )
+        assert own_sums[1:] == sums[1:]
+        assert own_sums.loss_sum == pytest.approx(sums.loss_sum, rel=1e-5)
+        assert runtime.tail_eval(wanted, micro) == own_sums
+        assert relative(own_grad, grad) < GRADIENT_TOLERANCE
+        before = reference.pairs(), reference.head()
+        for each in (reference, runtime):
+            each.backward(grad)
+            each.step(0)  # SGD with rate 1: what moved is the gradient
+        for name, pair in reference.pairs().items():
+            for old, new, own in zip(before[0][name], pair, runtime.pairs()[name], strict=True):
+                assert relative(own - old, new - old) < GRADIENT_TOLERANCE
+        for name, value in reference.head().items():
+            old = before[1][name]
+            assert relative(runtime.head()[name] - old, value - old) < GRADIENT_TOLERANCE
+        runtime.load_pairs(reference.pairs())
+        runtime.load_head(reference.head())
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_backends_learn_the_same(family: str) -> None:
+    """After 50 AdamW steps with clipping, decay and a schedule the factors agree in L2."""
+    reference, runtime = both(family, weight_decay=0.01, warmup_steps=5, max_grad_norm=0.5)
+
+    losses, own_losses = (train(r, family, range(50)) for r in (reference, runtime))
+
+    wanted, found = learned(reference), learned(runtime)
+    assert np.linalg.norm(found - wanted) < TRAINED_TOLERANCE * np.linalg.norm(wanted)
+    np.testing.assert_allclose(own_losses, losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["free", "signed", "reference"])
+def test_backends_measure_the_same_importance(form: Any) -> None:
+    """Every form, weights without an adapter included, over the steps that are due."""
+    found = []
+    for runtime in both("llama"):
+        runtime.measure_importance(form, 2)
+        train(runtime, "llama", range(5))
+        found.append(runtime.take_importance())
+    wanted, own = found
+
+    assert own.keys() == wanted.keys() == known("llama").targets.keys()
+    for name, value in wanted.items():
+        assert own[name] == pytest.approx(value, rel=1e-3, abs=1e-5 * max(wanted.values()))
+
+
+def test_weights_in_half_precision_are_computed_with_in_full() -> None:
+    """A base stored in half precision gives what the same numbers give in float32."""
+    reference, runtime = both("gpt2", dtype=torch.bfloat16)
+    micro = micro_of("gpt2", 2)
+
+    hidden = reference.forward(micro, 0, 0)
+    np.testing.assert_allclose(runtime.forward(micro, 0, 0), hidden, atol=HIDDEN_TOLERANCE)
+    grads = [r.tail(hidden, micro, num_targets(micro))[1] for r in (reference, runtime)]
+
+    assert relative(grads[1], grads[0]) < GRADIENT_TOLERANCE
+
+
+def test_backends_read_each_others_checkpoints() -> None:
+    """What one has saved the other goes on from, moments and residuals included."""
+    reference, runtime = both("llama")
+    for each in (reference, runtime):
+        each.begin_round()
+    train(reference, "llama", range(3))
+    runtime.load_state(reference.state())
+
+    losses, own_losses = (train(r, "llama", range(3, 6)) for r in (reference, runtime))
+
+    assert reference.state().keys() == runtime.state().keys()
+    np.testing.assert_allclose(own_losses, losses, rtol=1e-5)
+
+
+# ---- what each promises by itself ----
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in its turn."""
+    return str(request.param)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_restored_device_goes_on_bit_for_bit(backend: str, family: str) -> None:
+    """Factors, residuals, head and moments continue as if never stopped."""
+    straight, stopped = (make_runtime(backend, family, ranks) for _ in range(2))
+    stopped.load_pairs(straight.pairs())
+    for runtime in (straight, stopped):
+        runtime.begin_round()
+        train(runtime, family, range(2))
+        runtime.merge_change(random_change(family))
+        runtime.begin_round()
+    restored = make_runtime(backend, family, ranks)
+
+    restored.load_state({name: value.copy() for name, value in stopped.state().items()})
+
+    assert train(straight, family, range(2, 4)) == train(restored, family, range(2, 4))
+    first, second = straight.state(), restored.state()
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_change_is_dw_less_what_was_learned_here(backend: str) -> None:
+    """Own factors moved and the change merged: the function is the old one plus the change."""
+    runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 2)
+    runtime.load_pairs(random_pairs(runtime))
+    runtime.begin_round()
+    twin = make_runtime(backend, "llama")
+    twin.load_pairs(runtime.pairs())
+    twin.set_residual(random_change("llama"))
+
+    train(runtime, "llama", range(3))
+    runtime.merge_change(random_change("llama"))
+
+    np.testing.assert_allclose(runtime.forward_eval(micro), twin.forward_eval(micro), atol=2e-5)
+
+
+def test_micro_batches_add_up(backend: str) -> None:
+    """Two micro-batches before a step move the factors by the sum of what each would."""
+    micros = [micro_of("llama", 1), micro_of("llama", 2)]
+    options: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    moved = []
+    for chosen in ([0, 1], [0], [1]):
+        runtime = make_runtime(backend, "llama", **options)
+        runtime.load_pairs(random_pairs(runtime))
+        before = learned(runtime)
+        for index in chosen:
+            top = runtime.forward(micros[index], 0, index)
+            runtime.backward(runtime.tail(top, micros[index], 10)[1])
+        runtime.step(0)
+        moved.append(learned(runtime) - before)
+
+    assert relative(moved[0], moved[1] + moved[2]) < 1e-4
+
+
+def test_evaluation_changes_nothing(backend: str) -> None:
+    """The same numbers every time, and no gradient is left."""
+    runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
+    before = learned(runtime)
+
+    first, second = runtime.forward_eval(micro), runtime.forward_eval(micro)
+    assert np.array_equal(first, second)
+    assert runtime.tail_eval(first, micro) == runtime.tail_eval(second, micro)
+    runtime.step(0)
+
+    assert np.array_equal(learned(runtime), before)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
+    """The step is named, and factors and moments stay."""
+    runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
+    before = {name: value.copy() for name, value in runtime.state().items()}
+    runtime.backward(np.full_like(runtime.forward(micro, 3, 0), np.nan))
+
+    with pytest.raises(NumericError, match="step 3: a gradient"):
+        runtime.step(3)
+
+    assert all(np.array_equal(value, before[name]) for name, value in runtime.state().items())
+
+
+def test_a_round_begins_without_leftovers(backend: str) -> None:
+    """The gradients of a step that was given up move nothing."""
+    runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
+    before = learned(runtime)
+    runtime.backward(np.ones_like(runtime.forward(micro, 0, 0)))
+
+    runtime.begin_round()
+    runtime.step(0)
+
+    assert np.array_equal(learned(runtime), before)
+
+
+def test_a_device_without_adapters_passes_gradients_by(backend: str) -> None:
+    """Rank 0 everywhere: nothing to train, nothing fails."""
+    runtime, micro = make_runtime(backend, "llama", lambda _: 0), micro_of("llama", 0)
+
+    runtime.backward(np.ones_like(runtime.forward(micro, 0, 0)))
+    runtime.step(0)
+
+    assert runtime.pairs() == {}
+
+
+def test_a_micro_batch_without_targets_costs_nothing(backend: str) -> None:
+    """No label anywhere: loss 0, gradient 0."""
+    runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
+    silent = micro._replace(labels=np.full_like(micro.labels, -100))
+
+    sums, grad = runtime.tail(runtime.forward(silent, 0, 0), silent, 5)
+
+    assert sums == (0.0, 0, 0)
+    assert not grad.any()
+
+
+def test_pruning_pulls_at_the_tail_ranks(backend: str) -> None:
+    """With HetLoRA's penalty the tail of every adapter shrinks faster than without."""
+    norms = []
+    for penalty in (0.0, 5.0):
+        runtime = make_runtime(
+            backend,
+            "llama",
+            optimizer="sgd",
+            learning_rate=1e-2,
+            rank_penalty=penalty,
+            rank_kept=0.5,
+        )
+        runtime.load_pairs(random_pairs(runtime))
+        train(runtime, "llama", range(1))
+        norms.append([np.linalg.norm(p.a_RI[2:]) for p in runtime.pairs().values()])
+
+    assert all(with_ < without for without, with_ in zip(*norms, strict=True))
+
+
+# ---- onnxruntime's own ----
+
+
+def test_blocks_of_one_kind_share_their_graphs() -> None:
+    """Both blocks of the slice run the same three graphs."""
+    found = graphs("llama")
+
+    assert found.about.kinds == (0,) * SPLIT
+    assert found.models.keys() == {"front", "block.0", "vjp.0", "measure.0", "tail"}
+
+
+def test_dropout_is_refused() -> None:
+    """One line that names the setting."""
+    from edge_sdk.adapters import LoraConfig
+    from edge_sdk.plan import Plan
+    from edge_sdk.runtime_onnx import OnnxRuntime
+    from edge_sdk.training import TrainingConfig
+
+    plan = Plan(split=SPLIT, ranks={}, alphas={}, batch_size=1, micro_batch=1)
+    lora = LoraConfig(r=LORA.r, lora_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"lora.lora_dropout: .* set it to 0"):
+        OnnxRuntime(graphs("llama"), known("llama").mapped, plan, lora, TrainingConfig(), 1)
