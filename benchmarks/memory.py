@@ -1,6 +1,6 @@
 """How well a device's peak memory is predicted: profiler/estimate.py against TorchRuntime.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py [--repeats 3] [--steps 6]
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--repeats 3] [--steps 4]
 
 Models with random weights, built from configs. Each run is a fresh process that opens the parts
 of its slice from safetensors files, as a device does, and trains on rows of the full length, one
@@ -115,14 +115,14 @@ CASES = (
         tail=True,
     ),
     Case(
-        name="GPT-2-small, split 2 of 12, 8 x 512, r = 8 everywhere: tensors beyond the heap",
+        name="GPT-2-small, split 2 of 12, 8 x 384, r = 8 everywhere: tensors beyond the heap",
         family="gpt2",
         settings=_GPT2,
         split=2,
         targets=("all-linear",),
         rank=8,
         rows=8,
-        length=512,
+        length=384,
     ),
     Case(
         name="the Llama shape with base and computation in bfloat16",
@@ -185,7 +185,7 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
         trains_head=case.tail and case.task == "sequence-classification",
         residual_rank=case.residual,
     )
-    estimates = {"glibc": work, "pinned": replace(work, fragmentation=1.0)}
+    estimates = {"glibc": work, "pinned": replace(work, fragmentation=0.0)}
     return {name: asdict(estimate_memory(model, work)) for name, work in estimates.items()}
 
 
@@ -369,10 +369,10 @@ def report(options: argparse.Namespace, rows: dict[str, list[list[str]]]) -> str
             f"{options.repeats} fresh processes of {options.steps} steps each, one thread. "
             "Target: predicted within 10 % of measured. `trained` is adapters, gradients and "
             "Adam's moments.",
-            "glibc's allocator as it is (`fragmentation` = 2, the default of an estimate):",
+            "glibc's allocator as it is (`Work.fragmentation` at its default):",
             table(heads, rows["glibc"]),
             "The same with MALLOC_MMAP_THRESHOLD_=131072, which gives every tensor pages of its "
-            "own (`fragmentation` = 1): less memory, more time in the kernel:",
+            "own (`fragmentation` = 0): less memory, more time in the kernel:",
             table(heads, rows["pinned"]),
         ]
     )
@@ -384,7 +384,7 @@ def main() -> None:
     parser.add_argument("--role", default="")
     parser.add_argument("--case", type=int)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     if options.role == "make":

@@ -147,20 +147,41 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     fitted = fit(config)
     fleet = fitted.config.simulation
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
-    result = simulate(replace(fitted.config, simulation=replace(fleet, devices=devices)), Silence())
+    config = replace(fitted.config, simulation=replace(fleet, devices=devices))
+    watcher = ImportanceWatcher(RunFolder(config.runs / str(config.name)))
+    result = simulate(config, watcher)
+    watcher.look()
     folder = result.folder
     if result.outcome != COMPLETED:
         raise KeyboardInterrupt
     for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
         shutil.rmtree(checkpoint)
-    plans = folder.rows("plans.jsonl")
     return {
         "points": _points(result.rounds, _real_seconds(folder)),
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
-        "importance": tuple((p["round"], p["importance"]) for p in plans if p["importance"]),
+        "importance": tuple(sorted(watcher.found.items())),
         "notes": fitted.notes,
         **_sizes(fitted, result.rounds[1:]),
     }
+
+
+class ImportanceWatcher(Silence):
+    """Keeps the importance of every round, which a run has in its newest checkpoint only."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self.found: dict[int, dict[str, float]] = {}
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Look at the newest checkpoint: that of this row or of the one before."""
+        self.look()
+
+    def look(self) -> None:
+        """Take what the newest checkpoint holds."""
+        for checkpoint in self._folder.checkpoints()[-1:]:
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            if importance := state["planner"]["importance"]:
+                self.found[state["round"]] = importance
 
 
 def _held(round_: SimulatedRound) -> dict[str, Held]:

@@ -49,7 +49,7 @@ class Cell:
     held: tuple[dict[str, Held], ...] = ()
     """Of each device, round by round; empty where there is none."""
     importance: tuple[tuple[int, dict[str, float]], ...] = ()
-    """Round, and importance by weight, where plans were made from it."""
+    """Round, and importance by weight after it, where it was measured."""
     peak_bytes: dict[str, float] | None = None
     """Predicted peak memory of each device; None where there is none."""
     trained: dict[str, int] | None = None

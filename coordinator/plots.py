@@ -58,6 +58,9 @@ COSTS = (
 )
 
 
+HELD = {"split": "blocks on the device", "rank": "mean rank of its weights"}
+
+
 def require_matplotlib() -> None:
     """Find out before hours of training that there will be no plots.
 
@@ -111,9 +114,10 @@ def _losses(cells: Sequence[Cell], cost: Cost, target: float) -> Picture:
     panels[0][0].set_ylabel("loss on the evaluation data")
     handles, labels = _legend_entries(panels[0])
     figure.legend(handles, labels, loc="outside right center", frameon=False)
+    before = _mean([cell.points[0].loss for cell in cells])
     caption = (
         f"Mean over seeds; the band is from the lowest to the highest. Dotted: the target, "
-        f"{target:.4g}. The first evaluation, before training, is cut off where it is much higher."
+        f"{target:.4g}. Not drawn: the loss before training, {before:.4g}."
     )
     return Picture(cost.name, cost.title, caption, _png(figure))
 
@@ -123,6 +127,8 @@ def _line(axes: Axes, own: Sequence[Cell], cost: Cost, index: int) -> None:
     rows = list(zip(*(cell.points for cell in own), strict=False))
     if not rows or not any(cost.of(point) for point in rows[-1]):
         return
+    # Nothing has been spent before training, and a logarithmic axis has no 0.
+    rows = [row for row in rows if all(cost.of(point) > 0 for point in row)]
     x = [_mean([cost.of(point) for point in row]) for row in rows]
     y = [_mean([point.loss for point in row]) for row in rows]
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -169,29 +175,21 @@ def _holdings(cells: Sequence[Cell]) -> Picture:
     """A row for each method: blocks and mean rank of each device, round by round."""
     last = cells[-1].device_set
     shown = [cell for cell in cells if cell.device_set == last]
-    figure, panels = _panels(len(shown), 2, sharex="col", sharey="col", height=2.0)
-    for row, cell in zip(panels, shown, strict=True):
-        rounds = range(1, len(cell.held) + 1)
-        for index, device in enumerate(sorted(cell.held[-1])):
-            colour = COLOURS[index % len(COLOURS)]
-            # Equal lines lie side by side instead of hiding each other.
-            shift = 0.06 * (index - (len(cell.held[-1]) - 1) / 2)
-            for axes, field in zip(row, ("split", "rank"), strict=True):
-                held = [
-                    getattr(each[device], field) if device in each else math.nan
-                    for each in cell.held
-                ]
-                y = [value + shift for value in held]
-                axes.plot(rounds, y, color=colour, label=device, linewidth=1.6, marker=".")
-        row[0].set(ylabel=cell.method)
-        for axes in row:
-            axes.yaxis.get_major_locator().set_params(integer=True)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0][0].set_title("blocks on the device")
-    panels[0][1].set_title("mean rank of its weights")
-    for axes in panels[-1]:
-        axes.set_xlabel("round")
-    handles, labels = _legend_entries([panel for row in panels for panel in row])
+    figure, panels = _panels(len(shown), 2, sharex="col", sharey="col", height=1.9)
+    devices = sorted({device for cell in shown for device in cell.held[-1]})
+    for column, (field, title) in enumerate(HELD.items()):
+        most = max(getattr(h, field) for c in shown for held in c.held for h in held.values())
+        for axes, cell in zip(panels[:, column], shown, strict=True):
+            for index, device in enumerate(devices):
+                # Equal lines lie side by side instead of hiding each other.
+                shift = 0.02 * most * (index - (len(devices) - 1) / 2)
+                _steps(axes, cell, device, field, shift, COLOURS[index % len(COLOURS)])
+            axes.set_ylim(0, 1.2 * most)
+        panels[0][column].set_title(title)
+        panels[-1][column].set_xlabel("round")
+    for axes, cell in zip(panels[:, 0], shown, strict=True):
+        axes.set_ylabel(cell.method)
+    handles, labels = _legend_entries(list(panels.flat))
     figure.legend(handles, labels, title="device", loc="outside right center", frameon=False)
     title = f"Split points and ranks over the rounds, {last} devices"
     caption = (
@@ -201,28 +199,42 @@ def _holdings(cells: Sequence[Cell]) -> Picture:
     return Picture("splits-ranks", title, caption, _png(figure))
 
 
+def _steps(axes: Axes, cell: Cell, device: str, field: str, shift: float, colour: str) -> None:
+    """What one device held in each round in which it took part."""
+    from matplotlib.ticker import MaxNLocator
+
+    found = [(n, held[device]) for n, held in enumerate(cell.held, start=1) if device in held]
+    rounds = [number for number, _ in found]
+    values = [getattr(held, field) + shift for _, held in found]
+    style: dict[str, Any] = {"drawstyle": "steps-mid", "linewidth": 1.6, "marker": "."}
+    axes.plot(rounds, values, color=colour, label=device, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 # ---- importance ----
 
 
 def _heat_maps(cell: Cell) -> Picture:
-    """Blocks by kinds of weight, at the rounds at which plans were made from importance."""
+    """Blocks by kinds of weight, at some of the rounds."""
     rounds = _spread_out(cell.importance, MAX_HEAT_MAPS)
     tables = [_by_block(values) for _, values in rounds]
     kinds = list(dict.fromkeys(kind for _, kind in tables[0]))
     num_blocks = 1 + max(block for block, _ in tables[0])
     highest = max(max(table.values()) for table in tables)
-    figure, panels = _panels(1, len(rounds), sharey=True, width=1.2 + 0.38 * len(kinds))
+    width = max(2.6, 1.2 + 0.38 * len(kinds))
+    figure, panels = _panels(1, len(rounds), sharey=True, width=width)
     for axes, (round_, _), table in zip(panels[0], rounds, tables, strict=True):
         grid = [
             [table.get((block, kind), math.nan) for kind in kinds] for block in range(num_blocks)
         ]
         image = axes.imshow(grid, cmap="viridis", vmin=0.0, vmax=highest, aspect="auto")
-        axes.set(title=f"after round {round_}", yticks=range(num_blocks))
+        axes.set(title=f"round {round_}", yticks=range(num_blocks))
+        axes.grid(visible=False)
         axes.set_xticks(range(len(kinds)), kinds, rotation=90)
     panels[0][0].set_ylabel("block")
     figure.colorbar(image, ax=list(panels[0]), label="share of all importance (%)")
     title = f"Importance of weights, {cell.method} on {cell.device_set} devices"
-    caption = "First seed; the smoothed global importance, at the rounds at which it led to plans."
+    caption = "First seed; the smoothed global importance that ranks are chosen by."
     return Picture("importance", title, caption, _png(figure))
 
 

@@ -15,9 +15,10 @@ from edge_sdk import doctor_config as written
 from edge_sdk import doctor_link as links
 from edge_sdk import doctor_machine as machine
 from edge_sdk import doctor_packages as packages
+from edge_sdk.backend import choose_backend
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.doctor_finding import Finding, skipped
-from edge_sdk.errors import EdgeError, one_line
+from edge_sdk.doctor_finding import Finding, failure, ok, skipped
+from edge_sdk.errors import ConfigError, EdgeError, one_line
 from edge_sdk.keys import load_key_pair, load_public_key
 from edge_sdk.transport_check import shake_hands
 from edge_sdk.transport_line import LinkConfig
@@ -66,7 +67,7 @@ def examine(
     yield machine.check_board(sources)
     yield packages.check_packages()
     yield packages.check_origins()
-    yield packages.check_backend(sources)
+    yield check_backend(config, sources)
     yield from look_at_compute(config, sources, run)
     yield from look_at_machine(config, sources)
     if read is None:
@@ -80,6 +81,17 @@ def examine(
         yield from look_at_link(config, sources, session=question.session)
 
 
+def check_backend(config: ClientConfig | None, sources: Sources = HERE) -> Finding:
+    """Whether there is something to compute with, and it is what the config needs."""
+    found = packages.check_backend(sources)
+    if config is None or found.status == "failure":
+        return found
+    try:
+        return ok("backend", f"{found.text}; a run uses {choose_backend(config)}")
+    except ConfigError as error:
+        return failure("backend", one_line(error), "change what the line names, or backend=auto")
+
+
 def look_at_compute(
     config: ClientConfig | None,
     sources: Sources = HERE,
@@ -89,16 +101,27 @@ def look_at_compute(
     """Run kernels of whatever is installed, in processes of their own."""
     device = "auto" if config is None else config.device
     installed = packages.installed_backends(versions)
-    if "torch" in installed:
+    used = _used(config, installed)
+    if "torch" in installed and used != "torch":
+        yield skipped("torch", f"a run uses {used}")
+    elif "torch" in installed:
         more = [one for one in compute.THEIRS_TOLERANCE if versions(one) is not None]
         outcomes = compute.try_stages(device, [*KERNEL_STAGES, *more], run)
         yield from _torch(outcomes, config, sources, versions)
     if "onnxruntime" in installed:
-        is_alone = installed == ["onnxruntime"]
+        is_needed = used == "onnxruntime"
         outcome = compute.try_stages("cpu", ["onnxruntime"], run)["onnxruntime"]
         yield compute.check_onnxruntime(
-            outcome, is_alone=is_alone, sources=sources, versions=versions
+            outcome, is_needed=is_needed, sources=sources, versions=versions
         )
+
+
+def _used(config: ClientConfig | None, installed: Sequence[str]) -> str:
+    """Return which of the *installed* libraries a run uses; in doubt the first."""
+    try:
+        return choose_backend(config) if config is not None else "".join(installed[:1])
+    except ConfigError:
+        return "".join(installed[:1])
 
 
 def _torch(

@@ -199,6 +199,9 @@ def check_torch(
     found, here = outcome.found, gpu(sources).value
     if found["is_available"]:
         return ok("torch", f"{name}, CUDA {found['cuda']}, {found['gpu']} ({found['capability']})")
+    if here is None and device.startswith("cuda"):
+        text = f"{name}: the config says device: {device}, but no NVIDIA GPU is to be seen here"
+        return failure("torch", text, "device=cpu; in a container: --runtime nvidia")
     if found["cuda"] is None:
         text, cure = f"{name} is a build without CUDA", torch_cure(sources)
     else:
@@ -299,12 +302,12 @@ def check_quantised(
 def check_onnxruntime(
     outcome: Outcome,
     *,
-    is_alone: bool,
+    is_needed: bool,
     sources: Sources = HERE,
     versions: Versions = version_of,
 ) -> Finding:
-    """Whether onnxruntime loads and multiplies; without torch everything depends on it."""
-    bad = failure if is_alone else warning
+    """Whether onnxruntime loads and multiplies; where torch computes, a run does without."""
+    bad = failure if is_needed else warning
     if outcome.found is None:
         meaning, _ = explain(outcome.trouble, sources, versions)
         text = outcome.trouble + (f"; {meaning}" if meaning else "")

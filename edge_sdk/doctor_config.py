@@ -5,6 +5,7 @@ Not here: whether anybody answers at the address in it (`doctor_link.py`).
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
@@ -66,10 +67,14 @@ def _is_needed(name: str) -> bool:
 
 def check_keys(secret_key: Path, server_key: str) -> Finding:
     """Whether both keys are there, are keys, and the secret one is secret."""
-    if not secret_key.is_file():
+    try:
+        mode = stat.S_IMODE(secret_key.stat().st_mode)
+    except FileNotFoundError:
         cure = f"edge-sdk keygen {secret_key}, then register its public half"
         return failure("keys", f"no secret key at {secret_key}", cure)
-    mode = stat.S_IMODE(secret_key.stat().st_mode)
+    except OSError as error:
+        text = f"{secret_key}: {error.strerror}"
+        return failure("keys", text, f"sudo chown $USER {secret_key.parent} {secret_key}")
     if mode & 0o077:
         text = f"{secret_key} has mode {mode:04o}: others can read it, so it is no secret"
         return failure("keys", text, f"chmod 600 {secret_key}")
@@ -94,7 +99,8 @@ def check_data(config: DataConfig) -> Finding:
     """Whether the private data can be read, by its first rows; nothing of it is shown."""
     if config.path is None:
         return skipped("data", "data.path is empty: the application hands its own rows over")
-    if not Path(config.path).expanduser().exists() and "." not in Path(config.path).suffix:
+    # A name without a suffix that is no folder either is that of a data set.
+    if not Path(config.path).suffix and not os.path.exists(os.path.expanduser(config.path)):
         return skipped("data", f"{config.path} is no file: a data set, fetched when a run begins")
     limit = min(config.limit or MOST_ROWS, MOST_ROWS)
     try:

@@ -66,6 +66,8 @@ def resolve(host: str, port: int) -> list[str]:
             answers.put(list(dict.fromkeys(str(one[4][0]) for one in found)))
         except OSError as error:
             answers.put(error)
+        except UnicodeError:  # an empty or overlong label
+            answers.put(OSError(errno.EINVAL, "is no name of a machine"))
 
     # A thread of its own, because the resolver of the system knows no time limit.
     threading.Thread(target=ask, daemon=True).start()
@@ -245,6 +247,7 @@ def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION
     try:
         with ZmqLink(config) as link:
             inbox = Inbox(link, stop)
+            # Not which backend: graphs for onnxruntime would be made that nobody fetches.
             hello: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "codecs": CODECS}
             version = package_version()
             link.send(Hello(stamp=Stamp(), sdk_version=version, model_hash=model_hash, **hello))

@@ -176,7 +176,8 @@ def check_disk(name: str, folder: Path, free_bytes: Callable[[Path], int] | None
     """
     check = f"disk ({name})"
     folder = folder.absolute()
-    place = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    # os.path.exists, because a folder that we may not look into is an error to Path.exists.
+    place = next((one for one in (folder, *folder.parents) if os.path.exists(one)), folder)
     cure = f"sudo chown -R $USER {place}, or name another folder: {name}=..."
     if not place.is_dir():
         return failure(check, f"{place} is a file, so {folder} cannot be made", f"{name}=...")

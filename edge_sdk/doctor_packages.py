@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from edge_sdk.backend import INSTALL
 from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import make_key_pair
@@ -152,7 +153,7 @@ def torch_cure(sources: Sources = HERE) -> str:
         )
     if gpu(sources).value is not None:
         return f"pip install --force-reinstall torch --index-url {PC_WHEELS}"
-    return "pip install 'edgesplit[torch]'"
+    return INSTALL["torch"]
 
 
 def installed_backends(versions: Versions = version_of) -> list[str]:
@@ -179,8 +180,11 @@ def check_backend(
         return failure(
             "backend",
             "neither torch nor onnxruntime is installed: nothing here can compute a block",
-            f"{torch_cure(sources)}, or without torch: pip install onnxruntime",
+            f"{torch_cure(sources)}; or, small and on the CPU: {INSTALL['onnxruntime']}",
         )
+    if found == ["onnxruntime"] and versions("tokenizers") is None:
+        text = f"{several[0]} is there, but not tokenizers"
+        return failure("backend", text, INSTALL["onnxruntime"])
     companions = unmet([one for one in wanted if "extra == 'torch'" in one], versions)
     if found == ["torch"] and companions:
         needs = " ".join(f"'{one}'" for one in companions)

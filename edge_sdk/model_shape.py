@@ -9,13 +9,14 @@ Legend: B sequences, T positions, D hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edge_sdk.adapters import head_names, is_transposed
@@ -100,10 +101,13 @@ def _add_zeros(slice_: Slice, block: int) -> None:
     slice_.model.train()  # dropout keeps its noise
 
 
-class _Watch:
-    """Sees what a block keeps while it runs forward; tensors are told apart by their memory."""
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees what a block makes and keeps as it runs forward; tensors are told apart by memory."""
 
     def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: dict[int, int] = {}
+        """Bytes of whatever the block made, by its place."""
         self.saved: dict[int, int] = {}
         """Bytes of whatever the backward pass needs, by its place."""
         self.inputs: dict[str, int] = {}
@@ -111,6 +115,14 @@ class _Watch:
         self.shared: set[int] = set()
         """Places that are not this block's own."""
         self._alive: list[torch.Tensor] = []
+        self._is_inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result) if self._is_inside else ():
+            if isinstance(tensor, torch.Tensor):
+                self.made[self._place(tensor)] = tensor.untyped_storage().nbytes()
+        return result
 
     def _place(self, tensor: torch.Tensor) -> int:
         self._alive.append(tensor.detach())  # so that nothing else comes to lie there
@@ -129,10 +141,21 @@ class _Watch:
         """Note weights, and masks and rotary tables: those are made once, for all blocks."""
         tensors = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
         self.shared |= {self._place(t) for t in tensors if isinstance(t, torch.Tensor)}
+        self._is_inside = True
 
-    def own(self) -> dict[int, int]:
-        """What the block itself keeps."""
+    def leave_block(self, *_: object) -> None:
+        """Whatever is made from here on is not the block's."""
+        self._is_inside = False
+
+    def kept(self) -> dict[int, int]:
+        """What the block itself keeps, by its place."""
         return {place: size for place, size in self.saved.items() if place not in self.shared}
+
+    def num_bytes(self) -> tuple[int, int]:
+        """How much the block keeps, and how much it made and does not keep."""
+        kept = self.kept()
+        freed = (n for place, n in self.made.items() if place not in kept.keys() | self.shared)
+        return sum(kept.values()), sum(freed)
 
 
 def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Watch:
@@ -142,13 +165,17 @@ def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Wat
     size = config.get_text_config().hidden_size
     hidden_BTD = torch.zeros(_ROWS, length, size, dtype=slice_.dtype, requires_grad=True)
     lengths_B = torch.tensor([length] + [length - 1] * (_ROWS - 1))
-    handles = [module.register_forward_pre_hook(watch.enter_block, with_kwargs=True)]
+    handles = [
+        module.register_forward_pre_hook(watch.enter_block, with_kwargs=True),
+        module.register_forward_hook(watch.leave_block),
+    ]
     for name, linear in _linear_layers(module).items():
         handles.append(linear.register_forward_pre_hook(partial(watch.enter_linear, name)))
     with (
         torch.random.fork_rng(devices=[]),  # dropout draws
         torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor),
         autocast(compute, CPU),
+        watch,
     ):
         slice_.middle(hidden_BTD, lengths_B, block, block + 1)
     for handle in handles:
@@ -165,7 +192,7 @@ def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
 def _linears(slice_: Slice, block: int) -> tuple[Linear, ...]:
     """The linear layers of a block as they run, and which of their inputs are there anyway."""
     watch = _watch(slice_, block, _LENGTHS[0], torch.float32)
-    layers, own = _linear_layers(slice_.blocks[block]), watch.own()
+    layers, kept = _linear_layers(slice_.blocks[block]), watch.kept()
     readers = Counter(watch.inputs.values())
     places = list(readers)
     found = []
@@ -173,21 +200,31 @@ def _linears(slice_: Slice, block: int) -> tuple[Linear, ...]:
         rows, columns = layers[name].get_parameter("weight").shape
         outputs, inputs = (columns, rows) if is_transposed(layers[name]) else (rows, columns)
         found.append(
-            Linear(name, outputs, inputs, places.index(place), readers[place], place in own)
+            Linear(name, outputs, inputs, places.index(place), readers[place], place in kept)
         )
     return tuple(found)
 
 
 def _kept(slice_: Slice, block: int, base: torch.dtype, compute: torch.dtype) -> Kept:
-    """What a block keeps, by the growth from one length to the next."""
-    sizes = [sum(_watch(slice_, block, length, compute).own().values()) for length in _LENGTHS]
-    first, step = _LENGTHS[0], _LENGTHS[1] - _LENGTHS[0]
-    per_square = (sizes[2] - 2 * sizes[1] + sizes[0]) / (2 * step**2)
-    per_length = (sizes[1] - sizes[0]) / step - per_square * (2 * first + step)
+    """What a block keeps and frees, by the growth from one length to the next."""
+    seen = [_watch(slice_, block, length, compute).num_bytes() for length in _LENGTHS]
+    per_block, per_token, per_pair = _fit([kept for kept, _ in seen])
+    _, freed_per_token, freed_per_pair = _fit([freed for _, freed in seen])
     return Kept(
         base_bytes=base.itemsize,
         compute_bytes=compute.itemsize,
-        per_block=max(0.0, sizes[0] - per_length * first - per_square * first**2),
-        per_token=max(0.0, per_length / _ROWS),
-        per_pair=max(0.0, per_square / _ROWS),
+        per_block=per_block,
+        per_token=per_token,
+        per_pair=per_pair,
+        freed_per_token=freed_per_token,
+        freed_per_pair=freed_per_pair,
     )
+
+
+def _fit(sizes: Sequence[int]) -> tuple[float, float, float]:
+    """Bytes whatever the length, for each token and for each pair, of those at `_LENGTHS`."""
+    first, step = _LENGTHS[0], _LENGTHS[1] - _LENGTHS[0]
+    square = (sizes[2] - 2 * sizes[1] + sizes[0]) / (2 * step**2)
+    line = (sizes[1] - sizes[0]) / step - square * (2 * first + step)
+    constant = sizes[0] - line * first - square * first**2
+    return max(0.0, constant), max(0.0, line / _ROWS), max(0.0, square / _ROWS)

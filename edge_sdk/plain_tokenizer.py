@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +96,38 @@ class PlainTokenizer:
         **_: object,
     ) -> str:
         """Render a chat as transformers does."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(text: str) -> None:
-            raise TemplateError(text)
-
-        jinja = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        jinja.globals["raise_exception"] = refuse
-        jinja.filters["tojson"] = _to_json
-        template = jinja.from_string(self.chat_template or "")
-        return template.render(
+        template = _jinja().from_string(self.chat_template or "")
+        text: str = template.render(
             messages=list(turns), add_generation_prompt=add_generation_prompt, **self._special
         )
+        return text
+
+
+def _jinja() -> Any:
+    """An environment with what transformers gives to chat templates."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` only marks what the assistant has written."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(text: str) -> None:
+        raise TemplateError(text)
+
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    jinja.globals["raise_exception"] = refuse
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    jinja.filters["tojson"] = _to_json
+    return jinja
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -44,7 +44,7 @@ LOGITS_BYTES = 12
 # Model code, optimizer and PEFT layers that are loaded on first use, and BLAS's buffers: 14 to
 # 18 MiB over the import floor on Linux x86-64, before any large tensor (benchmarks/memory.py).
 RUNTIME_BYTES = 16 * 2**20
-# glibc never takes anything larger from its heap, where `FRAGMENTATION` applies.
+# glibc never takes anything larger from its heap, where fragments are left.
 MAX_HEAP_BYTES = 32 * 2**20
 
 
@@ -82,8 +82,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
     """
     trained = _adapter_params(model, work)
     head = model.head_params if work.trains_head and work.has_tail else 0
-    frozen, own = _activations(model, work)
-    activations = frozen + own
+    activations = _activations(model, work)
     between = 2 * work.tokens * model.hidden_size * 4 if work.recompute else activations
     return MemoryEstimate(
         base=work.base_bytes * _base_params(model, work),
@@ -93,9 +92,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
         residual=ADAPTER_BYTES * _residual_params(model, work),
         activations=between,
         # What is computed again is there during the backward pass only.
-        workspace=_workspace(model, work)
-        + max(0, activations - between)
-        + round((work.fragmentation - 1.0) * (_heap_share(model, work) * frozen + own)),
+        workspace=_workspace(model, work) + max(0, activations - between),
         wire=_wire(model, work),
         overhead=overhead_bytes,
     )
@@ -128,7 +125,8 @@ def adapter_bytes(
         kept += tokens * linear.num_inputs + (trained if tokens else 0)
     elif not linear.input_is_kept:
         kept += tokens * linear.num_inputs // linear.num_sharing
-    return ADAPTER_BYTES * copies * trained + round(fragmentation * compute_bytes * kept)
+    fragments = fragmentation * _freed_beside(linear, tokens * compute_bytes)
+    return ADAPTER_BYTES * copies * trained + compute_bytes * kept + round(fragments)
 
 
 def hidden_bytes(model: ModelShape, micro_batch: int, length: int, codec_bytes: int) -> int:
@@ -162,39 +160,50 @@ def _residual_params(model: ModelShape, work: Work) -> int:
         min(work.residual_rank, linear.num_outputs, linear.num_inputs)
         * (linear.num_outputs + linear.num_inputs)
         for block in range(work.first, work.stop)
-        for linear in model.linears
-        if f"{model.blocks_path}.{block}.{linear.name}" in work.ranks
+        for linear in _with_residual(model, work, block)
     )
 
 
-def _activations(model: ModelShape, work: Work) -> tuple[int, int]:
+def _with_residual(model: ModelShape, work: Work, block: int) -> list[Linear]:
+    """The linear layers of a block that have a frozen residual."""
+    prefix = f"{model.blocks_path}.{block}."
+    has_any = work.residual_rank > 0
+    return [li for li in model.linears if has_any and prefix + li.name in work.ranks]
+
+
+def _activations(model: ModelShape, work: Work) -> int:
     """Kept by all blocks that the backward pass reaches, and by their adapters on top.
 
     The lowest block counts as a whole, although it keeps nothing that lies below its adapters.
     """
     reached = range(lowest_block(model, work), work.stop)
     own = (_kept_adapters(adapted_linears(model, work, block), work) for block in reached)
-    return round(len(reached) * _kept_frozen(model, work)), sum(own)
+    return round(len(reached) * _kept_frozen(model, work)) + sum(own)
 
 
-def _heap_share(model: ModelShape, work: Work) -> float:
-    """Share of a block's activations that lie in the heap: larger ones get pages of their own."""
-    sides = [n for li in model.linears for n in (li.num_outputs, li.num_inputs)]
-    width = work.tokens * work.compute_bytes
-    return sum(n for n in sides if n * width <= MAX_HEAP_BYTES) / sum(sides)
+def _kept_of(model: ModelShape, work: Work) -> Kept:
+    """What is known of a block of these widths."""
+    widths = work.base_bytes, work.compute_bytes
+    for kept in model.kept:
+        if (kept.base_bytes, kept.compute_bytes) == widths:
+            return kept
+    # Whatever follows a linear layer keeps its output; attention keeps its own, a gate its factor.
+    numbers = sum(linear.num_outputs for linear in model.linears)
+    per_token = work.compute_bytes * (numbers + model.attention_size + model.intermediate_size)
+    return Kept(
+        base_bytes=work.base_bytes,
+        compute_bytes=work.compute_bytes,
+        per_token=per_token,
+        per_pair=work.compute_bytes,
+        freed_per_token=1.5 * per_token,  # 1.2 to 2.2 in the families that were looked at
+    )
 
 
 def _kept_frozen(model: ModelShape, work: Work) -> float:
     """What a block without adapters keeps."""
-    pairs = work.tokens * work.length
-    for kept in model.kept:
-        if (kept.base_bytes, kept.compute_bytes) == (work.base_bytes, work.compute_bytes):
-            per_block = kept.per_block if work.tokens else 0.0
-            return per_block + work.tokens * kept.per_token + pairs * kept.per_pair
-    # Whatever follows a linear layer keeps its output; attention keeps its own, a gate its factor.
-    numbers = sum(linear.num_outputs for linear in model.linears)
-    numbers += model.attention_size + model.intermediate_size
-    return float(work.compute_bytes * (work.tokens * numbers + pairs))
+    kept, tokens = _kept_of(model, work), work.tokens
+    per_block = kept.per_block if tokens else 0.0
+    return per_block + tokens * (kept.per_token + work.length * kept.per_pair)
 
 
 def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
@@ -218,9 +227,30 @@ def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
 
 
 def _workspace(model: ModelShape, work: Work) -> int:
-    """The larger of head and block: their backward passes follow each other."""
+    """The larger of head and block, whose backward passes follow each other, and fragments."""
     head = _head_workspace(model, work) if work.has_tail else 0
-    return RUNTIME_BYTES + max(head, _block_workspace(model, work))
+    fragments = round(work.fragmentation * _freed(model, work))
+    return RUNTIME_BYTES + max(head, _block_workspace(model, work)) + fragments
+
+
+def _freed(model: ModelShape, work: Work) -> float:
+    """What the forward pass makes between activations and frees, as far as it is in the heap."""
+    kept, width = _kept_of(model, work), work.tokens * work.compute_bytes
+    sides = [n for li in model.linears for n in (li.num_outputs, li.num_inputs)]
+    in_heap = sum(n for n in sides if n * width <= MAX_HEAP_BYTES) / sum(sides)
+    frozen = in_heap * work.tokens * (kept.freed_per_token + work.length * kept.freed_per_pair)
+    freed = 0.0
+    for block in range(lowest_block(model, work), work.stop):
+        freed += frozen
+        freed += sum(_freed_beside(li, width) for li, _ in adapted_linears(model, work, block))
+        freed += sum(_freed_beside(li, width) for li in _with_residual(model, work, block))
+    return freed
+
+
+def _freed_beside(linear: Linear, width: int) -> int:
+    """What an adapter or a residual frees beside a weight: B A x, its multiple, the old sum."""
+    output = linear.num_outputs * width
+    return 3 * output if output <= MAX_HEAP_BYTES else 0
 
 
 def _block_workspace(model: ModelShape, work: Work) -> int:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Memory that glibc's heap takes for a byte of activations: 1.9 to 2.3 in benchmarks/memory.py, on
-# Linux x86-64. What comes and goes between activations leaves holes, and torch's aligned blocks
-# fit badly into holes of their own size. With MALLOC_MMAP_THRESHOLD_=131072 in the environment
-# every tensor has pages of its own, and it is 1.
-FRAGMENTATION = 2.0
+# Share of what a forward pass makes and frees whose place in glibc's heap is not used again: torch
+# asks for aligned blocks, which fit badly into holes of their own size. Measured as 0.4 to 0.8 on
+# Linux x86-64 (benchmarks/memory.py). With MALLOC_MMAP_THRESHOLD_=131072 in the environment every
+# tensor has pages of its own, and it is 0.
+FRAGMENTATION = 0.55
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,9 @@ class Kept:
     """For each of the B T tokens."""
     per_pair: float = 0.0
     """For each of the B T T pairs of positions: masks, or scores where attention keeps them."""
+    freed_per_token: float = 0.0
+    """What comes and goes in the forward pass, in the same way."""
+    freed_per_pair: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,7 @@ class Work:
     has_lora_dropout: bool = False
     """Whether adapters drop part of their input."""
     fragmentation: float = FRAGMENTATION
-    """Memory that the allocator's heap takes for a byte of activations; 1: no more than that."""
+    """Share of what comes and goes in a forward pass that the allocator cannot use again."""
 
     @property
     def tokens(self) -> int:

@@ -100,6 +100,22 @@ def test_an_illegal_instruction_is_one_failure(sources: Sources) -> None:
     assert doctor.exit_code(found) == 1
 
 
+def test_the_backend_of_the_config_is_looked_at(tmp_path: Path) -> None:
+    """Torch is left alone where onnxruntime computes; what that cannot do is a failure."""
+    pytest.importorskip("onnxruntime")
+    given = ["coordinator=tcp://h:1", "server_key=k", "backend=onnxruntime"]
+    small, _ = written.read_config(None, given, {}, "EDGE_SDK_")
+    wrong, _ = written.read_config(None, [*given, "device=cuda"], {}, "EDGE_SDK_")
+
+    found = list(doctor.look_at_compute(small, Sources(tmp_path), healthy))
+    impossible = doctor.check_backend(wrong)
+
+    assert [(one.check, one.status) for one in found] == [("torch", "skipped")]
+    assert doctor.check_backend(small).text.endswith("a run uses onnxruntime")
+    assert impossible.status == "failure"
+    assert "device: 'cuda' is not possible" in impossible.text
+
+
 def test_the_exit_code_is_for_scripts() -> None:
     """Warnings and what was skipped are no failure."""
     fine = [ok("a", ""), warned("b", "", ""), skipped("c", "")]
@@ -121,7 +137,7 @@ def test_lines_for_people() -> None:
     assert len(plain) == 2
     assert len(wrapped) == 3
     assert all(len(line) <= 60 for line in wrapped[:-1])
-    assert wrapped[1].startswith(" " * 17 + "a")
+    assert wrapped[1].startswith(" " * 17 + "c d")
     assert coloured.startswith("\033[33mwarning\033[0m  clock")
 
 
@@ -137,6 +153,13 @@ def test_lines_for_programs_and_the_last_line() -> None:
     }
     assert summary(found) == "4 checks: 2 ok, 1 warning, 1 failure"
     assert summary([failure("c", "z", "")] * 2) == "2 checks: 2 failures"
+
+
+def test_the_doctor_itself_loads_nothing_that_could_kill_it() -> None:
+    """Libraries with kernels are loaded by processes of their own only."""
+    code = "import edge_sdk.doctor, sys; print({'torch', 'onnxruntime'} & sys.modules.keys())"
+
+    assert compute.run_python(["-c", code], 60.0).out.strip() == "set()"
 
 
 # ---- config, keys, data --------------------------------------------------------------------------

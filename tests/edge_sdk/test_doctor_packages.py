@@ -78,7 +78,8 @@ def test_this_environment_is_in_order() -> None:
     ("versions", "status", "text"),
     [
         ({"torch": "2.9", "peft": "0.18"}, "ok", "torch 2.9"),
-        ({"onnxruntime": "1.31"}, "ok", "onnxruntime 1.31"),
+        ({"onnxruntime": "1.31", "tokenizers": "0.22"}, "ok", "onnxruntime 1.31"),
+        ({"onnxruntime": "1.31"}, "failure", "but not tokenizers"),
         ({"torch": "2.9"}, "failure", "but not peft"),
         ({"torch": "2.1", "peft": "0.18"}, "failure", "but not torch>=2.4"),
         ({}, "failure", "neither torch nor onnxruntime"),
@@ -113,4 +114,4 @@ def test_every_board_has_its_own_torch(board: str, cure: str, tmp_path: Path) ->
     finding = packages.check_backend(build(board, tmp_path).sources, NEEDS, installed({}))
 
     assert cure in finding.cure
-    assert "pip install onnxruntime" in finding.cure
+    assert "'edgesplit[onnx]'" in finding.cure

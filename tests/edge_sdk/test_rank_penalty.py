@@ -11,7 +11,7 @@ from edge_sdk.rank_penalty import add_penalty, kept_rank, pruned_rank
 
 
 def test_the_gradient_is_that_of_the_formula() -> None:
-    """lambda |B_tail| |A_tail| by autograd gives the same gradient, on top of the loss's own."""
+    """Lambda |B_tail| |A_tail| by autograd gives the same gradient, on top of the loss's own."""
     torch.manual_seed(0)
     factors = {
         "w.A": torch.nn.Parameter(torch.randn(4, 5)),
@@ -36,7 +36,7 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     ("rank", "gamma", "kept"), [(100, 0.99, 99), (8, 0.99, 8), (8, 0.5, 4), (1, 0.1, 1)]
 )
 def test_kept_ranks(rank: int, gamma: float, kept: int) -> None:
-    """r' is the nearest whole rank, and never 0."""
+    """The kept rank is the nearest whole rank, and never 0."""
     assert kept_rank(rank, gamma) == kept
 
 

@@ -89,7 +89,7 @@ def test_backends_compute_the_same(family: str) -> None:
         assert own_sums.loss_sum == pytest.approx(sums.loss_sum, rel=1e-5)
         assert runtime.tail_eval(wanted, micro) == own_sums
         assert relative(own_grad, grad) < GRADIENT_TOLERANCE
-        before = reference.pairs(), reference.head()
+        before = reference.pairs(), {n: v.copy() for n, v in reference.head().items()}
         for each in (reference, runtime):
             each.backward(grad)
             each.step(0)  # SGD with rate 1: what moved is the gradient

@@ -1,0 +1,85 @@
+"""Graphs are made once, elsewhere; what cannot be made is refused with the reason."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from coordinator.graph_shop import GraphShop, check_lora
+from coordinator.planning import ModelFacts
+from edge_sdk.adapters import LoraConfig, find_targets
+from edge_sdk.errors import RefusedError
+from edge_sdk.graphs import read_graphs
+from edge_sdk.plan import Part, Plan
+from edge_sdk.weights import PartCache, Source
+from tests.e2e.cluster import save_model
+
+PLAN = Plan(split=1, ranks={}, alphas={}, batch_size=1, micro_batch=1)
+PATIENCE_S = 120.0
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A tiny model on disk."""
+    return Source(str(save_model("gpt2", tmp_path / "model")), "causal-lm")
+
+
+def shop(source: Source, folder: Path) -> GraphShop:
+    """A shop that keeps its graphs in *folder*."""
+    targets = find_targets(source.config, source.task, source.layout, LoraConfig())
+    return GraphShop(source, ModelFacts(source.layout, targets), 0, PartCache(folder))
+
+
+def wait(made: GraphShop) -> Part:
+    """Ask until the graphs are there."""
+    until_s = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until_s:
+        part = made.find(PLAN, measures=False)
+        if part is not None:
+            return part
+        time.sleep(0.05)
+    raise AssertionError("no graphs")
+
+
+def test_graphs_are_made_once(source: Source, tmp_path: Path) -> None:
+    """Ordered at the first question, there at a later one, and at once in the next run."""
+    first, second = (shop(source, tmp_path / "parts") for _ in range(2))
+    assert first.find(PLAN, measures=False) is None
+
+    part = wait(first)
+
+    assert second.find(PLAN, measures=False) == part
+    graphs = read_graphs(PartCache(tmp_path / "parts").path(part))
+    assert graphs.models.keys() == {"front", "block.0", "vjp.0"}
+    assert not list(tmp_path.glob("edgesplit-graphs-*"))
+
+
+def test_what_cannot_be_made_is_refused(source: Source, tmp_path: Path) -> None:
+    """The other process's last words travel, in one line, with what to do."""
+    made = shop(source, tmp_path / "parts")
+    (source.folder / "config.json").write_text("{")
+
+    with pytest.raises(RefusedError, match=r"no graphs .*config.json.*; install torch there") as e:
+        wait(made)
+    assert "\n" not in str(e.value)
+
+
+def test_a_shop_that_closes_leaves_nothing_behind(source: Source, tmp_path: Path) -> None:
+    """The other process ends with the run."""
+    made = shop(source, tmp_path / "parts")
+    made.find(PLAN, measures=False)
+    (order,) = made._orders.values()
+
+    made.close()
+
+    assert order.process.poll() is not None
+    assert not order.path.parent.exists()
+
+
+def test_dropout_is_refused_with_a_cure() -> None:
+    """The setting and both ways out are named."""
+    check_lora(LoraConfig())
+    with pytest.raises(RefusedError, match=r"lora_dropout: 0.2 .* set it to 0, or install torch"):
+        check_lora(LoraConfig(lora_dropout=0.2))

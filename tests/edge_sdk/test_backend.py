@@ -1,0 +1,69 @@
+"""A device takes the backend that it has, and loads nothing of the other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk.backend import choose_backend
+from edge_sdk.client_config import ClientConfig
+from edge_sdk.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "peft", "onnx", "onnxscript", "sympy", "scipy")
+
+
+def config(**settings: Any) -> ClientConfig:
+    """A device's config."""
+    return ClientConfig(coordinator="tcp://127.0.0.1:1", server_key="x", **settings)
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let packages be not installed."""
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_torch_comes_first_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is torch; without it, or without peft, onnxruntime."""
+    assert choose_backend(config()) == "torch"
+    absent(monkeypatch, "peft")
+    assert choose_backend(config()) == "onnxruntime"
+
+
+def test_neither_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both extras are named, and the small one is called so."""
+    absent(monkeypatch, "torch", "onnxruntime")
+    with pytest.raises(ConfigError, match=r"neither.*edgesplit\[onnx\]' \(small\).*\[torch\]"):
+        choose_backend(config())
+    with pytest.raises(ConfigError, match=r"backend: 'torch' needs torch, .*edgesplit\[torch\]"):
+        choose_backend(config(backend="torch"))
+    with pytest.raises(ConfigError, match=r"'onnxruntime' needs onnxruntime, .*edgesplit\[onnx\]"):
+        choose_backend(config(backend="onnxruntime"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("device", "cuda"), ("compute", "bfloat16"), ("model", "gpt2")]
+)
+def test_what_onnxruntime_cannot_do_is_refused(name: str, value: str) -> None:
+    """The field is named, and what to change."""
+    with pytest.raises(ConfigError, match=f"{name}: '{value}' is not possible.*set backend"):
+        choose_backend(config(backend="onnxruntime", **{name: value}))
+
+
+def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
+    """Everything that a device without torch runs can be imported without it."""
+    modules = ["edge_sdk", "edge_sdk.participant", "edge_sdk.steps", "edge_sdk.runtime_onnx"]
+    code = (
+        f"import json, sys, {', '.join(modules)}\n"
+        f"print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+    assert json.loads(output) == []
