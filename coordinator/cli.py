@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.auth import AllowList
 from coordinator.compare_command import add_compare
 from coordinator.config import ServeConfig
+from coordinator.experiment_command import add_experiment
 from coordinator.plan_command import add_plan
 from coordinator.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.simulate_command import add_simulate
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_simulate(commands)
     add_compare(commands)
+    add_experiment(commands)
     _add(commands, "status", "where a run stands", _status, run_folder=True, formats=True)
     export = _add(commands, "export", "write a run's adapter or model", _export, run_folder=True)
     export.add_argument("--to", type=Path, required=True, help="folder to write")

@@ -106,7 +106,7 @@ class Runner:
 
 
 def _digest(config: SimulationConfig) -> str:
-    """Equal for runs that are configured alike, wherever their folders lie.
+    """Equal for runs that are configured alike and read the same bytes of data.
 
     To a method without devices all devices are alike: only their data and batches count.
     """
@@ -115,8 +115,13 @@ def _digest(config: SimulationConfig) -> str:
         own = {name: SimulatedDevice(data=d.data) for name, d in fleet.devices.items()}
         settings = {n: replace(d, split=None, r=None) for n, d in config.devices.items()}
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
-    text = dump_config(replace(config, name=None, runs=Path()))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    found = hashlib.sha256(dump_config(replace(config, name=None, runs=Path())).encode())
+    fleet = config.simulation
+    own = (device.data for device in fleet.devices.values())
+    for path in (fleet.data.path, config.evaluation.data.path, *own):
+        if path is not None and Path(path).is_file():  # not the id of a data set
+            found.update(Path(path).read_bytes())
+    return found.hexdigest()[:12]
 
 
 # ---- data ----

@@ -122,12 +122,14 @@ def _cannot_take_part(config: SimulationConfig, situation: Situation) -> dict[st
     """Devices that can hold no part of the model under this method, and why."""
     if not situation.is_fixed:
         return plan_all(situation).refused
-    found = {}
+    found, least = {}, situation
+    if _has_one_rank(config):
+        least = _with_rank(situation, min(config.planning.rank_set))
     for device in situation.profiles:
         split = 1 if _has_one_split(config) else situation.pinned_split(device)
         assert split is not None, "a fixed config gives everybody a split"
         own = config.devices.get(device, DeviceSettings()).r
-        needed = _bytes_of(situation, device, split, own or min(config.planning.rank_set))
+        needed = _bytes_of(least, device, split, own or min(config.planning.rank_set))
         if needed > situation.budget_bytes(device):
             found[device] = (
                 f"{split} of {situation.num_blocks} blocks need {needed / MIB:,.1f} MiB, "
@@ -167,7 +169,8 @@ def _lowered(config: SimulationConfig, situation: Situation) -> tuple[Simulation
     found_split, found_rank = split, rank
     if _has_one_split(config) and not isinstance(split, str):
         deeper = range(min(split, situation.num_blocks), 1, -1)
-        fits = (k for k in deeper if _all_hold(situation, k, min(ranks)))
+        least = min(ranks) if _has_one_rank(config) else rank
+        fits = (k for k in deeper if _all_hold(situation, k, least))
         found_split = next(fits, 1)
     if _has_one_rank(config):
         blocks = situation.num_blocks if isinstance(found_split, str) else found_split
@@ -181,10 +184,18 @@ def _lowered(config: SimulationConfig, situation: Situation) -> tuple[Simulation
 
 
 def _all_hold(situation: Situation, split: int, rank: int) -> bool:
+    lowered = _with_rank(situation, rank)
     return all(
-        _bytes_of(situation, device, split, rank) <= situation.budget_bytes(device)
+        _bytes_of(lowered, device, split, rank) <= situation.budget_bytes(device)
         for device in situation.profiles
     )
+
+
+def _with_rank(situation: Situation, rank: int) -> Situation:
+    """The same with one rank for everybody: what others hold counts in the frozen residual."""
+    config = situation.config
+    lora, default = replace(config.lora, r=rank), replace(config.default, r=rank)
+    return replace(situation, config=replace(config, lora=lora, default=default))
 
 
 def _bytes_of(situation: Situation, device: str, split: int, rank: int) -> float:

@@ -18,12 +18,12 @@ Key = tuple[str, str, int, float]
 class Point(NamedTuple):
     """Where a run stood when it was evaluated; everything is counted since its start."""
 
-    samples: int
+    samples: float
     modelled_s: float
     real_s: float
     """Of the machine that simulated."""
-    bytes_up: int
-    bytes_down: int
+    bytes_up: float
+    bytes_down: float
     loss: float
     accuracy: float
 
@@ -73,12 +73,13 @@ class Cell:
 
     def reached(self, loss: float) -> Point | None:
         """The moment at which *loss* was reached, on the straight line between two evaluations."""
+        if self.points[0].loss <= loss:
+            return self.points[0]
         for before, after in zip(self.points, self.points[1:], strict=False):
             if before.loss > loss >= after.loss:
                 part = (before.loss - loss) / (before.loss - after.loss)
-                pairs = zip(before, after, strict=True)
-                return Point(*(a + part * (b - a) for a, b in pairs))  # type: ignore[arg-type]
-        return self.points[0] if self.points[0].loss <= loss else None
+                return Point(*(a + part * (b - a) for a, b in zip(before, after, strict=True)))
+        return None
 
 
 def cell_to_row(cell: Cell) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _row(own: list[Cell], rates: list[float], target: float, *, is_classifier: b
         device_set=first.device_set,
         rate=first.rate,
         rate_is_extreme=len(rates) > 1 and first.rate in (rates[0], rates[-1]),
-        samples=max(cell.last.samples for cell in own),
+        samples=round(max(cell.last.samples for cell in own)),
         loss=spread(cell.last.loss for cell in own),
         score=spread(score(cell.last, is_classifier=is_classifier) for cell in own),
         modelled_s=spread(p.modelled_s for p in reached) if reached else None,

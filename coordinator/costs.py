@@ -101,6 +101,7 @@ def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) ->
         has_front=True,
         has_tail=has_tail,
         ranks=dict(ranks),
+        linear_bytes=situation.profile(device).linear_bytes,
         micro_batch=situation.micro_batch(device),
         length=situation.length,
         codec_bytes=_codec_bytes(situation, device),

@@ -139,7 +139,8 @@ class Writer:
     ) -> list[str]:
         """Append a node and return the names of its outputs."""
         outputs = [f"v{len(self._nodes)}_{i}" for i in range(num_outputs)]
-        self._nodes.append(helper.make_node(op, inputs, outputs, **attributes))
+        # Named, because some releases of onnxruntime fuse nodes and name the result after them.
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], **attributes))
         return outputs
 
     def value(self, node: Any) -> str:

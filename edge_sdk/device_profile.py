@@ -12,6 +12,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
 from edge_sdk.messages import Stamp
+from edge_sdk.training import LINEAR_BYTES
 from edge_sdk.transport import Link
 from profiler.profile import DeviceProfile
 
@@ -29,7 +30,7 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     Raises:
         ConfigError: the budget set by hand is more than the device has.
     """
-    by_hand = config.profile
+    by_hand = overlaid(DeviceProfile(linear_bytes=LINEAR_BYTES.get(config.base)), config.profile)
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
     from profiler.measure import measure_profile

@@ -156,6 +156,7 @@ class Preparation:
                 total_steps,
                 device=self._config.device,
                 compute=self._config.compute,
+                base=self._config.base,
             )
 
     def _onnx_runtime(

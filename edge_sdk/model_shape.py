@@ -154,7 +154,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def num_bytes(self) -> tuple[int, int]:
         """How much the block keeps, and how much it made and does not keep."""
         kept = self.kept()
-        freed = (n for place, n in self.made.items() if place not in kept.keys() | self.shared)
+        stays = kept.keys() | self.shared
+        freed = (size for place, size in self.made.items() if place not in stays)
         return sum(kept.values()), sum(freed)
 
 

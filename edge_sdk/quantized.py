@@ -11,7 +11,9 @@ Legend: N tokens, O outputs, I inputs, R a stretch of outputs, G groups, P bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -88,15 +90,53 @@ def pack(w_RI: torch.Tensor, kind: Quantized) -> tuple[torch.Tensor, torch.Tenso
     return (first_RP & 15) | (second_RP << 4), scales_RG
 
 
-def unpack(codes_RP: torch.Tensor, scales_RG: torch.Tensor, num_inputs: int) -> torch.Tensor:
-    """Return the float32 weights (R, I) of rows that `pack` has made."""
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of its own."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+
+
+def unpack(
+    codes_RP: torch.Tensor, scales_RG: torch.Tensor, num_inputs: int, empty: Empty = fresh
+) -> torch.Tensor:
+    """Return the float32 weights (R, I) of rows that `pack` has made, in memory from *empty*."""
+    rows, size = codes_RP.shape
     if scales_RG.dtype == torch.float32:
-        return codes_RP.float().mul_(scales_RG)
-    codes_R2P = codes_RP.new_empty(codes_RP.shape[0], 2, codes_RP.shape[1])
-    codes_R2P[:, 0] = (codes_RP << 4) >> 4  # arithmetic shifts: the sign comes along
-    codes_R2P[:, 1] = codes_RP >> 4
-    w_RG3 = _grouped(codes_R2P.float()).mul_(scales_RG.float()[:, :, None])
-    return w_RG3.flatten(1)[:, :num_inputs]
+        w_RI = empty((rows, size), torch.float32, codes_RP.device)
+        return w_RI.copy_(codes_RP).mul_(scales_RG)
+    half_RP = empty((rows, size), torch.int8, codes_RP.device)
+    w_R2P = empty((rows, 2, size), torch.float32, codes_RP.device)
+    torch.bitwise_left_shift(codes_RP, 4, out=half_RP)
+    w_R2P[:, 0] = half_RP.bitwise_right_shift_(4)  # arithmetic: the sign comes along
+    w_R2P[:, 1] = torch.bitwise_right_shift(codes_RP, 4, out=half_RP)
+    _grouped(w_R2P).mul_(scales_RG.float()[:, :, None])
+    return w_R2P.flatten(1)[:, :num_inputs]
+
+
+class _Scratch(threading.local):
+    """One piece of memory for each dtype and thread, used again and again.
+
+    Fresh ones would leave holes between the activations that a training step keeps: with them, a
+    slice of int4 took more memory in training than one of int8.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def __call__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Memory until the next call with this dtype."""
+        held, size = self._held.get((dtype, device)), math.prod(shape)
+        if held is None or held.numel() < size:
+            with torch.inference_mode(False):  # what is made in it cannot be written to later
+                held = self._held[dtype, device] = fresh((size,), dtype, device)
+        return held[:size].view(shape)
+
+
+_scratch = _Scratch()
 
 
 def _grouped(rows: torch.Tensor) -> torch.Tensor:
@@ -129,7 +169,7 @@ class _Multiply(torch.autograd.Function):
         x_NI = x.reshape(-1, layer.num_inputs).to(dtype)
         y_NO = x_NI.new_empty(x_NI.shape[0], layer.num_outputs)
         for rows in layer.stretches():
-            torch.mm(x_NI, layer.rows(rows).to(dtype).T, out=y_NO[:, rows])
+            torch.mm(x_NI, layer.rows(rows, dtype).T, out=y_NO[:, rows])
         if layer.bias is not None:
             y_NO += layer.bias.to(dtype)
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
@@ -144,7 +184,11 @@ class _Multiply(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         total_NI = grad_NO.new_zeros(grad_NO.shape[0], layer.num_inputs, dtype=wide)
         for rows in layer.stretches():
-            total_NI += grad_NO[:, rows] @ layer.rows(rows).to(grad.dtype)
+            w_RI = layer.rows(rows, grad.dtype)
+            if wide == grad.dtype:
+                total_NI.addmm_(grad_NO[:, rows], w_RI)
+            else:
+                total_NI += grad_NO[:, rows] @ w_RI
         return total_NI.to(ctx.dtype).view(ctx.shape), None
 
 
@@ -185,13 +229,16 @@ class _Packed(nn.Module):
         """Outputs that are computed together."""
         return _stretches(self.num_outputs, self.num_inputs, self.codes.device)
 
-    def rows(self, rows: slice) -> torch.Tensor:
-        """The float32 weights of some outputs, (R, I)."""
-        return unpack(self.codes[rows], self.scales[rows], self.num_inputs)
+    def rows(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of some outputs, (R, I), until this thread asks for others."""
+        w_RI = unpack(self.codes[rows], self.scales[rows], self.num_inputs, _scratch)
+        if dtype == torch.float32:
+            return w_RI
+        return _scratch(tuple(w_RI.shape), dtype, w_RI.device).copy_(w_RI)
 
     def dequantize(self) -> torch.Tensor:
         """A dense copy of the weight as it is computed with, the way the checkpoint holds it."""
-        w_OI = self.rows(slice(None)).to(self.dtype)
+        w_OI = unpack(self.codes, self.scales, self.num_inputs).to(self.dtype)
         return w_OI.T if self.is_transposed else w_OI
 
     @property

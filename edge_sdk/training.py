@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 Compute = Literal["auto", "float32", "bfloat16", "float16"]
 Base = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """How frozen weights are kept; what int8 and int4 mean stands in `quantized.py`."""
+# Bytes for each weight of a linear layer, where not 4; those of int8's scales hardly count.
+LINEAR_BYTES: Mapping[Base, float] = {
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "int4": 0.5 + 2 / 32,
+}
 
 # As torch.amp.GradScaler starts and grows.
 FIRST_LOSS_SCALE = 65536.0

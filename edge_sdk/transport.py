@@ -6,7 +6,6 @@ for tests and simulation (`memory_link.py`).
 
 from __future__ import annotations
 
-import importlib.metadata
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -69,9 +68,11 @@ def no_telemetry() -> dict[str, float]:
 
 def package_version() -> str:
     """Return the version of this package, or `0` where it runs without being installed."""
+    from importlib import metadata  # here: it loads the whole of `email`
+
     try:
-        return importlib.metadata.version("edgesplit")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("edgesplit")
+    except metadata.PackageNotFoundError:
         return "0"
 
 

@@ -85,7 +85,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
     activations = _activations(model, work)
     between = 2 * work.tokens * model.hidden_size * 4 if work.recompute else activations
     return MemoryEstimate(
-        base=work.base_bytes * _base_params(model, work),
+        base=_base_bytes(model, work),
         adapters=ADAPTER_BYTES * trained,
         gradients=ADAPTER_BYTES * (trained + head),
         optimizer=ADAPTER_BYTES * _moments(work.optimizer) * (trained + head),
@@ -140,11 +140,16 @@ def _moments(optimizer: str) -> int:
     return MOMENTS[optimizer]
 
 
-def _base_params(model: ModelShape, work: Work) -> int:
-    params = model.block_params * (work.stop - work.first)
+def _base_bytes(model: ModelShape, work: Work) -> int:
+    num_blocks = work.stop - work.first
+    params = model.block_params * num_blocks
     if work.has_front or (work.has_tail and model.tail_needs_front):
         params += model.front_params
-    return params + (model.tail_params if work.has_tail else 0)
+    params += model.tail_params if work.has_tail else 0
+    if work.linear_bytes is None:
+        return work.base_bytes * params
+    packed = num_blocks * sum(linear.num_weights for linear in model.linears)
+    return work.base_bytes * (params - packed) + round(work.linear_bytes * packed)
 
 
 def _adapter_params(model: ModelShape, work: Work) -> int:
@@ -268,7 +273,7 @@ def _head_workspace(model: ModelShape, work: Work) -> int:
 
 
 def _wire(model: ModelShape, work: Work) -> int:
-    """H and dL/dh in transit, and the received one decoded; twice where the tail is elsewhere."""
+    """Both h and dL/dh coded, one decoded; again for the ends of a tail that is here."""
     if work.has_front and work.has_tail and work.stop == model.num_blocks:
         return 0
     ends = 2 if work.has_front and work.has_tail else 1

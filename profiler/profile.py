@@ -31,6 +31,8 @@ class DeviceProfile:
     """Time of a small message there and back."""
     power_mode: str | None = None
     """Name of the board's power mode, for people; another mode is another speed."""
+    linear_bytes: float | None = None
+    """Memory for each frozen weight of the blocks' linear layers; None: that of float32, 4."""
     native_bf16: bool | None = None
     """Whether the hardware itself multiplies bfloat16; emulation does not count."""
 

@@ -114,6 +114,8 @@ class Work:
     """Tokens of the longest of them: padding is computed too."""
     base_bytes: int = 4
     """Per frozen parameter."""
+    linear_bytes: float | None = None
+    """Per weight of a block's linear layers, where these are quantised; None: as the others."""
     compute_bytes: int = 4
     """Per activation; 2 stands for autocast."""
     codec_bytes: int = 2

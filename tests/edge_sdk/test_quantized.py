@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from edge_sdk.config import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.importance import Form
 from edge_sdk.layout import find_layout
+from edge_sdk.model_shape import model_shape
 from edge_sdk.partition import CPU, Slice
 from edge_sdk.plan import Plan
 from edge_sdk.quantized import (
@@ -37,8 +38,10 @@ from edge_sdk.quantized import (
     unpack,
 )
 from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import Base, TrainingConfig
+from edge_sdk.training import LINEAR_BYTES, Base, TrainingConfig
 from edge_sdk.weights import Source, open_part
+from profiler.estimate import Work, estimate_memory
+from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (
     BLOCKS,
     FAMILIES,
@@ -68,6 +71,7 @@ def steps(kind: Quantized, scales: torch.Tensor, num_inputs: int) -> torch.Tenso
 
 
 @both
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 3 * GROUP), st.integers(-30, 30))
 def test_a_weight_comes_back_within_half_a_step(
     kind: Quantized, seed: int, rows: int, columns: int, power: int
@@ -376,6 +380,30 @@ def test_a_streamed_file_goes_with_its_tensors(tmp_path: Path) -> None:
         assert "model.safetensors" not in maps.read_text()
 
 
+@both
+def test_the_planner_reckons_with_the_bytes_that_are_there(kind: Quantized) -> None:
+    """Of a slice of many blocks, estimate and memory differ by int8's scales and no more."""
+    config = make_config("llama", hidden_size=64, intermediate_size=128)
+    layout = find_layout(config, "causal-lm")
+    work = Work(
+        first=0,
+        stop=BLOCKS,
+        has_front=False,
+        has_tail=False,
+        ranks={},
+        micro_batch=1,
+        length=8,
+        linear_bytes=LINEAR_BYTES[kind],
+    )
+
+    slice_ = Slice(config, "causal-lm", layout, torch.float32, CPU, kind)
+
+    held = sum(p.nbytes for block in slice_.blocks for p in block.parameters())
+    scales = sum(p.nbytes for n, p in slice_.model.named_parameters() if n.endswith(".scales"))
+    estimated = estimate_memory(model_shape(config, "causal-lm", layout), work).base
+    assert held - estimated == (scales if kind == "int8" else 0)
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -517,6 +545,30 @@ def test_importance_is_that_of_the_dense_weights(family: str, form: Form, kind: 
 
     assert all(value > 0 for value in found[0].values())
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_device_of_a_run_quantises_what_it_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`base` of the config decides, one device at a time; the coordinator's parts are the same."""
+    made: list[Slice] = []
+
+    class Noted(Slice):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("edge_sdk.runtime_torch.Slice", Noted)
+    cluster = Cluster(tmp_path, save_model("llama", tmp_path / "m"), tmp_path / "parts", ("a", "b"))
+    serving = cluster.serve().start()
+    clients = [*cluster.start("a", base="int4"), *cluster.start("b")]
+
+    assert serving.wait() == "completed"
+
+    wait_all(clients)
+    kinds = [{type(m).__name__ for m in layers_of(slice_).values()} for slice_ in made]
+    assert sorted(kinds, key=len) == [set(), {"QuantizedLinear"}]
+    assert serving.rows[-1]["train_loss"] < serving.rows[1]["train_loss"]
 
 
 # ---- configuration -------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""A board of an experiment: what lies on it, how its program is started, how it is left clean.
+
+    site = make_site(config, "kitchen", folder, "20260101-120000")
+    site.prepare(...)       interpreter, keys, data
+    site.start(...)         a kept `edge-sdk run`
+    site.clean()
+
+Real and emulated boards differ in their shell and in their environment, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.experiment_config import BoardConfig, ExperimentConfig
+from coordinator.experiment_shell import LocalShell, Program, Shell, SshShell, ask, put
+from edge_sdk.errors import ConfigError, DeviceError
+
+INSTALL_S = 3600.0
+KEY, DATA, CONFIG = "device.key", "data", "device.yaml"
+RUN = "import sys; from edge_sdk.cli import main; sys.exit(main(sys.argv[1:]))"
+# One thread: that is what the share of a core stands for.
+EMULATED = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Makes the environment once for each wheel; `$1` work folder, `$2` mark, `$3` wheel, then packages.
+INSTALL = """
+cd "$1" && mark="venv/$2" && wheel="$3" && shift 3
+[ -e "$mark" ] && exit 0
+rm -rf venv && python3 -m venv --system-site-packages venv &&
+venv/bin/python -m pip install --quiet --disable-pip-version-check "$wheel" "$@" && touch "$mark"
+"""
+
+
+@dataclass
+class Site:
+    """One board."""
+
+    name: str
+    config: BoardConfig
+    shell: Shell
+    home: str
+    """Folder of this experiment on the board."""
+    kept: str
+    """Folder that outlives it there: environment and parts of models."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self, key: Path, wheel: Callable[[], Path]) -> None:
+        """Bring everything that does not change from run to run.
+
+        Raises:
+            DeviceError: the board cannot be reached, or something failed there.
+        """
+        ask(self.shell, ["mkdir", "-p", self.kept])
+        if isinstance(self.shell, SshShell):
+            root = ask(self.shell, ["sh", "-c", 'cd "$1" && pwd', "sh", self.kept]).strip()
+            self.home, self.kept = self.home.replace(self.kept, root, 1), root
+            self._find_python(wheel)
+        ask(self.shell, ["sh", "-c", 'umask 077 && mkdir -p "$1"', "sh", self.home])
+        put(self.shell, key, f"{self.home}/{KEY}")
+        if self.config.data is not None:
+            put(self.shell, Path(self.config.data), f"{self.home}/{self.data_name}")
+
+    def _find_python(self, wheel: Callable[[], Path]) -> None:
+        if self.config.python is not None:
+            self.shell.python = self.config.python
+        else:
+            self._install(wheel())
+        try:
+            ask(self.shell, [self.shell.python, "-c", "import edge_sdk.cli"])
+        except DeviceError as error:
+            raise DeviceError(
+                f"{self.shell.python} on this board cannot import edge_sdk: {error}"
+            ) from error
+
+    def _install(self, wheel: Path) -> None:
+        board = self.config
+        wanted = f"{wheel.name}[{','.join(board.extras)}]" if board.extras else wheel.name
+        told = repr((wanted, board.packages)).encode()
+        content = hashlib.sha256(wheel.read_bytes() + told)
+        mark = f".edgesplit-{content.hexdigest()[:16]}"
+        put(self.shell, wheel, f"{self.kept}/{wheel.name}")
+        words = ["sh", "-c", INSTALL, "sh", self.kept, mark, f"./{wanted}", *board.packages]
+        ask(self.shell, words, timeout_s=INSTALL_S)
+        self.shell.python = f"{self.kept}/venv/bin/python"
+
+    @property
+    def data_name(self) -> str:
+        """Its data file on the board; the ending says what it is."""
+        return DATA + "".join(Path(self.config.data or "").suffixes)
+
+    def settings(
+        self, config: ExperimentConfig, address: str, server_key: str, label: str
+    ) -> dict[str, Any]:
+        """What `edge-sdk run` reads in the run *label*."""
+        data = {k: v for k, v in asdict(config.experiment.data).items() if v is not None}
+        if self.config.data is not None:
+            data["path"] = self.data_name
+        found: dict[str, Any] = {
+            "coordinator": address,
+            "server_key": server_key,
+            "secret_key": KEY,
+            "data": data,
+            "cache": f"{self.kept}/parts",
+            "state": f"state/{label}",
+        }
+        if isinstance(self.shell, LocalShell):
+            found |= {"device": "cpu", "threads": 1}
+        return found
+
+    def start(
+        self,
+        settings: dict[str, Any],
+        folder: Path,
+        groups: Sequence[Path],
+        on_line: Callable[[str], None],
+    ) -> Program:
+        """Start the board's program.
+
+        Args:
+            settings: As `settings` returned them.
+            folder: On this machine, for a copy of them.
+            groups: Control groups to enter.
+            on_line: Gets what the program says.
+        """
+        copy = folder / f"{self.name}.yaml"
+        copy.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        put(self.shell, copy, f"{self.home}/{CONFIG}")
+        command = [self.shell.python, "-c", RUN, "run", "--config", CONFIG, *self.config.settings]
+        return Program(
+            self.shell,
+            command,
+            folder=self.home,
+            environment={"PYTHONUNBUFFERED": "1", **self.environment},
+            groups=groups,
+            on_line=on_line,
+        )
+
+    def clean(self) -> None:
+        """Remove the key, the data and everything else of this experiment."""
+        ask(self.shell, ["rm", "-rf", self.home])
+
+    def address_of_ours(self, config: ExperimentConfig) -> str:
+        """Under which name or number the board reaches this machine."""
+        if config.experiment.address or not isinstance(self.shell, SshShell):
+            return config.experiment.address or "127.0.0.1"
+        words = ["ssh", "-G", *self.shell.options, self.shell.host]
+        given = dict(line.split(" ", 1) for line in ask(LocalShell(), words).splitlines())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((given["hostname"], int(given["port"])))  # sends nothing
+            except OSError as error:
+                raise ConfigError(
+                    f"boards: {self.name}: no way to {given['hostname']} ({error.strerror}); set "
+                    "experiment.address to the name under which boards reach this machine"
+                ) from error
+            return str(probe.getsockname()[0])
+
+
+def make_site(config: ExperimentConfig, name: str, workspace: Path, label: str) -> Site:
+    """Return the site of one board; nothing is done there yet."""
+    board = config.boards[name]
+    if board.ssh is None:
+        kept = str(workspace / "boards" / name)
+        return Site(name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED))
+    options = [*board.ssh_options]
+    options += ["-p", str(board.port)] if board.port else []
+    options += ["-i", str(board.identity)] if board.identity else []
+    shell = SshShell(board.ssh, tuple(options))
+    return Site(name, board, shell, f"{board.workdir}/{label}-{name}", board.workdir)
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build a wheel of this checkout in *folder*.
+
+    Raises:
+        ConfigError: EdgeSplit was not installed from a checkout, or the build failed.
+    """
+    root = Path(__file__).parents[1]
+    cure = "set experiment.wheel to a wheel, or boards.NAME.python to an environment that has it"
+    if not (root / "pyproject.toml").is_file():
+        raise ConfigError(f"there is no checkout to build a wheel from; {cure}")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    found = sorted(folder.glob("*.whl"))
+    if done.returncode or not found:
+        lines = done.stderr.strip().splitlines()
+        raise ConfigError(f"cannot build a wheel: {lines[-1] if lines else 'pip failed'}; {cure}")
+    return found[-1]

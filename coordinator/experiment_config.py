@@ -1,0 +1,278 @@
+"""What `coordinator experiment run FILE` reads: a run, its boards, and what happens to them.
+
+Pure; whether a board answers is found out in `experiment_board.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from coordinator.auth import is_device_name
+from coordinator.compare_config import MethodConfig
+from coordinator.config import ServeConfig
+from coordinator.fleet import Board, Connection, Scale, catalogue, free_bytes
+from coordinator.presets import NAMES
+from coordinator.relay import LinkShape
+from edge_sdk.data import DataConfig
+
+BYTES_PER_MBIT = 1e6 / 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardConfig:
+    """One board: a real one behind ssh, or one that this machine pretends to be."""
+
+    ssh: str | None = None
+    """`user@host`, or a name of ssh's configuration; a key must let us in."""
+    port: int | None = None
+    """Port of its ssh."""
+    identity: Path | None = None
+    """Secret key for its ssh."""
+    ssh_options: tuple[str, ...] = ()
+    """Further words for ssh, each one a word."""
+    workdir: str = "edgesplit"
+    """Folder on an ssh board, from its home folder on; the environment and downloaded parts of
+    models stay there, everything else is removed."""
+    python: str | None = None
+    """Interpreter on an ssh board in whose environment EdgeSplit is installed; None: an environment
+    is made in `workdir`, and a wheel of this version installed there."""
+    extras: tuple[str, ...] = ("onnx",)
+    """Extras of EdgeSplit that are installed with the wheel; empty where the system's packages,
+    which the environment sees, have torch or onnxruntime already."""
+    packages: tuple[str, ...] = ()
+    """What else pip is told to install, options included."""
+    emulated: str | None = None
+    """Name in coordinator/data/boards.yaml or in `experiment.boards`."""
+    memory_bytes: float | None = None
+    """Memory of an emulated board, instead of what the board has."""
+    cpu_quota: float | None = None
+    """Cores of this machine for an emulated board, instead of a share as its peak asks for."""
+    link: str | None = None
+    """Name in coordinator/data/links.yaml or in `experiment.links`; None: no limit. An ssh board
+    with one dials a relay on this machine, its real link comes on top."""
+    jitter_ms: float = 0.0
+    """Up to so much later, each way, beside the delay of `link`."""
+    data: str | None = None
+    """Its training file on this machine, which is copied to the board; None: `settings` name one
+    that is on the board."""
+    settings: tuple[str, ...] = ()
+    """`key=value` of `edge-sdk run`."""
+
+    def __post_init__(self) -> None:
+        if (self.ssh is None) == (self.emulated is None):
+            raise ValueError("give ssh or emulated, one of them")
+        foreign = ("port", "identity", "python") if self.ssh is None else _EMULATION
+        for name in foreign:
+            if getattr(self, name) is not None:
+                kind = "an emulated" if self.ssh is None else "an ssh"
+                raise ValueError(f"{name} means nothing to {kind} board; remove it")
+        for name in ("memory_bytes", "cpu_quota"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if not 0 <= self.jitter_ms < 1e5:
+            raise ValueError(f"jitter_ms must be at least 0, got {self.jitter_ms}")
+
+
+_EMULATION = ("memory_bytes", "cpu_quota")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultConfig:
+    """Something that happens to a board."""
+
+    board: str
+    """Its name in `boards`."""
+    do: Literal["kill", "power-cut", "throttle", "link", "cut"]
+    """`kill`: its program dies, connections are closed; `power-cut`: it is gone, and nobody is told;
+    `throttle`: `factor` of its speed; `link`: the link becomes `to`; `cut`: nothing passes."""
+    at_s: float | None = None
+    """Seconds after the boards were started."""
+    at_step: int | None = None
+    """When the board has finished so many steps of the run."""
+    seconds: float | None = None
+    """After so long all is as before: the program is started again, speed and link are back. None:
+    never, except that `restarts` holds for `kill`, too."""
+    factor: float | None = None
+    """Of `throttle`."""
+    to: str | None = None
+    """Of `link`: a name as in `boards.NAME.link`."""
+
+    def __post_init__(self) -> None:
+        if (self.at_s is None) == (self.at_step is None):
+            raise ValueError("give at_s or at_step, one of them")
+        for name in ("at_s", "at_step", "seconds", "factor"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 or (value == 0 and name == "at_s")):
+                raise ValueError(f"{name} must be above 0, got {value}")
+        needed = {"throttle": "factor", "link": "to", "cut": "seconds"}.get(self.do)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"{needed} is missing, which {self.do} needs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentSection:
+    """How boards are treated, and which methods run on them."""
+
+    presets: tuple[str, ...] = ()
+    """Names of presets, or of `methods`, one run after the other; empty: the run as it stands."""
+    methods: dict[str, MethodConfig] = field(default_factory=dict)
+    """Further methods by name."""
+    seeds: tuple[int, ...] = ()
+    """A run of each method with each; empty: training.seed."""
+    target: float | None = None
+    """Loss that times are measured to; None: the lowest that every run reached."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """How every board's data is read; `path` is for boards without `data`."""
+    address: str | None = None
+    """Host name of this machine for ssh boards; None: that of the way to each of them."""
+    restarts: int = 0
+    """How often a board's program is started again after it has died."""
+    cores: float = 1.0
+    """Cores of this machine that the strongest emulated board has; the others have less, in
+    proportion of their peaks."""
+    must_limit: bool = True
+    """Whether emulated boards need their limits. False: without the rights for control groups the
+    experiment goes on with whole cores and all memory, and says so."""
+    coordinator_threads: int = 1
+    """CPU threads of the coordinator."""
+    wheel: Path | None = None
+    """What is installed on ssh boards; None: built from this checkout."""
+    limit_s: float | None = None
+    """A run that has not ended after so many seconds is stopped."""
+    boards: dict[str, Board] = field(default_factory=dict)
+    """Further boards to emulate, by name."""
+    links: dict[str, Connection] = field(default_factory=dict)
+    """Further links, by name."""
+
+    def __post_init__(self) -> None:
+        for name in self.presets:
+            if name not in NAMES and name not in self.methods:
+                known = ", ".join((*NAMES, *self.methods))
+                raise ValueError(f"presets: {name!r} is unknown; there are {known}")
+        for name in ("presets", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must hold different entries")
+        if self.restarts < 0:
+            raise ValueError(f"restarts must be at least 0, got {self.restarts}")
+        if self.coordinator_threads < 1:
+            raise ValueError(
+                f"coordinator_threads must be at least 1, got {self.coordinator_threads}"
+            )
+        for name in ("cores", "limit_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentConfig(ServeConfig):
+    """Everything about one experiment: what `serve` reads, boards, and faults.
+
+    Keys and the allow-list are the experiment's own. The run begins when all boards are there;
+    afterwards `min_devices` is how many it needs to go on.
+    """
+
+    boards: dict[str, BoardConfig] = field(default_factory=dict)
+    """By name, under which `devices` has their settings."""
+    faults: tuple[FaultConfig, ...] = ()
+    """What happens to them."""
+    experiment: ExperimentSection = field(default_factory=ExperimentSection)
+    """How boards are treated."""
+
+    def __post_init__(self) -> None:
+        ServeConfig.__post_init__(self)
+        if not self.boards:
+            raise ValueError("boards must name at least 1 board")
+        if self.min_devices > len(self.boards):
+            raise ValueError(f"min_devices is {self.min_devices}, boards are {len(self.boards)}")
+        for name, board in self.boards.items():
+            if not is_device_name(name):
+                raise ValueError(f"boards: {name!r} is no name: letters, digits, . _ - only")
+            self._check_names(name, board)
+        for fault in self.faults:
+            self._check_fault(fault)
+
+    def _check_names(self, name: str, board: BoardConfig) -> None:
+        known = catalogue()
+        if board.emulated and board.emulated not in known.boards | self.experiment.boards:
+            raise ValueError(
+                f"boards: {name}.emulated {board.emulated!r} is unknown; there are "
+                f"{', '.join({**known.boards, **self.experiment.boards})}"
+            )
+        self._check_link(f"boards: {name}.link", board.link)
+
+    def _check_link(self, key: str, link: str | None) -> None:
+        links = {**catalogue().links, **self.experiment.links}
+        if link is not None and link not in links:
+            raise ValueError(f"{key} {link!r} is unknown; there are {', '.join(links)}")
+
+    def _check_fault(self, fault: FaultConfig) -> None:
+        board = self.boards.get(fault.board)
+        if board is None:
+            raise ValueError(
+                f"faults: there is no board {fault.board!r}; there are {', '.join(self.boards)}"
+            )
+        if fault.do == "throttle" and board.ssh is not None:
+            raise ValueError(f"faults: {fault.board} is an ssh board, whose speed is its own")
+        self._check_link(f"faults: {fault.board}.to", fault.to)
+
+    def served(self) -> ServeConfig:
+        """Return what the coordinator itself is told."""
+        values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
+        return ServeConfig(**values | {"min_devices": len(self.boards)})
+
+
+# ---- what boards come to on this machine ----
+
+
+def data_sheet(config: ExperimentConfig, name: str) -> Board | None:
+    """What an emulated board is meant to be; None for a real one."""
+    kind = config.boards[name].emulated
+    return {**catalogue().boards, **config.experiment.boards}[kind] if kind else None
+
+
+def memory_bytes(config: ExperimentConfig, name: str) -> float:
+    """Memory of an emulated board."""
+    sheet = data_sheet(config, name)
+    assert sheet is not None, "real boards have their own"
+    return config.boards[name].memory_bytes or free_bytes(sheet, Scale())
+
+
+def cores(config: ExperimentConfig) -> dict[str, float]:
+    """Cores of every emulated board."""
+    sheets = {name: data_sheet(config, name) for name in config.boards}
+    peaks = {name: sheet.tflops for name, sheet in sheets.items() if sheet is not None}
+    strongest = max(peaks.values(), default=1.0)
+    return {
+        name: config.boards[name].cpu_quota or config.experiment.cores * peak / strongest
+        for name, peak in peaks.items()
+    }
+
+
+def link_shape(config: ExperimentConfig, link: str | None, jitter_ms: float) -> LinkShape:
+    """How a relay must be for a board behind *link*."""
+    jitter_s = jitter_ms / 1e3
+    if link is None:
+        return LinkShape(jitter_s=jitter_s)
+    found = _links(config)[link]
+    return LinkShape(
+        up_bytes_per_s=found.up_mbit * BYTES_PER_MBIT,
+        down_bytes_per_s=found.down_mbit * BYTES_PER_MBIT,
+        delay_s=found.rtt_ms / 2e3,
+        jitter_s=jitter_s,
+    )
+
+
+def _links(config: ExperimentConfig) -> Mapping[str, Connection]:
+    return {**catalogue().links, **config.experiment.links}
+
+
+def needs_relay(config: ExperimentConfig, name: str) -> bool:
+    """Whether a board is to dial a relay: emulated ones, and real ones whose link is changed."""
+    board = config.boards[name]
+    changed = any(f.board == name and f.do in ("power-cut", "link", "cut") for f in config.faults)
+    return board.emulated is not None or board.link is not None or changed or board.jitter_ms > 0

@@ -1,0 +1,228 @@
+"""The report of an experiment: one table, pictures and facts, as Markdown and as a page.
+
+What is in it was measured, or is called estimated; reading it back is `experiment_result.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from coordinator.comparison import NOTHING, Cell, common_target, markdown, score
+from coordinator.experiment_config import ExperimentConfig
+from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
+from coordinator.experiment_trial import FACTS
+from coordinator.store import storage_errors
+from edge_sdk.config import dump_config
+
+MIB, MB = 2**20, 1e6
+
+
+def write_report(
+    config: ExperimentConfig,
+    methods: Mapping[str, ExperimentConfig],
+    out: Path,
+    ended: Mapping[str, str],
+) -> str:
+    """Write report.html, table.md, pictures and results.json to *out*; returns the table.
+
+    Args:
+        config: The experiment.
+        methods: The config of each method.
+        out: Where the runs are.
+        ended: How each run ended, by folder.
+    """
+    found = [
+        read_trial(out / label, methods[_method(label, methods)], _method(label, methods))
+        for label in ended
+        if (out / label / FACTS).is_file()
+    ]
+    if not found:
+        return ""
+    is_classifier = config.task == "sequence-classification"
+    cells = [trial.cell for trial in found if trial.cell is not None]
+    target = config.experiment.target
+    if target is None and cells:
+        target = common_target(cells)
+    titles = _titles(target, is_classifier=is_classifier)
+    rows = [row for trial in found for row in _rows(trial, target, is_classifier=is_classifier)]
+    table = markdown(titles, rows)
+    with storage_errors(str(out)):
+        results = [asdict(trial) | {"shares": trial.shares()} for trial in found]
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / "table.md").write_text(table + "\n", encoding="utf-8")
+        _write_page(config, found, cells, target, titles, rows, out)
+    return table
+
+
+def _method(label: str, methods: Mapping[str, ExperimentConfig]) -> str:
+    """The method of a run's folder: `NAME`, or `NAME-SEED`."""
+    return label if label in methods else label.rpartition("-")[0]
+
+
+# ---- the table ----
+
+
+def _titles(target: float | None, *, is_classifier: bool) -> tuple[str, ...]:
+    to_target = "" if target is None else f" to loss {target:.4g}"
+    return (
+        "run",
+        "board",
+        "loss",
+        "accuracy (%)" if is_classifier else "perplexity",
+        f"clock{to_target} (s)",
+        "clock (s)",
+        "blocks",
+        "computes (%)",
+        "link busy (%)",
+        "up (MB)",
+        "down (MB)",
+        "peak memory (MiB)",
+        "energy (J)",
+        "starts",
+    )
+
+
+def _rows(
+    trial: TrialResult, target: float | None, *, is_classifier: bool
+) -> list[tuple[str, ...]]:
+    """A row for the whole run, and one for each board."""
+    energies = [board.energy_j for board in trial.boards if board.energy_j is not None]
+    is_estimated = any(board.energy_is_estimated for board in trial.boards)
+    whole = (
+        trial.label,
+        "all",
+        *_learned(trial.cell, target, is_classifier=is_classifier),
+        f"{trial.seconds:,.1f}",
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        f"{sum(board.bytes_up for board in trial.boards) / MB:,.2f}",
+        f"{sum(board.bytes_down for board in trial.boards) / MB:,.2f}",
+        NOTHING,
+        _energy(sum(energies) if len(energies) == len(trial.boards) else None, is_estimated),
+        str(sum(board.starts for board in trial.boards)),
+    )
+    return [whole, *(_board_row(trial, board) for board in trial.boards)]
+
+
+def _learned(
+    cell: Cell | None, target: float | None, *, is_classifier: bool
+) -> tuple[str, str, str]:
+    if cell is None or target is None:
+        return (NOTHING, NOTHING, NOTHING)
+    reached = cell.reached(target)
+    return (
+        f"{cell.last.loss:.4f}",
+        f"{score(cell.last, is_classifier=is_classifier):.3f}",
+        "not reached" if reached is None else f"{reached.real_s:,.1f}",
+    )
+
+
+def _board_row(trial: TrialResult, board: BoardResult) -> tuple[str, ...]:
+    seconds = trial.seconds or float("inf")
+    return (
+        trial.label,
+        board.name,
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        ", ".join(map(str, board.splits)) or NOTHING,
+        f"{100 * board.compute_s / seconds:.1f}",
+        NOTHING if board.link_s is None else f"{100 * board.link_s / seconds:.1f}",
+        f"{board.bytes_up / MB:,.2f}",
+        f"{board.bytes_down / MB:,.2f}",
+        f"{board.peak_bytes / MIB:,.1f}",
+        _energy(board.energy_j, board.energy_is_estimated),
+        str(board.starts),
+    )
+
+
+def _energy(joules: float | None, is_estimated: bool) -> str:
+    if joules is None:
+        return NOTHING
+    return f"{joules:,.0f}" + (" (estimated)" if is_estimated else "")
+
+
+# ---- the page ----
+
+
+def _write_page(
+    config: ExperimentConfig,
+    found: Sequence[TrialResult],
+    cells: Sequence[Cell],
+    target: float | None,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    out: Path,
+) -> None:
+    from coordinator.plots import Cost, Picture, _losses
+    from coordinator.report_page import page
+
+    costs = (
+        Cost("loss-clock", "Loss against time", "seconds, real clock", lambda p: p.real_s),
+        Cost("loss-samples", "Loss against samples", "samples trained on", lambda p: p.samples),
+        Cost(
+            "loss-bytes",
+            "Loss against traffic",
+            "sent and received by all boards (MB)",
+            lambda p: (p.bytes_up + p.bytes_down) / MB,
+        ),
+    )
+    drawn = [cell for cell in cells if len(cell.points) > 1]
+    pictures: list[Picture] = []
+    if drawn and target is not None:
+        pictures = [_losses(drawn, cost, target) for cost in costs]
+    for picture in pictures:
+        (out / f"{picture.name}.png").write_bytes(picture.png)
+    title = f"Experiment on {kind_of(config)} boards"
+    html = page(
+        title, _facts(config, found), titles, rows, _notes(found), pictures, dump_config(config)
+    )
+    (out / "report.html").write_text(html, encoding="utf-8")
+
+
+def _facts(config: ExperimentConfig, found: Sequence[TrialResult]) -> list[str]:
+    """How it was measured, a sentence each."""
+    facts = [
+        f"Model {Path(config.model).name}, {len(config.boards)} boards. Times are of a real clock, "
+        "from the evaluation before training to the last one; joining is not in them.",
+        "`Computes` is the share of this time in which a board's program ran forward, backward or "
+        "its optimizer; `link busy` that of the busier way of its relay, at the rates of the link.",
+        "Peak memory is the most that was resident in a board's program.",
+    ]
+    if any(board.emulated for board in config.boards.values()):
+        facts.append(
+            "Emulated boards are processes on one machine with limits of memory, CPU time and "
+            "link. Their energy is estimated: the board's highest power for the time in which it "
+            "computed."
+        )
+    for trial in found:
+        if slowest := trial.slowest():
+            facts.append(
+                f"{trial.label}: {slowest[0]}, {100 * slowest[1]:.1f} % of the time: the "
+                "busiest of boards, links and coordinator."
+            )
+    return facts
+
+
+def _notes(found: Sequence[TrialResult]) -> list[str]:
+    notes = []
+    for trial in found:
+        if trial.outcome != "completed":
+            notes.append(f"{trial.label} did not complete: {trial.outcome}")
+        for board in trial.boards:
+            if board.killed_for_memory:
+                notes.append(
+                    f"{trial.label}: {board.name} was ended {board.killed_for_memory} times by its "
+                    "memory limit"
+                )
+        notes += [
+            f"{trial.label}, after {row['at_s']:.1f} s: {row['who']}: {row['text']}"
+            for row in trial.happenings
+            if row["text"] != "ended"
+        ]
+    return notes

@@ -1,0 +1,218 @@
+"""What a run of an experiment came to, read back from its folder: learning, clocks, bytes, energy.
+
+Every time is of a real clock. Energy is what boards measured themselves; for an emulated board it
+is estimated: the data sheet's power for the time in which it computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.comparison import Cell, Held, Point
+from coordinator.console import total_over_sessions
+from coordinator.experiment_config import ExperimentConfig, data_sheet
+from coordinator.experiment_trial import FACTS, HAPPENINGS, MARKS
+from coordinator.server import COMPLETED
+from coordinator.simulation_result import read_result
+from coordinator.store import RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardResult:
+    """What one board did in a run."""
+
+    name: str
+    splits: tuple[int | str, ...]
+    """Blocks that it held, in order."""
+    compute_s: float
+    bytes_up: int
+    bytes_down: int
+    """Training and joining."""
+    link_s: float | None
+    """Time in which the busier way of its relay was busy; None without relay."""
+    peak_bytes: int
+    """Most resident memory of its program."""
+    peak_group_bytes: int | None
+    """Most memory of its control group."""
+    killed_for_memory: int
+    energy_j: float | None
+    energy_is_estimated: bool
+    starts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """A run."""
+
+    label: str
+    outcome: str
+    seconds: float
+    """From the first evaluation to the last."""
+    coordinator_s: float
+    """CPU time of the coordinator in them."""
+    boards: tuple[BoardResult, ...]
+    cell: Cell | None
+    """For the comparison; None if nothing was evaluated."""
+    happenings: tuple[dict[str, Any], ...] = field(default=())
+
+    def shares(self) -> dict[str, float]:
+        """Busy share of every resource: boards, their links, the coordinator's CPU."""
+        if not self.seconds:
+            return {}
+        found = {f"{b.name} computes": b.compute_s for b in self.boards}
+        found |= {f"link of {b.name}": b.link_s for b in self.boards if b.link_s is not None}
+        found["coordinator"] = self.coordinator_s
+        return {name: spent_s / self.seconds for name, spent_s in found.items()}
+
+    def slowest(self) -> tuple[str, float] | None:
+        """The resource with the largest busy share, and that share."""
+        return max(self.shares().items(), key=lambda item: item[1], default=None)
+
+
+def read_trial(folder: Path, config: ExperimentConfig, method: str) -> TrialResult:
+    """Read the folder of one run.
+
+    Args:
+        folder: As `run_experiment` left it.
+        config: Of this run.
+        method: Its name in the report.
+    """
+    run = RunFolder(folder)
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    marks = run.rows(MARKS)
+    costs = run.rows("telemetry.jsonl")
+    boards = [_board(run, config, name, facts["boards"][name], marks) for name in config.boards]
+    seconds = marks[-1]["time"] - marks[0]["time"] if marks else 0.0
+    return TrialResult(
+        label=folder.name,
+        outcome=facts["outcome"],
+        seconds=seconds,
+        coordinator_s=marks[-1]["cpu_s"] - marks[0]["cpu_s"] if marks else 0.0,
+        boards=tuple(boards),
+        cell=_cell(run, config, method, marks, costs) if marks and costs else None,
+        happenings=tuple(run.rows(HAPPENINGS)),
+    )
+
+
+def _board(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    facts: Mapping[str, Any],
+    marks: list[dict[str, Any]],
+) -> BoardResult:
+    costs = [row["devices"][name] for row in run.rows("telemetry.jsonl") if name in row["devices"]]
+    compute_s = sum(row["compute_s"] for row in costs)
+    measured = [row["board"]["energy"] for row in costs if "energy" in row.get("board", {})]
+    sheet = data_sheet(config, name)
+    estimated = None if sheet is None else sheet.watts * compute_s
+    return BoardResult(
+        name=name,
+        splits=_splits(run, config, name),
+        compute_s=compute_s,
+        bytes_up=total_over_sessions([row.get("bytes_up", 0) for row in costs]),
+        bytes_down=total_over_sessions([row.get("bytes_down", 0) for row in costs]),
+        link_s=_link_s(marks, name),
+        peak_bytes=max((row["peak_rss_bytes"] for row in costs), default=0),
+        peak_group_bytes=facts["peak_group_bytes"],
+        killed_for_memory=facts["killed_for_memory"],
+        # This machine's own meter, if it has one, knows nothing of a board that it emulates.
+        energy_j=_spent(measured) if sheet is None and measured else estimated,
+        energy_is_estimated=sheet is not None,
+        starts=facts["starts"],
+    )
+
+
+def _spent(joules: list[float]) -> float:
+    """Energy between readings of a counter that begins at 0 with every start of the program."""
+    return sum(b - a if b >= a else b for a, b in zip(joules, joules[1:], strict=False))
+
+
+def _link_s(marks: list[dict[str, Any]], name: str) -> float | None:
+    found = [mark["links"][name] for mark in marks if name in mark["links"]]
+    if not found:
+        return None
+    return float(max(found[-1][way] - found[0][way] for way in ("up_s", "down_s")))
+
+
+def _splits(run: RunFolder, config: ExperimentConfig, name: str) -> tuple[int | str, ...]:
+    planned = [
+        row["plans"][name]["split"] for row in run.rows("plans.jsonl") if name in row["plans"]
+    ]
+    fixed = config.settings(name).split
+    return tuple(dict.fromkeys(planned)) or (() if fixed is None else (fixed,))
+
+
+# ---- for the comparison ----
+
+
+def _cell(
+    run: RunFolder,
+    config: ExperimentConfig,
+    method: str,
+    marks: list[dict[str, Any]],
+    costs: list[dict[str, Any]],
+) -> Cell | None:
+    times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
+    traffic = {way: _traffic(costs, way) for way in ("bytes_up", "bytes_down")}
+    rounds = read_result(COMPLETED, run, [{}] * config.rounds).rounds
+    points = tuple(
+        Point(
+            found.samples,
+            times[found.round],
+            times[found.round],
+            traffic["bytes_up"].get(found.round, 0),
+            traffic["bytes_down"].get(found.round, 0),
+            found.loss,
+            found.accuracy,
+        )
+        for found in rounds
+        if found.loss is not None and found.accuracy is not None and found.round in times
+    )
+    if not points:
+        return None
+    return Cell(
+        method=method,
+        device_set=kind_of(config),
+        seed=config.training.seed,
+        rate=config.training.learning_rate,
+        points=points,
+        held=tuple(_held(run, len(rounds) - 1)),
+    )
+
+
+def _traffic(costs: list[dict[str, Any]], way: str) -> dict[int, int]:
+    """Bytes of all boards since the start, by round."""
+    found: dict[int, int] = {}
+    seen: dict[str, list[int]] = {}
+    for row in costs:
+        for name, board in row["devices"].items():
+            seen.setdefault(name, []).append(board.get(way, 0))
+        found[row["round"] + 1] = sum(total_over_sessions(counts) for counts in seen.values())
+    return found
+
+
+def _held(run: RunFolder, num_rounds: int) -> list[dict[str, Held]]:
+    """Plans round by round, where something planned."""
+    plans = run.rows("plans.jsonl")
+    found = []
+    for round_ in range(num_rounds):
+        current = [row["plans"] for row in plans if row["round"] <= round_]
+        if current:
+            found.append({name: _holding(plan) for name, plan in current[-1].items()})
+    return found
+
+
+def _holding(plan: Mapping[str, Any]) -> Held:
+    ranks = plan["ranks"].values()
+    return Held(plan["split"], sum(ranks) / max(1, len(ranks)))
+
+
+def kind_of(config: ExperimentConfig) -> str:
+    """Which boards: `real`, `emulated`, or both."""
+    kinds = {"real" if board.ssh else "emulated" for board in config.boards.values()}
+    return " and ".join(sorted(kinds, reverse=True))

@@ -1,0 +1,146 @@
+"""A board in one run: its program, its control groups, and how both ended.
+
+Decides nothing: when it starts and stops is `experiment_trial.py`'s.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.experiment_board import Site
+from coordinator.experiment_cgroup import Cage
+from coordinator.experiment_config import ExperimentConfig, FaultConfig, link_shape
+from coordinator.experiment_shell import Program
+from coordinator.relay import LinkUsage, Relay
+from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
+
+# Ends that another start would only repeat.
+HOPELESS = {kind.exit_code for kind in (ConfigError, RefusedError, DataError, ModelError)}
+
+
+@dataclass
+class Seat:
+    """A board in this run."""
+
+    site: Site
+    relay: Relay | None = None
+    make_cage: Callable[[], Cage | None] = lambda: None
+    cores: float = 0.0
+    """Of an emulated board."""
+    program: Program | None = None
+    cage: Cage | None = None
+    starts: int = 0
+    restart_at_s: float | None = None
+    """When it is to be started again; None if it is not."""
+    exits: list[int | None] = field(default_factory=list)
+    """How its program ended, each time; None where nobody knows."""
+    peak_bytes: int | None = None
+    """Most memory of its control group."""
+    num_killed: int = 0
+    """How often the kernel ended a process of it because of its memory limit."""
+    used: LinkUsage | None = None
+    """Of its relay when the run began."""
+
+    @property
+    def name(self) -> str:
+        """The board's."""
+        return self.site.name
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its program runs, will run again, or has ended because the run was over."""
+        ended_well = bool(self.exits) and self.exits[-1] == 0
+        return self.program is not None or self.restart_at_s is not None or ended_well
+
+    def start(self, settings: dict[str, Any], folder: Path, log: Callable[[str], None]) -> None:
+        """Start its program.
+
+        Raises:
+            DeviceError: the board cannot be reached, or there can be no limits.
+        """
+        self.restart_at_s = None
+        self.starts += 1
+        self.cage = self.make_cage()
+        try:
+            groups = self.cage.folders if self.cage else ()
+            self.program = self.site.start(settings, folder, groups, log)
+        except BaseException:
+            self.bury()
+            raise
+
+    def address(self, config: ExperimentConfig, port: int) -> str:
+        """Where its program finds a coordinator that listens at *port* of this machine."""
+        host = self.site.address_of_ours(config)
+        if self.relay is not None:
+            self.used = self.used or self.relay.usage()
+            self.relay.aim("127.0.0.1", port)
+            port = self.relay.port
+        return f"tcp://{host}:{port}"
+
+    def plan_restart(self, code: int | None, at_s: float, restarts: int) -> None:
+        """Have it started again at *at_s* if that may help."""
+        if self.starts <= restarts and code not in (0, *HOPELESS) and self.restart_at_s is None:
+            self.restart_at_s = at_s
+
+    def bury(self) -> int | None:
+        """End its program, note how it ended, and remove its groups; returns the exit code."""
+        program, cage, self.program, self.cage = self.program, self.cage, None, None
+        if cage is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, cage.peak_bytes() or 0)
+            self.num_killed += cage.num_killed()
+        self.exits.append(None)
+        if program is not None:
+            program.close()
+            self.exits[-1] = program.exit_code
+        if cage is not None:
+            cage.remove()
+        return self.exits[-1]
+
+    def facts(self) -> dict[str, Any]:
+        """What became of it, for the report."""
+        found: dict[str, Any] = {
+            "starts": self.starts,
+            "exits": self.exits,
+            "peak_group_bytes": self.peak_bytes,
+            "killed_for_memory": self.num_killed,
+        }
+        if self.relay is not None and self.used is not None:
+            now, then = self.relay.usage(), self.used
+            names = LinkUsage.__dataclass_fields__
+            found["link"] = {name: getattr(now, name) - getattr(then, name) for name in names}
+        return found
+
+    # ---- faults ----
+
+    def switch_off(self, *, quietly: bool) -> None:
+        """Kill its program; *quietly*: without anybody being told, as when the power fails."""
+        if quietly:
+            assert self.relay is not None
+            self.relay.cut()
+        if self.program is not None:
+            self.program.signal(signal.SIGKILL)
+
+    def reconnect(self) -> None:
+        """End connections of a former life."""
+        if self.relay is not None:
+            self.relay.drop()
+            self.relay.mend()
+
+    def slow_down(self, factor: float) -> None:
+        """Have *factor* of the speed; without limits there is nothing to change."""
+        if self.cage is not None:
+            self.cage.set_cores(self.cores * factor)
+
+    def change_link(self, config: ExperimentConfig, fault: FaultConfig, *, begins: bool) -> None:
+        """Be cut, or behind another link, or behind the own one again."""
+        assert self.relay is not None
+        board = self.site.config
+        if fault.do == "cut":
+            self.relay.cut(fault.seconds)
+        else:
+            link = fault.to if begins else board.link
+            self.relay.reshape(link_shape(config, link, board.jitter_ms))

@@ -1,0 +1,109 @@
+"""The coordinator of an experiment as a program of its own, which tells on stdout what happens.
+
+    python -m coordinator.experiment_serve CONFIG MIN_DEVICES
+
+It is `coordinator serve` with two differences: the lines are JSON, and `min_devices` of the config
+counts for the start only: afterwards the run goes on with MIN_DEVICES.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import ServeConfig
+from coordinator.launch import _finish, _gateway, environment, removed_if_it_never_began
+from coordinator.presets import load_serve_config
+from coordinator.run import Run
+from coordinator.served import ServedModel
+from coordinator.server import COMPLETED
+from coordinator.store import CONFIG, RunFolder
+from edge_sdk.config import dump_config
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
+from edge_sdk.keys import load_key_pair
+from edge_sdk.messages import StepReport
+from edge_sdk.quiet import quiet_libraries
+
+
+class Teller:
+    """A `Watcher` that writes a line of JSON for everything."""
+
+    def __init__(self, min_devices: int) -> None:
+        self._min_devices = min_devices
+        self.run: Run | None = None
+
+    def say(self, **what: Any) -> None:
+        """Write a line; `time` is the machine's clock, `cpu_s` what we have computed so far."""
+        what |= {"time": time.time(), "cpu_s": time.process_time()}
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        address = None if self.run is None else self.run.gateway.address
+        self.say(note=text, address=address)
+
+    def device(self, name: str, text: str) -> None:
+        """Say it."""
+        self.say(device=name, text=text)
+
+    def step(self, device: str, report: StepReport, end_step: int) -> None:
+        """Say it; with the first one the run has begun with everybody."""
+        if self.run is not None:
+            self.run.state.min_devices = self._min_devices
+        self.say(
+            device=device,
+            step=report.stamp.step + 1,
+            loss=report.loss,
+            tokens=report.num_tokens,
+            compute_s=report.compute_s,
+            wait_s=report.wait_s,
+            peak_rss_bytes=report.peak_rss_bytes,
+        )
+
+    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
+        """Nothing: telemetry.jsonl has it."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Say it."""
+        self.say(row=row)
+
+
+def serve(config: ServeConfig, teller: Teller) -> str:
+    """Start a run and serve it to its end; returns how it ended."""
+    keys = load_key_pair(config.secret_key)
+    model = ServedModel(config)
+    with _gateway(config, keys) as gateway:
+        folder = RunFolder.create(config.runs, config.name)
+        with removed_if_it_never_began(folder):
+            folder.write_text(CONFIG, dump_config(config))
+            folder.write_text("env.json", json.dumps(environment(), indent=2))
+            run_id = f"{folder.name}-{secrets.token_hex(4)}"
+            teller.run = Run(config, model, folder, gateway, teller, run_id)
+            return _finish(teller.run, teller)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program and return its exit code."""
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    quiet_libraries()
+    teller = Teller(int(arguments[1]))
+    try:
+        config = load_serve_config(Path(arguments[0]), env={})
+        outcome = serve(config, teller)
+    except EdgeError as error:
+        teller.say(error=one_line(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""Where commands run: on this machine, or on a board behind ssh; and programs that are kept there.
+
+A program is kept by `experiment_keeper.py`, which ends it when the connection to us ends, whatever
+the reason. Knows no run and no plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from edge_sdk.errors import DeviceError
+
+KEEPER = Path(__file__).with_name("experiment_keeper.py")
+# For short commands; installing packages takes longer.
+PATIENCE_S = 60.0
+# A board that does not answer for 4 x 5 s is gone.
+ALIVE_S, ALIVE_COUNT = 5, 4
+CONNECT_S = 15
+SSH_FAILED = 255
+
+
+class Shell(Protocol):
+    """A place where commands run."""
+
+    python: str
+    """An interpreter that is there."""
+
+    def words(self, command: Sequence[str]) -> list[str]:
+        """Return what to execute here for *command* to run there."""
+
+
+@dataclass
+class LocalShell:
+    """This machine."""
+
+    python: str = sys.executable
+
+    def words(self, command: Sequence[str]) -> list[str]:
+        """The command itself."""
+        return list(command)
+
+
+@dataclass
+class SshShell:
+    """A board behind ssh, which must let us in without a question."""
+
+    host: str
+    """`user@host`, or a name of ssh's own configuration."""
+    options: tuple[str, ...] = ()
+    """Further ones for ssh, such as `-p 2222`."""
+    python: str = "python3"
+
+    def words(self, command: Sequence[str]) -> list[str]:
+        """Call ssh with the command quoted for a POSIX shell."""
+        settings = (
+            "BatchMode=yes",
+            f"ConnectTimeout={CONNECT_S}",
+            f"ServerAliveInterval={ALIVE_S}",
+            f"ServerAliveCountMax={ALIVE_COUNT}",
+        )
+        given = [word for setting in settings for word in ("-o", setting)]
+        return ["ssh", "-T", *given, *self.options, self.host, "--", shlex.join(command)]
+
+
+def ask(
+    shell: Shell,
+    command: Sequence[str],
+    *,
+    stdin: IO[bytes] | None = None,
+    timeout_s: float = PATIENCE_S,
+) -> str:
+    """Run a command to its end and return what it wrote to stdout.
+
+    Raises:
+        DeviceError: it failed, or took too long; with the last line that it wrote.
+    """
+    what = shlex.join(command)
+    what = what if len(what) <= 60 else f"{what[:57]}..."
+    try:
+        done = subprocess.run(
+            shell.words(command),
+            stdin=stdin or subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeviceError(f"`{what}` took more than {timeout_s:.0f} s") from error
+    except FileNotFoundError as error:
+        raise DeviceError(f"{error.filename} is not installed here") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
+        how = "cannot be reached" if done.returncode == SSH_FAILED else f"`{what}` failed"
+        raise DeviceError(f"{how}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def put(shell: Shell, source: Path, target: str) -> None:
+    """Copy a file there, readable by its owner only; the folder must exist."""
+    script = 'umask 077 && rm -f "$1" && cat > "$1"'
+    with source.open("rb") as file:
+        ask(shell, ["sh", "-c", script, "sh", target], stdin=file, timeout_s=60 * PATIENCE_S)
+
+
+class Program:
+    """A program that is kept somewhere.
+
+    Args:
+        shell: Where.
+        command: Its words.
+        folder: Its working directory.
+        environment: Variables beside those that are there.
+        groups: Control groups to enter; they are removed with the program.
+        on_line: Gets each line that it says; called from a thread of ours.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        command: Sequence[str],
+        *,
+        folder: str,
+        environment: Mapping[str, str] | None = None,
+        groups: Sequence[Path] = (),
+        on_line: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self._on_line = on_line
+        self.pid: int | None = None
+        """Its number there, once it runs."""
+        self.exit_code: int | None = None
+        """How it ended: below 0 is a signal; None while it runs, and if nobody knows."""
+        self._over = threading.Event()
+        # From a shell of our own settings only what does not configure a device.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGE_SDK_")}
+        self._keeper = subprocess.Popen(
+            shell.words([shell.python, "-u", "-c", KEEPER.read_text(encoding="utf-8")]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=inherited,
+            start_new_session=True,  # Ctrl-C is for us; what it means for boards we decide
+        )
+        self._order(
+            command=list(command),
+            folder=folder,
+            environment=dict(environment or {}),
+            groups=[str(group) for group in groups],
+        )
+        self._reader = threading.Thread(target=self._read, name="edgesplit-program", daemon=True)
+        self._reader.start()
+
+    def _order(self, **what: object) -> None:
+        assert self._keeper.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # over or out of reach: the reader knows
+            self._keeper.stdin.write(json.dumps(what).encode() + b"\n")
+            self._keeper.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._keeper.stdout is not None
+        for raw in self._keeper.stdout:
+            try:
+                said = json.loads(raw)
+                key, value = next(iter(said.items()))
+            except (ValueError, AttributeError, StopIteration):  # ssh has something to say itself
+                key, value = "line", raw.decode("utf-8", "replace").rstrip("\r\n")
+            if key == "line":
+                self._on_line(value)
+            elif key == "started":
+                self.pid = value
+            elif key == "exit":
+                self.exit_code = value
+                break
+        self._over.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended or is out of reach."""
+        return self._over.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; returns whether it has come."""
+        return self._over.wait(timeout_s)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and to its children."""
+        self._order(signal=int(number))
+
+    def close(self) -> None:
+        """End it if it has not ended, and wait until nothing of it is left."""
+        assert self._keeper.stdin is not None
+        assert self._keeper.stdout is not None
+        with contextlib.suppress(OSError):
+            self._keeper.stdin.close()
+        try:
+            self._keeper.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:  # the board is out of reach; it will find out by itself
+            self._keeper.kill()
+            self._keeper.wait()
+        self._over.wait(PATIENCE_S)
+        self._reader.join()
+        self._keeper.stdout.close()

@@ -1,0 +1,311 @@
+"""One run of an experiment: start it, let faults happen, look after whoever dies, leave nothing.
+
+What outlives a run (keys, folders, relays) is `experiment.py`'s; when a fault happens,
+`experiment_faults.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import ServeConfig
+from coordinator.experiment_config import ExperimentConfig, FaultConfig
+from coordinator.experiment_faults import Script
+from coordinator.experiment_seat import Seat
+from coordinator.experiment_shell import LocalShell, Program
+from coordinator.server import COMPLETED
+from coordinator.store import RunFolder
+from edge_sdk.config import dump_config
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import DeviceError
+
+TICK_S = 0.05
+# A program that has died is started again after so long.
+RESTART_S = 1.0
+# How long the coordinator may take to begin, to stop with a checkpoint, and boards to say goodbye.
+BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
+STEPS, MARKS = "steps.jsonl", "marks.jsonl"
+HAPPENINGS, FACTS = "happenings.jsonl", "boards.json"
+INTERRUPTED = "interrupted"
+
+
+class Trial:
+    """One run.
+
+    Args:
+        config: The experiment.
+        served: What the coordinator is told.
+        seats: The boards by name; their sites are prepared.
+        server_key: The coordinator's public key.
+        workspace: A folder for files that need not be kept.
+        told: Gets a line for a person.
+        stop: Set to end the run early.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        served: ServeConfig,
+        seats: dict[str, Seat],
+        *,
+        server_key: str,
+        workspace: Path,
+        told: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:
+        self._config, self._served, self._seats = config, served, seats
+        self._server_key, self._workspace = server_key, workspace
+        self._told, self._stop = told, stop
+        assert served.name is not None
+        self.folder = RunFolder(served.runs / served.name)
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._script = Script(config.faults)
+        self._steps: dict[str, int] = {}
+        self._began_s = time.monotonic()
+        self._coordinator: Program | None = None
+        self._port = 0
+        self._patience = Deadline.after(STOP_S)
+        self._dark: set[str] = set()
+        """Boards without power."""
+        self._why = ""
+        """Why the run was stopped; empty while it goes on."""
+
+    def run(self) -> str:
+        """Run it to its end; returns `completed`, `interrupted`, or why it failed."""
+        try:
+            self._start_coordinator()
+            self._began_s = time.monotonic()
+            for seat in self._seats.values() if self._port else ():
+                self._start(seat)
+            while not self._of_coordinator().is_over:
+                self._turn()
+            self._say_goodbye()
+        finally:
+            self._end_everything()
+        outcome = self._outcome()
+        self._keep_facts(outcome)
+        return outcome
+
+    def _turn(self) -> None:
+        self._listen(TICK_S)
+        for fault, begins in self._script.due(self._now_s(), self._steps):
+            self._carry_out(fault, begins=begins)
+        for seat in self._seats.values():
+            self._look_after(seat)
+        if not self._why and (why := self._reason_to_stop()):
+            self._why = why
+            self._happened("coordinator", f"stopping: {why}")
+            self._of_coordinator().signal(signal.SIGINT)
+            self._patience = Deadline.after(STOP_S)
+        elif self._why and not self._patience.left_s():
+            self._of_coordinator().signal(signal.SIGKILL)
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def _of_coordinator(self) -> Program:
+        assert self._coordinator is not None
+        return self._coordinator
+
+    # ---- the coordinator ----
+
+    def _start_coordinator(self) -> None:
+        file = self._workspace / f"{self.folder.name}.yaml"
+        file.write_text(dump_config(self._served), encoding="utf-8")
+        least = str(self._config.min_devices)
+        self._coordinator = Program(
+            LocalShell(),
+            [sys.executable, "-u", "-m", "coordinator.experiment_serve", str(file), least],
+            folder=str(Path.cwd()),
+            environment={"OMP_NUM_THREADS": str(self._config.experiment.coordinator_threads)},
+            on_line=self._lines.put,
+        )
+        patience = Deadline.after(BEGIN_S)
+        while not self._port and not self._coordinator.is_over:
+            self._listen(TICK_S)
+            if self._stop.is_set() or not patience.left_s():
+                self._why = INTERRUPTED if self._stop.is_set() else "the coordinator never listened"
+                self._coordinator.close()
+
+    def _listen(self, timeout_s: float) -> None:
+        """Take in what the coordinator has said."""
+        try:
+            line = self._lines.get(timeout=timeout_s)
+            while True:
+                self._take(line)
+                line = self._lines.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, line: str) -> None:
+        try:
+            said = json.loads(line)
+            kind = {"note", "text", "step", "row", "error"} & said.keys()
+        except (ValueError, AttributeError):  # not ours: a warning, a traceback
+            self._log("coordinator", line)
+            return
+        if "step" in kind:
+            device = said["device"]
+            self._steps[device] = max(said["step"], self._steps.get(device, 0))
+            self.folder.append(STEPS, said)
+        elif "error" in kind:
+            self._why = said["error"]
+        elif "row" in kind:
+            self._told(f"{self.folder.name}: round {said['row']['round']}{_score(said['row'])}")
+            self._mark(said)
+        else:
+            text = said.get("note") or f"{said.get('device')}: {said.get('text')}"
+            self._log("coordinator", text)
+            if said.get("address"):
+                self._port = int(said["address"].rsplit(":", 1)[1])
+
+    def _mark(self, said: dict[str, Any]) -> None:
+        """Keep what everything had been used for when a row of metrics was complete."""
+        relays = {name: seat.relay for name, seat in self._seats.items() if seat.relay}
+        links = {name: asdict(relay.usage()) for name, relay in relays.items()}
+        found = {"round": said["row"]["round"], "time": said["time"], "cpu_s": said["cpu_s"]}
+        self.folder.append(MARKS, {**found, "links": links})
+
+    # ---- the boards ----
+
+    def _start(self, seat: Seat) -> None:
+        """Start a board's program; what fails here counts as its death."""
+        try:
+            address = seat.address(self._config, self._port)
+            label = self.folder.name
+            settings = seat.site.settings(self._config, address, self._server_key, label)
+            seat.start(settings, self._workspace, lambda line: self._log(seat.name, line))
+        except DeviceError as error:
+            self._happened(seat.name, f"cannot be started: {error}")
+            self._plan_restart(seat, None)
+
+    def _look_after(self, seat: Seat) -> None:
+        if seat.program is not None and seat.program.is_over:
+            killed = seat.num_killed
+            code = seat.bury()
+            how = "out of reach" if code is None else _exit_text(code)
+            memory = ", out of memory" if seat.num_killed > killed else ""
+            self._happened(seat.name, how + memory)
+            self._plan_restart(seat, code)
+        if seat.restart_at_s is not None and self._now_s() >= seat.restart_at_s:
+            self._happened(seat.name, "started again")
+            self._start(seat)
+
+    def _plan_restart(self, seat: Seat, code: int | None) -> None:
+        if seat.name not in self._dark and not self._script.brings_back(seat.name):
+            at_s = self._now_s() + RESTART_S
+            seat.plan_restart(code, at_s, self._config.experiment.restarts)
+
+    def _reason_to_stop(self) -> str:
+        if self._stop.is_set():
+            return INTERRUPTED
+        limit_s = self._config.experiment.limit_s
+        if limit_s is not None and self._now_s() > limit_s:
+            return f"experiment.limit_s: {limit_s:g} s are over"
+        brings_back = self._script.brings_back
+        left = [n for n, seat in self._seats.items() if seat.is_there or brings_back(n)]
+        needed = self._config.min_devices if self._steps else len(self._seats)
+        if len(left) >= needed:
+            return ""
+        gone = ", ".join(sorted(self._seats.keys() - left))
+        when = "" if self._steps else " before the run began"
+        return f"{gone} died{when}, and {len(left)} of at least {needed} boards are left"
+
+    def _carry_out(self, fault: FaultConfig, *, begins: bool) -> None:
+        seat = self._seats[fault.board]
+        self._happened(fault.board, f"{fault.do} {'begins' if begins else 'ends'}")
+        if fault.do in ("link", "cut"):
+            seat.change_link(self._config, fault, begins=begins)
+        elif fault.do == "throttle":
+            seat.slow_down(fault.factor if begins and fault.factor else 1.0)
+        elif begins:
+            if fault.do == "power-cut":
+                self._dark.add(seat.name)
+            seat.switch_off(quietly=fault.do == "power-cut")
+        else:
+            self._dark.discard(seat.name)
+            seat.reconnect()
+            if seat.program is not None:  # it has not been noticed yet that it is over
+                self._happened(seat.name, _exit_text(seat.bury()))
+            self._start(seat)
+
+    # ---- the end ----
+
+    def _say_goodbye(self) -> None:
+        """Give boards that know that the run is over time to end by themselves."""
+        self._listen(TICK_S)
+        deadline = Deadline.after(GOODBYE_S if self._of_coordinator().exit_code == 0 else 0.0)
+        for seat in self._seats.values():
+            if seat.program is not None:
+                seat.program.wait(deadline.left_s())
+
+    def _end_everything(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
+        for seat in self._seats.values():
+            seat.restart_at_s = None
+            seat.reconnect()
+        # At the same time: each of them may need its grace.
+        ending = [threading.Thread(target=self._end, args=(seat,)) for seat in self._seats.values()]
+        for thread in ending:
+            thread.start()
+        for thread in ending:
+            thread.join()
+
+    def _end(self, seat: Seat) -> None:
+        if seat.program is not None:
+            try:
+                seat.bury()
+            except DeviceError as error:
+                self._happened(seat.name, str(error))
+
+    def _outcome(self) -> str:
+        code = self._of_coordinator().exit_code
+        if code == 0:
+            return COMPLETED
+        return self._why or f"the coordinator {_exit_text(code)}; see its log"
+
+    def _keep_facts(self, outcome: str) -> None:
+        boards = {name: seat.facts() for name, seat in self._seats.items()}
+        facts = {"outcome": outcome, "seconds": self._now_s(), "boards": boards}
+        if self.folder.path.is_dir():
+            self.folder.write_text(FACTS, json.dumps(facts, indent=2) + "\n")
+
+    # ---- telling ----
+
+    def _happened(self, who: str, text: str) -> None:
+        self._told(f"{self.folder.name}: {who}: {text}")
+        if self.folder.path.is_dir():
+            row = {"time": time.time(), "at_s": round(self._now_s(), 3), "who": who, "text": text}
+            self.folder.append(HAPPENINGS, row)
+
+    def _log(self, who: str, line: str) -> None:
+        """Keep a line of somebody's; any thread."""
+        if not self.folder.path.is_dir():  # the coordinator could not even begin
+            self._told(f"{who}: {line}")
+            return
+        logs = self.folder.path / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{who}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+
+def _score(row: dict[str, Any]) -> str:
+    scores = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
+    losses = ", ".join(f"{score['loss']:.4f}" for score in scores)
+    return f", loss {losses}" if losses else ""
+
+
+def _exit_text(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return "ended" if code == 0 else f"ended with exit code {code}"

@@ -1,0 +1,254 @@
+"""Comparing methods: each run is the one it says, on the same data; the report holds it all."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.cli import main
+from coordinator.clock import central_step_s
+from coordinator.clock_costs import Costs
+from coordinator.compare import compare
+from coordinator.compare_config import CompareConfig, CompareSection, load_compare, load_methods
+from coordinator.compare_devices import whole_situation
+from coordinator.comparison import Cell
+from coordinator.pooled import load_pooled
+from coordinator.pooled_command import train_pooled
+from coordinator.reporting import Silence
+from coordinator.served import ServedModel
+from coordinator.simulated_fleet import make_fleet
+from coordinator.simulation import simulate
+from coordinator.simulation_config import SimulationConfig
+from coordinator.store import RunFolder
+from edge_sdk.errors import ConfigError
+from tests.e2e.cluster import save_model, sentences, write_rows
+from tests.tiny import BLOCKS
+
+# peft's own, while the exported adapter is read back.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PRESETS = ["hsplitlora", "splitlora", "ours", "ft"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data, and a file that compares four methods on three devices."""
+    folder = tmp_path_factory.mktemp("compare")
+    save_model("llama", folder / "model")
+    write_rows(folder / "train.jsonl", sentences(1, 40))
+    write_rows(folder / "dev.jsonl", sentences(2, 6))
+    config = {
+        "model": str(folder / "model"),
+        "rounds": 2,
+        "steps_per_round": 1,
+        "max_length": 32,
+        "default": {"batch_size": 4, "codec": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "planning": {"rank_set": [2, 4], "importance_every": 1},
+        "training": {"learning_rate": 1e-2},
+        "evaluation": {"data": {"path": str(folder / "dev.jsonl")}},
+        "device": "cpu",
+        "simulation": {
+            "data": {"path": str(folder / "train.jsonl")},
+            "cache": str(folder / "parts"),
+            "shards": "dirichlet",
+            "devices": {
+                "big": {"board": "agx-orin-32gb", "link": "lan-1g"},
+                "small": {"board": "orin-nano-4gb", "count": 2},
+            },
+        },
+        "compare": {
+            "presets": PRESETS,
+            "methods": {"ours": {"settings": ["aggregation=stack", "devices.big.split=2"]}},
+            "device_sets": ["heterogeneous"],
+        },
+    }
+    (folder / "compare.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[CompareConfig, dict[str, SimulationConfig]]:
+    """The comparison and the run of each method."""
+    config = load_compare(folder / "compare.json")
+    return config, load_methods(config, folder / "compare.json")
+
+
+@pytest.fixture(scope="module")
+def cells(folder: Path, loaded: Any) -> dict[str, Cell]:
+    """The comparison's runs by method."""
+    told: list[str] = []
+    found = compare(*loaded, folder / "out", told.append)
+    assert len(told) == len(found) == len(PRESETS)
+    return {cell.method: cell for cell in found}
+
+
+def run_folder(folder: Path, method: str) -> RunFolder:
+    """Where the comparison ran a method."""
+    (path,) = (folder / "out" / "runs").glob(f"{method}-*")
+    return RunFolder(path)
+
+
+def test_a_cell_is_the_simulation_it_names(
+    folder: Path, loaded: Any, cells: dict[str, Cell], tmp_path: Path
+) -> None:
+    """The same bytes of metrics and clock as a simulation of that method alone."""
+    method = "hsplitlora"
+    ours = run_folder(folder, method)
+
+    alone = simulate(replace(loaded[1][method], runs=tmp_path, name="alone"), Silence())
+
+    for name in ("metrics.jsonl", "clock.jsonl"):
+        assert (ours.path / name).read_bytes() == (alone.folder.path / name).read_bytes()
+    points = [(p.samples, p.modelled_s, p.bytes_up, p.loss) for p in cells[method].points]
+    assert points == [(r.samples, r.seconds, r.bytes_up, r.loss) for r in alone.rounds]
+    for held, round_ in zip(cells[method].held, alone.rounds[1:], strict=True):
+        assert {d: h.split for d, h in held.items()} == {
+            d: plan.split for d, plan in round_.plans.items()
+        }
+    assert not ours.checkpoints()
+
+
+def test_methods_without_devices_train_on_the_same_rows(
+    folder: Path, loaded: Any, cells: dict[str, Cell], tmp_path: Path
+) -> None:
+    """The shards joined are the training file; the time is that of the coordinator's machine."""
+    run = loaded[1]["ft"]
+    files = sorted((folder / "out" / "data" / "seed-0").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    train = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert sorted(map(str, rows)) == sorted(map(str, train))
+    assert [file.stem for file in files] == ["big", "small-0", "small-1"]
+
+    pooled = replace(run.pooled, files=tuple(map(str, files)), batch_size=12)
+    config = replace(run, pooled=pooled, runs=tmp_path).served()
+    result = train_pooled(config, durable=False)
+
+    assert [point.loss for point in cells["ft"].points] == [r["eval"]["loss"] for r in result.rows]
+    assert cells["ft"].last.samples == 24 == cells["hsplitlora"].last.samples
+    costs = Costs(whole_situation(run).model, BLOCKS)
+    machine = make_fleet(run.simulation, run.planning).coordinator
+    work = [
+        3 * costs.flops(0, BLOCKS, {}, count, length, front=True, tail=True).forward
+        for step in result.shapes
+        for count, length, _ in step
+    ]
+    assert cells["ft"].last.modelled_s == pytest.approx(central_step_s(sum(work), machine))
+    assert len(load_pooled(config, ServedModel(config), None)[0]) == 40
+
+
+def test_importance_is_kept_round_by_round(cells: dict[str, Cell], loaded: Any) -> None:
+    """Where it is measured, for every adapted weight; elsewhere there is none."""
+    rounds = [round_ for round_, _ in cells["hsplitlora"].importance]
+
+    assert rounds == [1, 2]
+    names = set(whole_situation(loaded[1]["hsplitlora"]).facts.targets)
+    assert all(set(values) == names for _, values in cells["hsplitlora"].importance)
+    assert cells["splitlora"].importance == ()
+
+
+def test_what_has_run_is_not_run_again(folder: Path, loaded: Any, cells: dict[str, Cell]) -> None:
+    """A second comparison finds all cells; to a method without devices all devices are alike."""
+    config = replace(loaded[0], compare=replace(loaded[0].compare, device_sets=("heterogeneous",)))
+    told: list[str] = []
+
+    again = compare(config, loaded[1], folder / "out", told.append)
+    alike = replace(config, compare=replace(config.compare, device_sets=("homogeneous",)))
+    (pooled,) = compare(alike, {"ft": loaded[1]["ft"]}, folder / "out", told.append)
+
+    assert {cell.method: cell for cell in again} == cells
+    assert pooled == replace(cells["ft"], device_set="homogeneous")
+    assert told == []
+
+
+def test_the_command_writes_one_page_that_needs_nothing_else(
+    folder: Path, cells: dict[str, Cell], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for each method, every picture inside and beside it, a table for Markdown."""
+    out = folder / "out"
+
+    assert main(["compare", "--config", str(folder / "compare.json"), "--out", str(out)]) == 0
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    pictures = sorted(out.glob("*.png"))
+    inside = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    assert {path.stem for path in pictures} == {
+        "importance",
+        "loss-bytes",
+        "loss-samples",
+        "loss-time",
+        "splits-ranks",
+    }
+    assert {base64.b64decode(data) for data in inside} == {path.read_bytes() for path in pictures}
+    assert all(path.read_bytes().startswith(PNG) for path in pictures)
+    assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import', page)
+    assert re.findall(r"<tr><td>(.*?)</td>", page) == PRESETS
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {m}" for m in PRESETS]
+
+
+def test_flags_choose_methods_rates_and_seeds(folder: Path, tmp_path: Path) -> None:
+    """Every method tries each rate on the first seed; the best of them runs the others."""
+    flags = ["--presets", "cenlora", "--rates", "1e-2", "1e-5", "--seeds", "3", "4"]
+    file = str(folder / "compare.json")
+
+    assert main(["compare", "rounds=1", "--config", file, "--out", str(tmp_path), *flags]) == 0
+
+    rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["seed"], row["rate"]) for row in rows] == [
+        ("cenlora", 3, 1e-2),
+        ("cenlora", 3, 1e-5),
+        ("cenlora", 4, 1e-2),
+    ]
+    assert "1e-05, 0.01" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_bad_input_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown methods, a preset of the file's own, nothing to evaluate, devices too small."""
+    with pytest.raises(ValueError, match=r"presets: 'x' is unknown; there are hsplitlora, "):
+        CompareSection(presets=("x",))
+    with pytest.raises(ValueError, match="seeds must hold different entries"):
+        CompareSection(seeds=(1, 1))
+    with pytest.raises(ValueError, match="learning_rates must be above 0"):
+        CompareSection(learning_rates=(0.0,))
+    file = folder / "compare.json"
+    with pytest.raises(ConfigError, match="preset: a comparison names its presets"):
+        load_compare(file, ["preset=ft"])
+    config = load_compare(file, ["compare.presets=[hlora]"])
+    with pytest.raises(ConfigError, match="aggregation must be 'svd'"):
+        load_methods(config, file, ["aggregation=exact"])
+    command = ["compare", "--config", str(file), "--out", str(tmp_path)]
+    assert main([*command, "evaluation.data.path=null", "--presets", "cenlora"]) == 2
+    assert "comparison needs one of them" in capsys.readouterr().err
+    small = [f"simulation.devices.{d}.memory_bytes=6e8" for d in ("big", "small")]
+    assert main([*command, *small, "--presets", "fedlora"]) == 2
+    error = capsys.readouterr().err
+    assert "fedlora, heterogeneous devices: it cannot run on any device: 5 of 5 blocks" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_matplotlib_nothing_is_trained(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line that says what to install, before the first run."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    file = str(folder / "compare.json")
+    assert main(["compare", "--config", file, "--out", str(tmp_path)]) == 2
+
+    assert "pip install 'edgesplit[compare]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

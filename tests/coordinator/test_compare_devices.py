@@ -1,0 +1,158 @@
+"""Which devices, splits and ranks a method gets, against trying all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.compare_devices import device_set, fit, samples_of_a_step, whole_situation
+from coordinator.config import DeviceSettings
+from coordinator.costs import device_bytes
+from coordinator.planning_config import PlanningConfig
+from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.situation import Situation
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.errors import ConfigError
+from tests.e2e.cluster import save_model
+from tests.tiny import BLOCKS
+
+RANKS = (2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def make_run(model: Path, memory: dict[str, float], **settings: Any) -> SimulationConfig:
+    """A fixed run whose devices have so much memory, with nothing kept free."""
+    devices = {name: SimulatedDevice(memory_bytes=value) for name, value in memory.items()}
+    return SimulationConfig(
+        **{
+            "model": str(model),
+            "rounds": 12,
+            "steps_per_round": 1,
+            "max_length": 32,
+            "default": DeviceSettings(split="all", batch_size=2),
+            "lora": LoraConfig(r=8),
+            "planning": PlanningConfig(rank_set=RANKS, memory_margin=0.0),
+            "simulation": FleetConfig(devices=devices, overhead_bytes=0),
+            **settings,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def situation(model: Path) -> Situation:
+    """What memory is worked out from, for three devices."""
+    return whole_situation(make_run(model, {"a": 1e9, "b": 1e9, "c": 1e9}))
+
+
+def needed(situation: Situation, split: int, rank: int, **settings: Any) -> float:
+    """Bytes of a device with so many blocks, where everybody has one rank."""
+    lora, default = LoraConfig(r=rank), DeviceSettings(split=split, batch_size=2)
+    config = replace(situation.config, lora=lora, default=default, **settings)
+    now = replace(situation, config=config)
+    return device_bytes(now, "a", split, dict.fromkeys(now.weights(0, split), rank))
+
+
+def test_alike_devices_are_like_the_median(model: Path) -> None:
+    """Board, link and memory of the middle one; names and data stay, own splits and ranks go."""
+    fleet = FleetConfig(
+        devices={
+            "n": SimulatedDevice(board="jetson-nano", count=2),
+            "x": SimulatedDevice(board="orin-nx-16gb", data="x.jsonl"),
+            "y": SimulatedDevice(board="orin-nano-8gb", link="5g", data="y.jsonl"),
+            "z": SimulatedDevice(board="agx-orin-64gb", data="z.jsonl"),
+        }
+    )
+    own = {"x": DeviceSettings(split=2, r=4, batch_size=6)}
+    config = make_run(model, {"a": 1}, simulation=fleet, devices=own)
+
+    alike, as_they_are = device_set(config, "homogeneous"), device_set(config, "heterogeneous")
+
+    devices = alike.simulation.devices
+    assert list(devices) == ["n-0", "n-1", "x", "y", "z"] == list(as_they_are.simulation.devices)
+    assert {(d.board, d.link, d.count) for d in devices.values()} == {("orin-nano-8gb", "5g", 1)}
+    assert [d.data for d in devices.values()] == [None, None, "x.jsonl", "y.jsonl", "z.jsonl"]
+    assert (alike.devices["x"].split, alike.devices["x"].r) == (None, None)
+    assert alike.devices["x"].batch_size == 6
+    assert as_they_are.devices["x"] == own["x"]
+    assert as_they_are.simulation.devices["n-1"] == SimulatedDevice(board="jetson-nano")
+    assert samples_of_a_step(alike) == samples_of_a_step(as_they_are) == 14
+
+
+def test_who_cannot_hold_the_model_drops_out(model: Path, situation: Situation) -> None:
+    """With a byte less than the smallest rank takes; the others make up for its samples."""
+    least = needed(situation, BLOCKS, min(RANKS))
+    run = make_run(model, {"a": least, "b": least - 1, "c": 1e9})
+
+    fitted = fit(run)
+
+    assert list(fitted.config.simulation.devices) == ["a", "c"]
+    assert fitted.config.total_steps * samples_of_a_step(fitted.config) == 12 * 6
+    assert fitted.notes[0].startswith("without b: 5 of 5 blocks need")
+    assert fitted.config.settings("a").r == fitted.config.lora.r == 2
+    assert fitted.notes[1] == "rank 2 instead of 8"
+    assert fitted.peak_bytes("a", BLOCKS, dict.fromkeys(situation.facts.targets, 2)) <= least
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 1.1])
+def test_one_cut_and_one_rank_are_the_most_that_the_weakest_holds(
+    model: Path, situation: Situation, fraction: float
+) -> None:
+    """Of all cuts up to the configured one and all ranks of the set; tried one by one."""
+    rule: dict[str, Any] = {"aggregation": "fedavg", "labels": "server"}
+    low, high = needed(situation, 1, 2, **rule), needed(situation, 4, 8, **rule)
+    budget = low + fraction * (high - low)
+    default = DeviceSettings(split=4, batch_size=2)
+    run = make_run(model, {"a": budget, "b": 1e9, "c": 1e9}, default=default, **rule)
+    split = max(k for k in range(1, 5) if needed(situation, k, 2, **rule) <= budget)
+    rank = max(r for r in RANKS if needed(situation, split, r, **rule) <= budget)
+
+    fitted = fit(run)
+
+    assert (fitted.config.settings("b").split, fitted.config.settings("b").r) == (split, rank)
+    assert len(fitted.config.simulation.devices) == 3
+
+
+def test_presets_with_ranks_of_their_own_take_the_largest_that_fit(
+    model: Path, situation: Situation
+) -> None:
+    """Unless the settings of single devices say which rank each has."""
+    memory = {"a": needed(situation, BLOCKS, 2, aggregation="zeropad") + 1, "b": 1e9}
+    run = make_run(model, memory, preset="hetlora", aggregation="zeropad")
+    pinned = replace(run, devices={"b": DeviceSettings(r=4)})
+
+    assert fit(run).config.planning.ranks == "uniform"
+    assert fit(pinned).config.planning.ranks == "fixed"
+    assert fit(pinned).config.settings("b").r == 4
+
+
+def test_a_plan_leaves_out_whom_it_cannot_fit(model: Path, situation: Situation) -> None:
+    """Where planning chooses splits, a device drops out that cannot hold one block."""
+    planning = PlanningConfig(split="armsc", ranks="rngwp", rank_set=RANKS, memory_margin=0.0)
+    run = make_run(model, {"a": 1e9, "b": 1e5}, planning=planning)
+
+    fitted = fit(run)
+
+    assert list(fitted.config.simulation.devices) == ["a"]
+    assert fitted.config.rounds == 24
+
+
+def test_a_method_that_fits_nobody_is_one_line(model: Path) -> None:
+    """It names what is needed and what there is."""
+    with pytest.raises(ConfigError, match=r"cannot run on any device: 5 of 5 blocks need .* MiB"):
+        fit(make_run(model, {"a": 1e5}))
+
+
+def test_trained_numbers_are_those_of_the_factors(model: Path, situation: Situation) -> None:
+    """Rank times both sides of each weight."""
+    name, shape = next(iter(situation.facts.targets.items()))
+    fitted = fit(make_run(model, {"a": 1e9}))
+
+    assert fitted.num_trained({name: 3}) == 3 * (shape.num_outputs + shape.num_inputs)
