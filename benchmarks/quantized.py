@@ -285,14 +285,23 @@ def errors() -> list[tuple[str, str, str]]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def run(role: str, **flags: object) -> dict[str, Any]:
+# Every tensor above 128 KiB in pages of its own, none in the heap, where activations leave holes.
+NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def run(role: str, settings: dict[str, str] | None = None, **flags: object) -> dict[str, Any]:
     """Run this file as another process in *role* and read its last line."""
     command = [sys.executable, __file__, f"--role={role}"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        **(settings or {}),
+    }
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True).stdout
     found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    print(role, flags, found, file=sys.stderr)
+    print(role, settings, flags, found, file=sys.stderr, flush=True)
     return found
 
 
@@ -302,8 +311,10 @@ def memory_tables(blocks: int) -> tuple[str, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         write_parts(Path(folder), blocks)
-        found = {base: run("memory", folder=folder, base=base, blocks=blocks) for base in BASES}
-    first = found["float32"]
+        flags = {"folder": folder, "blocks": blocks}
+        found = {base: run("memory", base=base, **flags) for base in BASES}
+        bare = {base: run("memory", NO_HEAP, base=base, **flags) for base in BASES}
+    first, plain = found["float32"], bare["float32"]["peak"]
     sizes = {base: base_bytes(base, blocks) for base in BASES}
     memory_rows = [
         (
@@ -313,6 +324,8 @@ def memory_tables(blocks: int) -> tuple[str, str]:
             f"{f['peak'] / 2**20:.0f}",
             f"{f['peak'] / first['peak']:.3f}",
             f"{predicted(base, blocks) / 2**20:.0f}",
+            f"{bare[base]['peak'] / 2**20:.0f}",
+            f"{bare[base]['peak'] / plain:.3f}",
             f"{f['floor'] / 2**20:.0f}",
         )
         for base, f in found.items()
@@ -329,7 +342,17 @@ def memory_tables(blocks: int) -> tuple[str, str]:
     ]
     heads = ("base", "blocks' weights MiB", "peak while loading MiB", "peak with training MiB")
     return (
-        table((*heads, "of float32", "predicted MiB", "import floor MiB"), memory_rows),
+        table(
+            (
+                *heads,
+                "of float32",
+                "predicted MiB",
+                "peak, no heap MiB",
+                "of float32",
+                "import floor MiB",
+            ),
+            memory_rows,
+        ),
         table(("base", "built in s", "step, CPU ms", "of float32", "step, wall ms"), time_rows),
     )
 
@@ -370,7 +393,8 @@ def measure(options: argparse.Namespace) -> str:
             header("Quantised base weights", options),
             f"Random Llama, {options.blocks} blocks x 1024 (MLP 4096), all of them on the device, "
             f"r = {RANK} on every linear layer, float32 products, 1 x {LENGTH} tokens a step. Peak "
-            "resident size above the import floor; clean pages of the mapped files count.",
+            "resident size above the import floor; clean pages of the mapped files count. `no "
+            "heap`: with MALLOC_MMAP_THRESHOLD_=131072 in the environment.",
             memory_table,
             f"The same runs: medians of {TIMED} steps, forward, backward and AdamW; CPU time is "
             "the process's own. `float32` is mapped from its files, nothing is read to build it.",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx
 from torch._decomp import get_decompositions
@@ -62,13 +63,21 @@ def trace(
     run: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]],
     inputs: dict[str, Input],
     outputs: tuple[str, ...],
+    largest: int = SIZES["T"],
 ) -> Traced:
     """Run *run* once on tensors without data.
 
+    Args:
+        run: Inputs by name to outputs.
+        inputs: What *run* is given.
+        outputs: Names of what it returns.
+        largest: A size up to which the graph must hold.
+
     Raises:
-        ModelError: The model's code decides by values, or fixes a size that varies.
+        ModelError: The model's code decides by values or by sizes, or fixes one that varies.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # it costs more than it saves: sizes that vary seldom hit
     sizes = _symbols(mode)
     with mode:
@@ -94,6 +103,7 @@ def trace(
         raise ModelError(f"cannot be traced for onnxruntime: {one_line(error)}") from error
     graph.graph.eliminate_dead_code()
     _require_dynamic(graph, inputs)
+    _require_undecided(env, largest)
     return Traced(graph, inputs, outputs)
 
 
@@ -115,3 +125,17 @@ def _require_dynamic(graph: fx.GraphModule, inputs: Mapping[str, Input]) -> None
         for letter, size in zip(entry.shape, node.meta["val"].shape, strict=True):
             if isinstance(letter, str) and (isinstance(size, int) or size.node.expr.is_number):
                 raise ModelError(f"the model's code fixes size {letter} of {name!r} to {size}")
+
+
+def _require_undecided(env: ShapeEnv, largest: int) -> None:
+    """The code must do the same with small sizes as with large ones.
+
+    2 is the smallest that tracing tells apart from others; what code does with 1 is the same or
+    means the same in all models of the tests.
+    """
+    for guard in env.guards:
+        expression: Any = guard.expr
+        if expression.is_Relational and not isinstance(expression, sympy.Eq):
+            for size in (2, largest):
+                if expression.subs(dict.fromkeys(expression.free_symbols, size)) == sympy.false:
+                    raise ModelError(f"the model's code asks whether {expression}: not for {size}")

@@ -117,8 +117,8 @@ def _digest(config: SimulationConfig) -> str:
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
     found = hashlib.sha256(dump_config(replace(config, name=None, runs=Path())).encode())
     fleet = config.simulation
-    own = (device.data for device in fleet.devices.values())
-    for path in (fleet.data.path, config.evaluation.data.path, *own):
+    files = (device.data for device in fleet.devices.values())
+    for path in (fleet.data.path, config.evaluation.data.path, *files):
         if path is not None and Path(path).is_file():  # not the id of a data set
             found.update(Path(path).read_bytes())
     return found.hexdigest()[:12]

@@ -33,9 +33,8 @@ from coordinator.experiment_config import (
     needs_relay,
 )
 from coordinator.experiment_seat import Seat
-from coordinator.experiment_trial import FACTS, INTERRUPTED, Trial
+from coordinator.experiment_trial import COMPLETED, FACTS, INTERRUPTED, Trial
 from coordinator.relay import Relay
-from coordinator.server import COMPLETED
 from coordinator.store import storage_errors
 from edge_sdk.config import dump_config
 from edge_sdk.errors import ConfigError, DeviceError

@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     require_matplotlib()  # before hours of training, not after
     from coordinator.experiment import run_experiment
     from coordinator.experiment_report import write_report
-    from coordinator.server import COMPLETED
+    from coordinator.experiment_trial import COMPLETED
     from edge_sdk.stopping import stopping_on_signals
 
     config, methods = load_experiment(options.file, options.overrides)

@@ -87,7 +87,7 @@ class FaultConfig:
     board: str
     """Its name in `boards`."""
     do: Literal["kill", "power-cut", "throttle", "link", "cut"]
-    """`kill`: its program dies, connections are closed; `power-cut`: it is gone, and nobody is told;
+    """`kill`: its program dies, connections are closed; `power-cut`: it is gone, nobody is told;
     `throttle`: `factor` of its speed; `link`: the link becomes `to`; `cut`: nothing passes."""
     at_s: float | None = None
     """Seconds after the boards were started."""

@@ -15,9 +15,7 @@ from typing import Any
 from coordinator.comparison import Cell, Held, Point
 from coordinator.console import total_over_sessions
 from coordinator.experiment_config import ExperimentConfig, data_sheet
-from coordinator.experiment_trial import FACTS, HAPPENINGS, MARKS
-from coordinator.server import COMPLETED
-from coordinator.simulation_result import read_result
+from coordinator.experiment_trial import COMPLETED, FACTS, HAPPENINGS, MARKS
 from coordinator.store import RunFolder
 
 
@@ -157,6 +155,8 @@ def _cell(
     marks: list[dict[str, Any]],
     costs: list[dict[str, Any]],
 ) -> Cell | None:
+    from coordinator.simulation_result import read_result  # loads torch
+
     times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
     traffic = {way: _traffic(costs, way) for way in ("bytes_up", "bytes_down")}
     rounds = read_result(COMPLETED, run, [{}] * config.rounds).rounds

@@ -22,7 +22,6 @@ from coordinator.experiment_config import ExperimentConfig, FaultConfig
 from coordinator.experiment_faults import Script
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_shell import LocalShell, Program
-from coordinator.server import COMPLETED
 from coordinator.store import RunFolder
 from edge_sdk.config import dump_config
 from edge_sdk.deadline import Deadline
@@ -35,7 +34,7 @@ RESTART_S = 1.0
 BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
 STEPS, MARKS = "steps.jsonl", "marks.jsonl"
 HAPPENINGS, FACTS = "happenings.jsonl", "boards.json"
-INTERRUPTED = "interrupted"
+COMPLETED, INTERRUPTED = "completed", "interrupted"
 
 
 class Trial:

@@ -28,8 +28,10 @@ from edge_sdk.weights import PartCache, Source, write_whole
 log = logging.getLogger(__name__)
 
 MODULE = "coordinator.onnx_export"
-# Whatever changes the graphs of an unchanged model.
-MAKERS = ("edgesplit", "torch", "transformers", "onnx")
+# Whatever changes the graphs of an unchanged model: packages, and files of ours.
+MAKERS = ("torch", "transformers", "onnx")
+HERE = Path(__file__).parent
+SOURCES = ("coordinator/aten_graph.py", "coordinator/onnx_*.py", "edge_sdk/partition.py")
 
 
 @dataclass
@@ -117,7 +119,7 @@ class GraphShop:
         )
 
     def _key(self, job: Job) -> str:
-        versions = {name: _version(name) for name in MAKERS}
+        versions = {**{name: _version(name) for name in MAKERS}, "ours": _sources()}
         config = self._source.config.to_json_string()
         text = json.dumps([asdict(job), versions, config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -145,8 +147,7 @@ class GraphShop:
         base = Path(folder.name)
         (base / "job.json").write_text(job_text(job), "utf-8")
         # Wherever we were imported from, whatever the working directory is.
-        ours = str(Path(__file__).parents[1])
-        paths = [ours, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
         order = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
         with (base / "stderr").open("wb") as errors:
@@ -166,6 +167,13 @@ def check_lora(lora: LoraConfig) -> None:
             f"lora.lora_dropout: {lora.lora_dropout} is not possible with the onnxruntime backend, "
             "which draws no random numbers; set it to 0, or install torch on this device"
         )
+
+
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for name in SOURCES for path in HERE.parent.glob(name)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str:

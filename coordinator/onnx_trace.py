@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import gelu, log_softmax
 from transformers.activations import NewGELUActivation
 
-from coordinator.aten_graph import Input, Traced, trace
+from coordinator.aten_graph import SIZES, Input, Traced, trace
 from edge_sdk.adapters import Shape, head_names, is_transposed
 from edge_sdk.partition import Slice
 
@@ -55,6 +55,10 @@ class Tracer:
     ) -> None:
         self._slice, self._targets, self._dtypes = slice_, targets, dtypes
         self._slice.model.eval()
+        config: Any = slice_.model.config
+        self._config = config.get_text_config()
+        # Half of what its table of positions takes: some models spend rows of it on padding.
+        self._largest = max(SIZES["T"], getattr(self._config, "max_position_embeddings", 0) // 2)
         for module in slice_.model.modules():
             if isinstance(module, NewGELUActivation):
                 # The same function as one operator: its gradient keeps one tensor, not six.
@@ -71,12 +75,14 @@ class Tracer:
 
         ids = Input(("B", "T"), torch.int64)
         weights = self._weights(self._slice.layout.front)
-        return trace(run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",))
+        return trace(
+            run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",), self._largest
+        )
 
     def block(self, index: int) -> Traced:
         """What enters a block in, what leaves it out; names are those inside the block."""
         inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **self._block_inputs(index)}
-        return trace(lambda values: (self._block(index, values),), inputs, ("out",))
+        return trace(lambda values: (self._block(index, values),), inputs, ("out",), self._largest)
 
     def block_vjp(self, index: int, *, measures: bool = False) -> Traced:
         """The same and dL/dout in; dL/dhidden, and dL/dA and dL/d(s B) of every target, out.
@@ -101,7 +107,7 @@ class Tracer:
 
         outputs = [f"grad:{name}" for name in trained]
         outputs += [f"{form}:{name}" for name in targets for form in FORMS]
-        return trace(run, inputs, tuple(outputs))
+        return trace(run, inputs, tuple(outputs), self._largest)
 
     def tail(self) -> Traced:
         """Hidden state and labels in; loss sum, hits, dL/dh and a trainable head's gradients out.
@@ -131,13 +137,12 @@ class Tracer:
             **self._weights(self._tail_names()),
         }
         outputs = ("loss", "hits", "grad:hidden", *(f"grad:{name}" for name in head))
-        return trace(run, inputs, outputs)
+        return trace(run, inputs, outputs, self._largest)
 
     # ---- inputs ----
 
     def _hidden(self, rows: int | str = "B", positions: str = "T") -> Input:
-        config: Any = self._slice.model.config
-        return Input((rows, positions, config.get_text_config().hidden_size))
+        return Input((rows, positions, self._config.hidden_size))
 
     def _tail_names(self) -> list[str]:
         layout = self._slice.layout

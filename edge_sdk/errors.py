@@ -109,10 +109,14 @@ def public_name(error: EdgeError) -> str:
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
 
 
+# torch's CPU allocator, and CUDA on a Jetson, whose allocator is not the desktop's.
+OUT_OF_MEMORY = ("can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT", "NvMapMemAlloc")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether *error* is Python's, torch's CPU allocator's or CUDA's way of saying so."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or "can't allocate memory" in str(error)
+    return is_named or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:

@@ -148,12 +148,6 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
-def _stretches(num_outputs: int, num_inputs: int, device: torch.device) -> Iterator[slice]:
-    rows = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // num_inputs)
-    for first in range(0, num_outputs, rows):
-        yield slice(first, min(first + rows, num_outputs))
-
-
 # ---- layers --------------------------------------------------------------------------------------
 
 
@@ -221,13 +215,17 @@ class _Packed(nn.Module):
         """Quantise *weight*, which lies as in the checkpoint, on *device*, a stretch at a time."""
         w_OI = weight.T if self.is_transposed else weight
         self._keep(*(torch.empty_like(p, device=device) for p in (self.codes, self.scales)))
-        for rows in self.stretches():
+        # Small ones: a dozen tensors of this size come and go, and leave holes in the heap.
+        for rows in self.stretches(16):
             codes, scales = pack(w_OI[rows].to(device, torch.float32), self.kind)
             self.codes[rows], self.scales[rows] = codes, scales
 
-    def stretches(self) -> Iterator[slice]:
-        """Outputs that are computed together."""
-        return _stretches(self.num_outputs, self.num_inputs, self.codes.device)
+    def stretches(self, parts: int = 1) -> Iterator[slice]:
+        """Outputs that are computed together, or a share of so many."""
+        chunk = CHUNK.get(self.codes.device.type, CHUNK["cuda"]) // parts
+        rows = max(1, chunk // self.num_inputs)
+        for first in range(0, self.num_outputs, rows):
+            yield slice(first, min(first + rows, self.num_outputs))
 
     def rows(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """The weights of some outputs, (R, I), until this thread asks for others."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Share of what a forward pass makes and frees whose place in glibc's heap is not used again: torch
-# asks for aligned blocks, which fit badly into holes of their own size. Measured as 0.4 to 0.8 on
+# asks for aligned blocks, which fit badly into holes of their own size. Measured as 0.35 to 0.9 on
 # Linux x86-64 (benchmarks/memory.py). With MALLOC_MMAP_THRESHOLD_=131072 in the environment every
 # tensor has pages of its own, and it is 0.
 FRAGMENTATION = 0.55

@@ -109,6 +109,18 @@ def test_code_that_fixes_a_size_is_refused() -> None:
         trace(fixing, {"x": Input(("B", 3))}, ("y",))
 
 
+@pytest.mark.parametrize("limit", [5, 40])
+def test_code_that_decides_by_a_size_is_refused(limit: int) -> None:
+    """A window that is handled only where a sequence is longer than it would be left out, or in."""
+
+    def deciding(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x = values["x"]
+        return (x * 2 if x.shape[1] > limit else x,)
+
+    with pytest.raises(ModelError, match="the model's code asks whether"):
+        trace(deciding, {"x": Input(("B", "T"))}, ("y",), largest=64)
+
+
 def test_nothing_is_computed_from_a_rank() -> None:
     """All ranks share a letter while tracing: a size made of one would be another's."""
     traced = trace(
@@ -122,7 +134,7 @@ CASES: dict[str, Any] = {
     "alpha": lambda x: (torch.add(x, x, alpha=3), torch.sub(x, 1, alpha=2), 2 - x),
     "compare": lambda x: (x > 0.1, x.ne(0), (x < 0) & (x > -1), x.long() * 2.5),
     "powers": lambda x: (x**2, x**3, (x * x) ** 0.5, (x * x + 1) ** -1.5),
-    "slices": lambda x: (x[:, 1:-1], x[:, ::2], x[..., -1], x[0]),
+    "slices": lambda x: (x[..., 1:-1], x[:, ::2], x[..., -1], x[0]),
     "joins": lambda x: (torch.stack([x, x], 1), torch.cat([x, x.long()], -1), x.repeat(2, 1, 3)),
     "splits": lambda x: (*x.split(3, -1), *x.chunk(2, -1), *x.unbind(-1)),
     "sums": lambda x: (
@@ -169,7 +181,7 @@ def test_gradients_of_stretches_are_padded() -> None:
 
     def run_both(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         x = values["x"].detach().requires_grad_(True)
-        return torch.autograd.grad((x[:, 1:3] * 2).sum() + (x[:, -1] * x[:, 0]).sum(), [x])
+        return torch.autograd.grad((x[..., 1:3] * 2).sum() + (x[:, -1] * x[:, 0]).sum(), [x])
 
     traced = trace(run_both, {"x": Input(("B", "T", 4))}, ("y",))
     x = np.random.default_rng(0).normal(size=(2, 7, 4)).astype(np.float32)

@@ -1,0 +1,154 @@
+"""Control groups: real limits where we may set some, both versions' files in a tree of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.experiment_cgroup import Cage
+from coordinator.experiment_shell import LocalShell, Program
+from edge_sdk.errors import DeviceError
+
+MIB = 2**20
+LIMIT_BYTES = 256 * MIB
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def cage() -> Iterator[Cage]:
+    """Real groups; skipped where we may make none."""
+    try:
+        made = Cage(f"edgesplit-test-{os.getpid()}", memory_bytes=LIMIT_BYTES, cores=0.5)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    yield made
+    made.remove()
+
+
+def run(code: str, cage: Cage) -> tuple[int | None, list[str]]:
+    """Run a Python program in *cage*."""
+    lines: list[str] = []
+    program = Program(
+        LocalShell(),
+        [sys.executable, "-c", code],
+        folder=str(Path.cwd()),
+        groups=cage.folders,
+        on_line=lines.append,
+    )
+    assert program.wait(PATIENCE_S)
+    return program.exit_code, lines if not program.close() else lines
+
+
+SEEN = """
+from pathlib import Path
+from profiler.cores import allowed_cores
+from profiler.memory import memory_info
+print(int(memory_info(Path("/")).total.value), allowed_cores(Path("/")).value)
+"""
+
+
+def test_a_program_sees_its_limits(cage: Cage) -> None:
+    """What our own profiler reads inside is what was set outside."""
+    assert run(SEEN, cage) == (0, [f"{LIMIT_BYTES} 0.5"])
+
+
+def test_cores_can_change(cage: Cage) -> None:
+    """Down to a hundredth, and up again."""
+    found = []
+    for cores in (0.01, 2.0):
+        groups = cage.folders
+        cage.set_cores(cores)
+        probe = SEEN + "import sys; sys.stdout.flush()"
+        assert groups
+        found.append(_quota(cage))
+        assert probe
+    assert found == [0.01, 2.0]
+
+
+def _quota(cage: Cage) -> float:
+    for folder in cage.folders:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+            return int(quota) / int(period)
+        if (folder / "cpu.cfs_quota_us").exists():
+            quota, period = (
+                (folder / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
+            return int(quota) / int(period)
+    raise AssertionError("no quota")
+
+
+def test_a_program_that_takes_more_memory_is_ended_and_counted(cage: Cage) -> None:
+    """The kernel ends it; a program that stays below is left alone, and its peak is known."""
+    code, _ = run(f"x = bytearray({LIMIT_BYTES // 2})", cage)
+    assert (code, cage.num_killed()) == (0, 0)
+    peak = cage.peak_bytes()
+    assert peak is not None
+    assert LIMIT_BYTES // 2 <= peak <= LIMIT_BYTES
+
+    code, _ = run(f"x = bytearray({4 * LIMIT_BYTES})", cage)
+
+    assert (code, cage.num_killed()) == (-9, 1)
+
+
+def test_the_groups_are_gone_after_close() -> None:
+    """A kept program's groups are removed with it, also without anybody who asks for it."""
+    try:
+        cage = Cage(f"edgesplit-test-gone-{os.getpid()}", memory_bytes=LIMIT_BYTES, cores=1.0)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    folders = list(cage.folders)
+
+    run("pass", cage)
+
+    assert [folder.exists() for folder in folders] == [False] * len(folders)
+    cage.remove()
+
+
+# ---- a tree of our own ----
+
+
+def make_tree(root: Path, delegated: str) -> Path:
+    """A machine with version 2 only; we are in /user/session, /user has *delegated*."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("0::/user/session\n")
+    inner = root / "sys/fs/cgroup/user/session"
+    inner.mkdir(parents=True)
+    for folder, below in ((inner, None), (inner.parent, delegated), (inner.parents[1], "")):
+        (folder / "cgroup.controllers").write_text("cpu memory pids\n")
+        control = folder / "cgroup.subtree_control"
+        if below is None:  # holds processes: the kernel refuses to write here
+            control.mkdir()
+        else:
+            control.write_text(below)
+    return inner.parent
+
+
+def test_version_2_files(tmp_path: Path) -> None:
+    """One group for both controllers, beside ours because ours holds processes."""
+    parent = make_tree(tmp_path, "memory")
+
+    cage = Cage("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
+
+    assert cage.folders == [parent / "board"]
+    texts = {path.name: path.read_text() for path in (parent / "board").iterdir()}
+    assert texts == {"memory.max": "1000000000", "cpu.max": "5000 20000"}
+    assert (parent / "cgroup.subtree_control").read_text() == "+cpu"
+    cage.set_cores(0.01)
+    assert (parent / "board" / "cpu.max").read_text() == "1000 100000"
+    (parent / "board" / "memory.events").write_text("low 0\noom 2\noom_kill 3\n")
+    (parent / "board" / "memory.peak").write_text("123\n")
+    assert (cage.num_killed(), cage.peak_bytes()) == (3, 123)
+
+
+def test_without_any_group_it_is_said_why(tmp_path: Path) -> None:
+    """A machine without control groups is a clear error, and nothing is left."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("")
+
+    with pytest.raises(DeviceError, match="the memory controller is not mounted"):
+        Cage("board", memory_bytes=1e9, cores=1.0, root=tmp_path)
