@@ -48,10 +48,10 @@ class Case:
     family: str
     settings: dict[str, Any]
     split: int
-    targets: tuple[str, ...]
-    rank: int
-    rows: int
-    length: int
+    targets: tuple[str, ...] = ("all-linear",)
+    rank: int = 8
+    rows: int = 4
+    length: int = 128
     tail: bool = False
     residual: int = 0
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
@@ -64,10 +64,6 @@ CASES = (
         family="gpt2",
         settings=_GPT2,
         split=3,
-        targets=("all-linear",),
-        rank=8,
-        rows=4,
-        length=128,
         residual=8,
     ),
     Case(
@@ -75,7 +71,6 @@ CASES = (
         family="llama",
         settings=_LLAMA,
         split=6,
-        targets=("all-linear",),
         rank=16,
         rows=2,
         length=256,
@@ -86,9 +81,7 @@ CASES = (
         settings={"num_hidden_layers": 6, "num_labels": 2},
         split=6,
         targets=("query", "value"),
-        rank=8,
         rows=8,
-        length=128,
         tail=True,
         task="sequence-classification",
     ),
@@ -99,8 +92,6 @@ CASES = (
         split=4,
         targets=("c_attn",),
         rank=4,
-        rows=4,
-        length=128,
         tail=True,
     ),
     Case(
@@ -110,8 +101,6 @@ CASES = (
         split=2,
         targets=("c_attn",),
         rank=4,
-        rows=4,
-        length=128,
         tail=True,
     ),
     Case(
@@ -119,8 +108,6 @@ CASES = (
         family="gpt2",
         settings=_GPT2,
         split=2,
-        targets=("all-linear",),
-        rank=8,
         rows=8,
         length=384,
     ),
@@ -129,7 +116,6 @@ CASES = (
         family="llama",
         settings=_LLAMA,
         split=6,
-        targets=("all-linear",),
         rank=16,
         rows=2,
         length=256,
@@ -217,19 +203,14 @@ def train(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     layout = find_layout(config, case.task)
     ranks = find_ranks(case, config, layout)
     names = ["front", *(f"block.{i}" for i in range(case.split)), *(["tail"] * case.tail)]
+    rows = {"batch_size": case.rows, "micro_batch": case.rows}
+    plan = Plan(split=case.split, ranks=ranks, alphas={}, tail=case.tail, **rows)
     runtime = TorchRuntime(
         config,
         case.task,
         layout,
         {name: open_part(folder / f"{name}.safetensors") for name in names},
-        Plan(
-            split=case.split,
-            ranks=ranks,
-            alphas={},
-            batch_size=case.rows,
-            micro_batch=case.rows,
-            tail=case.tail,
-        ),
+        plan,
         LoraConfig(r=case.rank),
         TrainingConfig(),
         steps,

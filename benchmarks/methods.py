@@ -143,9 +143,8 @@ def write_report(out: Path, options: argparse.Namespace) -> None:
 BUDGETS = ", ".join(f"{b} {u:g}" for b, u in zip(BOARDS, UNITS, strict=True))
 HOW = f"""\
 Small models on small data, {len(SEEDS)} seeds where not said otherwise: mean and sample standard
-deviation. Devices and units of memory for the model: {BUDGETS};
-the whole model with rank {max(RANKS)} on every weight takes {WHOLE_UNITS:g}. Homogeneous: five of
-the one in the middle.
+deviation. Devices and units of memory for the model: {BUDGETS}; the whole model with rank
+{max(RANKS)} on every weight takes {WHOLE_UNITS:g}. Homogeneous: five of the one in the middle.
 Links 300 Mbit/s both ways, 5 ms; a server of 35.6 TFLOPS where not said otherwise; 30 % of every
 peak is reached. The clock counts as if LLaMA-2-7B were trained: operations and bytes are scaled, so
 times compare methods and are no forecast. ft and cenlora train on the server, and moving the data
@@ -153,8 +152,9 @@ there is free. hsplitlora and splitlora hand the labels to the server, as publis
 out with Dirichlet(0.5): E2E by length, Banking77 by label. Every method tried the same learning
 rates on seed 0 and kept its best, for each set of devices. E2E: 4,000 random pairs of at most 220
 characters, the loss of 150 others; Banking77: the first {NUM_INTENTS} of its 77 intents, accuracy
-on {NUM_DEV} sentences held out of the training file. Ranks of equal bytes: as much predicted device memory as rank {UNIFORM_RANK} on every
-weight takes, kept activations included, so not the same number of parameters."""
+on {NUM_DEV} sentences held out of the training file. Ranks of equal bytes: as much predicted device
+memory as rank {UNIFORM_RANK} on every weight takes, kept activations included, so not the same
+number of parameters."""
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from coordinator.comparison import Cell, Held, Point
 from coordinator.console import total_over_sessions
 from coordinator.experiment_config import ExperimentConfig, data_sheet
-from coordinator.experiment_trial import COMPLETED, FACTS, HAPPENINGS, MARKS
+from coordinator.experiment_trial import FACTS, HAPPENINGS, MARKS
 from coordinator.store import RunFolder
 
 
@@ -155,23 +155,20 @@ def _cell(
     marks: list[dict[str, Any]],
     costs: list[dict[str, Any]],
 ) -> Cell | None:
-    from coordinator.simulation_result import read_result  # loads torch
-
     times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
     traffic = {way: _traffic(costs, way) for way in ("bytes_up", "bytes_down")}
-    rounds = read_result(COMPLETED, run, [{}] * config.rounds).rounds
+    rows = run.rows("metrics.jsonl")
     points = tuple(
         Point(
-            found.samples,
-            times[found.round],
-            times[found.round],
-            traffic["bytes_up"].get(found.round, 0),
-            traffic["bytes_down"].get(found.round, 0),
-            found.loss,
-            found.accuracy,
+            sum(other.get("samples", 0) for other in rows if other["round"] <= row["round"]),
+            times[row["round"]],
+            times[row["round"]],
+            traffic["bytes_up"].get(row["round"], 0),
+            traffic["bytes_down"].get(row["round"], 0),
+            *score,
         )
-        for found in rounds
-        if found.loss is not None and found.accuracy is not None and found.round in times
+        for row in rows
+        if (score := _score(row)) is not None and row["round"] in times
     )
     if not points:
         return None
@@ -181,8 +178,21 @@ def _cell(
         seed=config.training.seed,
         rate=config.training.learning_rate,
         points=points,
-        held=tuple(_held(run, len(rounds) - 1)),
+        held=tuple(_held(run, len(rows) - 1)),
     )
+
+
+def _score(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Loss and accuracy on the coordinator's file, or over the boards', each target alike."""
+    scores = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
+    targets = sum(score["targets"] for score in scores)
+    if not targets:
+        return None
+    loss, accuracy = (
+        sum(score[key] * score["targets"] for score in scores) / targets
+        for key in ("loss", "accuracy")
+    )
+    return loss, accuracy
 
 
 def _traffic(costs: list[dict[str, Any]], way: str) -> dict[int, int]:

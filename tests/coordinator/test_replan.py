@@ -98,7 +98,7 @@ def test_importance_that_moved_asks_for_new_ranks(llama: tuple[ModelFacts, Model
         with_memory(situation, a=room), profiles={"a": with_memory(situation, a=room).profiles["a"]}
     )
     before = replace(situation, importance={n: 20.0 if "q_proj" in n else 0.1 for n in names})
-    now = replace(situation, importance={n: 20.0 if "v_proj" in n else 0.1 for n in names})
+    now = replace(situation, importance={n: 20.0 if "down_proj" in n else 0.1 for n in names})
     current = plan_all(before)
 
     decision = replan(current, before, now)

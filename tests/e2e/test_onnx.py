@@ -70,7 +70,7 @@ def test_a_mixed_run_learns_what_a_torch_run_learns(pair: Cluster) -> None:
         names = ("a", "b") if kind == "torch" else ("a",)
         clients = pair.start(*names, data=held_out(), state=pair.folder / kind)
         lean = lean_device(pair, "b") if kind == "mixed" else None
-        assert serving.wait(3 * PATIENCE_S) == "completed"
+        assert serving.wait(6 * PATIENCE_S) == "completed"
         wait_all(clients)
         if lean is not None:
             out, _ = lean.communicate(timeout=PATIENCE_S)

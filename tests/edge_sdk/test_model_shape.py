@@ -97,33 +97,19 @@ def add_adapters(family: str, slice_: Slice, work: Work, dropout: float = 0.0) -
     return Adapters(slice_, dict(work.ranks), {}, LoraConfig(r=RANK, lora_dropout=dropout))
 
 
-class Saved:
-    """Bytes that autograd keeps, counted once for each place in memory."""
+def saved_bytes(slice_: Slice, work: Work, compute: torch.dtype = torch.float32) -> int:
+    """Bytes that autograd keeps beside weights, counted once for each place in memory."""
+    weights = [p for p in slice_.model.parameters() if not p.is_meta]
+    known = {p.untyped_storage().data_ptr() for p in weights}
+    kept: dict[int, torch.Tensor] = {}
 
-    def __init__(self, slice_: Slice) -> None:
-        weights = [p for p in slice_.model.parameters() if not p.is_meta]
-        self._known = {p.untyped_storage().data_ptr() for p in weights}
-        self._kept: dict[int, torch.Tensor] = {}
-
-    def __enter__(self) -> Saved:
-        """Begin to count."""
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop counting."""
-        self._hooks.__exit__()
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor.detach()
 
-    @property
-    def num_bytes(self) -> int:
-        """What was kept beside weights."""
-        kept = {p: t for p, t in self._kept.items() if p not in self._known}
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert forward(slice_, work, compute).requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in known)
 
 
 # ---- parameters ----
@@ -220,12 +206,10 @@ def test_activations_are_what_autograd_keeps(family: str, widths: tuple[int, int
     slice_ = make_slice(family, ["block.1", "block.2"], base)
     add_adapters(family, slice_, work)
 
-    with Saved(slice_) as saved:
-        out = forward(slice_, work, compute)
+    saved = saved_bytes(slice_, work, compute)
 
-    assert out.requires_grad
     expected = estimate_memory(shape_of(family), work).activations
-    assert expected == pytest.approx(saved.num_bytes, rel=0.05 if base != compute else 0.03)
+    assert expected == pytest.approx(saved, rel=0.05 if base != compute else 0.03)
 
 
 @pytest.mark.parametrize(
@@ -240,13 +224,9 @@ def test_an_adapter_keeps_its_input_where_nobody_else_does(leaves: str, dropout:
     work = work_of("llama", 2, leaves, has_front=False, has_lora_dropout=dropout > 0)
     slices = [make_slice("llama", ["block.0", "block.1"]) for _ in range(2)]
     add_adapters("llama", slices[0], work, dropout)
-    saved = []
-    for slice_ in slices:
-        with Saved(slice_) as found:
-            hidden = forward(slice_, work)
-        saved.append(found.num_bytes)
-        del hidden
     frozen = work_of("llama", 2, "nothing", has_front=False)
+
+    saved = [saved_bytes(slice_, work) for slice_ in slices]
 
     model = shape_of("llama")
     first, second = estimate_memory(model, work), estimate_memory(model, frozen)
@@ -266,12 +246,10 @@ def test_a_device_keeps_no_more_than_is_estimated(family: str, leaves: str) -> N
     slice_ = make_slice(family, ["front", "block.0", "block.1", "block.2"])
     add_adapters(family, slice_, work)
 
-    with Saved(slice_) as saved:
-        out = forward(slice_, work)
+    saved = saved_bytes(slice_, work)
 
-    assert out.requires_grad
     found = estimate_memory(shape_of(family), work).activations
-    assert found * 2 / 3 <= saved.num_bytes <= found * 1.03
+    assert found * 2 / 3 <= saved <= found * 1.03
 
 
 def test_dropout_in_the_model_is_seen() -> None:

@@ -1,0 +1,119 @@
+"""What a report says of a run follows from its files by arithmetic that is done here again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.experiment_config import BoardConfig, ExperimentConfig
+from coordinator.experiment_report import write_report
+from coordinator.experiment_result import read_trial
+from coordinator.fleet import catalogue
+from coordinator.store import RunFolder
+
+DEVICES = {"a": (4.0, 1000), "b": (1.0, 600)}
+"""Compute seconds and bytes up of each board in a round."""
+
+
+def config(**settings: Any) -> ExperimentConfig:
+    """An emulated board and a real one."""
+    boards = {"a": BoardConfig(emulated="orin-nano-8gb"), "b": BoardConfig(ssh="me@board")}
+    return ExperimentConfig(model="m", rounds=2, boards=boards, **settings)
+
+
+def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> None:
+    """A run of two rounds of 10 s; board b was started again in the second one."""
+    folder.mkdir(parents=True)
+    run = RunFolder(folder)
+    for number, loss in enumerate(losses):
+        score = {"loss": loss, "targets": 7, "accuracy": 0.5}
+        run.append("metrics.jsonl", {"round": number, "eval": score, "samples": 16 * (number > 0)})
+        link = {"bytes_up": 0, "bytes_down": 0, "num_connections": 2}
+        link |= {"up_s": 1.0 + 5.0 * number, "down_s": 2.0 * number}
+        mark = {"round": number, "time": 100.0 + 10 * number, "cpu_s": 3.0 + 7.0 * number}
+        run.append("marks.jsonl", mark | {"links": {"a": link}})
+    for number in (0, 1):
+        devices = {}
+        for name, (compute_s, sent) in DEVICES.items():
+            total = sent if name == "b" else sent * (number + 1)  # b's counter began anew
+            devices[name] = {
+                "compute_s": compute_s,
+                "bytes_up": total,
+                "bytes_down": 10 * total,
+                "peak_rss_bytes": 2**20 * (number + 5),
+                "board": {"energy": 50.0 + 20.0 * number} if name == "b" else {},
+            }
+        run.append("telemetry.jsonl", {"round": number, "seconds": 10.0, "devices": devices})
+    facts = {"starts": 1, "peak_group_bytes": 2**22, "killed_for_memory": 0}
+    boards = {"a": facts, "b": facts | {"starts": 2}}
+    run.write_text("boards.json", json.dumps({"outcome": "completed", "boards": boards}))
+
+
+def test_costs_and_shares(tmp_path: Path) -> None:
+    """Sums over rounds and starts, shares of the real clock, energy measured or estimated."""
+    write_run(tmp_path / "run")
+
+    found = read_trial(tmp_path / "run", config(), "ours")
+    a, b = found.boards
+
+    assert (found.seconds, found.coordinator_s) == (20.0, 14.0)
+    assert (a.compute_s, a.bytes_up, a.bytes_down, a.link_s) == (8.0, 2000, 20000, 10.0)
+    assert (b.compute_s, b.bytes_up, b.bytes_down, b.link_s) == (2.0, 600, 6000, None)
+    assert a.peak_bytes == 6 * 2**20
+    assert a.energy_j == pytest.approx(catalogue().boards["orin-nano-8gb"].watts * 8.0)
+    assert (a.energy_is_estimated, b.energy_is_estimated) == (True, False)
+    assert b.energy_j == 20.0
+    assert found.shares() == {
+        "a computes": 0.4,
+        "b computes": 0.1,
+        "link of a": 0.5,
+        "coordinator": 0.7,
+    }
+    assert found.slowest() == ("coordinator", 0.7)
+
+
+def test_the_clock_of_a_cell_is_real(tmp_path: Path) -> None:
+    """Times are between evaluations, and a target is reached on the straight line."""
+    write_run(tmp_path / "run")
+
+    cell = read_trial(tmp_path / "run", config(), "ours").cell
+
+    assert cell is not None
+    assert [(p.samples, p.real_s, p.bytes_up, p.loss) for p in cell.points] == [
+        (0, 0.0, 0, 4.0),
+        (16, 10.0, 1600, 3.0),
+        (32, 20.0, 2600, 2.0),
+    ]
+    reached = cell.reached(2.5)
+    assert reached is not None
+    assert reached.real_s == 15.0
+    assert (cell.device_set, cell.method) == ("real and emulated", "ours")
+
+
+def test_the_report_holds_every_run(tmp_path: Path) -> None:
+    """Both methods against the loss that both reached; what is estimated is called so."""
+    write_run(tmp_path / "fast")
+    write_run(tmp_path / "slow", losses=(4.0, 3.5, 3.0))
+    methods = {"fast": config(), "slow": config()}
+
+    table = write_report(config(), methods, tmp_path, dict.fromkeys(methods, "completed"))
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[0][4] == "clock to loss 3 (s)"
+    whole = {line[0]: line for line in lines[2:] if line[1] == "all"}
+    assert (whole["fast"][4], whole["slow"][4]) == ("10.0", "20.0")
+    assert "(estimated)" in whole["fast"][12]
+    assert [line[1] for line in lines[2:5]] == ["all", "a", "b"]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Loss against time" in html
+    assert "coordinator, 70.0 % of the time" in html
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["label"] for result in results] == ["fast", "slow"]
+
+
+def test_a_run_that_never_began_is_no_report(tmp_path: Path) -> None:
+    """Nothing to write about."""
+    assert write_report(config(), {"run": config()}, tmp_path, {"run": "failed"}) == ""
