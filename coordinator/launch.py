@@ -100,6 +100,7 @@ def _finish(run: Run, watcher: Watcher) -> str:
 
 
 def environment() -> dict[str, str]:
+    """Versions of what a result depends on, by package; "absent" for one that is not here."""
     versions = {}
     for name in PACKAGES:
         try:

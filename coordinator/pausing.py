@@ -13,7 +13,7 @@ PAUSE_PATIENCE_S = 15.0
 
 
 class Pausing:
-    """The way from \"stop\" to a run that is saved."""
+    """The way from stop to a run that is saved."""
 
     def __init__(self, run: Run, intake: Intake) -> None:
         self._run, self._intake = run, intake

@@ -81,13 +81,12 @@ def _read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
 def _situation(
     config: ServeConfig, profiles: Mapping[str, DeviceProfile], importance: Path | None
 ) -> Situation:
-    from edge_sdk.model_shape import model_shape
-
     from coordinator.planning import ModelFacts, check_config
     from coordinator.served import usable_positions
     from coordinator.situation import ServerProfile, Situation, planning_length
     from edge_sdk.adapters import find_targets
     from edge_sdk.layout import find_layout
+    from edge_sdk.model_shape import model_shape
     from edge_sdk.weights import load_config as load_model_config
 
     model_config = load_model_config(_config_folder(config), len(config.label_names))
