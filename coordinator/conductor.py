@@ -263,8 +263,9 @@ class Conductor:
                 message = Gradient(
                     stamp=self._stamp(answer.device), micro=state.micro, loss_sum=loss_sum
                 )
-                grad = self._coded(answer.device, answer.grad_BTD)
-                self._send(answer.device, message, {"grad": grad})
+                grad = {"grad": self._coded(answer.device, answer.grad_BTD)}
+                is_frozen = self.run.admission.plans[answer.device].is_forward_only
+                self._send(answer.device, message, {} if is_frozen else grad)
         if state.phase is not Phase.TRAINING:
             return
         self.run.mail.jobs, self.run.mail.grads = {}, {}

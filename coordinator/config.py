@@ -27,7 +27,7 @@ class DeviceSettings:
     split: int | Literal["all"] | None = None
     """Blocks on the device, 1 .. number of blocks; `all` is plain federated LoRA."""
     r: int | None = None
-    """Rank of the device's adapters."""
+    """Rank of the device's adapters; 0: its blocks stay frozen, it computes forward only."""
     batch_size: int | None = None
     """Sequences of one optimizer step."""
     micro_batch: int | None = None

@@ -165,12 +165,20 @@ def device_seconds(situation: Situation, device: str, split: int, ranks: Ranks) 
     if profile.flops_per_s is None:
         return None
     flops = estimate_flops(situation.model, _device_work(situation, device, split, ranks)).total
-    link_s = 0.0 if split == situation.num_blocks else link_seconds(situation, device)
+    link_s: float | None = 0.0
+    if split < situation.num_blocks:
+        link_s = link_seconds(situation, device, trains=any(ranks.values()))
     return None if link_s is None else flops / profile.flops_per_s + link_s
 
 
-def link_seconds(situation: Situation, device: str) -> float | None:
-    """Time of a device's tensors on its link in a wave; None where the bandwidth is unknown."""
+def link_seconds(situation: Situation, device: str, *, trains: bool) -> float | None:
+    """Time of a device's tensors on its link in a wave; None where the bandwidth is unknown.
+
+    Args:
+        situation: The situation.
+        device: Whose link.
+        trains: Whether dL/dh comes back: not to a device that computes forward only.
+    """
     profile = situation.profile(device)
     up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
     if up is None or down is None:
@@ -183,7 +191,8 @@ def link_seconds(situation: Situation, device: str) -> float | None:
     )
     # There and back once for h and dL/dh; with the tail on the device once more for its ends.
     exchanges = 2 if situation.config.labels == "device" else 1
-    return exchanges * (one_way / up + one_way / down + (profile.round_trip_s or 0.0))
+    downs = exchanges if trains else exchanges - 1
+    return exchanges * (one_way / up + (profile.round_trip_s or 0.0)) + downs * one_way / down
 
 
 def server_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:

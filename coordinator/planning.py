@@ -69,6 +69,11 @@ def make_plan(
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
     for name, rank in ranks.items():
         check_rank(name, rank, facts.targets[name])
+    if split == num_blocks and not any(ranks.values()):
+        raise ConfigError(
+            f"{where}.r: 0 on all {num_blocks} blocks trains nothing; give it a rank, or a split "
+            "that leaves the coordinator some"
+        )
     return Plan(
         split=split,
         ranks={name: ranks[name] for name in facts.targets if name in ranks},

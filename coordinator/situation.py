@@ -118,12 +118,14 @@ class Situation:
     def pinned_split(self, device: str) -> int | None:
         """The split that is not ours to choose; None where it is.
 
-        Without a memory budget nothing can be chosen: such a device runs what the config says.
+        Without a memory budget nothing can be chosen: such a device runs what the config says. So
+        does one that computes forward only: a deeper split would be faster and learn less.
         """
         own = self.config.devices.get(device)
         split = own.split if own else None
         is_known = self.profile(device).memory_bytes is not None
-        if split is None and (self.config.planning.split == "fixed" or not is_known):
+        is_frozen = self.pinned_rank(device) == 0
+        if split is None and (self.config.planning.split == "fixed" or is_frozen or not is_known):
             split = self.config.settings(device).split
         return self.num_blocks if split == "all" else split
 

@@ -250,7 +250,7 @@ class RoundStart:
 class Gradient:
     """Gradient of the device's loss by the hidden state it sent. Coordinator -> device.
 
-    Tensors: `grad` (B, T, D).
+    Tensors: `grad` (B, T, D); none for a device whose ranks are all 0: its blocks are frozen.
     """
 
     stamp: Stamp

@@ -36,6 +36,11 @@ class Plan:
     tail: bool = False
     """Whether final norm and head run on the device (labels: device, or split = all blocks)."""
 
+    @property
+    def is_forward_only(self) -> bool:
+        """Whether the device's blocks are frozen: no gradient comes back to them."""
+        return not any(self.ranks.values())
+
 
 def fingerprint(plan: Plan) -> str:
     """A short name for what *plan* makes of a model: equal for plans whose adapters fit."""

@@ -90,7 +90,8 @@ class Steps:
                 TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
             )
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
-        runtime.backward(_checked(answer.tensors["grad"], hidden_BTD))
+        if not self._plan.is_forward_only:
+            runtime.backward(_checked(answer.tensors["grad"], hidden_BTD))
         return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
 
     def _send_activation(
