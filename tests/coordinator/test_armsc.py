@@ -23,7 +23,7 @@ from coordinator.situation import ServerProfile, planning_length
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError
-from profiler.estimate import ModelShape, Work, estimate_memory
+from profiler.estimate import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory
 from tests.tiny import BLOCKS, CLASSES, task_of
@@ -55,6 +55,42 @@ def test_a_fixed_config_is_planned_as_ever(llama: tuple[ModelFacts, ModelShape])
     assert found.plans == {name: plan_device(config, facts, name) for name in "ab"}
     assert found.server_ranks == plan_server(config, facts, 1)
     assert found.refused == {}
+
+
+def test_a_forward_only_device_is_planned_as_one(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """Rank 0: the config's split, and neither memory nor time for a backward pass or a gradient."""
+    changes = {"config": {"devices": {"a": DeviceSettings(r=0)}, "labels": "server"}}
+    situation = make_situation(llama, **changes)
+
+    found = plan_all(situation)
+
+    plan, story = found.plans["a"], found.explanation.devices["a"]
+    assert (plan.split, plan.is_forward_only, found.plans["b"].is_forward_only) == (1, True, False)
+    shape = llama[1]
+    work = Work(
+        first=0,
+        stop=1,
+        has_front=True,
+        has_tail=False,
+        ranks=plan.ranks,  # frozen residuals of what the other device learns
+        residual_rank=situation.residual_rank,
+        micro_batch=2,
+        length=16,
+    )
+    hidden = hidden_bytes(shape, 2, 16, codec_bytes=2)
+    assert story.device_s == pytest.approx(
+        estimate_flops(shape, work).forward / 1e7 + hidden / 1e6 + 0.05
+    )
+    assert estimate_memory(shape, work).activations == 0
+
+
+def test_all_blocks_without_a_rank_are_refused(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """A device that held the whole model forward only would train nothing."""
+    device = DeviceSettings(r=0, split="all")
+    situation = make_situation(llama, config={"devices": {"a": device}})
+
+    with pytest.raises(ConfigError, match="trains nothing"):
+        plan_device(situation.config, situation.facts, "a")
 
 
 # ---- budgets ----
