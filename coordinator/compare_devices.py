@@ -22,7 +22,7 @@ from coordinator.armsc import plan_all
 from coordinator.compare_config import DeviceSet
 from coordinator.config import DeviceSettings
 from coordinator.costs import device_bytes
-from coordinator.plan_command import _situation
+from coordinator.plan_command import read_situation
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.situation import Situation
@@ -112,7 +112,7 @@ def whole_situation(config: SimulationConfig) -> Situation:
         server_memory_bytes=fleet.coordinator_bytes,
         server_flops_per_s=fleet.coordinator.flops_per_s,
     )
-    return _situation(replace(config, planning=planning).served(), fleet.profiles, None)
+    return read_situation(replace(config, planning=planning).served(), fleet.profiles, None)
 
 
 # ---- who takes part ----

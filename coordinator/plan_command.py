@@ -57,7 +57,7 @@ def run_plan(options: argparse.Namespace) -> int:
     from coordinator.armsc import plan_all
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
-    situation = _situation(config, _read_profiles(options.profiles), options.importance)
+    situation = read_situation(config, _read_profiles(options.profiles), options.importance)
     found = plan_all(situation)
     if options.format == "json":
         sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
@@ -78,9 +78,14 @@ def _read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
     return found
 
 
-def _situation(
+def read_situation(
     config: ServeConfig, profiles: Mapping[str, DeviceProfile], importance: Path | None
 ) -> Situation:
+    """Return what plans are made from; of the model, only its config.json is read.
+
+    Raises:
+        ConfigError: as `check_config`; or a file cannot be used.
+    """
     from coordinator.planning import ModelFacts, check_config
     from coordinator.served import usable_positions
     from coordinator.situation import ServerProfile, Situation, planning_length
