@@ -184,7 +184,13 @@ def _only_wanted() -> Any:
 def _mapped(stored: Stored) -> Any:
     """A weight where it lies."""
     if stored.dtype == "BF16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored.array, BFLOAT16)
+        make = getattr(ort.OrtValue, "ortvalue_from_numpy_with_onnx_type", None)
+        if make is None:
+            raise ModelError(
+                f"onnxruntime {ort.__version__} cannot map bfloat16 weights; install a newer one, "
+                "or have the coordinator serve a model that is stored in float32 or float16"
+            )
+        return make(stored.array, BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(stored.array)
 
 

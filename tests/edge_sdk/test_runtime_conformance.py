@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.errors import ConfigError, NumericError
+from edge_sdk.errors import ConfigError, ModelError, NumericError
 from edge_sdk.factors import Array
 from edge_sdk.runtime import Micro, Runtime
 from tests.runtimes import (
@@ -143,6 +143,14 @@ def test_weights_in_half_precision_are_computed_with_in_full() -> None:
     grads = [r.tail(hidden, micro, num_targets(micro))[1] for r in (reference, runtime)]
 
     assert relative(grads[1], grads[0]) < GRADIENT_TOLERANCE
+
+
+def test_an_onnxruntime_too_old_for_bfloat16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.19 cannot map such weights: one line with the cure, not a crash."""
+    monkeypatch.delattr("onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type")
+
+    with pytest.raises(ModelError, match="cannot map bfloat16 weights; install a newer one"):
+        both("gpt2", dtype=torch.bfloat16)
 
 
 def test_backends_read_each_others_checkpoints() -> None:
