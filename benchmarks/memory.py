@@ -18,13 +18,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from memory_device import train
+
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
+Kind = Literal["float32", "bfloat16", "float16", "int8", "int4", "recompute", "onnxruntime"]
+RECOMPUTED: dict[str, Any] = {"recompute": "slice", "onnxruntime": "block"}
 PINNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 50256}
 _LLAMA = {
@@ -55,7 +58,14 @@ class Case:
     tail: bool = False
     residual: int = 0
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    kind: Kind = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's files."""
+
+    @property
+    def compute(self) -> str:
+        """Dtype of matrix products."""
+        return self.dtype if self.kind == self.dtype else "float32"
 
 
 CASES = (
@@ -119,7 +129,67 @@ CASES = (
         rank=16,
         rows=2,
         length=256,
+        kind="bfloat16",
         dtype="bfloat16",
+    ),
+    *(
+        Case(
+            name=f"the Llama shape, {text}",
+            family="llama",
+            settings=_LLAMA,
+            split=6,
+            rank=16,
+            rows=2,
+            length=256,
+            kind=kind,
+        )
+        for kind, text in (
+            ("int8", "base in int8"),
+            ("int4", "base in int4"),
+            ("recompute", "recomputed during the backward pass"),
+            ("onnxruntime", "on onnxruntime"),
+        )
+    ),
+    *(
+        Case(
+            name=f"GPT-2-small, split 3, 4 x 128, r = 8: {kind}",
+            family="gpt2",
+            settings=_GPT2,
+            split=3,
+            residual=8,
+            kind=kind,
+        )
+        for kind in ("int8", "int4", "recompute", "onnxruntime")
+    ),
+    # Few tokens: a CPU multiplies float16 very slowly.
+    Case(
+        name="GPT-2-small, split 3, 1 x 16, base and computation in float16",
+        family="gpt2",
+        settings=_GPT2,
+        split=3,
+        rows=1,
+        length=16,
+        kind="float16",
+        dtype="float16",
+    ),
+    Case(
+        name="GPT-2 shape, split 2 of 4, labels: device: onnxruntime",
+        family="gpt2",
+        settings={**_GPT2, "n_layer": 4},
+        split=2,
+        targets=("c_attn",),
+        rank=4,
+        tail=True,
+        kind="onnxruntime",
+    ),
+    Case(
+        name="GPT-2-small, split 2 of 12, 8 x 384, r = 8 everywhere: onnxruntime",
+        family="gpt2",
+        settings=_GPT2,
+        split=2,
+        rows=8,
+        length=384,
+        kind="onnxruntime",
     ),
 )
 
@@ -139,11 +209,38 @@ def make_model(case: Case, folder: Path) -> None:
     factory: Any = AutoModelForCausalLM
     if case.task == "sequence-classification":
         factory = AutoModelForSequenceClassification
-    state = factory.from_config(config, dtype=getattr(torch, case.dtype)).state_dict()
-    layout = find_layout(config, case.task)
+    model = factory.from_config(config, dtype=getattr(torch, case.dtype))
+    state, layout = model.state_dict(), find_layout(config, case.task)
     for part in layout.part_names():
         tensors = {name: state[name].contiguous() for name in layout.part(part)}
         save_file(tensors, folder / f"{part}.safetensors")
+    facts = {
+        "ranks": find_ranks(case, config, layout),
+        "num_blocks": layout.num_blocks,
+        "vocab_size": config.vocab_size,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts))
+    if case.kind == "onnxruntime":
+        write_graphs(case, config, layout, folder)
+
+
+def write_graphs(case: Case, config: Any, layout: Any, folder: Path) -> None:
+    """What the coordinator makes for a device without torch."""
+    from coordinator.export_job import Job
+    from coordinator.onnx_export import export_slice
+    from edge_sdk.adapters import LoraConfig, find_targets
+
+    targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
+    job = Job(
+        task=case.task,
+        num_labels=0,
+        split=case.split,
+        tail=case.tail,
+        measures=False,
+        targets={name: targets[name] for name in find_ranks(case, config, layout)},
+        dtypes={},
+    )
+    (folder / "graphs").write_bytes(export_slice(config, job, layout).pack())
 
 
 def predict(case: Case, folder: Path) -> dict[str, Any]:
@@ -152,12 +249,13 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
 
     from edge_sdk.layout import find_layout
     from edge_sdk.model_shape import model_shape
+    from edge_sdk.training import LINEAR_BYTES
     from profiler.estimate import Work, estimate_memory
 
     config = AutoConfig.from_pretrained(folder)
     layout = find_layout(config, case.task)
     model = model_shape(config, case.task, layout)
-    width = 2 if case.dtype == "bfloat16" else 4
+    width = 2 if case.kind in ("bfloat16", "float16") else 4
     work = Work(
         first=0,
         stop=case.split,
@@ -168,6 +266,8 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
         length=case.length,
         base_bytes=width,
         compute_bytes=width,
+        linear_bytes=LINEAR_BYTES.get(case.kind),  # type: ignore[call-overload]
+        recompute=RECOMPUTED.get(case.kind, "none"),
         trains_head=case.tail and case.task == "sequence-classification",
         residual_rank=case.residual,
     )
@@ -182,110 +282,6 @@ def find_ranks(case: Case, config: Any, layout: Any) -> dict[str, int]:
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
     inside = tuple(f"{layout.blocks_path}.{i}." for i in range(case.split))
     return {name: case.rank for name in targets if name.startswith(inside)}
-
-
-def train(case: Case, folder: Path, steps: int) -> dict[str, Any]:
-    """Be the device: build the slice, train, and say how much memory that took at most."""
-    import peft  # noqa: F401 - part of the import floor
-    from transformers import AutoConfig, AutoModel  # noqa: F401
-
-    from edge_sdk.adapters import LoraConfig
-    from edge_sdk.layout import find_layout
-    from edge_sdk.plan import Plan
-    from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.training import TrainingConfig
-    from edge_sdk.weights import open_part
-    from profiler.memory import peak_rss, reset_peak_rss, rss
-
-    floor = rss().value or 0
-    reset_peak_rss()
-    config = AutoConfig.from_pretrained(folder)
-    layout = find_layout(config, case.task)
-    ranks = find_ranks(case, config, layout)
-    names = ["front", *(f"block.{i}" for i in range(case.split)), *(["tail"] * case.tail)]
-    rows = {"batch_size": case.rows, "micro_batch": case.rows}
-    plan = Plan(split=case.split, ranks=ranks, alphas={}, tail=case.tail, **rows)
-    runtime = TorchRuntime(
-        config,
-        case.task,
-        layout,
-        {name: open_part(folder / f"{name}.safetensors") for name in names},
-        plan,
-        LoraConfig(r=case.rank),
-        TrainingConfig(),
-        steps,
-        device="cpu",
-        compute=case.dtype,
-        base=case.dtype,
-    )
-    set_residual(runtime, case)
-    runtime.begin_round()
-    seconds = [train_step(runtime, case, config, layout.num_blocks, i, steps) for i in range(steps)]
-    peak = (peak_rss().value or 0) - floor
-    return {"peak": peak, "floor": floor, "seconds": statistics.median(seconds)}
-
-
-def set_residual(runtime: Any, case: Case) -> None:
-    """Give every adapted weight a frozen residual, as earlier rounds would have."""
-    import numpy as np
-
-    from edge_sdk.factors import Factors
-
-    generator = np.random.default_rng(0)
-    residual = {}
-    for name, pair in runtime.pairs().items() if case.residual else ():
-        outputs, inputs = pair.b_OR.shape[0], pair.a_RI.shape[1]
-        b_OS = generator.normal(0, 1e-3, (outputs, case.residual)).astype(np.float32)
-        a_SI = generator.normal(0, 1e-3, (case.residual, inputs)).astype(np.float32)
-        residual[name] = Factors(b_OS, a_SI)
-    runtime.set_residual(residual)
-
-
-def train_step(
-    runtime: Any, case: Case, config: Any, num_blocks: int, step: int, steps: int
-) -> float:
-    """One step; returns its processor time."""
-    import numpy as np
-
-    from edge_sdk.codecs import decode, encode
-
-    began = time.process_time()
-    micro, targets = make_micro(case, config.vocab_size, step, steps)
-    if case.split == num_blocks:
-        runtime.local(micro, targets, step, 0)
-    else:
-        hidden_BTD = runtime.forward(micro, step, 0)
-        sent = encode(hidden_BTD, "bfloat16")
-        if case.tail:
-            top_BTD = decode(sent, "bfloat16", hidden_BTD.shape)
-            _, grad_BTD = runtime.tail(top_BTD, micro, targets)
-        else:
-            grad_BTD = np.full_like(hidden_BTD, 1e-4)
-        coded = encode(grad_BTD, "bfloat16")
-        del grad_BTD  # the coordinator's, not the device's
-        runtime.backward(decode(coded, "bfloat16", hidden_BTD.shape))
-    runtime.step(step)
-    return time.process_time() - began
-
-
-def make_micro(case: Case, vocab_size: int, step: int, steps: int) -> tuple[Any, int]:
-    """Rows of tokens that are spread over the vocabulary, the last one padded, and its targets."""
-    import numpy as np
-
-    from edge_sdk.runtime import Micro
-
-    tokens = case.rows * case.length
-    spread = np.arange(tokens) * steps + step
-    ids = (spread * vocab_size // (tokens * steps)).reshape(case.rows, case.length)
-    lengths = np.full(case.rows, case.length, np.int32)
-    lengths[-1] -= 5
-    ids[-1, -5:] = 0
-    if case.task == "sequence-classification":
-        labels = np.arange(case.rows, dtype=np.int64) % 2
-        return Micro(ids, lengths, labels), case.rows
-    labels = ids.copy()
-    labels[-1, -5:] = -100
-    return Micro(ids, lengths, labels), int((labels[:, 1:] != -100).sum())
 
 
 def in_process(role: str, case: int, folder: Path, steps: int, **env: str) -> dict[str, Any]:
@@ -307,6 +303,8 @@ def measure(options: argparse.Namespace) -> str:
     """Run everything and return the report."""
     rows: dict[str, list[list[str]]] = {"glibc": [], "pinned": []}
     for number, case in enumerate(CASES):
+        if options.only and not any(word in case.name for word in options.only):
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             in_process("make", number, folder, 0)
@@ -367,6 +365,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[], help="words of configurations' names")
     options = parser.parse_args()
     if options.role == "make":
         make_model(CASES[options.case], options.folder)
@@ -374,11 +373,13 @@ def main() -> None:
     elif options.role == "predict":
         print(json.dumps(predict(CASES[options.case], options.folder)))
     elif options.role == "train":
-        print(json.dumps(train(CASES[options.case], options.folder, options.steps)))
+        facts = json.loads((options.folder / "facts.json").read_text())
+        print(json.dumps(train(CASES[options.case], options.folder, facts, options.steps)))
     else:
         from report import save
 
-        save("memory", measure(options))
+        found = measure(options)
+        print(found) if options.only else save("memory", found)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) ->
         has_tail=has_tail,
         ranks=dict(ranks),
         linear_bytes=situation.profile(device).linear_bytes,
+        recompute=situation.profile(device).recompute or "none",
         micro_batch=situation.micro_batch(device),
         length=situation.length,
         codec_bytes=_codec_bytes(situation, device),

@@ -39,6 +39,10 @@ class ClientConfig:
     base: Base = "float32"
     """How the frozen weights lie in memory. int8 and int4: the linear layers of the blocks, which
     need no compiled extension for it; the rest is float32 then. See docs/quantized.md."""
+    recompute: bool = False
+    """Compute the blocks a second time for the backward pass: while the device waits for its
+    gradient it holds almost nothing, and a step takes its forward pass longer. onnxruntime always
+    does, a block at a time."""
     threads: int | None = None
     """CPU threads of the backend; None leaves its own choice."""
     cache: Path | None = None

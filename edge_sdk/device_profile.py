@@ -30,7 +30,7 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     Raises:
         ConfigError: the budget set by hand is more than the device has.
     """
-    by_hand = overlaid(DeviceProfile(linear_bytes=LINEAR_BYTES.get(config.base)), config.profile)
+    by_hand = overlaid(_told(config), config.profile)
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
     from profiler.measure import measure_profile
@@ -55,6 +55,14 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     except ValueError as error:
         raise ConfigError(f"profile.memory_bytes: {error}") from error
     return overlaid(found, by_hand)
+
+
+def _told(config: ClientConfig) -> DeviceProfile:
+    """What the config alone says, without any measurement."""
+    recompute = "slice" if config.recompute else None
+    if choose_backend(config) == "onnxruntime":
+        recompute = "block"
+    return DeviceProfile(linear_bytes=LINEAR_BYTES.get(config.base), recompute=recompute)
 
 
 def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:

@@ -157,6 +157,7 @@ class Preparation:
                 device=self._config.device,
                 compute=self._config.compute,
                 base=self._config.base,
+                recompute=self._config.recompute,
             )
 
     def _onnx_runtime(

@@ -38,9 +38,7 @@ from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
-
-# Targets whose logits exist at the same time: 51 MB with a vocabulary of 50,000.
-TAIL_TARGETS = 256
+from profiler.work import TAIL_TARGETS
 
 
 class OnnxRuntime:

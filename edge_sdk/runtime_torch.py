@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class TorchRuntime:
         device: str = "auto",
         compute: Compute = "auto",
         base: Base = "float32",
+        recompute: bool = False,
     ) -> None:
         self._device = pick_device(device)
         self._compute = resolve_compute(compute, self._device)
@@ -81,18 +83,31 @@ class TorchRuntime:
         self._optimizer = Optimizer(trained, training, total_steps, self._compute)
         self._meter = Meter(self._slice.model, plan.ranks)
         self._hidden: torch.Tensor | None = None
+        self._recompute = recompute
+        self._again: tuple[Micro, int, int] | None = None
+        """What `forward` was given, where the backward pass is to compute it again."""
         self._before: dict[str, Factors] = {}
 
     # ---- training ----
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
+        if not self._recompute:
+            self._hidden = self._climb(micro, step, index)
+            return to_numpy(self._hidden)
+        self._again = micro, step, index
+        with torch.no_grad():
+            return to_numpy(self._climb(micro, step, index))
+
+    def _climb(self, micro: Micro, step: int, index: int) -> torch.Tensor:
+        """Run the device's blocks; with the same arguments, to the same bits."""
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, _ = self._tensors(micro)
-        with autocast(self._compute, self._device), self._meter.watching(step):
-            self._hidden = self._slice.front(ids_BT, lengths_B, self._plan.split)
-        return to_numpy(self._hidden)
+        # A pass without a graph has nothing to measure.
+        watched = self._meter.watching(step) if torch.is_grad_enabled() else nullcontext()
+        with autocast(self._compute, self._device), watched:
+            return self._slice.front(ids_BT, lengths_B, self._plan.split)
 
     def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
         """Loss and dL/dtop; see `Runtime`."""
@@ -106,6 +121,9 @@ class TorchRuntime:
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
+        again, self._again = self._again, None
+        if again is not None:
+            self._hidden = self._climb(*again)
         assert self._hidden is not None, "backward without forward"
         hidden, self._hidden = self._hidden, None
         if hidden.requires_grad:
@@ -184,7 +202,7 @@ class TorchRuntime:
         self._before = self.adapters.products()
         self._optimizer.forget_gradients()
         self._meter.forget()
-        self._hidden = None
+        self._hidden = self._again = None
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the frozen residuals."""
@@ -224,7 +242,7 @@ class TorchRuntime:
         self.load_moments(state)
         self._meter.load_state(under("importance:", state))
         self._optimizer.forget_gradients()
-        self._hidden = None
+        self._hidden = self._again = None
 
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over the optimizer moments of what `state` or `moments` returned."""

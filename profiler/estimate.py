@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from profiler.flops import FlopsEstimate, estimate_flops, estimate_seconds
 from profiler.work import (
     FRAGMENTATION,
+    TAIL_TARGETS,
     Kept,
     Linear,
     ModelShape,
@@ -44,6 +45,9 @@ LOGITS_BYTES = 12
 # Model code, optimizer and PEFT layers that are loaded on first use, and BLAS's buffers: 14 to
 # 18 MiB over the import floor on Linux x86-64, before any large tensor (benchmarks/memory.py).
 RUNTIME_BYTES = 16 * 2**20
+# What onnxruntime's arena holds after both passes of a block, as a multiple of what torch keeps of
+# it, and for every logit of a tail: 2.2 to 4 and 5.4 floats where measured (benchmarks/memory.py).
+ARENA_FACTOR, ARENA_LOGIT_BYTES = 2.7, 22
 # glibc never takes anything larger from its heap, where fragments are left.
 MAX_HEAP_BYTES = 32 * 2**20
 
@@ -83,7 +87,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
     trained = _adapter_params(model, work)
     head = model.head_params if work.trains_head and work.has_tail else 0
     activations = _activations(model, work)
-    between = 2 * work.tokens * model.hidden_size * 4 if work.recompute else activations
+    between = _between(model, work, activations)
     return MemoryEstimate(
         base=_base_bytes(model, work),
         adapters=ADAPTER_BYTES * trained,
@@ -91,11 +95,18 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
         optimizer=ADAPTER_BYTES * _moments(work.optimizer) * (trained + head),
         residual=ADAPTER_BYTES * _residual_params(model, work),
         activations=between,
-        # What is computed again is there during the backward pass only.
-        workspace=_workspace(model, work) + max(0, activations - between),
+        workspace=_workspace(model, work, max(0, activations - between)),
         wire=_wire(model, work),
         overhead=overhead_bytes,
     )
+
+
+def _between(model: ModelShape, work: Work, activations: int) -> int:
+    """What is kept while the device waits for its gradient."""
+    if work.recompute == "none":
+        return activations
+    num_kept = 2 if work.recompute == "slice" else work.stop - work.first + 1
+    return num_kept * hidden_bytes(model, work.micro_batch, work.length, 4)
 
 
 def adapter_bytes(
@@ -231,11 +242,31 @@ def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
     return kept
 
 
-def _workspace(model: ModelShape, work: Work) -> int:
-    """The larger of head and block, whose backward passes follow each other, and fragments."""
+def _workspace(model: ModelShape, work: Work, again: int) -> int:
+    """The larger of head and block, whose backward passes follow each other, and fragments.
+
+    Args:
+        model: Sizes of the model.
+        work: What is done.
+        again: Activations that are there during the backward pass only.
+    """
+    if work.recompute == "block":
+        return RUNTIME_BYTES + _arena(model, work)
     head = _head_workspace(model, work) if work.has_tail else 0
     fragments = round(work.fragmentation * _freed(model, work))
-    return RUNTIME_BYTES + max(head, _block_workspace(model, work)) + fragments
+    return RUNTIME_BYTES + max(head, _block_workspace(model, work)) + fragments + again
+
+
+def _arena(model: ModelShape, work: Work) -> int:
+    """What onnxruntime takes for the largest block and for the tail, and never gives back."""
+    reached = range(lowest_block(model, work), work.stop)
+    own = [_kept_adapters(adapted_linears(model, work, block), work) for block in reached]
+    factor = ARENA_FACTOR if own else 1.0  # forward only
+    found = factor * (_kept_frozen(model, work) + max(own, default=0))
+    if work.has_tail:
+        outputs, rows = model.num_labels or model.vocab_size, min(work.tokens, TAIL_TARGETS)
+        found += 2 * 4 * work.tokens * model.hidden_size + ARENA_LOGIT_BYTES * rows * outputs
+    return round(found)
 
 
 def _freed(model: ModelShape, work: Work) -> float:

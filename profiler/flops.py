@@ -36,12 +36,14 @@ def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
         passes = _block_flops(model, work, block, is_lowest=work.has_front and block == lowest)
         forward += passes.forward
         backward += passes.backward if block >= lowest else 0.0
+    blocks_forward = forward if lowest < work.stop else 0.0
     if work.has_tail:
         head = _head_flops(model, work)
         forward += head
         reaches_blocks = lowest < work.stop or not work.has_front
         backward += head * (reaches_blocks + (work.trains_head and model.num_labels > 0))
-    return FlopsEstimate(forward=forward, backward=backward + work.recompute * forward)
+    again = blocks_forward if work.recompute != "none" else 0.0
+    return FlopsEstimate(forward=forward, backward=backward + again)
 
 
 def estimate_seconds(flops: FlopsEstimate, flops_per_s: float) -> float:

@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+RECOMPUTE = ("none", "slice", "block")
+"""What a device computes again in the backward pass: nothing; all of its blocks at once; one block
+after the other, so that never more than one block's activations are there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
@@ -33,6 +37,8 @@ class DeviceProfile:
     """Name of the board's power mode, for people; another mode is another speed."""
     linear_bytes: float | None = None
     """Memory for each frozen weight of the blocks' linear layers; None: that of float32, 4."""
+    recompute: str | None = None
+    """What it computes again in the backward pass, one of `RECOMPUTE`; None: nothing."""
     native_bf16: bool | None = None
     """Whether the hardware itself multiplies bfloat16; emulation does not count."""
 
@@ -47,6 +53,8 @@ def problems(profile: DeviceProfile) -> list[str]:
         is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
         if not math.isfinite(value) or not is_least:
             found.append(f"{field.name} is {value}")
+    if profile.recompute not in (None, *RECOMPUTE):
+        found.append(f"recompute is {profile.recompute!r}, not one of {', '.join(RECOMPUTE)}")
     total, memory = profile.total_memory_bytes, profile.memory_bytes
     if not found and memory is not None and total is not None and memory > total:
         found.append(

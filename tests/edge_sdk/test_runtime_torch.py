@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any
 
@@ -157,3 +158,48 @@ def test_a_device_is_picked_by_name() -> None:
     """`auto` takes what there is."""
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_blocks_that_are_computed_again_give_the_same_bits(family: str) -> None:
+    """With dropout and while importance is measured: factors, hidden states and values."""
+    found = []
+    for recompute in (False, True):
+        runtime = make_runtime(family, split=2, recompute=recompute)
+        runtime.begin_round()
+        runtime.measure_importance("free", 2)
+        hidden = []
+        for step in range(4):
+            for index in range(2):
+                micro = make_micro(task_of(family), 2 * step + index)
+                hidden.append(runtime.forward(micro, step, index))
+                _, grad_BTD = runtime.tail(hidden[-1], micro, num_targets(micro))
+                torch.manual_seed(99)  # whatever has drawn numbers in between
+                runtime.backward(grad_BTD)
+            runtime.step(step)
+        found.append((hidden, runtime.state(), runtime.take_importance()))
+    (hidden, state, importance), (again, state_again, importance_again) = found
+
+    assert all(np.array_equal(a, b) for a, b in zip(hidden, again, strict=True))
+    assert state.keys() == state_again.keys()
+    assert all(np.array_equal(state[name], state_again[name]) for name in state)
+    assert importance == importance_again
+    assert len(importance) > 0
+
+
+def test_a_device_that_computes_again_keeps_no_graph_while_it_waits() -> None:
+    """Between forward and backward no tensor of the blocks is left; a given-up step leaves none."""
+    runtime = make_runtime("llama", split=2, recompute=True)
+    micro = make_micro(task_of("llama"), 0)
+
+    def graphs() -> int:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return sum(tensor.grad_fn is not None for tensor in tensors)
+
+    before = graphs()
+    hidden = runtime.forward(micro, 0, 0)
+    assert graphs() == before
+    runtime.begin_round()
+    with pytest.raises(AssertionError, match="backward without forward"):
+        runtime.backward(np.zeros_like(hidden))
