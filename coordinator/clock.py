@@ -11,7 +11,7 @@ when. Waiting is free, energy is power times the time in which something is comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -49,6 +49,10 @@ class _Node:
     down_free_s: float = 0.0
     arrived_s: float = 0.0
     """When its last message reached the coordinator."""
+    arrivals_s: dict[Hashable, float] = field(default_factory=dict)
+    """When messages that the coordinator will wait for reached it, by name."""
+    answers_s: dict[Hashable, float] = field(default_factory=dict)
+    """When messages that it will wait for itself have reached it, by name."""
     usage: Usage = field(default_factory=Usage)
 
     def compute(self, flops: float) -> None:
@@ -81,30 +85,60 @@ class Clock:
         """*device* computes; nobody else waits for that."""
         self._devices[device].compute(flops)
 
-    def upload(self, device: str, num_bytes: int) -> None:
-        """*device* sends a message as soon as its uplink is free, and does not wait for it."""
+    def upload(self, device: str, num_bytes: int, what: Hashable = None) -> None:
+        """*device* sends a message as soon as its uplink is free, and does not wait for it.
+
+        Args:
+            device: Who.
+            num_bytes: Of the message.
+            what: Its name, if the coordinator will wait for this one and not for the last.
+        """
         node = self._devices[device]
         seconds = num_bytes / node.machine.up_bytes_per_s
         node.up_free_s = max(node.now_s, node.up_free_s) + seconds
         node.arrived_s = node.up_free_s + node.machine.round_trip_s / 2
+        if what is not None:
+            node.arrivals_s[what] = node.arrived_s
         node.usage.up_s += seconds
         node.usage.bytes_up += num_bytes
 
-    def serve(self, devices: Iterable[str], flops: float = 0.0) -> None:
-        """The coordinator computes what needs the last message of each of *devices*."""
+    def serve(self, devices: Iterable[str], flops: float = 0.0, what: Hashable = None) -> None:
+        """The coordinator computes what needs a message of each of *devices*.
+
+        Args:
+            devices: Whose messages.
+            flops: What it computes.
+            what: Their name; None: the last of each.
+        """
         node = self._coordinator
-        arrivals = (self._devices[device].arrived_s for device in devices)
+        senders = [self._devices[device] for device in devices]
+        arrivals = [sender.arrivals_s.pop(what, sender.arrived_s) for sender in senders]
         node.now_s = max((node.now_s, *arrivals))
         node.compute(flops)
 
-    def download(self, device: str, num_bytes: int) -> None:
-        """The coordinator sends what it has now; *device* waits for it."""
+    def download(self, device: str, num_bytes: int, what: Hashable = None) -> None:
+        """The coordinator sends what it has now; *device* waits for it.
+
+        Args:
+            device: To whom.
+            num_bytes: Of the message.
+            what: Its name, if the device has other things to do until it calls `receive`.
+        """
         node = self._devices[device]
         seconds = num_bytes / node.machine.down_bytes_per_s
         node.down_free_s = max(self._coordinator.now_s, node.down_free_s) + seconds
-        node.now_s = max(node.now_s, node.down_free_s + node.machine.round_trip_s / 2)
+        there_s = node.down_free_s + node.machine.round_trip_s / 2
+        if what is None:
+            node.now_s = max(node.now_s, there_s)
+        else:
+            node.answers_s[what] = there_s
         node.usage.down_s += seconds
         node.usage.bytes_down += num_bytes
+
+    def receive(self, device: str, what: Hashable) -> None:
+        """*device* waits for the message of that name, if one was sent."""
+        node = self._devices[device]
+        node.now_s = max(node.now_s, node.answers_s.pop(what, 0.0))
 
     def read(self) -> Reading:
         """End a round: everything sent has arrived. Usage is counted from here anew."""

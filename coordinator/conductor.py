@@ -286,8 +286,9 @@ class Conductor:
             return
         state.finish_wave()
         early, self.run.mail.early = self.run.mail.early, {}
-        for name, envelope in early.items():
-            self._intake.handle(Received(name, envelope))
+        for name, envelopes in early.items():
+            for where in sorted(envelopes):
+                self._intake.handle(Received(name, envelopes[where]))
 
     def _coded(self, device: str, array: Array) -> TensorOut:
         return array, self.run.admission.codecs[device]

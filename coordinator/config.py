@@ -32,6 +32,9 @@ class DeviceSettings:
     """Sequences of one optimizer step."""
     micro_batch: int | None = None
     """Sequences that pass through the model together; divides batch_size."""
+    in_flight: int | None = None
+    """Micro-batches under way at the same time: with 2, a device computes the next one while the
+    coordinator has this one, and keeps what both need for their backward pass."""
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device."""
 
@@ -146,7 +149,7 @@ class ServeConfig:
     def settings(self, device: str) -> DeviceSettings:
         """What *device* runs: its own fields over those of `default`."""
         own = self.devices.get(device, DeviceSettings())
-        first = DeviceSettings(split=1, batch_size=8, codec="bfloat16", r=self.lora.r)
+        first = DeviceSettings(split=1, batch_size=8, codec="bfloat16", r=self.lora.r, in_flight=2)
         merged = {
             name: next(
                 (v for s in (own, self.default, first) if (v := getattr(s, name)) is not None),

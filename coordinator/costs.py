@@ -104,6 +104,7 @@ def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) ->
         linear_bytes=situation.profile(device).linear_bytes,
         recompute=situation.profile(device).recompute or "none",
         micro_batch=situation.micro_batch(device),
+        in_flight=1 if split == situation.num_blocks else situation.in_flight(device),
         length=situation.length,
         codec_bytes=_codec_bytes(situation, device),
         optimizer=config.training.optimizer,

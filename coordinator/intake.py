@@ -188,8 +188,8 @@ class Intake:
                 job = self._input.job(member, plan, message, envelope.tensors)
                 self.run.mail.jobs[device] = job
                 state.arrive(device)
-        elif where == (state.step, state.micro + 1) or where == (state.step + 1, 0):
-            self.run.mail.early[device] = envelope
+        elif where in state.soon():
+            self.run.mail.early.setdefault(device, {})[where] = envelope
         elif where > (state.step, state.micro):
             raise RemoteProtocolError(
                 f"step {where[0]}.{where[1]} while the others are at {state.step}.{state.micro}"

@@ -17,6 +17,9 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.layout import Layout
 from edge_sdk.plan import Plan
 
+# The coordinator takes a wave ahead of its turn, not two (`RunState.soon`).
+IN_FLIGHT = (1, 2)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -67,6 +70,9 @@ def make_plan(
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
+    in_flight = settings.in_flight or 1
+    if in_flight not in IN_FLIGHT:
+        raise ConfigError(f"{where}.in_flight: {in_flight} is outside 1..{max(IN_FLIGHT)}")
     for name, rank in ranks.items():
         check_rank(name, rank, facts.targets[name])
     if split == num_blocks and not any(ranks.values()):
@@ -80,6 +86,7 @@ def make_plan(
         alphas={name: config.lora.alpha_of(name) for name in facts.targets if name in ranks},
         batch_size=batch,
         micro_batch=micro,
+        in_flight=min(in_flight, batch // micro),
         tail=config.labels == "device" or split == num_blocks,
     )
 

@@ -186,6 +186,13 @@ class RunState:
             name for name, m in self.members.items() if not m.is_local and m.num_micro > self.micro
         }
 
+    def soon(self) -> set[tuple[int, int]]:
+        """Waves, by step and micro-batch, whose input devices may send before their turn.
+
+        One ahead, in this step or, where others have more micro-batches, in the next.
+        """
+        return {(self.step, self.micro + 1), (self.step + 1, 0), (self.step + 1, 1)}
+
     def decide(self) -> Action:
         """Return what must be done now."""
         if self.phase is Phase.GATHERING:

@@ -33,8 +33,8 @@ class Mail:
     """Input of the current wave."""
     grads: dict[str, Array] = field(default_factory=dict)
     """Input of its lower half."""
-    early: dict[str, Envelope] = field(default_factory=dict)
-    """Activations of a later wave."""
+    early: dict[str, dict[tuple[int, int], Envelope]] = field(default_factory=dict)
+    """Activations of later waves, by step and micro-batch."""
     reports: dict[str, Report] = field(default_factory=dict)
     """Uploads of the round."""
     evals: list[tuple[Activation, Job]] = field(default_factory=list)

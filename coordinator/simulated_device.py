@@ -8,6 +8,7 @@ its own for every thread that calls it. Knows no rounds.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -57,6 +58,9 @@ class Tap:
 
     def down(self, device: str, message: Message, num_bytes: int) -> None:
         """The coordinator has sent a message."""
+
+    def received(self, device: str, message: Message) -> None:
+        """A device has taken in a message."""
 
 
 @dataclass
@@ -122,7 +126,9 @@ class _TurnLink:
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `transport.Link`."""
         try:
-            return self._link.receive(Deadline.after(0.0))
+            envelope = self._link.receive(Deadline.after(0.0))
+            self._tap.received(self._name, envelope.message)
+            return envelope
         except ReceiveTimeout:
             if deadline.left_s():
                 self._turn.pause()
@@ -147,11 +153,12 @@ class HeardRuntime:
     def __init__(self, runtime: Runtime, device: str, plan: Plan, shop: Workshop) -> None:
         self._runtime, self._shop = runtime, shop
         self._device, self._plan = device, plan
-        self._micro: Micro | None = None
+        self._open: deque[Micro] = deque()
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        self._micro = micro
+        if not self._plan.is_forward_only:
+            self._open.append(micro)
         self._shop.tap.forward(self._device, self._plan, micro)
         hidden: Array = self._shop.run(self._runtime.forward, micro, step, index)
         return hidden
@@ -166,9 +173,13 @@ class HeardRuntime:
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass; see `Runtime`."""
-        assert self._micro is not None, "backward without forward"
-        self._shop.tap.backward(self._device, self._plan, self._micro)
+        self._shop.tap.backward(self._device, self._plan, self._open.popleft())
         self._shop.run(self._runtime.backward, grad_BTD)
+
+    def begin_round(self) -> None:
+        """Forget what is under way; see `Runtime`."""
+        self._open.clear()
+        self._shop.run(self._runtime.begin_round)
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """The whole model, both ways; see `Runtime`."""

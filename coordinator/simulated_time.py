@@ -6,7 +6,7 @@ needs. Joining and evaluating do not: they cost every method the same, and a run
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -86,7 +86,7 @@ class ClockTap(Tap):
     def up(self, device: str, message: Message, num_bytes: int) -> None:
         """A device has sent a message."""
         if _counts(message):
-            self.clock.upload(device, num_bytes)
+            self.clock.upload(device, num_bytes, _name_of(message))
 
     def down(self, device: str, message: Message, num_bytes: int) -> None:
         """The coordinator has sent a message."""
@@ -98,7 +98,12 @@ class ClockTap(Tap):
                 self.clock.serve(self.machines)
             self.clock.download(device, num_bytes)
         elif _counts(message):
-            self.clock.download(device, num_bytes)
+            self.clock.download(device, num_bytes, _name_of(message))
+
+    def received(self, device: str, message: Message) -> None:
+        """A device has taken in a message."""
+        if (what := _name_of(message)) is not None:
+            self.clock.receive(device, what)
 
     def _assign(self, device: str, assigned: PlanAssigned) -> None:
         """Parts that a new plan needs travel once more; those of the first are there already."""
@@ -111,15 +116,38 @@ class ClockTap(Tap):
     # ---- the coordinator ----
 
     def serve(
-        self, jobs: Sequence[Job], ranks: Mapping[str, int], *, up: bool, down: bool, tail: bool
+        self,
+        jobs: Sequence[Job],
+        ranks: Mapping[str, int],
+        what: Hashable,
+        *,
+        up: bool,
+        down: bool,
+        tail: bool,
     ) -> None:
-        """The coordinator runs its blocks for each of *jobs*: forward (up), backward (down)."""
+        """The coordinator runs its blocks for each of *jobs*: forward (up), backward (down).
+
+        Args:
+            jobs: The wave.
+            ranks: Of the coordinator's adapters.
+            what: The messages that it has waited for.
+            up: Whether it runs forward.
+            down: Whether it runs backward.
+            tail: Whether the loss is its own.
+        """
         total, last = 0.0, self._costs.num_blocks
         # By name: a sum of floats depends on its order, and a set has none.
         for job in sorted(jobs, key=lambda job: job.device):
             flops = self._costs.flops(job.split, last, ranks, *job.hidden_BTD.shape[:2], tail=tail)
             total += up * flops.forward + down * flops.backward
-        self.clock.serve([job.device for job in jobs], total)
+        self.clock.serve([job.device for job in jobs], total, what)
+
+
+def _name_of(message: Message) -> Hashable:
+    """The name of a message for which somebody waits who may have got later ones already."""
+    if isinstance(message, Activation | TopGradient | TopHidden | Gradient):
+        return type(message), message.stamp.step, message.micro
+    return None
 
 
 def _counts(message: Message) -> bool:
@@ -132,22 +160,27 @@ class TimedEngine:
     def __init__(self, engine: LocalEngine, tap: ClockTap) -> None:
         self._engine, self._tap = engine, tap
         self._lifted: list[Job] = []
+        self._where = (0, 0)
+        """Step and micro-batch of them."""
 
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
         """Forward, loss and backward of a wave; see `Engine`."""
-        self._tap.serve(jobs, self._engine.adapters.ranks, up=True, down=True, tail=True)
+        ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
+        self._tap.serve(jobs, ranks, what, up=True, down=True, tail=True)
         return self._engine.train(jobs, step, micro)
 
     def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
         """Forward of a wave whose labels stay on the devices; see `Engine`."""
-        self._lifted = list(jobs)
-        self._tap.serve(jobs, self._engine.adapters.ranks, up=True, down=False, tail=False)
+        self._lifted, self._where = list(jobs), (step, micro)
+        ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
+        self._tap.serve(jobs, ranks, what, up=True, down=False, tail=False)
         return self._engine.lift(jobs, step, micro)
 
     def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
         """Backward of the last `lift`; see `Engine`."""
         jobs = [job for job in self._lifted if job.device in grads]
-        self._tap.serve(jobs, self._engine.adapters.ranks, up=False, down=True, tail=False)
+        ranks, what = self._engine.adapters.ranks, (TopGradient, *self._where)
+        self._tap.serve(jobs, ranks, what, up=False, down=True, tail=False)
         return self._engine.lower(grads)
 
     def __getattr__(self, name: str) -> Any:

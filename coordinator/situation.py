@@ -135,6 +135,12 @@ class Situation:
         assert settings.batch_size is not None
         return settings.micro_batch or settings.batch_size
 
+    def in_flight(self, device: str) -> int:
+        """Micro-batches under way at the same time."""
+        settings = self.config.settings(device)
+        assert settings.batch_size is not None
+        return min(settings.in_flight or 1, settings.batch_size // self.micro_batch(device))
+
     @property
     def server_speed(self) -> float | None:
         """The coordinator's floating-point operations a second."""

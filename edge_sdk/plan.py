@@ -33,6 +33,8 @@ class Plan:
     """Sequences of one optimizer step."""
     micro_batch: int
     """Sequences that pass through the model together; divides the step into micro-batches."""
+    in_flight: int = 1
+    """Micro-batches of a step that are under way at the same time."""
     tail: bool = False
     """Whether final norm and head run on the device (labels: device, or split = all blocks)."""
 

@@ -41,7 +41,11 @@ class Runtime(Protocol):
     """The device's blocks, its adapters and their optimizer."""
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
-        """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph."""
+        """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph.
+
+        Several may be open at the same time; `backward` takes the oldest. With ranks of 0 only,
+        nothing is kept.
+        """
         ...
 
     def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
@@ -52,7 +56,7 @@ class Runtime(Protocol):
         ...
 
     def backward(self, grad_BTD: Array) -> None:
-        """Continue the backward pass of the last `forward` from dL/dh."""
+        """Continue the backward pass of the oldest open `forward` from dL/dh."""
         ...
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:

@@ -9,8 +9,9 @@ Legend: B sequences, T positions, D hidden size, N targets.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,15 @@ from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
 from profiler.work import TAIL_TARGETS
+
+
+class _Open(NamedTuple):
+    """A micro-batch whose gradient is awaited."""
+
+    entered: list[Any]
+    """What entered each block."""
+    lengths_B: np.ndarray
+    is_measured: bool
 
 
 class OnnxRuntime:
@@ -88,17 +98,16 @@ class OnnxRuntime:
         self._optimizer = NumpyOptimizer(trained, training, total_steps)
         self._tally = Tally(plan.ranks)
         self._before: dict[str, Factors] = {}
-        self._entered: list[Any] = []
-        self._lengths = np.zeros(0, np.int64)
-        self._is_measured = False
+        self._open: deque[_Open] = deque()
 
     # ---- training ----
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        *self._entered, top = self._climb(micro)
-        self._lengths = micro.lengths.astype(np.int64)
-        self._is_measured = self._tally.is_due(step)
+        *entered, top = self._climb(micro)
+        lengths_B = micro.lengths.astype(np.int64)
+        if not self._plan.is_forward_only:
+            self._open.append(_Open(entered, lengths_B, self._tally.is_due(step)))
         hidden_BTD: Array = top.numpy()
         return hidden_BTD
 
@@ -113,40 +122,38 @@ class OnnxRuntime:
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
-        assert self._entered, "backward without forward"
-        entered, self._entered = self._entered, []
+        if self._plan.is_forward_only:
+            return
+        assert self._open, "backward without forward"
+        entered, lengths_B, is_measured = self._open.popleft()
         grad: Any = np.ascontiguousarray(grad_BTD, dtype=np.float32)
-        lowest = self._lowest_of_interest()
+        lowest = 0 if is_measured else self._lowest_trained()
         for block in reversed(range(lowest, self._plan.split)):
-            given = {"hidden": entered.pop(), "grad": grad, "lengths": self._lengths}
-            grad = self._pull(block, given, goes_on=block > lowest)
+            given = {"hidden": entered.pop(), "grad": grad, "lengths": lengths_B}
+            grad = self._pull(block, given, goes_on=block > lowest, measures=is_measured)
 
-    def _lowest_of_interest(self) -> int:
-        """The first block that has an adapter, or is measured; there are none below."""
-        if self._is_measured:
-            return 0
+    def _lowest_trained(self) -> int:
+        """The first block that has an adapter."""
         prefixes = [self._model.prefix(block) for block in range(self._plan.split)]
         is_trained = [any(n.startswith(p) for n in self.adapters.ranks) for p in prefixes]
         return is_trained.index(True) if any(is_trained) else self._plan.split
 
-    def _pull(self, block: int, given: dict[str, Any], *, goes_on: bool) -> Any:
+    def _pull(self, block: int, given: dict[str, Any], *, goes_on: bool, measures: bool) -> Any:
         """One block's backward pass; returns the gradient of what entered it, if that is needed."""
         prefix = self._model.prefix(block)
         inside = [n.removeprefix(prefix) for n in self._plan.ranks if n.startswith(prefix)]
         trained = [n for n in inside if prefix + n in self.adapters.ranks]
         wanted = [f"grad:{n}.{factor}" for n in trained for factor in "AB"]
-        wanted += [f"{self._tally.form}:{n}" for n in inside] if self._is_measured else []
+        wanted += [f"{self._tally.form}:{n}" for n in inside] if measures else []
         wanted += ["grad:hidden"] if goes_on else []
-        found = self._model.pull(
-            block, given, self.adapters.factors, wanted, measures=self._is_measured
-        )
+        found = self._model.pull(block, given, self.adapters.factors, wanted, measures=measures)
         for name in trained:
             full = prefix + name
             self._optimizer.add_gradient(f"{full}.A", found[f"grad:{name}.A"].numpy())
             # The graph knows s B: dL/dB = s dL/d(s B).
             grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self.adapters.scale(full))
             self._optimizer.add_gradient(f"{full}.B", grad_OR)
-        for name in inside if self._is_measured else ():
+        for name in inside if measures else ():
             self._tally.add(prefix + name, float(found[f"{self._tally.form}:{name}"].numpy()))
         return found.get("grad:hidden")
 
@@ -265,7 +272,7 @@ class OnnxRuntime:
 
     def _forget_step(self) -> None:
         self._optimizer.forget_gradients()
-        self._entered = []
+        self._open.clear()
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the frozen residuals."""

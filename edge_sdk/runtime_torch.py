@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -82,20 +83,23 @@ class TorchRuntime:
         trained = {**self.adapters.parameters(), **self._head}
         self._optimizer = Optimizer(trained, training, total_steps, self._compute)
         self._meter = Meter(self._slice.model, plan.ranks)
-        self._hidden: torch.Tensor | None = None
         self._recompute = recompute
-        self._again: tuple[Micro, int, int] | None = None
-        """What `forward` was given, where the backward pass is to compute it again."""
+        self._open: deque[torch.Tensor | tuple[Micro, int, int]] = deque()
+        """Hidden states whose gradient is awaited, the oldest first; or, where the backward pass
+        is to compute them again, what `forward` was given."""
         self._before: dict[str, Factors] = {}
 
     # ---- training ----
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
+        if self._plan.is_forward_only:
+            return to_numpy(self._climb(micro, step, index))
         if not self._recompute:
-            self._hidden = self._climb(micro, step, index)
-            return to_numpy(self._hidden)
-        self._again = micro, step, index
+            hidden = self._climb(micro, step, index)
+            self._open.append(hidden)
+            return to_numpy(hidden)
+        self._open.append((micro, step, index))
         with torch.no_grad():
             return to_numpy(self._climb(micro, step, index))
 
@@ -121,11 +125,12 @@ class TorchRuntime:
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
-        again, self._again = self._again, None
-        if again is not None:
-            self._hidden = self._climb(*again)
-        assert self._hidden is not None, "backward without forward"
-        hidden, self._hidden = self._hidden, None
+        if self._plan.is_forward_only:
+            return
+        assert self._open, "backward without forward"
+        oldest = self._open.popleft()
+        hidden = oldest if isinstance(oldest, torch.Tensor) else self._climb(*oldest)
+        del oldest
         if hidden.requires_grad:
             grad = torch.from_numpy(grad_BTD).to(self._device) * self._optimizer.loss_scale
             torch.autograd.backward(hidden, grad.to(hidden.dtype))
@@ -202,7 +207,7 @@ class TorchRuntime:
         self._before = self.adapters.products()
         self._optimizer.forget_gradients()
         self._meter.forget()
-        self._hidden = self._again = None
+        self._open.clear()
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the frozen residuals."""
@@ -242,7 +247,7 @@ class TorchRuntime:
         self.load_moments(state)
         self._meter.load_state(under("importance:", state))
         self._optimizer.forget_gradients()
-        self._hidden = self._again = None
+        self._open.clear()
 
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over the optimizer moments of what `state` or `moments` returned."""

@@ -1,4 +1,4 @@
-"""A step and an evaluation of one device, read from top to bottom in `_train_micro`.
+"""A step and an evaluation of one device, read from top to bottom in `_train_waves`.
 
 Legend: B sequences, T positions, D hidden size.
 """
@@ -6,7 +6,9 @@ Legend: B sequences, T positions, D hidden size.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from edge_sdk.assembly import Envelope, TensorOut
@@ -56,9 +58,7 @@ class Steps:
         self._stamp = stamp
         runtime = self._runtime
         began, self._waited_s = time.monotonic(), 0.0
-        loss_sum = 0.0
-        for index, micro in enumerate(batch.micro_batches):
-            loss_sum += self._train_micro(micro, index, batch).loss_sum
+        loss_sum = self._train_alone(batch) if self._is_whole else self._train_waves(batch)
         runtime.step(batch.step)
         spent = time.monotonic() - began
         return StepReport(
@@ -72,26 +72,48 @@ class Steps:
             peak_rss_bytes=int(peak_rss().value or 0),
         )
 
-    def _train_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> TailSums:
-        """One micro-batch through the whole model, most of which is elsewhere."""
-        runtime = self._runtime
-        micro = Micro(batch.input_ids, batch.lengths, batch.labels)
-        if self._is_whole:
-            return runtime.local(micro, step.num_targets, step.step, index)
-        hidden_BTD = runtime.forward(micro, step.step, index)  # the device's blocks
+    def _train_alone(self, step: StepBatch) -> float:
+        """Every block is here; returns the sum of the losses."""
+        return sum(
+            self._runtime.local(_plain(batch), step.num_targets, step.step, index).loss_sum
+            for index, batch in enumerate(step.micro_batches)
+        )
+
+    def _train_waves(self, step: StepBatch) -> float:
+        """Micro-batches through the model, most of which is elsewhere; returns the sum of losses.
+
+        While the coordinator has one of them, the next ones are computed here.
+        """
+        loss_sum, under_way = 0.0, deque[tuple[int, ...]]()
+        coming = iter(enumerate(step.micro_batches))
+        for index, batch in enumerate(step.micro_batches):
+            for later, other in islice(coming, self._plan.in_flight - len(under_way)):
+                under_way.append(self._begin_micro(other, later, step))
+            loss_sum += self._end_micro(batch, index, step, under_way.popleft()).loss_sum
+        return loss_sum
+
+    def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
+        """Send a micro-batch on its way; returns the shape of its hidden state."""
+        micro = _plain(batch)
+        hidden_BTD = self._runtime.forward(micro, step.step, index)  # the device's blocks
         self._send_activation(hidden_BTD, micro, index, len(step.micro_batches), step.num_targets)
-        sums = None
+        return hidden_BTD.shape
+
+    def _end_micro(
+        self, batch: MicroBatch, index: int, step: StepBatch, shape: tuple[int, ...]
+    ) -> TailSums:
+        """Go on with what comes back for a micro-batch that was sent."""
+        runtime, sums = self._runtime, None
         if self._keeps_labels:
             top = self._wait(TopHidden, index)  # the coordinator's blocks
-            sums, grad_BTD = runtime.tail(
-                _checked(top.tensors["hidden"], hidden_BTD), micro, step.num_targets
-            )
+            top_BTD = _checked(top.tensors["hidden"], shape)
+            sums, grad_BTD = runtime.tail(top_BTD, _plain(batch), step.num_targets)
             self._link.send(
                 TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
             )
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
         if not self._plan.is_forward_only:
-            runtime.backward(_checked(answer.tensors["grad"], hidden_BTD))
+            runtime.backward(_checked(answer.tensors["grad"], shape))
         return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
 
     def _send_activation(
@@ -146,7 +168,7 @@ class Steps:
 
     def _evaluate_micro(self, batch: MicroBatch, index: int) -> TailSums:
         runtime = self._runtime
-        micro = Micro(batch.input_ids, batch.lengths, batch.labels)
+        micro = _plain(batch)
         hidden_BTD = runtime.forward_eval(micro)
         if self._is_whole:
             return runtime.tail_eval(hidden_BTD, micro)
@@ -162,9 +184,13 @@ class Steps:
         return array, self._codec
 
 
-def _checked(array: Array, like: Array) -> Array:
+def _plain(batch: MicroBatch) -> Micro:
+    return Micro(batch.input_ids, batch.lengths, batch.labels)
+
+
+def _checked(array: Array, shape: tuple[int, ...]) -> Array:
     """What came back must have the shape of what was sent, and be finite."""
-    if array.shape != like.shape:
-        raise RemoteProtocolError(f"a tensor of shape {array.shape} came back, not {like.shape}")
+    if array.shape != shape:
+        raise RemoteProtocolError(f"a tensor of shape {array.shape} came back, not {shape}")
     require_finite(array, "tensor from the coordinator")
     return array

@@ -104,9 +104,9 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
 def _between(model: ModelShape, work: Work, activations: int) -> int:
     """What is kept while the device waits for its gradient."""
     if work.recompute == "none":
-        return activations
+        return work.in_flight * activations
     num_kept = 2 if work.recompute == "slice" else work.stop - work.first + 1
-    return num_kept * hidden_bytes(model, work.micro_batch, work.length, 4)
+    return work.in_flight * num_kept * hidden_bytes(model, work.micro_batch, work.length, 4)
 
 
 def adapter_bytes(

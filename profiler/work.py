@@ -127,6 +127,8 @@ class Work:
     """`adamw` or `sgd`."""
     trains_head: bool = False
     """Whether a classifier's head is trained here."""
+    in_flight: int = 1
+    """Micro-batches that are between their forward and their backward pass at the same time."""
     recompute: str = "none"
     """What the backward pass computes again: one of `RECOMPUTE` of `profile.py`."""
     residual_rank: int = 0

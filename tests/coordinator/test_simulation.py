@@ -33,6 +33,7 @@ from edge_sdk.messages import StepReport
 from edge_sdk.model_shape import model_shape
 from edge_sdk.training import TrainingConfig
 from edge_sdk.weights import Source
+from profiler.estimate import FlopsEstimate
 from tests.e2e.cluster import (
     Cluster,
     classified,
@@ -178,11 +179,14 @@ def test_rows_tell_what_a_comparison_needs(plain: SimulationResult) -> None:
     assert all(0 < d["busy"] < 1 for d in devices.values())
 
 
-@pytest.mark.parametrize("labels", ["server", "device"])
-def test_modelled_time_is_that_of_the_work(
-    make: Any, llama: Path, tmp_path: Path, labels: Any
-) -> None:
-    """With links that cost nothing a round lasts as long as its operations, one after the other."""
+def worked(
+    make: Any, llama: Path, folder: Path, labels: str, in_flight: int
+) -> tuple[float, list[FlopsEstimate]]:
+    """A round of one device over links that cost nothing: its seconds, and a micro-batch's work.
+
+    The work is that of the device's blocks, of the coordinator's and of the tail, at 0.5e6
+    operations a second; there are 2 steps of 2 micro-batches.
+    """
 
     class Lengths(Silence):
         tokens: list[int] = []
@@ -199,11 +203,12 @@ def test_modelled_time_is_that_of_the_work(
         "coordinator": "slow",
         "utilisation": 0.5,
     }
-    rows = write_rows(tmp_path / "equal.jsonl", [{"text": "all of one length"}] * 8)
+    rows = write_rows(folder / "equal.jsonl", [{"text": "all of one length"}] * 8)
     fleet["data"] = DataConfig(path=str(rows))
     watcher = Lengths()
+    devices = {"a": DeviceSettings(in_flight=in_flight)}
 
-    result = simulate(make(labels=labels, rounds=1, fleet=fleet), watcher)
+    result = simulate(make(labels=labels, rounds=1, fleet=fleet, devices=devices), watcher)
 
     source = Source(str(llama), "causal-lm")
     layout = find_layout(source.config, "causal-lm")
@@ -216,8 +221,29 @@ def test_modelled_time_is_that_of_the_work(
         costs.flops(2, BLOCKS, upper, *micro),
         costs.flops(BLOCKS, BLOCKS, {}, *micro, tail=True),
     ]
-    flops = 2 * 2 * sum(w.total for w in work)  # 2 steps of 2 micro-batches
-    assert result.rounds[1].seconds == pytest.approx(flops / 0.5e6, rel=1e-6)
+    seconds = result.rounds[1].seconds
+    assert seconds is not None
+    return seconds, work
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_modelled_time_is_that_of_the_work(
+    make: Any, llama: Path, tmp_path: Path, labels: Any
+) -> None:
+    """With one micro-batch at a time a round lasts as long as all operations after each other."""
+    seconds, work = worked(make, llama, tmp_path, labels, 1)
+
+    assert seconds == pytest.approx(2 * 2 * sum(w.total for w in work) / 0.5e6, rel=1e-6)
+
+
+def test_two_micro_batches_under_way_overlap(make: Any, llama: Path, tmp_path: Path) -> None:
+    """The device computes the second micro-batch while the coordinator has the first."""
+    seconds, (own, upper, tail) = worked(make, llama, tmp_path, "server", 2)
+
+    served = upper.total + tail.total
+    first_answer = max(2 * own.forward, own.forward + served)
+    step = first_answer + max(own.backward, served) + own.backward
+    assert seconds == pytest.approx(2 * step / 0.5e6, rel=1e-6)
 
 
 @pytest.mark.parametrize(("aggregation", "split"), [("stack", 4), ("svd", 4), ("zeropad", "all")])

@@ -56,6 +56,7 @@ def test_no_gradient_travels_to_it(cluster: Cluster) -> None:
     config = cluster.config(
         labels="server",
         training=SGD,
+        default=DeviceSettings(split=SPLIT, batch_size=BATCH, micro_batch=2, codec="float32"),
         devices={"a": DeviceSettings(r=0), "b": DeviceSettings(r=4), "c": DeviceSettings(r=4)},
     )
     serving = cluster.serve(config)

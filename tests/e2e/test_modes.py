@@ -87,17 +87,29 @@ def test_a_classifier_learns(cluster: Cluster, bert: Path, labels: str) -> None:
 
 
 def test_micro_batches_change_nothing(cluster: Cluster) -> None:
-    """Devices that send 1, 2 and 4 micro-batches a step learn what whole batches do."""
-    found = []
-    for name, sizes in (("whole", (4, 4, 4)), ("micro", (4, 2, 1))):
-        devices = {
-            n: DeviceSettings(split=k, micro_batch=size)
-            for n, k, size in zip("abc", (1, 2, 4), sizes, strict=True)
-        }
-        training = TrainingConfig(optimizer="sgd", learning_rate=0.5)
-        found.append(learned(train(cluster, devices=devices, name=name, training=training)))
-    for weight, value in found[0].items():
-        np.testing.assert_allclose(value, found[1][weight], atol=1e-5)
+    """Devices that send 1, 2 and 4 micro-batches a step learn what whole batches do.
+
+    Also with two of them under way, wherever the labels are; and these two differ in no bit.
+    """
+    found = {}
+    for labels in ("server", "device"):
+        for name, sizes, in_flight in (
+            ("whole", (4, 4, 4), 1),
+            ("micro", (4, 2, 1), 1),
+            ("ahead", (4, 2, 1), 2),
+        ):
+            devices = {
+                n: DeviceSettings(split=k, micro_batch=size, in_flight=in_flight)
+                for n, k, size in zip("abc", (1, 2, 4), sizes, strict=True)
+            }
+            training = TrainingConfig(optimizer="sgd", learning_rate=0.5)
+            label = f"{name}-{labels}"
+            settings = {"devices": devices, "name": label, "labels": labels}
+            found[label] = learned(train(cluster, training=training, **settings))
+    for labels in ("server", "device"):
+        for weight, value in found[f"micro-{labels}"].items():
+            np.testing.assert_allclose(value, found["whole-server"][weight], atol=1e-5)
+            np.testing.assert_array_equal(value, found[f"ahead-{labels}"][weight])
 
 
 def test_every_codec_trains(cluster: Cluster) -> None:

@@ -70,6 +70,7 @@ WORKS = st.builds(
     codec_bytes=st.sampled_from([2, 4]),
     optimizer=st.sampled_from(["adamw", "sgd"]),
     trains_head=st.booleans(),
+    in_flight=st.integers(1, 2),
     recompute=st.sampled_from(["none", "slice", "block"]),
     residual_rank=st.integers(0, 4),
     has_lora_dropout=st.booleans(),
@@ -99,6 +100,7 @@ def more(work: Work, field: str) -> Work:
         "length": work.length + 1,
         "base_bytes": work.base_bytes + 2,
         "codec_bytes": work.codec_bytes + 2,
+        "in_flight": work.in_flight + 1,
         "residual_rank": work.residual_rank + 1,
         "fragmentation": work.fragmentation + 0.5,
         "optimizer": "adamw",
@@ -114,7 +116,7 @@ def more(work: Work, field: str) -> Work:
 GROWING = st.sampled_from(
     [
         *("stop", "micro_batch", "length", "ranks", "residual_rank", "has_lora_dropout"),
-        *("codec_bytes", "fragmentation", "optimizer", "trains_head", "has_tail"),
+        *("in_flight", "codec_bytes", "fragmentation", "optimizer", "trains_head", "has_tail"),
     ]
 )
 
