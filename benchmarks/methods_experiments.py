@@ -270,7 +270,7 @@ def methods_of(config: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
 
 def adapter_budget(situation: Any) -> float:
     """What uniform rank 4 on every weight takes: what both choices of ranks may take."""
-    from coordinator.costs import adapters_bytes, device_tokens
+    from coordinator.costs import adapters_bytes, device_loads
 
-    tokens = device_tokens(situation, DEVICES[0], situation.num_blocks)
-    return float(adapters_bytes(situation, dict.fromkeys(tokens, UNIFORM_RANK), tokens))
+    loads = device_loads(situation, DEVICES[0], situation.num_blocks)
+    return float(adapters_bytes(situation, dict.fromkeys(loads, UNIFORM_RANK), loads))

@@ -14,12 +14,13 @@ from functools import partial
 from coordinator.aggregation import RULES, SERVER
 from coordinator.assessment import server_bytes, server_wave_seconds, utility, wave_seconds
 from coordinator.costs import (
+    Load,
     Ranks,
     adapter_budget,
     adapters_bytes,
     device_bytes,
+    device_loads,
     device_seconds,
-    device_tokens,
     options,
     rank_tables,
     server_side,
@@ -170,27 +171,27 @@ def _ranks(
     """Ranks of every device and of the coordinator."""
     found: dict[str, dict[str, int]] = {}
     for device, option in splits.chosen.items():
-        tokens = device_tokens(situation, device, option.split)
+        loads = device_loads(situation, device, option.split)
         budget = adapter_budget(situation, device, option.split)
-        found[device] = _choose(situation, device, tokens, budget)
-    tokens = _server_tokens(situation, splits)
-    found[SERVER] = _choose(situation, SERVER, tokens, _server_adapter_budget(situation, splits))
+        found[device] = _choose(situation, device, loads, budget)
+    loads = _server_loads(situation, splits)
+    found[SERVER] = _choose(situation, SERVER, loads, _server_adapter_budget(situation, splits))
     if RULES[situation.config.aggregation].needs_equal_ranks:
         found = _made_equal(found)
     return {device: found[device] for device in splits.chosen}, found[SERVER]
 
 
 def _choose(
-    situation: Situation, device: str, tokens: Mapping[str, int], budget_bytes: float
+    situation: Situation, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
-    """Ranks of a device, or of `SERVER`, on the weights that *tokens* pass through."""
-    possible = {name: situation.ranks(device, name) for name in tokens}
+    """Ranks of a device, or of `SERVER`, on the weights that have *loads*."""
+    possible = {name: situation.ranks(device, name) for name in loads}
     if all(len(ranks) == 1 for ranks in possible.values()):
         return {name: ranks[0] for name, ranks in possible.items()}
     if situation.config.planning.ranks == "uniform":
-        bytes_of = partial(adapters_bytes, situation, tokens=tokens)
+        bytes_of = partial(adapters_bytes, situation, loads=loads)
         return uniform_ranks(possible, bytes_of, budget_bytes)
-    return choose_ranks(rank_tables(situation, device, tokens), budget_bytes)
+    return choose_ranks(rank_tables(situation, device, loads), budget_bytes)
 
 
 def _made_equal(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
@@ -199,16 +200,16 @@ def _made_equal(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, i
     return {name: {w: min(r, most) for w, r in own.items()} for name, own in ranks.items()}
 
 
-def _server_tokens(situation: Situation, splits: Splits) -> dict[str, int]:
-    """Tokens that pass through each of the coordinator's weights in a wave."""
-    found: dict[str, int] = {}
+def _server_loads(situation: Situation, splits: Splits) -> dict[str, Load]:
+    """What passes through each of the coordinator's weights."""
+    found: dict[str, Load] = {}
     for block in range(_first(situation, splits), situation.num_blocks):
         tokens = sum(
             situation.tokens(device)
             for device, option in splits.chosen.items()
             if option.split <= block
         )
-        found |= dict.fromkeys(situation.weights(block, block + 1), tokens)
+        found |= dict.fromkeys(situation.weights(block, block + 1), Load(tokens))
     return found
 
 
@@ -218,9 +219,9 @@ def _first(situation: Situation, splits: Splits) -> int:
 
 def _server_adapter_budget(situation: Situation, splits: Splits) -> float:
     """Memory that the coordinator has left for adapters."""
-    tokens = _server_tokens(situation, splits)
-    first = {name: situation.first_rank(SERVER, name) for name in tokens}
-    base = splits.server_bytes - adapters_bytes(situation, first, tokens)
+    loads = _server_loads(situation, splits)
+    first = {name: situation.first_rank(SERVER, name) for name in loads}
+    base = splits.server_bytes - adapters_bytes(situation, first, loads)
     return situation.limit_bytes(SERVER) - base
 
 
@@ -234,13 +235,13 @@ def _depths(splits: Splits) -> dict[str, int]:
 def _story(
     situation: Situation, device: str, table: list[Option], splits: Splits, plan: Plan
 ) -> DeviceStory:
-    tokens = device_tokens(situation, device, plan.split)
+    loads = device_loads(situation, device, plan.split)
     return DeviceStory(
         budget_bytes=situation.budget_bytes(device),
         options=tuple(table),
         binding=splits.binding[device],
         planned_bytes=device_bytes(situation, device, plan.split, plan.ranks),
-        adapter_bytes=adapters_bytes(situation, plan.ranks, tokens),
+        adapter_bytes=adapters_bytes(situation, plan.ranks, loads),
         adapter_budget_bytes=adapter_budget(situation, device, plan.split),
         device_s=device_seconds(situation, device, plan.split, plan.ranks),
         server_s=None if situation.server_speed is None else splits.chosen[device].server_s,
@@ -270,12 +271,12 @@ def _device_notes(situation: Situation, device: str, plan: Plan) -> tuple[str, .
 
 
 def _server_story(situation: Situation, splits: Splits, ranks: Ranks) -> ServerStory:
-    tokens = _server_tokens(situation, splits)
+    loads = _server_loads(situation, splits)
     return ServerStory(
         first=_first(situation, splits),
         budget_bytes=situation.budget_bytes(SERVER),
         planned_bytes=server_bytes(situation, _depths(splits), ranks),
-        adapter_bytes=adapters_bytes(situation, ranks, tokens),
+        adapter_bytes=adapters_bytes(situation, ranks, loads),
         adapter_budget_bytes=_server_adapter_budget(situation, splits),
         server_s=server_wave_seconds(situation, _depths(splits), ranks),
     )

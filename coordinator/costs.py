@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from coordinator.aggregation import SERVER
 from coordinator.rank_choice import Choice, Weights, rank_table
@@ -21,6 +22,21 @@ from profiler.estimate import (
 )
 
 Ranks = Mapping[str, int]
+
+
+class Load(NamedTuple):
+    """What passes through a weight."""
+
+    tokens: int
+    """Of a wave."""
+    in_flight: int = 1
+    """Waves between their forward and their backward pass at the same time."""
+    base_bytes: int = 4
+    """Of a frozen parameter."""
+    compute_bytes: int = 4
+    """Of an activation."""
+
+
 # Of the ranks of weights that read the same input.
 MOST_COMBINATIONS = 1000
 
@@ -33,29 +49,28 @@ def first_ranks(situation: Situation, device: str, first: int, stop: int) -> dic
 # ---- memory ----
 
 
-def adapters_bytes(situation: Situation, ranks: Ranks, tokens: Mapping[str, int]) -> float:
-    """Memory that adapters of *ranks* add, with *tokens* passing through each in a wave."""
-    blocks: dict[tuple[int, int], dict[str, int]] = {}
+def adapters_bytes(situation: Situation, ranks: Ranks, loads: Mapping[str, Load]) -> float:
+    """Memory that adapters of *ranks* add, with one of *loads* on each."""
+    blocks: dict[tuple[int, Load], dict[str, int]] = {}
     for name, rank in ranks.items():
         block, inside = situation.place(name)
-        blocks.setdefault((block, tokens[name]), {})[inside] = rank
+        blocks.setdefault((block, loads[name]), {})[inside] = rank
     return math.fsum(
-        _adapters_of_block(situation, tuple(own.items()), count)
-        for (_, count), own in blocks.items()
+        _adapters_of_block(situation, tuple(own.items()), load) for (_, load), own in blocks.items()
     )
 
 
 def _adapters_of_block(
-    situation: Situation, ranks: tuple[tuple[str, int], ...], tokens: int
+    situation: Situation, ranks: tuple[tuple[str, int], ...], load: Load
 ) -> float:
     """Memory that adapters add to one block, by name inside the block."""
     given = tuple((name, rank) for name, rank in ranks if rank > 0)
-    return _block_bytes(situation, given, tokens) - _block_bytes(situation, (), tokens)
+    return _block_bytes(situation, given, load) - _block_bytes(situation, (), load)
 
 
-def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], tokens: int) -> int:
+def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], load: Load) -> int:
     """Memory of one block in the middle of a stretch: only differences of it mean something."""
-    known, key = situation.block_bytes, (ranks, tokens)
+    known, key = situation.block_bytes, (ranks, load)
     if key not in known:
         config, path = situation.config, situation.model.blocks_path
         work = Work(
@@ -64,7 +79,10 @@ def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], token
             has_front=False,
             has_tail=False,
             ranks={f"{path}.0.{name}": rank for name, rank in ranks},
-            micro_batch=tokens,
+            micro_batch=load.tokens,
+            in_flight=load.in_flight,
+            base_bytes=load.base_bytes,
+            compute_bytes=load.compute_bytes,
             length=1,
             optimizer=config.training.optimizer,
             has_lora_dropout=config.lora.lora_dropout > 0,
@@ -73,9 +91,22 @@ def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], token
     return known[key]
 
 
-def device_tokens(situation: Situation, device: str, split: int) -> dict[str, int]:
-    """Tokens that pass through each of a device's weights in a wave."""
-    return dict.fromkeys(situation.weights(0, split), situation.tokens(device))
+def device_loads(situation: Situation, device: str, split: int) -> dict[str, Load]:
+    """What passes through each of a device's weights."""
+    load = Load(
+        situation.tokens(device), _in_flight(situation, device, split), *_widths(situation, device)
+    )
+    return dict.fromkeys(situation.weights(0, split), load)
+
+
+def _widths(situation: Situation, device: str) -> tuple[int, int]:
+    """Bytes of a device's frozen parameters and of its activations."""
+    profile = situation.profile(device)
+    return int(profile.base_bytes or 4), int(profile.compute_bytes or 4)
+
+
+def _in_flight(situation: Situation, device: str, split: int) -> int:
+    return 1 if split == situation.num_blocks else situation.in_flight(device)
 
 
 def device_bytes(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
@@ -89,22 +120,25 @@ def device_base_bytes(situation: Situation, device: str, split: int) -> float:
     """Peak memory of a device's process less all adapters."""
     ranks = first_ranks(situation, device, 0, split)
     total = device_bytes(situation, device, split, ranks)
-    return total - adapters_bytes(situation, ranks, device_tokens(situation, device, split))
+    return total - adapters_bytes(situation, ranks, device_loads(situation, device, split))
 
 
 def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) -> Work:
     config = situation.config
     has_tail = config.labels == "device" or split == situation.num_blocks
+    base_bytes, compute_bytes = _widths(situation, device)
     return Work(
         first=0,
         stop=split,
+        base_bytes=base_bytes,
+        compute_bytes=compute_bytes,
         has_front=True,
         has_tail=has_tail,
         ranks=dict(ranks),
         linear_bytes=situation.profile(device).linear_bytes,
         recompute=situation.profile(device).recompute or "none",
         micro_batch=situation.micro_batch(device),
-        in_flight=1 if split == situation.num_blocks else situation.in_flight(device),
+        in_flight=_in_flight(situation, device, split),
         length=situation.length,
         codec_bytes=_codec_bytes(situation, device),
         optimizer=config.training.optimizer,
@@ -230,7 +264,7 @@ def _option(situation: Situation, device: str, split: int) -> Option:
     last = situation.num_blocks
     own = first_ranks(situation, device, 0, split)
     rest = first_ranks(situation, SERVER, split, last)
-    adapters = adapters_bytes(situation, own, device_tokens(situation, device, split))
+    adapters = adapters_bytes(situation, own, device_loads(situation, device, split))
     return Option(
         split,
         device_base_bytes(situation, device, split) + min(adapters, _cap(situation, device)),
@@ -262,19 +296,19 @@ def _cap(situation: Situation, device: str) -> float:
 
 
 def rank_tables(
-    situation: Situation, device: str, tokens: Mapping[str, int]
+    situation: Situation, device: str, loads: Mapping[str, Load]
 ) -> dict[Weights, tuple[Choice, ...]]:
     """What ranks are worth and cost, on a device or on `SERVER`.
 
     Args:
         situation: The situation.
         device: Whose ranks.
-        tokens: Tokens that pass through each weight in a wave; only these get a table.
+        loads: What passes through each weight; only these get a table.
     """
     tables = {}
-    for item in _items(situation, device, tokens):
+    for item in _items(situation, device, loads):
         insides = [situation.place(name)[1] for name in item]
-        price = partial(_price, situation, insides, tokens[item[0]])
+        price = partial(_price, situation, insides, loads[item[0]])
         tables[item] = rank_table(
             [situation.importance_of(name) for name in item],
             [situation.ranks(device, name) for name in item],
@@ -285,9 +319,9 @@ def rank_tables(
 
 
 def _price(
-    situation: Situation, insides: Sequence[str], tokens: int, ranks: tuple[int, ...]
+    situation: Situation, insides: Sequence[str], load: Load, ranks: tuple[int, ...]
 ) -> float:
-    return _adapters_of_block(situation, tuple(zip(insides, ranks, strict=True)), tokens)
+    return _adapters_of_block(situation, tuple(zip(insides, ranks, strict=True)), load)
 
 
 def _items(situation: Situation, device: str, weights: Iterable[str]) -> list[Weights]:

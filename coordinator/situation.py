@@ -6,7 +6,7 @@ Knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,7 +67,7 @@ class Situation:
         return {name: (int(block), inside) for name, (block, _, inside) in split.items()}
 
     @cached_property
-    def block_bytes(self) -> dict[tuple[tuple[tuple[str, int], ...], int], int]:
+    def block_bytes(self) -> dict[Hashable, int]:
         """What `costs.py` has asked the estimate already: plans ask the same of every block."""
         return {}
 

@@ -37,10 +37,8 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
 
     device, speed = "cpu", by_hand.flops_per_s
     if choose_backend(config) == "torch":
-        from edge_sdk.runtime_torch import pick_device
-
-        device = pick_device(config.device).type
-        speed = speed or _block_speed(model, device, max_length)
+        device, compute = _computes_on(config)
+        speed = speed or _block_speed(model, device, compute, max_length)
     elif speed is None:
         log.warning(
             "speed.unknown reason=%s", "not measured without torch; set profile.flops_per_s"
@@ -59,10 +57,28 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
 
 def _told(config: ClientConfig) -> DeviceProfile:
     """What the config alone says, without any measurement."""
-    recompute = "slice" if config.recompute else None
     if choose_backend(config) == "onnxruntime":
-        recompute = "block"
-    return DeviceProfile(linear_bytes=LINEAR_BYTES.get(config.base), recompute=recompute)
+        return DeviceProfile(recompute="block")
+    is_half = _computes_on(config)[1] != "float32"
+    return DeviceProfile(
+        linear_bytes=LINEAR_BYTES.get(config.base),
+        base_bytes=2.0 if config.base in ("bfloat16", "float16") else None,
+        compute_bytes=2.0 if is_half else None,
+        recompute="slice" if config.recompute else None,
+    )
+
+
+def _computes_on(config: ClientConfig) -> tuple[str, str]:
+    """Device and dtype of torch's matrix products; from now on with the threads that are asked."""
+    import torch
+
+    from edge_sdk.runtime_torch import pick_device
+    from edge_sdk.training import resolve_compute
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    return device.type, str(resolve_compute(config.compute, device)).removeprefix("torch.")
 
 
 def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
@@ -71,14 +87,15 @@ def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
     return replace(found, **{name: value for name, value in own.items() if value is not None})
 
 
-def _block_speed(model: Path, device: str, max_length: int) -> float | None:
+def _block_speed(model: Path, device: str, compute: str, max_length: int) -> float | None:
     from profiler.measure import measure_block
 
     try:
-        return measure_block(model, length=min(128, max_length), device=device).flops_per_s.value
+        found = measure_block(model, length=min(128, max_length), dtype=compute, device=device)
     except ValueError as error:
         log.warning("speed.unknown reason=%s", error)
         return None
+    return found.flops_per_s.value
 
 
 def with_link(profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp) -> DeviceProfile:

@@ -37,6 +37,10 @@ class DeviceProfile:
     """Name of the board's power mode, for people; another mode is another speed."""
     linear_bytes: float | None = None
     """Memory for each frozen weight of the blocks' linear layers; None: that of float32, 4."""
+    base_bytes: float | None = None
+    """Memory for each frozen parameter elsewhere: 2 or 4; None: 4."""
+    compute_bytes: float | None = None
+    """Memory for each activation of a matrix product: 2 or 4; None: 4."""
     recompute: str | None = None
     """What it computes again in the backward pass, one of `RECOMPUTE`; None: nothing."""
     native_bf16: bool | None = None
@@ -53,6 +57,9 @@ def problems(profile: DeviceProfile) -> list[str]:
         is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
         if not math.isfinite(value) or not is_least:
             found.append(f"{field.name} is {value}")
+    for name in ("base_bytes", "compute_bytes"):
+        if not found and getattr(profile, name) not in (None, 2, 4):
+            found.append(f"{name} is {getattr(profile, name)}, not 2 or 4")
     if profile.recompute not in (None, *RECOMPUTE):
         found.append(f"recompute is {profile.recompute!r}, not one of {', '.join(RECOMPUTE)}")
     total, memory = profile.total_memory_bytes, profile.memory_bytes

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.config import DeviceSettings, ServeConfig
-from coordinator.costs import adapters_bytes
+from coordinator.costs import Load, adapters_bytes
 from coordinator.planning import ModelFacts
 from coordinator.planning_config import PlanningConfig
 from coordinator.situation import ServerProfile, Situation
@@ -73,4 +73,8 @@ def with_memory(situation: Situation, **budgets: float) -> Situation:
 
 def priced(situation: Situation, ranks: dict[str, int]) -> float:
     """What adapters of device `a` add to its memory."""
-    return adapters_bytes(situation, ranks, dict.fromkeys(ranks, situation.tokens("a")))
+    return adapters_bytes(
+        situation,
+        ranks,
+        dict.fromkeys(ranks, Load(situation.tokens("a"), situation.in_flight("a"))),
+    )

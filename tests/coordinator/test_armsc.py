@@ -134,10 +134,21 @@ def test_bytes_are_the_profiler_s_estimate(llama: tuple[ModelFacts, ModelShape])
     situation = make_situation(
         llama, config={"aggregation": "fedavg"}, planning={"ranks": "uniform"}
     )
-    situation = replace(situation, profiles={"a": replace(SLOW, overhead_bytes=5e6)})
+    profile = replace(SLOW, overhead_bytes=5e6, base_bytes=2.0, compute_bytes=2.0, linear_bytes=2.0)
+    situation = replace(situation, profiles={"a": profile})
     ranks = dict.fromkeys(situation.weights(0, 2), 4)
     work = Work(
-        first=0, stop=2, has_front=True, has_tail=True, ranks=ranks, micro_batch=2, length=16
+        first=0,
+        stop=2,
+        has_front=True,
+        has_tail=True,
+        ranks=ranks,
+        micro_batch=2,
+        in_flight=2,
+        length=16,
+        base_bytes=2,
+        compute_bytes=2,
+        linear_bytes=2.0,
     )
 
     assert (
@@ -146,9 +157,14 @@ def test_bytes_are_the_profiler_s_estimate(llama: tuple[ModelFacts, ModelShape])
     )
 
 
-def test_adapters_are_priced_on_top_of_a_split(llama: tuple[ModelFacts, ModelShape]) -> None:
+@pytest.mark.parametrize("is_half", [False, True])
+def test_adapters_are_priced_on_top_of_a_split(
+    llama: tuple[ModelFacts, ModelShape], is_half: bool
+) -> None:
     """Base and adapters sum to the estimate, whatever the ranks: the knapsack's prices are true."""
     situation = make_situation(llama)
+    profiles = {"a": replace(SLOW, base_bytes=2.0, compute_bytes=2.0), "b": FAST}
+    situation = replace(situation, profiles=profiles) if is_half else situation
     names = situation.weights(0, 3)
     for ranks in (
         dict.fromkeys(names, 1),
@@ -158,7 +174,7 @@ def test_adapters_are_priced_on_top_of_a_split(llama: tuple[ModelFacts, ModelSha
         base = device_base_bytes(situation, "a", 3)
         adapters = priced(situation, ranks)
 
-        assert base + adapters == pytest.approx(device_bytes(situation, "a", 3, ranks), rel=1e-3)
+        assert base + adapters == pytest.approx(device_bytes(situation, "a", 3, ranks), rel=5e-3)
 
 
 def test_the_cap_makes_adapters_equally_large(llama: tuple[ModelFacts, ModelShape]) -> None:
@@ -217,6 +233,8 @@ def test_a_device_of_unknown_speed_goes_by_memory(llama: tuple[ModelFacts, Model
         situation = make_situation(
             llama,
             profiles={"a": replace(SLOW, flops_per_s=1e3), "b": replace(SLOW, **{field: None})},
+            # With two, all blocks take less than four: a device that has them all never waits.
+            config={"default": DeviceSettings(split=1, batch_size=4, in_flight=1)},
         )
         situation = with_memory(situation, b=options(situation, "b")[3].device_bytes * 1.001)
 

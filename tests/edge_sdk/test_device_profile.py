@@ -16,23 +16,31 @@ BY_HAND = DeviceProfile(memory_bytes=2e9, overhead_bytes=3e8, flops_per_s=1e9)
 
 
 @pytest.mark.parametrize(
-    ("settings", "recompute", "linear_bytes"),
+    ("settings", "told"),
     [
-        ({"backend": "torch"}, None, None),
-        ({"backend": "torch", "recompute": True}, "slice", None),
-        ({"backend": "torch", "base": "int8", "recompute": True}, "slice", 1.0),
-        ({"backend": "onnxruntime"}, "block", None),
+        ({"backend": "torch"}, {}),
+        ({"backend": "torch", "recompute": True}, {"recompute": "slice"}),
+        (
+            {"backend": "torch", "base": "int8", "recompute": True},
+            {"linear_bytes": 1.0, "recompute": "slice"},
+        ),
+        ({"backend": "torch", "compute": "bfloat16"}, {"compute_bytes": 2.0}),
+        (
+            {"backend": "torch", "compute": "bfloat16", "base": "bfloat16"},
+            {"compute_bytes": 2.0, "base_bytes": 2.0, "linear_bytes": 2.0},
+        ),
+        ({"backend": "onnxruntime"}, {"recompute": "block"}),
     ],
 )
-def test_memory_is_planned_as_it_is_used(
-    settings: dict[str, Any], recompute: str | None, linear_bytes: float | None
-) -> None:
-    """Quantised weights and activations that are computed again are told to the planner."""
-    config = ClientConfig(coordinator="tcp://host:1", server_key="k", profile=BY_HAND, **settings)
+def test_memory_is_planned_as_it_is_used(settings: dict[str, Any], told: dict[str, Any]) -> None:
+    """Widths of weights and activations, and what is computed again, are told to the planner."""
+    config = ClientConfig(
+        coordinator="tcp://host:1", server_key="k", device="cpu", profile=BY_HAND, **settings
+    )
 
     found = device_profile(config, Path("unused"), 16)
 
-    assert found == replace(BY_HAND, recompute=recompute, linear_bytes=linear_bytes)
+    assert found == replace(BY_HAND, **told)
     assert problems(found) == []
 
 
