@@ -31,7 +31,15 @@ MODULE = "coordinator.onnx_export"
 # Whatever changes the graphs of an unchanged model: packages, and files of ours.
 MAKERS = ("torch", "transformers", "onnx")
 HERE = Path(__file__).parent
-SOURCES = ("coordinator/aten_graph.py", "coordinator/onnx_*.py", "edge_sdk/partition.py")
+SOURCES = (
+    "coordinator/aten_graph.py",
+    "coordinator/export_job.py",
+    "coordinator/onnx_*.py",
+    "edge_sdk/adapters.py",
+    "edge_sdk/graphs.py",
+    "edge_sdk/layout.py",
+    "edge_sdk/partition.py",
+)
 
 
 @dataclass

@@ -76,9 +76,12 @@ class EdgeClient:
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
             return self._run_over(self._given_link)
-        from profiler.monitor import Monitor
+        from profiler.monitor import Happening, Monitor
 
-        with Monitor() as monitor:  # its readings travel with every sign of life
+        def told(event: Happening) -> None:
+            log.warning("board.%s %s", event.kind, event.text)
+
+        with Monitor(on_event=told) as monitor:  # its readings travel with every sign of life
             return self._run_over(self._open_link(monitor.telemetry))
 
     def _run_over(self, link: Link) -> str:

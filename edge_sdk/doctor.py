@@ -6,7 +6,7 @@ Takes part in no run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,8 @@ def examine(
     yield packages.check_packages()
     yield packages.check_origins()
     yield check_backend(config, sources)
-    yield from look_at_compute(config, sources, run)
-    yield from look_at_machine(config, sources)
+    place = yield from look_at_compute(config, sources, run)
+    yield from look_at_machine(config, sources, place)
     if read is None:
         text = "no --config: keys, data and the coordinator were not looked at"
         yield skipped("config", text, "edge-sdk doctor --config device.yaml")
@@ -97,23 +97,25 @@ def look_at_compute(
     sources: Sources = HERE,
     run: compute.Runner = compute.run_python,
     versions: packages.Versions = packages.version_of,
-) -> Iterator[Finding]:
-    """Run kernels of whatever is installed, in processes of their own."""
+) -> Generator[Finding, None, str]:
+    """Run kernels of whatever is installed, in processes of their own; returns where a run goes."""
     device = "auto" if config is None else config.device
     installed = packages.installed_backends(versions)
-    used = _used(config, installed)
+    used, place = _used(config, installed), "cpu"
     if "torch" in installed and used != "torch":
         yield skipped("torch", f"a run uses {used}")
     elif "torch" in installed:
         more = [one for one in compute.THEIRS_TOLERANCE if versions(one) is not None]
         outcomes = compute.try_stages(device, [*KERNEL_STAGES, *more], run)
-        yield from _torch(outcomes, config, sources, versions)
+        place = str((outcomes["torch"].found or {}).get("device", device))
+        yield from _torch(outcomes, place, config, sources, versions)
     if "onnxruntime" in installed:
         is_needed = used == "onnxruntime"
         outcome = compute.try_stages("cpu", ["onnxruntime"], run)["onnxruntime"]
         yield compute.check_onnxruntime(
             outcome, is_needed=is_needed, sources=sources, versions=versions
         )
+    return place
 
 
 def _used(config: ClientConfig | None, installed: Sequence[str]) -> str:
@@ -126,6 +128,7 @@ def _used(config: ClientConfig | None, installed: Sequence[str]) -> str:
 
 def _torch(
     outcomes: dict[str, compute.Outcome],
+    place: str,
     config: ClientConfig | None,
     sources: Sources,
     versions: packages.Versions,
@@ -135,7 +138,6 @@ def _torch(
         device, wanted, base = config.device, config.compute, config.base
     built = compute.check_torch(outcomes["torch"], device, sources, versions)
     yield built
-    place = str((outcomes["torch"].found or {}).get("device", device))
     kernel = compute.check_kernel(outcomes["float32"], place, sources, versions)
     dtypes = ("bfloat16", "float16")
     others = (*dtypes, "quantised")
@@ -152,11 +154,12 @@ def _torch(
     yield compute.check_quantised(packed, base, sources, versions)
 
 
-def look_at_machine(config: ClientConfig | None, sources: Sources = HERE) -> Iterator[Finding]:
-    """Look at memory, disk, limits, heat and clock."""
-    is_cpu = config is not None and config.device == "cpu"
+def look_at_machine(
+    config: ClientConfig | None, sources: Sources = HERE, place: str = "auto"
+) -> Iterator[Finding]:
+    """Look at memory, disk, limits, heat and clock; the memory is that of *place*."""
     by_hand = None if config is None else config.profile.memory_bytes
-    yield machine.check_memory(sources, on_gpu=not is_cpu, by_hand=by_hand)
+    yield machine.check_memory(sources, on_gpu=place != "cpu", by_hand=by_hand)
     yield machine.check_swap(sources)
     yield machine.check_heat(sources)
     cache = PartCache(None if config is None else config.cache).folder

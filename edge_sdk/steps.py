@@ -44,7 +44,9 @@ class Steps:
     ) -> None:
         self._runtime, self._plan = runtime, plan
         form: Any = welcome.importance
-        runtime.measure_importance(form, welcome.importance_every)
+        # Without a backward pass there is nothing to measure.
+        every = 0 if plan.is_forward_only else welcome.importance_every
+        runtime.measure_importance(form, every)
         self._link, self._inbox = link, inbox
         self._codec = welcome.codec
         self._keeps_labels = welcome.labels == "device"

@@ -6,6 +6,7 @@ which reads nothing and so never waits. What follows from an event is not decide
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from profiler.memory import memory_info, rss
 from profiler.power import counters, power, rails
 from profiler.readings import Reading
 from profiler.sources import HERE, Sources
+
+log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 # Throttling comes in bursts; it has ended when none has been seen for so long.
@@ -226,7 +229,10 @@ class Monitor:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self.sample()
+            try:
+                self.sample()
+            except Exception:  # noqa: BLE001 - a board that cannot be read is no reason to stop
+                log.warning("monitor.unreadable", exc_info=True)
 
     def stop(self) -> None:
         """End the thread; what was found remains."""
