@@ -68,6 +68,18 @@ AT_EQUAL_BYTES = {
     name: (None, ["default.split=all", f"planning.ranks={rule}", *ROOMY])
     for name, rule in (("rngwp", "rngwp"), ("uniform", "uniform"))
 }
+CUTS: dict[str, tuple[str | None, list[str]]] = {
+    "equal cuts": (None, [*FREE, "default.split=3", "labels=server", *ROOMY]),
+    "mixed cuts": (
+        None,
+        [
+            *FREE,
+            *(f"devices.{d}.split={k}" for d, k in zip(DEVICES, range(1, 6), strict=True)),
+            "labels=server",
+            *ROOMY,
+        ],
+    ),
+}
 EXPERIMENTS = {
     "e2e": Experiment(
         "e2e",
@@ -101,20 +113,14 @@ EXPERIMENTS = {
         "banking",
         "minilm",
         {
-            "equal cuts": (None, [*FREE, "default.split=3", "labels=server", *ROOMY]),
-            "mixed cuts": (
-                None,
-                [
-                    *FREE,
-                    *(f"devices.{d}.split={k}" for d, k in zip(DEVICES, range(1, 6), strict=True)),
-                    "labels=server",
-                    *ROOMY,
-                ],
-            ),
+            **CUTS,
             "cenlora": ("cenlora", []),
         },
         rates=BANKING_RATES,
         rounds=20,
+    ),
+    "banking-cuts-more": Experiment(
+        "banking", "minilm", dict(CUTS), seeds=(3, 4, 5), rates=(5e-3,), rounds=20
     ),
     "banking-ranks": Experiment(
         "banking",

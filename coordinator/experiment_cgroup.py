@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.errors import DeviceError
@@ -38,9 +39,8 @@ class Cage:
         self._memory = self._cpu = Path()
         self.folders: list[Path] = []
         try:
-            self._memory = self._make("memory", name, root)
+            self._memory, self._cpu = self._make_groups(name, root)
             self._limit_memory(int(memory_bytes))
-            self._cpu = self._make("cpu", name, root)
             self.set_cores(cores)
         except OSError as error:
             self.remove()
@@ -49,25 +49,33 @@ class Cage:
             self.remove()
             raise
 
-    def _make(self, controller: str, name: str, root: Path) -> Path:
+    def _make_groups(self, name: str, root: Path) -> tuple[Path, Path]:
+        """Make what memory and CPU time are limited in."""
+        memory, cpu = (_parents(controller, root) for controller in _MARKS)
+        if memory and cpu and all(_has_v2_files(parent) for parent in (*memory, *cpu)):
+            # A process is in one group of version 2: both limits stand there.
+            both = [parent for parent in memory if parent in cpu]
+            folder = self._make(("memory", "cpu"), name, both)
+            return folder, folder
+        return self._make(("memory",), name, memory), self._make(("cpu",), name, cpu)
+
+    def _make(self, controllers: tuple[str, ...], name: str, parents: Sequence[Path]) -> Path:
         """Make a group below our own, or below the nearest of its parents that lets us."""
-        reasons = []
-        for parent in groups(controller, root):
-            if not _is_group(parent, controller):
-                continue
+        what, reasons = " and ".join(controllers), []
+        for parent in parents:
             folder = parent / name
             try:
-                if (parent / "cgroup.controllers").exists():
-                    _delegate(parent, controller)
-                folder.mkdir(exist_ok=folder in self.folders)
+                if _has_v2_files(parent):
+                    for controller in controllers:
+                        _delegate(parent, controller)
+                folder.mkdir()
             except OSError as error:
                 reasons.append(f"{parent}: {error.strerror}")
                 continue
-            if folder not in self.folders:
-                self.folders.append(folder)
+            self.folders.append(folder)
             return folder
-        why = "; ".join(reasons) or f"the {controller} controller is not mounted"
-        raise DeviceError(f"cannot make a control group for {controller}: {why}")
+        why = "; ".join(reasons) or f"the {what} controller is not mounted"
+        raise DeviceError(f"cannot make a control group for {what}: {why}")
 
     def _limit_memory(self, num_bytes: int) -> None:
         if _is_v2(self._memory):
@@ -118,6 +126,15 @@ class Cage:
         self.folders.clear()
 
 
+def _parents(controller: str, root: Path) -> list[Path]:
+    """Groups that we are in and below which others may have *controller*, innermost first."""
+    return [folder for folder in groups(controller, root) if _is_group(folder, controller)]
+
+
+def _has_v2_files(folder: Path) -> bool:
+    return (folder / "cgroup.controllers").exists()
+
+
 def _is_group(folder: Path, controller: str) -> bool:
     """Whether groups of *controller* can lie below *folder*."""
     if (folder / _MARKS[controller]).exists():
@@ -135,7 +152,7 @@ def _delegate(parent: Path, controller: str) -> None:
 
 
 def _is_v2(folder: Path) -> bool:
-    return (folder.parent / "cgroup.controllers").exists()
+    return _has_v2_files(folder.parent)
 
 
 def _write(file: Path, value: object) -> None:

@@ -129,6 +129,8 @@ class Relay:
         self._num_connections = 0
         self._cuts = 0
         """Cuts that have not ended; they may overlap."""
+        self._timers: list[asyncio.TimerHandle] = []
+        """They end cuts."""
         self._loop = asyncio.new_event_loop()
         self._up = _Lane(lambda: self._shape.up_bytes_per_s)
         self._down = _Lane(lambda: self._shape.down_bytes_per_s)
@@ -220,7 +222,7 @@ class Relay:
         self._cuts += 1
         self._is_open.clear()
         if seconds is not None:
-            self._loop.call_later(seconds, self._end_one_cut)
+            self._timers.append(self._loop.call_later(seconds, self._end_one_cut))
 
     def _end_one_cut(self) -> None:
         self._cuts = max(0, self._cuts - 1)
@@ -228,6 +230,9 @@ class Relay:
             self._is_open.set()
 
     def _mend(self) -> None:
+        for timer in self._timers:  # or they would end cuts that come later
+            timer.cancel()
+        self._timers.clear()
         self._cuts = 0
         self._is_open.set()
 
