@@ -177,7 +177,7 @@ def _ranks(
     loads = _server_loads(situation, splits)
     found[SERVER] = _choose(situation, SERVER, loads, _server_adapter_budget(situation, splits))
     if RULES[situation.config.aggregation].needs_equal_ranks:
-        found = _made_equal(found)
+        found = _made_equal(situation, found)
     return {device: found[device] for device in splits.chosen}, found[SERVER]
 
 
@@ -190,14 +190,29 @@ def _choose(
         return {name: ranks[0] for name, ranks in possible.items()}
     if situation.config.planning.ranks == "uniform":
         bytes_of = partial(adapters_bytes, situation, loads=loads)
-        return uniform_ranks(possible, bytes_of, budget_bytes)
-    return choose_ranks(rank_tables(situation, device, loads), budget_bytes)
+        found = uniform_ranks(possible, bytes_of, budget_bytes)
+    else:
+        found = choose_ranks(rank_tables(situation, device, loads), budget_bytes)
+    cap = situation.config.planning.adapter_bytes
+    if device != SERVER and cap is not None and not any(found.values()):
+        raise ConfigError(
+            f"planning.adapter_bytes: {cap:g} bytes hold no adapter of the smallest rank on "
+            f"device {device!r}; raise it, or remove it"
+        )
+    return found
 
 
-def _made_equal(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """One rank for everybody: that of who can hold least."""
-    most = min((max(own.values()) for own in ranks.values() if own), default=0)
-    return {name: {w: min(r, most) for w, r in own.items()} for name, own in ranks.items()}
+def _made_equal(
+    situation: Situation, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """One rank for everybody, that of who can hold least; weights whose rank is given keep it."""
+    free = {w for own in ranks.values() for w in own if situation.config.lora.rank_of(w, -1) < 0}
+    own_most = [[r for w, r in own.items() if w in free] for own in ranks.values()]
+    most = min((max(own) for own in own_most if own), default=0)
+    return {
+        name: {w: min(r, most) if w in free else r for w, r in own.items()}
+        for name, own in ranks.items()
+    }
 
 
 def _server_loads(situation: Situation, splits: Splits) -> dict[str, Load]:

@@ -62,6 +62,7 @@ class Conductor:
         if run.must_rewind:
             run.watcher.note(f"round {run.state.round} starts again: too few devices are left")
             run.restore(run.folder.load_checkpoint())
+            self._intake.move_outdated()
         if self._pausing.is_begun:
             return self._end_if(self._pausing.finish())
         if run.state.phase is Phase.GATHERING and run.is_engine_outdated:

@@ -140,6 +140,18 @@ class Intake:
         except EdgeError as error:
             self.expel(device, error)
 
+    def move_outdated(self) -> None:
+        """After a rewind: whoever runs another plan than the planner has for it gets that one."""
+        run = self.run
+        for device in sorted(run.state.ready):
+            try:
+                is_outdated = run.planner.plan(device) != run.admission.plans[device]
+            except EdgeError as error:
+                self.expel(device, error)
+                continue
+            if is_outdated:
+                self.move(device)
+
     def assign_waiting(self) -> None:
         """Send their plans to devices whose graphs are there by now."""
         for device in sorted(self.run.admission.waiting):

@@ -57,6 +57,8 @@ def run_plan(options: argparse.Namespace) -> int:
     from coordinator.armsc import plan_all
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    if config.trained_by != "devices":
+        raise ConfigError("trained_by: the coordinator trains alone, there is nothing to plan")
     situation = read_situation(config, _read_profiles(options.profiles), options.importance)
     found = plan_all(situation)
     if options.format == "json":

@@ -16,6 +16,7 @@ import numpy as np
 from coordinator.aggregation import SERVER
 from coordinator.armsc import PlanSet, plan_all
 from coordinator.config import ServeConfig
+from coordinator.costs import device_bytes
 from coordinator.ledger import Report
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan
@@ -119,9 +120,13 @@ class Planner:
 
     def _is_outgrown(self, device: str) -> bool:
         """Whether a device's plan takes more than it offers by now."""
+        return self._planned_bytes(device) > self._situation.budget_bytes(device)
+
+    def _planned_bytes(self, device: str) -> float:
+        """What the plan in force of a device takes, by what it says of itself now."""
         assert self.plans is not None
-        story = self.plans.explanation.devices[device]
-        return story.planned_bytes > self._situation.budget_bytes(device)
+        plan = self.plans.plans[device]
+        return device_bytes(self._situation, device, plan.split, plan.ranks)
 
     def _add(self, device: str) -> None:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
@@ -153,10 +158,10 @@ class Planner:
 
     def ran_out_of_memory(self, device: str) -> None:
         """A device could not hold its plan; the next one is smaller."""
-        if self.plans is None or device not in self.plans.plans:
+        if self.plans is None or device not in self.plans.plans or device not in self.profiles:
             return
-        peak = self.plans.explanation.devices[device].planned_bytes
-        capped = after_out_of_memory(self.profiles[device], peak)
+        margin = self._config.planning.memory_margin
+        capped = after_out_of_memory(self.profiles[device], self._planned_bytes(device), margin)
         assert capped.memory_bytes is not None
         self._caps[device] = capped.memory_bytes
         self._know({**self.profiles, device: capped})
@@ -243,9 +248,10 @@ class Planner:
         """Take over what `state` returned; plans are as they were, their reasons made anew."""
         self._caps = {**state["caps"], **self._caps}  # memory that was short stays short
         self._smoothing.load_state({n: np.array(v) for n, v in state["importance"].items()})
-        self._know({d: DeviceProfile(**p) for d, p in state["profiles"].items()})
+        # After a rewind somebody may be here who came later than the checkpoint.
+        told = {d: DeviceProfile(**p) for d, p in state["profiles"].items()}
+        self._know({**told, **self.profiles})
         self._pruned = {d: dict(ranks) for d, ranks in state["pruned"].items()}
-        self.plans, self._before = None, self._start
         if "plans" in state:
             before = state["before"]
             profiles = {d: DeviceProfile(**p) for d, p in before["profiles"].items()}

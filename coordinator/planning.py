@@ -74,7 +74,8 @@ def make_plan(
     if in_flight not in IN_FLIGHT:
         raise ConfigError(f"{where}.in_flight: {in_flight} is outside 1..{max(IN_FLIGHT)}")
     for name, rank in ranks.items():
-        check_rank(name, rank, facts.targets[name])
+        key = f"{where}.r" if config.lora.rank_of(name, -1) < 0 else "lora.rank_pattern"
+        check_rank(name, rank, facts.targets[name], key)
     if split == num_blocks and not any(ranks.values()):
         raise ConfigError(
             f"{where}.r: 0 on all {num_blocks} blocks trains nothing; give it a rank, or a split "
@@ -96,8 +97,11 @@ def plan_server(config: ServeConfig, facts: ModelFacts, first: int) -> dict[str,
     rank = config.lora.r if config.server_rank is None else config.server_rank
     names = facts.weights(first, facts.layout.num_blocks)
     ranks = {name: config.lora.rank_of(name, rank) for name in names}
+    key = "lora.r" if config.server_rank is None else "server_rank"
     for name in names:
-        check_rank(name, ranks[name], facts.targets[name])
+        is_pattern = config.lora.rank_of(name, -1) >= 0
+        own = "lora.rank_pattern" if is_pattern else key
+        check_rank(name, ranks[name], facts.targets[name], own)
     return ranks
 
 

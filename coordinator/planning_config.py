@@ -50,8 +50,11 @@ class PlanningConfig:
         if self.importance_every < 1:
             raise ValueError(f"importance_every must be at least 1, got {self.importance_every}")
         for name in ("drift", "min_gain", "memory_margin"):
-            if not 0.0 <= getattr(self, name) < (1.0 if name == "memory_margin" else 1e9):
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            most = 1.0 if name == "memory_margin" else 1e9
+            if not 0.0 <= getattr(self, name) < most:
+                raise ValueError(
+                    f"{name} must be at least 0 and below {most:g}, got {getattr(self, name)}"
+                )
         for name in ("server_memory_bytes", "server_flops_per_s", "adapter_bytes"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -9,10 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from coordinator.aggregation import RULES
 from coordinator.armsc import PlanSet, plan_all
 from coordinator.assessment import utility, wave_seconds
 from coordinator.costs import device_bytes
 from coordinator.situation import Situation
+from edge_sdk.errors import ConfigError
+from edge_sdk.plan import Plan
 from profiler.profile import DeviceProfile
 
 # A device that ran out of memory under a plan gets at most this part of what the plan took.
@@ -47,9 +50,14 @@ def drift(old: Mapping[str, float], new: Mapping[str, float]) -> float:
     return math.fsum(changes) / len(changes)
 
 
-def after_out_of_memory(profile: DeviceProfile, peak_bytes: float) -> DeviceProfile:
-    """What to plan with for a device that ran out of memory under a plan of *peak_bytes*."""
-    most = AFTER_OUT_OF_MEMORY * peak_bytes
+def after_out_of_memory(
+    profile: DeviceProfile, peak_bytes: float, margin: float = 0.0
+) -> DeviceProfile:
+    """What to plan with for a device that ran out of memory under a plan of *peak_bytes*.
+
+    Its budget, which leaves *margin* of the memory alone, is then part of what the plan took.
+    """
+    most = AFTER_OUT_OF_MEMORY * peak_bytes / (1.0 - margin)
     known = profile.memory_bytes
     return replace(profile, memory_bytes=most if known is None else min(most, known))
 
@@ -84,14 +92,15 @@ def _newcomers(before: Situation, now: Situation) -> list[str]:
 def _changes(current: PlanSet, before: Situation, now: Situation, device: str) -> list[str]:
     """What changed about one device."""
     planning, found = now.config.planning, []
-    plan, story = current.plans.get(device), current.explanation.devices.get(device)
+    plan = current.plans.get(device)
     old, new = before.profiles[device], now.profiles[device]
     budget = now.budget_bytes(device)
-    if plan is None or story is None:
+    if plan is None:
         return [] if old == new else [f"{device}: refused until now, its profile changed"]
-    if story.planned_bytes > budget:
+    planned_bytes = device_bytes(now, device, plan.split, plan.ranks)
+    if planned_bytes > budget:
         found.append(
-            f"{device}: its plan takes {story.planned_bytes / 2**20:,.1f} MiB, "
+            f"{device}: its plan takes {planned_bytes / 2**20:,.1f} MiB, "
             f"{budget / 2**20:,.1f} MiB are left to it"
         )
     for name in _SPEEDS if planning.split == "armsc" else ():
@@ -119,6 +128,8 @@ def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool
     for device, plan in plans.items():
         if device_bytes(now, device, plan.split, plan.ranks) > now.budget_bytes(device):
             return True, f"{device}: its plan no longer fits its memory"
+    if RULES[now.config.aggregation].needs_equal_ranks and _is_unequal(current, plans):
+        return True, f"aggregation {now.config.aggregation!r} needs equal ranks"
     gain = now.config.planning.min_gain
     gains = {
         "wave time": _fall(wave_seconds(now, plans, current.server_ranks), new.wave_s),
@@ -130,21 +141,32 @@ def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool
     return False, f"kept, gains below {gain:.0%}: {text}"
 
 
+def _is_unequal(current: PlanSet, plans: Mapping[str, Plan]) -> bool:
+    """Whether somebody's rank of a weight is not that of the others."""
+    found: dict[str, int] = dict(current.server_ranks)
+    return any(
+        found.setdefault(name, rank) != rank
+        for plan in plans.values()
+        for name, rank in plan.ranks.items()
+    )
+
+
 def _fall(old: float | None, new: float | None) -> float:
     """By what part of itself a number has fallen; 0 where nobody knows it."""
-    return (old - new) / old if old and new is not None else 0.0
+    if not old or new is None or not math.isfinite(old) or not math.isfinite(new):
+        return 0.0
+    return (old - new) / old
 
 
 def replan(current: PlanSet, before: Situation, now: Situation) -> Decision:
-    """Return the plans for the next round.
-
-    Raises:
-        ConfigError: as `plan_all`.
-    """
+    """Return the plans for the next round; those in force where no other can be made."""
     reasons = reasons_to_replan(current, before, now)
     if not reasons:
         return Decision(plans=current, is_new=False, reasons=())
-    new = plan_all(now)
+    try:
+        new = plan_all(now)
+    except ConfigError as error:  # what runs goes on; whoever cannot is told when it joins
+        return Decision(plans=current, is_new=False, reasons=(*reasons, f"kept: {error}"))
     is_better, why = worth_changing(current, new, now)
     plans = new if is_better else current
     return Decision(plans=plans, is_new=is_better, reasons=(*reasons, why))

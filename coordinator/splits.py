@@ -203,10 +203,16 @@ def _binding(
 
 
 def _server_too_small(server: Server, chosen: Mapping[str, Option]) -> ConfigError:
-    needed = server_bytes(server, chosen)
-    first = min(option.split for option in chosen.values())
+    needed, last = server_bytes(server, chosen), len(server.base_bytes) - 1
+    first = min((option.split for option in chosen.values()), default=last)
+    if first == last:
+        return ConfigError(
+            f"the coordinator needs {_mib(needed)} to evaluate the whole model, its budget is "
+            f"{_mib(server.budget_bytes)}; raise planning.server_memory_bytes, or remove "
+            "evaluation.data.path"
+        )
     return ConfigError(
-        f"the coordinator needs {_mib(needed)} for blocks {first}..{len(server.base_bytes) - 2} "
+        f"the coordinator needs {_mib(needed)} for blocks {first}..{last - 1} "
         f"and {len(chosen)} devices at their deepest splits, its budget is "
         f"{_mib(server.budget_bytes)}; raise planning.server_memory_bytes, lower micro_batch or "
         "max_length, or leave out a device"

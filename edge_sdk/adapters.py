@@ -158,11 +158,11 @@ def _peft_config(targets: str | list[str], model: nn.Module, **settings: Any) ->
     return peft.LoraConfig(target_modules=targets, fan_in_fan_out=transposed, **settings)
 
 
-def check_rank(name: str, rank: int, shape: Shape) -> None:
-    """Refuse a rank that the weight cannot have."""
+def check_rank(name: str, rank: int, shape: Shape, key: str = "r") -> None:
+    """Refuse a rank that the weight cannot have; *key* is what gave it."""
     if not 0 <= rank <= min(shape):
         raise ConfigError(
-            f"rank {rank} for {name!r} is outside 0..{min(shape)} "
+            f"{key}: rank {rank} for {name!r} is outside 0..{min(shape)} "
             f"(the weight is {shape.num_outputs} x {shape.num_inputs})"
         )
 

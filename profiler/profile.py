@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+MOST_BYTES = 2.0**50
 RECOMPUTE = ("none", "slice", "block")
 """What a device computes again in the backward pass: nothing; all of its blocks at once; one block
 after the other, so that never more than one block's activations are there."""
@@ -54,6 +55,10 @@ def problems(profile: DeviceProfile) -> list[str]:
         value = getattr(profile, field.name)
         if isinstance(value, str | bool) or value is None:
             continue
+        if field.name.endswith("_bytes") and value > MOST_BYTES:
+            found.append(f"{field.name} is {value:.0f}, more than any device has")
+        if field.name.endswith("_per_s") and 0 < value < 1:
+            found.append(f"{field.name} is {value}, less than 1")
         is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
         if not math.isfinite(value) or not is_least:
             found.append(f"{field.name} is {value}")

@@ -1,0 +1,177 @@
+"""The planner of a run goes on whoever comes, leaves, fails or comes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coordinator.armsc import plan_all
+from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.costs import device_bytes
+from coordinator.planner import Planner
+from coordinator.planning import ModelFacts
+from coordinator.replan import replan
+from coordinator.situation import Situation
+from edge_sdk.adapters import LoraConfig
+from edge_sdk.data import DataConfig
+from edge_sdk.errors import ConfigError
+from profiler.estimate import ModelShape
+from profiler.profile import DeviceProfile
+from tests.coordinator.situations import FAST, SLOW, make_situation, model_of
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[ModelFacts, ModelShape]:
+    """A tiny Llama of 5 blocks."""
+    return model_of("llama")
+
+
+def planner_of(situation: Situation, *devices: str) -> Planner:
+    """A planner whose first plans are for *devices*, all of them fast."""
+    planner = Planner(situation.config, situation.facts, replace(situation, profiles={}))
+    for device in devices:
+        planner.profiled(device, FAST)
+    planner.begin(devices)
+    return planner
+
+
+def memory_for(situation: Situation, rank: int) -> DeviceProfile:
+    """A device that has just room for all blocks with *rank* everywhere."""
+    names = situation.weights(0, situation.num_blocks)
+    needed = device_bytes(situation, "a", situation.num_blocks, dict.fromkeys(names, rank))
+    margin = situation.config.planning.memory_margin
+    return replace(FAST, memory_bytes=1.0001 * needed / (1.0 - margin))
+
+
+def test_who_came_after_the_checkpoint_still_has_a_plan_after_a_rewind(llama: Any) -> None:
+    """Its profile is kept, and a plan is made for it anew."""
+    planner = planner_of(make_situation(llama), "a", "b")
+    checkpoint = planner.state()
+    planner.profiled("late", SLOW)
+    assert planner.plan("late") is not None
+
+    planner.load_state(checkpoint)
+
+    assert planner.is_known("late")
+    assert planner.plan("late") is not None
+    assert planner.first == min(p.split for p in planner.plans.plans.values())  # type: ignore[union-attr]
+
+
+def test_who_left_and_was_saved_so_may_come_back(llama: Any) -> None:
+    """A plan whose reasons were lost is measured again, by the numbers of today."""
+    planner = planner_of(make_situation(llama), "a", "b", "c")
+    planner.round_ended(1, {}, ["a", "b"])
+    resumed = planner_of(make_situation(llama), "a")
+    resumed.load_state(planner.state())
+
+    resumed.profiled("c", FAST)
+
+    assert resumed.plan("c") is not None
+
+
+def test_an_unknown_device_that_runs_out_of_memory_harms_nobody(llama: Any) -> None:
+    """It may fail before it has told what it offers."""
+    planner = planner_of(make_situation(llama), "a", "b")
+    planner.round_ended(1, {}, ["a"])
+
+    planner.ran_out_of_memory("b")
+    planner.ran_out_of_memory("never-seen")
+
+    assert planner.plan("a") is not None
+
+
+def test_memory_that_was_short_is_planned_with_nine_tenths_of_what_the_plan_took(
+    llama: Any,
+) -> None:
+    """The budget, which leaves a margin alone, is 90 % of the plan's estimate."""
+    situation = make_situation(llama)
+    planner = planner_of(situation, "a", "b")
+    plan = planner.plan("a")
+    assert plan is not None
+    full = replace(situation, profiles={"a": FAST, "b": FAST})
+    took = device_bytes(full, "a", plan.split, plan.ranks)
+
+    planner.ran_out_of_memory("a")
+
+    capped = replace(situation, profiles=planner.profiles)
+    assert capped.budget_bytes("a") == pytest.approx(0.9 * took)
+
+
+def test_equal_ranks_stay_equal_when_a_weaker_device_comes(llama: Any) -> None:
+    """Under fedavg everybody changes to the new rank, however little that gains."""
+    model = llama
+    config = {
+        "aggregation": "fedavg",
+        "default": DeviceSettings(split=5, batch_size=4, micro_batch=2, codec="bfloat16"),
+    }
+    planning = {"split": "fixed", "ranks": "uniform"}
+    situation = make_situation(model, planning=planning, config=config)
+    known = replace(situation, profiles={"a": FAST})
+    planner = planner_of(situation, "a", "b")
+    planner.profiled("weak", memory_for(known, 2))
+    planner.plan("weak")
+
+    decision = planner.round_ended(1, {}, ["a", "b", "weak"])
+
+    assert decision is not None
+    ranks = {rank for plan in decision.plans.plans.values() for rank in plan.ranks.values()}
+    assert ranks == {2}
+
+
+def test_given_ranks_do_not_count_for_the_equal_one(llama: Any) -> None:
+    """A pattern keeps its rank; the others share that of the weakest device."""
+    lora = LoraConfig(r=4, rank_pattern={"q_proj": 16})
+    config = {
+        "aggregation": "fedavg",
+        "lora": lora,
+        "default": DeviceSettings(split=5, batch_size=4, micro_batch=2, codec="bfloat16"),
+    }
+    planning = {"split": "fixed", "ranks": "uniform"}
+    situation = make_situation(llama, planning=planning, config=config)
+    known = replace(situation, profiles={"a": FAST})
+    planner = Planner(situation.config, situation.facts, replace(situation, profiles={}))
+    planner.profiled("a", FAST)
+    planner.profiled("b", memory_for(known, 4))
+
+    plans = planner.begin(["a", "b"]).plans
+
+    for own in (plans["a"].ranks, plans["b"].ranks):
+        given = {rank for name, rank in own.items() if name.endswith("q_proj")}
+        others = {rank for name, rank in own.items() if not name.endswith("q_proj")}
+        assert given == {16}
+        assert others == {r for n, r in plans["b"].ranks.items() if not n.endswith("q_proj")}
+
+
+def test_a_plan_that_cannot_be_made_leaves_the_old_one(llama: Any) -> None:
+    """Where the coordinator could not hold what a new plan leaves to it, the run goes on."""
+    evaluation = EvaluationConfig(data=DataConfig(path="dev.jsonl"))
+    before = make_situation(llama, config={"evaluation": evaluation})
+    current = plan_all(before)
+    slower = {"a": replace(SLOW, flops_per_s=1e6), "b": FAST}
+    now = replace(before, profiles=slower, server=replace(before.server, memory_bytes=1.0))
+
+    decision = replan(current, before, now)
+
+    assert (decision.is_new, decision.plans) == (False, current)
+    assert decision.reasons[-1].startswith("kept: the coordinator needs")
+
+
+def test_a_coordinator_too_small_to_evaluate_says_so(llama: Any) -> None:
+    """Also where no device is left to blame."""
+    evaluation = EvaluationConfig(data=DataConfig(path="dev.jsonl"))
+    situation = make_situation(llama, config={"evaluation": evaluation})
+    tiny = replace(situation.server, memory_bytes=1e6)
+    planner = Planner(situation.config, situation.facts, replace(situation, server=tiny))
+
+    with pytest.raises(ConfigError, match="to evaluate the whole model"):
+        planner.profiled("a", replace(FAST, memory_bytes=1e6))
+
+
+def test_bytes_that_hold_no_adapter_are_refused(llama: Any) -> None:
+    """One line with the key, instead of a device that trains nothing."""
+    situation = make_situation(llama, planning={"adapter_bytes": 1.0})
+
+    with pytest.raises(ConfigError, match=r"planning.adapter_bytes: 1 bytes hold no adapter"):
+        planner_of(situation, "a")
