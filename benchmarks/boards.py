@@ -6,7 +6,8 @@ Boards are processes with limits of memory (control groups), CPU time (shares 4 
 strongest has --cores of a core) and link (a relay; one board is behind `4g-good`). The sum of all
 shares and the coordinator's one thread must fit the machine, or its clock is not that of boards.
 Needs the rights to make control groups. Our base model, sample texts sorted by meaning, so that
-shards differ; the seed is one. Runs in --out that are complete are not run again.
+shards differ; the seed is one. Runs in --out that are complete are not run again, except with other
+options.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
 
 def report(options: argparse.Namespace, out: Path, table: str) -> str:
     """The page: how, the table, the busiest resource of each run."""
+    if not table:
+        return "No run has begun.\n"
     lines = [header("Four emulated boards", options), "", table, ""]
     for run in json.loads((out / "results.json").read_text(encoding="utf-8")):
         shares = sorted(run["shares"].items(), key=lambda item: -item[1])

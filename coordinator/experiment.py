@@ -8,14 +8,12 @@ This file keeps what outlives single runs: keys, relays, and what lies on the bo
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -32,8 +30,9 @@ from coordinator.experiment_config import (
     memory_bytes,
     needs_relay,
 )
+from coordinator.experiment_kept import COMPLETED, NOT_RUN, is_complete, make_room, refuse_foreign
 from coordinator.experiment_seat import Seat
-from coordinator.experiment_trial import COMPLETED, FACTS, INTERRUPTED, Trial
+from coordinator.experiment_trial import Trial
 from coordinator.relay import Relay
 from coordinator.store import storage_errors
 from edge_sdk.config import dump_config
@@ -53,24 +52,27 @@ def run_experiment(
 ) -> dict[str, str]:
     """Run every method with every seed; returns how each run ended, by the name of its folder.
 
-    Runs in *out* that are complete already are not run again.
+    Runs in *out* that are complete already, with the same config and data, are not run again.
 
     Raises:
-        EdgeError: the config is wrong, or a board cannot be prepared.
+        EdgeError: the config is wrong, a board cannot be prepared, or something that is no run of
+            an experiment has the name of one in *out*.
     """
     ended = {}
     with storage_errors(str(out)):
         out.mkdir(parents=True, exist_ok=True)
         (out / "experiment.yaml").write_text(dump_config(config), encoding="utf-8")
     wanted = dict(_runs(methods, out))
-    missing = {label: run for label, run in wanted.items() if _outcome(out / label) != COMPLETED}
-    with Rig(config, told) if missing else ExitStack() as rig:
+    missing = {label: run for label, run in wanted.items() if not is_complete(out / label, run)}
+    for label in missing:
+        refuse_foreign(out / label)
+    with Rig(config, told, stop) if missing else ExitStack() as rig:
         for label, run in wanted.items():
             if label in missing and isinstance(rig, Rig) and not stop.is_set():
-                shutil.rmtree(out / label, ignore_errors=True)
-                ended[label] = rig.run(run, out, label, stop)
+                make_room(out / label)
+                ended[label] = rig.run(run, out, label)
             else:
-                ended[label] = COMPLETED if label not in missing else INTERRUPTED
+                ended[label] = COMPLETED if label not in missing else NOT_RUN
             told(f"{label}: {ended[label]}")
     return ended
 
@@ -86,18 +88,11 @@ def _runs(
             yield label, replace(run, training=training, runs=out, name=label)
 
 
-def _outcome(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / FACTS).read_text(encoding="utf-8"))["outcome"])
-    except (OSError, ValueError, KeyError):
-        return ""
-
-
 class Rig:
     """Boards, relays and keys of one experiment. Use as a context manager: it leaves nothing."""
 
-    def __init__(self, config: ExperimentConfig, told: Told) -> None:
-        self._config, self._told = config, told
+    def __init__(self, config: ExperimentConfig, told: Told, stop: threading.Event) -> None:
+        self._config, self._told, self._stop = config, told, stop
         self._stack = ExitStack()
         self._id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._sites: dict[str, Site] = {}
@@ -140,7 +135,10 @@ class Rig:
         wheel = cache(partial(self._wheel, threading.Lock()))
         with ThreadPoolExecutor(len(self._sites)) as pool:
             try:
-                list(pool.map(partial(self._prepare, wheel), self._sites.values()))
+                work = [pool.submit(self._prepare, wheel, site) for site in self._sites.values()]
+                wait(work)  # all of them: what one brings after it was cleaned would stay there
+                for done in work if not self._stop.is_set() else ():
+                    done.result()
                 yield
             finally:
                 list(pool.map(self._clean, self._sites.values()))
@@ -153,7 +151,7 @@ class Rig:
 
     def _prepare(self, wheel: Callable[[], Path], site: Site) -> None:
         try:
-            site.prepare(self._workspace / f"{site.name}.key", wheel)
+            site.prepare(self._workspace / f"{site.name}.key", wheel, self._stop)
         except (DeviceError, OSError) as error:
             raise DeviceError(f"board {site.name}: {error}") from error
         self._told(f"{site.name}: prepared")
@@ -207,7 +205,7 @@ class Rig:
 
     # ---- runs ----
 
-    def run(self, config: ExperimentConfig, out: Path, label: str, stop: threading.Event) -> str:
+    def run(self, config: ExperimentConfig, out: Path, label: str) -> str:
         """Run once; returns how it ended."""
         seats = {name: self._seat(name, site) for name, site in self._sites.items()}
         trial = Trial(
@@ -217,7 +215,7 @@ class Rig:
             server_key=self._public,
             workspace=self._workspace,
             told=self._told,
-            stop=stop,
+            stop=self._stop,
         )
         return trial.run()
 

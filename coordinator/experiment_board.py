@@ -16,8 +16,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +53,49 @@ class Site:
     kept: str
     """Folder that outlives it there: environment and parts of models."""
     environment: dict[str, str] = field(default_factory=dict)
+    address: str = ""
+    """Under which name or number it reaches this machine; empty: found out in `prepare`."""
 
-    def prepare(self, key: Path, wheel: Callable[[], Path]) -> None:
+    def prepare(self, key: Path, wheel: Callable[[], Path], stop: threading.Event) -> None:
         """Bring everything that does not change from run to run.
 
         Raises:
-            DeviceError: the board cannot be reached, or something failed there.
+            ConfigError: the way back from the board is not known.
+            DeviceError: the board cannot be reached, something failed there, or *stop* was set.
         """
-        ask(self.shell, ["mkdir", "-p", self.kept])
+        tell, bring = partial(ask, self.shell, stop=stop), partial(put, self.shell, stop=stop)
+        self.address = self.address or self._address_of_ours()
+        tell(["mkdir", "-p", self.kept])
         if isinstance(self.shell, SshShell):
-            root = ask(self.shell, ["sh", "-c", 'cd "$1" && pwd', "sh", self.kept]).strip()
+            root = tell(["sh", "-c", 'cd "$1" && pwd', "sh", self.kept]).strip()
             self.home, self.kept = self.home.replace(self.kept, root, 1), root
-            self._find_python(wheel)
-        ask(self.shell, ["sh", "-c", 'umask 077 && mkdir -p "$1"', "sh", self.home])
-        put(self.shell, key, f"{self.home}/{KEY}")
+            self._find_python(wheel, stop)
+        tell(["sh", "-c", 'umask 077 && mkdir -p "$1"', "sh", self.home])
+        bring(key, f"{self.home}/{KEY}")
         if self.config.data is not None:
-            put(self.shell, Path(self.config.data), f"{self.home}/{self.data_name}")
+            bring(Path(self.config.data), f"{self.home}/{self.data_name}")
 
-    def _find_python(self, wheel: Callable[[], Path]) -> None:
+    def _find_python(self, wheel: Callable[[], Path], stop: threading.Event) -> None:
         if self.config.python is not None:
             self.shell.python = self.config.python
         else:
-            self._install(wheel())
+            self._install(wheel(), stop)
         try:
-            ask(self.shell, [self.shell.python, "-c", "import edge_sdk.cli"])
+            ask(self.shell, [self.shell.python, "-c", "import edge_sdk.cli"], stop=stop)
         except DeviceError as error:
             raise DeviceError(
                 f"{self.shell.python} on this board cannot import edge_sdk: {error}"
             ) from error
 
-    def _install(self, wheel: Path) -> None:
+    def _install(self, wheel: Path, stop: threading.Event) -> None:
         board = self.config
         wanted = f"{wheel.name}[{','.join(board.extras)}]" if board.extras else wheel.name
         told = repr((wanted, board.packages)).encode()
         content = hashlib.sha256(wheel.read_bytes() + told)
         mark = f".edgesplit-{content.hexdigest()[:16]}"
-        put(self.shell, wheel, f"{self.kept}/{wheel.name}")
+        put(self.shell, wheel, f"{self.kept}/{wheel.name}", stop=stop)
         words = ["sh", "-c", INSTALL, "sh", self.kept, mark, f"./{wanted}", *board.packages]
-        ask(self.shell, words, timeout_s=INSTALL_S)
+        ask(self.shell, words, timeout_s=INSTALL_S, stop=stop)
         self.shell.python = f"{self.kept}/venv/bin/python"
 
     @property
@@ -147,12 +154,13 @@ class Site:
         """Remove the key, the data and everything else of this experiment."""
         ask(self.shell, ["rm", "-rf", self.home])
 
-    def address_of_ours(self, config: ExperimentConfig) -> str:
-        """Under which name or number the board reaches this machine."""
-        if config.experiment.address or not isinstance(self.shell, SshShell):
-            return config.experiment.address or "127.0.0.1"
+    def _address_of_ours(self) -> str:
+        """Once: later the board may be out of reach, and its name unknown, for a while."""
+        if not isinstance(self.shell, SshShell):
+            return "127.0.0.1"
         words = ["ssh", "-G", *self.shell.options, self.shell.host]
-        given = dict(line.split(" ", 1) for line in ask(LocalShell(), words).splitlines())
+        lines = ask(LocalShell(), words).splitlines()
+        given = {key: value for key, _, value in (line.partition(" ") for line in lines)}
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((given["hostname"], int(given["port"])))  # sends nothing
@@ -166,15 +174,16 @@ class Site:
 
 def make_site(config: ExperimentConfig, name: str, workspace: Path, label: str) -> Site:
     """Return the site of one board; nothing is done there yet."""
-    board = config.boards[name]
+    board, address = config.boards[name], config.experiment.address or ""
     if board.ssh is None:
         kept = str(workspace / "boards" / name)
-        return Site(name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED))
+        return Site(name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED), address)
     options = [*board.ssh_options]
     options += ["-p", str(board.port)] if board.port else []
     options += ["-i", str(board.identity)] if board.identity else []
     shell = SshShell(board.ssh, tuple(options))
-    return Site(name, board, shell, f"{board.workdir}/{label}-{name}", board.workdir)
+    home = f"{board.workdir}/{label}-{name}"
+    return Site(name, board, shell, home, board.workdir, address=address)
 
 
 def build_wheel(folder: Path) -> Path:

@@ -74,7 +74,9 @@ class Cage:
                 continue
             self.folders.append(folder)
             return folder
-        why = "; ".join(reasons) or f"the {what} controller is not mounted"
+        is_one = len(controllers) == 1
+        none = f"the {what} controller is not mounted" if is_one else "no group offers both"
+        why = "; ".join(reasons) or none
         raise DeviceError(f"cannot make a control group for {what}: {why}")
 
     def _limit_memory(self, num_bytes: int) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from coordinator.experiment_config import ExperimentConfig
 
 
+# Boards are prepared once.
+OF_ALL_METHODS = ("boards", "faults", "experiment")
+
+
 def add_experiment(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
     """Register the command with the parser of `coordinator`."""
     text = "runs on boards behind ssh, or on emulated ones, from one file"
@@ -58,6 +62,12 @@ def load_experiment(
         methods[name] = load_with_preset(ExperimentConfig, file, told, env, preset=preset)
         if methods[name].trained_by == "coordinator":
             raise ConfigError(f"experiment.presets: {name} trains without boards; remove it")
+        for key in OF_ALL_METHODS:
+            if getattr(methods[name], key) != getattr(config, key):
+                raise ConfigError(
+                    f"experiment.methods: {name} changes {key}, which all methods share; change it "
+                    "for all of them, or write another experiment"
+                )
     return config, methods
 
 
@@ -66,8 +76,8 @@ def _run(options: argparse.Namespace) -> int:
 
     require_matplotlib()  # before hours of training, not after
     from coordinator.experiment import run_experiment
+    from coordinator.experiment_kept import COMPLETED
     from coordinator.experiment_report import write_report
-    from coordinator.experiment_trial import COMPLETED
     from edge_sdk.stopping import stopping_on_signals
 
     config, methods = load_experiment(options.file, options.overrides)

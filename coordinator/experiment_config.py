@@ -5,6 +5,7 @@ Pure; whether a board answers is found out in `experiment_board.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -64,9 +65,10 @@ class BoardConfig:
     def __post_init__(self) -> None:
         if (self.ssh is None) == (self.emulated is None):
             raise ValueError("give ssh or emulated, one of them")
-        foreign = ("port", "identity", "python") if self.ssh is None else _EMULATION
+        foreign = _OVER_SSH if self.ssh is None else _EMULATION
+        defaults = {each.name: each.default for each in fields(self)}
         for name in foreign:
-            if getattr(self, name) is not None:
+            if getattr(self, name) != defaults[name]:
                 kind = "an emulated" if self.ssh is None else "an ssh"
                 raise ValueError(f"{name} means nothing to {kind} board; remove it")
         for name in ("memory_bytes", "cpu_quota"):
@@ -78,6 +80,7 @@ class BoardConfig:
 
 
 _EMULATION = ("memory_bytes", "cpu_quota")
+_OVER_SSH = ("port", "identity", "ssh_options", "workdir", "python", "extras", "packages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,7 @@ class FaultConfig:
     """After so long all is as before: the program is started again, speed and link are back. None:
     never, except that `restarts` holds for `kill`, too."""
     factor: float | None = None
-    """Of `throttle`."""
+    """Of `throttle`: above 0, at most 1."""
     to: str | None = None
     """Of `link`: a name as in `boards.NAME.link`."""
 
@@ -108,6 +111,8 @@ class FaultConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 or (value == 0 and name == "at_s")):
                 raise ValueError(f"{name} must be above 0, got {value}")
+        if self.factor is not None and self.factor > 1:
+            raise ValueError(f"factor must be at most 1, got {self.factor}")
         needed = {"throttle": "factor", "link": "to", "cut": "seconds"}.get(self.do)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"{needed} is missing, which {self.do} needs")
@@ -130,7 +135,8 @@ class ExperimentSection:
     address: str | None = None
     """Host name of this machine for ssh boards; None: that of the way to each of them."""
     restarts: int = 0
-    """How often a board's program is started again after it has died."""
+    """How often a board's program is started again after it has died: after 1 s, then twice as
+    long each time, up to 60 s."""
     cores: float = 1.0
     """Cores of this machine that the strongest emulated board has; the others have less, in
     proportion of their peaks."""
@@ -193,6 +199,7 @@ class ExperimentConfig(ServeConfig):
             if not is_device_name(name):
                 raise ValueError(f"boards: {name!r} is no name: letters, digits, . _ - only")
             self._check_names(name, board)
+        self._check_places()
         for fault in self.faults:
             self._check_fault(fault)
 
@@ -204,6 +211,18 @@ class ExperimentConfig(ServeConfig):
                 f"{', '.join({**known.boards, **self.experiment.boards})}"
             )
         self._check_link(f"boards: {name}.link", board.link)
+
+    def _check_places(self) -> None:
+        """Two boards in one folder would make one environment at the same time."""
+        seen: dict[tuple[str, int | None, str], str] = {}
+        for name, board in self.boards.items():
+            if board.ssh is not None:
+                place = (board.ssh, board.port, os.path.normpath(board.workdir))
+                if (other := seen.setdefault(place, name)) != name:
+                    raise ValueError(
+                        f"boards: {other} and {name} are both in {board.workdir!r} of "
+                        f"{board.ssh}; give one of them another workdir"
+                    )
 
     def _check_link(self, key: str, link: str | None) -> None:
         links = {**catalogue().links, **self.experiment.links}
@@ -218,6 +237,11 @@ class ExperimentConfig(ServeConfig):
             )
         if fault.do == "throttle" and board.ssh is not None:
             raise ValueError(f"faults: {fault.board} is an ssh board, whose speed is its own")
+        if fault.do == "throttle" and not self.experiment.must_limit:
+            raise ValueError(
+                f"faults: {fault.board} cannot be throttled without limits; remove "
+                "experiment.must_limit=false, or the fault"
+            )
         self._check_link(f"faults: {fault.board}.to", fault.to)
 
     def served(self) -> ServeConfig:

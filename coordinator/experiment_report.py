@@ -12,8 +12,8 @@ from pathlib import Path
 
 from coordinator.comparison import NOTHING, Cell, common_target, markdown, score
 from coordinator.experiment_config import ExperimentConfig
+from coordinator.experiment_kept import FACTS, NOT_RUN
 from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
-from coordinator.experiment_trial import FACTS
 from coordinator.store import storage_errors
 from edge_sdk.config import dump_config
 
@@ -36,8 +36,8 @@ def write_report(
     """
     found = [
         read_trial(out / label, methods[_method(label, methods)], _method(label, methods))
-        for label in ended
-        if (out / label / FACTS).is_file()
+        for label, how in ended.items()
+        if how != NOT_RUN and (out / label / FACTS).is_file()
     ]
     if not found:
         return ""
@@ -159,7 +159,7 @@ def _write_page(
     rows: Sequence[Sequence[str]],
     out: Path,
 ) -> None:
-    from coordinator.plots import Cost, Picture, _losses
+    from coordinator.plots import Cost, Picture, draw_losses, draw_plans
     from coordinator.report_page import page
 
     costs = (
@@ -175,7 +175,8 @@ def _write_page(
     drawn = [cell for cell in cells if len(cell.points) > 1]
     pictures: list[Picture] = []
     if drawn and target is not None:
-        pictures = [_losses(drawn, cost, target) for cost in costs]
+        pictures = [draw_losses(drawn, cost, target) for cost in costs]
+    pictures += draw_plans(cells)
     for picture in pictures:
         (out / f"{picture.name}.png").write_bytes(picture.png)
     title = f"Experiment on {kind_of(config)} boards"

@@ -1,13 +1,14 @@
 """What a run of an experiment came to, read back from its folder: learning, clocks, bytes, energy.
 
-Every time is of a real clock. Energy is what boards measured themselves; for an emulated board it
-is estimated: the data sheet's power for the time in which it computed.
+Every time is of a real clock. Energy is what boards measured themselves, by their last sign of life
+before each evaluation; for an emulated board it is estimated: the data sheet's power for the time
+in which it computed. Both are of the time from the first evaluation to the last.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from coordinator.comparison import Cell, Held, Point
 from coordinator.console import total_over_sessions
 from coordinator.experiment_config import ExperimentConfig, data_sheet
-from coordinator.experiment_trial import FACTS, HAPPENINGS, MARKS
+from coordinator.experiment_kept import FACTS
+from coordinator.experiment_trial import HAPPENINGS, MARKS
 from coordinator.store import RunFolder
 
 
@@ -83,7 +85,11 @@ def read_trial(folder: Path, config: ExperimentConfig, method: str) -> TrialResu
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     marks = run.rows(MARKS)
     costs = run.rows("telemetry.jsonl")
-    boards = [_board(run, config, name, facts["boards"][name], marks) for name in config.boards]
+    # Without the round in which a run was stopped: no clock and no energy is known of its end.
+    whole = [row for row in costs if marks and row["round"] < marks[-1]["round"]]
+    boards = [
+        _board(run, config, name, facts["boards"][name], marks, whole) for name in config.boards
+    ]
     seconds = marks[-1]["time"] - marks[0]["time"] if marks else 0.0
     return TrialResult(
         label=folder.name,
@@ -102,10 +108,11 @@ def _board(
     name: str,
     facts: Mapping[str, Any],
     marks: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
 ) -> BoardResult:
-    costs = [row["devices"][name] for row in run.rows("telemetry.jsonl") if name in row["devices"]]
+    costs = [row["devices"][name] for row in rows if name in row["devices"]]
     compute_s = sum(row["compute_s"] for row in costs)
-    measured = [row["board"]["energy"] for row in costs if "energy" in row.get("board", {})]
+    measured = [mark["energy_j"][name] for mark in marks if name in mark["energy_j"]]
     sheet = data_sheet(config, name)
     estimated = None if sheet is None else sheet.watts * compute_s
     return BoardResult(
@@ -119,14 +126,17 @@ def _board(
         peak_group_bytes=facts["peak_group_bytes"],
         killed_for_memory=facts["killed_for_memory"],
         # This machine's own meter, if it has one, knows nothing of a board that it emulates.
-        energy_j=_spent(measured) if sheet is None and measured else estimated,
+        energy_j=_spent(measured) if sheet is None and len(measured) > 1 else estimated,
         energy_is_estimated=sheet is not None,
         starts=facts["starts"],
     )
 
 
 def _spent(joules: list[float]) -> float:
-    """Energy between readings of a counter that begins at 0 with every start of the program."""
+    """Energy between readings of a counter that begins at 0 with every start of the program.
+
+    What a program used between its last reading and its death is not in it.
+    """
     return sum(b - a if b >= a else b for a, b in zip(joules, joules[1:], strict=False))
 
 
@@ -179,6 +189,7 @@ def _cell(
         rate=config.training.learning_rate,
         points=points,
         held=tuple(_held(run, len(rows) - 1)),
+        importance=tuple(_importance(run)),
     )
 
 
@@ -215,6 +226,13 @@ def _held(run: RunFolder, num_rounds: int) -> list[dict[str, Held]]:
         if current:
             found.append({name: _holding(plan) for name, plan in current[-1].items()})
     return found
+
+
+def _importance(run: RunFolder) -> Iterator[tuple[int, dict[str, float]]]:
+    """By weight, whenever something was planned from it."""
+    for row in run.rows("plans.jsonl"):
+        if found := row.get("importance"):
+            yield row["round"], found
 
 
 def _holding(plan: Mapping[str, Any]) -> Held:

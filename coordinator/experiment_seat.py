@@ -5,6 +5,7 @@ Decides nothing: when it starts and stops is `experiment_trial.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from coordinator.experiment_shell import Program
 from coordinator.relay import LinkUsage, Relay
 from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
 
+# A program that has died is started again after so long; after twice as long when it dies again
+# within the longest wait.
+RESTART_S, LONGEST_RESTART_S = 1.0, 60.0
 # Ends that another start would only repeat.
 HOPELESS = {kind.exit_code for kind in (ConfigError, RefusedError, DataError, ModelError)}
 
@@ -31,9 +35,15 @@ class Seat:
     make_cage: Callable[[], Cage | None] = lambda: None
     cores: float = 0.0
     """Of an emulated board."""
+    factor: float = 1.0
+    """Of them, while it is throttled; holds for programs that are started meanwhile, too."""
     program: Program | None = None
     cage: Cage | None = None
     starts: int = 0
+    started_s: float = 0.0
+    """When its program was started the last time."""
+    wait_s: float = RESTART_S
+    """From its next end to its next start."""
     restart_at_s: float | None = None
     """When it is to be started again; None if it is not."""
     exits: list[int | None] = field(default_factory=list)
@@ -56,35 +66,47 @@ class Seat:
         ended_well = bool(self.exits) and self.exits[-1] == 0
         return self.program is not None or self.restart_at_s is not None or ended_well
 
-    def start(self, settings: dict[str, Any], folder: Path, log: Callable[[str], None]) -> None:
-        """Start its program.
+    def start(
+        self, settings: dict[str, Any], folder: Path, log: Callable[[str], None], now_s: float
+    ) -> None:
+        """Start its program at *now_s*.
 
         Raises:
-            DeviceError: the board cannot be reached, or there can be no limits.
+            EdgeError: the board cannot be reached, or there can be no limits.
+            OSError: a program or a limit of ours failed.
         """
-        self.restart_at_s = None
+        self.restart_at_s, self.started_s = None, now_s
         self.starts += 1
-        self.cage = self.make_cage()
         try:
+            self.cage = self.make_cage()
+            self._limit()
             groups = self.cage.folders if self.cage else ()
             self.program = self.site.start(settings, folder, groups, log)
         except BaseException:
             self.bury()
             raise
 
-    def address(self, config: ExperimentConfig, port: int) -> str:
-        """Where its program finds a coordinator that listens at *port* of this machine."""
-        host = self.site.address_of_ours(config)
+    def _limit(self) -> None:
+        if self.cage is not None:
+            self.cage.set_cores(self.cores * self.factor)
+
+    def address(self, where: tuple[str, int]) -> str:
+        """Where its program finds a coordinator that is at *where* for this machine."""
+        port = where[1]
         if self.relay is not None:
             self.used = self.used or self.relay.usage()
-            self.relay.aim("127.0.0.1", port)
+            self.relay.aim(*where)
             port = self.relay.port
-        return f"tcp://{host}:{port}"
+        return f"tcp://{self.site.address}:{port}"
 
-    def plan_restart(self, code: int | None, at_s: float, restarts: int) -> None:
-        """Have it started again at *at_s* if that may help."""
-        if self.starts <= restarts and code not in (0, *HOPELESS) and self.restart_at_s is None:
-            self.restart_at_s = at_s
+    def plan_restart(self, code: int | None, now_s: float, restarts: int) -> None:
+        """Have it started again if that may help; later each time that it dies soon."""
+        if self.starts > restarts or code in (0, *HOPELESS) or self.restart_at_s is not None:
+            return
+        if now_s - self.started_s > LONGEST_RESTART_S:
+            self.wait_s = RESTART_S
+        self.restart_at_s = now_s + self.wait_s
+        self.wait_s = min(2 * self.wait_s, LONGEST_RESTART_S)
 
     def bury(self) -> int | None:
         """End its program, note how it ended, and remove its groups; returns the exit code."""
@@ -131,9 +153,10 @@ class Seat:
             self.relay.mend()
 
     def slow_down(self, factor: float) -> None:
-        """Have *factor* of the speed; without limits there is nothing to change."""
-        if self.cage is not None:
-            self.cage.set_cores(self.cores * factor)
+        """Have *factor* of the speed from now on."""
+        self.factor = factor
+        with contextlib.suppress(OSError):  # its program has just ended and its groups are gone
+            self._limit()
 
     def change_link(self, config: ExperimentConfig, fault: FaultConfig, *, begins: bool) -> None:
         """Be cut, or behind another link, or behind the own one again."""

@@ -8,6 +8,7 @@ counts for the start only: afterwards the run goes on with MIN_DEVICES.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -25,7 +26,7 @@ from coordinator.served import ServedModel
 from coordinator.server import COMPLETED
 from coordinator.store import CONFIG, RunFolder
 from edge_sdk.config import dump_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
 from edge_sdk.keys import load_key_pair
 from edge_sdk.messages import StepReport
 from edge_sdk.quiet import quiet_libraries
@@ -71,8 +72,16 @@ class Teller:
         """Nothing: telemetry.jsonl has it."""
 
     def row(self, row: dict[str, Any]) -> None:
-        """Say it."""
-        self.say(row=row)
+        """Say it, and how much energy each board has measured by its last sign of life."""
+        self.say(row=row, energy_j=self._energy_j())
+
+    def _energy_j(self) -> dict[str, float]:
+        assert self.run is not None, "rows are the run's"
+        gateway, found = self.run.gateway, {}
+        for name in gateway.devices():
+            with contextlib.suppress(PeerGone, KeyError):
+                found[name] = gateway.stats(name).telemetry["energy"]
+        return found
 
 
 def serve(config: ServeConfig, teller: Teller) -> str:

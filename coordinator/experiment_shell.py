@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 
 KEEPER = Path(__file__).with_name("experiment_keeper.py")
 # For short commands; installing packages takes longer.
 PATIENCE_S = 60.0
+# How often one looks whether a command is still wanted.
+LOOK_S = 0.2
 # A board that does not answer for 4 x 5 s is gone.
 ALIVE_S, ALIVE_COUNT = 5, 4
 CONNECT_S = 15
@@ -79,39 +82,59 @@ def ask(
     *,
     stdin: IO[bytes] | None = None,
     timeout_s: float = PATIENCE_S,
+    stop: threading.Event | None = None,
 ) -> str:
     """Run a command to its end and return what it wrote to stdout.
 
     Raises:
-        DeviceError: it failed, or took too long; with the last line that it wrote.
+        DeviceError: it failed, with the last line that it wrote; or it took too long, or *stop* was
+            set before it had ended.
     """
     what = shlex.join(command)
     what = what if len(what) <= 60 else f"{what[:57]}..."
     try:
-        done = subprocess.run(
+        running = subprocess.Popen(
             shell.words(command),
             stdin=stdin or subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us
         )
-    except subprocess.TimeoutExpired as error:
-        raise DeviceError(f"`{what}` took more than {timeout_s:.0f} s") from error
     except FileNotFoundError as error:
         raise DeviceError(f"{error.filename} is not installed here") from error
-    if done.returncode:
-        lines = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
-        how = "cannot be reached" if done.returncode == SSH_FAILED else f"`{what}` failed"
-        raise DeviceError(f"{how}: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    return done.stdout.decode("utf-8", "replace")
+    with running:
+        try:
+            out, said = _to_the_end(running, Deadline.after(timeout_s), stop)
+        except subprocess.TimeoutExpired as error:
+            is_stopped = stop is not None and stop.is_set()
+            how = "was stopped" if is_stopped else f"took more than {timeout_s:.0f} s"
+            raise DeviceError(f"`{what}` {how}") from error
+        finally:
+            running.kill()  # does nothing to one that has ended
+    if running.returncode:
+        lines = (said or out).decode("utf-8", "replace").strip().splitlines()
+        how = "cannot be reached" if running.returncode == SSH_FAILED else f"`{what}` failed"
+        raise DeviceError(f"{how}: {lines[-1] if lines else f'exit code {running.returncode}'}")
+    return out.decode("utf-8", "replace")
 
 
-def put(shell: Shell, source: Path, target: str) -> None:
+def _to_the_end(
+    running: subprocess.Popen[bytes], deadline: Deadline, stop: threading.Event | None
+) -> tuple[bytes, bytes]:
+    while True:
+        left_s = deadline.left_s()
+        try:
+            return running.communicate(timeout=left_s if stop is None else min(left_s, LOOK_S))
+        except subprocess.TimeoutExpired:  # what it has written until now is not lost
+            if not deadline.left_s() or (stop is not None and stop.is_set()):
+                raise
+
+
+def put(shell: Shell, source: Path, target: str, *, stop: threading.Event | None = None) -> None:
     """Copy a file there, readable by its owner only; the folder must exist."""
-    script = 'umask 077 && rm -f "$1" && cat > "$1"'
+    words = ["sh", "-c", 'umask 077 && rm -f "$1" && cat > "$1"', "sh", target]
     with source.open("rb") as file:
-        ask(shell, ["sh", "-c", script, "sh", target], stdin=file, timeout_s=60 * PATIENCE_S)
+        ask(shell, words, stdin=file, timeout_s=60 * PATIENCE_S, stop=stop)
 
 
 class Program:

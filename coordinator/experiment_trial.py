@@ -14,27 +14,28 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coordinator.config import ServeConfig
 from coordinator.experiment_config import ExperimentConfig, FaultConfig
 from coordinator.experiment_faults import Script
+from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHED, digest
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_shell import LocalShell, Program
 from coordinator.store import RunFolder
 from edge_sdk.config import dump_config
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import DeviceError
+from edge_sdk.errors import EdgeError
 
 TICK_S = 0.05
-# A program that has died is started again after so long.
-RESTART_S = 1.0
 # How long the coordinator may take to begin, to stop with a checkpoint, and boards to say goodbye.
 BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
 STEPS, MARKS = "steps.jsonl", "marks.jsonl"
-HAPPENINGS, FACTS = "happenings.jsonl", "boards.json"
-COMPLETED, INTERRUPTED = "completed", "interrupted"
+HAPPENINGS = "happenings.jsonl"
+# Of a listener that takes what comes to any address of this machine.
+EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
 
 class Trial:
@@ -71,7 +72,9 @@ class Trial:
         self._steps: dict[str, int] = {}
         self._began_s = time.monotonic()
         self._coordinator: Program | None = None
-        self._port = 0
+        self._digest = digest(config)
+        self._where: tuple[str, int] | None = None
+        """Host and port of the coordinator, as this machine reaches it."""
         self._patience = Deadline.after(STOP_S)
         self._dark: set[str] = set()
         """Boards without power."""
@@ -83,7 +86,8 @@ class Trial:
         try:
             self._start_coordinator()
             self._began_s = time.monotonic()
-            for seat in self._seats.values() if self._port else ():
+            self._keep_facts(UNFINISHED)
+            for seat in self._seats.values() if self._where else ():
                 self._start(seat)
             while not self._of_coordinator().is_over:
                 self._turn()
@@ -129,7 +133,7 @@ class Trial:
             on_line=self._lines.put,
         )
         patience = Deadline.after(BEGIN_S)
-        while not self._port and not self._coordinator.is_over:
+        while self._where is None and not self._coordinator.is_over:
             self._listen(TICK_S)
             if self._stop.is_set() or not patience.left_s():
                 self._why = INTERRUPTED if self._stop.is_set() else "the coordinator never listened"
@@ -165,32 +169,34 @@ class Trial:
             text = said.get("note") or f"{said.get('device')}: {said.get('text')}"
             self._log("coordinator", text)
             if said.get("address"):
-                self._port = int(said["address"].rsplit(":", 1)[1])
+                self._where = here(said["address"])
 
     def _mark(self, said: dict[str, Any]) -> None:
         """Keep what everything had been used for when a row of metrics was complete."""
         relays = {name: seat.relay for name, seat in self._seats.items() if seat.relay}
         links = {name: asdict(relay.usage()) for name, relay in relays.items()}
         found = {"round": said["row"]["round"], "time": said["time"], "cpu_s": said["cpu_s"]}
-        self.folder.append(MARKS, {**found, "links": links})
+        self.folder.append(MARKS, {**found, "links": links, "energy_j": said["energy_j"]})
 
     # ---- the boards ----
 
     def _start(self, seat: Seat) -> None:
         """Start a board's program; what fails here counts as its death."""
+        assert self._where is not None
         try:
-            address = seat.address(self._config, self._port)
-            label = self.folder.name
-            settings = seat.site.settings(self._config, address, self._server_key, label)
-            seat.start(settings, self._workspace, lambda line: self._log(seat.name, line))
-        except DeviceError as error:
+            settings = seat.site.settings(
+                self._config, seat.address(self._where), self._server_key, self.folder.name
+            )
+            log = partial(self._log, seat.name)
+            seat.start(settings, self._workspace, log, self._now_s())
+        except (EdgeError, OSError) as error:
             self._happened(seat.name, f"cannot be started: {error}")
             self._plan_restart(seat, None)
 
     def _look_after(self, seat: Seat) -> None:
         if seat.program is not None and seat.program.is_over:
             killed = seat.num_killed
-            code = seat.bury()
+            code = self._bury(seat)
             how = "out of reach" if code is None else _exit_text(code)
             memory = ", out of memory" if seat.num_killed > killed else ""
             self._happened(seat.name, how + memory)
@@ -199,10 +205,17 @@ class Trial:
             self._happened(seat.name, "started again")
             self._start(seat)
 
+    def _bury(self, seat: Seat) -> int | None:
+        """What cannot be removed is told, and ends nothing."""
+        try:
+            return seat.bury()
+        except (EdgeError, OSError) as error:
+            self._happened(seat.name, str(error))
+            return seat.exits[-1]
+
     def _plan_restart(self, seat: Seat, code: int | None) -> None:
         if seat.name not in self._dark and not self._script.brings_back(seat.name):
-            at_s = self._now_s() + RESTART_S
-            seat.plan_restart(code, at_s, self._config.experiment.restarts)
+            seat.plan_restart(code, self._now_s(), self._config.experiment.restarts)
 
     def _reason_to_stop(self) -> str:
         if self._stop.is_set():
@@ -234,7 +247,7 @@ class Trial:
             self._dark.discard(seat.name)
             seat.reconnect()
             if seat.program is not None:  # it has not been noticed yet that it is over
-                self._happened(seat.name, _exit_text(seat.bury()))
+                self._happened(seat.name, _exit_text(self._bury(seat)))
             self._start(seat)
 
     # ---- the end ----
@@ -262,10 +275,7 @@ class Trial:
 
     def _end(self, seat: Seat) -> None:
         if seat.program is not None:
-            try:
-                seat.bury()
-            except DeviceError as error:
-                self._happened(seat.name, str(error))
+            self._bury(seat)
 
     def _outcome(self) -> str:
         code = self._of_coordinator().exit_code
@@ -275,7 +285,12 @@ class Trial:
 
     def _keep_facts(self, outcome: str) -> None:
         boards = {name: seat.facts() for name, seat in self._seats.items()}
-        facts = {"outcome": outcome, "seconds": self._now_s(), "boards": boards}
+        facts = {
+            "outcome": outcome,
+            "digest": self._digest,
+            "seconds": self._now_s(),
+            "boards": boards,
+        }
         if self.folder.path.is_dir():
             self.folder.write_text(FACTS, json.dumps(facts, indent=2) + "\n")
 
@@ -296,6 +311,12 @@ class Trial:
         logs.mkdir(exist_ok=True)
         with (logs / f"{who}.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+
+def here(address: str) -> tuple[str, int]:
+    """Host and port at which this machine reaches whoever listens at *address*."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return "127.0.0.1" if host in EVERYWHERE else host.strip("[]"), int(port)
 
 
 def _score(row: dict[str, Any]) -> str:

@@ -78,8 +78,13 @@ def require_matplotlib() -> None:
 def draw(cells: Sequence[Cell], target: float) -> list[Picture]:
     """Draw everything that *cells* have data for, each method at its own learning rate."""
     kept = kept_cells(cells)
-    pictures = [_losses(kept, cost, target) for cost in COSTS]
-    held = [cell for cell in _first_seeds(kept) if any(cell.held)]
+    return [*(draw_losses(kept, cost, target) for cost in COSTS), *draw_plans(kept)]
+
+
+def draw_plans(cells: Sequence[Cell]) -> list[Picture]:
+    """Draw split points and ranks over the rounds, and importance, where *cells* have them."""
+    pictures = []
+    held = [cell for cell in _first_seeds(cells) if any(cell.held)]
     if held:
         pictures.append(_holdings(held))
     measured = [cell for cell in held if cell.importance]
@@ -99,7 +104,7 @@ def _first_seeds(cells: Sequence[Cell]) -> list[Cell]:
 # ---- loss ----
 
 
-def _losses(cells: Sequence[Cell], cost: Cost, target: float) -> Picture:
+def draw_losses(cells: Sequence[Cell], cost: Cost, target: float) -> Picture:
     """A panel for each set of devices, a line for each method."""
     kinds = list(dict.fromkeys(cell.device_set for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))

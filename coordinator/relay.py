@@ -200,23 +200,27 @@ class Relay:
             self._loop.close()
 
     async def _main(self) -> None:
-        accepting = asyncio.ensure_future(self._accept())
+        # Not `sock_accept`: cancelled at the wrong moment it loses a connection and leaves it open.
+        self._loop.add_reader(self._listener, self._accept)
         await self._end.wait()
-        accepting.cancel()
+        self._loop.remove_reader(self._listener)
         self._drop()
-        await asyncio.gather(accepting, *self._connections, return_exceptions=True)
+        await asyncio.gather(*self._connections, return_exceptions=True)
         self._listener.close()
         await asyncio.sleep(0)  # aborted connections are closed in the loop's next turn
 
-    async def _accept(self) -> None:
-        while True:
-            peer, _ = await self._loop.sock_accept(self._listener)
-            self._num_connections += 1
-            task = asyncio.ensure_future(self._serve(peer))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
-            # For a task that is cancelled before it has begun; elsewhere it does nothing.
-            task.add_done_callback(lambda _, peer=peer: peer.close())  # type: ignore[misc]
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:  # gone before its turn
+            return
+        peer.setblocking(False)
+        self._num_connections += 1
+        task = asyncio.ensure_future(self._serve(peer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+        # For a task that is cancelled before it has begun; elsewhere it does nothing.
+        task.add_done_callback(lambda _: peer.close())
 
     def _cut(self, seconds: float | None) -> None:
         self._cuts += 1

@@ -144,6 +144,28 @@ def test_version_2_files(tmp_path: Path) -> None:
     assert (cage.num_killed(), cage.peak_bytes()) == (3, 123)
 
 
+def test_version_2_limits_stand_in_one_group(tmp_path: Path) -> None:
+    """A parent without one of the controllers is passed by: a process is in one group only."""
+    parent = make_tree(tmp_path, "memory")
+    (parent / "cgroup.controllers").write_text("memory pids\n")
+
+    cage = Cage("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
+
+    assert cage.folders == [parent.parent / "board"]
+    assert (cage.folders[0] / "memory.max").read_text() == "1000000000"
+    assert (cage.folders[0] / "cpu.max").read_text() == "5000 20000"
+
+
+def test_without_a_group_that_offers_both_it_is_said(tmp_path: Path) -> None:
+    """Memory here and CPU time there is no place for one process."""
+    parent = make_tree(tmp_path, "memory")
+    for folder, offers in ((parent / "session", ""), (parent, "memory"), (parent.parent, "cpu")):
+        (folder / "cgroup.controllers").write_text(offers)
+
+    with pytest.raises(DeviceError, match="memory and cpu: no group offers both"):
+        Cage("board", memory_bytes=1e9, cores=1.0, root=tmp_path)
+
+
 def test_without_any_group_it_is_said_why(tmp_path: Path) -> None:
     """A machine without control groups is a clear error, and nothing is left."""
     (tmp_path / "proc/self").mkdir(parents=True)

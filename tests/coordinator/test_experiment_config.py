@@ -94,6 +94,19 @@ def test_methods_are_presets_and_settings(tmp_path: Path) -> None:
         ({"boards": {"a": {"ssh": "x", "emulated": "y"}}}, "give ssh or emulated"),
         ({"boards": {"a": {"ssh": "x", "cpu_quota": 1}}}, "cpu_quota means nothing to an ssh"),
         ({"boards": {"a": {"emulated": "agx-orin-32gb", "port": 1}}}, "port means nothing"),
+        *(
+            ({"boards": {"a": {"emulated": "agx-orin-32gb", key: value}}}, f"{key} means nothing")
+            for key, value in {
+                "ssh_options": ["-4"],
+                "workdir": "x",
+                "extras": [],
+                "packages": ["x"],
+            }.items()
+        ),
+        (
+            {"boards": {"a": {"ssh": "x"}, "b": {"ssh": "x", "workdir": "./edgesplit/"}}},
+            "a and b are both in './edgesplit/' of x",
+        ),
         ({"boards": {"a": {"emulated": "toaster"}}}, "emulated 'toaster' is unknown; there are"),
         ({"boards": {"a": {"ssh": "x", "link": "string"}}}, "link 'string' is unknown"),
         ({"min_devices": 4}, "min_devices is 4, boards are 3"),
@@ -102,6 +115,29 @@ def test_methods_are_presets_and_settings(tmp_path: Path) -> None:
         ({"faults": [{"board": "a", "do": "cut", "at_s": 1}]}, "seconds is missing"),
         ({"faults": [{"board": "a", "do": "link", "at_s": 1}]}, "to is missing"),
         ({"faults": [{"board": "a", "do": "throttle", "at_s": 1}]}, "factor is missing"),
+        (
+            {"faults": [{"board": "a", "do": "throttle", "factor": 1.5, "at_s": 1}]},
+            "factor must be at most 1",
+        ),
+        (
+            {
+                "faults": [{"board": "a", "do": "throttle", "factor": 0.5, "at_s": 1}],
+                "experiment": {"must_limit": False},
+            },
+            "a cannot be throttled without limits",
+        ),
+        *(
+            (
+                {
+                    "experiment": {
+                        "presets": ["x"],
+                        "methods": {"x": {"preset": "splitlora", "settings": [told]}},
+                    }
+                },
+                f"x changes {told.split('.')[0].split('=')[0]}, which all methods share",
+            )
+            for told in ("boards.a.link=null", "experiment.cores=0.5")
+        ),
         (
             {"faults": [{"board": "c", "do": "throttle", "factor": 1, "at_s": 1}]},
             "c is an ssh board, whose speed is its own",

@@ -34,6 +34,7 @@ def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> N
         link = {"bytes_up": 0, "bytes_down": 0, "num_connections": 2}
         link |= {"up_s": 1.0 + 5.0 * number, "down_s": 2.0 * number}
         mark = {"round": number, "time": 100.0 + 10 * number, "cpu_s": 3.0 + 7.0 * number}
+        mark["energy_j"] = {"b": (30.0, 55.0, 20.0)[number]}  # its meter began anew
         run.append("marks.jsonl", mark | {"links": {"a": link}})
     for number in (0, 1):
         devices = {}
@@ -44,7 +45,6 @@ def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> N
                 "bytes_up": total,
                 "bytes_down": 10 * total,
                 "peak_rss_bytes": 2**20 * (number + 5),
-                "board": {"energy": 50.0 + 20.0 * number} if name == "b" else {},
             }
         run.append("telemetry.jsonl", {"round": number, "seconds": 10.0, "devices": devices})
     facts = {"starts": 1, "peak_group_bytes": 2**22, "killed_for_memory": 0}
@@ -65,7 +65,7 @@ def test_costs_and_shares(tmp_path: Path) -> None:
     assert a.peak_bytes == 6 * 2**20
     assert a.energy_j == pytest.approx(catalogue().boards["orin-nano-8gb"].watts * 8.0)
     assert (a.energy_is_estimated, b.energy_is_estimated) == (True, False)
-    assert b.energy_j == 20.0
+    assert b.energy_j == 25.0 + 20.0
     assert found.shares() == {
         "a computes": 0.4,
         "b computes": 0.1,
@@ -112,6 +112,40 @@ def test_the_report_holds_every_run(tmp_path: Path) -> None:
     assert "coordinator, 70.0 % of the time" in html
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["label"] for result in results] == ["fast", "slow"]
+
+
+def test_a_round_that_was_not_evaluated_costs_nothing(tmp_path: Path) -> None:
+    """Clock, energy and computing are all of the time between the evaluations."""
+    write_run(tmp_path / "run", losses=(4.0, 3.0))
+
+    a, b = read_trial(tmp_path / "run", config(), "ours").boards
+
+    assert (a.compute_s, b.energy_j) == (4.0, 25.0)
+    assert a.energy_j == pytest.approx(catalogue().boards["orin-nano-8gb"].watts * 4.0)
+
+
+def test_plans_and_importance_are_drawn(tmp_path: Path) -> None:
+    """Where a method planned, the report has who held what, and which weights matter."""
+    write_run(tmp_path / "run")
+    weights = [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    for round_, importance in ((0, {}), (1, dict(zip(weights, (1.0, 3.0), strict=True)))):
+        plan = {"split": 1 + round_, "ranks": dict.fromkeys(weights, 4)}
+        row = {"round": round_, "plans": {"a": plan, "b": plan}, "importance": importance}
+        RunFolder(tmp_path / "run").append("plans.jsonl", row)
+
+    write_report(config(), {"run": config()}, tmp_path, {"run": "completed"})
+
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Split points and ranks over the rounds" in html
+    assert "Importance of weights, run" in html
+    assert {path.stem for path in tmp_path.glob("*.png")} >= {"splits-ranks", "importance"}
+
+
+def test_a_run_of_another_call_is_not_reported(tmp_path: Path) -> None:
+    """What was stopped before its turn has no row, whatever its folder holds."""
+    write_run(tmp_path / "run")
+
+    assert write_report(config(), {"run": config()}, tmp_path, {"run": "not run"}) == ""
 
 
 def test_a_run_that_never_began_is_no_report(tmp_path: Path) -> None:

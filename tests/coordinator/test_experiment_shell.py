@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -175,6 +176,19 @@ def test_a_command_that_fails_is_one_clear_line(command: list[str], words: str) 
         ask(LocalShell(), command, timeout_s=0.3)
 
     assert words in str(caught.value)
+
+
+def test_a_command_that_is_not_wanted_any_more() -> None:
+    """It is ended soon after the event is set, and said to be stopped."""
+    stop, began_s = threading.Event(), time.monotonic()
+    timer = threading.Timer(0.1, stop.set)
+    timer.start()
+
+    with pytest.raises(DeviceError, match="`sleep 60` was stopped"):
+        ask(LocalShell(), ["sleep", "60"], stop=stop)
+
+    timer.join()
+    assert time.monotonic() - began_s < PATIENCE_S
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")

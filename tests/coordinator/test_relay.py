@@ -183,6 +183,23 @@ def test_a_cut_ends_by_itself_and_cuts_may_overlap(echo: Echo) -> None:
         assert time.monotonic() - began_s >= 0.4
 
 
+def test_a_mended_cut_does_not_end_a_later_one(echo: Echo) -> None:
+    """When the seconds of the first cut are over, the second one goes on."""
+    with aimed(echo) as relay, dial(relay) as peer:
+        assert there_and_back(peer, b"1") == b"1"
+        relay.cut(0.1)
+        relay.mend()
+        relay.cut()
+        time.sleep(0.2)
+        peer.settimeout(0.2)
+        peer.sendall(b"2")
+        with pytest.raises(TimeoutError):
+            peer.recv(1)
+        relay.mend()
+        peer.settimeout(PATIENCE_S)
+        assert read(peer, 1) == b"2"
+
+
 def test_a_dropped_connection_is_reset_and_the_next_one_works(echo: Echo) -> None:
     """What was under way when the connection was dropped never arrives."""
     with aimed(echo) as relay:

@@ -1,0 +1,80 @@
+"""Which runs of an experiment are there already, and what may be removed for another one.
+
+A run's folder is ours if it holds `boards.json`, which also says how the run was configured: one
+with another model, other data or other boards is not the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coordinator.experiment_config import ExperimentConfig
+from coordinator.store import storage_errors
+from edge_sdk.config import dump_config
+from edge_sdk.errors import ConfigError
+
+FACTS = "boards.json"
+COMPLETED, INTERRUPTED, NOT_RUN = "completed", "interrupted", "not run"
+# Until a run has ended, so that its folder is known as ours even if we are killed.
+UNFINISHED = "unfinished"
+
+
+def digest(config: ExperimentConfig) -> str:
+    """Equal for runs that are configured alike and read the same bytes of data.
+
+    Args:
+        config: Of one run. Which other methods and seeds there are makes no difference to it.
+    """
+    section = replace(config.experiment, presets=(), methods={}, seeds=(), target=None)
+    own = replace(config, name=None, runs=Path(), experiment=section)
+    found = hashlib.sha256(dump_config(own).encode())
+    files = (board.data for board in config.boards.values())
+    for path in (section.data.path, config.evaluation.data.path, *files):
+        if path is not None and Path(path).is_file():  # not the id of a data set
+            found.update(Path(path).read_bytes())
+    return found.hexdigest()[:12]
+
+
+def is_complete(folder: Path, config: ExperimentConfig) -> bool:
+    """Whether *folder* holds the run of *config*, from beginning to end."""
+    facts = _facts(folder)
+    return facts.get("outcome") == COMPLETED and facts.get("digest") == digest(config)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Find out before anything is started whether *folder* may be written anew.
+
+    Raises:
+        ConfigError: there is something that is not a run of an experiment.
+    """
+    if folder.is_symlink() or (folder.exists() and not (folder / FACTS).is_file()):
+        raise ConfigError(
+            f"{folder} is in the way and is not a run of an experiment (it has no {FACTS}): "
+            "move it, or choose another --out"
+        )
+
+
+def make_room(folder: Path) -> None:
+    """Remove a former run.
+
+    Raises:
+        ConfigError: as `refuse_foreign`.
+        StorageError: it cannot be removed.
+    """
+    refuse_foreign(folder)
+    if folder.exists():
+        with storage_errors(str(folder)):
+            shutil.rmtree(folder)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
