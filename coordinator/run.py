@@ -180,11 +180,14 @@ def situation(config: ServeConfig, model: ServedModel) -> Situation | None:
     if planning.split == planning.ranks == "fixed":
         return None
     memory = planning.server_memory_bytes or memory_info().available.value
+    speed = planning.server_flops_per_s
+    if speed is None and planning.split == "armsc":
+        speed = model.measured_speed()
     return Situation(
         config=config,
         facts=model.facts,
         model=model.shape,
         profiles={},
-        server=ServerProfile(memory_bytes=memory, flops_per_s=planning.server_flops_per_s),
+        server=ServerProfile(memory_bytes=memory, flops_per_s=speed),
         length=planning_length(config, model.max_length),
     )

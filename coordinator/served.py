@@ -5,6 +5,7 @@ Knows no network and no rounds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -25,8 +26,11 @@ from edge_sdk.partition import Slice
 from edge_sdk.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
+from edge_sdk.training import resolve_compute
 from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
 from profiler.estimate import ModelShape
+
+log = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -88,6 +92,25 @@ class ServedModel:
         from edge_sdk.model_shape import model_shape
 
         return model_shape(self.source.config, self._config.task, self.facts.layout)
+
+    def measured_speed(self) -> float | None:
+        """Operations a second of a block of the model on the coordinator; None if it has no such.
+
+        Forward and backward of one block with random weights, as a device measures itself.
+        """
+        from profiler.measure import measure_block
+
+        device = pick_device(self._config.device)
+        dtype = str(resolve_compute(self._config.compute, device)).removeprefix("torch.")
+        length = min(128, self.max_length)
+        try:
+            found = measure_block(
+                self.source.folder, length=length, dtype=dtype, device=device.type
+            )
+        except ValueError as error:
+            log.warning("speed.unknown reason=%s", error)
+            return None
+        return found.flops_per_s.value
 
     @cached_property
     def tokenizer(self) -> Any:

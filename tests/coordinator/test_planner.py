@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coordinator.armsc import plan_all
-from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.costs import device_bytes
 from coordinator.planner import Planner
 from coordinator.planning import ModelFacts
+from coordinator.planning_config import PlanningConfig
 from coordinator.replan import replan
+from coordinator.run import situation as starting_situation
+from coordinator.served import ServedModel
 from coordinator.situation import Situation
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.weights import PartCache
 from profiler.estimate import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of
+from tests.e2e.cluster import save_model
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +181,25 @@ def test_bytes_that_hold_no_adapter_are_refused(llama: Any) -> None:
 
     with pytest.raises(ConfigError, match=r"planning.adapter_bytes: 1 bytes hold no adapter"):
         planner_of(situation, "a")
+
+
+@pytest.mark.parametrize(
+    ("planning", "is_known"),
+    [
+        ({"split": "armsc"}, True),
+        ({"split": "armsc", "server_flops_per_s": 7e9}, True),
+        ({"split": "memory"}, False),
+    ],
+)
+def test_the_coordinator_measures_its_own_speed(
+    tmp_path: Path, planning: dict[str, Any], is_known: bool
+) -> None:
+    """Where splits depend on it and nobody has said what it is."""
+    model = save_model("llama", tmp_path / "model")
+    config = ServeConfig(model=str(model), planning=PlanningConfig(**planning), device="cpu")
+
+    found = starting_situation(config, ServedModel(config, PartCache(tmp_path / "parts")))
+
+    assert found is not None
+    assert (found.server_speed is not None) == is_known
+    assert planning.get("server_flops_per_s") in (None, found.server_speed)
