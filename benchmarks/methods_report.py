@@ -27,7 +27,7 @@ def results(cells: Cells, method: str, kind: str, *, is_classifier: bool) -> lis
 def degraded(cells: Cells, ranks: Cells) -> str:
     """What unequal devices cost, in perplexity."""
     rows = []
-    for method in ("hsplitlora", "hetlora", "splitlora"):
+    for method in _there(cells, "hsplitlora", "hetlora", "splitlora"):
         alike = results(cells, method, HOMO, is_classifier=False)
         mixed = results(cells, method, HETERO, is_classifier=False)
         rows.append(_change(method, alike, mixed))
@@ -35,6 +35,11 @@ def degraded(cells: Cells, ranks: Cells) -> str:
         alike = results(cells, "hetlora", HOMO, is_classifier=False)
         rows.append(_change(method, alike, results(ranks, method, HETERO, is_classifier=False)))
     return table(("method", "PPL homogeneous", "PPL heterogeneous", "change", "change (%)"), rows)
+
+
+def _there(cells: Cells, *methods: str) -> list[str]:
+    """Those of *methods* that have run."""
+    return [method for method in methods if any(cell.method == method for cell in cells)]
 
 
 def _change(name: str, before: list[float], after: list[float]) -> tuple[str, ...]:
@@ -73,7 +78,7 @@ def times(cells: Cells) -> str:
 def gaps(cells: Cells) -> str:
     """How far from centralised LoRA after as many samples."""
     rows = []
-    for method in ("hsplitlora", "splitlora", "hetlora"):
+    for method in _there(cells, "hsplitlora", "splitlora", "hetlora"):
         for kind in (HOMO, HETERO):
             central = results(cells, "cenlora", kind, is_classifier=False)
             found = results(cells, method, kind, is_classifier=False)
