@@ -64,6 +64,7 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "default": {"batch_size": 32, "micro_batch": 4, "codec": "bfloat16"},
         "devices": {name: {"r": rank} for name, rank in RANKS.items()},
         "lora": {"r": 8, "lora_alpha": 16},
+        "planning": {"rank_set": [2, 4, 8]},
         "training": {"optimizer": "adamw", "learning_rate": options.rate},
         "evaluation": {
             "data": {"path": str(data / "dev.jsonl"), "limit": 60, **how},
