@@ -311,9 +311,11 @@ IMPORT = """
 import time
 began, used = time.perf_counter(), time.process_time()
 import edge_sdk
-wall, cpu = time.perf_counter() - began, time.process_time() - used
+wall = time.perf_counter() - began
+from edge_sdk import ClientConfig, EdgeClient
+all_wall, all_cpu = time.perf_counter() - began, time.process_time() - used
 rss = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")]
-print(wall, cpu, rss[0])
+print(wall, all_wall, all_cpu, rss[0])
 """
 
 
@@ -353,18 +355,19 @@ def folder_mib(folder: Path) -> float:
 
 
 def import_cost(python: Path) -> str:
-    """Time and memory of `import edge_sdk` in fresh processes."""
+    """Time and memory of importing the SDK in fresh processes."""
     found = []
     for _ in range(15):
         out = subprocess.run(
             [python, "-c", IMPORT], capture_output=True, text=True, check=True, cwd="/"
         )
         found.append([float(word) for word in out.stdout.split()])
-    wall, cpu, rss = (sorted(column) for column in zip(*found, strict=True))
+    wall, whole, cpu, rss = (sorted(column) for column in zip(*found, strict=True))
     return (
-        f"`import edge_sdk`, 15 fresh processes: {1e3 * wall[0]:.0f} ms at best, "
-        f"{1e3 * wall[7]:.0f} in the median ({1e3 * cpu[0]:.0f} and {1e3 * cpu[7]:.0f} ms of CPU); "
-        f"{rss[7] / 1024:.0f} MiB. Targets: 150 ms, 45 MB."
+        f"15 fresh processes, median (best): `import edge_sdk` {1e3 * wall[7]:.0f} "
+        f"({1e3 * wall[0]:.0f}) ms; with `EdgeClient`, which loads the rest, {1e3 * whole[7]:.0f} "
+        f"({1e3 * whole[0]:.0f}) ms, {1e3 * cpu[7]:.0f} ms of them CPU, and {rss[7] / 1024:.0f} "
+        "MiB. Targets: 150 ms, 45 MB."
     )
 
 
