@@ -83,7 +83,11 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
                 },
                 "splitlora": {
                     "preset": "splitlora",
-                    "settings": ["default.split=2", *(f"devices.{n}.r=4" for n in BOARDS)],
+                    "settings": [
+                        "default.split=2",
+                        "server_rank=4",
+                        *(f"devices.{n}.r=4" for n in BOARDS),
+                    ],
                 },
             },
             "data": how,
