@@ -85,6 +85,7 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
                     "preset": "splitlora",
                     "settings": [
                         "default.split=2",
+                        "default.r=4",
                         "server_rank=4",
                         *(f"devices.{n}.r=4" for n in BOARDS),
                     ],
