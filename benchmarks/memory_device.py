@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memory import Case
+    from memory_cases import Case
 
 
 def train(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> dict[str, Any]:

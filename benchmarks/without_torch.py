@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from installed import sizes
+
 ROOT = Path(__file__).parents[1]
 SPLIT, ROWS, LENGTH, RANK, SKIPPED, SEED = 3, 4, 128, 8, 3, 0
 LARGE_SPLIT = 6
@@ -307,70 +309,6 @@ def large(options: argparse.Namespace) -> str:
     )
 
 
-IMPORT = """
-import time
-began, used = time.perf_counter(), time.process_time()
-import edge_sdk
-wall = time.perf_counter() - began
-from edge_sdk import ClientConfig, EdgeClient
-all_wall, all_cpu = time.perf_counter() - began, time.process_time() - used
-rss = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")]
-print(wall, all_wall, all_cpu, rss[0])
-"""
-
-
-def sizes(_options: argparse.Namespace) -> str:
-    """What a fresh environment takes, and what the import costs there."""
-    from report import table
-
-    rows, imports = [], ""
-    hubless = ("onnxruntime", "safetensors", "jinja2")
-    for what, packages, alone, target in (
-        ("edgesplit", (str(ROOT),), (), "90"),
-        ("edgesplit[onnx]", (f"{ROOT}[onnx]",), (), "180"),
-        ("the same, tokenizers without its hub client", (str(ROOT), *hubless), ("tokenizers",), ""),
-    ):
-        with tempfile.TemporaryDirectory() as scratch:
-            python = Path(scratch) / "bin" / "python"
-            subprocess.run([sys.executable, "-m", "venv", "--without-pip", scratch], check=True)
-            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-            subprocess.run([*pip, *packages], check=True)
-            if alone:
-                subprocess.run([*pip, "--no-deps", *alone], check=True)
-            rows.append((what, f"{folder_mib(Path(scratch)):.0f}", target))
-            imports = imports or import_cost(python)
-    return "\n\n".join(
-        [
-            "## Installed size\n\nA fresh virtual environment without pip, compiled files "
-            "included (MiB).",
-            table(("what", "MiB", "target"), rows),
-            imports,
-        ]
-    )
-
-
-def folder_mib(folder: Path) -> float:
-    """What the files of a folder take on disk."""
-    return sum(p.lstat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) / MIB
-
-
-def import_cost(python: Path) -> str:
-    """Time and memory of importing the SDK in fresh processes."""
-    found = []
-    for _ in range(15):
-        out = subprocess.run(
-            [python, "-c", IMPORT], capture_output=True, text=True, check=True, cwd="/"
-        )
-        found.append([float(word) for word in out.stdout.split()])
-    wall, whole, cpu, rss = (sorted(column) for column in zip(*found, strict=True))
-    return (
-        f"15 fresh processes, median (best): `import edge_sdk` {1e3 * wall[7]:.0f} "
-        f"({1e3 * wall[0]:.0f}) ms; with `EdgeClient`, which loads the rest, {1e3 * whole[7]:.0f} "
-        f"({1e3 * whole[0]:.0f}) ms, {1e3 * cpu[7]:.0f} ms of them CPU, and {rss[7] / 1024:.0f} "
-        "MiB. Targets: 150 ms, 45 MB."
-    )
-
-
 def main() -> None:
     """Dispatch on the role."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -391,7 +329,7 @@ def main() -> None:
 
     parts = [header("A device without torch", options), compare(options)]
     parts += [large(options)] if options.large else []
-    parts += [sizes(options)] if options.sizes else []
+    parts += [sizes()] if options.sizes else []
     save("onnx", "\n\n".join(parts))
 
 

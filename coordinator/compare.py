@@ -9,7 +9,6 @@ run again. What cells come to is `comparison.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from coordinator.compare_devices import (
     whole_situation,
 )
 from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
+from coordinator.digest import digest_of
 from coordinator.pooled import MicroShape
 from coordinator.pooled_command import train_pooled
 from coordinator.reporting import Silence
@@ -38,7 +38,6 @@ from coordinator.simulation_config import SimulatedDevice, SimulationConfig, dev
 from coordinator.simulation_data import deal
 from coordinator.simulation_result import SimulatedRound, read_result
 from coordinator.store import RunFolder, storage_errors
-from edge_sdk.config import dump_config
 from edge_sdk.errors import ConfigError
 
 CELLS = "cells.jsonl"
@@ -115,13 +114,10 @@ def _digest(config: SimulationConfig) -> str:
         own = {name: SimulatedDevice(data=d.data) for name, d in fleet.devices.items()}
         settings = {n: replace(d, split=None, r=None) for n, d in config.devices.items()}
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
-    found = hashlib.sha256(dump_config(replace(config, name=None, runs=Path())).encode())
     fleet = config.simulation
     files = (device.data for device in fleet.devices.values())
-    for path in (fleet.data.path, config.evaluation.data.path, *files):
-        if path is not None and Path(path).is_file():  # not the id of a data set
-            found.update(Path(path).read_bytes())
-    return found.hexdigest()[:12]
+    plain = replace(config, name=None, runs=Path())
+    return digest_of(plain, (fleet.data.path, config.evaluation.data.path, *files))
 
 
 # ---- data ----

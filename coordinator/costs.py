@@ -22,6 +22,8 @@ from profiler.estimate import (
 )
 
 Ranks = Mapping[str, int]
+# Of the ranks of weights that read the same input.
+MOST_COMBINATIONS = 1000
 
 
 class Load(NamedTuple):
@@ -35,10 +37,6 @@ class Load(NamedTuple):
     """Of a frozen parameter."""
     compute_bytes: int = 4
     """Of an activation."""
-
-
-# Of the ranks of weights that read the same input.
-MOST_COMBINATIONS = 1000
 
 
 def first_ranks(situation: Situation, device: str, first: int, stop: int) -> dict[str, int]:

@@ -6,7 +6,6 @@ Pure; whether a board answers is found out in `experiment_board.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 from coordinator.auth import is_device_name
 from coordinator.compare_config import MethodConfig
 from coordinator.config import ServeConfig
-from coordinator.fleet import Board, Connection, Scale, catalogue, free_bytes
+from coordinator.fleet import Board, Catalogue, Connection, Scale, free_bytes, known
 from coordinator.presets import NAMES
 from coordinator.relay import LinkShape
 from edge_sdk.data import DataConfig
@@ -204,11 +203,11 @@ class ExperimentConfig(ServeConfig):
             self._check_fault(fault)
 
     def _check_names(self, name: str, board: BoardConfig) -> None:
-        known = catalogue()
-        if board.emulated and board.emulated not in known.boards | self.experiment.boards:
+        kinds = self.known.boards
+        if board.emulated and board.emulated not in kinds:
             raise ValueError(
                 f"boards: {name}.emulated {board.emulated!r} is unknown; there are "
-                f"{', '.join({**known.boards, **self.experiment.boards})}"
+                f"{', '.join(kinds)}"
             )
         self._check_link(f"boards: {name}.link", board.link)
 
@@ -225,7 +224,7 @@ class ExperimentConfig(ServeConfig):
                     )
 
     def _check_link(self, key: str, link: str | None) -> None:
-        links = {**catalogue().links, **self.experiment.links}
+        links = self.known.links
         if link is not None and link not in links:
             raise ValueError(f"{key} {link!r} is unknown; there are {', '.join(links)}")
 
@@ -244,6 +243,11 @@ class ExperimentConfig(ServeConfig):
             )
         self._check_link(f"faults: {fault.board}.to", fault.to)
 
+    @property
+    def known(self) -> Catalogue:
+        """Boards to emulate and links, by name."""
+        return known(self.experiment.boards, self.experiment.links)
+
     def served(self) -> ServeConfig:
         """Return what the coordinator itself is told."""
         values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
@@ -256,7 +260,7 @@ class ExperimentConfig(ServeConfig):
 def data_sheet(config: ExperimentConfig, name: str) -> Board | None:
     """What an emulated board is meant to be; None for a real one."""
     kind = config.boards[name].emulated
-    return {**catalogue().boards, **config.experiment.boards}[kind] if kind else None
+    return config.known.boards[kind] if kind else None
 
 
 def memory_bytes(config: ExperimentConfig, name: str) -> float:
@@ -282,17 +286,13 @@ def link_shape(config: ExperimentConfig, link: str | None, jitter_ms: float) -> 
     jitter_s = jitter_ms / 1e3
     if link is None:
         return LinkShape(jitter_s=jitter_s)
-    found = _links(config)[link]
+    found = config.known.links[link]
     return LinkShape(
         up_bytes_per_s=found.up_mbit * BYTES_PER_MBIT,
         down_bytes_per_s=found.down_mbit * BYTES_PER_MBIT,
         delay_s=found.rtt_ms / 2e3,
         jitter_s=jitter_s,
     )
-
-
-def _links(config: ExperimentConfig) -> Mapping[str, Connection]:
-    return {**catalogue().links, **config.experiment.links}
 
 
 def needs_relay(config: ExperimentConfig, name: str) -> bool:

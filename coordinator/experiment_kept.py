@@ -6,16 +6,15 @@ with another model, other data or other boards is not the same run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coordinator.digest import digest_of
 from coordinator.experiment_config import ExperimentConfig
 from coordinator.store import storage_errors
-from edge_sdk.config import dump_config
 from edge_sdk.errors import ConfigError
 
 FACTS = "boards.json"
@@ -32,12 +31,8 @@ def digest(config: ExperimentConfig) -> str:
     """
     section = replace(config.experiment, presets=(), methods={}, seeds=(), target=None)
     own = replace(config, name=None, runs=Path(), experiment=section)
-    found = hashlib.sha256(dump_config(own).encode())
     files = (board.data for board in config.boards.values())
-    for path in (section.data.path, config.evaluation.data.path, *files):
-        if path is not None and Path(path).is_file():  # not the id of a data set
-            found.update(Path(path).read_bytes())
-    return found.hexdigest()[:12]
+    return digest_of(own, (section.data.path, config.evaluation.data.path, *files))
 
 
 def is_complete(folder: Path, config: ExperimentConfig) -> bool:

@@ -159,19 +159,11 @@ def _write_page(
     rows: Sequence[Sequence[str]],
     out: Path,
 ) -> None:
-    from coordinator.plots import Cost, Picture, draw_losses, draw_plans
+    from coordinator.plots import COSTS, Cost, Picture, draw_losses, draw_plans
     from coordinator.report_page import page
 
-    costs = (
-        Cost("loss-clock", "Loss against time", "seconds, real clock", lambda p: p.real_s),
-        Cost("loss-samples", "Loss against samples", "samples trained on", lambda p: p.samples),
-        Cost(
-            "loss-bytes",
-            "Loss against traffic",
-            "sent and received by all boards (MB)",
-            lambda p: (p.bytes_up + p.bytes_down) / MB,
-        ),
-    )
+    clock = Cost("loss-clock", "Loss against time", "seconds, real clock", lambda p: p.real_s)
+    costs = (clock, *(cost for cost in COSTS if cost.name != "loss-time"))
     drawn = [cell for cell in cells if len(cell.points) > 1]
     pictures: list[Picture] = []
     if drawn and target is not None:

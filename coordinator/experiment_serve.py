@@ -11,23 +11,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import secrets
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.config import ServeConfig
-from coordinator.launch import _finish, _gateway, environment, removed_if_it_never_began
+from coordinator.launch import serve
 from coordinator.presets import load_serve_config
 from coordinator.run import Run
-from coordinator.served import ServedModel
 from coordinator.server import COMPLETED
-from coordinator.store import CONFIG, RunFolder
-from edge_sdk.config import dump_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
-from edge_sdk.keys import load_key_pair
 from edge_sdk.messages import StepReport
 from edge_sdk.quiet import quiet_libraries
 
@@ -38,6 +32,10 @@ class Teller:
     def __init__(self, min_devices: int) -> None:
         self._min_devices = min_devices
         self.run: Run | None = None
+
+    def attend(self, run: Run) -> None:
+        """Know the run that is told about."""
+        self.run = run
 
     def say(self, **what: Any) -> None:
         """Write a line; `time` is the machine's clock, `cpu_s` what we have computed so far."""
@@ -84,20 +82,6 @@ class Teller:
         return found
 
 
-def serve(config: ServeConfig, teller: Teller) -> str:
-    """Start a run and serve it to its end; returns how it ended."""
-    keys = load_key_pair(config.secret_key)
-    model = ServedModel(config)
-    with _gateway(config, keys) as gateway:
-        folder = RunFolder.create(config.runs, config.name)
-        with removed_if_it_never_began(folder):
-            folder.write_text(CONFIG, dump_config(config))
-            folder.write_text("env.json", json.dumps(environment(), indent=2))
-            run_id = f"{folder.name}-{secrets.token_hex(4)}"
-            teller.run = Run(config, model, folder, gateway, teller, run_id)
-            return _finish(teller.run, teller)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -105,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     teller = Teller(int(arguments[1]))
     try:
         config = load_serve_config(Path(arguments[0]), env={})
-        outcome = serve(config, teller)
+        outcome = serve(config, teller, teller.attend)
     except EdgeError as error:
         teller.say(error=one_line(error))
         return error.exit_code

@@ -5,7 +5,9 @@ Knows facts (`data/boards.yaml`, `data/links.yaml`); how long anything takes is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 
 from coordinator.clock import Machine
@@ -77,10 +79,17 @@ class Catalogue:
     links: dict[str, Connection] = field(default_factory=dict)
 
 
+@cache
 def catalogue() -> Catalogue:
     """Return the boards and links that come with this package."""
     boards = load_config(Catalogue, DATA / "boards.yaml", env={}).boards
     return Catalogue(boards=boards, links=load_config(Catalogue, DATA / "links.yaml", env={}).links)
+
+
+def known(boards: Mapping[str, Board], links: Mapping[str, Connection]) -> Catalogue:
+    """Return the catalogue with *boards* and *links* of somebody's own, which come first."""
+    ours = catalogue()
+    return Catalogue(boards={**ours.boards, **boards}, links={**ours.links, **links})
 
 
 def make_machine(

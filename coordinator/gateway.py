@@ -11,7 +11,6 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 
 import zmq
 
@@ -30,6 +29,7 @@ from coordinator.seats import (
 )
 from edge_sdk.assembly import Outgoing
 from edge_sdk.channel import ACK_EVERY_BYTES
+from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.keys import KeyPair
 from edge_sdk.messages import FROM_COORDINATOR, Message
@@ -72,7 +72,7 @@ class GatewayConfig:
     """Seconds without a sign of life before the session ends with Left."""
 
 
-class Gateway:
+class Gateway(Closing):
     """Sessions of all devices. Use as a context manager, or call `close`."""
 
     def __init__(self, config: GatewayConfig, allowed: AllowList | None = None) -> None:
@@ -208,17 +208,6 @@ class Gateway:
             self._thread.join()
             self._io.waker.close()
             self._context.term()
-
-    def __enter__(self) -> Gateway:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _bind(router: zmq.Socket[bytes], address: str) -> str:

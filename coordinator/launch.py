@@ -6,7 +6,7 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -30,8 +30,16 @@ PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "n
 ADAPTER = "adapter"
 
 
-def serve(config: ServeConfig, watcher: Watcher) -> str:
-    """Start a new run and serve it to its end; returns how it ended."""
+def serve(
+    config: ServeConfig, watcher: Watcher, begun: Callable[[Run], None] = lambda _run: None
+) -> str:
+    """Start a new run and serve it to its end; returns how it ended.
+
+    Args:
+        config: What to run.
+        watcher: Hears what happens.
+        begun: Gets the run before anything does.
+    """
     keys = load_key_pair(config.secret_key)
     model = ServedModel(config)
     with _gateway(config, keys) as gateway:
@@ -40,7 +48,9 @@ def serve(config: ServeConfig, watcher: Watcher) -> str:
             folder.write_text(CONFIG, dump_config(config))
             folder.write_text("env.json", json.dumps(environment(), indent=2))
             run_id = f"{folder.name}-{secrets.token_hex(4)}"
-            return _finish(Run(config, model, folder, gateway, watcher, run_id), watcher)
+            run = Run(config, model, folder, gateway, watcher, run_id)
+            begun(run)
+            return _finish(run, watcher)
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:

@@ -70,12 +70,9 @@ def make_plan(
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
-    in_flight = settings.in_flight or 1
-    if in_flight not in IN_FLIGHT:
-        raise ConfigError(f"{where}.in_flight: {in_flight} is outside 1..{max(IN_FLIGHT)}")
-    for name, rank in ranks.items():
-        key = f"{where}.r" if config.lora.rank_of(name, -1) < 0 else "lora.rank_pattern"
-        check_rank(name, rank, facts.targets[name], key)
+    if settings.in_flight not in IN_FLIGHT:
+        raise ConfigError(f"{where}.in_flight: {settings.in_flight} is outside 1..{max(IN_FLIGHT)}")
+    _check_ranks(config, facts, ranks, f"{where}.r")
     if split == num_blocks and not any(ranks.values()):
         raise ConfigError(
             f"{where}.r: 0 on all {num_blocks} blocks trains nothing; give it a rank, or a split "
@@ -87,7 +84,7 @@ def make_plan(
         alphas={name: config.lora.alpha_of(name) for name in facts.targets if name in ranks},
         batch_size=batch,
         micro_batch=micro,
-        in_flight=min(in_flight, batch // micro),
+        in_flight=min(settings.in_flight, batch // micro),
         tail=config.labels == "device" or split == num_blocks,
     )
 
@@ -97,12 +94,17 @@ def plan_server(config: ServeConfig, facts: ModelFacts, first: int) -> dict[str,
     rank = config.lora.r if config.server_rank is None else config.server_rank
     names = facts.weights(first, facts.layout.num_blocks)
     ranks = {name: config.lora.rank_of(name, rank) for name in names}
-    key = "lora.r" if config.server_rank is None else "server_rank"
-    for name in names:
-        is_pattern = config.lora.rank_of(name, -1) >= 0
-        own = "lora.rank_pattern" if is_pattern else key
-        check_rank(name, ranks[name], facts.targets[name], own)
+    _check_ranks(config, facts, ranks, "lora.r" if config.server_rank is None else "server_rank")
     return ranks
+
+
+def _check_ranks(
+    config: ServeConfig, facts: ModelFacts, ranks: Mapping[str, int], key: str
+) -> None:
+    """Refuse ranks that weights cannot have; *key* gave those that no pattern gives."""
+    for name, rank in ranks.items():
+        is_given = config.lora.rank_of(name, -1) >= 0
+        check_rank(name, rank, facts.targets[name], "lora.rank_pattern" if is_given else key)
 
 
 def check_config(config: ServeConfig, facts: ModelFacts) -> int:

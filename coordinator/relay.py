@@ -19,7 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+
+from edge_sdk.closing import Closing
 
 # A piece is what a link carries in so many seconds: small enough that connections take turns and
 # that a new rate is felt at once. The least is an Ethernet frame, the most what is read at once.
@@ -103,7 +104,7 @@ class _Lane:
                 self._late_s = min(self._late_s, now_s - self._free_s)
 
 
-class Relay:
+class Relay(Closing):
     """Listens at `port` and passes everything on to where it is aimed, in a thread of its own.
 
     Any thread may call any method. Without an aim, and while the other side cannot be reached,
@@ -174,17 +175,6 @@ class Relay:
         if self._thread.is_alive():
             self._call(self._end.set)
             self._thread.join()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _call(self, action: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # closed already

@@ -5,7 +5,6 @@ Knows no network and no rounds.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -20,17 +19,16 @@ from coordinator.planning import ModelFacts, check_config, plan_server
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.batches import MicroBatch, eval_batches
 from edge_sdk.data import load_rows
+from edge_sdk.device_profile import block_speed
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.layout import build_empty
 from edge_sdk.partition import Slice
 from edge_sdk.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
-from edge_sdk.training import resolve_compute
+from edge_sdk.training import compute_name
 from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
 from profiler.estimate import ModelShape
-
-log = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -94,23 +92,10 @@ class ServedModel:
         return model_shape(self.source.config, self._config.task, self.facts.layout)
 
     def measured_speed(self) -> float | None:
-        """Operations a second of a block of the model on the coordinator; None if it has no such.
-
-        Forward and backward of one block with random weights, as a device measures itself.
-        """
-        from profiler.measure import measure_block
-
+        """Operations a second of a block on the coordinator, measured as a device does."""
         device = pick_device(self._config.device)
-        dtype = str(resolve_compute(self._config.compute, device)).removeprefix("torch.")
-        length = min(128, self.max_length)
-        try:
-            found = measure_block(
-                self.source.folder, length=length, dtype=dtype, device=device.type
-            )
-        except ValueError as error:
-            log.warning("speed.unknown reason=%s", error)
-            return None
-        return found.flops_per_s.value
+        compute = compute_name(self._config.compute, device)
+        return block_speed(self.source.folder, device.type, compute, self.max_length)
 
     @cached_property
     def tokenizer(self) -> Any:

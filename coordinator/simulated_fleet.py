@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from coordinator.clock import Machine
-from coordinator.fleet import Catalogue, catalogue, free_bytes, make_machine, make_profile
+from coordinator.fleet import free_bytes, known, make_machine, make_profile
 from coordinator.planning_config import PlanningConfig
 from coordinator.simulation_config import FleetConfig, device_names
 from edge_sdk.errors import ConfigError
@@ -35,12 +35,12 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
     Raises:
         ConfigError: one of them has no entry.
     """
-    known, scale = _known(config), config.scale
+    there, scale = known(config.boards, config.links), config.scale
     found, profiles = {}, {}
     for name, device in device_names(config).items():
         where = f"simulation.devices.{name}"
-        board = _find(known.boards, device.board, f"{where}.board")
-        link = _find(known.links, device.link, f"{where}.link")
+        board = _find(there.boards, device.board, f"{where}.board")
+        link = _find(there.links, device.link, f"{where}.link")
         found[name] = make_machine(
             board,
             link,
@@ -56,7 +56,7 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
             scale=scale,
             memory_bytes=device.memory_bytes,
         )
-    board = _find(known.boards, config.coordinator, "simulation.coordinator")
+    board = _find(there.boards, config.coordinator, "simulation.coordinator")
     speed, memory = planning.server_flops_per_s, planning.server_memory_bytes
     return Fleet(
         found,
@@ -69,11 +69,6 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
         ),
         free_bytes(board, scale) if memory is None else memory,
     )
-
-
-def _known(own: FleetConfig) -> Catalogue:
-    known = catalogue()
-    return Catalogue(boards=known.boards | own.boards, links=known.links | own.links)
 
 
 def _find(known: Mapping[str, T], name: str, where: str) -> T:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from coordinator.seats import DeviceStats, Event, Left, Received, Rejected
 from coordinator.simulated_device import SimulatedDevice, Tap
 from edge_sdk.assembly import TensorOut
+from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     EdgeError,
@@ -25,7 +25,7 @@ from edge_sdk.messages import Message
 from edge_sdk.transport import NO_TENSORS
 
 
-class SimulatedGateway:
+class SimulatedGateway(Closing):
     """Sessions of simulated devices; what it offers is that of `gateway.Gateway`."""
 
     address = "memory"
@@ -130,17 +130,6 @@ class SimulatedGateway:
         self._seats = {}
         for device in self._all:
             device.close()
-
-    def __enter__(self) -> SimulatedGateway:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _raise_failure(device: SimulatedDevice) -> None:

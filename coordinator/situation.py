@@ -139,7 +139,8 @@ class Situation:
         """Micro-batches under way at the same time."""
         settings = self.config.settings(device)
         assert settings.batch_size is not None
-        return min(settings.in_flight or 1, settings.batch_size // self.micro_batch(device))
+        assert settings.in_flight is not None
+        return min(settings.in_flight, settings.batch_size // self.micro_batch(device))
 
     @property
     def server_speed(self) -> float | None:

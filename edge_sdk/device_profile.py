@@ -12,7 +12,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
 from edge_sdk.messages import Stamp
-from edge_sdk.training import LINEAR_BYTES
+from edge_sdk.training import LINEAR_BYTES, compute_name
 from edge_sdk.transport import Link
 from profiler.profile import DeviceProfile
 
@@ -30,15 +30,16 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     Raises:
         ConfigError: the budget set by hand is more than the device has.
     """
-    by_hand = overlaid(_told(config), config.profile)
+    place = _computes_on(config) if choose_backend(config) == "torch" else None
+    by_hand = overlaid(_told(config, place), config.profile)
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
     from profiler.measure import measure_profile
 
     device, speed = "cpu", by_hand.flops_per_s
-    if choose_backend(config) == "torch":
-        device, compute = _computes_on(config)
-        speed = speed or _block_speed(model, device, compute, max_length)
+    if place is not None:
+        device, compute = place
+        speed = speed or block_speed(model, device, compute, max_length)
     elif speed is None:
         log.warning(
             "speed.unknown reason=%s", "not measured without torch; set profile.flops_per_s"
@@ -55,15 +56,14 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     return overlaid(found, by_hand)
 
 
-def _told(config: ClientConfig) -> DeviceProfile:
-    """What the config alone says, without any measurement."""
-    if choose_backend(config) == "onnxruntime":
+def _told(config: ClientConfig, place: tuple[str, str] | None) -> DeviceProfile:
+    """What is known without any measurement; *place* is None where torch does not compute."""
+    if place is None:
         return DeviceProfile(recompute="block")
-    is_half = _computes_on(config)[1] != "float32"
     return DeviceProfile(
         linear_bytes=LINEAR_BYTES.get(config.base),
         base_bytes=2.0 if config.base in ("bfloat16", "float16") else None,
-        compute_bytes=2.0 if is_half else None,
+        compute_bytes=None if place[1] == "float32" else 2.0,
         recompute="slice" if config.recompute else None,
     )
 
@@ -73,12 +73,11 @@ def _computes_on(config: ClientConfig) -> tuple[str, str]:
     import torch
 
     from edge_sdk.runtime_torch import pick_device
-    from edge_sdk.training import resolve_compute
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    return device.type, str(resolve_compute(config.compute, device)).removeprefix("torch.")
+    return device.type, compute_name(config.compute, device)
 
 
 def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
@@ -87,7 +86,17 @@ def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
     return replace(found, **{name: value for name, value in own.items() if value is not None})
 
 
-def _block_speed(model: Path, device: str, compute: str, max_length: int) -> float | None:
+def block_speed(model: Path, device: str, compute: str, max_length: int) -> float | None:
+    """Return the operations a second of a block of *model*; None if there can be none to measure.
+
+    Forward and backward of one block with random weights.
+
+    Args:
+        model: Folder with the model's config.
+        device: As torch calls it.
+        compute: Dtype of weights and activations.
+        max_length: Longest sequence of the run.
+    """
     from profiler.measure import measure_block
 
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def kept_rank(rank: int, gamma: float) -> int:
-    """R' of a rank; at least 1, so that no weight is lost for good."""
+    """The r' of a rank; at least 1, so that no weight is lost for good."""
     return max(1, round(gamma * rank))
 
 

@@ -93,15 +93,12 @@ class TorchRuntime:
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        if self._plan.is_forward_only:
-            return to_numpy(self._climb(micro, step, index))
-        if not self._recompute:
+        keeps_graph = not (self._recompute or self._plan.is_forward_only)
+        with torch.set_grad_enabled(keeps_graph):
             hidden = self._climb(micro, step, index)
-            self._open.append(hidden)
-            return to_numpy(hidden)
-        self._open.append((micro, step, index))
-        with torch.no_grad():
-            return to_numpy(self._climb(micro, step, index))
+        if not self._plan.is_forward_only:
+            self._open.append(hidden if keeps_graph else (micro, step, index))
+        return to_numpy(hidden)
 
     def _climb(self, micro: Micro, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""

@@ -233,6 +233,11 @@ def resolve_compute(compute: Compute, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def compute_name(compute: Compute, device: torch.device) -> str:
+    """The name of that dtype, as configs have it."""
+    return str(resolve_compute(compute, device)).removeprefix("torch.")
+
+
 @contextmanager
 def autocast(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Run matrix products in *dtype*; float32 changes nothing."""

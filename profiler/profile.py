@@ -55,13 +55,13 @@ def problems(profile: DeviceProfile) -> list[str]:
         value = getattr(profile, field.name)
         if isinstance(value, str | bool) or value is None:
             continue
-        if field.name.endswith("_bytes") and value > MOST_BYTES:
-            found.append(f"{field.name} is {value:.0f}, more than any device has")
-        if field.name.endswith("_per_s") and 0 < value < 1:
-            found.append(f"{field.name} is {value}, less than 1")
         is_least = value >= 0 if field.name in ("overhead_bytes", "round_trip_s") else value > 0
         if not math.isfinite(value) or not is_least:
             found.append(f"{field.name} is {value}")
+        elif field.name.endswith("_bytes") and value > MOST_BYTES:
+            found.append(f"{field.name} is {value:.0f}, more than any device has")
+        elif field.name.endswith("_per_s") and value < 1:
+            found.append(f"{field.name} is {value}, less than 1")
     for name in ("base_bytes", "compute_bytes"):
         if not found and getattr(profile, name) not in (None, 2, 4):
             found.append(f"{name} is {getattr(profile, name)}, not 2 or 4")
