@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from coordinator.aggregation import RULES, SERVER
@@ -25,6 +25,7 @@ from coordinator.costs import (
     rank_tables,
     server_side,
 )
+from coordinator.forward_only import cannot_train
 from coordinator.planning import make_plan
 from coordinator.rank_choice import choose_ranks, uniform_ranks
 from coordinator.situation import Situation
@@ -103,13 +104,17 @@ class PlanSet:
 def plan_all(situation: Situation) -> PlanSet:
     """Return the best plans for a situation.
 
-    A device that cannot take part is refused by name and the others are planned without it.
+    A device that cannot train computes forward only; one that cannot take part at all is refused by
+    name, and the others are planned without it.
 
     Raises:
         ConfigError: the coordinator is too small for what the devices leave to it, or the config
             asks for what nobody can do.
     """
     tables, refused = _tables(situation)
+    if frozen := cannot_train(situation, tables):
+        situation = replace(situation, frozen=frozen)
+        tables, refused = _tables(situation)
     splits = _split(situation, tables)
     devices, ranks = _ranks(situation, splits)
     plans, chosen = {}, splits.chosen
@@ -270,6 +275,8 @@ def _device_notes(situation: Situation, device: str, plan: Plan) -> tuple[str, .
         peak = device_bytes(situation, device, plan.split, plan.ranks)
         is_large = peak > situation.budget_bytes(device)
         return ("the config gives it more than fits its memory",) if is_large else ()
+    if device in situation.frozen:
+        found.append(f"computes forward only: {situation.frozen[device]}")
     if profile.memory_bytes is None:
         found.append("memory unknown: split and largest rank as in the config")
     elif profile.overhead_bytes is None:

@@ -193,12 +193,17 @@ def _server_work(
 # ---- time ----
 
 
+def device_flops(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+    """Floating-point operations of a device in a wave."""
+    return estimate_flops(situation.model, _device_work(situation, device, split, ranks)).total
+
+
 def device_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:
     """Compute and link time of a device in a wave; None where its speed or link is unknown."""
     profile = situation.profile(device)
     if profile.flops_per_s is None:
         return None
-    flops = estimate_flops(situation.model, _device_work(situation, device, split, ranks)).total
+    flops = device_flops(situation, device, split, ranks)
     link_s: float | None = 0.0
     if split < situation.num_blocks:
         link_s = link_seconds(situation, device, trains=any(ranks.values()))

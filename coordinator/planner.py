@@ -16,7 +16,7 @@ import numpy as np
 from coordinator.aggregation import SERVER
 from coordinator.armsc import PlanSet, plan_all
 from coordinator.config import ServeConfig
-from coordinator.costs import device_bytes
+from coordinator.costs import device_bytes, device_flops
 from coordinator.ledger import Report
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan
@@ -39,6 +39,8 @@ class Planner:
         """What devices have told, by name."""
         self._caps: dict[str, float] = {}
         """Memory that devices which ran out of it are planned with, at most."""
+        self._speeds: dict[str, float] = {}
+        """Speeds that rounds have shown, of devices that could not measure theirs."""
         self.plans: PlanSet | None = None
         """The plans in force; None before the first, and for a fixed config."""
         self._before = start
@@ -94,6 +96,10 @@ class Planner:
         cap = self._caps.get(device)
         if cap is not None and (profile.memory_bytes is None or profile.memory_bytes > cap):
             profile = replace(profile, memory_bytes=cap)
+        if profile.flops_per_s is None:
+            profile = replace(profile, flops_per_s=self._speeds.get(device))
+        else:
+            self._speeds.pop(device, None)
         alone = replace(self._situation, profiles={device: profile})
         if (reason := plan_all(alone).refused.get(device)) is not None:
             raise RefusedError(reason)
@@ -168,6 +174,25 @@ class Planner:
 
     # ---- rounds end ----
 
+    def worked(self, device: str, num_tokens: int, compute_s: float) -> None:
+        """Take in what a device computed in a round: its speed, where it could not measure that.
+
+        Args:
+            device: Whose round.
+            num_tokens: Tokens of the round's steps, without padding.
+            compute_s: Seconds that it computed, without waiting.
+        """
+        profile = self.profiles.get(device)
+        plan = self.plans.plans.get(device) if self.plans is not None else None
+        if profile is None or plan is None or compute_s <= 0.0 or num_tokens == 0:
+            return
+        if profile.flops_per_s is None or device in self._speeds:
+            now = self._situation
+            flops = device_flops(now, device, plan.split, plan.ranks)
+            self._speeds[device] = flops * num_tokens / now.tokens(device) / compute_s
+            fresh = replace(profile, flops_per_s=self._speeds[device])
+            self._know({**self.profiles, device: fresh})
+
     def round_ended(
         self, round_: int, reports: Mapping[str, Report], present: Collection[str]
     ) -> Decision | None:
@@ -232,6 +257,7 @@ class Planner:
         state: dict[str, Any] = {
             "profiles": {d: asdict(p) for d, p in self.profiles.items()},
             "caps": self._caps,
+            "speeds": self._speeds,
             "importance": dict(self._smoothing.values),
             "pruned": self._pruned,
         }
@@ -247,6 +273,7 @@ class Planner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned; plans are as they were, their reasons made anew."""
         self._caps = {**state["caps"], **self._caps}  # memory that was short stays short
+        self._speeds = {**state["speeds"], **self._speeds}
         self._smoothing.load_state({n: np.array(v) for n, v in state["importance"].items()})
         # After a rewind somebody may be here who came later than the checkpoint.
         told = {d: DeviceProfile(**p) for d, p in state["profiles"].items()}

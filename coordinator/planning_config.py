@@ -39,6 +39,9 @@ class PlanningConfig:
     """Relative gain (of wave time or of utility) below which the old plan stays."""
     memory_margin: float = 0.1
     """Part of each memory budget that plans leave free."""
+    deadline_s: float | None = None
+    """Seconds that a micro-batch may take a device, compute and link; one that is slower even at
+    its shallowest split computes forward only. None: no limit."""
     adapter_bytes: float | None = None
     """Device bytes for adapters, where they are to be the same whatever the device; None: what
     its memory leaves."""
@@ -55,7 +58,7 @@ class PlanningConfig:
                 raise ValueError(
                     f"{name} must be at least 0 and below {most:g}, got {getattr(self, name)}"
                 )
-        for name in ("server_memory_bytes", "server_flops_per_s", "adapter_bytes"):
+        for name in ("server_memory_bytes", "server_flops_per_s", "deadline_s", "adapter_bytes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from coordinator.aggregation import RULES, SERVER
@@ -43,6 +43,8 @@ class Situation:
     """Tokens of the sequences that plans must have room for."""
     importance: Mapping[str, float] | None = None
     """Global importance of adapted weights; None: not measured yet, all alike."""
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    """Devices that compute forward only, and why they cannot train (`forward_only.py`)."""
 
     @property
     def num_blocks(self) -> int:
@@ -123,6 +125,8 @@ class Situation:
         """
         own = self.config.devices.get(device)
         split = own.split if own else None
+        if split is None and device in self.frozen and self.config.planning.split != "fixed":
+            return 1
         is_known = self.profile(device).memory_bytes is not None
         is_frozen = self.pinned_rank(device) == 0
         if split is None and (self.config.planning.split == "fixed" or is_frozen or not is_known):
@@ -160,6 +164,8 @@ class Situation:
     def pinned_rank(self, device: str) -> int | None:
         """The rank of a device, or of `SERVER`, that is not ours to choose; None where it is."""
         config = self.config
+        if device in self.frozen:
+            return 0
         own = config.devices.get(device)
         rank = config.server_rank if device == SERVER else own.r if own else None
         if rank is None and config.planning.ranks == "fixed":
@@ -202,8 +208,10 @@ class Situation:
         """Ranks of the frozen residual, once everybody has learned something.
 
         The sum of everybody's largest ranks, which the joined update cannot exceed; 0 under rules
-        that hand out factors alone.
+        that hand out factors alone. Whoever is frozen now may train later.
         """
+        if self.frozen:
+            return replace(self, frozen={}).residual_rank
         if RULES[self.config.aggregation].share_out is not None:
             return 0
         most = {

@@ -41,9 +41,7 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
         device, compute = place
         speed = speed or block_speed(model, device, compute, max_length)
     elif speed is None:
-        log.warning(
-            "speed.unknown reason=%s", "not measured without torch; set profile.flops_per_s"
-        )
+        log.info("speed.unknown reason=%s", "without torch, the first round will show it")
     try:
         found = measure_profile(
             device=device,

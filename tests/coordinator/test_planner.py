@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.armsc import plan_all
 from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.costs import device_bytes
+from coordinator.costs import device_bytes, device_flops
 from coordinator.planner import Planner
 from coordinator.planning import ModelFacts
 from coordinator.planning_config import PlanningConfig
@@ -203,3 +203,42 @@ def test_the_coordinator_measures_its_own_speed(
     assert found is not None
     assert (found.server_speed is not None) == is_known
     assert planning.get("server_flops_per_s") in (None, found.server_speed)
+
+
+def test_a_round_shows_the_speed_that_a_device_could_not_measure(llama: Any) -> None:
+    """Time that the estimate would take at the true speed gives that speed, and a new plan."""
+    planner = planner_of(make_situation(llama), "a", "b")
+    planner.profiled("a", replace(FAST, flops_per_s=None))
+    planner.begin(["a", "b"])
+    plan = planner.plan("a")
+    assert plan is not None
+    full = replace(make_situation(llama), profiles=planner.profiles)
+    flops = device_flops(full, "a", plan.split, plan.ranks)
+    true_speed = SLOW.flops_per_s
+    assert true_speed is not None
+
+    planner.worked("a", 3 * full.tokens("a"), 3 * flops / true_speed)
+    planner.worked("b", 3 * full.tokens("b"), 1000.0)
+    decision = planner.round_ended(1, {}, ["a", "b"])
+
+    assert planner.profiles["a"].flops_per_s == pytest.approx(true_speed)
+    assert planner.profiles["b"] == FAST
+    assert decision is not None
+    assert any("a: flops_per_s changed from unknown" in reason for reason in decision.reasons)
+    assert decision.plans.plans["a"].split < plan.split
+    again = planner_of(make_situation(llama), "a", "b")
+    again.load_state(planner.state())
+    again.profiled("a", replace(FAST, flops_per_s=None))
+    assert again.profiles["a"].flops_per_s == pytest.approx(true_speed)
+
+
+def test_a_speed_that_a_device_tells_is_believed_again(llama: Any) -> None:
+    """What rounds have shown counts only as long as nobody has measured it."""
+    planner = planner_of(make_situation(llama), "a", "b")
+    planner.profiled("a", replace(FAST, flops_per_s=None))
+    planner.worked("a", 1000, 1.0)
+    planner.profiled("a", SLOW)
+
+    planner.worked("a", 1000, 1.0)
+
+    assert planner.profiles["a"] == SLOW

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.costs import options
 from coordinator.planning_config import PlanningConfig
+from coordinator.run import situation
 from edge_sdk.callbacks import Callback
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import EdgeError
@@ -139,6 +141,34 @@ def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
     first, *_, last = told["c"].plans
     assert sum(last.ranks.values()) < sum(first.ranks.values()) or last.split < first.split
     assert any("OutOfMemory" in note for note in serving.trap.notes)
+
+
+def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Cluster) -> None:
+    """It had just room to train one block; afterwards it goes on with that block frozen."""
+    told = {n: Told(fails_at=5 if n == "c" else -1) for n in "abc"}
+    default = DeviceSettings(split=2, batch_size=24, codec="float32")
+    planning = replace(PLANNING, rank_set=(2,))
+    serving = serve(cluster, planning, default=default, patience_s=20.0)
+    start = situation(serving.run.config, serving.run.model)
+    assert start is not None
+    known = replace(start, profiles={"c": PROFILES["c"]})
+    needed = min(option.device_bytes for option in options(known, "c"))
+    just = replace(PROFILES["c"], memory_bytes=1.001 * needed / (1.0 - planning.memory_margin))
+    profiles = {n: replace(PROFILES["c"], memory_bytes=64 * MIB) for n in "ab"} | {"c": just}
+    clients = [
+        cluster.client(n, sentences(ord(n)), told[n], profile=profiles[n]).start() for n in "abc"
+    ]
+
+    assert serving.wait(LONG_S) == "completed"
+
+    wait_all(clients, LONG_S)
+    first, *_, last = told["c"].plans
+    assert (first.split, first.is_forward_only) == (1, False)
+    assert (last.split, last.is_forward_only) == (1, True)
+    assert serving.run.ledger.pairs["c"] == {}
+    losses = [row["eval"]["loss"] for row in serving.rows]
+    assert losses[-1] < 0.97 * losses[0]
+    check_global(serving)
 
 
 def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:

@@ -1,0 +1,66 @@
+"""Which devices cannot train, and so compute forward only: frozen blocks, adapters elsewhere. Pure.
+
+A device whose memory cannot hold a backward pass, or that misses `planning.deadline_s` even at its
+shallowest split. Its samples go on training the coordinator's blocks (SplitFrozen, arXiv
+2503.18986).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from coordinator.aggregation import RULES
+from coordinator.costs import options
+from coordinator.situation import Situation
+from coordinator.splits import Option, fitting
+from edge_sdk.errors import ConfigError
+from profiler.profile import problems
+
+
+def cannot_train(situation: Situation, tables: Mapping[str, Sequence[Option]]) -> dict[str, str]:
+    """Return why each device computes forward only that might have trained.
+
+    Args:
+        situation: The situation.
+        tables: Each device's splits, of those that can train at all.
+    """
+    if RULES[situation.config.aggregation].needs_equal_ranks:
+        return {}
+    found = {}
+    for device in situation.profiles:
+        why = _why(situation, device, tables.get(device))
+        if why is not None and _helps(situation, device, why):
+            found[device] = why
+    return found
+
+
+def _why(situation: Situation, device: str, table: Sequence[Option] | None) -> str | None:
+    """Why a device cannot train; None where it can, or is not to be judged."""
+    if table is None:
+        is_nonsense = problems(situation.profiles[device])
+        return None if is_nonsense else "its memory cannot hold a backward pass"
+    deadline_s = situation.config.planning.deadline_s
+    pin, limit = situation.pinned_split(device), situation.limit_bytes(device)
+    times = [option.device_s for option in fitting(device, table, limit, pin)]
+    known = [time_s for time_s in times if time_s is not None]
+    if deadline_s is None or not known or min(known) <= deadline_s:
+        return None
+    return f"it trains a micro-batch in {min(known):.3g} s, planning.deadline_s is {deadline_s:g}"
+
+
+def _helps(situation: Situation, device: str, why: str) -> bool:
+    """Whether a device can take part without training, and its ranks are ours to choose."""
+    if situation.pinned_rank(device) is not None:
+        return False
+    frozen = replace(situation, frozen={device: why})
+    split = frozen.pinned_split(device)
+    if split is None or split == situation.num_blocks:
+        return False  # nobody would train anything with its samples
+    if any(frozen.first_rank(device, weight) for weight in situation.weights(0, split)):
+        return False  # `lora.rank_pattern` asks for training
+    try:
+        fitting(device, options(frozen, device), frozen.limit_bytes(device), split)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""Devices that cannot train compute forward only; nobody else does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coordinator.armsc import plan_all
+from coordinator.config import DeviceSettings
+from coordinator.costs import device_bytes, device_seconds, options
+from coordinator.planning import ModelFacts
+from coordinator.replan import replan
+from coordinator.situation import Situation
+from edge_sdk.adapters import LoraConfig
+from profiler.estimate import ModelShape
+from tests.coordinator.situations import FAST, make_situation, model_of, with_memory
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[ModelFacts, ModelShape]:
+    """A tiny Llama of 5 blocks."""
+    return model_of("llama")
+
+
+def between(situation: Situation) -> float:
+    """Memory in which device `a` can compute one block forward, but not train it."""
+    frozen = device_bytes(situation, "a", 1, {})
+    trained = min(option.device_bytes for option in options(situation, "a"))
+    assert frozen < trained
+    return (frozen + trained) / 2
+
+
+def test_memory_without_room_for_a_backward_pass(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """Such a device holds one frozen block, the explanation says why, and the others train."""
+    situation = make_situation(llama)
+    small = with_memory(situation, a=between(situation))
+
+    found = plan_all(small)
+
+    assert found.plans["a"].is_forward_only
+    assert found.plans["a"].split == 1
+    assert found.explanation.devices["a"].notes == (
+        "computes forward only: its memory cannot hold a backward pass",
+    )
+    assert found.explanation.devices["a"].planned_bytes <= small.budget_bytes("a")
+    assert not found.plans["b"].is_forward_only
+    assert any(found.server_ranks.values())
+
+
+def test_memory_without_room_for_a_block(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """A device that cannot even compute forward is refused."""
+    situation = make_situation(llama)
+    least = device_bytes(situation, "a", 1, {})
+
+    assert "needs" in plan_all(with_memory(situation, a=0.99 * least)).refused["a"]
+
+
+def test_a_deadline_that_one_device_misses(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """It is the only one that computes forward only, and the wave is shorter for it."""
+    free = make_situation(llama)
+    fastest = {d: min(o.device_s or 0.0 for o in options(free, d)) for d in ("a", "b")}
+    assert fastest["b"] < fastest["a"]
+    deadline = (fastest["a"] + fastest["b"]) / 2
+
+    situation = make_situation(llama, planning={"deadline_s": deadline})
+    found = plan_all(situation)
+
+    assert found.plans["a"].is_forward_only
+    assert not found.plans["b"].is_forward_only
+    (note,) = found.explanation.devices["a"].notes
+    assert f"planning.deadline_s is {deadline:g}" in note
+    alone = device_seconds(situation, "a", 1, {})
+    assert alone is not None
+    assert alone < fastest["a"]
+    assert (found.wave_s or 0.0) < (plan_all(free).wave_s or 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"devices": {"a": DeviceSettings(r=4)}}},
+        {"config": {"lora": LoraConfig(rank_pattern={"q_proj": 2})}},
+        {"config": {"aggregation": "fedavg"}, "planning": {"ranks": "uniform"}},
+        {"config": {"devices": {"a": DeviceSettings(split="all")}}},
+    ],
+    ids=["its rank is given", "a weight's rank is given", "equal ranks needed", "all blocks its"],
+)
+def test_what_the_config_gives_is_kept(
+    llama: tuple[ModelFacts, ModelShape], changes: dict[str, Any]
+) -> None:
+    """A deadline changes no plan that is not the planner's to choose."""
+    planning = {**changes.pop("planning", {}), "deadline_s": 1e-9}
+    config = {"devices": {"b": DeviceSettings(r=4)}, **changes.pop("config", {})}
+    situation = make_situation(llama, planning=planning, config=config)
+
+    plan = plan_all(situation).plans["a"]
+
+    assert not plan.is_forward_only
+
+
+def test_a_device_that_throttles_stops_training_and_begins_again(
+    llama: tuple[ModelFacts, ModelShape],
+) -> None:
+    """A profile that misses the deadline makes it forward-only, one that keeps it trains again."""
+    fast = replace(make_situation(llama), profiles={"a": FAST, "b": FAST})
+    deadline = 2 * min(option.device_s or 0.0 for option in options(fast, "a"))
+    fast = replace(
+        make_situation(llama, planning={"deadline_s": deadline}), profiles=dict(fast.profiles)
+    )
+    slow = replace(fast, profiles={"a": replace(FAST, flops_per_s=1e6), "b": FAST})
+    first = plan_all(fast)
+    assert not first.plans["a"].is_forward_only
+
+    throttled = replan(first, fast, slow)
+    back = replan(throttled.plans, slow, fast)
+
+    assert throttled.is_new
+    assert throttled.plans.plans["a"].is_forward_only
+    assert not replan(throttled.plans, slow, slow).reasons
+    assert back.is_new
+    assert not back.plans.plans["a"].is_forward_only
