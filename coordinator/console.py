@@ -74,7 +74,7 @@ class Console:
         mine, done = self._of(device), report.stamp.step + 1
         mine.ends.append((time.monotonic(), report.num_tokens))
         rate = f"{_rate(mine.ends):5.0f} tok/s"
-        loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_rss_bytes / 2**20:5.0f} MiB"
+        loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_bytes / 2**20:5.0f} MiB"
         if self._bars is None:
             if done == end_step:
                 traffic = f"up {_mib(mine.up)}  down {_mib(mine.down)} MiB"
@@ -177,7 +177,7 @@ def summary(folder: RunFolder) -> Table:
             _score(last[name]) if name in last else "-",
             _mib(total_over_sessions([row.get("bytes_up", 0) for row in own])),
             _mib(total_over_sessions([row.get("bytes_down", 0) for row in own])),
-            _mib(max((row["peak_rss_bytes"] for row in own), default=0)),
+            _mib(max((row["peak_bytes"] for row in own), default=0)),
         )
     return table
 

@@ -122,7 +122,7 @@ def _board(
         bytes_up=total_over_sessions([row.get("bytes_up", 0) for row in costs]),
         bytes_down=total_over_sessions([row.get("bytes_down", 0) for row in costs]),
         link_s=_link_s(marks, name),
-        peak_bytes=max((row["peak_rss_bytes"] for row in costs), default=0),
+        peak_bytes=max((row["peak_bytes"] for row in costs), default=0),
         peak_group_bytes=facts["peak_group_bytes"],
         killed_for_memory=facts["killed_for_memory"],
         # This machine's own meter, if it has one, knows nothing of a board that it emulates.

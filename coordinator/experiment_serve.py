@@ -63,7 +63,7 @@ class Teller:
             tokens=report.num_tokens,
             compute_s=report.compute_s,
             wait_s=report.wait_s,
-            peak_rss_bytes=report.peak_rss_bytes,
+            peak_bytes=report.peak_bytes,
         )
 
     def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:

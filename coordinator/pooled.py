@@ -121,7 +121,7 @@ class PooledTrainer:
             num_tokens=step.num_tokens,
             compute_s=time.monotonic() - began,
             wait_s=0.0,
-            peak_rss_bytes=int(peak_rss().value or 0),
+            peak_bytes=int(peak_rss().value or 0),
         )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> TailSums:

@@ -66,7 +66,7 @@ class _Progress:
     num_tokens: int = 0
     compute_s: float = 0.0
     wait_s: float = 0.0
-    peak_rss_bytes: int = 0
+    peak_bytes: int = 0
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Reporting:
         mine.num_tokens += report.num_tokens
         mine.compute_s += report.compute_s
         mine.wait_s += report.wait_s
-        mine.peak_rss_bytes = max(mine.peak_rss_bytes, report.peak_rss_bytes)
+        mine.peak_bytes = max(mine.peak_bytes, report.peak_bytes)
         if traffic := _traffic(gateway, device):
             self.watcher.traffic(device, **traffic)
         self.watcher.step(device, report, end_step)
@@ -188,7 +188,7 @@ class Reporting:
                 "tokens": progress.num_tokens,
                 "compute_s": round(progress.compute_s, 3),
                 "wait_s": round(progress.wait_s, 3),
-                "peak_rss_bytes": progress.peak_rss_bytes,
+                "peak_bytes": progress.peak_bytes,
                 **_traffic(gateway, name),
                 **_board(gateway, name),
             }

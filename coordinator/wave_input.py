@@ -99,7 +99,7 @@ def check_gradient(grad: Array | None, job: Job) -> Array:
 
 def check_report(report: StepReport) -> None:
     """Refuse counts that no step can have; numbers are finite, or they had not come this far."""
-    counts = (report.num_targets, report.num_sequences, report.num_tokens, report.peak_rss_bytes)
+    counts = (report.num_targets, report.num_sequences, report.num_tokens, report.peak_bytes)
     if min(counts) < 0:
         raise RemoteProtocolError(f"step report: a negative count among {counts}")
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from edge_sdk.backend import choose_backend
 from edge_sdk.callbacks import FAILED, Callback
@@ -30,6 +31,9 @@ from edge_sdk.joining import Dataset
 from edge_sdk.keys import load_key_pair, load_public_key
 from edge_sdk.participant import Participant
 from edge_sdk.transport import Link, LinkConfig, ZmqLink
+
+if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
+    from edge_sdk.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +80,15 @@ class EdgeClient:
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
             return self._run_over(self._given_link)
-        from profiler.monitor import Happening, Monitor
+        from edge_sdk.vitals import Vitals
 
-        def told(event: Happening) -> None:
-            log.warning("board.%s %s", event.kind, event.text)
+        with Vitals() as vitals:  # its readings travel with every sign of life
+            return self._run_over(self._open_link(vitals.telemetry), vitals)
 
-        with Monitor(on_event=told) as monitor:  # its readings travel with every sign of life
-            return self._run_over(self._open_link(monitor.telemetry))
-
-    def _run_over(self, link: Link) -> str:
-        participant = Participant(link, self._config, self._dataset, self._callback, self._stop)
+    def _run_over(self, link: Link, vitals: Vitals | None = None) -> str:
+        participant = Participant(
+            link, self._config, self._dataset, self._callback, self._stop, vitals
+        )
         reason = FAILED
         try:
             reason = self._take_part(participant)

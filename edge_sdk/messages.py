@@ -110,7 +110,7 @@ class StepReport:
     """Real tokens, padding excluded."""
     compute_s: float
     wait_s: float
-    peak_rss_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

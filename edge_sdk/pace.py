@@ -20,11 +20,20 @@ class Pace:
     _rates: list[float] = field(default_factory=list)
     _waits: list[float] = field(default_factory=list)
     _first: tuple[float, float] | None = None
+    _is_due: bool = False
+    """Whether the board has changed, so that its speed is told however little that changed."""
 
     def step(self, num_tokens: int, compute_s: float, wait_s: float) -> None:
         """A step is done."""
         self._rates.append(num_tokens / max(compute_s, 1e-9))
         self._waits.append(wait_s)
+
+    def begin_anew(self) -> None:
+        """The board throttles, or has another power mode: measure from here on, and tell."""
+        if self._first is None and self._rates:
+            self._first = median(self._rates), median(self._waits)
+        self._rates, self._waits = [], []
+        self._is_due = True
 
     def end_round(self) -> tuple[float | None, bool]:
         """The round is over.
@@ -40,8 +49,9 @@ class Pace:
         if self._first is None:
             self._first = rate, wait_s
             return None, False
+        least, self._is_due = (0.0 if self._is_due else LEAST_CHANGE), False
         old_rate, old_wait_s = self._first
-        is_other_rate = abs(rate - old_rate) > LEAST_CHANGE * old_rate
+        is_other_rate = abs(rate - old_rate) > least * old_rate
         is_other_wait = abs(wait_s - old_wait_s) > 2 * LEAST_CHANGE * max(old_wait_s, 1e-3)
         if is_other_rate or is_other_wait:
             self._first = (

@@ -10,6 +10,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from edge_sdk.adapters import Pair
 from edge_sdk.assembly import Envelope, TensorOut
@@ -36,6 +37,7 @@ from edge_sdk.messages import (
     Ready,
     RoundStart,
     Stamp,
+    StepReport,
     Welcome,
 )
 from edge_sdk.pace import Pace
@@ -44,6 +46,9 @@ from edge_sdk.runtime import Runtime
 from edge_sdk.steps import Steps
 from edge_sdk.transport import Link, package_version
 from profiler.profile import DeviceProfile
+
+if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
+    from edge_sdk.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +68,11 @@ class Participant:
         dataset: Dataset | None,
         callback: Callback,
         stop: threading.Event,
+        vitals: Vitals | None = None,
     ) -> None:
         self._link, self._config, self._callback = link, config, callback
         self._preparation = Preparation(config, dataset)
+        self._vitals = vitals
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop)
         self._stamp = Stamp()
@@ -248,7 +255,7 @@ class Participant:
             report = steps.train(batch, self._stamp)
             loss_sum += report.loss * report.num_targets
             targets += report.num_targets
-            self._pace.step(report.num_tokens, report.compute_s, report.wait_s)
+            self._note_pace(report)
             self._stamp = replace(start.stamp, step=step + 1)
             self._link.send(report)
             self._callback.on_step_end(report)
@@ -266,6 +273,15 @@ class Participant:
                 stats.bytes_down,
             )
         )
+
+    def _note_pace(self, report: StepReport) -> None:
+        """Take note of how long a step took, or that the board has changed in the middle of it."""
+        if self._vitals is not None:
+            self._vitals.step()
+            if self._vitals.take_change():
+                self._pace.begin_anew()
+                return
+        self._pace.step(report.num_tokens, report.compute_s, report.wait_s)
 
     def _look_at_pace(self) -> None:
         """Tell the coordinator if it plans with numbers that are true no more."""

@@ -16,6 +16,7 @@ import numpy as np
 from edge_sdk.adapters import Pair
 from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form
+from profiler.memory import peak_rss, rss
 
 
 class Micro(NamedTuple):
@@ -35,6 +36,20 @@ class TailSums(NamedTuple):
     loss_sum: float
     num_targets: int
     num_correct: int
+
+
+class MemoryUse(NamedTuple):
+    """Memory of the process, the GPU's included where the runtime computes there; bytes."""
+
+    now_bytes: int
+    peak_bytes: int
+
+
+def process_memory() -> MemoryUse:
+    """Return the process's resident memory."""
+    now = int(rss().value or 0)
+    # The kernel's two counters are brought up to date at different times.
+    return MemoryUse(now, max(now, int(peak_rss().value or 0)))
 
 
 class Runtime(Protocol):
@@ -120,6 +135,10 @@ class Runtime(Protocol):
 
     def most_bytes(self) -> int:
         """Upper bound for the bytes of all factors and residuals together."""
+        ...
+
+    def memory_in_use(self) -> MemoryUse:
+        """Memory now, and the most since the process began."""
         ...
 
     def state(self) -> dict[str, np.ndarray]:

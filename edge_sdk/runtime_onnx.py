@@ -35,7 +35,7 @@ from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.part_map import Stored
 from edge_sdk.plan import Plan
 from edge_sdk.rank_penalty import penalty_gradients
-from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
@@ -294,6 +294,10 @@ class OnnxRuntime:
     def most_bytes(self) -> int:
         """Upper bound for the bytes of all factors and residuals together."""
         return 4 * 4 * int(sum(sum(shape) * min(shape) for shape in self._matrices))
+
+    def memory_in_use(self) -> MemoryUse:
+        """Memory now, and the most since the process began."""
+        return process_memory()
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""

@@ -29,7 +29,7 @@ from edge_sdk.partition import Slice
 from edge_sdk.plan import Plan
 from edge_sdk.quantized import resolve_base
 from edge_sdk.rank_penalty import add_penalty
-from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.training import (
     Base,
     Compute,
@@ -225,6 +225,16 @@ class TorchRuntime:
     def load_head(self, head: Mapping[str, Array]) -> None:
         """Overwrite the trainable head."""
         load_parameters(self._head, head)
+
+    def memory_in_use(self) -> MemoryUse:
+        """Memory now, and the most since the process began."""
+        here = process_memory()
+        if self._device.type != "cuda":
+            return here
+        # Also where CPU and GPU share their memory: the driver's pages are not resident ones.
+        now = torch.cuda.memory_reserved(self._device)
+        peak = torch.cuda.max_memory_reserved(self._device)
+        return MemoryUse(here.now_bytes + now, here.peak_bytes + peak)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""

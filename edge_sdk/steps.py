@@ -33,7 +33,6 @@ from edge_sdk.plan import Plan
 from edge_sdk.runtime import Micro, Runtime, TailSums
 from edge_sdk.tokenize import Example
 from edge_sdk.transport import Link
-from profiler.memory import peak_rss
 
 
 class Steps:
@@ -71,7 +70,7 @@ class Steps:
             num_tokens=batch.num_tokens,
             compute_s=max(0.0, spent - self._waited_s),
             wait_s=self._waited_s,
-            peak_rss_bytes=int(peak_rss().value or 0),
+            peak_bytes=runtime.memory_in_use().peak_bytes,
         )
 
     def _train_alone(self, step: StepBatch) -> float:

@@ -44,7 +44,7 @@ def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> N
                 "compute_s": compute_s,
                 "bytes_up": total,
                 "bytes_down": 10 * total,
-                "peak_rss_bytes": 2**20 * (number + 5),
+                "peak_bytes": 2**20 * (number + 5),
             }
         run.append("telemetry.jsonl", {"round": number, "seconds": 10.0, "devices": devices})
     facts = {"starts": 1, "peak_group_bytes": 2**22, "killed_for_memory": 0}

@@ -45,7 +45,7 @@ def step(loss: float, targets: int) -> StepReport:
         num_tokens=2 * targets,
         compute_s=0.5,
         wait_s=0.25,
-        peak_rss_bytes=100 * targets,
+        peak_bytes=100 * targets,
     )
 
 
@@ -122,7 +122,7 @@ def test_telemetry_holds_what_the_seed_does_not_decide(reporting: Reporting) -> 
         "tokens": 20,
         "compute_s": 1.0,
         "wait_s": 0.5,
-        "peak_rss_bytes": 500,
+        "peak_bytes": 500,
         "bytes_up": 10,
         "bytes_down": 20,
     }

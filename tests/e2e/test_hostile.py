@@ -97,7 +97,7 @@ def upload(value: float) -> Callable[[Stamp, Plan], Said]:
 def report(**changes: Any) -> Callable[[Stamp, Plan], Said]:
     """A step report with *changes*."""
     values = {"loss": 1.0, "num_targets": 1, "num_sequences": 1, "num_tokens": 1}
-    values |= {"compute_s": 0.0, "wait_s": 0.0, "peak_rss_bytes": 0, **changes}
+    values |= {"compute_s": 0.0, "wait_s": 0.0, "peak_bytes": 0, **changes}
     return lambda stamp, _plan: (StepReport(stamp=stamp, **values), {})
 
 

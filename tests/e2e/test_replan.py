@@ -18,6 +18,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.messages import StepReport
 from edge_sdk.plan import Plan
 from edge_sdk.training import TrainingConfig
+from edge_sdk.vitals import Vitals
 from profiler.profile import DeviceProfile
 from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
 
@@ -169,6 +170,34 @@ def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Clus
     losses = [row["eval"]["loss"] for row in serving.rows]
     assert losses[-1] < 0.97 * losses[0]
     check_global(serving)
+
+
+def test_a_board_that_has_changed_is_measured_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a throttled or re-clocked board's round the coordinator plans with a new speed."""
+    changed = iter([False] * 5)
+    monkeypatch.setattr(Vitals, "take_change", lambda _: not next(changed, True))
+    by_hand = replace(PROFILES["c"], flops_per_s=None)
+    serving = serve(cluster, PLANNING, min_devices=1)
+    planner, told = serving.run.planner, list[DeviceProfile]()
+    profiled = planner.profiled
+
+    def spy(device: str, profile: DeviceProfile) -> None:
+        told.append(profile)
+        profiled(device, profile)
+
+    planner.profiled = spy  # type: ignore[method-assign]
+    client = cluster.client("a", sentences(1), profile=by_hand).start()
+
+    assert serving.wait(LONG_S) == "completed"
+
+    wait_all([client], LONG_S)
+    first, *later = told
+    assert first.flops_per_s is not None
+    assert later
+    assert later[0].flops_per_s not in (None, first.flops_per_s)
+    assert replace(later[0], flops_per_s=first.flops_per_s) == first
 
 
 def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:

@@ -46,6 +46,44 @@ def test_longer_waits_ask_for_the_link_to_be_measured() -> None:
     assert told(pace, 1.0, 0.8) == (None, True)
 
 
+def test_a_board_that_has_changed_is_measured_anew_and_told_however_little_that_is() -> None:
+    """Steps from before the change do not count, and the change is told once."""
+    pace = Pace()
+    told(pace, 1.0, 0.5)
+    for _ in range(10):
+        pace.step(100, 1.0, 0.5)
+
+    pace.begin_anew()
+    factor, _ = told(pace, 1.1, 0.5)
+
+    assert factor == pytest.approx(1 / 1.1, rel=0.02)
+    assert told(pace, 1.15, 0.5) == (None, False)
+
+
+def test_a_change_in_the_last_step_of_a_round_is_told_after_the_next() -> None:
+    """A round without a step to judge by tells nothing and forgets nothing."""
+    pace = Pace()
+    told(pace, 1.0, 0.5)
+    pace.begin_anew()
+    assert pace.end_round() == (None, False)
+
+    factor, _ = told(pace, 1.1, 0.5)
+
+    assert factor == pytest.approx(1 / 1.1, rel=0.02)
+
+
+def test_a_change_in_the_first_round_is_judged_by_the_steps_before_it() -> None:
+    """The plan was made for the speed that these had."""
+    pace = Pace()
+    for _ in range(4):
+        pace.step(100, 1.0, 0.5)
+
+    pace.begin_anew()
+    factor, _ = told(pace, 2.0, 0.5)
+
+    assert factor == pytest.approx(0.5, rel=0.02)
+
+
 def test_what_was_set_by_hand_stays() -> None:
     """A budget that a person has written is never changed by a measurement."""
     by_hand = DeviceProfile(flops_per_s=5.0, up_bytes_per_s=7.0)

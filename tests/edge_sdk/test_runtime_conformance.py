@@ -70,6 +70,24 @@ def both(family: str, **options: Any) -> tuple[Runtime, Runtime]:
     return pair  # type: ignore[return-value]
 
 
+# ---- memory ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_in_use_is_that_of_the_process(backend: str) -> None:
+    """It grows by what is taken, and its peak stays when that is given back."""
+    runtime = make_runtime(backend, "gpt2", ranks)
+    before = runtime.memory_in_use()
+    taken = np.ones(8 * 2**20)
+
+    during = runtime.memory_in_use()
+    del taken
+
+    assert 0 < before.now_bytes <= before.peak_bytes
+    assert during.now_bytes - before.now_bytes == pytest.approx(64 * 2**20, rel=0.2)
+    assert runtime.memory_in_use().peak_bytes >= 0.99 * during.now_bytes
+
+
 # ---- equal ----
 
 

@@ -85,11 +85,11 @@ def test_wrong_headers_say_what_is_wrong(changes: dict[str, Any], text: str) -> 
 def test_floats_must_be_finite_numbers(bad: Any) -> None:
     """NaN and infinity are refused on both sides, and neither bool nor text is a number."""
     good = dict(num_targets=1, num_sequences=1, num_tokens=1, compute_s=1, wait_s=0)
-    report = MESSAGES["StepReport"](stamp=Stamp(), loss=bad, peak_rss_bytes=1, **good)
+    report = MESSAGES["StepReport"](stamp=Stamp(), loss=bad, peak_bytes=1, **good)
 
     with pytest.raises(LocalProtocolError, match="loss"):
         wire.encode_header(report)
-    plain = {"stamp": dataclasses.asdict(Stamp()), "loss": bad, "peak_rss_bytes": 1, **good}
+    plain = {"stamp": dataclasses.asdict(Stamp()), "loss": bad, "peak_bytes": 1, **good}
     with pytest.raises(RemoteProtocolError, match="loss"):
         wire.decode_header(msgpack.packb(header(type="StepReport", body=plain)))
 
