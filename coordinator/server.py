@@ -31,6 +31,7 @@ class Coordinator:
         self._worker = Worker(run.gateway.wake)
         self._intake = Intake(run)
         self._conductor = Conductor(run, self._intake, self._worker)
+        self._has_told = False
 
     def serve(self) -> str:
         """Serve until the run is over or `stop` was called; returns how it ended."""
@@ -45,6 +46,7 @@ class Coordinator:
                     self._intake.handle(event)
                 self._intake.assign_waiting()
                 conductor.collect()
+                self._tell_of_stop()
                 conductor.advance()
         finally:
             self._worker.close()
@@ -53,6 +55,12 @@ class Coordinator:
         if conductor.outcome == COMPLETED:
             self._say_goodbye()
         return conductor.outcome
+
+    def _tell_of_stop(self) -> None:
+        """Say once that a stop was asked for: a step may take long, or wait for a frozen device."""
+        if self._conductor.stop_asked and not self._has_told:
+            self._has_told = True
+            self._run.watcher.note("stopping after this step; a second Ctrl-C leaves at once")
 
     def _say_goodbye(self) -> None:
         """End all sessions, once everybody knows that the run is over.
