@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from edge_sdk.errors import ModelError
@@ -54,38 +54,37 @@ class Layout:
 
 def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     """Build the model of *config* with every parameter on the meta device, buffers in place."""
-    with _without_weights():
+    with building, _EmptyOnMeta():
         model = _from_config(config, task, dtype)
-    tie: Any = model.tie_weights  # every registration above made a new parameter
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # also those that were not made by `torch.empty`
+                module._parameters[name] = _on_meta(parameter)
+    tie: Any = model.tie_weights  # what was one parameter are several now
     tie()
     return model
 
 
+# While transformers builds a model it sets things that all threads see.
 building = threading.RLock()
 
 
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Let this thread's modules keep their parameters on the meta device, their buffers in place.
+class _EmptyOnMeta(TorchFunctionMode):
+    """Where this thread asks for uninitialised numbers, it gets the meta device's.
 
-    As `accelerate.init_empty_weights`, which does it to all threads: a device that builds its model
-    while another one in the same process does would end up without weights.
+    Modules make their parameters by `torch.empty` and their buffers by other means. Unlike
+    `accelerate.init_empty_weights` this changes nothing that another thread could see.
     """
-    mine = threading.get_ident()
-    register = nn.Module.register_parameter
 
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and threading.get_ident() == mine:
-            empty = parameter.data.to("meta")
-            module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}
+        return func(*args, **given)
 
-    with building:
-        nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
 
 
 def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:

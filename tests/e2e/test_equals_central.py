@@ -91,9 +91,9 @@ def test_three_cuts_are_one_machine(cluster: Cluster, labels: str) -> None:
         training=SGD,
         devices=devices,
     )
+    central = Central(config)  # alone: all threads draw from one source of random numbers
     serving = cluster.serve(config).start()
     clients = cluster.start()
-    central = Central(config)
     streams = {n: batches_of(n, size, cluster.model) for n, (_, size) in SPLITS.items()}
     start = {name: central.factor(name).copy() for name in central.factors}
 

@@ -27,9 +27,9 @@ def test_it_trains_the_upper_blocks_as_one_machine_would(cluster: Cluster, label
         devices=devices,
         min_devices=1,
     )
+    central = Central(config)  # alone: all threads draw from one source of random numbers
     serving = cluster.serve(config).start()
     clients = cluster.start("a")
-    central = Central(config)
     block_of = serving.run.model.facts.block_of
     lower = {name for name in central.targets if block_of(name) < SPLIT}
     for name, factor in central.factors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import threading
 from typing import Any
 
 import pytest
@@ -151,3 +152,42 @@ def test_no_model_family_is_named(module: Any) -> None:
 
     assert not [w for w in words for name in long if name in w.lower().split("_")]
     assert not [w for w in words for name in FAMILIES if name in w.lower()]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_an_empty_model_takes_memory_for_buffers_only(family: str) -> None:
+    """Every parameter is on the meta device, every buffer has the whole model's values."""
+    config, task = make_config(family), task_of(family)
+    whole = dict(make_model(config, task).named_buffers())
+
+    empty = build_empty(config, task, torch.float32)
+
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    buffers = dict(empty.named_buffers())
+    assert buffers.keys() == whole.keys()
+    assert all(torch.equal(buffer, whole[name]) for name, buffer in buffers.items())
+
+
+def test_other_threads_see_nothing_of_a_model_that_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Modules that an application makes meanwhile have weights, and torch is as it was."""
+    build, found = layout_module._from_config, list[torch.device]()
+    before = dict(vars(nn.Module)), torch.empty
+
+    def meanwhile() -> None:
+        found.append(nn.Linear(2, 2).weight.device)
+
+    def spy(*arguments: Any) -> nn.Module:
+        other = threading.Thread(target=meanwhile)
+        other.start()
+        other.join()
+        assert (dict(vars(nn.Module)), torch.empty) == before
+        return build(*arguments)
+
+    monkeypatch.setattr(layout_module, "_from_config", spy)
+
+    model = build_empty(make_config("llama"), "causal-lm", torch.float32)
+
+    assert found == [torch.device("cpu")]
+    assert model.get_input_embeddings().weight.device.type == "meta"
