@@ -1,6 +1,6 @@
 """Four emulated boards, real clock: hsplitlora against splitlora and hetlora, time to target.
 
-    python benchmarks/boards.py [--rounds 16] [--steps 5] [--out DIR] [--smoke]
+    python benchmarks/boards.py [--rounds 12] [--steps 8] [--out DIR] [--smoke]
 
 Boards are processes with limits of memory (control groups), CPU time (shares 4 : 3 : 2 : 1, the
 strongest has --cores of a core) and link (a relay; one board is behind `4g-good`). The sum of all
@@ -61,15 +61,20 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "max_length": 128,
         "rounds": options.rounds,
         "steps_per_round": options.steps,
-        "default": {"batch_size": 32, "micro_batch": 4, "codec": "bfloat16"},
+        "default": {
+            "batch_size": 32,
+            "micro_batch": 2,
+            "in_flight": 3,
+            "codec": "bfloat16",
+        },
         "devices": {name: {"r": rank} for name, rank in RANKS.items()},
         "lora": {"r": 8, "lora_alpha": 16},
         "planning": {"rank_set": [2, 4, 8]},
         "training": {"optimizer": "adamw", "learning_rate": options.rate},
         "evaluation": {
-            "data": {"path": str(data / "dev.jsonl"), "limit": 60, **how},
+            "data": {"path": str(data / "dev.jsonl"), "limit": 48, **how},
             "on_devices": False,
-            "every_rounds": 1,
+            "every_rounds": 2,
         },
         "device": "cpu",
         "boards": boards,
@@ -117,8 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--cores", type=float, default=0.4, help="of the strongest board")
     parser.add_argument("--methods", nargs="+", default=["hsplitlora", "splitlora", "hetlora"])

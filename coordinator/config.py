@@ -33,8 +33,9 @@ class DeviceSettings:
     micro_batch: int | None = None
     """Sequences that pass through the model together; divides batch_size."""
     in_flight: int | None = None
-    """Micro-batches under way at the same time: with 2, a device computes the next one while the
-    coordinator has this one, and keeps what both need for their backward pass."""
+    """Micro-batches under way at the same time, at most 4: with 2, a device computes the next one
+    while the coordinator has this one, and keeps what both need for their backward pass; more of
+    them make up for delays now and then."""
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device."""
 

@@ -15,10 +15,7 @@ from coordinator.rank_choice import possible_ranks
 from edge_sdk.adapters import Shape, check_rank
 from edge_sdk.errors import ConfigError
 from edge_sdk.layout import Layout
-from edge_sdk.plan import Plan
-
-# The coordinator takes a wave ahead of its turn, not two (`RunState.soon`).
-IN_FLIGHT = (1, 2)
+from edge_sdk.plan import MOST_IN_FLIGHT, Plan
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,9 @@ def make_plan(
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
-    if settings.in_flight not in IN_FLIGHT:
-        raise ConfigError(f"{where}.in_flight: {settings.in_flight} is outside 1..{max(IN_FLIGHT)}")
+    assert settings.in_flight is not None
+    if not 1 <= settings.in_flight <= MOST_IN_FLIGHT:
+        raise ConfigError(f"{where}.in_flight: {settings.in_flight} is outside 1..{MOST_IN_FLIGHT}")
     _check_ranks(config, facts, ranks, f"{where}.r")
     if split == num_blocks and not any(ranks.values()):
         raise ConfigError(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_sdk.errors import LocalProtocolError
+from edge_sdk.plan import MOST_IN_FLIGHT
 
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
 Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE HAND_OUT CLOSE")
@@ -189,9 +190,10 @@ class RunState:
     def soon(self) -> set[tuple[int, int]]:
         """Waves, by step and micro-batch, whose input devices may send before their turn.
 
-        One ahead, in this step or, where others have more micro-batches, in the next.
+        In this step or, where others have more micro-batches, in the next.
         """
-        return {(self.step, self.micro + 1), (self.step + 1, 0), (self.step + 1, 1)}
+        here = {(self.step, self.micro + ahead) for ahead in range(1, MOST_IN_FLIGHT)}
+        return here | {(self.step + 1, micro) for micro in range(MOST_IN_FLIGHT)}
 
     def decide(self) -> Action:
         """Return what must be done now."""

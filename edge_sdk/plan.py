@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+# Micro-batches that a device may have under way; the coordinator keeps the input of all but one.
+MOST_IN_FLIGHT = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:

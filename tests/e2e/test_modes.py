@@ -89,7 +89,7 @@ def test_a_classifier_learns(cluster: Cluster, bert: Path, labels: str) -> None:
 def test_micro_batches_change_nothing(cluster: Cluster) -> None:
     """Devices that send 1, 2 and 4 micro-batches a step learn what whole batches do.
 
-    Also with two of them under way, wherever the labels are; and these two differ in no bit.
+    Also with several of them under way, wherever the labels are; and these differ in no bit.
     """
     found = {}
     for labels in ("server", "device"):
@@ -97,6 +97,7 @@ def test_micro_batches_change_nothing(cluster: Cluster) -> None:
             ("whole", (4, 4, 4), 1),
             ("micro", (4, 2, 1), 1),
             ("ahead", (4, 2, 1), 2),
+            ("far", (4, 2, 1), 4),
         ):
             devices = {
                 n: DeviceSettings(split=k, micro_batch=size, in_flight=in_flight)
@@ -109,7 +110,8 @@ def test_micro_batches_change_nothing(cluster: Cluster) -> None:
     for labels in ("server", "device"):
         for weight, value in found[f"micro-{labels}"].items():
             np.testing.assert_allclose(value, found["whole-server"][weight], atol=1e-5)
-            np.testing.assert_array_equal(value, found[f"ahead-{labels}"][weight])
+            for name in ("ahead", "far"):
+                np.testing.assert_array_equal(value, found[f"{name}-{labels}"][weight])
 
 
 def test_every_codec_trains(cluster: Cluster) -> None:
