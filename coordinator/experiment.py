@@ -31,6 +31,7 @@ from coordinator.experiment_config import (
     needs_relay,
 )
 from coordinator.experiment_kept import COMPLETED, NOT_RUN, is_complete, make_room, refuse_foreign
+from coordinator.experiment_namespace import Namespace
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_trial import Trial
 from coordinator.relay import Relay
@@ -96,7 +97,7 @@ class Rig:
         self._stack = ExitStack()
         self._id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._sites: dict[str, Site] = {}
-        self._relays: dict[str, Relay] = {}
+        self._relays: dict[str, Relay | Namespace] = {}
         self._cores = cores(config)
         self._is_limited = False
 
@@ -121,12 +122,23 @@ class Rig:
             allowed.register(name, pair.public)
             self._sites[name] = make_site(self._config, name, self._workspace, self._id)
             if needs_relay(self._config, name):
-                self._relays[name] = stack.enter_context(self._make_relay(name))
+                relay = self._relays[name] = self._make_relay(name)
+                stack.enter_context(relay)
+                if isinstance(relay, Namespace):
+                    site = self._sites[name]
+                    site.address, site.enter = relay.host, relay.enter
         stack.enter_context(self._prepared())
 
-    def _make_relay(self, name: str) -> Relay:
+    def _make_relay(self, name: str) -> Relay | Namespace:
         board = self._config.boards[name]
         shape = link_shape(self._config, board.link, board.jitter_ms)
+        if self._config.experiment.network == "namespaces" and board.ssh is None:
+            try:
+                return Namespace(len(self._relays), shape)
+            except DeviceError as error:
+                raise ConfigError(
+                    f"experiment.network: no namespace for {name}: {error}; use relay"
+                ) from error
         return Relay(shape, host="127.0.0.1" if board.ssh is None else "")
 
     @contextmanager
@@ -230,9 +242,10 @@ class Rig:
 
     def _served(self, config: ExperimentConfig, out: Path, label: str) -> ServeConfig:
         needs_door = any(board.ssh is not None for board in config.boards.values())
+        alone = "tcp://*:*" if config.experiment.network == "namespaces" else "tcp://127.0.0.1:*"
         return replace(
             config.served(),
-            listen=config.listen if needs_door else "tcp://127.0.0.1:*",
+            listen=config.listen if needs_door else alone,
             secret_key=self._workspace / "coordinator.key",
             allow_list=self._workspace / "devices.yaml",
             runs=out,

@@ -55,6 +55,8 @@ class Site:
     environment: dict[str, str] = field(default_factory=dict)
     address: str = ""
     """Under which name or number it reaches this machine; empty: found out in `prepare`."""
+    enter: tuple[str, ...] = ()
+    """Words before its program."""
 
     def prepare(self, key: Path, wheel: Callable[[], Path], stop: threading.Event) -> None:
         """Bring everything that does not change from run to run.
@@ -140,10 +142,10 @@ class Site:
         copy = folder / f"{self.name}.yaml"
         copy.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         put(self.shell, copy, f"{self.home}/{CONFIG}")
-        command = [self.shell.python, "-c", RUN, "run", "--config", CONFIG, *self.config.settings]
+        words = [self.shell.python, "-c", RUN, "run", "--config", CONFIG, *self.config.settings]
         return Program(
             self.shell,
-            command,
+            [*self.enter, *words],
             folder=self.home,
             environment={"PYTHONUNBUFFERED": "1", **self.environment},
             groups=groups,

@@ -142,6 +142,10 @@ class ExperimentSection:
     must_limit: bool = True
     """Whether emulated boards need their limits. False: without the rights for control groups the
     experiment goes on with whole cores and all memory, and says so."""
+    network: Literal["relay", "namespaces"] = "relay"
+    """What links of emulated boards are made of. `relay`: a relay of ours, which anybody may run;
+    `namespaces`: a network namespace for each board and the kernel's own limits, as root; links
+    with a delay need a kernel with netem."""
     coordinator_threads: int = 1
     """CPU threads of the coordinator."""
     wheel: Path | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.experiment_board import Site
 from coordinator.experiment_cgroup import Cage
 from coordinator.experiment_config import ExperimentConfig, FaultConfig, link_shape
+from coordinator.experiment_namespace import Namespace
 from coordinator.experiment_shell import Program
 from coordinator.relay import LinkUsage, Relay
 from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
@@ -31,7 +32,7 @@ class Seat:
     """A board in this run."""
 
     site: Site
-    relay: Relay | None = None
+    relay: Relay | Namespace | None = None
     make_cage: Callable[[], Cage | None] = lambda: None
     cores: float = 0.0
     """Of an emulated board."""

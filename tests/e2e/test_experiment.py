@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from coordinator.experiment_cgroup import Cage
+from coordinator.experiment_namespace import FOLDER, Namespace
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 from tests.e2e.cluster import sentences, write_rows
@@ -160,6 +161,46 @@ def test_four_emulated_boards_and_everything_that_may_happen_to_them(
     html = (folder / "experiment" / "report.html").read_text()
     assert "Loss against time" in html
     assert "ended by SIGKILL" in html
+
+
+@pytest.mark.usefixtures("limits")
+def test_boards_in_network_namespaces(folder: Path, llama: Path) -> None:
+    """The kernel's own links: a run survives a cut and a power-cut, and what passed is counted."""
+    try:
+        Namespace(0).close()
+    except DeviceError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    boards = {
+        name: {
+            "emulated": "orin-nano-8gb",
+            "link": "cable",
+            "memory_bytes": MEMORY_BYTES,
+            "cpu_quota": 0.9,
+        }
+        for name in "ab"
+    }
+    faults = [
+        {"board": "a", "do": "cut", "seconds": 0.3, "at_step": 2},
+        {"board": "b", "do": "power-cut", "seconds": 1, "at_step": 5},
+    ]
+    section = {
+        "network": "namespaces",
+        "links": {"cable": {"up_mbit": 80, "down_mbit": 80, "rtt_ms": 0}},
+    }
+    experiment(folder, llama, boards, faults=faults, experiment=section)
+
+    program = run(folder)
+    assert program.wait(PATIENCE_S) == 0, program.text
+
+    told = [(row["who"], row["text"]) for row in rows(folder, "happenings.jsonl")]
+    assert ("a", "cut begins") in told
+    assert ("b", "power-cut ends") in told
+    facts = json.loads((folder / "experiment" / "run" / "boards.json").read_text())
+    assert facts["outcome"] == "completed"
+    for name, board in facts["boards"].items():
+        assert board["link"]["bytes_up"] > 10_000, name
+        assert board["link"]["up_s"] == pytest.approx(board["link"]["bytes_up"] / 1e7)
+    assert not list(FOLDER.glob("edgesplit-*"))
 
 
 def test_a_killed_experiment_leaves_nothing_running(folder: Path, llama: Path) -> None:
