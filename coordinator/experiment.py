@@ -34,7 +34,7 @@ from coordinator.experiment_kept import COMPLETED, NOT_RUN, is_complete, make_ro
 from coordinator.experiment_namespace import Namespace
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_trial import Trial
-from coordinator.relay import Relay
+from coordinator.relay import LinkShape, Relay
 from coordinator.store import storage_errors
 from edge_sdk.config import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
@@ -134,12 +134,26 @@ class Rig:
         shape = link_shape(self._config, board.link, board.jitter_ms)
         if self._config.experiment.network == "namespaces" and board.ssh is None:
             try:
-                return Namespace(len(self._relays), shape)
+                return self._make_namespace(name, shape)
             except DeviceError as error:
                 raise ConfigError(
-                    f"experiment.network: no namespace for {name}: {error}; use relay"
+                    f"experiment.network: no namespace for {name}: {error}; or use relay, which "
+                    "needs no rights"
                 ) from error
         return Relay(shape, host="127.0.0.1" if board.ssh is None else "")
+
+    def _make_namespace(self, name: str, shape: LinkShape) -> Namespace:
+        """With every link that it is to be: which the kernel has is better known before a run."""
+        jitter_ms = self._config.boards[name].jitter_ms
+        later = [f.to for f in self._config.faults if f.board == name and f.to is not None]
+        namespace = Namespace(len(self._relays), shape)
+        try:
+            for link in later:
+                namespace.reshape(link_shape(self._config, link, jitter_ms))
+        except DeviceError:
+            namespace.close()
+            raise
+        return namespace
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

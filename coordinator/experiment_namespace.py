@@ -196,8 +196,7 @@ def _limit(where: Sequence[str], device: str, rate: float, delay_s: float, jitte
             _run(*tc, "add", "dev", device, "root", *queue)
         except DeviceError as error:
             raise DeviceError(
-                f"{error}; a delay needs the kernel's netem: use links without rtt_ms and "
-                "jitter_ms, or experiment.network=relay"
+                f"{error}; a delay needs the kernel's netem: use links without rtt_ms and jitter_ms"
             ) from error
     elif math.isfinite(rate):
         burst = max(LEAST_BURST_BYTES, int(rate * BURST_S))
@@ -210,7 +209,7 @@ def _run(*words: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         why = lines[0] if lines else f"exit code {done.returncode}"
-        raise DeviceError(f"{' '.join(words)}: {why}")
+        raise DeviceError(f"{' '.join(words)}: {why.removesuffix('.')}")
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:
