@@ -92,7 +92,7 @@ def cost(costs: list[dict[str, Any]], splits: dict[str, int], memory: dict[str, 
     seconds = sum(row["seconds"] for row in costs)
     for name, split in splits.items():
         own = [row["devices"][name] for row in costs]
-        peak = max(row["peak_rss_bytes"] for row in own)
+        peak = max(row["peak_bytes"] for row in own)
         made.add_row(
             name,
             str(split),
