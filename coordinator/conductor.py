@@ -168,6 +168,13 @@ class Conductor:
         engine.take(changes, replaced, result.head, restarts=result.restarts)
         return result, self.measure(self.run.state.round + 1)
 
+    def end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
+        """Open the row of what is done so far; it waits for devices that are to evaluate, too."""
+        run, state = self.run, self.run.state
+        run.reporting.end_round(state.round, state.step, facts, evaluated)
+        if not (run.config.evaluation.on_devices and self._is_due(state.round)):
+            run.reporting.flush()
+
     def measure(self, rounds_done: int) -> TailSums | None:
         """Evaluate the global model on the coordinator's own file, if one is due."""
         batches = self.run.model.eval_batches
@@ -198,7 +205,7 @@ class Conductor:
             "cut_error": result.cut_error,
             "rank": max((f.rank for f in run.ledger.totals.values()), default=0),
         }
-        run.reporting.end_round(run.state.round, run.state.step, facts, evaluated)
+        self.end_row(facts, evaluated)
         run.mail.reports = {}
         moved = self._plan_again(reports)
         run.save()

@@ -69,6 +69,9 @@ class Console:
             self.note(f"{name}: {text}")
         self._show(mine, loss=text)
 
+    def begin_round(self) -> None:
+        """Nothing: bars move soon enough."""
+
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """Move the device's bar on."""
         mine, done = self._of(device), report.stamp.step + 1

@@ -2,7 +2,7 @@
 
 Every time is of a real clock. Energy is what boards measured themselves, by their last sign of life
 before each evaluation; for an emulated board it is estimated: the data sheet's power for the time
-in which it computed. Both are of the time from the first evaluation to the last.
+in which it computed. Both are of the time from the first round to the last evaluation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TrialResult:
     label: str
     outcome: str
     seconds: float
-    """From the first evaluation to the last."""
+    """From the beginning of the first round to the last evaluation."""
     coordinator_s: float
     """CPU time of the coordinator in them."""
     boards: tuple[BoardResult, ...]

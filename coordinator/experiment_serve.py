@@ -52,6 +52,10 @@ class Teller:
         """Say it."""
         self.say(device=name, text=text)
 
+    def begin_round(self) -> None:
+        """Say it: with the first one the clock begins."""
+        self.say(begins=True, energy_j=self._energy_j())
+
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """Say it; with the first one the run has begun with everybody."""
         if self.run is not None:

@@ -70,6 +70,7 @@ class Trial:
         self._lines: queue.Queue[str] = queue.Queue()
         self._script = Script(config.faults)
         self._steps: dict[str, int] = {}
+        self._has_begun = False
         self._began_s = time.monotonic()
         self._coordinator: Program | None = None
         self._digest = digest(config)
@@ -152,7 +153,7 @@ class Trial:
     def _take(self, line: str) -> None:
         try:
             said = json.loads(line)
-            kind = {"note", "text", "step", "row", "error"} & said.keys()
+            kind = {"note", "text", "begins", "step", "row", "error"} & said.keys()
         except (ValueError, AttributeError):  # not ours: a warning, a traceback
             self._log("coordinator", line)
             return
@@ -162,20 +163,29 @@ class Trial:
             self.folder.append(STEPS, said)
         elif "error" in kind:
             self._why = said["error"]
+        elif "begins" in kind:
+            self._begin(said)
         elif "row" in kind:
             self._told(f"{self.folder.name}: round {said['row']['round']}{_score(said['row'])}")
-            self._mark(said)
+            if said["row"]["round"]:  # before the first round there is no clock yet
+                self._mark(said, said["row"]["round"])
         else:
             text = said.get("note") or f"{said.get('device')}: {said.get('text')}"
             self._log("coordinator", text)
             if said.get("address"):
                 self._where = here(said["address"])
 
-    def _mark(self, said: dict[str, Any]) -> None:
-        """Keep what everything had been used for when a row of metrics was complete."""
+    def _begin(self, said: dict[str, Any]) -> None:
+        """Start the clock with the first round: that devices load their blocks is not on it."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._mark(said, 0)
+
+    def _mark(self, said: dict[str, Any], round_: int) -> None:
+        """Keep what everything had been used for when so many rounds were done."""
         relays = {name: seat.relay for name, seat in self._seats.items() if seat.relay}
         links = {name: asdict(relay.usage()) for name, relay in relays.items()}
-        found = {"round": said["row"]["round"], "time": said["time"], "cpu_s": said["cpu_s"]}
+        found = {"round": round_, "time": said["time"], "cpu_s": said["cpu_s"]}
         self.folder.append(MARKS, {**found, "links": links, "energy_j": said["energy_j"]})
 
     # ---- the boards ----

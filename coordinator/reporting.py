@@ -28,6 +28,9 @@ class Watcher(Protocol):
     def device(self, name: str, text: str) -> None:
         """A device joined, left, or changed what it is doing."""
 
+    def begin_round(self) -> None:
+        """Everybody is there, and training begins or goes on."""
+
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """A device finished a step of the round that ends at *end_step*."""
 
@@ -45,6 +48,9 @@ class Silence:
         """Ignore it."""
 
     def device(self, name: str, text: str) -> None:
+        """Ignore it."""
+
+    def begin_round(self) -> None:
         """Ignore it."""
 
     def step(self, device: str, report: StepReport, end_step: int) -> None:
@@ -89,6 +95,7 @@ class Reporting:
     def begin_round(self) -> None:
         """Start the round's clock."""
         self._began_s = time.monotonic()
+        self.watcher.begin_round()
 
     def progress(self) -> dict[str, dict[str, float]]:
         """What devices have reported in the current round, for a checkpoint."""

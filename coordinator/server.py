@@ -37,7 +37,7 @@ class Coordinator:
         """Serve until the run is over or `stop` was called; returns how it ended."""
         run, conductor = self._run, self._conductor
         if not run.folder.checkpoints():
-            run.reporting.end_round(0, 0, {}, conductor.measure(0))
+            conductor.end_row({}, conductor.measure(0))
             run.save()
         run.reporting.event("run.started", run=run.id, step=run.state.step)
         try:

@@ -126,6 +126,20 @@ def test_every_codec_trains(cluster: Cluster) -> None:
     assert found["train_loss"] != exact["train_loss"]
 
 
+def test_a_row_is_written_before_the_next_round_begins(cluster: Cluster) -> None:
+    """Where no device evaluates, nothing is waited for: times of rows are times of rounds."""
+    evaluation = EvaluationConfig(on_devices=False)
+    serving = cluster.serve(cluster.config(evaluation=evaluation))
+    seen: list[str] = []
+    serving.trap.on_row = lambda row: seen.append(f"row {row['round']}")
+    serving.trap.on_step = lambda _device, report: seen.append(f"round {report.stamp.round}")
+    serving.start()
+    wait_all(cluster.start(data=held_out()))
+
+    assert serving.wait() == "completed"
+    assert list(dict.fromkeys(seen)) == ["row 0", "round 0", "row 1", "round 1", "row 2"]
+
+
 def test_evaluation_on_file_and_on_devices(cluster: Cluster) -> None:
     """Both are measured before the first round and as often as asked, and always at the end."""
     shard = write_rows(cluster.folder / "dev.jsonl", sentences(9, 6))
