@@ -1,10 +1,11 @@
 """Four emulated boards, real clock: hsplitlora against splitlora and hetlora, time to target.
 
-    python benchmarks/boards.py [--rounds 12] [--steps 8] [--out DIR] [--smoke]
+    python benchmarks/boards.py [--rounds 10] [--steps 8] [--out DIR] [--smoke]
 
 Boards are processes with limits of memory (control groups), CPU time (shares 4 : 3 : 2 : 1, the
 strongest has --cores of a core) and link (a relay; one board is behind `4g-good`). The sum of all
-shares and the coordinator's one thread must fit the machine, or its clock is not that of boards.
+shares, the coordinator's one thread and the relays must fit the machine, or its clock is not that
+of boards.
 Needs the rights to make control groups. Our base model, sample texts sorted by meaning, so that
 shards differ; the seed is one. Runs in --out that are complete are not run again, except with other
 options.
@@ -122,10 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-3)
-    parser.add_argument("--cores", type=float, default=0.4, help="of the strongest board")
+    parser.add_argument("--cores", type=float, default=0.3, help="of the strongest board")
     parser.add_argument("--methods", nargs="+", default=["hsplitlora", "splitlora", "hetlora"])
     parser.add_argument("--out", type=Path, default=Path("boards"))
     parser.add_argument("--smoke", action="store_true", help="two rounds of two steps")

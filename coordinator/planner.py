@@ -205,8 +205,8 @@ class Planner:
         """
         values = combine({n: (self._shares(n, reports), r.importance) for n, r in reports.items()})
         self._smoothing.update(values, round_, self._config.rounds)
-        if self.plans is None:
-            return None
+        if self.plans is None or round_ == self._config.rounds:
+            return None  # nobody will run another round
         assert self._before is not None
         self._know({d: p for d, p in self.profiles.items() if d in present})
         now = self._situation

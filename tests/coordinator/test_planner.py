@@ -242,3 +242,13 @@ def test_a_speed_that_a_device_tells_is_believed_again(llama: Any) -> None:
     planner.worked("a", 1000, 1.0)
 
     assert planner.profiles["a"] == SLOW
+
+
+def test_nothing_is_planned_after_the_last_round(llama: Any) -> None:
+    """Devices leave by then, which is no reason for another plan."""
+    situation = make_situation(llama)
+    planner = planner_of(situation, "a", "b")
+    before = planner.plans
+
+    assert planner.round_ended(situation.config.rounds, {}, ["a"]) is None
+    assert planner.plans is before
