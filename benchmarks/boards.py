@@ -1,6 +1,6 @@
 """Four emulated boards, real clock: hsplitlora against splitlora and hetlora, time to target.
 
-    python benchmarks/boards.py [--rounds 10] [--steps 8] [--out DIR] [--smoke]
+    python benchmarks/boards.py [--rounds 8] [--steps 8] [--limit 900] [--out DIR] [--smoke]
 
 Boards are processes with limits of memory (control groups), CPU time (shares 4 : 3 : 2 : 1, the
 strongest has --cores of a core) and link (a relay; one board is behind `4g-good`). The sum of all
@@ -63,9 +63,9 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "rounds": options.rounds,
         "steps_per_round": options.steps,
         "default": {
-            "batch_size": 32,
+            "batch_size": 64,
             "micro_batch": 2,
-            "in_flight": 3,
+            "in_flight": 4,
             "codec": "bfloat16",
         },
         "devices": {name: {"r": rank} for name, rank in RANKS.items()},
@@ -81,6 +81,7 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "boards": boards,
         "experiment": {
             "presets": list(options.methods),
+            "limit_s": options.limit,
             # Labels as SplitLoRA has them; ranks and cuts are the methods' own.
             "methods": {
                 "hsplitlora": {
@@ -96,6 +97,8 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
                         *(f"devices.{n}.r=4" for n in BOARDS),
                     ],
                 },
+                # Its rounds are long, and its coordinator has nothing else to do.
+                "hetlora": {"preset": "hetlora", "settings": ["evaluation.every_rounds=1"]},
             },
             "data": how,
             "cores": options.cores,
@@ -123,10 +126,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--cores", type=float, default=0.3, help="of the strongest board")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run, then stopped")
     parser.add_argument("--methods", nargs="+", default=["hsplitlora", "splitlora", "hetlora"])
     parser.add_argument("--out", type=Path, default=Path("boards"))
     parser.add_argument("--smoke", action="store_true", help="two rounds of two steps")

@@ -109,7 +109,7 @@ class Namespace(Closing):
         with self._lock:
             self._cuts = max(0, self._cuts - 1)
             if not self._cuts:
-                _run("ip", "link", "set", self._near, "up")
+                _call("ip", "link", "set", self._near, "up")  # unless it was closed meanwhile
 
     def mend(self) -> None:
         """End all cuts."""

@@ -249,6 +249,7 @@ class Intake:
             importance=envelope.message.importance,
         )
         self.run.state.upload(device)
+        self._probing.begin(device)
 
     def _head_shapes(self) -> dict[str, tuple[int, ...]]:
         parameters = self.run.engine.slice.model.get_parameter

@@ -20,7 +20,7 @@ class Probing:
         self._data = np.zeros(MAX_PROBE_BYTES, np.uint8)
 
     def begin(self, device: str) -> None:
-        """*device* has been welcomed to a new session."""
+        """*device* has been welcomed to a new session, or has done its part of a round."""
         self._left[device] = MAX_PROBES
 
     def answer(self, device: str, envelope: Envelope) -> None:
@@ -37,7 +37,7 @@ class Probing:
                 f"Probe.answer_bytes is {message.answer_bytes}, at most {MAX_PROBE_BYTES}"
             )
         if not self._left[device]:
-            raise RemoteProtocolError(f"more than {MAX_PROBES} probes in a session")
+            raise RemoteProtocolError(f"more than {MAX_PROBES} probes in a round")
         self._left[device] -= 1
         data = self._data[: message.answer_bytes]
         tensors = {"data": (data, "uint8")} if message.answer_bytes else {}

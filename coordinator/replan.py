@@ -128,6 +128,8 @@ def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool
     for device, plan in plans.items():
         if device_bytes(now, device, plan.split, plan.ranks) > now.budget_bytes(device):
             return True, f"{device}: its plan no longer fits its memory"
+    if why := _other_part(plans, new):
+        return True, why
     if RULES[now.config.aggregation].needs_equal_ranks and _is_unequal(current, plans):
         return True, f"aggregation {now.config.aggregation!r} needs equal ranks"
     gain = now.config.planning.min_gain
@@ -139,6 +141,17 @@ def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool
     if max(gains.values()) >= gain and max(gains.values()) > 0:
         return True, f"gains: {text}"
     return False, f"kept, gains below {gain:.0%}: {text}"
+
+
+def _other_part(plans: Mapping[str, Plan], new: PlanSet) -> str:
+    """Who is to compute forward only from now on, or to train again; empty if nobody is."""
+    for device, plan in plans.items():
+        is_frozen = new.plans[device].is_forward_only
+        if is_frozen and not plan.is_forward_only:
+            return f"{device}: {', '.join(new.explanation.devices[device].notes)}"
+        if plan.is_forward_only and not is_frozen:
+            return f"{device}: it can train now"
+    return ""
 
 
 def _is_unequal(current: PlanSet, plans: Mapping[str, Plan]) -> bool:

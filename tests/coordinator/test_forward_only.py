@@ -12,7 +12,7 @@ from coordinator.config import DeviceSettings
 from coordinator.costs import device_bytes, device_seconds, options
 from coordinator.planning import ModelFacts
 from coordinator.replan import replan
-from coordinator.situation import Situation
+from coordinator.situation import ServerProfile, Situation
 from edge_sdk.adapters import LoraConfig
 from profiler.estimate import ModelShape
 from tests.coordinator.situations import FAST, make_situation, model_of, with_memory
@@ -100,15 +100,20 @@ def test_what_the_config_gives_is_kept(
     assert not plan.is_forward_only
 
 
+@pytest.mark.parametrize("server_speed", [1e8, 1e4])
 def test_a_device_that_throttles_stops_training_and_begins_again(
-    llama: tuple[ModelFacts, ModelShape],
+    llama: tuple[ModelFacts, ModelShape], server_speed: float
 ) -> None:
-    """A profile that misses the deadline makes it forward-only, one that keeps it trains again."""
-    fast = replace(make_situation(llama), profiles={"a": FAST, "b": FAST})
+    """A profile that misses the deadline makes it forward-only, one that keeps it trains again.
+
+    Also where the coordinator is so slow that nobody gains a second.
+    """
+    server = ServerProfile(memory_bytes=1e9, flops_per_s=server_speed)
+    profiles = {"a": FAST, "b": FAST}
+    fast = make_situation(llama, profiles=profiles, server=server)
     deadline = 2 * min(option.device_s or 0.0 for option in options(fast, "a"))
-    fast = replace(
-        make_situation(llama, planning={"deadline_s": deadline}), profiles=dict(fast.profiles)
-    )
+    planning = {"deadline_s": deadline}
+    fast = make_situation(llama, profiles=profiles, server=server, planning=planning)
     slow = replace(fast, profiles={"a": replace(FAST, flops_per_s=1e6), "b": FAST})
     first = plan_all(fast)
     assert not first.plans["a"].is_forward_only

@@ -16,6 +16,7 @@ from edge_sdk.callbacks import Callback
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import EdgeError
 from edge_sdk.messages import StepReport
+from edge_sdk.pace import Pace
 from edge_sdk.plan import Plan
 from edge_sdk.training import TrainingConfig
 from edge_sdk.vitals import Vitals
@@ -198,6 +199,22 @@ def test_a_board_that_has_changed_is_measured_again(
     assert later
     assert later[0].flops_per_s not in (None, first.flops_per_s)
     assert replace(later[0], flops_per_s=first.flops_per_s) == first
+
+
+def test_a_link_may_be_measured_after_every_round(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rounds there are, nobody is taken for one who probes without end."""
+    monkeypatch.setattr(Pace, "end_round", lambda _: (None, True))
+    unknown = dict.fromkeys(("up_bytes_per_s", "down_bytes_per_s", "round_trip_s"))
+    by_hand = replace(PROFILES["c"], **unknown)
+    serving = serve(cluster, PLANNING, min_devices=1, rounds=6, steps_per_round=1)
+    client = cluster.client("a", sentences(1), profile=by_hand).start()
+
+    assert serving.wait(LONG_S) == "completed"
+
+    wait_all([client], LONG_S)
+    assert serving.trap.notes.count("a: reports another speed") == 6
 
 
 def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:

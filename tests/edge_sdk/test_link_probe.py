@@ -164,7 +164,7 @@ def test_too_much_is_refused(size: int) -> None:
 
 
 def test_too_often_is_refused_until_the_next_session() -> None:
-    """A device may measure a few times in a session; a new Hello gives it new probes."""
+    """A device may measure a few times in a round; a new Hello gives it new probes."""
     device, coordinator = memory_pair()
     desk = Desk(coordinator)
     for _ in range(MAX_PROBES + 1):
@@ -172,7 +172,7 @@ def test_too_often_is_refused_until_the_next_session() -> None:
     for _ in range(MAX_PROBES):
         desk.answer()
 
-    with pytest.raises(RemoteProtocolError, match="more than 48 probes in a session"):
+    with pytest.raises(RemoteProtocolError, match="more than 48 probes in a round"):
         desk.answer()
     desk.probing.begin("a")
     device.send(Probe(stamp=STAMP))
