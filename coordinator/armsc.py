@@ -25,7 +25,7 @@ from coordinator.costs import (
     rank_tables,
     server_side,
 )
-from coordinator.forward_only import cannot_train
+from coordinator.forward_only import cannot_train, in_time
 from coordinator.planning import make_plan
 from coordinator.rank_choice import choose_ranks, uniform_ranks
 from coordinator.situation import Situation
@@ -149,7 +149,7 @@ def _tables(situation: Situation) -> tuple[dict[str, list[Option]], dict[str, st
             refused[device] = f"its profile cannot be true: {'; '.join(wrong)}"
             continue
         try:
-            own = options(situation, device)
+            own = in_time(situation, device, options(situation, device))
             pin = situation.pinned_split(device)
             fitting(device, own, situation.limit_bytes(device), pin)
         except ConfigError as error:

@@ -197,8 +197,6 @@ class Conductor:
         members = set(run.state.members)
         run.handout.round_ended(result, members)
         run.reporting.telemetry(run.state.round, run.gateway)
-        for name, mine in run.reporting.progress().items():
-            run.planner.worked(name, int(mine["num_tokens"]), mine["compute_s"])
         run.state.finish_round(evaluating=members if run.config.evaluation.on_devices else set())
         facts = {
             "samples": sum(reports[name].num_samples for name in members),

@@ -19,6 +19,8 @@ from coordinator.relay import LinkShape
 from edge_sdk.data import DataConfig
 
 BYTES_PER_MBIT = 1e6 / 8
+# Of a listener that takes what comes to any address of this machine.
+EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,7 @@ class ExperimentConfig(ServeConfig):
                 raise ValueError(f"boards: {name!r} is no name: letters, digits, . _ - only")
             self._check_names(name, board)
         self._check_places()
+        self._check_door()
         for fault in self.faults:
             self._check_fault(fault)
 
@@ -226,6 +229,15 @@ class ExperimentConfig(ServeConfig):
                         f"boards: {other} and {name} are both in {board.workdir!r} of "
                         f"{board.ssh}; give one of them another workdir"
                     )
+
+    def _check_door(self) -> None:
+        """Boards in namespaces come to other addresses than ssh boards."""
+        host = self.listen.removeprefix("tcp://").rpartition(":")[0]
+        is_mixed = any(board.ssh is not None for board in self.boards.values())
+        if self.experiment.network == "namespaces" and is_mixed and host not in EVERYWHERE:
+            raise ValueError(
+                f"listen {self.listen!r}: boards in namespaces cannot reach it; use tcp://*:PORT"
+            )
 
     def _check_link(self, key: str, link: str | None) -> None:
         links = self.known.links

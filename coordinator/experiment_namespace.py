@@ -19,13 +19,15 @@ from coordinator.relay import LinkShape, LinkUsage
 from edge_sdk.closing import Closing
 from edge_sdk.errors import DeviceError
 
-# Of four addresses for each board: 64 boards for each of 256 experiments at the same time.
+# Of four addresses for each board; the third byte is of the process.
 NETWORK, BOARDS, EXPERIMENTS = "10.213", 64, 256
 FOLDER, PREFIX = Path("/run/netns"), "edgesplit-"
 # What a link carries at once after it was idle, and what waits before it: then packets are lost.
 BURST_S, LEAST_BURST_BYTES = 0.004, 16 * 1024
-QUEUE_S = 0.2
-NETEM_PACKETS = 10_000
+QUEUE_S, LEAST_QUEUE_PACKETS = 0.2, 64
+PACKET_BYTES = 1500
+# Of a link without a limit: with a rate netem keeps packets in order, whatever their delay.
+UNLIMITED_BYTES_PER_S = 1.25e9
 TOOL_S = 30.0
 
 
@@ -66,6 +68,8 @@ class Namespace(Closing):
             raise
 
     def _make(self) -> None:
+        if f" {self.host}/" in _run("ip", "-o", "-4", "addr"):
+            raise DeviceError(f"{self.host} is taken, by another experiment perhaps")
         _run("ip", "netns", "add", self.name)
         pair = ("type", "veth", "peer", "name", self._far, "netns", self.name)
         _run("ip", "link", "add", self._near, *pair)
@@ -171,15 +175,18 @@ class Namespace(Closing):
 
     def _remove(self) -> None:
         """At once: a namespace alone would stay as long as its connections do."""
-        for words in (("link", "del", self._near), ("netns", "del", self.name)):
-            _call("ip", *words)
+        try:
+            _call("ip", "link", "del", self._near)
+        finally:
+            _call("ip", "netns", "del", self.name)
 
 
 def _sweep() -> None:
     """Remove what an experiment that was killed has left."""
     for left in FOLDER.glob(f"{PREFIX}*-*"):
-        pid = left.name.removeprefix(PREFIX).partition("-")[0]
+        pid, _, number = left.name.removeprefix(PREFIX).partition("-")
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            _call("ip", "link", "del", f"es{pid}h{number}")
             _call("ip", "netns", "del", left.name)
 
 
@@ -187,29 +194,45 @@ def _limit(where: Sequence[str], device: str, rate: float, delay_s: float, jitte
     """Shape what leaves *device*."""
     tc = ("tc", *where, "qdisc")
     _call(*tc, "del", "dev", device, "root")
-    bits = f"{8 * rate:.0f}bit"
     if delay_s or jitter_s:
-        late = ("delay", f"{delay_s * 1e6:.0f}us", f"{jitter_s * 1e6:.0f}us")
-        speed = ("rate", bits) if math.isfinite(rate) else ()
-        queue = ("netem", "limit", str(NETEM_PACKETS), *late, *speed)
-        try:
-            _run(*tc, "add", "dev", device, "root", *queue)
-        except DeviceError as error:
-            raise DeviceError(
-                f"{error}; a delay needs the kernel's netem: use links without rtt_ms and jitter_ms"
-            ) from error
+        _add(tc, device, _late(min(rate, UNLIMITED_BYTES_PER_S), delay_s, jitter_s))
     elif math.isfinite(rate):
-        burst = max(LEAST_BURST_BYTES, int(rate * BURST_S))
-        queue = ("tbf", "rate", bits, "burst", str(burst), "latency", f"{QUEUE_S * 1e3:.0f}ms")
-        _run(*tc, "add", "dev", device, "root", *queue)
+        burst = str(max(LEAST_BURST_BYTES, int(rate * BURST_S)))
+        queue = ("latency", f"{QUEUE_S * 1e3:.0f}ms")
+        _add(tc, device, ("tbf", "rate", _bits(rate), "burst", burst, *queue))
 
 
-def _run(*words: str) -> None:
+def _add(tc: Sequence[str], device: str, shape: Sequence[str]) -> None:
+    try:
+        _run(*tc, "add", "dev", device, "root", *shape)
+    except DeviceError as error:
+        if shape[0] != "netem":
+            raise
+        raise DeviceError(
+            f"{error}; a delay needs the kernel's netem: use links without rtt_ms and jitter_ms"
+        ) from error
+
+
+def _late(rate: float, delay_s: float, jitter_s: float) -> tuple[str, ...]:
+    """Words for netem: its jitter goes both ways, ours is later only."""
+    late = (f"{(delay_s + jitter_s / 2) * 1e6:.0f}us", f"{jitter_s / 2 * 1e6:.0f}us")
+    waiting = rate * (QUEUE_S + delay_s + jitter_s) / PACKET_BYTES  # what is under way included
+    most = str(max(LEAST_QUEUE_PACKETS, round(waiting)))
+    return ("netem", "limit", most, "delay", *late, "rate", _bits(rate))
+
+
+def _bits(bytes_per_s: float) -> str:
+    return f"{8 * bytes_per_s:.0f}bit"
+
+
+def _run(*words: str) -> str:
+    """Return what a tool says; `DeviceError` if it fails."""
     done = _call(*words)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         why = lines[0] if lines else f"exit code {done.returncode}"
         raise DeviceError(f"{' '.join(words)}: {why.removesuffix('.')}")
+    return done.stdout
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:

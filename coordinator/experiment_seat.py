@@ -141,11 +141,13 @@ class Seat:
 
     def switch_off(self, *, quietly: bool) -> None:
         """Kill its program; *quietly*: without anybody being told, as when the power fails."""
-        if quietly:
-            assert self.relay is not None
-            self.relay.cut()
-        if self.program is not None:
-            self.program.signal(signal.SIGKILL)
+        try:
+            if quietly:
+                assert self.relay is not None
+                self.relay.cut()
+        finally:
+            if self.program is not None:
+                self.program.signal(signal.SIGKILL)
 
     def reconnect(self) -> None:
         """End connections of a former life."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import ServeConfig
-from coordinator.experiment_config import ExperimentConfig, FaultConfig
+from coordinator.experiment_config import EVERYWHERE, ExperimentConfig, FaultConfig
 from coordinator.experiment_faults import Script
 from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHED, digest
 from coordinator.experiment_seat import Seat
@@ -34,8 +34,6 @@ TICK_S = 0.05
 BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
 STEPS, MARKS = "steps.jsonl", "marks.jsonl"
 HAPPENINGS = "happenings.jsonl"
-# Of a listener that takes what comes to any address of this machine.
-EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
 
 class Trial:
@@ -79,6 +77,8 @@ class Trial:
         self._patience = Deadline.after(STOP_S)
         self._dark: set[str] = set()
         """Boards without power."""
+        self._broken = ""
+        """A fault that could not be carried out; empty while there is none."""
         self._why = ""
         """Why the run was stopped; empty while it goes on."""
 
@@ -102,7 +102,10 @@ class Trial:
     def _turn(self) -> None:
         self._listen(TICK_S)
         for fault, begins in self._script.due(self._now_s(), self._steps):
-            self._carry_out(fault, begins=begins)
+            try:
+                self._carry_out(fault, begins=begins)
+            except (EdgeError, OSError) as error:
+                self._broken = f"{fault.board}: {fault.do} cannot be carried out: {error}"
         for seat in self._seats.values():
             self._look_after(seat)
         if not self._why and (why := self._reason_to_stop()):
@@ -230,6 +233,8 @@ class Trial:
     def _reason_to_stop(self) -> str:
         if self._stop.is_set():
             return INTERRUPTED
+        if self._broken:
+            return self._broken
         limit_s = self._config.experiment.limit_s
         if limit_s is not None and self._now_s() > limit_s:
             return f"experiment.limit_s: {limit_s:g} s are over"
@@ -275,7 +280,10 @@ class Trial:
             self._coordinator.close()
         for seat in self._seats.values():
             seat.restart_at_s = None
-            seat.reconnect()
+            try:
+                seat.reconnect()
+            except (EdgeError, OSError) as error:  # its program has to end all the same
+                self._happened(seat.name, str(error))
         # At the same time: each of them may need its grace.
         ending = [threading.Thread(target=self._end, args=(seat,)) for seat in self._seats.values()]
         for thread in ending:

@@ -18,6 +18,15 @@ from edge_sdk.errors import ConfigError
 from profiler.profile import problems
 
 
+def in_time(situation: Situation, device: str, table: Sequence[Option]) -> list[Option]:
+    """Return the splits of a device that keep `planning.deadline_s`; all where none does."""
+    deadline_s = situation.config.planning.deadline_s
+    if deadline_s is None or situation.pinned_split(device) is not None:
+        return list(table)
+    fast = [o for o in table if o.device_s is None or o.device_s <= deadline_s]
+    return fast or list(table)
+
+
 def cannot_train(situation: Situation, tables: Mapping[str, Sequence[Option]]) -> dict[str, str]:
     """Return why each device computes forward only that might have trained.
 
@@ -51,8 +60,9 @@ def _why(situation: Situation, device: str, table: Sequence[Option] | None) -> s
 
 def _helps(situation: Situation, device: str, why: str) -> bool:
     """Whether a device can take part without training, and its ranks are ours to choose."""
-    if situation.pinned_rank(device) is not None:
-        return False
+    is_unknown = situation.profile(device).memory_bytes is None
+    if is_unknown or situation.pinned_rank(device) is not None:
+        return False  # nothing about it is ours to choose
     frozen = replace(situation, frozen={device: why})
     split = frozen.pinned_split(device)
     if split is None or split == situation.num_blocks:

@@ -228,7 +228,9 @@ class Intake:
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
         if device in self.run.state.members and self._is_current(envelope.message):
-            check_report(envelope.message)
+            report: StepReport = envelope.message
+            check_report(report)
+            self.run.planner.stepped(device, report.num_tokens, report.compute_s)
             end_step, gateway = self.run.state.end_step, self.run.gateway
             self.run.reporting.step(device, envelope.message, end_step, gateway)
 

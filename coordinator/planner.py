@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Planner:
         """Memory that devices which ran out of it are planned with, at most."""
         self._speeds: dict[str, float] = {}
         """Speeds that rounds have shown, of devices that could not measure theirs."""
+        self._rates: dict[str, list[float]] = {}
+        """Their tokens a second, step by step, since the last round or plan."""
         self.plans: PlanSet | None = None
         """The plans in force; None before the first, and for a fixed config."""
         self._before = start
@@ -138,6 +141,7 @@ class Planner:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
         assert self.plans is not None
         new = plan_all(self._situation)
+        self._rates.pop(device, None)
         if device not in new.plans:
             raise RefusedError(new.refused[device])
         told = {**self.plans.explanation.devices, device: new.explanation.devices[device]}
@@ -174,23 +178,30 @@ class Planner:
 
     # ---- rounds end ----
 
-    def worked(self, device: str, num_tokens: int, compute_s: float) -> None:
-        """Take in what a device computed in a round: its speed, where it could not measure that.
+    def stepped(self, device: str, num_tokens: int, compute_s: float) -> None:
+        """Take in what a device computed in a step: its speed, where it could not measure that.
 
         Args:
-            device: Whose round.
-            num_tokens: Tokens of the round's steps, without padding.
+            device: Whose step.
+            num_tokens: Tokens of the step, without padding.
             compute_s: Seconds that it computed, without waiting.
         """
         profile = self.profiles.get(device)
-        plan = self.plans.plans.get(device) if self.plans is not None else None
-        if profile is None or plan is None or compute_s <= 0.0 or num_tokens == 0:
-            return
-        if profile.flops_per_s is None or device in self._speeds:
-            now = self._situation
+        is_unknown = profile is not None and profile.flops_per_s is None
+        if (is_unknown or device in self._speeds) and num_tokens > 0 and compute_s > 0.0:
+            self._rates.setdefault(device, []).append(num_tokens / compute_s)
+
+    def _learn_speeds(self) -> None:
+        """From the median step of the round: the first ones of a plan may take far longer."""
+        rates, self._rates = self._rates, {}
+        now = None if self.plans is None else self._situation
+        for device, own in rates.items():
+            plan = None if self.plans is None else self.plans.plans.get(device)
+            if now is None or plan is None or device not in self.profiles:
+                continue
             flops = device_flops(now, device, plan.split, plan.ranks)
-            self._speeds[device] = flops * num_tokens / now.tokens(device) / compute_s
-            fresh = replace(profile, flops_per_s=self._speeds[device])
+            self._speeds[device] = flops / now.tokens(device) * median(own)
+            fresh = replace(self.profiles[device], flops_per_s=self._speeds[device])
             self._know({**self.profiles, device: fresh})
 
     def round_ended(
@@ -205,6 +216,7 @@ class Planner:
         """
         values = combine({n: (self._shares(n, reports), r.importance) for n, r in reports.items()})
         self._smoothing.update(values, round_, self._config.rounds)
+        self._learn_speeds()
         if self.plans is None or round_ == self._config.rounds:
             return None  # nobody will run another round
         assert self._before is not None
@@ -273,7 +285,9 @@ class Planner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned; plans are as they were, their reasons made anew."""
         self._caps = {**state["caps"], **self._caps}  # memory that was short stays short
-        self._speeds = {**state["speeds"], **self._speeds}
+        measured = self.profiles.keys() - self._speeds.keys()  # by the devices, since then
+        shown = {d: speed for d, speed in state["speeds"].items() if d not in measured}
+        self._speeds, self._rates = {**shown, **self._speeds}, {}
         self._smoothing.load_state({n: np.array(v) for n, v in state["importance"].items()})
         # After a rewind somebody may be here who came later than the checkpoint.
         told = {d: DeviceProfile(**p) for d, p in state["profiles"].items()}

@@ -40,8 +40,8 @@ class PlanningConfig:
     memory_margin: float = 0.1
     """Part of each memory budget that plans leave free."""
     deadline_s: float | None = None
-    """Seconds that a micro-batch may take a device, compute and link; one that is slower even at
-    its shallowest split computes forward only. None: no limit."""
+    """Seconds that a micro-batch may take a device, compute and link: no split is chosen that takes
+    longer, and a device that is slower at every split computes forward only. None: no limit."""
     adapter_bytes: float | None = None
     """Device bytes for adapters, where they are to be the same whatever the device; None: what
     its memory leaves."""

@@ -103,7 +103,8 @@ def _changes(current: PlanSet, before: Situation, now: Situation, device: str) -
             f"{device}: its plan takes {planned_bytes / 2**20:,.1f} MiB, "
             f"{budget / 2**20:,.1f} MiB are left to it"
         )
-    for name in _SPEEDS if planning.split == "armsc" else ():
+    is_timed = planning.split == "armsc" or planning.deadline_s is not None
+    for name in _SPEEDS if is_timed else ():
         was, now_is = getattr(old, name), getattr(new, name)
         if was is None or now_is is None:
             changed = was is not now_is

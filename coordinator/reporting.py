@@ -84,6 +84,8 @@ class Reporting:
     is_classifier: bool
     pending: dict[str, Any] | None = None
     """The row that still waits for the devices' evaluations."""
+    _heard: set[str] = field(default_factory=set)
+    """Devices that have evaluated for that row, those without validation data too."""
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _began_s: float = field(default_factory=time.monotonic)
 
@@ -136,7 +138,7 @@ class Reporting:
             }
         if evaluated is not None:
             row["eval"] = self._score(*evaluated)
-        self.pending, self._progress = row, {}
+        self.pending, self._heard, self._progress = row, set(), {}
 
     def _score(self, loss_sum: float, num_targets: int, num_correct: int) -> dict[str, float]:
         loss = loss_sum / max(1, num_targets)
@@ -167,6 +169,7 @@ class Reporting:
 
     def evaluation(self, device: str, report: EvalReport) -> None:
         """A device went through its private validation data."""
+        self._heard.add(device)
         if self.pending is not None and report.num_targets:
             scores = self.pending.setdefault("eval_by_device", {})
             scores[device] = self._score(report.loss_sum, report.num_targets, report.num_correct)
@@ -174,7 +177,7 @@ class Reporting:
     def flush_if_complete(self, members: Collection[str]) -> None:
         """Write the row that was waiting once everybody of the round has evaluated."""
         scores = {} if self.pending is None else self.pending.get("eval_by_device", {})
-        if members and all(name in scores for name in members):
+        if members and self._heard | scores.keys() >= set(members):
             self.flush()
 
     def flush(self) -> None:

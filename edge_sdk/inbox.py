@@ -115,6 +115,18 @@ class Inbox:
                 return envelope
             log.debug("message.stale kind=%s step=%d", type(message).__name__, message.stamp.step)
 
+    def reply(self, kind: type[Any], stamp: Stamp) -> Envelope:
+        """Return the next message of *kind* with *stamp*; older ones are stale.
+
+        Raises:
+            Redirected: a new order came instead.
+        """
+        while True:
+            envelope = _unless_order(self.next())
+            if isinstance(envelope.message, kind) and envelope.message.stamp == stamp:
+                return envelope
+            log.debug("message.stale kind=%s", type(envelope.message).__name__)
+
     def glance(self) -> None:
         """Between two steps: raise if there is a new order."""
         if self._stop.is_set():

@@ -47,12 +47,13 @@ def probe(link: Link, inbox: Inbox, stamp: Stamp, clock: Clock = time.perf_count
 
     Args:
         link: The connection.
-        inbox: What arrives on it; orders that come in between end the measurement as usual.
+        inbox: What arrives on it.
         stamp: The device's stamp.
         clock: Seconds, for tests.
 
     Raises:
         EdgeError: The coordinator refuses, or the session is lost.
+        Redirected: A new order came in between.
     """
 
     def seconds(up_bytes: int, down_bytes: int) -> float:
@@ -71,7 +72,7 @@ def _exchange(link: Link, inbox: Inbox, stamp: Stamp, up_bytes: int, down_bytes:
     if up_bytes:
         tensors = {"data": (np.zeros(up_bytes, np.uint8), "uint8")}
     link.send(Probe(stamp=stamp, answer_bytes=down_bytes), tensors)
-    answer = inbox.expect(Probe)
+    answer = inbox.reply(Probe, stamp)
     got = answer.tensors["data"].size if "data" in answer.tensors else 0
     if got != down_bytes:
         raise RemoteProtocolError(f"Probe: {got} bytes came back, {down_bytes} were asked for")

@@ -22,6 +22,8 @@ class Pace:
     _first: tuple[float, float] | None = None
     _is_due: bool = False
     """Whether the board has changed, so that its speed is told however little that changed."""
+    _is_base_off: bool = False
+    """Whether the first round's numbers are those of a board that had changed before it."""
 
     def step(self, num_tokens: int, compute_s: float, wait_s: float) -> None:
         """A step is done."""
@@ -29,11 +31,23 @@ class Pace:
         self._waits.append(wait_s)
 
     def begin_anew(self) -> None:
-        """The board throttles, or has another power mode: measure from here on, and tell."""
+        """The board throttles or no longer, or has another power mode: measure from here on.
+
+        Nothing is told where nothing is known of the time before, nor when such a board is as it
+        was when its speed was measured.
+        """
         if self._first is None and self._rates:
             self._first = median(self._rates), median(self._waits)
+        if self._first is None or self._is_base_off:
+            self._is_base_off = not self._is_base_off
+            self._first, self._rates, self._waits = None, [], []
+            return
         self._rates, self._waits = [], []
         self._is_due = True
+
+    def of_new_plan(self) -> Pace:
+        """Return what compares the rounds of a new plan, whose steps take another time."""
+        return Pace(_is_base_off=self._is_base_off or self._is_due)
 
     def end_round(self) -> tuple[float | None, bool]:
         """The round is over.

@@ -84,6 +84,9 @@ class Participant:
         self._folder = config.state
         self._state = LocalState(config.state)
         self._measured: DeviceProfile | None = None
+        self._told: DeviceProfile | None = None
+        """What of that the coordinator knows."""
+        self._pace = Pace()
 
     def close(self) -> None:
         """Stop preparing batches."""
@@ -123,8 +126,9 @@ class Participant:
         """What this device offers, measured once: later most of its memory is the run's own."""
         if self._measured is None:
             files = self._preparation.files(welcome, self._ask)
-            found = device_profile(self._config, files, welcome.max_length)
-            self._measured = with_link(found, self._link, self._inbox, self._stamp)
+            self._measured = device_profile(self._config, files, welcome.max_length)
+        self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
+        self._told = self._measured
         return self._measured
 
     def _adopt(self, assigned: PlanAssigned) -> None:
@@ -153,7 +157,7 @@ class Participant:
         self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
         self._runtime = self._preparation.runtime(welcome, assigned, self._ask)
-        self._pace = Pace()
+        self._pace = self._pace.of_new_plan()
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
         self._assigned = assigned
@@ -286,15 +290,15 @@ class Participant:
     def _look_at_pace(self) -> None:
         """Tell the coordinator if it plans with numbers that are true no more."""
         factor, is_link_due = self._pace.end_round()
-        if self._measured is None or (factor is None and not is_link_due):
+        if self._measured is None:
             return
-        fresh = changed_profile(
-            self._measured, self._config.profile, factor, is_link_due=is_link_due
-        )
-        fresh = with_link(fresh, self._link, self._inbox, self._stamp)
-        if fresh != self._measured:
-            self._measured = fresh
-            self._link.send(Profiled(stamp=self._stamp, profile=fresh))
+        # Kept at once: a new order may end the measurement of the link, which is then still due.
+        by_hand = self._config.profile
+        self._measured = changed_profile(self._measured, by_hand, factor, is_link_due=is_link_due)
+        self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
+        if self._measured != self._told:
+            self._told = self._measured
+            self._link.send(Profiled(stamp=self._stamp, profile=self._measured))
 
     def _upload(self) -> None:
         runtime, _ = self._ready()

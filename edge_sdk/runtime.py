@@ -43,6 +43,7 @@ class MemoryUse(NamedTuple):
 
     now_bytes: int
     peak_bytes: int
+    """With a GPU the sum of two peaks, which need not have been at the same time."""
 
 
 def process_memory() -> MemoryUse:

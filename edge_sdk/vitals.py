@@ -71,9 +71,10 @@ class Vitals:
 
     def take_change(self) -> bool:
         """Whether the board's speed may be another one since the last call."""
-        has_changed = self._has_changed.is_set()
+        if not self._has_changed.is_set():
+            return False
         self._has_changed.clear()
-        return has_changed
+        return True
 
     def step(self) -> None:
         """A step of training has ended."""

@@ -109,6 +109,14 @@ def test_methods_are_presets_and_settings(tmp_path: Path) -> None:
         ),
         ({"boards": {"a": {"emulated": "toaster"}}}, "emulated 'toaster' is unknown; there are"),
         ({"boards": {"a": {"ssh": "x", "link": "string"}}}, "link 'string' is unknown"),
+        (
+            {
+                "boards": {"a": {"ssh": "x"}, "b": {"emulated": "agx-orin-32gb"}},
+                "experiment": {"network": "namespaces"},
+                "listen": "tcp://192.0.2.1:7070",
+            },
+            "boards in namespaces cannot reach it",
+        ),
         ({"min_devices": 4}, "min_devices is 4, boards are 3"),
         ({"faults": [{"board": "z", "do": "kill", "at_s": 1}]}, "there is no board 'z'"),
         ({"faults": [{"board": "a", "do": "kill"}]}, "give at_s or at_step"),

@@ -167,6 +167,18 @@ def test_what_a_killed_experiment_left_is_removed() -> None:
     assert not (FOLDER / left).exists()
 
 
+def test_addresses_of_somebody_else_are_not_taken() -> None:
+    """Two experiments whose numbers meet: the second one says so."""
+    with Namespace(4) as board:
+        address = f"{board.host}/32"
+    subprocess.run(["ip", "addr", "add", address, "dev", "lo"], check=True)
+    try:
+        with pytest.raises(DeviceError, match="is taken"):
+            Namespace(4)
+    finally:
+        subprocess.run(["ip", "addr", "del", address, "dev", "lo"], check=True)
+
+
 def test_a_delay_works_or_says_what_is_missing() -> None:
     """With netem in the kernel it is there, without it the way out is named and nothing is left."""
     late, name, why = LinkShape(up_bytes_per_s=RATE, delay_s=0.01), f"edgesplit-{os.getpid()}-3", ""

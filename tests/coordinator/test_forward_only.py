@@ -15,7 +15,7 @@ from coordinator.replan import replan
 from coordinator.situation import ServerProfile, Situation
 from edge_sdk.adapters import LoraConfig
 from profiler.estimate import ModelShape
-from tests.coordinator.situations import FAST, make_situation, model_of, with_memory
+from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, with_memory
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,22 @@ def test_a_deadline_that_one_device_misses(llama: tuple[ModelFacts, ModelShape])
     assert (found.wave_s or 0.0) < (plan_all(free).wave_s or 0.0)
 
 
+def test_no_split_misses_the_deadline(llama: tuple[ModelFacts, ModelShape]) -> None:
+    """However slow the coordinator is: nobody takes blocks for longer than that."""
+    slow = ServerProfile(memory_bytes=1e9, flops_per_s=1e4)
+    free = make_situation(llama, server=slow)
+    table = [option.device_s or 0.0 for option in options(free, "b")]
+    deadline = sorted(table)[1]
+    deepest = plan_all(free).plans["b"].split
+    assert table[deepest - 1] > deadline
+
+    situation = make_situation(llama, server=slow, planning={"deadline_s": deadline})
+    plan = plan_all(situation).plans["b"]
+
+    assert not plan.is_forward_only
+    assert table[plan.split - 1] <= deadline
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -84,8 +100,9 @@ def test_a_deadline_that_one_device_misses(llama: tuple[ModelFacts, ModelShape])
         {"config": {"lora": LoraConfig(rank_pattern={"q_proj": 2})}},
         {"config": {"aggregation": "fedavg"}, "planning": {"ranks": "uniform"}},
         {"config": {"devices": {"a": DeviceSettings(split="all")}}},
+        {"profiles": {"a": replace(SLOW, memory_bytes=None), "b": FAST}},
     ],
-    ids=["its rank is given", "a weight's rank is given", "equal ranks needed", "all blocks its"],
+    ids=["its rank", "a weight's rank", "equal ranks", "all blocks", "memory unknown"],
 )
 def test_what_the_config_gives_is_kept(
     llama: tuple[ModelFacts, ModelShape], changes: dict[str, Any]
@@ -93,7 +110,7 @@ def test_what_the_config_gives_is_kept(
     """A deadline changes no plan that is not the planner's to choose."""
     planning = {**changes.pop("planning", {}), "deadline_s": 1e-9}
     config = {"devices": {"b": DeviceSettings(r=4)}, **changes.pop("config", {})}
-    situation = make_situation(llama, planning=planning, config=config)
+    situation = make_situation(llama, planning=planning, config=config, **changes)
 
     plan = plan_all(situation).plans["a"]
 

@@ -217,8 +217,10 @@ def test_a_round_shows_the_speed_that_a_device_could_not_measure(llama: Any) -> 
     true_speed = SLOW.flops_per_s
     assert true_speed is not None
 
-    planner.worked("a", 3 * full.tokens("a"), 3 * flops / true_speed)
-    planner.worked("b", 3 * full.tokens("b"), 1000.0)
+    planner.stepped("a", 3 * full.tokens("a"), 300 * flops / true_speed)  # graphs are loaded
+    for _ in range(2):
+        planner.stepped("a", 3 * full.tokens("a"), 3 * flops / true_speed)
+        planner.stepped("b", 3 * full.tokens("b"), 1000.0)
     decision = planner.round_ended(1, {}, ["a", "b"])
 
     assert planner.profiles["a"].flops_per_s == pytest.approx(true_speed)
@@ -236,10 +238,14 @@ def test_a_speed_that_a_device_tells_is_believed_again(llama: Any) -> None:
     """What rounds have shown counts only as long as nobody has measured it."""
     planner = planner_of(make_situation(llama), "a", "b")
     planner.profiled("a", replace(FAST, flops_per_s=None))
-    planner.worked("a", 1000, 1.0)
+    planner.stepped("a", 1000, 1.0)
+    planner.round_ended(1, {}, ["a", "b"])
+    checkpoint = planner.state()
     planner.profiled("a", SLOW)
 
-    planner.worked("a", 1000, 1.0)
+    planner.load_state(checkpoint)
+    planner.stepped("a", 1000, 1.0)
+    planner.round_ended(2, {}, ["a", "b"])
 
     assert planner.profiles["a"] == SLOW
 

@@ -91,6 +91,21 @@ def test_a_row_waits_for_evaluations_in_any_order(reporting: Reporting) -> None:
     assert b'"c"' not in lines[0]
 
 
+def test_a_row_does_not_wait_for_devices_without_validation_data(reporting: Reporting) -> None:
+    """They have reported, too: the row is complete, and its time is that of the round."""
+    reporting.end_round(0, 0, {}, TailSums(8.0, 4, 1))
+    reporting.evaluation("a", evaluation(0.0, 0))
+    reporting.flush_if_complete(["a", "b"])
+    assert reporting.pending is not None
+
+    reporting.evaluation("b", evaluation(2.0, 2))
+    reporting.flush_if_complete(["a", "b"])
+
+    assert reporting.pending is None
+    (row,) = reporting.folder.rows("metrics.jsonl")
+    assert row["eval_by_device"].keys() == {"b"}
+
+
 def test_an_overflowing_loss_is_still_a_number(reporting: Reporting) -> None:
     """A run that has diverged writes a huge perplexity, not a traceback."""
     reporting.end_round(1, 20, {}, TailSums(1e9, 1, 0))

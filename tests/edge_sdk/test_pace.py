@@ -84,6 +84,34 @@ def test_a_change_in_the_first_round_is_judged_by_the_steps_before_it() -> None:
     assert factor == pytest.approx(0.5, rel=0.02)
 
 
+def test_a_change_before_anything_was_compared_is_no_change_when_it_is_over() -> None:
+    """The speed that the coordinator knows is that of the board without it."""
+    pace = Pace()
+    pace.begin_anew()  # throttled from the first step on
+    assert told(pace, 2.0, 0.5) == (None, False)
+
+    pace.begin_anew()  # no longer
+    assert told(pace, 1.0, 0.5) == (None, False)
+    assert told(pace, 1.0, 0.5) == (None, False)
+
+    factor, _ = told(pace, 2.0, 0.5)
+    assert factor == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_change_that_was_not_told_yet_outlives_the_plan() -> None:
+    """The new plan's first round is that of a changed board, and compared with nothing later."""
+    pace = Pace()
+    told(pace, 1.0, 0.5)
+    pace.begin_anew()  # in the last step
+    assert pace.end_round() == (None, False)
+
+    pace = pace.of_new_plan()
+    assert told(pace, 2.0, 0.5) == (None, False)
+    pace.begin_anew()
+
+    assert told(pace, 1.0, 0.5) == (None, False)
+
+
 def test_what_was_set_by_hand_stays() -> None:
     """A budget that a person has written is never changed by a measurement."""
     by_hand = DeviceProfile(flops_per_s=5.0, up_bytes_per_s=7.0)
