@@ -115,14 +115,16 @@ class Inbox:
                 return envelope
             log.debug("message.stale kind=%s step=%d", type(message).__name__, message.stamp.step)
 
-    def reply(self, kind: type[Any], stamp: Stamp) -> Envelope:
+    def reply(self, kind: type[Any], stamp: Stamp, *, heeds_orders: bool) -> Envelope:
         """Return the next message of *kind* with *stamp*; older ones are stale.
 
         Raises:
-            Redirected: a new order came instead.
+            Redirected: a new order came instead, and is heeded.
         """
         while True:
-            envelope = _unless_order(self.next())
+            envelope = self.next()
+            if heeds_orders:
+                _unless_order(envelope)
             if isinstance(envelope.message, kind) and envelope.message.stamp == stamp:
                 return envelope
             log.debug("message.stale kind=%s", type(envelope.message).__name__)

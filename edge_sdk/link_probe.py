@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_sdk.assembly import TensorOut
+from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.inbox import Inbox
 from edge_sdk.messages import Probe, Stamp
@@ -42,7 +42,14 @@ class LinkSpeed(NamedTuple):
     down_bytes_per_s: float
 
 
-def probe(link: Link, inbox: Inbox, stamp: Stamp, clock: Clock = time.perf_counter) -> LinkSpeed:
+def probe(
+    link: Link,
+    inbox: Inbox,
+    stamp: Stamp,
+    clock: Clock = time.perf_counter,
+    *,
+    heeds_orders: bool = False,
+) -> LinkSpeed:
     """Measure the link, after Welcome and while nothing else travels on it.
 
     Args:
@@ -50,15 +57,18 @@ def probe(link: Link, inbox: Inbox, stamp: Stamp, clock: Clock = time.perf_count
         inbox: What arrives on it.
         stamp: The device's stamp.
         clock: Seconds, for tests.
+        heeds_orders: Whether a new order ends the measurement; else it is overheard.
 
     Raises:
         EdgeError: The coordinator refuses, or the session is lost.
-        Redirected: A new order came in between.
+        Redirected: A new order came in between, and is heeded.
     """
 
     def seconds(up_bytes: int, down_bytes: int) -> float:
         began = clock()
-        _exchange(link, inbox, stamp, up_bytes, down_bytes)
+        _send(link, stamp, up_bytes, down_bytes)
+        answer = inbox.reply(Probe, stamp, heeds_orders=heeds_orders)
+        _check(answer, down_bytes)
         return clock() - began
 
     round_trip_s = min(seconds(0, 0) for _ in range(ROUND_TRIPS))
@@ -67,12 +77,14 @@ def probe(link: Link, inbox: Inbox, stamp: Stamp, clock: Clock = time.perf_count
     return LinkSpeed(round_trip_s, up, down)
 
 
-def _exchange(link: Link, inbox: Inbox, stamp: Stamp, up_bytes: int, down_bytes: int) -> None:
+def _send(link: Link, stamp: Stamp, up_bytes: int, down_bytes: int) -> None:
     tensors: Mapping[str, TensorOut] = NO_TENSORS
     if up_bytes:
         tensors = {"data": (np.zeros(up_bytes, np.uint8), "uint8")}
     link.send(Probe(stamp=stamp, answer_bytes=down_bytes), tensors)
-    answer = inbox.reply(Probe, stamp)
+
+
+def _check(answer: Envelope, down_bytes: int) -> None:
     got = answer.tensors["data"].size if "data" in answer.tensors else 0
     if got != down_bytes:
         raise RemoteProtocolError(f"Probe: {got} bytes came back, {down_bytes} were asked for")

@@ -295,7 +295,9 @@ class Participant:
         # Kept at once: a new order may end the measurement of the link, which is then still due.
         by_hand = self._config.profile
         self._measured = changed_profile(self._measured, by_hand, factor, is_link_due=is_link_due)
-        self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
+        self._measured = with_link(
+            self._measured, self._link, self._inbox, self._stamp, heeds_orders=True
+        )
         if self._measured != self._told:
             self._told = self._measured
             self._link.send(Profiled(stamp=self._stamp, profile=self._measured))

@@ -228,7 +228,7 @@ def test_a_round_shows_the_speed_that_a_device_could_not_measure(llama: Any) -> 
     assert decision is not None
     assert any("a: flops_per_s changed from unknown" in reason for reason in decision.reasons)
     assert decision.plans.plans["a"].split < plan.split
-    again = planner_of(make_situation(llama), "a", "b")
+    again = planner_of(make_situation(llama), "b")
     again.load_state(planner.state())
     again.profiled("a", replace(FAST, flops_per_s=None))
     assert again.profiles["a"].flops_per_s == pytest.approx(true_speed)
