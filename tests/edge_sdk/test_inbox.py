@@ -10,7 +10,16 @@ import pytest
 from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError
 from edge_sdk.inbox import Inbox, Redirected, RunEnded, Stopped
 from edge_sdk.memory_link import MemoryLink, memory_pair
-from edge_sdk.messages import Failure, Gradient, Pause, Refused, RoundStart, RunOver, Stamp
+from edge_sdk.messages import (
+    Failure,
+    Gradient,
+    Pause,
+    Probe,
+    Refused,
+    RoundStart,
+    RunOver,
+    Stamp,
+)
 
 NOW = Stamp(run="r", round=1, step=7, attempt=2)
 
@@ -53,6 +62,20 @@ def test_a_new_order_ends_the_wait(ends: Any, order: Any) -> None:
         inbox.glance()
 
     assert caught.value.envelope.message == order
+
+
+def test_an_order_ends_a_measurement_of_the_link_that_heeds_it(ends: Any) -> None:
+    """Heeded it is handed up; overheard, the answer behind it counts, and no stale one."""
+    inbox, coordinator, _ = ends
+    old, new = Stamp(run="r", round=0, step=3, attempt=2), Pause(stamp=NOW)
+
+    coordinator.send(new)
+    with pytest.raises(Redirected):
+        inbox.reply(Probe, NOW, heeds_orders=True)
+    for message in (new, Probe(stamp=old), Probe(stamp=NOW)):
+        coordinator.send(message)
+
+    assert inbox.reply(Probe, NOW, heeds_orders=False).message == Probe(stamp=NOW)
 
 
 def test_an_expected_message_is_found_among_others(ends: Any) -> None:
