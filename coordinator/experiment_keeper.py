@@ -95,9 +95,9 @@ def end(child: subprocess.Popen[bytes], watching: threading.Thread) -> None:
 
 
 def remove(groups: Sequence[str]) -> None:
-    """Remove control groups; the kernel needs a moment after the last process of one."""
+    """Remove control groups; the kernel needs a moment, on a busy machine seconds, to let go."""
     for group in groups:
-        for _ in range(50):
+        for _ in range(500):
             try:
                 os.rmdir(group)
             except FileNotFoundError:
