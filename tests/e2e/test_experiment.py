@@ -310,7 +310,9 @@ def test_boards_over_ssh(folder: Path, llama: Path, sshd: Sshd) -> None:
     places = {name: folder / f"board-{name}" for name in "ab"}
     boards = {name: sshd.board(place) for name, place in places.items()}
     faults = [{"board": "b", "do": "kill", "at_step": 2, "seconds": 0.5}]
-    experiment(folder, llama, boards, faults=faults, listen=f"tcp://127.0.0.1:{free_port()}")
+    door = f"tcp://127.0.0.1:{free_port()}"
+    # Two: the run must not be over before the killed one is back.
+    experiment(folder, llama, boards, faults=faults, listen=door, min_devices=2)
 
     program = run(folder)
     assert program.wait(PATIENCE_S) == 0, program.text
