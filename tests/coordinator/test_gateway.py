@@ -212,7 +212,7 @@ def test_newer_session_wins_and_the_older_is_told(gateway: Gateway) -> None:
         with open_link(gateway) as newer:
             events = until(gateway, Joined)
             with pytest.raises(RefusedError, match="another process"):
-                older.receive(Deadline.after(5))
+                older.receive(Deadline.after(30))
             with pytest.raises(RefusedError):
                 older.send(PAUSED)
             newer.send(PAUSED)
@@ -227,9 +227,9 @@ def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: Gateway) ->
         until(gateway, Joined)
         gateway.send("one", Refused(stamp=Stamp(), reason="wrong model"))
         gateway.drop("one", "wrong model")
-        assert link.receive(Deadline.after(5)).message.reason == "wrong model"
+        assert link.receive(Deadline.after(30)).message.reason == "wrong model"
         with pytest.raises(RefusedError, match="wrong model"):
-            link.receive(Deadline.after(5))
+            link.receive(Deadline.after(30))
         events = until(gateway, Left)
 
     assert events[-1] == Left("one", "wrong model")
@@ -243,7 +243,7 @@ def test_revoked_key_ends_a_live_session(gateway: Gateway, allowed: AllowList) -
         until(gateway, Joined)
         AllowList(allowed.path).unregister("one")
         with pytest.raises(RefusedError, match="not registered any more"):
-            link.receive(Deadline.after(5))
+            link.receive(Deadline.after(30))
         events = until(gateway, Left)
 
     assert events[-1].device == "one"
