@@ -7,7 +7,7 @@ Pure: a situation in, plans with their reasons out. Split points come from `spli
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -111,10 +111,12 @@ def plan_all(situation: Situation) -> PlanSet:
         ConfigError: the coordinator is too small for what the devices leave to it, or the config
             asks for what nobody can do.
     """
-    tables, refused = _tables(situation)
+    tables, refused = _tables(situation, situation.profiles)
     if frozen := cannot_train(situation, tables):
         situation = replace(situation, frozen=frozen)
-        tables, refused = _tables(situation)
+        again, refused_again = _tables(situation, frozen)  # the others' options are as they were
+        tables = dict(sorted({**tables, **again}.items()))
+        refused = {d: why for d, why in refused.items() if d not in frozen} | refused_again
     splits = _split(situation, tables)
     devices, ranks = _ranks(situation, splits)
     plans, chosen = {}, splits.chosen
@@ -140,10 +142,12 @@ def plan_all(situation: Situation) -> PlanSet:
 # ---- split points ----
 
 
-def _tables(situation: Situation) -> tuple[dict[str, list[Option]], dict[str, str]]:
-    """Each able device's options, and why the others are not."""
+def _tables(
+    situation: Situation, devices: Iterable[str]
+) -> tuple[dict[str, list[Option]], dict[str, str]]:
+    """The options of each of *devices* that is able, and why the others are not."""
     tables, refused = {}, {}
-    for device in sorted(situation.profiles):
+    for device in sorted(devices):
         wrong = problems(situation.profile(device))
         if wrong:
             refused[device] = f"its profile cannot be true: {'; '.join(wrong)}"

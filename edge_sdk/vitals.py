@@ -10,8 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
+from edge_sdk.closing import Closing
 from profiler.monitor import (
     INTERVAL_S,
     POWER_MODE_CHANGED,
@@ -30,7 +30,7 @@ STEPS = 32
 OTHER_SPEED = (POWER_MODE_CHANGED, THROTTLING_BEGAN, THROTTLING_ENDED)
 
 
-class Vitals:
+class Vitals(Closing):
     """Watches the board as a context manager; any thread may ask.
 
     Args:
@@ -56,12 +56,8 @@ class Vitals:
         self._monitor.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Watch no longer; what was found remains."""
         self._monitor.stop()
 
     def _told(self, event: Happening) -> None:
