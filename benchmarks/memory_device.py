@@ -22,7 +22,7 @@ def train(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> dict[s
         from transformers import AutoConfig, AutoModel  # noqa: F401
     else:
         import edge_sdk.runtime_onnx  # noqa: F401
-    from profiler.memory import peak_rss, reset_peak_rss, rss
+    from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     floor = rss().value or 0
     reset_peak_rss()

@@ -55,7 +55,7 @@ def plain(model: Path, steps: int) -> dict[str, Any]:
     from edge_sdk.batches import Batches
     from edge_sdk.data import DataConfig, load_rows
     from edge_sdk.tokenize import ModelLimits, tokenize_rows
-    from profiler.memory import peak_rss, reset_peak_rss, rss
+    from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = DataConfig(**data_config())
@@ -98,7 +98,7 @@ def device(folder: Path, port: int) -> dict[str, Any]:
     from edge_sdk.data import DataConfig
     from edge_sdk.messages import StepReport
     from edge_sdk.plan import Plan
-    from profiler.memory import peak_rss, reset_peak_rss, rss
+    from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     found: dict[str, Any] = {"seconds": [], "floor": 0}
 

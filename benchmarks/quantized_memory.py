@@ -62,7 +62,7 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.training import TrainingConfig
     from edge_sdk.weights import open_part
-    from profiler.memory import peak_rss, reset_peak_rss, rss
+    from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     config = large_config(blocks)
     layout = find_layout(config, "causal-lm")

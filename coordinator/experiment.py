@@ -39,7 +39,7 @@ from coordinator.store import storage_errors
 from edge_sdk.config import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
 from edge_sdk.keys import create_key_pair
-from profiler.cores import allowed_cores
+from profiler.sensors.cgroup import allowed_cores
 
 Told = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.errors import DeviceError
-from profiler.cgroup import groups
+from profiler.sensors.cgroup import groups
 
 # Short periods let a slow board answer messages in time; the kernel wants a quota of 1 ms or more.
 PERIODS_US = (20_000, 100_000)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from coordinator.presets import load_serve_config
 from edge_sdk.config import load_config
 from edge_sdk.errors import ConfigError, ModelError, one_line
-from profiler.memory import memory_info
 from profiler.profile import DeviceProfile
+from profiler.sensors.memory import memory_info
 
 if TYPE_CHECKING:
     from rich.table import Table

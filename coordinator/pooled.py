@@ -27,7 +27,7 @@ from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import Optimizer, TrainingConfig
-from profiler.memory import peak_rss
+from profiler.sensors.memory import peak_rss
 
 POOLED = "pooled"
 """The name that stands where a device's would, also for the order of its samples."""

@@ -22,7 +22,7 @@ from edge_sdk.adapter_state import under
 from edge_sdk.assembly import Envelope
 from edge_sdk.factors import Array
 from edge_sdk.messages import Activation
-from profiler.memory import memory_info
+from profiler.sensors.memory import memory_info
 
 
 @dataclass

@@ -23,7 +23,7 @@ from edge_sdk.keys import load_key_pair, load_public_key
 from edge_sdk.transport_check import shake_hands
 from edge_sdk.transport_line import LinkConfig
 from edge_sdk.weights import PartCache
-from profiler.sources import HERE, Sources
+from profiler.sensors.sources import HERE, Sources
 
 FAILURE_EXIT_CODE = 1
 NAME_WIDTH = 14

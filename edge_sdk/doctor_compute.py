@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.doctor_packages import Versions, release, torch_cure, version_of
-from profiler.board import cpu_bf16, gpu, is_tegra, jetpack, native_bf16
-from profiler.sources import HERE, Sources
+from profiler.sensors.board import cpu_bf16, gpu, is_tegra, jetpack, native_bf16
+from profiler.sensors.sources import HERE, Sources
 
 TRIAL = "edge_sdk.doctor_trial"
 # A Raspberry Pi 4 with an SD card needs a quarter of a minute to load torch; this one hangs.

@@ -25,8 +25,8 @@ from edge_sdk.link_probe import LinkSpeed, probe
 from edge_sdk.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
 from edge_sdk.transport import LinkConfig, ZmqLink, package_version
 from edge_sdk.transport_check import Handshake
-from profiler.sources import ROOT
-from profiler.sysfs import read_number, read_text
+from profiler.sensors.kernel_files import read_number, read_text
+from profiler.sensors.sources import ROOT
 
 ADDRESS = re.compile(r"tcp://(?:\[([^\]]+)\]|([^:/\[\]]+)):(\d+)")
 NAME_S, CONNECT_S, GREETING_S, HANDSHAKE_S, SESSION_S = 5.0, 5.0, 3.0, 5.0, 20.0

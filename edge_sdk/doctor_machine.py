@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped, warning
-from profiler.board import board as board_name
-from profiler.board import is_tegra, jetpack, power_mode
-from profiler.budget import budget, gpu_memory, gpu_memory_used, others, pool, swap
-from profiler.heat import temperature, temperatures, throttling
-from profiler.readings import NOT_KNOWN
-from profiler.sources import HERE, Sources
+from profiler.sensors.board import board as board_name
+from profiler.sensors.board import is_tegra, jetpack, power_mode
+from profiler.sensors.heat import temperature, temperatures, throttling
+from profiler.sensors.memory_budget import budget, gpu_memory, gpu_memory_used, others, pool, swap
+from profiler.sensors.readings import NOT_KNOWN
+from profiler.sensors.sources import HERE, Sources
 
 try:
     import resource

@@ -15,8 +15,8 @@ from edge_sdk.backend import INSTALL
 from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import make_key_pair
-from profiler.board import gpu, jetpack
-from profiler.sources import HERE, Sources
+from profiler.sensors.board import gpu, jetpack
+from profiler.sensors.sources import HERE, Sources
 
 OURS = ("edge_sdk", "profiler", "coordinator")
 # All of them install the folder `onnxruntime`; whichever comes last wins, in parts.

@@ -16,7 +16,7 @@ import numpy as np
 from edge_sdk.adapters import Pair
 from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form
-from profiler.memory import peak_rss, rss
+from profiler.sensors.memory import peak_rss, rss
 
 
 class Micro(NamedTuple):

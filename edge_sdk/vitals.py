@@ -1,6 +1,6 @@
 """A device's board while it takes part: what its signs of life tell, and whether it has changed.
 
-Joins what the board says of itself (`profiler.monitor`) with the steps that it does.
+Joins what the board says of itself (`profiler.sensors.monitor`) with the steps that it does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from edge_sdk.closing import Closing
-from profiler.monitor import (
+from profiler.sensors.monitor import (
     INTERVAL_S,
     POWER_MODE_CHANGED,
     THROTTLING_BEGAN,
@@ -20,7 +20,7 @@ from profiler.monitor import (
     Happening,
     Monitor,
 )
-from profiler.sources import HERE, Sources
+from profiler.sensors.sources import HERE, Sources
 
 log = logging.getLogger(__name__)
 

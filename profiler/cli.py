@@ -17,13 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from profiler.load import cpu_times
 from profiler.measure import BlockMeasure, gemm_rates, measure_block, measure_profile
-from profiler.overview import Group, overview
 from profiler.profile import DeviceProfile
-from profiler.readings import NOT_KNOWN, Fact, Reading
-from profiler.shown import amount
-from profiler.sources import HERE
+from profiler.sensors.load import cpu_times
+from profiler.sensors.overview import Group, overview
+from profiler.sensors.readings import NOT_KNOWN, Fact, Reading, amount
+from profiler.sensors.sources import HERE
 
 # Long enough for a hundred scheduler ticks, short enough for somebody who waits.
 LOAD_WINDOW_S = 0.25

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from profiler.board import board, native_bf16, power_mode
-from profiler.budget import budget, gpu_memory, pool
-from profiler.memory import peak_rss, reset_peak_rss, rss
 from profiler.profile import DeviceProfile
-from profiler.readings import Reading, unknown
-from profiler.sources import HERE, Sources
+from profiler.sensors.board import board, native_bf16, power_mode
+from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
+from profiler.sensors.memory_budget import budget, gpu_memory, pool
+from profiler.sensors.readings import Reading, unknown
+from profiler.sensors.sources import HERE, Sources
 
 # The first run compiles kernels, fills caches and raises clocks, and stands for nothing.
 WARM_UPS = 1

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from profiler.board import board, power_mode
-from profiler.monitor import Happening, Monitor, Range
-from profiler.readings import Reading
-from profiler.shown import amount
-from profiler.sources import HERE, Sources
+from profiler.sensors.board import board, power_mode
+from profiler.sensors.monitor import Happening, Monitor, Range
+from profiler.sensors.readings import Reading, amount
+from profiler.sensors.sources import HERE, Sources
 
 # Widths in letters; a line has 79.
 NAME, NOW, BAR, CELL = 17, 11, 12, 11

@@ -30,7 +30,7 @@ DOORS = {
         "coordinator/auth.py",
         "coordinator/gateway*.py",
     ],
-    "pynvml": ["profiler/sources.py"],
+    "pynvml": ["profiler/sensors/sources.py"],
     "onnxruntime": ["edge_sdk/onnx_model.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],

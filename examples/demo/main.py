@@ -22,7 +22,7 @@ from shards import Shards, make_shards
 
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError
 from edge_sdk.weights import load_config, locate
-from profiler.cores import allowed_cores
+from profiler.sensors.cgroup import allowed_cores
 
 BASE = ROOT / "examples" / "base"
 # Says that a folder is ours, to be cleared by the next demo.

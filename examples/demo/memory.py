@@ -44,7 +44,7 @@ def device_floor(model: Path, task: Any) -> int:
     import edge_sdk.runtime_torch  # noqa: F401
     from edge_sdk.layout import build_empty
     from edge_sdk.weights import load_config
-    from profiler.memory import peak_rss
+    from profiler.sensors.memory import peak_rss
 
     build_empty(load_config(model, 0), task, torch.float32)  # imports the model's module
     return int(peak_rss().value or 0)
@@ -67,7 +67,7 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
     from edge_sdk.config import load_config
     from edge_sdk.layout import build_empty
     from edge_sdk.weights import load_config as load_model_config
-    from profiler.memory import peak_rss
+    from profiler.sensors.memory import peak_rss
 
     config = load_config(ServeConfig, folder / "runs" / "demo" / CONFIG, env={})
     num_labels = len(config.label_names)

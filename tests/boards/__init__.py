@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiler.sources import Nvml, Sources
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards.computers import CONTAINER_V1, CONTAINER_V2, RASPBERRY_PI_5, RTX_LAPTOP
 from tests.boards.jetsons_nvgpu import AGX_ORIN_JP5, NANO_JP4, XAVIER_NX_JP5
 from tests.boards.jetsons_nvml import ORIN_NANO_JP6, THOR_JP7

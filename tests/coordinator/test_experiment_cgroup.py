@@ -48,8 +48,8 @@ def running(code: str, cage: Cage) -> Iterator[tuple[int | None, list[str]]]:
 
 SEEN = """
 from pathlib import Path
-from profiler.cores import allowed_cores
-from profiler.memory import memory_info
+from profiler.sensors.cgroup import allowed_cores
+from profiler.sensors.memory import memory_info
 print(int(memory_info(Path("/")).total.value), allowed_cores(Path("/")).value)
 """
 

@@ -13,7 +13,7 @@ import pytest
 from edge_sdk import doctor_compute as compute
 from edge_sdk import doctor_trial as trial
 from edge_sdk.doctor_compute import Attempt, Outcome, Runner
-from profiler.sources import Nvml, Sources
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk import doctor_machine as machine
-from profiler.sources import Nvml, Sources
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import BOARDS, build
 from tests.boards.nvml import no_library
 from tests.boards.tree import MIB, meminfo, swaps, write

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk import doctor_packages as packages
-from profiler.sources import Nvml, Sources
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
 

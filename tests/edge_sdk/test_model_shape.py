@@ -25,7 +25,7 @@ from profiler.estimate import (
     estimate_flops,
     estimate_memory,
 )
-from profiler.memory import peak_rss, reset_peak_rss, rss
+from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 from tests.tiny import (
     BLOCKS,
     CLASSES,

@@ -11,7 +11,7 @@ import pytest
 from edge_sdk.config import load_config
 from profiler import cli, measure
 from profiler.profile import DeviceProfile
-from profiler.sources import Nvml, Sources
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
 from tests.tiny import make_config

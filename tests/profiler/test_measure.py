@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from profiler import measure
-from profiler.budget import reserve_bytes
 from profiler.measure import gemm_rates, measure_block, measure_profile, measure_step, seconds_of
 from profiler.profile import problems
-from profiler.sources import Nvml, Sources
+from profiler.sensors.memory_budget import reserve_bytes
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import stub
 from tests.tiny import FAMILIES, OTHERS, make_config

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from profiler.board import power_mode
-from profiler.budget import reserve_bytes
-from profiler.energy import Meter
-from profiler.heat import HARMLESS, Throttling, temperature, temperatures, throttling
-from profiler.load import (
+from profiler.sensors.board import power_mode
+from profiler.sensors.heat import HARMLESS, Throttling, temperature, temperatures, throttling
+from profiler.sensors.load import (
     CpuTimes,
     cpu_clock,
     cpu_clock_max,
@@ -27,10 +25,11 @@ from profiler.load import (
     gpu_clock_max,
     gpu_load,
 )
-from profiler.memory import memory_info, rss
-from profiler.power import counters, power, rails
-from profiler.readings import Reading
-from profiler.sources import HERE, Sources
+from profiler.sensors.memory import memory_info, rss
+from profiler.sensors.memory_budget import reserve_bytes
+from profiler.sensors.power import Meter, counters, power, rails
+from profiler.sensors.readings import Reading
+from profiler.sensors.sources import HERE, Sources
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 
-from profiler.board import unified_memory
-from profiler.memory import field_bytes, memory_info, rss
-from profiler.readings import MemoryInfo, Reading, unknown
-from profiler.sources import HERE, Sources
-from profiler.sysfs import read_text
+from profiler.sensors.board import unified_memory
+from profiler.sensors.kernel_files import read_text
+from profiler.sensors.memory import field_bytes, memory_info, rss
+from profiler.sensors.readings import MemoryInfo, Reading, unknown
+from profiler.sensors.sources import HERE, Sources
 
 MIB = 2**20
 # Left to others and to mistakes of the estimate: a share of the pool within two bounds. Less than

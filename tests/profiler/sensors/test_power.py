@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.energy import Meter
-from profiler.power import Counter
-from profiler.readings import Reading, unknown
+from profiler.sensors.power import Counter, Meter
+from profiler.sensors.readings import Reading, unknown
 
 
 def watts(value: float, *, estimated: bool = False) -> Reading:

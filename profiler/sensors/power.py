@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from profiler.readings import Reading, unknown
-from profiler.sources import HERE, Sources
-from profiler.sysfs import find, read_number, read_text, shown
+from profiler.sensors.kernel_files import find, read_number, read_text, shown
+from profiler.sensors.readings import Reading, unknown
+from profiler.sensors.sources import HERE, Sources
 
 # A rail that feeds the whole module; where there is one, the others are parts of it.
 INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
@@ -125,3 +125,49 @@ def counters(sources: Sources = HERE) -> dict[str, Counter]:
         if microjoules is not None:
             found[folder.name] = Counter(microjoules / 1e6, most / 1e6 if most else None)
     return found
+
+
+class Meter:
+    """Adds up what is drawn; `update` has to be called several times a minute."""
+
+    def __init__(self) -> None:
+        self._counted = 0.0
+        self._counters: dict[str, Counter] = {}
+        self._integrated = 0.0
+        self._last: tuple[float, float] | None = None
+        self._power = unknown("W")
+
+    def update(self, now_s: float, power: Reading, counters: dict[str, Counter]) -> None:
+        """Take note of what is drawn at *now_s*, and of where the counters stand."""
+        for name, counter in counters.items():
+            if name in self._counters:
+                self._counted += _difference(self._counters[name], counter)
+        self._counters |= counters
+        if power.value is None:
+            self._last = None  # a gap is not bridged
+            return
+        if self._last is not None:
+            then_s, watts = self._last
+            self._integrated += (now_s - then_s) * (watts + power.value) / 2
+        self._last, self._power = (now_s, power.value), power
+
+    def joules(self) -> Reading:
+        """Return what was drawn since the first update.
+
+        Rails of a board come before counters, which count the processor and the GPU but not the
+        board around them and are `estimated` for that.
+        """
+        if self._power.value is not None and not (self._counters and self._power.estimated):
+            source = f"{self._power.source}, over time"
+            return Reading(self._integrated, source, "J", self._power.estimated)
+        if self._counters:
+            return Reading(self._counted, " + ".join(self._counters), "J", estimated=True)
+        return unknown("J")
+
+
+def _difference(before: Counter, after: Counter) -> float:
+    gained = after.joules - before.joules
+    if gained >= 0:
+        return gained
+    # A wrapped counter; without a known end it was reset, by a driver that was loaded anew.
+    return gained + after.wraps_at_j if after.wraps_at_j else after.joules

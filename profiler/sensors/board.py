@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from profiler.readings import Fact, no_fact
-from profiler.sources import HERE, Sources
-from profiler.sysfs import read_text, read_words
+from profiler.sensors.kernel_files import read_text, read_words
+from profiler.sensors.readings import Fact, no_fact
+from profiler.sensors.sources import HERE, Sources
 
 # The release of L4T decides the JetPack; the longest beginning that fits counts.
 JETPACKS = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from profiler.load import CpuTimes
-from profiler.overview import Known, overview
-from profiler.readings import NOT_KNOWN
+from profiler.sensors.load import CpuTimes
+from profiler.sensors.overview import Known, overview
+from profiler.sensors.readings import NOT_KNOWN
 from tests.boards import BOARDS, Standing, build
 from tests.boards.nvml import lost
 

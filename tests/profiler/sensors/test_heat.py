@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from profiler.heat import temperature, throttling
-from profiler.readings import Reading, unknown
-from profiler.sources import Nvml, Sources
+from profiler.sensors.heat import temperature, throttling
+from profiler.sensors.readings import Reading, unknown
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards.nvml import no_library, stub
 from tests.boards.tree import write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.cores import allowed_cores
+from profiler.sensors.cgroup import allowed_cores
 
 
 def test_without_a_quota_the_affinity_counts(tmp_path: Path) -> None:

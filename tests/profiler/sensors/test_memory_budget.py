@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from profiler.budget import budget, held, reserve_bytes
-from profiler.sources import Nvml, Sources
+from profiler.sensors.memory_budget import budget, held, reserve_bytes
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
 

@@ -5,11 +5,10 @@ For `profiler show`, for the live view and for tests of whole boards; nothing is
 
 from __future__ import annotations
 
-from profiler.board import FACTS
-from profiler.budget import budget, gpu_memory, gpu_memory_used, others, swap
-from profiler.cores import allowed_cores
-from profiler.heat import temperature, temperatures, throttling
-from profiler.load import (
+from profiler.sensors.board import FACTS
+from profiler.sensors.cgroup import allowed_cores
+from profiler.sensors.heat import temperature, temperatures, throttling
+from profiler.sensors.load import (
     CpuTimes,
     cpu_clock,
     cpu_clock_max,
@@ -19,10 +18,11 @@ from profiler.load import (
     gpu_clock_max,
     gpu_load,
 )
-from profiler.memory import memory_info, peak_rss, rss
-from profiler.power import gpu_power, power, rails
-from profiler.readings import NOT_KNOWN, Fact, Reading, no_fact
-from profiler.sources import HERE, Sources
+from profiler.sensors.memory import memory_info, peak_rss, rss
+from profiler.sensors.memory_budget import budget, gpu_memory, gpu_memory_used, others, swap
+from profiler.sensors.power import gpu_power, power, rails
+from profiler.sensors.readings import NOT_KNOWN, Fact, Reading, no_fact
+from profiler.sensors.sources import HERE, Sources
 
 Known = Reading | Fact
 Group = dict[str, Known]

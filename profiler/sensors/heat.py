@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from profiler.readings import NOT_KNOWN, Reading, unknown
-from profiler.sources import HERE, Sources
-from profiler.sysfs import find, read_number, read_text, shown
+from profiler.sensors.kernel_files import find, read_number, read_text, shown
+from profiler.sensors.readings import NOT_KNOWN, Reading, unknown
+from profiler.sensors.sources import HERE, Sources
 
 # PMIC-Die of JetPack 4 says 100 degrees whatever happens; the other is a weighted mean for the fan.
 NO_TEMPERATURES = ("PMIC-Die", "thermal-fan-est")

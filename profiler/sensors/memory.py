@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from profiler.cgroup import groups
-from profiler.readings import MemoryInfo, Reading, smallest, unknown
-from profiler.sysfs import read_number, read_text, read_words
+from profiler.sensors.cgroup import groups
+from profiler.sensors.kernel_files import read_number, read_text, read_words
+from profiler.sensors.readings import MemoryInfo, Reading, smallest, unknown
 
 ROOT = Path("/")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiler.readings import Reading, smallest, unknown
+from profiler.sensors.readings import Reading, smallest, unknown
 
 
 def test_the_smallest_known_reading_wins() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.readings import Fact, Reading, no_fact, unknown
-from profiler.shown import amount
+from profiler.sensors.readings import Fact, Reading, amount, no_fact, unknown
 
 
 @pytest.mark.parametrize(

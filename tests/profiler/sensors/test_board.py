@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from profiler.board import (
+from profiler.sensors.board import (
     board,
     compute_capability,
     cpu_bf16,
@@ -17,8 +17,8 @@ from profiler.board import (
     power_mode,
     unified_memory,
 )
-from profiler.readings import Fact, no_fact
-from profiler.sources import Nvml, Sources
+from profiler.sensors.readings import Fact, no_fact
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library, stub
 from tests.boards.tree import Files, write

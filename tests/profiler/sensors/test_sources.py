@@ -11,11 +11,11 @@ from typing import Any
 import pynvml
 import pytest
 
-from profiler import sources as door
-from profiler.budget import gpu_memory
-from profiler.load import gpu_load
-from profiler.readings import Reading, unknown
-from profiler.sources import Nvml, Sources
+from profiler.sensors import sources as door
+from profiler.sensors.load import gpu_load
+from profiler.sensors.memory_budget import gpu_memory
+from profiler.sensors.readings import Reading, unknown
+from profiler.sensors.sources import Nvml, Sources
 from tests.boards.nvml import FakeNvml, lost, no_library, stub
 
 ERRORS = [getattr(pynvml, name) for name in dir(pynvml) if name.startswith("NVML_ERROR_")]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.memory import memory_info, peak_rss, reset_peak_rss, rss
-from profiler.readings import Reading, unknown
+from profiler.sensors.memory import memory_info, peak_rss, reset_peak_rss, rss
+from profiler.sensors.readings import Reading, unknown
 
 MIB = 2**20
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from profiler.readings import Reading, unknown
-from profiler.sources import HERE, Sources
-from profiler.sysfs import find, read_number, read_text, shown
+from profiler.sensors.kernel_files import find, read_number, read_text, shown
+from profiler.sensors.readings import Reading, unknown
+from profiler.sensors.sources import HERE, Sources
 
 # The GPU of a Tegra among the devices that change their clock: Orin and Nano, JetPack 5, Thor.
 DEVFREQ = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.monitor import Happening, Monitor, Range
+from profiler.sensors.monitor import Happening, Monitor, Range
 from tests.boards import Standing, build
 from tests.boards.tree import Files
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from profiler.sysfs import find
+from profiler.sensors.kernel_files import find
 
 ROOT = Path("/")
 # A firmware that does not answer must not stop whoever wants to know the temperature.
