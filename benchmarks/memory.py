@@ -1,4 +1,4 @@
-"""How well a device's peak memory is predicted: profiler/estimate.py against TorchRuntime.
+"""How well a device's peak memory is predicted: profiler/estimate/memory.py against TorchRuntime.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--repeats 3] [--steps 4]
 
@@ -87,7 +87,7 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     from edge_sdk.layout import find_layout
     from edge_sdk.model_shape import model_shape
     from edge_sdk.training import LINEAR_BYTES
-    from profiler.estimate import Work, estimate_memory
+    from profiler.estimate.memory import Work, estimate_memory
 
     config = AutoConfig.from_pretrained(folder)
     layout = find_layout(config, case.task)

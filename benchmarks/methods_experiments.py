@@ -260,7 +260,7 @@ def set_budgets(config: dict[str, Any], file: Path) -> None:
     from coordinator.compare_config import load_compare
     from coordinator.compare_devices import whole_situation
     from coordinator.costs import device_bytes
-    from profiler.estimate import RUNTIME_BYTES
+    from profiler.estimate.memory import RUNTIME_BYTES
 
     file.write_text(json.dumps(config), encoding="utf-8")
     situation = whole_situation(load_compare(file).simulation_config())

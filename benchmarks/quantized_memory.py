@@ -129,7 +129,7 @@ def predicted(base: str, blocks: int) -> int:
     from edge_sdk.layout import find_layout
     from edge_sdk.model_shape import model_shape
     from edge_sdk.training import LINEAR_BYTES
-    from profiler.estimate import Work, estimate_memory
+    from profiler.estimate.memory import Work, estimate_memory
 
     config = large_config(blocks)
     shape = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))

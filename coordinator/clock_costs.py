@@ -1,7 +1,7 @@
 """How many operations a piece of work takes, for the modelled clock; remembers what it was asked.
 
-The counting itself is `profiler/estimate.py`. The frozen residual of `exact` and importance are
-left out: beside the weights of a large model they are small, beside those of a small one that
+The counting itself is `profiler/estimate/memory.py`. The frozen residual of `exact` and importance
+are left out: beside the weights of a large model they are small, beside those of a small one that
 stands for it they would not be.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from profiler.estimate import FlopsEstimate, ModelShape, Work, estimate_flops
+from profiler.estimate.memory import FlopsEstimate, ModelShape, Work, estimate_flops
 
 
 class Costs:

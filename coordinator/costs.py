@@ -14,7 +14,7 @@ from coordinator.aggregation import SERVER
 from coordinator.rank_choice import Choice, Weights, rank_table
 from coordinator.situation import Situation
 from coordinator.splits import Option, Server
-from profiler.estimate import (
+from profiler.estimate.memory import (
     Work,
     estimate_flops,
     estimate_memory,

@@ -28,7 +28,7 @@ from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.training import compute_name
 from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
-from profiler.estimate import ModelShape
+from profiler.estimate.memory import ModelShape
 
 
 class ServedModel:

@@ -31,7 +31,7 @@ from edge_sdk.messages import (
 )
 from edge_sdk.plan import Plan
 from edge_sdk.runtime import Micro
-from profiler.estimate import FlopsEstimate
+from profiler.estimate.memory import FlopsEstimate
 
 CLOCK = "clock.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)

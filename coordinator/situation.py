@@ -14,7 +14,7 @@ from coordinator.aggregation import RULES, SERVER
 from coordinator.config import ServeConfig
 from coordinator.planning import ModelFacts
 from coordinator.rank_choice import possible_ranks
-from profiler.estimate import ModelShape
+from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile, problems
 
 # Positions of models reach 131,072; sequences of fine-tuning data rarely do.

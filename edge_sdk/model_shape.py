@@ -23,7 +23,7 @@ from edge_sdk.adapters import head_names, is_transposed
 from edge_sdk.layout import Layout, Task
 from edge_sdk.partition import CPU, Slice
 from edge_sdk.training import autocast
-from profiler.estimate import Kept, Linear, ModelShape
+from profiler.estimate.memory import Kept, Linear, ModelShape
 
 # Frozen parameters and computation: the widths that a device may run.
 _WIDTHS = (

@@ -39,7 +39,7 @@ from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
-from profiler.work import TAIL_TARGETS
+from profiler.estimate.sizes import TAIL_TARGETS
 
 
 class _Open(NamedTuple):

@@ -14,7 +14,7 @@ from coordinator.situation import ServerProfile, Situation
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.layout import find_layout
 from edge_sdk.model_shape import model_shape
-from profiler.estimate import ModelShape
+from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
 from tests.tiny import make_config, task_of
 

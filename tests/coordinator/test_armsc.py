@@ -23,7 +23,7 @@ from coordinator.situation import ServerProfile, planning_length
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError
-from profiler.estimate import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
+from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory
 from tests.tiny import BLOCKS, CLASSES, task_of

@@ -18,7 +18,7 @@ from coordinator.costs import (
 from coordinator.planning import ModelFacts, check_config
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import ConfigError
-from profiler.estimate import ModelShape
+from profiler.estimate.memory import ModelShape
 from tests.coordinator.situations import SLOW, make_situation, model_of, priced, with_memory
 
 

@@ -22,7 +22,7 @@ from coordinator.replan import (
     replan,
     worth_changing,
 )
-from profiler.estimate import ModelShape
+from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory
 

@@ -33,7 +33,7 @@ from edge_sdk.messages import StepReport
 from edge_sdk.model_shape import model_shape
 from edge_sdk.training import TrainingConfig
 from edge_sdk.weights import Source
-from profiler.estimate import FlopsEstimate
+from profiler.estimate.memory import FlopsEstimate
 from tests.e2e.cluster import (
     Cluster,
     classified,

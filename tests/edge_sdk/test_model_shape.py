@@ -18,7 +18,7 @@ from edge_sdk.partition import CPU, Slice
 from edge_sdk.plan import Plan
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import TrainingConfig, autocast
-from profiler.estimate import (
+from profiler.estimate.memory import (
     ModelShape,
     Work,
     adapter_bytes,

@@ -40,7 +40,7 @@ from edge_sdk.quantized import (
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import LINEAR_BYTES, Base, TrainingConfig
 from edge_sdk.weights import Source, open_part
-from profiler.estimate import Work, estimate_memory
+from profiler.estimate.memory import Work, estimate_memory
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (
     BLOCKS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from profiler.work import ModelShape, Work, lowest_block
+from profiler.estimate.sizes import ModelShape, Work, lowest_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from profiler.flops import FlopsEstimate, estimate_flops, estimate_seconds
-from profiler.work import (
+from profiler.estimate.flops import FlopsEstimate, estimate_flops, estimate_seconds
+from profiler.estimate.sizes import (
     FRAGMENTATION,
     TAIL_TARGETS,
     Kept,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.estimate import (
+from profiler.estimate.memory import (
     FlopsEstimate,
     Kept,
     Linear,
