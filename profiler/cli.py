@@ -146,7 +146,7 @@ def _profile(profile: DeviceProfile, device: str) -> Group:
 
 
 def _watch(options: argparse.Namespace) -> None:
-    from profiler.watch import watch
+    from profiler.live_view import watch
 
     if not options.interval > 0:
         raise ValueError(f"--interval must be above 0, got {options.interval}")

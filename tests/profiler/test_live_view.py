@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.watch import watch
+from profiler.live_view import watch
 from tests.boards import Standing, build
 
 
