@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.config import dump_config
+from edge_sdk.config.loader import dump_config
 
 if TYPE_CHECKING:
     from coordinator.compare_config import CompareConfig

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from edge_sdk.config import dump_config
+from edge_sdk.config.loader import dump_config
 
 
 def digest_of(config: object, data: Iterable[str | None]) -> str:

@@ -15,7 +15,7 @@ from coordinator.experiment_config import ExperimentConfig
 from coordinator.experiment_kept import FACTS, NOT_RUN
 from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
 from coordinator.store import storage_errors
-from edge_sdk.config import dump_config
+from edge_sdk.config.loader import dump_config
 
 MIB, MB = 2**20, 1e6
 

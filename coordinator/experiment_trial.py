@@ -25,7 +25,7 @@ from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHE
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_shell import LocalShell, Program
 from coordinator.store import RunFolder
-from edge_sdk.config import dump_config
+from edge_sdk.config.loader import dump_config
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from coordinator.clock import Machine
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from profiler.profile import DeviceProfile
 
 DATA = Path(__file__).parent / "data"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.presets import load_serve_config
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from profiler.profile import DeviceProfile
 from profiler.sensors.memory import memory_info

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from coordinator.config import Preset, ServeConfig
-from edge_sdk.config_nodes import (
+from edge_sdk.config.sources import (
     Entries,
     Leaf,
     Node,
@@ -24,7 +24,7 @@ from edge_sdk.config_nodes import (
     parse_text,
     read_file,
 )
-from edge_sdk.config_values import Spot, build
+from edge_sdk.config.values import Spot, build
 from edge_sdk.errors import ConfigError
 
 NAMES: tuple[str, ...] = get_args(Preset)

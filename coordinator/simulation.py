@@ -39,7 +39,7 @@ from coordinator.simulation_result import SimulationResult, read_result
 from coordinator.store import CONFIG, RunFolder
 from coordinator.worker import Worker
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.config import dump_config
+from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.stopping import stopping_on_signals
 from edge_sdk.weights import PartCache

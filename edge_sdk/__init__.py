@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edge_sdk.callbacks import Callback, RoundSummary
     from edge_sdk.client import EdgeClient
     from edge_sdk.client_config import ClientConfig
-    from edge_sdk.config import load_config
+    from edge_sdk.config.loader import load_config
     from edge_sdk.data import DataConfig
     from edge_sdk.errors import EdgeError
     from edge_sdk.messages import StepReport
@@ -35,7 +35,7 @@ _HOMES = {
     "DataConfig": "data",
     "EdgeClient": "client",
     "EdgeError": "errors",
-    "load_config": "config",
+    "load_config": "config.loader",
     "Plan": "plan",
     "RoundSummary": "callbacks",
     "StepReport": "messages",

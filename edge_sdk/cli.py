@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_sdk.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint
 from edge_sdk.plan import Plan

@@ -12,9 +12,9 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.config import load_config
-from edge_sdk.config_nodes import Entries, Node, from_environment, from_overrides, read_file
-from edge_sdk.config_values import Spot, build, by_key, field_types, type_words
+from edge_sdk.config.loader import load_config
+from edge_sdk.config.sources import Entries, Node, from_environment, from_overrides, read_file
+from edge_sdk.config.values import Spot, build, by_key, field_types, type_words
 from edge_sdk.data import DataConfig, load_data
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line

@@ -17,7 +17,7 @@ from coordinator.experiment_config import ExperimentConfig
 from coordinator.presets import load_serve_config
 from edge_sdk.backend import INSTALL
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.doctor_packages import JETPACK_WHEELS
 from edge_sdk.errors import (
     INTERRUPTED_EXIT_CODE,

@@ -64,7 +64,7 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
     from coordinator.config import ServeConfig
     from coordinator.store import CONFIG
     from edge_sdk.client_config import ClientConfig  # noqa: F401
-    from edge_sdk.config import load_config
+    from edge_sdk.config.loader import load_config
     from edge_sdk.layout import build_empty
     from edge_sdk.weights import load_config as load_model_config
     from profiler.sensors.memory import peak_rss
@@ -105,7 +105,7 @@ def largest_batches(folder: Path, config: Any) -> list[Any]:
 
     from edge_sdk.batches import Batches
     from edge_sdk.client_config import ClientConfig
-    from edge_sdk.config import load_config
+    from edge_sdk.config.loader import load_config
     from edge_sdk.data import load_data
     from edge_sdk.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.weights import load_config as load_model_config

@@ -21,7 +21,7 @@ from coordinator.export import export_adapter
 from edge_sdk import quantized
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.importance import Form
 from edge_sdk.layout import find_layout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.config import load_config
+from edge_sdk.config.loader import load_config
 from profiler import cli, measure
 from profiler.profile import DeviceProfile
 from profiler.sensors.sources import Nvml, Sources

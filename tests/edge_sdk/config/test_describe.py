@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from edge_sdk.config import SECRET, ConfigRow, describe
+from edge_sdk.config.loader import SECRET, ConfigRow, describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

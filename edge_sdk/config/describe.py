@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from edge_sdk.config_nodes import teach_scalars
-from edge_sdk.config_values import default_of, field_types, type_words
+from edge_sdk.config.sources import teach_scalars
+from edge_sdk.config.values import default_of, field_types, type_words
 
 
 class ConfigRow(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_sdk.config_nodes import Entries, Items, Leaf, Node, Text, parse_text
+from edge_sdk.config.sources import Entries, Items, Leaf, Node, Text, parse_text
 from edge_sdk.errors import ConfigError
 
 _WORDS = {

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar, cast
 
-from edge_sdk.config_nodes import Node, from_environment, from_overrides, read_file
-from edge_sdk.config_text import ConfigRow, describe, dump_config
-from edge_sdk.config_values import Spot, build
+from edge_sdk.config.describe import ConfigRow, describe, dump_config
+from edge_sdk.config.sources import Node, from_environment, from_overrides, read_file
+from edge_sdk.config.values import Spot, build
 
 __all__ = ["SECRET", "ConfigRow", "describe", "dump_config", "load_config"]
 
