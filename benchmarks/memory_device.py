@@ -37,7 +37,7 @@ def train(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> dict[s
 
 def make_plan(case: Case, facts: dict[str, Any]) -> Any:
     """What the coordinator would have sent."""
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.plan import Plan
 
     rows = {"batch_size": case.rows, "micro_batch": case.rows}
     return Plan(split=case.split, ranks=facts["ranks"], alphas={}, tail=case.tail, **rows)
@@ -115,7 +115,7 @@ def train_step(runtime: Any, case: Case, facts: dict[str, Any], step: int, steps
     """One step; returns its processor time."""
     import numpy as np
 
-    from edge_sdk.codecs import decode, encode
+    from edge_sdk.protocol.codecs import decode, encode
 
     began = time.process_time()
     micro, targets = make_micro(case, facts["vocab_size"], step, steps)

@@ -96,8 +96,8 @@ def device(folder: Path, port: int) -> dict[str, Any]:
     from edge_sdk.client import EdgeClient
     from edge_sdk.client_config import ClientConfig
     from edge_sdk.data import DataConfig
-    from edge_sdk.messages import StepReport
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.messages import StepReport
+    from edge_sdk.protocol.plan import Plan
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     found: dict[str, Any] = {"seconds": [], "floor": 0}

@@ -39,7 +39,7 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.adapters import LoraConfig, find_targets, initial_pair
     from edge_sdk.batches import Batches, eval_batches
     from edge_sdk.data import DataConfig, load_rows
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime import Micro
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.tokenize import ModelLimits, tokenize_rows

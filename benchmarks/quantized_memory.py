@@ -57,7 +57,7 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
 
     from edge_sdk.adapters import LoraConfig, find_targets
     from edge_sdk.layout import find_layout
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime import Micro
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.training import TrainingConfig

@@ -27,8 +27,8 @@ from report import header, save, table
 from coordinator.auth import AllowList
 from coordinator.gateway import Gateway, GatewayConfig, Received
 from edge_sdk.keys import KeyPair, make_key_pair
-from edge_sdk.messages import Activation, Stamp
-from edge_sdk.packets import MAX_CHUNK_BYTES
+from edge_sdk.protocol.messages import Activation, Stamp
+from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.sockets import tune
 from edge_sdk.transport import LinkConfig, ZmqLink
 

@@ -105,7 +105,7 @@ def prepare(folder: Path, *, large: bool) -> None:
 def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     """The slice on one backend, with equal factors."""
     from edge_sdk.adapters import LoraConfig
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.plan import Plan
     from edge_sdk.training import TrainingConfig
 
     split = facts["split"]

@@ -17,7 +17,7 @@ from coordinator.rounds import Member
 from coordinator.served import ServedModel
 from edge_sdk.errors import EdgeError, RefusedError, public_name
 from edge_sdk.local_state import KEPT
-from edge_sdk.messages import (
+from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     Failure,
     Hello,
@@ -29,7 +29,7 @@ from edge_sdk.messages import (
     Stamp,
     Welcome,
 )
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.training import to_pairs
 from edge_sdk.transport import package_version
 

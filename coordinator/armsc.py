@@ -38,7 +38,7 @@ from coordinator.splits import (
     fitting,
 )
 from edge_sdk.errors import ConfigError
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from profiler.profile import problems
 
 

@@ -17,7 +17,7 @@ from coordinator.costs import (
 )
 from coordinator.rank_choice import worth
 from coordinator.situation import Situation
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 
 
 def wave_seconds(

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Column, Table
 
 from coordinator.store import RunFolder
-from edge_sdk.messages import StepReport
+from edge_sdk.protocol.messages import StepReport
 
 # A rate over so many steps: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20

@@ -22,7 +22,7 @@ from coordinator.presets import load_serve_config
 from coordinator.run import Run
 from coordinator.server import COMPLETED
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
-from edge_sdk.messages import StepReport
+from edge_sdk.protocol.messages import StepReport
 from edge_sdk.quiet import quiet_libraries
 
 

@@ -20,12 +20,12 @@ import zmq
 from coordinator.auth import AllowList, ZapHandler, is_device_name
 from coordinator.gateway_out import Outbox
 from coordinator.seats import Event, Joined, Left, Received, Rejected, Seat, Silent, is_session_id
-from edge_sdk import packets
-from edge_sdk.assembly import Envelope, Outgoing
-from edge_sdk.conversation import Conversation
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.messages import FROM_DEVICE, Failure, Stamp
-from edge_sdk.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Leaving, Packet
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.fragments import Envelope, Outgoing
+from edge_sdk.protocol.messages import FROM_DEVICE, Failure, Stamp
+from edge_sdk.protocol.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Leaving, Packet
+from edge_sdk.protocol.session import Conversation
 from edge_sdk.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)

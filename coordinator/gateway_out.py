@@ -11,8 +11,8 @@ from typing import Any
 import zmq
 
 from coordinator.seats import Seat
-from edge_sdk import packets
-from edge_sdk.packets import Lane
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.packets import Lane
 from edge_sdk.sockets import ZERO_COPY_BYTES
 
 # An ack may wait this long for company; well below any round trip that matters.

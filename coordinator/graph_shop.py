@@ -22,7 +22,7 @@ from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphs import PART_NAME
-from edge_sdk.plan import Part, Plan
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.weights import PartCache, Source, write_whole
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from coordinator.wave_input import (
     check_upload,
 )
 from edge_sdk.adapters import Pair, head_names
-from edge_sdk.assembly import Envelope
 from edge_sdk.errors import EdgeError, OutOfMemory, PeerGone, RefusedError, RemoteProtocolError
-from edge_sdk.messages import (
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import (
     Activation,
     AdapterUpload,
     EvalReport,

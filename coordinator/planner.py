@@ -25,7 +25,7 @@ from coordinator.situation import Situation
 from edge_sdk.adapters import Pair
 from edge_sdk.errors import RefusedError
 from edge_sdk.importance import Smoothing, combine
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.rank_penalty import pruned_rank
 from profiler.profile import DeviceProfile, problems
 

@@ -21,8 +21,8 @@ from edge_sdk.adapters import initial_pair
 from edge_sdk.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data import load_data
 from edge_sdk.errors import ConfigError
-from edge_sdk.messages import Stamp, StepReport
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.messages import Stamp, StepReport
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows

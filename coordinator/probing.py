@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.gateway import Gateway
-from edge_sdk.assembly import Envelope
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.messages import Probe
-from edge_sdk.messages_both import MAX_PROBE_BYTES, MAX_PROBES
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Probe
 
 
 class Probing:

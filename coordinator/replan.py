@@ -15,7 +15,7 @@ from coordinator.assessment import utility, wave_seconds
 from coordinator.costs import device_bytes
 from coordinator.situation import Situation
 from edge_sdk.errors import ConfigError
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 
 # A device that ran out of memory under a plan gets at most this part of what the plan took.

@@ -15,7 +15,7 @@ from coordinator.armsc import PlanSet
 from coordinator.gateway import Gateway
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
-from edge_sdk.messages import EvalReport, StepReport
+from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime import TailSums
 
 

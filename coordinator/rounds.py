@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_sdk.errors import LocalProtocolError
-from edge_sdk.plan import MOST_IN_FLIGHT
+from edge_sdk.protocol.plan import MOST_IN_FLIGHT
 
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
 Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE HAND_OUT CLOSE")

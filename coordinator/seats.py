@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edge_sdk.assembly import Envelope
-from edge_sdk.conversation import Conversation
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.session import Conversation
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from edge_sdk.device_profile import block_speed
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.layout import build_empty
 from edge_sdk.partition import Slice
-from edge_sdk.plan import Part, Plan
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.training import compute_name

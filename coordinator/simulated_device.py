@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 
-from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.callbacks import Callback
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.deadline import Deadline
@@ -27,9 +26,10 @@ from edge_sdk.factors import Array
 from edge_sdk.inbox import RunEnded, Stopped
 from edge_sdk.joining import Ask, Dataset, Preparation
 from edge_sdk.memory_link import MemoryLink, memory_pair
-from edge_sdk.messages import Message, PlanAssigned, Welcome
 from edge_sdk.participant import Participant
-from edge_sdk.plan import Part, Plan
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime import Micro, Runtime, TailSums
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.transport import NO_TENSORS, LinkStats

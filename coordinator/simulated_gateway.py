@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from coordinator.seats import DeviceStats, Event, Left, Received, Rejected
 from coordinator.simulated_device import SimulatedDevice, Tap
-from edge_sdk.assembly import TensorOut
 from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
@@ -21,7 +20,8 @@ from edge_sdk.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from edge_sdk.messages import Message
+from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.messages import Message
 from edge_sdk.transport import NO_TENSORS
 
 

@@ -18,7 +18,7 @@ from coordinator.reporting import Reporting
 from coordinator.simulated_device import Tap
 from coordinator.wave import Answer, Job
 from edge_sdk.factors import Array
-from edge_sdk.messages import (
+from edge_sdk.protocol.messages import (
     Activation,
     AdapterUpload,
     Gradient,
@@ -29,7 +29,7 @@ from edge_sdk.messages import (
     TopGradient,
     TopHidden,
 )
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro
 from profiler.estimate.memory import FlopsEstimate
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from coordinator.simulated_time import CLOCK
 from coordinator.store import RunFolder
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,12 @@ import numpy as np
 
 from coordinator.rounds import Member
 from coordinator.wave import Job
-from edge_sdk.codecs import require_finite
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.factors import Array
 from edge_sdk.loss import IGNORED
-from edge_sdk.messages import Activation, EvalReport, StepReport
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.codecs import require_finite
+from edge_sdk.protocol.messages import Activation, EvalReport, StepReport
+from edge_sdk.protocol.plan import Plan
 
 # Loss times relative change: tiny models show about 1. Far above, yet a sum of them stays finite.
 MAX_IMPORTANCE = 1e9

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from edge_sdk.config.loader import load_config
     from edge_sdk.data import DataConfig
     from edge_sdk.errors import EdgeError
-    from edge_sdk.messages import StepReport
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.messages import StepReport
+    from edge_sdk.protocol.plan import Plan
 
 __all__ = [
     "Callback",
@@ -36,9 +36,9 @@ _HOMES = {
     "EdgeClient": "client",
     "EdgeError": "errors",
     "load_config": "config.loader",
-    "Plan": "plan",
+    "Plan": "protocol.plan",
     "RoundSummary": "callbacks",
-    "StepReport": "messages",
+    "StepReport": "protocol.messages",
 }
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edge_sdk.messages import StepReport
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.messages import StepReport
+    from edge_sdk.protocol.plan import Plan
 
 
 # The reason given to `on_train_end` when an error ends the client; `run` and `wait` raise it.

@@ -16,7 +16,7 @@ from edge_sdk.client_config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.keys import create_key_pair, fingerprint
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.quiet import quiet_libraries
 from edge_sdk.stopping import stopping_on_signals
 

@@ -11,7 +11,7 @@ from edge_sdk.client_config import ClientConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
-from edge_sdk.messages import Stamp
+from edge_sdk.protocol.messages import Stamp
 from edge_sdk.training import LINEAR_BYTES, compute_name
 from edge_sdk.transport import Link
 from profiler.profile import DeviceProfile

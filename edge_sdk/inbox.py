@@ -7,10 +7,10 @@ import threading
 from typing import Any
 
 from edge_sdk import errors
-from edge_sdk.assembly import Envelope
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
-from edge_sdk.messages import (
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import (
     Failure,
     Pause,
     PlanAssigned,

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_sdk.adapters import LoraConfig
-from edge_sdk.assembly import Envelope
 from edge_sdk.backend import choose_backend
 from edge_sdk.batches import Batches
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import load_data
 from edge_sdk.errors import ModelError
-from edge_sdk.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.part_map import map_part
 from edge_sdk.plain_tokenizer import PlainTokenizer
-from edge_sdk.plan import Part
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
+from edge_sdk.protocol.plan import Part
 from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig, from_pairs
 from edge_sdk.weights import (

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.inbox import Inbox
-from edge_sdk.messages import Probe, Stamp
-from edge_sdk.messages_both import MAX_PROBE_BYTES
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import MAX_PROBE_BYTES, Probe, Stamp
 from edge_sdk.transport import NO_TENSORS, Link
 
 FIRST_BYTES = 4 * 1024

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Any
 
-from edge_sdk import packets
-from edge_sdk.assembly import Envelope, Outgoing, TensorOut
-from edge_sdk.conversation import BadMessage, Conversation
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     LocalProtocolError,
@@ -22,7 +19,10 @@ from edge_sdk.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from edge_sdk.messages import FROM_COORDINATOR, FROM_DEVICE
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
+from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE
+from edge_sdk.protocol.session import BadMessage, Conversation
 from edge_sdk.transport import FLUSH_S, NO_TENSORS, LinkStats
 
 _SESSION = "0" * 32

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_sdk.adapters import Pair
-from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.device_profile import changed_profile, device_profile, with_link
@@ -22,7 +21,9 @@ from edge_sdk.factors import Array, Factors
 from edge_sdk.inbox import Inbox, Redirected
 from edge_sdk.joining import Dataset, Preparation, Prepared, make_batches
 from edge_sdk.local_state import LocalState
-from edge_sdk.messages import (
+from edge_sdk.pace import Pace
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     AdapterUpload,
     Failure,
@@ -40,8 +41,7 @@ from edge_sdk.messages import (
     StepReport,
     Welcome,
 )
-from edge_sdk.pace import Pace
-from edge_sdk.plan import fingerprint
+from edge_sdk.protocol.plan import fingerprint
 from edge_sdk.runtime import Runtime
 from edge_sdk.steps import Steps
 from edge_sdk.transport import Link, package_version

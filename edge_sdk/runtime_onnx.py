@@ -33,7 +33,7 @@ from edge_sdk.numpy_adapters import NumpyAdapters
 from edge_sdk.numpy_optimizer import NumpyOptimizer
 from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.part_map import Stored
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.rank_penalty import penalty_gradients
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.tally import Tally

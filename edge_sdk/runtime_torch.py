@@ -26,7 +26,7 @@ from edge_sdk.layout import Layout, Task
 from edge_sdk.loss import LossSums, loss_sums
 from edge_sdk.moments import fitted
 from edge_sdk.partition import Slice
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.quantized import resolve_base
 from edge_sdk.rank_penalty import add_penalty
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory

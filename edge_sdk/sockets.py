@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import zmq
 
 from edge_sdk.errors import ReceiveTimeout, TransportError
-from edge_sdk.packets import MAX_FRAME_BYTES, Lane
+from edge_sdk.protocol.packets import MAX_FRAME_BYTES, Lane
 
 # libzmq counts messages, not bytes: this bounds what an enrolled but hostile peer can pile up to
 # 128 frames per connection. `channel.MAX_PACKETS_IN_FLIGHT` keeps honest peers below it.

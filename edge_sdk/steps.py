@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.batches import MicroBatch, StepBatch, eval_batches
-from edge_sdk.codecs import require_finite
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.factors import Array
 from edge_sdk.inbox import Inbox
 from edge_sdk.joining import as_int32
-from edge_sdk.messages import (
+from edge_sdk.protocol.codecs import require_finite
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import (
     Activation,
     EvalReport,
     EvalResult,
@@ -29,7 +29,7 @@ from edge_sdk.messages import (
     TopHidden,
     Welcome,
 )
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro, Runtime, TailSums
 from edge_sdk.tokenize import Example
 from edge_sdk.transport import Link

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import zmq
 
-from edge_sdk import packets
-from edge_sdk.conversation import Conversation
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.messages import FROM_COORDINATOR
-from edge_sdk.packets import Lane
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.messages import FROM_COORDINATOR
+from edge_sdk.protocol.packets import Lane
+from edge_sdk.protocol.session import Conversation
 from edge_sdk.sockets import receive_frame
 from edge_sdk.transport import package_version
 from edge_sdk.transport_line import Line, LinkConfig

@@ -14,7 +14,7 @@ import zmq
 
 from edge_sdk.errors import ConfigError, EdgeError, PeerGone, RefusedError
 from edge_sdk.keys import KeyPair
-from edge_sdk.packets import MAX_CHUNK_BYTES, Lane
+from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Lane
 from edge_sdk.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
 
 # A refused socket is dead to libzmq and is built anew, ever more rarely.

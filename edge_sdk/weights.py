@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdk.errors import ModelError, StorageError, one_line
 from edge_sdk.mapped import Some, open_files
-from edge_sdk.plan import Part
+from edge_sdk.protocol.plan import Part
 
 if TYPE_CHECKING:
     import torch

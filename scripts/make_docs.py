@@ -17,8 +17,8 @@ from pathlib import Path
 
 from edge_sdk.config.describe import field_docs
 from edge_sdk.config.loader import describe
-from edge_sdk.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
-from edge_sdk.plan import Part, Plan
+from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
+from edge_sdk.protocol.plan import Part, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,8 +34,8 @@ PROTOCOL_INTRO = f"""\
 # Protocol
 
 Version {PROTOCOL_VERSION}. A device and the coordinator exchange the messages below and nothing \
-else; the source is [`edge_sdk/messages.py`](../edge_sdk/messages.py) and \
-[`edge_sdk/plan.py`](../edge_sdk/plan.py).
+else; the source is [`edge_sdk/protocol/messages.py`](../edge_sdk/protocol/messages.py) and \
+[`edge_sdk/protocol/plan.py`](../edge_sdk/protocol/plan.py).
 
 Every message carries a `stamp`, so that it may be sent twice and is applied once. Tensors travel \
 beside a message, by name. In their shapes B is sequences, T positions of the longest of them, D \

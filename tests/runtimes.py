@@ -20,7 +20,7 @@ from edge_sdk.factors import Factors
 from edge_sdk.graphs import Graphs
 from edge_sdk.layout import Layout, Task, find_layout
 from edge_sdk.part_map import Stored, map_part
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Runtime
 from edge_sdk.runtime_onnx import OnnxRuntime
 from edge_sdk.runtime_torch import TorchRuntime

@@ -22,14 +22,14 @@ from coordinator.gateway import (
     Rejected,
     Silent,
 )
-from edge_sdk import packets
-from edge_sdk.assembly import Outgoing
-from edge_sdk.conversation import Conversation
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
 from edge_sdk.keys import KeyPair, make_key_pair
-from edge_sdk.messages import Failure, Pause, Paused, Refused, Stamp
-from edge_sdk.packets import Attach, Kind, Lane
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.fragments import Outgoing
+from edge_sdk.protocol.messages import Failure, Pause, Paused, Refused, Stamp
+from edge_sdk.protocol.packets import Attach, Kind, Lane
+from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport import LinkConfig, ZmqLink
 
 SERVER, ONE, TWO = make_key_pair(), make_key_pair(), make_key_pair()

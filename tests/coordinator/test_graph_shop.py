@@ -12,7 +12,7 @@ from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphs import read_graphs
-from edge_sdk.plan import Part, Plan
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.weights import PartCache, Source
 from tests.e2e.cluster import save_model
 

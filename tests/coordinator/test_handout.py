@@ -7,8 +7,8 @@ import pytest
 
 from coordinator.handout import Handout
 from coordinator.ledger import RoundResult
-from edge_sdk.messages import Stamp
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.messages import Stamp
+from edge_sdk.protocol.plan import Plan
 from tests.coordinator.test_ledger import SAMPLES, SPLITS, Simulation
 
 HEAD = {"score.weight": np.ones(3, np.float32)}

@@ -16,7 +16,7 @@ from coordinator.pooled_command import train_pooled
 from coordinator.pooled_config import PooledConfig
 from coordinator.served import ServedModel
 from edge_sdk.data import DataConfig, load_data
-from edge_sdk.messages import Stamp
+from edge_sdk.protocol.messages import Stamp
 from edge_sdk.training import TrainingConfig
 from tests.coordinator.pooled_runs import (
     ADAMW,

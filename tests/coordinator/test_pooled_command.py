@@ -23,7 +23,7 @@ from coordinator.served import ServedModel
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
-from edge_sdk.messages import StepReport
+from edge_sdk.protocol.messages import StepReport
 from tests.coordinator.pooled_runs import make_config, shard_files, tokenized
 from tests.e2e.cluster import Crash, save_model, sentences, write_rows
 

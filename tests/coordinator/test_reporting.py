@@ -12,7 +12,7 @@ import pytest
 from coordinator.reporting import Reporting, Silence
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
-from edge_sdk.messages import EvalReport, Stamp, StepReport
+from edge_sdk.protocol.messages import EvalReport, Stamp, StepReport
 from edge_sdk.runtime import TailSums
 
 

@@ -13,7 +13,7 @@ from coordinator.simulated_device import SimulatedDevice, Tap, Workshop
 from coordinator.simulated_gateway import SimulatedGateway
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.errors import PeerGone, RefusedError, TransportError
-from edge_sdk.messages import Hello, Message, Refused, RunOver, Stamp
+from edge_sdk.protocol.messages import Hello, Message, Refused, RunOver, Stamp
 
 
 class Heard(Tap):

@@ -11,8 +11,8 @@ import pytest
 from coordinator.rounds import Member
 from coordinator.wave_input import WaveInput, check_gradient, check_upload
 from edge_sdk.errors import NumericError, RemoteProtocolError
-from edge_sdk.messages import Activation, Stamp
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.messages import Activation, Stamp
+from edge_sdk.protocol.plan import Plan
 
 PLAN = Plan(split=2, ranks={}, alphas={}, batch_size=8, micro_batch=4)
 MEMBER = Member("a", 2, 8, 2, is_local=False)

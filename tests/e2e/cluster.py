@@ -25,7 +25,7 @@ from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.deadline import Deadline
 from edge_sdk.keys import create_key_pair, load_key_pair
-from edge_sdk.messages import StepReport
+from edge_sdk.protocol.messages import StepReport
 from edge_sdk.training import TrainingConfig
 from edge_sdk.transport import Link, LinkConfig, ZmqLink
 from edge_sdk.weights import PartCache

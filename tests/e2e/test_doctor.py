@@ -13,7 +13,7 @@ from edge_sdk.callbacks import Callback
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.doctor_finding import Finding
 from edge_sdk.errors import RefusedError
-from edge_sdk.messages import StepReport
+from edge_sdk.protocol.messages import StepReport
 from tests.e2e.cluster import PATIENCE_S, Cluster, sentences, wait_all, write_rows
 from tests.e2e.programs import Program, write_yaml
 

@@ -10,11 +10,11 @@ import numpy as np
 import zmq
 
 from edge_sdk import errors
-from edge_sdk.assembly import TensorOut
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
 from edge_sdk.keys import load_key_pair
-from edge_sdk.messages import (
+from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     Activation,
     AdapterUpload,
@@ -32,7 +32,7 @@ from edge_sdk.messages import (
     TopHidden,
     Welcome,
 )
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport import ZmqLink
 from tests.e2e.cluster import Cluster, wait_all
 from tests.tiny import VOCAB

@@ -9,8 +9,7 @@ import pytest
 from edge_sdk.errors import EdgeError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
-from edge_sdk.messages import PROTOCOL_VERSION, Hello, Probe, Stamp, Welcome
-from edge_sdk.messages_both import MAX_PROBES
+from edge_sdk.protocol.messages import MAX_PROBES, PROTOCOL_VERSION, Hello, Probe, Stamp, Welcome
 from edge_sdk.transport import ZmqLink
 from tests.e2e.cluster import Cluster
 

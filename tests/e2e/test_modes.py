@@ -13,8 +13,8 @@ import torch
 from coordinator.config import Codec, DeviceSettings, EvaluationConfig
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.data import DataConfig
-from edge_sdk.messages import StepReport
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.messages import StepReport
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.training import TrainingConfig
 from tests.e2e.cluster import (
     Cluster,

@@ -15,9 +15,9 @@ from coordinator.run import situation
 from edge_sdk.callbacks import Callback
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import EdgeError
-from edge_sdk.messages import StepReport
 from edge_sdk.pace import Pace
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.messages import StepReport
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.training import TrainingConfig
 from edge_sdk.vitals import Vitals
 from profiler.profile import DeviceProfile

@@ -14,7 +14,7 @@ from coordinator.wave import Job
 from edge_sdk.adapters import LoraConfig, Pair, find_targets, initial_pair
 from edge_sdk.layout import Layout, find_layout
 from edge_sdk.partition import Slice
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import TrainingConfig

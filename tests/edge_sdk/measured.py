@@ -19,7 +19,7 @@ from edge_sdk.factors import Factors
 from edge_sdk.importance import Form
 from edge_sdk.layout import Layout, find_layout
 from edge_sdk.partition import Slice
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import TrainingConfig

@@ -20,7 +20,7 @@ from edge_sdk.doctor_link import Reached, Session
 from edge_sdk.errors import PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.link_probe import LinkSpeed
-from edge_sdk.messages import Stamp, Welcome
+from edge_sdk.protocol.messages import Stamp, Welcome
 from edge_sdk.transport import LinkConfig, package_version
 from edge_sdk.transport_check import Handshake, shake_hands
 

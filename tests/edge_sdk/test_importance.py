@@ -15,7 +15,7 @@ from torch import nn
 from coordinator.wave_input import check_importance
 from edge_sdk.errors import ConfigError, RemoteProtocolError
 from edge_sdk.importance import Meter, Smoothing, combine, normalised
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from tests.edge_sdk.measured import (
     FORMS,
     check,

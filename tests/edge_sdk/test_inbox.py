@@ -10,7 +10,7 @@ import pytest
 from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError
 from edge_sdk.inbox import Inbox, Redirected, RunEnded, Stopped
 from edge_sdk.memory_link import MemoryLink, memory_pair
-from edge_sdk.messages import (
+from edge_sdk.protocol.messages import (
     Failure,
     Gradient,
     Pause,

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from coordinator.probing import Probing
-from edge_sdk.assembly import Envelope, TensorOut
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import LinkSpeed, probe
 from edge_sdk.memory_link import MemoryLink, memory_pair
-from edge_sdk.messages import Message, Probe, Stamp
-from edge_sdk.messages_both import MAX_PROBE_BYTES, MAX_PROBES
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Message, Probe, Stamp
 from edge_sdk.transport import NO_TENSORS, LinkStats
 
 STAMP = Stamp(run="run-1", device="a")

@@ -27,7 +27,7 @@ from edge_sdk.importance import Form
 from edge_sdk.layout import find_layout
 from edge_sdk.model_shape import model_shape
 from edge_sdk.partition import CPU, Slice
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.quantized import (
     GROUP,
     Quantized,

@@ -338,7 +338,7 @@ def test_blocks_of_one_kind_share_their_graphs() -> None:
 def test_dropout_is_refused() -> None:
     """One line that names the setting."""
     from edge_sdk.adapters import LoraConfig
-    from edge_sdk.plan import Plan
+    from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime_onnx import OnnxRuntime
     from edge_sdk.training import TrainingConfig
 

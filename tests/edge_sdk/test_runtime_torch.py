@@ -14,7 +14,7 @@ from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import NumericError
 from edge_sdk.factors import Factors
 from edge_sdk.layout import find_layout
-from edge_sdk.plan import Plan
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime_torch import TorchRuntime, pick_device
 from edge_sdk.training import TrainingConfig
 from tests.tiny import BLOCKS, make_config, make_micro, make_model, make_parts, num_targets, task_of

@@ -26,7 +26,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.memory_link import memory_pair
-from edge_sdk.messages import PartData, Pause, Paused, Stamp, TopHidden
+from edge_sdk.protocol.messages import PartData, Pause, Paused, Stamp, TopHidden
 from edge_sdk.transport import LinkConfig, ZmqLink
 
 SERVER = make_key_pair()

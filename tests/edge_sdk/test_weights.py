@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError, StorageError
-from edge_sdk.plan import Part
+from edge_sdk.protocol.plan import Part
 from edge_sdk.weights import PartCache, Source, load_config, locate, model_hash, open_part
 from tests.tiny import CLASSES, make_config, make_model, task_of
 

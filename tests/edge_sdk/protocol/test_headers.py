@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk import packets, wire
-from edge_sdk.assembly import Assembler, Envelope, Outgoing
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
-from edge_sdk.messages import MESSAGES, Activation, Hello, Paused, RoundStart, Stamp
-from edge_sdk.packets import PREFIX_BYTES, Kind, Packet
+from edge_sdk.protocol import headers as wire
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.fragments import Assembler, Envelope, Outgoing
+from edge_sdk.protocol.messages import MESSAGES, Activation, Hello, Paused, RoundStart, Stamp
+from edge_sdk.protocol.packets import PREFIX_BYTES, Kind, Packet
 
 PAUSED = Paused(stamp=Stamp(run="r", device="d", step=3))
 

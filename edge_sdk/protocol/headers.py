@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from edge_sdk import codecs
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
-from edge_sdk.messages import MESSAGES, PROTOCOL_VERSION
+from edge_sdk.protocol import codecs
+from edge_sdk.protocol.messages import MESSAGES, PROTOCOL_VERSION
 
 # Parsed into Python objects before it is checked, so this is what one frame can make us allocate
 # (times about 70: msgpack turns one byte into an empty tuple). The largest honest headers are a

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_sdk import codecs
 from edge_sdk.errors import LocalProtocolError, NumericError
+from edge_sdk.protocol import codecs
 
 EXACT = ("float32", "int32", "int64", "uint8")
 

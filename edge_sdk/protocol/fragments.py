@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk import codecs, wire
-from edge_sdk.codecs import Array, Bytes
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
-from edge_sdk.packets import MAX_CHUNK_BYTES, Kind, Packet, first_head, split_first
+from edge_sdk.protocol import codecs
+from edge_sdk.protocol import headers as wire
+from edge_sdk.protocol.codecs import Array, Bytes
+from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Kind, Packet, first_head, split_first
 
 # One cache line; also keeps every chunk border on a whole number.
 ALIGN_BYTES = 64

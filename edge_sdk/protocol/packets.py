@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from edge_sdk import wire
 from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.protocol import headers as wire
 
 FRAME_VERSION = 1
 _PREFIX = struct.Struct(">BBBBBIBQBQBI")

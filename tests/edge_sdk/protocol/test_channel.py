@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk import packets
-from edge_sdk.assembly import Envelope, Outgoing
-from edge_sdk.channel import Receiver, Sender
-from edge_sdk.conversation import BULK_FROM_BYTES, BadMessage, Conversation
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.messages import PartData, Paused, Stamp
-from edge_sdk.packets import Lane
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.channel import Receiver, Sender
+from edge_sdk.protocol.fragments import Envelope, Outgoing
+from edge_sdk.protocol.messages import PartData, Paused, Stamp
+from edge_sdk.protocol.packets import Lane
+from edge_sdk.protocol.session import BULK_FROM_BYTES, BadMessage, Conversation
 
 WINDOW = 4096
 SESSION = "ab" * 16

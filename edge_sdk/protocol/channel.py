@@ -17,7 +17,7 @@ from collections import deque
 from typing import NamedTuple, Protocol
 
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.packets import MAX_CHUNK_BYTES
+from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 
 # Enough for 640 Mbit/s at 50 ms. Small, because both ends may hold this much per lane and device,
 # and because it is also faster on one machine (measured): the frames stay in the cache.

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_sdk import packets
-from edge_sdk.assembly import Assembler, Envelope, Outgoing
-from edge_sdk.channel import WINDOW_BYTES, Due, Receiver, Sender
-from edge_sdk.codecs import Bytes
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
+from edge_sdk.protocol import packets
+from edge_sdk.protocol.channel import WINDOW_BYTES, Due, Receiver, Sender
+from edge_sdk.protocol.codecs import Bytes
+from edge_sdk.protocol.fragments import Assembler, Envelope, Outgoing
+from edge_sdk.protocol.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
 # Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
 BULK_FROM_BYTES = 32 * 1024
