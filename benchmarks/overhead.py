@@ -135,8 +135,8 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     from coordinator.launch import serve
     from coordinator.reporting import Silence
     from edge_sdk.adapters import LoraConfig
-    from edge_sdk.keys import load_public_key
     from edge_sdk.training import TrainingConfig
+    from edge_sdk.transport.keys import load_public_key
 
     AllowList(folder / "devices.yaml").register(
         "device", load_public_key(folder / "device.key.pub")
@@ -181,7 +181,7 @@ def run_split(folder: Path, port: int, steps: int, split: int, labels: str) -> d
         own = Path(scratch)
         (own / "model").symlink_to(folder / "model")
         (own / "cache").symlink_to(folder / "cache")
-        from edge_sdk.keys import create_key_pair
+        from edge_sdk.transport.keys import create_key_pair
 
         for name in ("coordinator", "device"):
             create_key_pair(own / f"{name}.key")

@@ -26,11 +26,11 @@ from report import header, save, table
 
 from coordinator.auth import AllowList
 from coordinator.gateway import Gateway, GatewayConfig, Received
-from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.protocol.messages import Activation, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
-from edge_sdk.sockets import tune
-from edge_sdk.transport import LinkConfig, ZmqLink
+from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.sockets import tune
+from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
 
 KIB = 1024
 SIZES_KIB = (64, 256, 1024, 4096, 16384, 65536)

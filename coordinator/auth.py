@@ -20,7 +20,7 @@ import zmq
 from zmq.utils import z85
 
 from edge_sdk.errors import ConfigError, StorageError
-from edge_sdk.keys import load_public_key
+from edge_sdk.transport.keys import load_public_key
 
 log = logging.getLogger(__name__)
 

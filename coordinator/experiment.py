@@ -38,7 +38,7 @@ from coordinator.relay import LinkShape, Relay
 from coordinator.store import storage_errors
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
-from edge_sdk.keys import create_key_pair
+from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.cgroup import allowed_cores
 
 Told = Callable[[str], None]

@@ -29,13 +29,13 @@ from coordinator.seats import (
 )
 from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
-from edge_sdk.keys import KeyPair
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import Outgoing
 from edge_sdk.protocol.messages import FROM_COORDINATOR, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
-from edge_sdk.sockets import tune
-from edge_sdk.transport import NO_TENSORS, TensorOut
+from edge_sdk.transport.keys import KeyPair
+from edge_sdk.transport.sockets import tune
+from edge_sdk.transport.zmq_link import NO_TENSORS, TensorOut
 
 __all__ = [
     "DeviceStats",

@@ -26,7 +26,7 @@ from edge_sdk.protocol.fragments import Envelope, Outgoing
 from edge_sdk.protocol.messages import FROM_DEVICE, Failure, Stamp
 from edge_sdk.protocol.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Leaving, Packet
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.sockets import Waker, receive_frame
+from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import zmq
 from coordinator.seats import Seat
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.packets import Lane
-from edge_sdk.sockets import ZERO_COPY_BYTES
+from edge_sdk.transport.sockets import ZERO_COPY_BYTES
 
 # An ack may wait this long for company; well below any round trip that matters.
 ACK_DELAY_S = 0.002

@@ -25,14 +25,14 @@ from edge_sdk.errors import EdgeError, ReceiveTimeout
 from edge_sdk.factors import Array
 from edge_sdk.inbox import RunEnded, Stopped
 from edge_sdk.joining import Ask, Dataset, Preparation
-from edge_sdk.memory_link import MemoryLink, memory_pair
 from edge_sdk.participant import Participant
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime import Micro, Runtime, TailSums
 from edge_sdk.runtime_torch import pick_device
-from edge_sdk.transport import NO_TENSORS, LinkStats
+from edge_sdk.transport.memory_link import MemoryLink, memory_pair
+from edge_sdk.transport.zmq_link import NO_TENSORS, LinkStats
 
 FIRST_LIMIT_BYTES = 1024 * 1024
 """Payload of a message from a device for which nothing else was set, as with the real gateway."""

@@ -15,10 +15,10 @@ from edge_sdk.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
-from edge_sdk.keys import create_key_pair, fingerprint
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.quiet import quiet_libraries
 from edge_sdk.stopping import stopping_on_signals
+from edge_sdk.transport.keys import create_key_pair, fingerprint
 
 ENV_PREFIX = "EDGE_SDK_"
 

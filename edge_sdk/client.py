@@ -28,9 +28,9 @@ from edge_sdk.errors import (
 )
 from edge_sdk.inbox import RunEnded, Stopped
 from edge_sdk.joining import Dataset
-from edge_sdk.keys import load_key_pair, load_public_key
 from edge_sdk.participant import Participant
-from edge_sdk.transport import Link, LinkConfig, ZmqLink
+from edge_sdk.transport.keys import load_key_pair, load_public_key
+from edge_sdk.transport.zmq_link import Link, LinkConfig, ZmqLink
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
     from edge_sdk.vitals import Vitals

@@ -13,7 +13,7 @@ from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.training import LINEAR_BYTES, compute_name
-from edge_sdk.transport import Link
+from edge_sdk.transport.zmq_link import Link
 from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)

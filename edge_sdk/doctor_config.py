@@ -18,7 +18,7 @@ from edge_sdk.config.values import Spot, build, by_key, field_types, type_words
 from edge_sdk.data import DataConfig, load_data
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
-from edge_sdk.keys import fingerprint, load_key_pair, load_public_key
+from edge_sdk.transport.keys import fingerprint, load_key_pair, load_public_key
 
 # Enough to find a wrong column or a broken file; a run reads all of them.
 MOST_ROWS = 1000

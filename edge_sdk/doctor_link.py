@@ -23,8 +23,8 @@ from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
 from edge_sdk.inbox import Inbox, RunEnded, Stopped
 from edge_sdk.link_probe import LinkSpeed, probe
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
-from edge_sdk.transport import LinkConfig, ZmqLink, package_version
-from edge_sdk.transport_check import Handshake
+from edge_sdk.transport.handshake import Handshake
+from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink, package_version
 from profiler.sensors.kernel_files import read_number, read_text
 from profiler.sensors.sources import ROOT
 

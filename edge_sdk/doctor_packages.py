@@ -14,7 +14,7 @@ from pathlib import Path
 from edge_sdk.backend import INSTALL
 from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_key_pair
+from edge_sdk.transport.keys import make_key_pair
 from profiler.sensors.board import gpu, jetpack
 from profiler.sensors.sources import HERE, Sources
 

@@ -11,7 +11,7 @@ from zmq.utils import z85
 
 from coordinator.auth import ZAP_DOMAIN, AllowList, ZapHandler
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_key_pair
+from edge_sdk.transport.keys import make_key_pair
 
 ONE, TWO = make_key_pair().public, make_key_pair().public
 

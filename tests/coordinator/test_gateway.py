@@ -24,13 +24,13 @@ from coordinator.gateway import (
 )
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
-from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Outgoing
 from edge_sdk.protocol.messages import Failure, Pause, Paused, Refused, Stamp
 from edge_sdk.protocol.packets import Attach, Kind, Lane
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport import LinkConfig, ZmqLink
+from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
 
 SERVER, ONE, TWO = make_key_pair(), make_key_pair(), make_key_pair()
 PAUSED = Paused(stamp=Stamp(step=1))

@@ -24,10 +24,10 @@ from edge_sdk.client import EdgeClient
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.deadline import Deadline
-from edge_sdk.keys import create_key_pair, load_key_pair
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.training import TrainingConfig
-from edge_sdk.transport import Link, LinkConfig, ZmqLink
+from edge_sdk.transport.keys import create_key_pair, load_key_pair
+from edge_sdk.transport.zmq_link import Link, LinkConfig, ZmqLink
 from edge_sdk.weights import PartCache
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 

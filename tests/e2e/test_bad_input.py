@@ -17,8 +17,8 @@ from edge_sdk import errors, participant
 from edge_sdk.cli import main as edge_main
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, StorageError
-from edge_sdk.keys import create_key_pair, load_key_pair
 from edge_sdk.protocol.messages import PROTOCOL_VERSION
+from edge_sdk.transport.keys import create_key_pair, load_key_pair
 from tests.e2e.cluster import Cluster, save_model, sentences, wait_all
 from tests.e2e.programs import write_yaml
 

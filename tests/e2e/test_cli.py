@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.keys import create_key_pair, load_key_pair
+from edge_sdk.transport.keys import create_key_pair, load_key_pair
 from tests.e2e.cluster import Cluster, sentences, write_rows
 from tests.e2e.programs import Program, free_port, write_yaml
 

@@ -12,7 +12,6 @@ import zmq
 from edge_sdk import errors
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
-from edge_sdk.keys import load_key_pair
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
@@ -33,7 +32,8 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.transport import ZmqLink
+from edge_sdk.transport.keys import load_key_pair
+from edge_sdk.transport.zmq_link import ZmqLink
 from tests.e2e.cluster import Cluster, wait_all
 from tests.tiny import VOCAB
 

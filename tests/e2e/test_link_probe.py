@@ -10,7 +10,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
 from edge_sdk.protocol.messages import MAX_PROBES, PROTOCOL_VERSION, Hello, Probe, Stamp, Welcome
-from edge_sdk.transport import ZmqLink
+from edge_sdk.transport.zmq_link import ZmqLink
 from tests.e2e.cluster import Cluster
 
 

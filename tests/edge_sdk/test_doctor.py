@@ -16,7 +16,7 @@ from edge_sdk.doctor import Question
 from edge_sdk.doctor_compute import Attempt
 from edge_sdk.doctor_finding import Finding, as_json, as_lines, failure, ok, skipped, summary
 from edge_sdk.doctor_finding import warning as warned
-from edge_sdk.keys import create_key_pair
+from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.sources import Sources
 from tests.boards import build
 

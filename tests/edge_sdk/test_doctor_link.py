@@ -18,11 +18,11 @@ from coordinator.gateway import Gateway, GatewayConfig
 from edge_sdk import doctor_link as links
 from edge_sdk.doctor_link import Reached, Session
 from edge_sdk.errors import PeerGone, RefusedError, RemoteProtocolError
-from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.link_probe import LinkSpeed
 from edge_sdk.protocol.messages import Stamp, Welcome
-from edge_sdk.transport import LinkConfig, package_version
-from edge_sdk.transport_check import Handshake, shake_hands
+from edge_sdk.transport.handshake import Handshake, shake_hands
+from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.zmq_link import LinkConfig, package_version
 
 HERE = "127.0.0.1"
 PATIENCE_S = 10.0

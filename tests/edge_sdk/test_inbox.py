@@ -9,7 +9,6 @@ import pytest
 
 from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError
 from edge_sdk.inbox import Inbox, Redirected, RunEnded, Stopped
-from edge_sdk.memory_link import MemoryLink, memory_pair
 from edge_sdk.protocol.messages import (
     Failure,
     Gradient,
@@ -20,6 +19,7 @@ from edge_sdk.protocol.messages import (
     RunOver,
     Stamp,
 )
+from edge_sdk.transport.memory_link import MemoryLink, memory_pair
 
 NOW = Stamp(run="r", round=1, step=7, attempt=2)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import keys
 from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.transport import keys
 
 
 def test_pair_comes_back(tmp_path: Path) -> None:

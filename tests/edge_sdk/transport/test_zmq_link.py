@@ -24,10 +24,10 @@ from edge_sdk.errors import (
     RemoteProtocolError,
     SessionLost,
 )
-from edge_sdk.keys import KeyPair, make_key_pair
-from edge_sdk.memory_link import memory_pair
 from edge_sdk.protocol.messages import PartData, Pause, Paused, Stamp, TopHidden
-from edge_sdk.transport import LinkConfig, ZmqLink
+from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.memory_link import memory_pair
+from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
 
 SERVER = make_key_pair()
 DEVICE = make_key_pair()

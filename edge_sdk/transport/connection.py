@@ -13,9 +13,9 @@ from typing import Any
 import zmq
 
 from edge_sdk.errors import ConfigError, EdgeError, PeerGone, RefusedError
-from edge_sdk.keys import KeyPair
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Lane
-from edge_sdk.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
+from edge_sdk.transport.keys import KeyPair
+from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
 
 # A refused socket is dead to libzmq and is built anew, ever more rarely.
 REBUILD_FIRST_S = 1.0

@@ -18,15 +18,15 @@ from typing import Any
 import zmq
 
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, RemoteProtocolError, SessionLost
-from edge_sdk.keys import KeyPair, make_key_pair
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Kind, Lane
 from edge_sdk.protocol.session import BadMessage, Conversation
-from edge_sdk.sockets import Waker, receive_frame
-from edge_sdk.transport_line import REBUILD_FIRST_S, Counters, Line, LinkConfig, Patience
+from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, LinkConfig, Patience
+from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
 

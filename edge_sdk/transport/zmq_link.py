@@ -14,12 +14,12 @@ from types import MappingProxyType, TracebackType
 from typing import Protocol
 
 from edge_sdk.deadline import Deadline
-from edge_sdk.device_io import DeviceIo
 from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
 from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
 from edge_sdk.protocol.messages import FROM_DEVICE, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
-from edge_sdk.transport_line import LinkConfig
+from edge_sdk.transport.connection import LinkConfig
+from edge_sdk.transport.io_thread import DeviceIo
 
 __all__ = ["Envelope", "Link", "LinkConfig", "LinkStats", "TensorOut", "ZmqLink"]
 
