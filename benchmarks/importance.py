@@ -29,7 +29,7 @@ def make_runtime(targets: tuple[str, ...]) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from edge_sdk.adapters import LoraConfig, find_targets
-    from edge_sdk.layout import find_layout
+    from edge_sdk.model.layout import find_layout
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.training import TrainingConfig

@@ -37,7 +37,7 @@ def make_model(case: Case, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from edge_sdk.layout import find_layout
+    from edge_sdk.model.layout import find_layout
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.family, **case.settings)
@@ -84,8 +84,8 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     """The estimate of the case's peak, by parts, for both allocators."""
     from transformers import AutoConfig
 
-    from edge_sdk.layout import find_layout
-    from edge_sdk.model_shape import model_shape
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.shape import model_shape
     from edge_sdk.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 

@@ -53,7 +53,7 @@ def onnx_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) ->
     """The slice on onnxruntime."""
     from edge_sdk.adapters import LoraConfig
     from edge_sdk.graphs import read_graphs
-    from edge_sdk.part_map import map_part
+    from edge_sdk.model.safetensors_files import map_part
     from edge_sdk.runtime_onnx import OnnxRuntime
     from edge_sdk.training import TrainingConfig
 
@@ -67,10 +67,10 @@ def torch_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -
     from transformers import AutoConfig
 
     from edge_sdk.adapters import LoraConfig
-    from edge_sdk.layout import find_layout
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.weights import open_part
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.training import TrainingConfig
-    from edge_sdk.weights import open_part
 
     config = AutoConfig.from_pretrained(folder)
     layout = find_layout(config, case.task)

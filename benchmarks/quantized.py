@@ -39,12 +39,12 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.adapters import LoraConfig, find_targets, initial_pair
     from edge_sdk.batches import Batches, eval_batches
     from edge_sdk.data import DataConfig, load_rows
+    from edge_sdk.model.weights import Source, load_tokenizer
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime import Micro
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.training import TrainingConfig
-    from edge_sdk.weights import Source, load_tokenizer
 
     source = Source(str(MODEL), "causal-lm", is_streamed=base != "float32")
     tokenizer, layout = load_tokenizer(MODEL), source.layout
@@ -104,8 +104,8 @@ def errors() -> list[tuple[str, str, str]]:
     """Root mean square error of the block weights, relative to them, and bits for each."""
     import torch
 
-    from edge_sdk import quantized
-    from edge_sdk.weights import Source
+    from edge_sdk.model import quantized
+    from edge_sdk.model.weights import Source
 
     source = Source(str(MODEL), "causal-lm")
     parts = (source.tensors(f"block.{i}") for i in range(source.layout.num_blocks))

@@ -33,7 +33,7 @@ def write_parts(folder: Path, blocks: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from edge_sdk.layout import build_empty, find_layout
+    from edge_sdk.model.layout import build_empty, find_layout
 
     config = large_config(blocks)
     layout = find_layout(config, "causal-lm")
@@ -56,12 +56,12 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     import torch
 
     from edge_sdk.adapters import LoraConfig, find_targets
-    from edge_sdk.layout import find_layout
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.weights import open_part
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime import Micro
     from edge_sdk.runtime_torch import TorchRuntime
     from edge_sdk.training import TrainingConfig
-    from edge_sdk.weights import open_part
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     config = large_config(blocks)
@@ -114,9 +114,9 @@ def base_bytes(base: str, blocks: int) -> int:
     """Bytes of the blocks' weights as *base* keeps them."""
     import torch
 
-    from edge_sdk.layout import find_layout
-    from edge_sdk.partition import CPU, Slice
-    from edge_sdk.quantized import resolve_base
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.partition import CPU, Slice
+    from edge_sdk.model.quantized import resolve_base
 
     config = large_config(blocks)
     dtype, kind = resolve_base(base, torch.float32)  # type: ignore[arg-type]
@@ -126,8 +126,8 @@ def base_bytes(base: str, blocks: int) -> int:
 
 def predicted(base: str, blocks: int) -> int:
     """Peak that the planner reckons with."""
-    from edge_sdk.layout import find_layout
-    from edge_sdk.model_shape import model_shape
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.shape import model_shape
     from edge_sdk.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 

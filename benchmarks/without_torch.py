@@ -57,7 +57,7 @@ def prepare(folder: Path, *, large: bool) -> None:
     from coordinator.export_job import Job
     from coordinator.onnx_export import export_slice
     from edge_sdk.adapters import LoraConfig, find_targets
-    from edge_sdk.layout import build_empty, find_layout
+    from edge_sdk.model.layout import build_empty, find_layout
 
     config = make_config(large=large)
     split = LARGE_SPLIT if large else SPLIT
@@ -116,16 +116,16 @@ def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     settings = (plan, LoraConfig(r=RANK), TrainingConfig(learning_rate=1e-3), 1000)
     if backend == "onnxruntime":
         from edge_sdk.graphs import read_graphs
-        from edge_sdk.part_map import map_part
+        from edge_sdk.model.safetensors_files import map_part
         from edge_sdk.runtime_onnx import OnnxRuntime
 
         parts = {name: map_part(path) for name, path in paths.items()}
         return OnnxRuntime(read_graphs(folder / "graphs"), parts, *settings, threads=1)
     import torch
 
-    from edge_sdk.layout import find_layout
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.weights import load_config, open_part
     from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.weights import load_config, open_part
 
     torch.set_num_threads(1)
     config = load_config(folder, 0)

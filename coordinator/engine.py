@@ -33,10 +33,10 @@ from edge_sdk.adapter_state import (
 from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
 from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form, Meter
-from edge_sdk.layout import Layout
-from edge_sdk.loss import IGNORED, LossSums, loss_sums
+from edge_sdk.model.layout import Layout
+from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
+from edge_sdk.model.partition import Slice
 from edge_sdk.moments import fitted
-from edge_sdk.partition import Slice
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import (
     load_parameters,

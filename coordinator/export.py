@@ -23,9 +23,9 @@ from edge_sdk.adapters import Adapters, LoraConfig, find_targets, is_transposed
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.factors import Array, Factors, compress
-from edge_sdk.partition import Slice
+from edge_sdk.model.partition import Slice
+from edge_sdk.model.weights import Source
 from edge_sdk.runtime_torch import load_parameters
-from edge_sdk.weights import Source
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _has_transposed(source: Source) -> bool:
-    from edge_sdk.layout import build_empty
+    from edge_sdk.model.layout import build_empty
 
     model = build_empty(source.config, source.task, torch.float32)
     return any(is_transposed(module) for module in model.modules())

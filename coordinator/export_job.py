@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edge_sdk.layout import Task
+    from edge_sdk.model.layout import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphs import PART_NAME
+from edge_sdk.model.weights import PartCache, Source, write_whole
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.weights import PartCache, Source, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ SOURCES = (
     "coordinator/onnx_*.py",
     "edge_sdk/adapters.py",
     "edge_sdk/graphs.py",
-    "edge_sdk/layout.py",
-    "edge_sdk/partition.py",
+    "edge_sdk/model/layout.py",
+    "edge_sdk/model/partition.py",
 )
 
 

@@ -26,9 +26,9 @@ from coordinator.onnx_writer import Writer
 from edge_sdk.adapters import Shape, head_names
 from edge_sdk.errors import EdgeError, one_line
 from edge_sdk.graphs import About, Graphs
-from edge_sdk.layout import Layout, find_layout
-from edge_sdk.partition import Slice
-from edge_sdk.weights import load_config, write_whole
+from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.partition import Slice
+from edge_sdk.model.weights import load_config, write_whole
 
 
 def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:

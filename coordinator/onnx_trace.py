@@ -22,7 +22,7 @@ from transformers.activations import NewGELUActivation
 
 from coordinator.aten_graph import SIZES, Input, Traced, trace
 from edge_sdk.adapters import Shape, head_names, is_transposed
-from edge_sdk.partition import Slice
+from edge_sdk.model.partition import Slice
 
 FACTORS = "ABVU"
 FORMS = ("free", "signed", "reference")

@@ -92,9 +92,9 @@ def read_situation(
     from coordinator.served import usable_positions
     from coordinator.situation import ServerProfile, Situation, planning_length
     from edge_sdk.adapters import find_targets
-    from edge_sdk.layout import find_layout
-    from edge_sdk.model_shape import model_shape
-    from edge_sdk.weights import load_config as load_model_config
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.shape import model_shape
+    from edge_sdk.model.weights import load_config as load_model_config
 
     model_config = load_model_config(_config_folder(config), len(config.label_names))
     layout = find_layout(model_config, config.task)
@@ -118,7 +118,7 @@ def read_situation(
 
 def _config_folder(config: ServeConfig) -> Path:
     """A folder with the model's config.json; of a model that is not here nothing else is loaded."""
-    from edge_sdk.weights import locate
+    from edge_sdk.model.weights import locate
 
     path = Path(config.model).expanduser()
     if path.is_dir() or path.is_absolute() or config.model.startswith((".", "~")):

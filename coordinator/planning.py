@@ -14,7 +14,7 @@ from coordinator.config import ServeConfig
 from coordinator.rank_choice import possible_ranks
 from edge_sdk.adapters import Shape, check_rank
 from edge_sdk.errors import ConfigError
-from edge_sdk.layout import Layout
+from edge_sdk.model.layout import Layout
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT, Plan
 
 

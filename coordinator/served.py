@@ -21,13 +21,13 @@ from edge_sdk.batches import MicroBatch, eval_batches
 from edge_sdk.data import load_rows
 from edge_sdk.device_profile import block_speed
 from edge_sdk.errors import ConfigError, ModelError
-from edge_sdk.layout import build_empty
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import build_empty
+from edge_sdk.model.partition import Slice
+from edge_sdk.model.weights import PartCache, Source, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
 from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.training import compute_name
-from edge_sdk.weights import PartCache, Source, load_tokenizer, model_hash
 from profiler.estimate.memory import ModelShape
 
 
@@ -87,7 +87,7 @@ class ServedModel:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's sizes, for estimates."""
-        from edge_sdk.model_shape import model_shape
+        from edge_sdk.model.shape import model_shape
 
         return model_shape(self.source.config, self._config.task, self.facts.layout)
 

@@ -41,8 +41,8 @@ from coordinator.worker import Worker
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError
+from edge_sdk.model.weights import PartCache
 from edge_sdk.stopping import stopping_on_signals
-from edge_sdk.weights import PartCache
 from profiler.profile import DeviceProfile
 
 # What was simulated, beside what the coordinator was told.

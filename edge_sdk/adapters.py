@@ -23,8 +23,8 @@ from edge_sdk.factors import Array, Factors, zero
 if TYPE_CHECKING:
     from torch import nn
 
-    from edge_sdk.layout import Layout, Task
-    from edge_sdk.partition import Slice
+    from edge_sdk.model.layout import Layout, Task
+    from edge_sdk.model.partition import Slice
 
 OWN = "default"
 RESIDUAL = "residual"
@@ -102,7 +102,7 @@ def find_targets(config: Any, task: Task, layout: Layout, lora: LoraConfig) -> d
     import torch
     from peft.tuners.lora import LoraModel
 
-    from edge_sdk.layout import build_empty
+    from edge_sdk.model.layout import build_empty
 
     model = build_empty(config, task, torch.float32)
     names = lora.target_modules

@@ -19,10 +19,10 @@ from edge_sdk.backend import choose_backend
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
+from edge_sdk.model.weights import PartCache
 from edge_sdk.transport.connection import LinkConfig
 from edge_sdk.transport.handshake import shake_hands
 from edge_sdk.transport.keys import load_key_pair, load_public_key
-from edge_sdk.weights import PartCache
 from profiler.sensors.sources import HERE, Sources
 
 FAILURE_EXIT_CODE = 1

@@ -137,7 +137,7 @@ def _packed(kind: Any) -> Callable[[str], dict[str, Any]]:
     def stage(device: str) -> dict[str, Any]:
         import torch
 
-        from edge_sdk.quantized import quantize_linears, take_weight
+        from edge_sdk.model.quantized import quantize_linears, take_weight
 
         where = torch.device(_place(device))
         torch.manual_seed(0)

@@ -20,14 +20,8 @@ from edge_sdk.batches import Batches
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import load_data
 from edge_sdk.errors import ModelError
-from edge_sdk.part_map import map_part
-from edge_sdk.plain_tokenizer import PlainTokenizer
-from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
-from edge_sdk.protocol.plan import Part
-from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
-from edge_sdk.training import TrainingConfig, from_pairs
-from edge_sdk.weights import (
+from edge_sdk.model.safetensors_files import map_part
+from edge_sdk.model.weights import (
     FILE_NAMES,
     PartCache,
     Source,
@@ -36,6 +30,12 @@ from edge_sdk.weights import (
     open_part,
     write_whole,
 )
+from edge_sdk.plain_tokenizer import PlainTokenizer
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
+from edge_sdk.protocol.plan import Part
+from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
+from edge_sdk.training import TrainingConfig, from_pairs
 
 if TYPE_CHECKING:
     from edge_sdk.runtime import Runtime
@@ -135,7 +135,7 @@ class Preparation:
     ) -> Runtime:
         import torch
 
-        from edge_sdk.layout import building, find_layout
+        from edge_sdk.model.layout import building, find_layout
         from edge_sdk.runtime_torch import TorchRuntime
 
         assert self._files is not None, "files come first"

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from edge_sdk.adapters import Shape
 from edge_sdk.errors import DeviceError, ModelError, one_line
 from edge_sdk.graphs import Graphs
-from edge_sdk.part_map import Stored
+from edge_sdk.model.safetensors_files import Stored
 
 # TensorProto.BFLOAT16: numpy has no dtype for it.
 BFLOAT16 = 16

@@ -28,11 +28,11 @@ from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.factors import Array, Factors
 from edge_sdk.graphs import Graphs
 from edge_sdk.importance import Form
+from edge_sdk.model.safetensors_files import Stored
 from edge_sdk.moments import fitted
 from edge_sdk.numpy_adapters import NumpyAdapters
 from edge_sdk.numpy_optimizer import NumpyOptimizer
 from edge_sdk.onnx_model import OnnxModel
-from edge_sdk.part_map import Stored
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.rank_penalty import penalty_gradients
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory

@@ -22,12 +22,12 @@ from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_para
 from edge_sdk.errors import NumericError
 from edge_sdk.factors import Array, Factors
 from edge_sdk.importance import Form, Meter
-from edge_sdk.layout import Layout, Task
-from edge_sdk.loss import LossSums, loss_sums
+from edge_sdk.model.layout import Layout, Task
+from edge_sdk.model.loss import LossSums, loss_sums
+from edge_sdk.model.partition import Slice
+from edge_sdk.model.quantized import resolve_base
 from edge_sdk.moments import fitted
-from edge_sdk.partition import Slice
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.quantized import resolve_base
 from edge_sdk.rank_penalty import add_penalty
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.training import (

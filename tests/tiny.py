@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from edge_sdk.layout import Layout, Task, find_layout
+from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.runtime import Micro
 
 VOCAB = 97

@@ -21,7 +21,7 @@ from results import print_results
 from shards import Shards, make_shards
 
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError
-from edge_sdk.weights import load_config, locate
+from edge_sdk.model.weights import load_config, locate
 from profiler.sensors.cgroup import allowed_cores
 
 BASE = ROOT / "examples" / "base"

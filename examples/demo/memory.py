@@ -42,8 +42,8 @@ def device_floor(model: Path, task: Any) -> int:
 
     import edge_sdk.client  # noqa: F401
     import edge_sdk.runtime_torch  # noqa: F401
-    from edge_sdk.layout import build_empty
-    from edge_sdk.weights import load_config
+    from edge_sdk.model.layout import build_empty
+    from edge_sdk.model.weights import load_config
     from profiler.sensors.memory import peak_rss
 
     build_empty(load_config(model, 0), task, torch.float32)  # imports the model's module
@@ -65,8 +65,8 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
     from coordinator.store import CONFIG
     from edge_sdk.client_config import ClientConfig  # noqa: F401
     from edge_sdk.config.loader import load_config
-    from edge_sdk.layout import build_empty
-    from edge_sdk.weights import load_config as load_model_config
+    from edge_sdk.model.layout import build_empty
+    from edge_sdk.model.weights import load_config as load_model_config
     from profiler.sensors.memory import peak_rss
 
     config = load_config(ServeConfig, folder / "runs" / "demo" / CONFIG, env={})
@@ -107,8 +107,8 @@ def largest_batches(folder: Path, config: Any) -> list[Any]:
     from edge_sdk.client_config import ClientConfig
     from edge_sdk.config.loader import load_config
     from edge_sdk.data import load_data
+    from edge_sdk.model.weights import load_config as load_model_config
     from edge_sdk.tokenize import ModelLimits, tokenize_rows
-    from edge_sdk.weights import load_config as load_model_config
 
     text_config = load_model_config(Path(config.model), 0).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(config.model)

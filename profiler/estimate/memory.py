@@ -2,7 +2,7 @@
 
 Pure arithmetic on the sizes of `work.py`: knows no torch, no model family, no device and no plan.
 What a frozen block keeps for its backward pass is told by `ModelShape.kept`, which
-`edge_sdk/model_shape.py` observes; without it, sizes of the linear layers stand in. Operations are
+`edge_sdk/model/shape.py` observes; without it, sizes of the linear layers stand in. Operations are
 `flops.py`; both are to be had from here.
 """
 

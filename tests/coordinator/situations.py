@@ -12,8 +12,8 @@ from coordinator.planning import ModelFacts
 from coordinator.planning_config import PlanningConfig
 from coordinator.situation import ServerProfile, Situation
 from edge_sdk.adapters import LoraConfig, find_targets
-from edge_sdk.layout import find_layout
-from edge_sdk.model_shape import model_shape
+from edge_sdk.model.layout import find_layout
+from edge_sdk.model.shape import model_shape
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
 from tests.tiny import make_config, task_of

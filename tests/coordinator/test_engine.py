@@ -11,8 +11,8 @@ import torch
 
 from coordinator.engine import Answer, DeviceFault, Job, LocalEngine
 from edge_sdk.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
-from edge_sdk.layout import Layout, find_layout
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.partition import Slice
 from edge_sdk.training import TrainingConfig
 from tests.tiny import BLOCKS, CLASSES, VOCAB, make_config, make_model, make_parts, task_of
 

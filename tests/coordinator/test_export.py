@@ -16,7 +16,7 @@ from coordinator.export import ExportError, export_adapter, export_merged, load_
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import StorageError
 from edge_sdk.factors import Factors, zero
-from edge_sdk.weights import Source
+from edge_sdk.model.weights import Source
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 
 FAMILIES = ["llama", "gpt2", "bert"]

@@ -12,8 +12,8 @@ from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphs import read_graphs
+from edge_sdk.model.weights import PartCache, Source
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.weights import PartCache, Source
 from tests.e2e.cluster import save_model
 
 PLAN = Plan(split=1, ranks={}, alphas={}, batch_size=1, micro_batch=1)

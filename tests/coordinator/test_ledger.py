@@ -16,7 +16,7 @@ from coordinator.planning import ModelFacts
 from edge_sdk.adapters import LoraConfig, Pair, Shape
 from edge_sdk.errors import ConfigError
 from edge_sdk.factors import Factors
-from edge_sdk.layout import Layout
+from edge_sdk.model.layout import Layout
 from edge_sdk.runtime_torch import merge_change
 
 BLOCKS = 5

@@ -18,8 +18,8 @@ from coordinator.onnx_trace import Tracer
 from coordinator.onnx_writer import Writer
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import ModelError
-from edge_sdk.layout import find_layout
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import find_layout
+from edge_sdk.model.partition import Slice
 from tests.tiny import make_config, make_model, make_parts, task_of
 
 # Those that the conformance suite of the backends does not run.

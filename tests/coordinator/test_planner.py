@@ -21,7 +21,7 @@ from coordinator.situation import Situation
 from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError
-from edge_sdk.weights import PartCache
+from edge_sdk.model.weights import PartCache
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of

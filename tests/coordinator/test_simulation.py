@@ -28,11 +28,11 @@ from edge_sdk.adapters import LoraConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.layout import find_layout
-from edge_sdk.model_shape import model_shape
+from edge_sdk.model.layout import find_layout
+from edge_sdk.model.shape import model_shape
+from edge_sdk.model.weights import Source
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.training import TrainingConfig
-from edge_sdk.weights import Source
 from profiler.estimate.memory import FlopsEstimate
 from tests.e2e.cluster import (
     Cluster,

@@ -17,8 +17,8 @@ from coordinator.wave import Job
 from edge_sdk.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
 from edge_sdk.factors import Factors
 from edge_sdk.importance import Form
-from edge_sdk.layout import Layout, find_layout
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro
 from edge_sdk.runtime_torch import TorchRuntime

@@ -21,8 +21,8 @@ from edge_sdk.adapters import (
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.factors import Factors
-from edge_sdk.layout import Layout
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import Layout
+from edge_sdk.model.partition import Slice
 from tests.tiny import BLOCKS, layout_of, make_config, make_model, make_parts, task_of
 
 FAMILIES = ["llama", "gpt2", "bert"]

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from edge_sdk.adapters import Adapters, LoraConfig, find_targets, head_names
-from edge_sdk.layout import Task
-from edge_sdk.model_shape import model_shape
-from edge_sdk.partition import CPU, Slice
+from edge_sdk.model.layout import Task
+from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.shape import model_shape
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import TrainingConfig, autocast

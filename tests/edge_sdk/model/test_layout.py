@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from edge_sdk import layout as layout_module
-from edge_sdk import partition as partition_module
 from edge_sdk.errors import ModelError
-from edge_sdk.layout import build_empty, find_blocks, find_layout
+from edge_sdk.model import layout as layout_module
+from edge_sdk.model import partition as partition_module
+from edge_sdk.model.layout import build_empty, find_blocks, find_layout
 from tests.tiny import BLOCKS, FAMILIES, OTHERS, layout_of, make_config, make_model, task_of
 
 ALL = [*FAMILIES, *OTHERS]

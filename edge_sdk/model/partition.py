@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import ModelError
-from edge_sdk.layout import Layout, Task, build_empty
-from edge_sdk.quantized import Quantized, quantize_linears, take_weight
+from edge_sdk.model.layout import Layout, Task, build_empty
+from edge_sdk.model.quantized import Quantized, quantize_linears, take_weight
 
 CPU = torch.device("cpu")
 

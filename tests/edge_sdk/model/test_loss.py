@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edge_sdk.loss import IGNORED, loss_sums
+from edge_sdk.model.loss import IGNORED, loss_sums
 
 
 def random_case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

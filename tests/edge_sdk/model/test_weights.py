@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError, StorageError
+from edge_sdk.model.weights import PartCache, Source, load_config, locate, model_hash, open_part
 from edge_sdk.protocol.plan import Part
-from edge_sdk.weights import PartCache, Source, load_config, locate, model_hash, open_part
 from tests.tiny import CLASSES, make_config, make_model, task_of
 
 
@@ -134,7 +134,7 @@ def test_a_hub_id_comes_from_the_cache(folder: Path, tmp_path: Path) -> None:
     A process of its own, because the hub client reads its settings once.
     """
     snapshot = fake_hub(folder, tmp_path)
-    code = "from edge_sdk.weights import locate; print(locate('someone/tiny'))"
+    code = "from edge_sdk.model.weights import locate; print(locate('someone/tiny'))"
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
 

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edge_sdk.adapters import head_names, is_transposed
-from edge_sdk.layout import Layout, Task
-from edge_sdk.partition import CPU, Slice
+from edge_sdk.model.layout import Layout, Task
+from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.training import autocast
 from profiler.estimate.memory import Kept, Linear, ModelShape
 

@@ -18,17 +18,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from coordinator.export import export_adapter
-from edge_sdk import quantized
 from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.importance import Form
-from edge_sdk.layout import find_layout
-from edge_sdk.model_shape import model_shape
-from edge_sdk.partition import CPU, Slice
-from edge_sdk.protocol.plan import Plan
-from edge_sdk.quantized import (
+from edge_sdk.model import quantized
+from edge_sdk.model.layout import find_layout
+from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.quantized import (
     GROUP,
     Quantized,
     QuantizedConv1D,
@@ -37,9 +35,11 @@ from edge_sdk.quantized import (
     quantize_linears,
     unpack,
 )
+from edge_sdk.model.shape import model_shape
+from edge_sdk.model.weights import Source, open_part
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime_torch import TorchRuntime
 from edge_sdk.training import LINEAR_BYTES, Base, TrainingConfig
-from edge_sdk.weights import Source, open_part
 from profiler.estimate.memory import Work, estimate_memory
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.errors import ModelError, StorageError, one_line
-from edge_sdk.mapped import Some, open_files
+from edge_sdk.model.safetensors_files import Some, open_files
 from edge_sdk.protocol.plan import Part
 
 if TYPE_CHECKING:
     import torch
 
-    from edge_sdk.layout import Layout, Task
+    from edge_sdk.model.layout import Layout, Task
 
 # What a device needs besides weights: never code, never anything that could be executed.
 FILE_NAMES = (
@@ -82,7 +82,7 @@ class Source:
         is_streamed: bool = False,
     ) -> None:
         """Open *model*; *is_streamed*: see `open_files`."""
-        from edge_sdk.layout import find_layout
+        from edge_sdk.model.layout import find_layout
 
         self.folder = locate(model, revision)
         self.task = task

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import ModelError
-from edge_sdk.layout import Layout, Task, find_layout
-from edge_sdk.partition import Slice
+from edge_sdk.model.layout import Layout, Task, find_layout
+from edge_sdk.model.partition import Slice
 from tests.tiny import BLOCKS, FAMILIES, OTHERS, VOCAB, make_config, make_model, make_parts, task_of
 
 ALL = [*FAMILIES, *OTHERS]

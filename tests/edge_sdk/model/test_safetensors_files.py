@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError
 from edge_sdk.graphs import About, Graphs, read_graphs
-from edge_sdk.part_map import DTYPES, map_part
+from edge_sdk.model.safetensors_files import DTYPES, map_part
 
 TENSORS = {
     "F64": torch.rand(2, 3, dtype=torch.float64),
