@@ -21,7 +21,7 @@ import numpy as np
 from report import header, save, table
 
 from coordinator.aggregation import RULES, Contribution, Rule, Update
-from edge_sdk.adapters import Pair, Shape, initial_pair
+from edge_sdk.lora.adapters import Pair, Shape, initial_pair
 
 RANKS = (4, 8, 16, 32, 64)
 CASES = (

@@ -28,7 +28,7 @@ def make_runtime(targets: tuple[str, ...]) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from edge_sdk.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.adapters import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime_torch import TorchRuntime
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> str:
     """Run everything and return the report."""
     import torch
 
-    from edge_sdk.importance import REFERENCE_PERIODS
+    from edge_sdk.lora.importance import REFERENCE_PERIODS
 
     rows = []
     for what, targets in TARGETS.items():

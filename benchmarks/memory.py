@@ -65,7 +65,7 @@ def write_graphs(case: Case, config: Any, layout: Any, folder: Path) -> None:
     """What the coordinator makes for a device without torch."""
     from coordinator.export_job import Job
     from coordinator.onnx_export import export_slice
-    from edge_sdk.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.adapters import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
     job = Job(
@@ -114,7 +114,7 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
 
 def find_ranks(case: Case, config: Any, layout: Any) -> dict[str, int]:
     """The adapted weights of the device's blocks."""
-    from edge_sdk.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.adapters import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
     inside = tuple(f"{layout.blocks_path}.{i}." for i in range(case.split))

@@ -51,8 +51,8 @@ def part_files(case: Case, folder: Path) -> dict[str, Path]:
 
 def onnx_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> Any:
     """The slice on onnxruntime."""
-    from edge_sdk.adapters import LoraConfig
     from edge_sdk.graphs import read_graphs
+    from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.model.safetensors_files import map_part
     from edge_sdk.runtime_onnx import OnnxRuntime
     from edge_sdk.training import TrainingConfig
@@ -66,7 +66,7 @@ def torch_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -
     """The slice on torch."""
     from transformers import AutoConfig
 
-    from edge_sdk.adapters import LoraConfig
+    from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.runtime_torch import TorchRuntime
@@ -99,7 +99,7 @@ def set_residual(runtime: Any, case: Case) -> None:
     """Give every adapted weight a frozen residual, as earlier rounds would have."""
     import numpy as np
 
-    from edge_sdk.factors import Factors
+    from edge_sdk.lora.factors import Factors
 
     generator = np.random.default_rng(0)
     residual = {}

@@ -55,7 +55,7 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     import peft  # noqa: F401 - part of the import floor
     import torch
 
-    from edge_sdk.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.adapters import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.protocol.plan import Plan

@@ -56,7 +56,7 @@ def prepare(folder: Path, *, large: bool) -> None:
 
     from coordinator.export_job import Job
     from coordinator.onnx_export import export_slice
-    from edge_sdk.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.adapters import LoraConfig, find_targets
     from edge_sdk.model.layout import build_empty, find_layout
 
     config = make_config(large=large)
@@ -104,7 +104,7 @@ def prepare(folder: Path, *, large: bool) -> None:
 
 def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     """The slice on one backend, with equal factors."""
-    from edge_sdk.adapters import LoraConfig
+    from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.training import TrainingConfig
 
@@ -138,7 +138,7 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
     """Train *steps* steps and return times and memory."""
     import numpy as np
 
-    from edge_sdk.adapters import Pair
+    from edge_sdk.lora.adapters import Pair
     from edge_sdk.runtime import Micro
 
     facts = json.loads((folder / "facts.json").read_text())

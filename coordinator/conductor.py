@@ -21,7 +21,7 @@ from coordinator.run import Run
 from coordinator.wave import Answer, DeviceFault
 from coordinator.worker import Worker
 from edge_sdk.errors import NumericError, PeerGone
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import EvalResult, Gradient, Message, Pause, RunOver, TopHidden
 from edge_sdk.runtime import Micro, TailSums

@@ -12,8 +12,8 @@ from typing import Literal
 from coordinator.aggregation import RULES
 from coordinator.planning_config import PlanningConfig
 from coordinator.pooled_config import PooledConfig
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
+from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.training import Compute, TrainingConfig
 
 Codec = Literal["bfloat16", "float16", "float32"]

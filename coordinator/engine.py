@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from coordinator.wave import Answer, DeviceFault, Job
-from edge_sdk.adapter_state import (
+from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,
     load_adapter_state,
@@ -30,13 +30,13 @@ from edge_sdk.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
-from edge_sdk.factors import Array, Factors
-from edge_sdk.importance import Form, Meter
+from edge_sdk.lora.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.importance import Form, Meter
+from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.model.partition import Slice
-from edge_sdk.moments import fitted
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import (
     load_parameters,

@@ -19,10 +19,10 @@ from coordinator.config import ServeConfig
 from coordinator.ledger import Ledger
 from coordinator.planning import ModelFacts
 from coordinator.store import CONFIG, RunFolder, storage_errors
-from edge_sdk.adapters import Adapters, LoraConfig, find_targets, is_transposed
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError
-from edge_sdk.factors import Array, Factors, compress
+from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, is_transposed
+from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import Source
 from edge_sdk.runtime_torch import load_parameters

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from coordinator.ledger import Ledger, RoundResult
 from coordinator.planning import ModelFacts
-from edge_sdk.adapters import Pair
-from edge_sdk.factors import Array, Factors
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import RoundStart, Stamp
 from edge_sdk.protocol.plan import Plan

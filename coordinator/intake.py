@@ -18,8 +18,8 @@ from coordinator.wave_input import (
     check_report,
     check_upload,
 )
-from edge_sdk.adapters import Pair, head_names
 from edge_sdk.errors import EdgeError, OutOfMemory, PeerGone, RefusedError, RemoteProtocolError
+from edge_sdk.lora.adapters import Pair, head_names
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     Activation,

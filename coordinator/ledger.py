@@ -22,8 +22,8 @@ from coordinator.aggregation import (
     resized,
 )
 from coordinator.planning import ModelFacts
-from edge_sdk.adapters import LoraConfig, Pair, initial_pair
-from edge_sdk.factors import Array, Factors, compress, stack, zero
+from edge_sdk.lora.adapters import LoraConfig, Pair, initial_pair
+from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
     pairs: Mapping[str, Pair]
     head: Mapping[str, Array] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
-    """Importance by weight, mean of the round's measured steps; see `edge_sdk/importance.py`."""
+    """Importance by weight: the mean of the measured steps of a round."""
 
 
 @dataclass

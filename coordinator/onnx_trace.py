@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, log_softmax
 from transformers.activations import NewGELUActivation
 
 from coordinator.aten_graph import SIZES, Input, Traced, trace
-from edge_sdk.adapters import Shape, head_names, is_transposed
+from edge_sdk.lora.adapters import Shape, head_names, is_transposed
 from edge_sdk.model.partition import Slice
 
 FACTORS = "ABVU"
@@ -88,7 +88,7 @@ class Tracer:
         """The same and dL/dout in; dL/dhidden, and dL/dA and dL/d(s B) of every target, out.
 
         The forward pass is part of it: nothing is kept between a block's two graphs. With
-        *measures*, every form of `edge_sdk.importance` of every target comes out as well.
+        *measures*, every form of `edge_sdk.lora.importance` of every target comes out as well.
         """
         inputs = {"hidden": self._hidden(), "lengths": LENGTHS, "grad": self._hidden()}
         inputs |= self._block_inputs(index)
@@ -254,7 +254,7 @@ def _add_adapters(
 
 
 def _importance(seen: Seen, grad_MO: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What each of `FORMS` finds in one micro-batch; see `edge_sdk.importance`."""
+    """What each of `FORMS` finds in one micro-batch; see `edge_sdk.lora.importance`."""
     plain_MO = seen.plain if seen.bias is None else seen.plain - seen.bias
     dots_M = (grad_MO * plain_MO).sum(-1)
     product = seen.x.t() @ grad_MO if seen.is_transposed else grad_MO.t() @ seen.x

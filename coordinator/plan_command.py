@@ -91,7 +91,7 @@ def read_situation(
     from coordinator.planning import ModelFacts, check_config
     from coordinator.served import usable_positions
     from coordinator.situation import ServerProfile, Situation, planning_length
-    from edge_sdk.adapters import find_targets
+    from edge_sdk.lora.adapters import find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.shape import model_shape
     from edge_sdk.model.weights import load_config as load_model_config

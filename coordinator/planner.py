@@ -22,11 +22,11 @@ from coordinator.ledger import Report
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan
 from coordinator.situation import Situation
-from edge_sdk.adapters import Pair
 from edge_sdk.errors import RefusedError
-from edge_sdk.importance import Smoothing, combine
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.importance import Smoothing, combine
+from edge_sdk.lora.rank_pruning import pruned_rank
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.rank_penalty import pruned_rank
 from profiler.profile import DeviceProfile, problems
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from coordinator.aggregation import RULES
 from coordinator.config import ServeConfig
 from coordinator.rank_choice import possible_ranks
-from edge_sdk.adapters import Shape, check_rank
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import Shape, check_rank
 from edge_sdk.model.layout import Layout
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT, Plan
 

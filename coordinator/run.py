@@ -18,8 +18,8 @@ from coordinator.served import ServedModel
 from coordinator.situation import ServerProfile, Situation, planning_length
 from coordinator.store import Checkpoint, RunFolder
 from coordinator.wave import Job
-from edge_sdk.adapter_state import under
-from edge_sdk.factors import Array
+from edge_sdk.lora.adapter_state import under
+from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Activation
 from profiler.sensors.memory import memory_info

@@ -22,9 +22,9 @@ from edge_sdk.callbacks import Callback
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
-from edge_sdk.factors import Array
 from edge_sdk.inbox import RunEnded, Stopped
 from edge_sdk.joining import Ask, Dataset, Preparation
+from edge_sdk.lora.factors import Array
 from edge_sdk.participant import Participant
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome

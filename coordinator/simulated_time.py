@@ -17,7 +17,7 @@ from coordinator.gateway import Gateway
 from coordinator.reporting import Reporting
 from coordinator.simulated_device import Tap
 from coordinator.wave import Answer, Job
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
     Activation,
     AdapterUpload,

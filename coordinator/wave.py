@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from edge_sdk.errors import NumericError
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.runtime import TailSums
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from coordinator.rounds import Member
 from coordinator.wave import Job
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.messages import Activation, EvalReport, StepReport

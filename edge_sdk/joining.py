@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.backend import choose_backend
 from edge_sdk.batches import Batches
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import load_data
 from edge_sdk.errors import ModelError
+from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
 from edge_sdk.model.weights import (
     FILE_NAMES,

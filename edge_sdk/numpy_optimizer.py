@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.training import TrainingConfig, learning_rate
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edge_sdk.adapters import Shape
 from edge_sdk.errors import DeviceError, ModelError, one_line
 from edge_sdk.graphs import Graphs
+from edge_sdk.lora.adapters import Shape
 from edge_sdk.model.safetensors_files import Stored
 
 # TensorProto.BFLOAT16: numpy has no dtype for it.

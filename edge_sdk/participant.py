@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edge_sdk.adapters import Pair
 from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.device_profile import changed_profile, device_profile, with_link
 from edge_sdk.errors import EdgeError, public_name
-from edge_sdk.factors import Array, Factors
 from edge_sdk.inbox import Inbox, Redirected
 from edge_sdk.joining import Dataset, Preparation, Prepared, make_batches
 from edge_sdk.local_state import LocalState
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.pace import Pace
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (

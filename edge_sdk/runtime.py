@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edge_sdk.adapters import Pair
-from edge_sdk.factors import Array, Factors
-from edge_sdk.importance import Form
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.importance import Form
 from profiler.sensors.memory import peak_rss, rss
 
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_sdk.adapter_state import (
+from edge_sdk.errors import ConfigError, NumericError
+from edge_sdk.graphs import Graphs
+from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,
     load_adapter_state,
@@ -23,20 +25,17 @@ from edge_sdk.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.adapters import LoraConfig, Pair
-from edge_sdk.errors import ConfigError, NumericError
-from edge_sdk.factors import Array, Factors
-from edge_sdk.graphs import Graphs
-from edge_sdk.importance import Form
+from edge_sdk.lora.adapters import LoraConfig, Pair
+from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.importance import Form, Tally
+from edge_sdk.lora.numpy_adapters import NumpyAdapters
+from edge_sdk.lora.optimizer_state import fitted
+from edge_sdk.lora.rank_pruning import penalty_gradients
 from edge_sdk.model.safetensors_files import Stored
-from edge_sdk.moments import fitted
-from edge_sdk.numpy_adapters import NumpyAdapters
 from edge_sdk.numpy_optimizer import NumpyOptimizer
 from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.rank_penalty import penalty_gradients
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
-from edge_sdk.tally import Tally
 from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
 from profiler.estimate.sizes import TAIL_TARGETS

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_sdk.adapter_state import (
+from edge_sdk.errors import NumericError
+from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,
     load_adapter_state,
@@ -18,17 +19,16 @@ from edge_sdk.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
-from edge_sdk.errors import NumericError
-from edge_sdk.factors import Array, Factors
-from edge_sdk.importance import Form, Meter
+from edge_sdk.lora.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.importance import Form, Meter
+from edge_sdk.lora.optimizer_state import fitted
+from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.model.layout import Layout, Task
 from edge_sdk.model.loss import LossSums, loss_sums
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.quantized import resolve_base
-from edge_sdk.moments import fitted
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.rank_penalty import add_penalty
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.training import (
     Base,

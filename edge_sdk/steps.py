@@ -13,9 +13,9 @@ from typing import Any
 
 from edge_sdk.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.factors import Array
 from edge_sdk.inbox import Inbox
 from edge_sdk.joining import as_int32
+from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (

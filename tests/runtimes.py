@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from coordinator.export_job import Job
 from coordinator.onnx_export import export_slice
-from edge_sdk.adapters import LoraConfig, Pair, Shape, find_targets
-from edge_sdk.factors import Factors
 from edge_sdk.graphs import Graphs
+from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets
+from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.safetensors_files import Stored, map_part
 from edge_sdk.protocol.plan import Plan

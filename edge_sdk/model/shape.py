@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edge_sdk.adapters import head_names, is_transposed
+from edge_sdk.lora.adapters import head_names, is_transposed
 from edge_sdk.model.layout import Layout, Task
 from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.training import autocast

@@ -11,7 +11,7 @@ from coordinator.costs import Load, adapters_bytes
 from coordinator.planning import ModelFacts
 from coordinator.planning_config import PlanningConfig
 from coordinator.situation import ServerProfile, Situation
-from edge_sdk.adapters import LoraConfig, find_targets
+from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from profiler.estimate.memory import ModelShape

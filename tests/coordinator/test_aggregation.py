@@ -20,9 +20,9 @@ from coordinator.aggregation import (
     residual,
     shares,
 )
-from edge_sdk.adapters import Pair, Shape
 from edge_sdk.errors import ConfigError
-from edge_sdk.factors import Factors
+from edge_sdk.lora.adapters import Pair, Shape
+from edge_sdk.lora.factors import Factors
 
 SHAPE = Shape(7, 5)
 RANKS = st.lists(st.integers(1, 5), min_size=1, max_size=5)

@@ -21,7 +21,7 @@ from coordinator.aggregation import (
     truncate,
     zeropad,
 )
-from edge_sdk.adapters import Pair, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from tests.coordinator.test_aggregation import (
     RANKS,
     SEEDS,

@@ -20,9 +20,9 @@ from coordinator.costs import (
 )
 from coordinator.planning import ModelFacts, make_plan, plan_device, plan_server
 from coordinator.situation import ServerProfile, planning_length
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
 from profiler.profile import DeviceProfile
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory

@@ -16,8 +16,8 @@ from coordinator.costs import (
     device_bytes,
 )
 from coordinator.planning import ModelFacts, check_config
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape
 from tests.coordinator.situations import SLOW, make_situation, model_of, priced, with_memory
 

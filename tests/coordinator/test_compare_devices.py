@@ -14,8 +14,8 @@ from coordinator.costs import device_bytes
 from coordinator.planning_config import PlanningConfig
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.situation import Situation
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import LoraConfig
 from tests.e2e.cluster import save_model
 from tests.tiny import BLOCKS
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
-from edge_sdk.adapters import LoraConfig
+from edge_sdk.lora.adapters import LoraConfig
 
 
 @pytest.mark.parametrize(

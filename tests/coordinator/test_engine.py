@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coordinator.engine import Answer, DeviceFault, Job, LocalEngine
-from edge_sdk.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
+from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.training import TrainingConfig

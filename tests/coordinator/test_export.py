@@ -13,9 +13,9 @@ import torch
 
 from coordinator import export
 from coordinator.export import ExportError, export_adapter, export_merged, load_base, trained_slice
-from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import StorageError
-from edge_sdk.factors import Factors, zero
+from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.factors import Factors, zero
 from edge_sdk.model.weights import Source
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 

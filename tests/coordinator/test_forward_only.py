@@ -13,7 +13,7 @@ from coordinator.costs import device_bytes, device_seconds, options
 from coordinator.planning import ModelFacts
 from coordinator.replan import replan
 from coordinator.situation import ServerProfile, Situation
-from edge_sdk.adapters import LoraConfig
+from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape
 from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, with_memory
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from coordinator.aggregation import SERVER
 from coordinator.ledger import Ledger, Report, RoundResult
 from coordinator.planning import ModelFacts
-from edge_sdk.adapters import LoraConfig, Pair, Shape
 from edge_sdk.errors import ConfigError
-from edge_sdk.factors import Factors
+from edge_sdk.lora.adapters import LoraConfig, Pair, Shape
+from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout
 from edge_sdk.runtime_torch import merge_change
 

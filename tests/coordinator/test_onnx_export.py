@@ -16,8 +16,8 @@ from coordinator.onnx_export import export_slice
 from coordinator.onnx_shapes import LOWERINGS
 from coordinator.onnx_trace import Tracer
 from coordinator.onnx_writer import Writer
-from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import ModelError
+from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import Slice
 from tests.tiny import make_config, make_model, make_parts, task_of

@@ -8,8 +8,8 @@ import pytest
 
 from coordinator.config import DeviceSettings, ServeConfig
 from coordinator.planning import ModelFacts, check_config, plan_device, plan_server
-from edge_sdk.adapters import LoraConfig, Shape
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import LoraConfig, Shape
 from edge_sdk.model.layout import Layout
 
 BLOCKS = 12

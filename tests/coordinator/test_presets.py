@@ -12,9 +12,9 @@ from coordinator.cli import main
 from coordinator.config import DeviceSettings, ServeConfig
 from coordinator.planning import ModelFacts, check_config, plan_device
 from coordinator.presets import NAMES, load_serve_config, preset_text, preset_title
-from edge_sdk.adapters import find_targets
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import find_targets
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import BLOCKS, layout_of, make_config
 

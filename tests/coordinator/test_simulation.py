@@ -24,10 +24,10 @@ from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.simulation_result import SimulationResult
 from coordinator.store import CONFIG
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.data import DataConfig
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import Source

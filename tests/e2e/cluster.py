@@ -18,12 +18,12 @@ from coordinator.run import Run
 from coordinator.served import ServedModel
 from coordinator.server import Coordinator
 from coordinator.store import RunFolder
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.callbacks import Callback
 from edge_sdk.client import EdgeClient
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.data import DataConfig
 from edge_sdk.deadline import Deadline
+from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.training import TrainingConfig

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from coordinator.config import DeviceSettings, ServeConfig
-from edge_sdk.adapters import find_targets, initial_pair
 from edge_sdk.batches import Batches
 from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.lora.adapters import find_targets, initial_pair
 from edge_sdk.model.layout import find_layout
 from edge_sdk.tokenize import ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig

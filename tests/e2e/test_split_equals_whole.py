@@ -11,7 +11,7 @@ import torch
 
 from coordinator.engine import LocalEngine
 from coordinator.wave import Job
-from edge_sdk.adapters import LoraConfig, Pair, find_targets, initial_pair
+from edge_sdk.lora.adapters import LoraConfig, Pair, find_targets, initial_pair
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edge_sdk.errors import ConfigError, ModelError, NumericError
-from edge_sdk.factors import Array
+from edge_sdk.lora.factors import Array
 from edge_sdk.runtime import Micro, Runtime
 from tests.runtimes import (
     BACKENDS,
@@ -337,7 +337,7 @@ def test_blocks_of_one_kind_share_their_graphs() -> None:
 
 def test_dropout_is_refused() -> None:
     """One line that names the setting."""
-    from edge_sdk.adapters import LoraConfig
+    from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime_onnx import OnnxRuntime
     from edge_sdk.training import TrainingConfig

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.errors import NumericError
-from edge_sdk.factors import Factors
+from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import find_layout
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime_torch import TorchRuntime, pick_device

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import get_scheduler
 
 from edge_sdk import training
-from edge_sdk.adapters import LoraConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.training import (
     Optimizer,
     TrainingConfig,

@@ -18,11 +18,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from coordinator.export import export_adapter
-from edge_sdk.adapters import LoraConfig, find_targets
 from edge_sdk.client_config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.importance import Form
+from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.importance import Form
 from edge_sdk.model import quantized
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import CPU, Slice

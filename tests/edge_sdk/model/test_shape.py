@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from edge_sdk.adapters import Adapters, LoraConfig, find_targets, head_names
+from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, head_names
 from edge_sdk.model.layout import Task
 from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.model.shape import model_shape

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from coordinator.aggregation import resized
-from edge_sdk.adapters import Pair, Shape, initial_pair
-from edge_sdk.moments import fitted
+from edge_sdk.lora.adapters import Pair, Shape, initial_pair
+from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.training import Optimizer, TrainingConfig
 
 SHAPE = Shape(6, 5)

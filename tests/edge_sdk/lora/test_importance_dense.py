@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edge_sdk.importance import Form, Meter, combine, weight_of
-from tests.edge_sdk.measured import (
+from edge_sdk.lora.importance import Form, Meter, combine, weight_of
+from tests.edge_sdk.lora.measured import (
     FORMS,
     MAIN,
     SPLITS,

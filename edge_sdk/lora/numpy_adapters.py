@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_sdk.adapters import LoraConfig, Pair, Shape, initial_pair
-from edge_sdk.factors import Array, Factors, zero
+from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, initial_pair
+from edge_sdk.lora.factors import Array, Factors, zero
 
 
 class NumpyAdapters:

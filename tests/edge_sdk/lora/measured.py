@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from coordinator.engine import LocalEngine
 from coordinator.wave import Job
-from edge_sdk.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
-from edge_sdk.factors import Factors
-from edge_sdk.importance import Form
+from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
+from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.importance import Form
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan

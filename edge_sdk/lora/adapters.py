@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.factors import Array, Factors, zero
+from edge_sdk.lora.factors import Array, Factors, zero
 
 if TYPE_CHECKING:
     from torch import nn

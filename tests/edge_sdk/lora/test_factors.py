@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.factors import Factors, compress, stack, zero
+from edge_sdk.lora.factors import Factors, compress, stack, zero
 
 RANKS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.adapters import Pair
-from edge_sdk.rank_penalty import add_penalty, kept_rank, pruned_rank
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.rank_pruning import add_penalty, kept_rank, pruned_rank
 
 
 def test_the_gradient_is_that_of_the_formula() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import nn
 
-    from edge_sdk.adapters import Pair
+    from edge_sdk.lora.adapters import Pair
 
 
 def kept_rank(rank: int, gamma: float) -> int:

@@ -14,9 +14,9 @@ from torch import nn
 
 from coordinator.wave_input import check_importance
 from edge_sdk.errors import ConfigError, RemoteProtocolError
-from edge_sdk.importance import Meter, Smoothing, combine, normalised
+from edge_sdk.lora.importance import Meter, Smoothing, combine, normalised
 from edge_sdk.protocol.plan import Plan
-from tests.edge_sdk.measured import (
+from tests.edge_sdk.lora.measured import (
     FORMS,
     check,
     make_engine,

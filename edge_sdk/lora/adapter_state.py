@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_sdk.adapters import Pair
-from edge_sdk.factors import Factors, compress, stack
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Factors, compress, stack
 
 
 class Adapted(Protocol):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_sdk.importance import Form
+from edge_sdk.lora.importance import Form
 from edge_sdk.training import TrainingConfig
-from tests.edge_sdk.measured import (
+from tests.edge_sdk.lora.measured import (
     FORMS,
     MAIN,
     known,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.adapters import (
+from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import (
     Adapters,
     LoraConfig,
     Pair,
@@ -19,8 +20,7 @@ from edge_sdk.adapters import (
     head_names,
     initial_pair,
 )
-from edge_sdk.errors import ConfigError
-from edge_sdk.factors import Factors
+from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout
 from edge_sdk.model.partition import Slice
 from tests.tiny import BLOCKS, layout_of, make_config, make_model, make_parts, task_of
