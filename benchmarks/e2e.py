@@ -55,9 +55,9 @@ def central(folder: Path, steps: int, rate: float, seed: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from edge_sdk.batches import Batches, eval_batches
-    from edge_sdk.data import DataConfig, load_rows
-    from edge_sdk.tokenize import ModelLimits, tokenize_rows
+    from edge_sdk.data.batches import Batches, eval_batches
+    from edge_sdk.data.rows import DataConfig, load_rows
+    from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.training import TrainingConfig, learning_rate
 
     torch.manual_seed(seed)

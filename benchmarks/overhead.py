@@ -52,9 +52,9 @@ def plain(model: Path, steps: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from edge_sdk.batches import Batches
-    from edge_sdk.data import DataConfig, load_rows
-    from edge_sdk.tokenize import ModelLimits, tokenize_rows
+    from edge_sdk.data.batches import Batches
+    from edge_sdk.data.rows import DataConfig, load_rows
+    from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -95,7 +95,7 @@ def device(folder: Path, port: int) -> dict[str, Any]:
     from edge_sdk.callbacks import Callback
     from edge_sdk.client import EdgeClient
     from edge_sdk.client_config import ClientConfig
-    from edge_sdk.data import DataConfig
+    from edge_sdk.data.rows import DataConfig
     from edge_sdk.protocol.messages import StepReport
     from edge_sdk.protocol.plan import Plan
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss

@@ -36,14 +36,14 @@ BATCH, RATE, TRAIN, DEV = 4, 2e-3, 800, 100
 
 def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     """Train the whole base model on E2E and return dev NLL per token, before and after."""
-    from edge_sdk.batches import Batches, eval_batches
-    from edge_sdk.data import DataConfig, load_rows
+    from edge_sdk.data.batches import Batches, eval_batches
+    from edge_sdk.data.rows import DataConfig, load_rows
+    from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.lora.adapters import LoraConfig, find_targets, initial_pair
     from edge_sdk.model.weights import Source, load_tokenizer
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime import Micro
     from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.training import TrainingConfig
 
     source = Source(str(MODEL), "causal-lm", is_streamed=base != "float32")

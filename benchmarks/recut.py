@@ -23,7 +23,7 @@ from coordinator.config import DeviceSettings, EvaluationConfig
 from coordinator.reporting import Silence
 from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.training import TrainingConfig
 

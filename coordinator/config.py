@@ -12,7 +12,7 @@ from typing import Literal
 from coordinator.aggregation import RULES
 from coordinator.planning_config import PlanningConfig
 from coordinator.pooled_config import PooledConfig
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.training import Compute, TrainingConfig
 

@@ -16,7 +16,7 @@ from coordinator.config import ServeConfig
 from coordinator.fleet import Board, Catalogue, Connection, Scale, free_bytes, known
 from coordinator.presets import NAMES
 from coordinator.relay import LinkShape
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 
 BYTES_PER_MBIT = 1e6 / 8
 # Of a listener that takes what comes to any address of this machine.

@@ -17,15 +17,15 @@ from coordinator.config import ServeConfig
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.planning_config import PlanningConfig
 from coordinator.served import ServedModel
-from edge_sdk.batches import Batches, MicroBatch, StepBatch, eval_batches
-from edge_sdk.data import load_data
+from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
+from edge_sdk.data.rows import load_data
+from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import initial_pair
 from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro, TailSums
 from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import Optimizer, TrainingConfig
 from profiler.sensors.memory import peak_rss
 

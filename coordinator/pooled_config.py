@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from coordinator.config import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.graph_shop import GraphShop, check_lora
 from coordinator.planning import ModelFacts, check_config, plan_server
-from edge_sdk.batches import MicroBatch, eval_batches
-from edge_sdk.data import load_rows
+from edge_sdk.data.batches import MicroBatch, eval_batches
+from edge_sdk.data.rows import load_rows
+from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.device_profile import block_speed
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.adapters import LoraConfig, find_targets
@@ -26,7 +27,6 @@ from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import PartCache, Source, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime_torch import pick_device
-from edge_sdk.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.training import compute_name
 from profiler.estimate.memory import ModelShape
 

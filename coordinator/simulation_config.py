@@ -9,7 +9,7 @@ from typing import Literal
 from coordinator.auth import is_device_name
 from coordinator.config import ServeConfig
 from coordinator.fleet import Board, Connection, Scale
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

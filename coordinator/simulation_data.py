@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from coordinator.simulation_config import FleetConfig, SimulatedDevice
-from edge_sdk.data import WORDS, DataConfig, Row, load_rows
+from edge_sdk.data.readers import read_records
+from edge_sdk.data.rows import WORDS, DataConfig, Row, load_rows
 from edge_sdk.errors import ConfigError
-from edge_sdk.records import read_records
 from edge_sdk.sharding import (
     IntArray,
     contiguous_shards,

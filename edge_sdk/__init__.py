@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edge_sdk.client import EdgeClient
     from edge_sdk.client_config import ClientConfig
     from edge_sdk.config.loader import load_config
-    from edge_sdk.data import DataConfig
+    from edge_sdk.data.rows import DataConfig
     from edge_sdk.errors import EdgeError
     from edge_sdk.protocol.messages import StepReport
     from edge_sdk.protocol.plan import Plan
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Callback": "callbacks",
     "ClientConfig": "client_config",
-    "DataConfig": "data",
+    "DataConfig": "data.rows",
     "EdgeClient": "client",
     "EdgeError": "errors",
     "load_config": "config.loader",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_sdk.backend import Backend
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.training import Base, Compute
 from profiler.profile import DeviceProfile

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_sdk.backend import choose_backend
-from edge_sdk.batches import Batches
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.data import load_data
+from edge_sdk.data.batches import Batches
+from edge_sdk.data.fast_tokenizer import PlainTokenizer
+from edge_sdk.data.rows import load_data
+from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
@@ -30,11 +32,9 @@ from edge_sdk.model.weights import (
     open_part,
     write_whole,
 )
-from edge_sdk.plain_tokenizer import PlainTokenizer
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.protocol.plan import Part
-from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig, from_pairs
 
 if TYPE_CHECKING:

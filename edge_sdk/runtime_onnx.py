@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edge_sdk.data.tokenize import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.graphs import Graphs
 from edge_sdk.lora.adapter_state import (
@@ -36,7 +37,6 @@ from edge_sdk.numpy_optimizer import NumpyOptimizer
 from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
-from edge_sdk.tokenize import IGNORE
 from edge_sdk.training import TrainingConfig
 from profiler.estimate.sizes import TAIL_TARGETS
 

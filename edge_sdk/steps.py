@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from edge_sdk.batches import MicroBatch, StepBatch, eval_batches
+from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
+from edge_sdk.data.tokenize import Example
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.inbox import Inbox
 from edge_sdk.joining import as_int32
@@ -31,7 +32,6 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime import Micro, Runtime, TailSums
-from edge_sdk.tokenize import Example
 from edge_sdk.transport.zmq_link import Link
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.data.rows import DataConfig, load_rows
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "data" / "make_sample.py"

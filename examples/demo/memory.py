@@ -60,7 +60,7 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
         AutoTokenizer,  # noqa: F401
     )
 
-    import edge_sdk.batches  # noqa: F401
+    import edge_sdk.data.batches  # noqa: F401
     from coordinator.config import ServeConfig
     from coordinator.store import CONFIG
     from edge_sdk.client_config import ClientConfig  # noqa: F401
@@ -103,12 +103,12 @@ def largest_batches(folder: Path, config: Any) -> list[Any]:
     """Of every device the batches with the most tokens, padding included, smallest first."""
     from transformers import AutoTokenizer
 
-    from edge_sdk.batches import Batches
     from edge_sdk.client_config import ClientConfig
     from edge_sdk.config.loader import load_config
-    from edge_sdk.data import load_data
+    from edge_sdk.data.batches import Batches
+    from edge_sdk.data.rows import load_data
+    from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.model.weights import load_config as load_model_config
-    from edge_sdk.tokenize import ModelLimits, tokenize_rows
 
     text_config = load_model_config(Path(config.model), 0).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(config.model)

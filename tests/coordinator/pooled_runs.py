@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
 from coordinator.config import EvaluationConfig, ServeConfig
 from coordinator.pooled_config import PooledConfig
-from edge_sdk.batches import Batches
-from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.data.batches import Batches
+from edge_sdk.data.rows import DataConfig, load_rows
+from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.lora.adapters import LoraConfig, Shape, initial_pair
-from edge_sdk.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.training import TrainingConfig
 from tests.e2e.cluster import sentences, write_rows
 from tests.tiny import CLASSES, VOCAB

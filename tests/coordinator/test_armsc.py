@@ -20,7 +20,7 @@ from coordinator.costs import (
 )
 from coordinator.planning import ModelFacts, make_plan, plan_device, plan_server
 from coordinator.situation import ServerProfile, planning_length
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes

@@ -14,7 +14,7 @@ from coordinator.planning_config import PlanningConfig
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation_config import FleetConfig, SimulatedDevice
 from coordinator.simulation_data import deal, own_data
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
 from profiler.profile import problems
 from tests.e2e.cluster import write_rows

@@ -18,7 +18,7 @@ from coordinator.replan import replan
 from coordinator.run import situation as starting_situation
 from coordinator.served import ServedModel
 from coordinator.situation import Situation
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache

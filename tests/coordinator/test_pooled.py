@@ -15,7 +15,7 @@ from coordinator.pooled import PooledTrainer, load_pooled, plan_pooled
 from coordinator.pooled_command import train_pooled
 from coordinator.pooled_config import PooledConfig
 from coordinator.served import ServedModel
-from edge_sdk.data import DataConfig, load_data
+from edge_sdk.data.rows import DataConfig, load_data
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.training import TrainingConfig
 from tests.coordinator.pooled_runs import (

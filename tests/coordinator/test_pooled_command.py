@@ -20,7 +20,7 @@ from coordinator.pooled_command import resume_pooled, serve_pooled, train_pooled
 from coordinator.pooled_config import PooledConfig
 from coordinator.reporting import Silence
 from coordinator.served import ServedModel
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.protocol.messages import StepReport

@@ -25,7 +25,7 @@ from coordinator.simulation_config import FleetConfig, SimulatedDevice, Simulati
 from coordinator.simulation_result import SimulationResult
 from coordinator.store import CONFIG
 from edge_sdk.config.loader import load_config
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.layout import find_layout

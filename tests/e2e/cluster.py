@@ -21,7 +21,7 @@ from coordinator.store import RunFolder
 from edge_sdk.callbacks import Callback
 from edge_sdk.client import EdgeClient
 from edge_sdk.client_config import ClientConfig
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.deadline import Deadline
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache

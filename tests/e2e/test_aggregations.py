@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.aggregation import SERVER
 from coordinator.config import DeviceSettings, EvaluationConfig
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.training import TrainingConfig
 from tests.e2e.cluster import Cluster, Serving, sentences, wait_all, write_rows

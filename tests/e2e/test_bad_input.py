@@ -15,7 +15,7 @@ from coordinator.cli import main as coordinator_main
 from coordinator.server import Coordinator
 from edge_sdk import errors, participant
 from edge_sdk.cli import main as edge_main
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, StorageError
 from edge_sdk.protocol.messages import PROTOCOL_VERSION
 from edge_sdk.transport.keys import create_key_pair, load_key_pair

@@ -12,7 +12,7 @@ import torch
 
 from coordinator.config import Codec, DeviceSettings, EvaluationConfig
 from edge_sdk.callbacks import Callback, RoundSummary
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.training import TrainingConfig

@@ -13,7 +13,7 @@ from coordinator.costs import options
 from coordinator.planning_config import PlanningConfig
 from coordinator.run import situation
 from edge_sdk.callbacks import Callback
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import EdgeError
 from edge_sdk.pace import Pace
 from edge_sdk.protocol.messages import StepReport

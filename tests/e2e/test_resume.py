@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
 from edge_sdk.client import EdgeClient
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from tests.e2e.cluster import (
     Cluster,
     Serving,

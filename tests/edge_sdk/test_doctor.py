@@ -11,7 +11,7 @@ import pytest
 from edge_sdk import cli, doctor
 from edge_sdk import doctor_compute as compute
 from edge_sdk import doctor_config as written
-from edge_sdk.data import DataConfig
+from edge_sdk.data.rows import DataConfig
 from edge_sdk.doctor import Question
 from edge_sdk.doctor_compute import Attempt
 from edge_sdk.doctor_finding import Finding, as_json, as_lines, failure, ok, skipped, summary

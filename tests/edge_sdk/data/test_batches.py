@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.batches import Batches, MicroBatch, StepBatch, epoch_order, eval_batches
+from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, epoch_order, eval_batches
+from edge_sdk.data.tokenize import IGNORE, Example
 from edge_sdk.errors import DataError
-from edge_sdk.tokenize import IGNORE, Example
 
 PAD = 9
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+from edge_sdk.data.readers import Source, read_records, source_name
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.records import Source, read_records, source_name
 
 Schema = Literal["text", "completion", "chat", "label"]
 SCHEMAS: dict[Schema, tuple[str, ...]] = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.tokenize import IGNORE, Example
 from edge_sdk.errors import DataError
-from edge_sdk.tokenize import IGNORE, Example
 
 # B = sequences of a micro-batch, T = tokens of its longest, N = samples of the data set.
 IntArray = npt.NDArray[np.int64]

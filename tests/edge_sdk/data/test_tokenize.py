@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.data.rows import DataConfig, load_rows
+from edge_sdk.data.tokenize import IGNORE, Example, ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.tokenize import IGNORE, Example, ModelLimits, check_tokenizer, tokenize_rows
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE = ROOT / "examples" / "base"
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2_tokenizer"
 LIMITS = ModelLimits(vocab_size=4096, max_positions=512)

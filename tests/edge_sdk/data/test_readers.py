@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from edge_sdk.data import DataConfig, load_rows
+from edge_sdk.data.fast_tokenizer import PlainTokenizer
+from edge_sdk.data.rows import DataConfig, load_rows
+from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
 from edge_sdk.errors import DataError, ModelError
-from edge_sdk.plain_tokenizer import PlainTokenizer
-from edge_sdk.tokenize import ModelLimits, tokenize_rows
 
 TEXTS = [
     "The boat leaves at noon.",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data import DataConfig, Row
+from edge_sdk.data.rows import DataConfig, Row
 from edge_sdk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
