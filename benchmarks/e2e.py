@@ -58,7 +58,7 @@ def central(folder: Path, steps: int, rate: float, seed: int) -> dict[str, Any]:
     from edge_sdk.data.batches import Batches, eval_batches
     from edge_sdk.data.rows import DataConfig, load_rows
     from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
-    from edge_sdk.training import TrainingConfig, learning_rate
+    from edge_sdk.runtime.training import TrainingConfig, learning_rate
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

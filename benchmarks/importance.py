@@ -31,8 +31,8 @@ def make_runtime(targets: tuple[str, ...]) -> Any:
     from edge_sdk.lora.adapters import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.torch_runtime import TorchRuntime
+    from edge_sdk.runtime.training import TrainingConfig
 
     torch.manual_seed(SEED)
     config = GPT2Config(
@@ -62,7 +62,7 @@ def make_step(runtime: Any) -> Callable[[str | None], tuple[float, float]]:
     """Return a function that runs one step, measured in a form or not, and its two times."""
     import numpy as np
 
-    from edge_sdk.runtime import Micro
+    from edge_sdk.runtime.interface import Micro
 
     generator = np.random.default_rng(SEED)
     ids = generator.integers(0, 50000, (ROWS, LENGTH))

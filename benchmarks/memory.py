@@ -86,7 +86,7 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
 
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.shape import model_shape
-    from edge_sdk.training import LINEAR_BYTES
+    from edge_sdk.runtime.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 
     config = AutoConfig.from_pretrained(folder)

@@ -21,7 +21,7 @@ def train(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> dict[s
         import peft  # noqa: F401 - part of the import floor
         from transformers import AutoConfig, AutoModel  # noqa: F401
     else:
-        import edge_sdk.runtime_onnx  # noqa: F401
+        import edge_sdk.runtime.onnx_runtime  # noqa: F401
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     floor = rss().value or 0
@@ -51,11 +51,11 @@ def part_files(case: Case, folder: Path) -> dict[str, Path]:
 
 def onnx_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> Any:
     """The slice on onnxruntime."""
-    from edge_sdk.graphs import read_graphs
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.model.safetensors_files import map_part
-    from edge_sdk.runtime_onnx import OnnxRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.onnx_graphs import read_graphs
+    from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+    from edge_sdk.runtime.training import TrainingConfig
 
     parts = {name: map_part(path) for name, path in part_files(case, folder).items()}
     settings = (make_plan(case, facts), LoraConfig(r=case.rank), TrainingConfig(), steps)
@@ -69,8 +69,8 @@ def torch_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
-    from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.torch_runtime import TorchRuntime
+    from edge_sdk.runtime.training import TrainingConfig
 
     config = AutoConfig.from_pretrained(folder)
     layout = find_layout(config, case.task)
@@ -140,7 +140,7 @@ def make_micro(case: Case, vocab_size: int, step: int, steps: int) -> tuple[Any,
     """Rows of tokens that are spread over the vocabulary, the last one padded, and its targets."""
     import numpy as np
 
-    from edge_sdk.runtime import Micro
+    from edge_sdk.runtime.interface import Micro
 
     tokens = case.rows * case.length
     spread = np.arange(tokens) * steps + step

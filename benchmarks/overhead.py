@@ -135,7 +135,7 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     from coordinator.launch import serve
     from coordinator.reporting import Silence
     from edge_sdk.lora.adapters import LoraConfig
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.training import TrainingConfig
     from edge_sdk.transport.keys import load_public_key
 
     AllowList(folder / "devices.yaml").register(

@@ -42,9 +42,9 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.lora.adapters import LoraConfig, find_targets, initial_pair
     from edge_sdk.model.weights import Source, load_tokenizer
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime import Micro
-    from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.interface import Micro
+    from edge_sdk.runtime.torch_runtime import TorchRuntime
+    from edge_sdk.runtime.training import TrainingConfig
 
     source = Source(str(MODEL), "causal-lm", is_streamed=base != "float32")
     tokenizer, layout = load_tokenizer(MODEL), source.layout

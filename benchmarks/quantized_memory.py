@@ -59,9 +59,9 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime import Micro
-    from edge_sdk.runtime_torch import TorchRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.interface import Micro
+    from edge_sdk.runtime.torch_runtime import TorchRuntime
+    from edge_sdk.runtime.training import TrainingConfig
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 
     config = large_config(blocks)
@@ -128,7 +128,7 @@ def predicted(base: str, blocks: int) -> int:
     """Peak that the planner reckons with."""
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.shape import model_shape
-    from edge_sdk.training import LINEAR_BYTES
+    from edge_sdk.runtime.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 
     config = large_config(blocks)

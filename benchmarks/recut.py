@@ -25,7 +25,7 @@ from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MODEL = SHARED / "stories260K" / "hf"

@@ -106,7 +106,7 @@ def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     """The slice on one backend, with equal factors."""
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.training import TrainingConfig
 
     split = facts["split"]
     names = ["front", *(f"block.{i}" for i in range(split))]
@@ -115,9 +115,9 @@ def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     plan = Plan(split=split, ranks=ranks, alphas={}, batch_size=ROWS, micro_batch=ROWS)
     settings = (plan, LoraConfig(r=RANK), TrainingConfig(learning_rate=1e-3), 1000)
     if backend == "onnxruntime":
-        from edge_sdk.graphs import read_graphs
         from edge_sdk.model.safetensors_files import map_part
-        from edge_sdk.runtime_onnx import OnnxRuntime
+        from edge_sdk.runtime.onnx_graphs import read_graphs
+        from edge_sdk.runtime.onnx_runtime import OnnxRuntime
 
         parts = {name: map_part(path) for name, path in paths.items()}
         return OnnxRuntime(read_graphs(folder / "graphs"), parts, *settings, threads=1)
@@ -125,7 +125,7 @@ def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
 
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import load_config, open_part
-    from edge_sdk.runtime_torch import TorchRuntime
+    from edge_sdk.runtime.torch_runtime import TorchRuntime
 
     torch.set_num_threads(1)
     config = load_config(folder, 0)
@@ -139,7 +139,7 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
     import numpy as np
 
     from edge_sdk.lora.adapters import Pair
-    from edge_sdk.runtime import Micro
+    from edge_sdk.runtime.interface import Micro
 
     facts = json.loads((folder / "facts.json").read_text())
     runtime = make_runtime(backend, folder, facts)

@@ -24,7 +24,7 @@ from edge_sdk.errors import NumericError, PeerGone
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import EvalResult, Gradient, Message, Pause, RunOver, TopHidden
-from edge_sdk.runtime import Micro, TailSums
+from edge_sdk.runtime.interface import Micro, TailSums
 
 log = logging.getLogger(__name__)
 

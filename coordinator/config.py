@@ -14,7 +14,7 @@ from coordinator.planning_config import PlanningConfig
 from coordinator.pooled_config import PooledConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
-from edge_sdk.training import Compute, TrainingConfig
+from edge_sdk.runtime.training import Compute, TrainingConfig
 
 Codec = Literal["bfloat16", "float16", "float32"]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]

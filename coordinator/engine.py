@@ -37,13 +37,13 @@ from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.model.partition import Slice
-from edge_sdk.runtime import Micro, TailSums
-from edge_sdk.runtime_torch import (
+from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.torch_runtime import (
     load_parameters,
     to_numpy,
     totals,
 )
-from edge_sdk.training import (
+from edge_sdk.runtime.training import (
     Compute,
     Optimizer,
     TrainingConfig,

@@ -25,7 +25,7 @@ from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, is_transp
 from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import Source
-from edge_sdk.runtime_torch import load_parameters
+from edge_sdk.runtime.torch_runtime import load_parameters
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from coordinator.export_job import Job, job_text
 from coordinator.planning import ModelFacts
 from edge_sdk.errors import RefusedError
-from edge_sdk.graphs import PART_NAME
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache, Source, write_whole
 from edge_sdk.protocol.plan import Part, Plan
+from edge_sdk.runtime.onnx_graphs import PART_NAME
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ SOURCES = (
     "coordinator/export_job.py",
     "coordinator/onnx_*.py",
     "edge_sdk/lora/adapters.py",
-    "edge_sdk/graphs.py",
+    "edge_sdk/runtime/onnx_graphs.py",
     "edge_sdk/model/layout.py",
     "edge_sdk/model/partition.py",
 )

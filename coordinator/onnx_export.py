@@ -24,11 +24,11 @@ from coordinator.onnx_shapes import LOWERINGS
 from coordinator.onnx_trace import Tracer
 from coordinator.onnx_writer import Writer
 from edge_sdk.errors import EdgeError, one_line
-from edge_sdk.graphs import About, Graphs
 from edge_sdk.lora.adapters import Shape, head_names
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import load_config, write_whole
+from edge_sdk.runtime.onnx_graphs import About, Graphs
 
 
 def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:

@@ -24,9 +24,9 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import initial_pair
 from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import Micro, TailSums
-from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import Optimizer, TrainingConfig
+from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+from edge_sdk.runtime.training import Optimizer, TrainingConfig
 from profiler.sensors.memory import peak_rss
 
 POOLED = "pooled"

@@ -32,7 +32,7 @@ from coordinator.store import CONFIG, Checkpoint, RunFolder, storage_errors
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError, PeerGone, StorageError
 from edge_sdk.protocol.messages import EvalReport, Stamp
-from edge_sdk.runtime_torch import TorchRuntime
+from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.stopping import stopping_on_signals
 
 MODEL = "model"

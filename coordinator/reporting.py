@@ -16,7 +16,7 @@ from coordinator.gateway import Gateway
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
-from edge_sdk.runtime import TailSums
+from edge_sdk.runtime.interface import TailSums
 
 
 class Watcher(Protocol):

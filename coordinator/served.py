@@ -26,8 +26,8 @@ from edge_sdk.model.layout import build_empty
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import PartCache, Source, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.runtime_torch import pick_device
-from edge_sdk.training import compute_name
+from edge_sdk.runtime.torch_runtime import pick_device
+from edge_sdk.runtime.training import compute_name
 from profiler.estimate.memory import ModelShape
 
 

@@ -29,8 +29,8 @@ from edge_sdk.participant import Participant
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.runtime import Micro, Runtime, TailSums
-from edge_sdk.runtime_torch import pick_device
+from edge_sdk.runtime.interface import Micro, Runtime, TailSums
+from edge_sdk.runtime.torch_runtime import pick_device
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
 from edge_sdk.transport.zmq_link import NO_TENSORS, LinkStats
 

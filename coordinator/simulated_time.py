@@ -30,7 +30,7 @@ from edge_sdk.protocol.messages import (
     TopHidden,
 )
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import Micro
+from edge_sdk.runtime.interface import Micro
 from profiler.estimate.memory import FlopsEstimate
 
 CLOCK = "clock.jsonl"

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.factors import Array
-from edge_sdk.runtime import TailSums
+from edge_sdk.runtime.interface import TailSums
 
 
 @dataclass(frozen=True)

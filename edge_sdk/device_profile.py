@@ -12,7 +12,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.inbox import Inbox
 from edge_sdk.link_probe import probe
 from edge_sdk.protocol.messages import Stamp
-from edge_sdk.training import LINEAR_BYTES, compute_name
+from edge_sdk.runtime.training import LINEAR_BYTES, compute_name
 from edge_sdk.transport.zmq_link import Link
 from profiler.profile import DeviceProfile
 
@@ -70,7 +70,7 @@ def _computes_on(config: ClientConfig) -> tuple[str, str]:
     """Device and dtype of torch's matrix products; from now on with the threads that are asked."""
     import torch
 
-    from edge_sdk.runtime_torch import pick_device
+    from edge_sdk.runtime.torch_runtime import pick_device
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -86,7 +86,7 @@ def _product(dtype: str) -> Callable[[str], dict[str, Any]]:
     def stage(device: str) -> dict[str, Any]:
         import torch
 
-        from edge_sdk.training import autocast
+        from edge_sdk.runtime.training import autocast
 
         where, kind = torch.device(_place(device)), getattr(torch, dtype)
         draw = np.random.default_rng(0)
@@ -189,8 +189,8 @@ def _torchao(device: str) -> dict[str, Any]:
 
 def _onnxruntime(_device: str) -> dict[str, Any]:
     """Run a matrix product as the backend without torch runs its graphs."""
-    from edge_sdk.graphs import About, Graphs
-    from edge_sdk.onnx_model import OnnxModel, version
+    from edge_sdk.runtime.onnx_graphs import About, Graphs
+    from edge_sdk.runtime.onnx_session import OnnxModel, version
 
     about = About(blocks_path="", kinds=(), task="causal-lm", head=())
     model = OnnxModel(Graphs(about, {"tail": ONNX_MATMUL}), {}, threads=1)

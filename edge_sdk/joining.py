@@ -35,10 +35,10 @@ from edge_sdk.model.weights import (
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.protocol.plan import Part
-from edge_sdk.training import TrainingConfig, from_pairs
+from edge_sdk.runtime.training import TrainingConfig, from_pairs
 
 if TYPE_CHECKING:
-    from edge_sdk.runtime import Runtime
+    from edge_sdk.runtime.interface import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Preparation:
         import torch
 
         from edge_sdk.model.layout import building, find_layout
-        from edge_sdk.runtime_torch import TorchRuntime
+        from edge_sdk.runtime.torch_runtime import TorchRuntime
 
         assert self._files is not None, "files come first"
         if self._config.threads is not None:
@@ -169,8 +169,8 @@ class Preparation:
         training: TrainingConfig,
         total_steps: int,
     ) -> Runtime:
-        from edge_sdk.graphs import PART_NAME, read_graphs
-        from edge_sdk.runtime_onnx import OnnxRuntime
+        from edge_sdk.runtime.onnx_graphs import PART_NAME, read_graphs
+        from edge_sdk.runtime.onnx_runtime import OnnxRuntime
 
         paths = {part.name: self.fetch(part, ask, welcome.stamp) for part in assigned.parts}
         if PART_NAME not in paths:

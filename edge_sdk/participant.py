@@ -42,7 +42,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import fingerprint
-from edge_sdk.runtime import Runtime
+from edge_sdk.runtime.interface import Runtime
 from edge_sdk.steps import Steps
 from edge_sdk.transport.zmq_link import Link, package_version
 from profiler.profile import DeviceProfile

@@ -31,7 +31,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import Micro, Runtime, TailSums
+from edge_sdk.runtime.interface import Micro, Runtime, TailSums
 from edge_sdk.transport.zmq_link import Link
 
 

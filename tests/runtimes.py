@@ -15,16 +15,16 @@ from transformers import AutoConfig
 
 from coordinator.export_job import Job
 from coordinator.onnx_export import export_slice
-from edge_sdk.graphs import Graphs
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets
 from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.safetensors_files import Stored, map_part
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import Runtime
-from edge_sdk.runtime_onnx import OnnxRuntime
-from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.interface import Runtime
+from edge_sdk.runtime.onnx_graphs import Graphs
+from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import FAMILIES, make_config, make_model, make_parts, task_of
 
 LORA = LoraConfig(r=3, lora_alpha=6.0)

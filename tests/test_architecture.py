@@ -27,7 +27,7 @@ DOORS = {
         "coordinator/gateway*.py",
     ],
     "pynvml": ["profiler/sensors/sources.py"],
-    "onnxruntime": ["edge_sdk/onnx_model.py"],
+    "onnxruntime": ["edge_sdk/runtime/onnx_session.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_sdk.model.layout import Layout, Task, find_layout
-from edge_sdk.runtime import Micro
+from edge_sdk.runtime.interface import Micro
 
 VOCAB = 97
 BLOCKS = 5

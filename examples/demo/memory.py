@@ -41,7 +41,7 @@ def device_floor(model: Path, task: Any) -> int:
     from transformers import AutoTokenizer  # noqa: F401
 
     import edge_sdk.client  # noqa: F401
-    import edge_sdk.runtime_torch  # noqa: F401
+    import edge_sdk.runtime.torch_runtime  # noqa: F401
     from edge_sdk.model.layout import build_empty
     from edge_sdk.model.weights import load_config
     from profiler.sensors.memory import peak_rss

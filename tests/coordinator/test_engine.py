@@ -13,7 +13,7 @@ from coordinator.engine import Answer, DeviceFault, Job, LocalEngine
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import BLOCKS, CLASSES, VOCAB, make_config, make_model, make_parts, task_of
 
 LORA = LoraConfig(r=4, lora_alpha=8)

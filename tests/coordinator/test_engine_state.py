@@ -9,8 +9,8 @@ from coordinator.aggregation import product
 from coordinator.wave import Job
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.lora.factors import Factors
-from edge_sdk.runtime import Micro, TailSums
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.training import TrainingConfig
 from tests.coordinator.test_engine import known, make_engine, make_jobs, warm_pair
 from tests.tiny import VOCAB
 

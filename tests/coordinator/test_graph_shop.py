@@ -10,10 +10,10 @@ import pytest
 from coordinator.graph_shop import GraphShop, check_lora
 from coordinator.planning import ModelFacts
 from edge_sdk.errors import RefusedError
-from edge_sdk.graphs import read_graphs
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.weights import PartCache, Source
 from edge_sdk.protocol.plan import Part, Plan
+from edge_sdk.runtime.onnx_graphs import read_graphs
 from tests.e2e.cluster import save_model
 
 PLAN = Plan(split=1, ranks={}, alphas={}, batch_size=1, micro_batch=1)

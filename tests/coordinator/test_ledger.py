@@ -17,7 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape
 from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout
-from edge_sdk.runtime_torch import merge_change
+from edge_sdk.runtime.torch_runtime import merge_change
 
 BLOCKS = 5
 LORA = LoraConfig(r=4, lora_alpha=8.0)

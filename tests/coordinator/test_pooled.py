@@ -17,7 +17,7 @@ from coordinator.pooled_config import PooledConfig
 from coordinator.served import ServedModel
 from edge_sdk.data.rows import DataConfig, load_data
 from edge_sdk.protocol.messages import Stamp
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.coordinator.pooled_runs import (
     ADAMW,
     SGD,

@@ -13,7 +13,7 @@ from coordinator.reporting import Reporting, Silence
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, Stamp, StepReport
-from edge_sdk.runtime import TailSums
+from edge_sdk.runtime.interface import TailSums
 
 
 class Traffic:

@@ -32,7 +32,7 @@ from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import Source
 from edge_sdk.protocol.messages import StepReport
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.memory import FlopsEstimate
 from tests.e2e.cluster import (
     Cluster,

@@ -26,7 +26,7 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache
 from edge_sdk.protocol.messages import StepReport
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.keys import create_key_pair, load_key_pair
 from edge_sdk.transport.zmq_link import Link, LinkConfig, ZmqLink
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of

@@ -11,7 +11,7 @@ from coordinator.aggregation import SERVER
 from coordinator.config import DeviceSettings, EvaluationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, Serving, sentences, wait_all, write_rows
 from tests.tiny import BLOCKS
 

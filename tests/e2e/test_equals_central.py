@@ -16,7 +16,7 @@ from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
 from edge_sdk.lora.adapters import find_targets, initial_pair
 from edge_sdk.model.layout import find_layout
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, sentences, wait_all
 from tests.tiny import VOCAB, make_config, make_model
 

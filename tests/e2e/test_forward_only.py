@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator.config import DeviceSettings
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, wait_all
 from tests.e2e.test_equals_central import SGD, Central, batches_of
 

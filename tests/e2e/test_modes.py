@@ -15,7 +15,7 @@ from edge_sdk.callbacks import Callback, RoundSummary
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import (
     Cluster,
     Serving,

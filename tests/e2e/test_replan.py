@@ -18,7 +18,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.pace import Pace
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.vitals import Vitals
 from profiler.profile import DeviceProfile
 from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows

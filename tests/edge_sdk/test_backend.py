@@ -58,7 +58,12 @@ def test_what_onnxruntime_cannot_do_is_refused(name: str, value: str) -> None:
 
 def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
     """Everything that a device without torch runs can be imported without it."""
-    modules = ["edge_sdk", "edge_sdk.participant", "edge_sdk.steps", "edge_sdk.runtime_onnx"]
+    modules = [
+        "edge_sdk",
+        "edge_sdk.participant",
+        "edge_sdk.steps",
+        "edge_sdk.runtime.onnx_runtime",
+    ]
     code = (
         f"import json, sys, {', '.join(modules)}\n"
         f"print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"

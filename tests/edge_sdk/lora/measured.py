@@ -20,9 +20,9 @@ from edge_sdk.lora.importance import Form
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import Micro
-from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.interface import Micro
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import (
     BLOCKS,
     make_config,

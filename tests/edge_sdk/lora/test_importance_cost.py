@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edge_sdk.lora.importance import Form
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from tests.edge_sdk.lora.measured import (
     FORMS,
     MAIN,

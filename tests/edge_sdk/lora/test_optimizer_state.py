@@ -9,7 +9,7 @@ import torch
 from coordinator.aggregation import resized
 from edge_sdk.lora.adapters import Pair, Shape, initial_pair
 from edge_sdk.lora.optimizer_state import fitted
-from edge_sdk.training import Optimizer, TrainingConfig
+from edge_sdk.runtime.training import Optimizer, TrainingConfig
 
 SHAPE = Shape(6, 5)
 ALPHA = 8.0

@@ -38,8 +38,8 @@ from edge_sdk.model.quantized import (
 from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import Source, open_part
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import LINEAR_BYTES, Base, TrainingConfig
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+from edge_sdk.runtime.training import LINEAR_BYTES, Base, TrainingConfig
 from profiler.estimate.memory import Work, estimate_memory
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (
@@ -558,7 +558,7 @@ def test_a_device_of_a_run_quantises_what_it_downloads(
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr("edge_sdk.runtime_torch.Slice", Noted)
+    monkeypatch.setattr("edge_sdk.runtime.torch_runtime.Slice", Noted)
     cluster = Cluster(tmp_path, save_model("llama", tmp_path / "m"), tmp_path / "parts", ("a", "b"))
     serving = cluster.serve().start()
     clients = [*cluster.start("a", base="int4"), *cluster.start("b")]

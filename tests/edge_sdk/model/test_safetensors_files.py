@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError
-from edge_sdk.graphs import About, Graphs, read_graphs
 from edge_sdk.model.safetensors_files import DTYPES, map_part
+from edge_sdk.runtime.onnx_graphs import About, Graphs, read_graphs
 
 TENSORS = {
     "F64": torch.rand(2, 3, dtype=torch.float64),

@@ -16,8 +16,8 @@ from edge_sdk.model.layout import Task
 from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.model.shape import model_shape
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime_torch import TorchRuntime
-from edge_sdk.training import TrainingConfig, autocast
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+from edge_sdk.runtime.training import TrainingConfig, autocast
 from profiler.estimate.memory import (
     ModelShape,
     Work,

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from edge_sdk import training
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
-from edge_sdk.training import (
+from edge_sdk.runtime import training
+from edge_sdk.runtime.training import (
     Optimizer,
     TrainingConfig,
     autocast,

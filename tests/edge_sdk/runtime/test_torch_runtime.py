@@ -15,8 +15,8 @@ from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import find_layout
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime_torch import TorchRuntime, pick_device
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.torch_runtime import TorchRuntime, pick_device
+from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import BLOCKS, make_config, make_micro, make_model, make_parts, num_targets, task_of
 
 LORA = LoraConfig(r=3, lora_alpha=6.0, lora_dropout=0.1)

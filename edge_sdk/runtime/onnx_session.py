@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_sdk.errors import DeviceError, ModelError, one_line
-from edge_sdk.graphs import Graphs
 from edge_sdk.lora.adapters import Shape
 from edge_sdk.model.safetensors_files import Stored
+from edge_sdk.runtime.onnx_graphs import Graphs
 
 # TensorProto.BFLOAT16: numpy has no dtype for it.
 BFLOAT16 = 16

@@ -17,7 +17,6 @@ import numpy as np
 
 from edge_sdk.data.tokenize import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
-from edge_sdk.graphs import Graphs
 from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,
@@ -33,11 +32,12 @@ from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import penalty_gradients
 from edge_sdk.model.safetensors_files import Stored
-from edge_sdk.numpy_optimizer import NumpyOptimizer
-from edge_sdk.onnx_model import OnnxModel
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
-from edge_sdk.training import TrainingConfig
+from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
+from edge_sdk.runtime.numpy_optimizer import NumpyOptimizer
+from edge_sdk.runtime.onnx_graphs import Graphs
+from edge_sdk.runtime.onnx_session import OnnxModel
+from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.sizes import TAIL_TARGETS
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_sdk.lora.factors import Array
-from edge_sdk.training import TrainingConfig, learning_rate
+from edge_sdk.runtime.training import TrainingConfig, learning_rate
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # As torch.nn.utils.clip_grad_norm_ adds to the norm.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.numpy_optimizer import NumpyOptimizer
-from edge_sdk.training import Optimizer, TrainingConfig
+from edge_sdk.runtime.numpy_optimizer import NumpyOptimizer
+from edge_sdk.runtime.training import Optimizer, TrainingConfig
 
 SHAPES = {"w.A": (3, 7), "w.B": (5, 3)}
 STEPS = 20

@@ -29,8 +29,8 @@ from edge_sdk.model.loss import LossSums, loss_sums
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime import MemoryUse, Micro, TailSums, process_memory
-from edge_sdk.training import (
+from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
+from edge_sdk.runtime.training import (
     Base,
     Compute,
     Optimizer,

@@ -10,7 +10,7 @@ import torch
 
 from edge_sdk.errors import ConfigError, ModelError, NumericError
 from edge_sdk.lora.factors import Array
-from edge_sdk.runtime import Micro, Runtime
+from edge_sdk.runtime.interface import Micro, Runtime
 from tests.runtimes import (
     BACKENDS,
     LORA,
@@ -339,8 +339,8 @@ def test_dropout_is_refused() -> None:
     """One line that names the setting."""
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime_onnx import OnnxRuntime
-    from edge_sdk.training import TrainingConfig
+    from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+    from edge_sdk.runtime.training import TrainingConfig
 
     plan = Plan(split=SPLIT, ranks={}, alphas={}, batch_size=1, micro_batch=1)
     lora = LoraConfig(r=LORA.r, lora_dropout=0.1)
