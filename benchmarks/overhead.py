@@ -92,9 +92,9 @@ def device(folder: Path, port: int) -> dict[str, Any]:
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    from edge_sdk.callbacks import Callback
-    from edge_sdk.client import EdgeClient
-    from edge_sdk.client_config import ClientConfig
+    from edge_sdk.client.callbacks import Callback
+    from edge_sdk.client.client import EdgeClient
+    from edge_sdk.client.config import ClientConfig
     from edge_sdk.data.rows import DataConfig
     from edge_sdk.protocol.messages import StepReport
     from edge_sdk.protocol.plan import Plan

@@ -15,8 +15,8 @@ from coordinator.gateway import Gateway
 from coordinator.planner import Planner
 from coordinator.rounds import Member
 from coordinator.served import ServedModel
+from edge_sdk.client.checkpoints import KEPT
 from edge_sdk.errors import EdgeError, RefusedError, public_name
-from edge_sdk.local_state import KEPT
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     Failure,

@@ -1,4 +1,4 @@
-"""Answers devices that measure their link; what they make of it is `edge_sdk/link_probe.py`."""
+"""Answers devices that measure their link with `edge_sdk/client/link_speed.py`."""
 
 from __future__ import annotations
 

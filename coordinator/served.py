@@ -16,10 +16,10 @@ from coordinator.config import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.graph_shop import GraphShop, check_lora
 from coordinator.planning import ModelFacts, check_config, plan_server
+from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
-from edge_sdk.device_profile import block_speed
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import build_empty

@@ -18,14 +18,14 @@ from typing import Any, cast
 
 import torch
 
-from edge_sdk.callbacks import Callback
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.callbacks import Callback
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.incoming import RunEnded, Stopped
+from edge_sdk.client.participant import Participant
+from edge_sdk.client.setup import Ask, Dataset, Preparation
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
-from edge_sdk.inbox import RunEnded, Stopped
-from edge_sdk.joining import Ask, Dataset, Preparation
 from edge_sdk.lora.factors import Array
-from edge_sdk.participant import Participant
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan

@@ -38,7 +38,7 @@ from coordinator.simulation_data import deal, own_data
 from coordinator.simulation_result import SimulationResult, read_result
 from coordinator.store import CONFIG, RunFolder
 from coordinator.worker import Worker
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.model.weights import PartCache

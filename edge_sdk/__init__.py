@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_sdk.callbacks import Callback, RoundSummary
-    from edge_sdk.client import EdgeClient
-    from edge_sdk.client_config import ClientConfig
+    from edge_sdk.client.callbacks import Callback, RoundSummary
+    from edge_sdk.client.client import EdgeClient
+    from edge_sdk.client.config import ClientConfig
     from edge_sdk.config.loader import load_config
     from edge_sdk.data.rows import DataConfig
     from edge_sdk.errors import EdgeError
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Callback": "callbacks",
-    "ClientConfig": "client_config",
+    "Callback": "client.callbacks",
+    "ClientConfig": "client.config",
     "DataConfig": "data.rows",
-    "EdgeClient": "client",
+    "EdgeClient": "client.client",
     "EdgeError": "errors",
     "load_config": "config.loader",
     "Plan": "protocol.plan",
-    "RoundSummary": "callbacks",
+    "RoundSummary": "client.callbacks",
     "StepReport": "protocol.messages",
 }
 

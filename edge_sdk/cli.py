@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from edge_sdk.callbacks import FAILED, Callback, RoundSummary
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.protocol.plan import Plan
@@ -100,7 +100,7 @@ class _Lines(Callback):
 
 
 def _run(options: argparse.Namespace) -> int:
-    from edge_sdk.client import STOPPED, EdgeClient
+    from edge_sdk.client.client import STOPPED, EdgeClient
 
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())

@@ -15,8 +15,8 @@ from edge_sdk import doctor_config as written
 from edge_sdk import doctor_link as links
 from edge_sdk import doctor_machine as machine
 from edge_sdk import doctor_packages as packages
-from edge_sdk.backend import choose_backend
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
 from edge_sdk.model.weights import PartCache

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.config.sources import Entries, Node, from_environment, from_overrides, read_file
 from edge_sdk.config.values import Spot, build, by_key, field_types, type_words

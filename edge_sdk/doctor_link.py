@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from edge_sdk.client.incoming import Inbox, RunEnded, Stopped
+from edge_sdk.client.link_speed import LinkSpeed, probe
 from edge_sdk.doctor_finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
-from edge_sdk.inbox import Inbox, RunEnded, Stopped
-from edge_sdk.link_probe import LinkSpeed, probe
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake
 from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink, package_version

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from edge_sdk.backend import INSTALL
+from edge_sdk.client.backends import INSTALL
 from edge_sdk.doctor_finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair

@@ -15,8 +15,8 @@ import pytest
 from coordinator.experiment_command import load_experiment
 from coordinator.experiment_config import ExperimentConfig
 from coordinator.presets import load_serve_config
-from edge_sdk.backend import INSTALL
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import INSTALL
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.doctor_packages import JETPACK_WHEELS
 from edge_sdk.errors import (

@@ -40,7 +40,7 @@ def device_floor(model: Path, task: Any) -> int:
     import torch
     from transformers import AutoTokenizer  # noqa: F401
 
-    import edge_sdk.client  # noqa: F401
+    import edge_sdk.client.client  # noqa: F401
     import edge_sdk.runtime.torch_runtime  # noqa: F401
     from edge_sdk.model.layout import build_empty
     from edge_sdk.model.weights import load_config
@@ -63,7 +63,7 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
     import edge_sdk.data.batches  # noqa: F401
     from coordinator.config import ServeConfig
     from coordinator.store import CONFIG
-    from edge_sdk.client_config import ClientConfig  # noqa: F401
+    from edge_sdk.client.config import ClientConfig  # noqa: F401
     from edge_sdk.config.loader import load_config
     from edge_sdk.model.layout import build_empty
     from edge_sdk.model.weights import load_config as load_model_config
@@ -103,7 +103,7 @@ def largest_batches(folder: Path, config: Any) -> list[Any]:
     """Of every device the batches with the most tokens, padding included, smallest first."""
     from transformers import AutoTokenizer
 
-    from edge_sdk.client_config import ClientConfig
+    from edge_sdk.client.config import ClientConfig
     from edge_sdk.config.loader import load_config
     from edge_sdk.data.batches import Batches
     from edge_sdk.data.rows import load_data

@@ -11,7 +11,7 @@ import pytest
 from coordinator.seats import Event, Received
 from coordinator.simulated_device import SimulatedDevice, Tap, Workshop
 from coordinator.simulated_gateway import SimulatedGateway
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.errors import PeerGone, RefusedError, TransportError
 from edge_sdk.protocol.messages import Hello, Message, Refused, RunOver, Stamp
 

@@ -18,9 +18,9 @@ from coordinator.run import Run
 from coordinator.served import ServedModel
 from coordinator.server import Coordinator
 from coordinator.store import RunFolder
-from edge_sdk.callbacks import Callback
-from edge_sdk.client import EdgeClient
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.callbacks import Callback
+from edge_sdk.client.client import EdgeClient
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.deadline import Deadline
 from edge_sdk.lora.adapters import LoraConfig

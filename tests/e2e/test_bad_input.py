@@ -13,8 +13,9 @@ import pytest
 
 from coordinator.cli import main as coordinator_main
 from coordinator.server import Coordinator
-from edge_sdk import errors, participant
+from edge_sdk import errors
 from edge_sdk.cli import main as edge_main
+from edge_sdk.client import participant
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, StorageError
 from edge_sdk.protocol.messages import PROTOCOL_VERSION

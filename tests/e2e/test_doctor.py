@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from edge_sdk import doctor, doctor_link
-from edge_sdk.callbacks import Callback
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.callbacks import Callback
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.doctor_finding import Finding
 from edge_sdk.errors import RefusedError
 from edge_sdk.protocol.messages import StepReport

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
+from edge_sdk.client.incoming import Inbox
+from edge_sdk.client.link_speed import probe
 from edge_sdk.errors import EdgeError
-from edge_sdk.inbox import Inbox
-from edge_sdk.link_probe import probe
 from edge_sdk.protocol.messages import MAX_PROBES, PROTOCOL_VERSION, Hello, Probe, Stamp, Welcome
 from edge_sdk.transport.zmq_link import ZmqLink
 from tests.e2e.cluster import Cluster

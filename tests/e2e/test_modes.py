@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coordinator.config import Codec, DeviceSettings, EvaluationConfig
-from edge_sdk.callbacks import Callback, RoundSummary
+from edge_sdk.client.callbacks import Callback, RoundSummary
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan

@@ -12,14 +12,14 @@ from coordinator.config import DeviceSettings, EvaluationConfig
 from coordinator.costs import options
 from coordinator.planning_config import PlanningConfig
 from coordinator.run import situation
-from edge_sdk.callbacks import Callback
+from edge_sdk.client.board_monitor import Vitals
+from edge_sdk.client.callbacks import Callback
+from edge_sdk.client.speed_drift import Pace
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import EdgeError
-from edge_sdk.pace import Pace
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import TrainingConfig
-from edge_sdk.vitals import Vitals
 from profiler.profile import DeviceProfile
 from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
 

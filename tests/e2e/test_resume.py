@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
-from edge_sdk.client import EdgeClient
+from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
 from tests.e2e.cluster import (
     Cluster,

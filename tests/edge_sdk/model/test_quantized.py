@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from coordinator.export import export_adapter
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig, find_targets

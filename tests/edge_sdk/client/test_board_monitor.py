@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.vitals import Vitals
+from edge_sdk.client.board_monitor import Vitals
 from tests.boards import build
 
 SOON_S = 20.0

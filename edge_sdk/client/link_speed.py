@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edge_sdk.client.incoming import Inbox
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.inbox import Inbox
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import MAX_PROBE_BYTES, Probe, Stamp
 from edge_sdk.transport.zmq_link import NO_TENSORS, Link

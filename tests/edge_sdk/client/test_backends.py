@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.backend import choose_backend
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "peft", "onnx", "onnxscript", "sympy", "scipy")
 
 
@@ -60,8 +60,8 @@ def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
     """Everything that a device without torch runs can be imported without it."""
     modules = [
         "edge_sdk",
-        "edge_sdk.participant",
-        "edge_sdk.steps",
+        "edge_sdk.client.participant",
+        "edge_sdk.client.steps",
         "edge_sdk.runtime.onnx_runtime",
     ]
     code = (

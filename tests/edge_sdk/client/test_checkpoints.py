@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.errors import StorageError
-from edge_sdk.local_state import LocalState
 
 ARRAYS = {
     "own:w.A": np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::-1],

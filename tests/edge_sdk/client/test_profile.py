@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.client_config import ClientConfig
-from edge_sdk.device_profile import device_profile
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.profile import device_profile
 from profiler.profile import DeviceProfile, problems
 
 BY_HAND = DeviceProfile(memory_bytes=2e9, overhead_bytes=3e8, flops_per_s=1e9)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from coordinator.probing import Probing
+from edge_sdk.client.incoming import Inbox
+from edge_sdk.client.link_speed import LinkSpeed, probe
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.inbox import Inbox
-from edge_sdk.link_probe import LinkSpeed, probe
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Message, Probe, Stamp
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair

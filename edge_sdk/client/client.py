@@ -15,9 +15,12 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from edge_sdk.backend import choose_backend
-from edge_sdk.callbacks import FAILED, Callback
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.callbacks import FAILED, Callback
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.incoming import RunEnded, Stopped
+from edge_sdk.client.participant import Participant
+from edge_sdk.client.setup import Dataset
 from edge_sdk.errors import (
     EdgeError,
     OutOfMemory,
@@ -26,14 +29,11 @@ from edge_sdk.errors import (
     is_out_of_memory,
     one_line,
 )
-from edge_sdk.inbox import RunEnded, Stopped
-from edge_sdk.joining import Dataset
-from edge_sdk.participant import Participant
 from edge_sdk.transport.keys import load_key_pair, load_public_key
 from edge_sdk.transport.zmq_link import Link, LinkConfig, ZmqLink
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
-    from edge_sdk.vitals import Vitals
+    from edge_sdk.client.board_monitor import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class EdgeClient:
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
             return self._run_over(self._given_link)
-        from edge_sdk.vitals import Vitals
+        from edge_sdk.client.board_monitor import Vitals
 
         with Vitals() as vitals:  # its readings travel with every sign of life
             return self._run_over(self._open_link(vitals.telemetry), vitals)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from edge_sdk.client.incoming import Inbox, Redirected, RunEnded, Stopped
 from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError
-from edge_sdk.inbox import Inbox, Redirected, RunEnded, Stopped
 from edge_sdk.protocol.messages import (
     Failure,
     Gradient,

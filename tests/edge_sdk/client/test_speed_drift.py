@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edge_sdk.device_profile import changed_profile
-from edge_sdk.pace import Pace
+from edge_sdk.client.profile import changed_profile
+from edge_sdk.client.speed_drift import Pace
 from profiler.profile import DeviceProfile
 
 

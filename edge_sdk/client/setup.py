@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdk.backend import choose_backend
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.fast_tokenizer import PlainTokenizer
 from edge_sdk.data.rows import load_data

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_sdk.backend import Backend
+from edge_sdk.client.backends import Backend
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.runtime.training import Base, Compute

@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edge_sdk.callbacks import Callback, RoundSummary
-from edge_sdk.client_config import ClientConfig
-from edge_sdk.device_profile import changed_profile, device_profile, with_link
+from edge_sdk.client.callbacks import Callback, RoundSummary
+from edge_sdk.client.checkpoints import LocalState
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.incoming import Inbox, Redirected
+from edge_sdk.client.profile import changed_profile, device_profile, with_link
+from edge_sdk.client.setup import Dataset, Preparation, Prepared, make_batches
+from edge_sdk.client.speed_drift import Pace
+from edge_sdk.client.steps import Steps
 from edge_sdk.errors import EdgeError, public_name
-from edge_sdk.inbox import Inbox, Redirected
-from edge_sdk.joining import Dataset, Preparation, Prepared, make_batches
-from edge_sdk.local_state import LocalState
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.pace import Pace
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
@@ -43,12 +44,11 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import fingerprint
 from edge_sdk.runtime.interface import Runtime
-from edge_sdk.steps import Steps
 from edge_sdk.transport.zmq_link import Link, package_version
 from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
-    from edge_sdk.vitals import Vitals
+    from edge_sdk.client.board_monitor import Vitals
 
 log = logging.getLogger(__name__)
 

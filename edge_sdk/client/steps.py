@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from edge_sdk.client.incoming import Inbox
+from edge_sdk.client.setup import as_int32
 from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.tokenize import Example
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.inbox import Inbox
-from edge_sdk.joining import as_int32
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.fragments import Envelope, TensorOut

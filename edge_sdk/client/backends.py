@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edge_sdk.client_config import ClientConfig
+    from edge_sdk.client.config import ClientConfig
 
 Backend = Literal["auto", "torch", "onnxruntime"]
 NEEDS = {"torch": ("torch", "transformers", "peft"), "onnxruntime": ("onnxruntime", "tokenizers")}

@@ -6,11 +6,11 @@ import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
-from edge_sdk.backend import choose_backend
-from edge_sdk.client_config import ClientConfig
+from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.incoming import Inbox
+from edge_sdk.client.link_speed import probe
 from edge_sdk.errors import ConfigError
-from edge_sdk.inbox import Inbox
-from edge_sdk.link_probe import probe
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.runtime.training import LINEAR_BYTES, compute_name
 from edge_sdk.transport.zmq_link import Link
