@@ -117,8 +117,8 @@ def _keygen(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from edge_sdk import doctor
-    from edge_sdk.doctor_finding import as_json, as_lines, summary
+    from edge_sdk.doctor import examine as doctor
+    from edge_sdk.doctor.finding import as_json, as_lines, summary
 
     question = doctor.Question(
         config=options.config,

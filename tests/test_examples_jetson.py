@@ -18,7 +18,7 @@ from coordinator.presets import load_serve_config
 from edge_sdk.client.backends import INSTALL
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
-from edge_sdk.doctor_packages import JETPACK_WHEELS
+from edge_sdk.doctor.packages import JETPACK_WHEELS
 from edge_sdk.errors import (
     INTERRUPTED_EXIT_CODE,
     ConfigError,

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from edge_sdk import doctor, doctor_link
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.config import ClientConfig
-from edge_sdk.doctor_finding import Finding
+from edge_sdk.doctor import examine as doctor
+from edge_sdk.doctor import link as doctor_link
+from edge_sdk.doctor.finding import Finding
 from edge_sdk.errors import RefusedError
 from edge_sdk.protocol.messages import StepReport
 from tests.e2e.cluster import PATIENCE_S, Cluster, sentences, wait_all, write_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import doctor_machine as machine
+from edge_sdk.doctor import machine
 from profiler.sensors.sources import Nvml, Sources
 from tests.boards import BOARDS, build
 from tests.boards.nvml import no_library

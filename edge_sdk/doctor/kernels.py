@@ -1,6 +1,6 @@
 """What `edge-sdk doctor` lets a process of its own try: real kernels, which may kill it.
 
-    python -m edge_sdk.doctor_trial DEVICE STAGE ...
+    python -m edge_sdk.doctor.kernels DEVICE STAGE ...
 
 Writes a line of JSON before and after each stage, so that whoever reads them knows which one did
 not come back. Not here: what that means (`doctor_compute.py`).

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from edge_sdk.doctor_finding import Finding, failure, ok, warning
-from edge_sdk.doctor_packages import Versions, release, torch_cure, version_of
+from edge_sdk.doctor.finding import Finding, failure, ok, warning
+from edge_sdk.doctor.packages import Versions, release, torch_cure, version_of
 from profiler.sensors.board import cpu_bf16, gpu, is_tegra, jetpack, native_bf16
 from profiler.sensors.sources import HERE, Sources
 
-TRIAL = "edge_sdk.doctor_trial"
+TRIAL = "edge_sdk.doctor.kernels"
 # A Raspberry Pi 4 with an SD card needs a quarter of a minute to load torch; this one hangs.
 TRIAL_TIMEOUT_S = 60.0
 # After a kill, a process that waits for a driver may not end at all.

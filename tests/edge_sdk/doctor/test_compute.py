@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk import doctor_compute as compute
-from edge_sdk import doctor_trial as trial
-from edge_sdk.doctor_compute import Attempt, Outcome, Runner
+from edge_sdk.doctor import compute
+from edge_sdk.doctor import kernels as trial
+from edge_sdk.doctor.compute import Attempt, Outcome, Runner
 from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
@@ -112,7 +112,7 @@ def test_a_process_that_leaves_early_is_quoted() -> None:
         ("rtx_laptop", "The NVIDIA driver on your system is too old", "newer", "update the driver"),
         ("rtx_laptop", "hangs: no end after 60 s", "does not answer", "reboot"),
         ("rtx_laptop", "OSError: libcupti.so: cannot open shared object", "missing", "whl/cu126"),
-        ("rtx_laptop", "RuntimeError: something new", "", "python -m edge_sdk.doctor_trial"),
+        ("rtx_laptop", "RuntimeError: something new", "", "python -m edge_sdk.doctor.kernels"),
     ],
 )
 def test_what_is_known_to_go_wrong_is_explained(

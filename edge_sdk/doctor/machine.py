@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_sdk.doctor_finding import Finding, failure, ok, skipped, warning
+from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from profiler.sensors.board import board as board_name
 from profiler.sensors.board import is_tegra, jetpack, power_mode
 from profiler.sensors.heat import temperature, temperatures, throttling

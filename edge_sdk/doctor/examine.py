@@ -10,14 +10,12 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk import doctor_compute as compute
-from edge_sdk import doctor_config as written
-from edge_sdk import doctor_link as links
-from edge_sdk import doctor_machine as machine
-from edge_sdk import doctor_packages as packages
 from edge_sdk.client.backends import choose_backend
 from edge_sdk.client.config import ClientConfig
-from edge_sdk.doctor_finding import Finding, failure, ok, skipped
+from edge_sdk.doctor import compute, machine, packages
+from edge_sdk.doctor import config as written
+from edge_sdk.doctor import link as links
+from edge_sdk.doctor.finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
 from edge_sdk.model.weights import PartCache
 from edge_sdk.transport.connection import LinkConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import doctor_packages as packages
+from edge_sdk.doctor import packages
 from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edge_sdk.client.backends import INSTALL
-from edge_sdk.doctor_finding import Finding, failure, ok, warning
+from edge_sdk.doctor.finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
 from profiler.sensors.board import gpu, jetpack

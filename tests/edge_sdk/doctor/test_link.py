@@ -15,9 +15,9 @@ import zmq
 
 from coordinator.auth import AllowList
 from coordinator.gateway import Gateway, GatewayConfig
-from edge_sdk import doctor_link as links
 from edge_sdk.client.link_speed import LinkSpeed
-from edge_sdk.doctor_link import Reached, Session
+from edge_sdk.doctor import link as links
+from edge_sdk.doctor.link import Reached, Session
 from edge_sdk.errors import PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.protocol.messages import Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake, shake_hands

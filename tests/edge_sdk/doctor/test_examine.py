@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import cli, doctor
-from edge_sdk import doctor_compute as compute
-from edge_sdk import doctor_config as written
+from edge_sdk import cli
 from edge_sdk.data.rows import DataConfig
-from edge_sdk.doctor import Question
-from edge_sdk.doctor_compute import Attempt
-from edge_sdk.doctor_finding import Finding, as_json, as_lines, failure, ok, skipped, summary
-from edge_sdk.doctor_finding import warning as warned
+from edge_sdk.doctor import compute
+from edge_sdk.doctor import config as written
+from edge_sdk.doctor import examine as doctor
+from edge_sdk.doctor.compute import Attempt
+from edge_sdk.doctor.examine import Question
+from edge_sdk.doctor.finding import Finding, as_json, as_lines, failure, ok, skipped, summary
+from edge_sdk.doctor.finding import warning as warned
 from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.sources import Sources
 from tests.boards import build
@@ -157,7 +158,9 @@ def test_lines_for_programs_and_the_last_line() -> None:
 
 def test_the_doctor_itself_loads_nothing_that_could_kill_it() -> None:
     """Libraries with kernels are loaded by processes of their own only."""
-    code = "import edge_sdk.doctor, sys; print({'torch', 'onnxruntime'} & sys.modules.keys())"
+    code = (
+        "import edge_sdk.doctor.examine, sys; print({'torch', 'onnxruntime'} & sys.modules.keys())"
+    )
 
     assert compute.run_python(["-c", code], 60.0).out.strip() == "set()"
 

@@ -16,7 +16,7 @@ from edge_sdk.config.loader import load_config
 from edge_sdk.config.sources import Entries, Node, from_environment, from_overrides, read_file
 from edge_sdk.config.values import Spot, build, by_key, field_types, type_words
 from edge_sdk.data.rows import DataConfig, load_data
-from edge_sdk.doctor_finding import Finding, failure, ok, skipped
+from edge_sdk.doctor.finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
 from edge_sdk.transport.keys import fingerprint, load_key_pair, load_public_key
 

@@ -20,7 +20,7 @@ import psutil
 
 from edge_sdk.client.incoming import Inbox, RunEnded, Stopped
 from edge_sdk.client.link_speed import LinkSpeed, probe
-from edge_sdk.doctor_finding import Finding, failure, ok, skipped, warning
+from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake
