@@ -140,7 +140,7 @@ def main() -> None:
     from coordinator.experiment import run_experiment
     from coordinator.experiment_command import load_experiment
     from coordinator.experiment_report import write_report
-    from edge_sdk.stopping import stopping_on_signals
+    from edge_sdk.command import stopping_on_signals
 
     options.out.mkdir(parents=True, exist_ok=True)
     data = (options.out / "data").resolve()

@@ -47,7 +47,7 @@ from methods_report import (
 from report import header, save
 
 from coordinator.comparison import Cell, cell_from_row
-from edge_sdk.quiet import quiet_libraries
+from edge_sdk.command import quiet_libraries
 
 # ---- runs ----
 

@@ -19,9 +19,9 @@ from coordinator.plan_command import add_plan
 from coordinator.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.simulate_command import add_simulate
 from coordinator.store import CONFIG, RunFolder
+from edge_sdk.command import quiet_libraries
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError, one_line
-from edge_sdk.quiet import quiet_libraries
 from edge_sdk.transport.keys import create_key_pair, fingerprint, load_public_key
 
 

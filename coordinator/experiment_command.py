@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     from coordinator.experiment import run_experiment
     from coordinator.experiment_kept import COMPLETED
     from coordinator.experiment_report import write_report
-    from edge_sdk.stopping import stopping_on_signals
+    from edge_sdk.command import stopping_on_signals
 
     config, methods = load_experiment(options.file, options.overrides)
     stop = threading.Event()

@@ -21,9 +21,9 @@ from coordinator.launch import serve
 from coordinator.presets import load_serve_config
 from coordinator.run import Run
 from coordinator.server import COMPLETED
+from edge_sdk.command import quiet_libraries
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
 from edge_sdk.protocol.messages import StepReport
-from edge_sdk.quiet import quiet_libraries
 
 
 class Teller:

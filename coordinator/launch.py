@@ -21,9 +21,9 @@ from coordinator.run import Run
 from coordinator.served import ServedModel
 from coordinator.server import COMPLETED, Coordinator
 from coordinator.store import CONFIG, RunFolder
+from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import StorageError
-from edge_sdk.stopping import stopping_on_signals
 from edge_sdk.transport.keys import load_key_pair
 
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")

@@ -29,11 +29,11 @@ from coordinator.pooled import (
 from coordinator.reporting import Reporting, Silence, Watcher
 from coordinator.served import ServedModel
 from coordinator.store import CONFIG, Checkpoint, RunFolder, storage_errors
+from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError, PeerGone, StorageError
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
-from edge_sdk.stopping import stopping_on_signals
 
 MODEL = "model"
 """Folder of the result where all weights were trained; adapters go where every run's go."""

@@ -39,10 +39,10 @@ from coordinator.simulation_result import SimulationResult, read_result
 from coordinator.store import CONFIG, RunFolder
 from coordinator.worker import Worker
 from edge_sdk.client.config import ClientConfig
+from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.model.weights import PartCache
-from edge_sdk.stopping import stopping_on_signals
 from profiler.profile import DeviceProfile
 
 # What was simulated, beside what the coordinator was told.

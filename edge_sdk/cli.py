@@ -13,11 +13,10 @@ from pathlib import Path
 
 from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
+from edge_sdk.command import quiet_libraries, stopping_on_signals
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.quiet import quiet_libraries
-from edge_sdk.stopping import stopping_on_signals
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
 ENV_PREFIX = "EDGE_SDK_"

@@ -15,7 +15,7 @@ from shards import Shards
 
 from coordinator.console import total_over_sessions
 from coordinator.launch import ADAPTER
-from edge_sdk.quiet import quiet_libraries
+from edge_sdk.command import quiet_libraries
 
 MAX_NEW_TOKENS = 60
 
