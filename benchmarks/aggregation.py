@@ -20,7 +20,7 @@ import time
 import numpy as np
 from report import header, save, table
 
-from coordinator.aggregation import RULES, Contribution, Rule, Update
+from coordinator.aggregation.rules import RULES, Contribution, Rule, Update
 from edge_sdk.lora.adapters import Pair, Shape, initial_pair
 
 RANKS = (4, 8, 16, 32, 64)

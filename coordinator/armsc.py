@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from coordinator.aggregation import RULES, SERVER
+from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.assessment import server_bytes, server_wave_seconds, utility, wave_seconds
 from coordinator.costs import (
     Load,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation import SERVER
+from coordinator.aggregation.ledger import Report, RoundResult
+from coordinator.aggregation.rules import SERVER
 from coordinator.gateway import Received
 from coordinator.intake import Intake
-from coordinator.ledger import Report, RoundResult
 from coordinator.pausing import Pausing
 from coordinator.planner import changed
 from coordinator.rounds import Action, Phase

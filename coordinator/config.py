@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coordinator.aggregation import RULES
+from coordinator.aggregation.rules import RULES
 from coordinator.planning_config import PlanningConfig
 from coordinator.pooled_config import PooledConfig
 from edge_sdk.data.rows import DataConfig

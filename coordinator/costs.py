@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from coordinator.aggregation import SERVER
+from coordinator.aggregation.rules import SERVER
 from coordinator.rank_choice import Choice, Weights, rank_table
 from coordinator.situation import Situation
 from coordinator.splits import Option, Server

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from coordinator.aggregation.ledger import Ledger
 from coordinator.config import ServeConfig
-from coordinator.ledger import Ledger
 from coordinator.planning import ModelFacts
 from coordinator.store import CONFIG, RunFolder, storage_errors
 from edge_sdk.config.loader import load_config

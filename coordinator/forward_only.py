@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.aggregation import RULES
+from coordinator.aggregation.rules import RULES
 from coordinator.costs import options
 from coordinator.situation import Situation
 from coordinator.splits import Option, fitting

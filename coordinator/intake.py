@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from coordinator.aggregation.ledger import Report
 from coordinator.gateway import Event, Left, Received, Rejected, Silent
-from coordinator.ledger import Report
 from coordinator.probing import Probing
 from coordinator.run import Run
 from coordinator.wave_input import (

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation import SERVER
+from coordinator.aggregation.ledger import Report
+from coordinator.aggregation.rules import SERVER
 from coordinator.armsc import PlanSet, plan_all
 from coordinator.config import ServeConfig
 from coordinator.costs import device_bytes, device_flops
-from coordinator.ledger import Report
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan
 from coordinator.situation import Situation

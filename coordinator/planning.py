@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coordinator.aggregation import RULES
+from coordinator.aggregation.rules import RULES
 from coordinator.config import ServeConfig
 from coordinator.rank_choice import possible_ranks
 from edge_sdk.errors import ConfigError

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from coordinator.aggregation import RULES
+from coordinator.aggregation.rules import RULES
 from coordinator.armsc import PlanSet, plan_all
 from coordinator.assessment import utility, wave_seconds
 from coordinator.costs import device_bytes

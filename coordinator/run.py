@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coordinator.admission import Admission
-from coordinator.aggregation import SERVER
+from coordinator.aggregation.ledger import Ledger, Report
+from coordinator.aggregation.round_start import Handout
+from coordinator.aggregation.rules import SERVER
 from coordinator.config import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.gateway import Gateway
-from coordinator.handout import Handout
-from coordinator.ledger import Ledger, Report
 from coordinator.planner import Planner
 from coordinator.reporting import Reporting, Watcher
 from coordinator.rounds import RunState

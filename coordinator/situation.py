@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from coordinator.aggregation import RULES, SERVER
+from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config import ServeConfig
 from coordinator.planning import ModelFacts
 from coordinator.rank_choice import possible_ranks

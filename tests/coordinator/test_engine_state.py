@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from coordinator.aggregation import product
+from coordinator.aggregation.rules import product
 from coordinator.wave import Job
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.lora.factors import Factors

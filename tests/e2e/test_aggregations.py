@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.aggregation import SERVER
+from coordinator.aggregation.rules import SERVER
 from coordinator.config import DeviceSettings, EvaluationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.aggregation import resized
+from coordinator.aggregation.rules import resized
 from edge_sdk.lora.adapters import Pair, Shape, initial_pair
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.runtime.training import Optimizer, TrainingConfig

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordinator.handout import Handout
-from coordinator.ledger import RoundResult
+from coordinator.aggregation.ledger import RoundResult
+from coordinator.aggregation.round_start import Handout
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.protocol.plan import Plan
-from tests.coordinator.test_ledger import SAMPLES, SPLITS, Simulation
+from tests.coordinator.aggregation.test_ledger import SAMPLES, SPLITS, Simulation
 
 HEAD = {"score.weight": np.ones(3, np.float32)}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coordinator.aggregation import (
+from coordinator.aggregation.rules import (
     RULES,
     SERVER,
     Contribution,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coordinator.ledger import Ledger, RoundResult
+from coordinator.aggregation.ledger import Ledger, RoundResult
 from coordinator.planning import ModelFacts
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors

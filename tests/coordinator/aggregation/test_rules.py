@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation import (
+from coordinator.aggregation.rules import (
     RULES,
     SERVER,
     Contribution,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation import SERVER
-from coordinator.ledger import Ledger, Report, RoundResult
+from coordinator.aggregation.ledger import Ledger, Report, RoundResult
+from coordinator.aggregation.rules import SERVER
 from coordinator.planning import ModelFacts
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape

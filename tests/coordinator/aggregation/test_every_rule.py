@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation import (
+from coordinator.aggregation.rules import (
     RULES,
     Contribution,
     balanced,
@@ -22,7 +22,7 @@ from coordinator.aggregation import (
     zeropad,
 )
 from edge_sdk.lora.adapters import Pair, initial_pair
-from tests.coordinator.test_aggregation import (
+from tests.coordinator.aggregation.test_rules import (
     RANKS,
     SEEDS,
     SHAPE,
