@@ -19,7 +19,7 @@ from pathlib import Path
 
 from report import header, save, table
 
-from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.reporting import Silence
 from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig

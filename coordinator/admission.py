@@ -10,7 +10,7 @@ import logging
 
 import numpy as np
 
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.gateway import Gateway
 from coordinator.planner import Planner
 from coordinator.rounds import Member

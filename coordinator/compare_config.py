@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from coordinator.config import Preset
-from coordinator.presets import NAMES, load_with_preset
+from coordinator.config.presets import NAMES, load_with_preset
+from coordinator.config.run import Preset
 from coordinator.simulation_config import SimulationConfig
 from edge_sdk.errors import ConfigError
 

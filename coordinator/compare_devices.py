@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.armsc import plan_all
 from coordinator.compare_config import DeviceSet
-from coordinator.config import DeviceSettings
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import device_bytes
 from coordinator.plan_command import read_situation
 from coordinator.simulated_fleet import make_fleet

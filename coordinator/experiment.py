@@ -20,7 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from coordinator.auth import AllowList
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.experiment_board import Site, build_wheel, make_site
 from coordinator.experiment_cgroup import LEAST_CORES, Cage
 from coordinator.experiment_config import (

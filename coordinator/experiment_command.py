@@ -43,8 +43,8 @@ def load_experiment(
     Raises:
         ConfigError: as `load_config`; or the file contradicts one of the presets.
     """
+    from coordinator.config.presets import load_with_preset
     from coordinator.experiment_config import ExperimentConfig
-    from coordinator.presets import load_with_preset
 
     config = load_with_preset(ExperimentConfig, file, overrides, env)
     if config.trained_by == "coordinator":

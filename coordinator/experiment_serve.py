@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.config.presets import load_serve_config
 from coordinator.launch import serve
-from coordinator.presets import load_serve_config
 from coordinator.run import Run
 from coordinator.server import COMPLETED
 from edge_sdk.command import quiet_libraries

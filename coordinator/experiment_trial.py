@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.experiment_config import EVERYWHERE, ExperimentConfig, FaultConfig
 from coordinator.experiment_faults import Script
 from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHED, digest

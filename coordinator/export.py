@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from coordinator.aggregation.ledger import Ledger
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.planning import ModelFacts
 from coordinator.store import CONFIG, RunFolder, storage_errors
 from edge_sdk.config.loader import load_config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import AllowList
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.export import export_adapter
 from coordinator.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Watcher

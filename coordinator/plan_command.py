@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.presets import load_serve_config
+from coordinator.config.presets import load_serve_config
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from profiler.profile import DeviceProfile
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from coordinator.armsc import DeviceStory, PlanSet
-    from coordinator.config import ServeConfig
+    from coordinator.config.run import ServeConfig
     from coordinator.situation import Situation
 
 MIB = 2**20

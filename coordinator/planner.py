@@ -17,7 +17,7 @@ import numpy as np
 from coordinator.aggregation.ledger import Report
 from coordinator.aggregation.rules import SERVER
 from coordinator.armsc import PlanSet, plan_all
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.costs import device_bytes, device_flops
 from coordinator.planning import ModelFacts, plan_device
 from coordinator.replan import Decision, after_out_of_memory, replan

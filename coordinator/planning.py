@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.aggregation.rules import RULES
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.rank_choice import possible_ranks
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import Shape, check_rank

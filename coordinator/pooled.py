@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from coordinator.config import ServeConfig
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import ServeConfig
 from coordinator.planning import ModelFacts, plan_device
-from coordinator.planning_config import PlanningConfig
 from coordinator.served import ServedModel
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data

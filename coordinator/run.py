@@ -8,7 +8,7 @@ from coordinator.admission import Admission
 from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.aggregation.round_start import Handout
 from coordinator.aggregation.rules import SERVER
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.gateway import Gateway
 from coordinator.planner import Planner

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.graph_shop import GraphShop, check_lora
 from coordinator.planning import ModelFacts, check_config, plan_server

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.presets import NAMES, load_with_preset
+from coordinator.config.presets import NAMES, load_with_preset
 from coordinator.simulation_config import SimulationConfig
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 

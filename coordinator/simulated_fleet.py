@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from coordinator.clock import Machine
+from coordinator.config.planning import PlanningConfig
 from coordinator.fleet import free_bytes, known, make_machine, make_profile
-from coordinator.planning_config import PlanningConfig
 from coordinator.simulation_config import FleetConfig, device_names
 from edge_sdk.errors import ConfigError
 from profiler.profile import DeviceProfile

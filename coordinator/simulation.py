@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from coordinator.clock_costs import Costs
 from coordinator.conductor import Conductor
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.export import export_adapter
 from coordinator.gateway import Gateway

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.auth import is_device_name
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.fleet import Board, Connection, Scale
 from edge_sdk.data.rows import DataConfig
 

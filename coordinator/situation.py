@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from coordinator.aggregation.rules import RULES, SERVER
-from coordinator.config import ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.planning import ModelFacts
 from coordinator.rank_choice import possible_ranks
 from profiler.estimate.memory import ModelShape

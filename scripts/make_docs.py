@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Module, class, who reads it. A class that does not exist yet is left out.
 CONFIGS = [
-    ("coordinator.config", "ServeConfig", "The coordinator: `coordinator serve --config FILE`"),
+    ("coordinator.config.run", "ServeConfig", "The coordinator: `coordinator serve --config FILE`"),
     ("edge_sdk.client.config", "ClientConfig", "A device: `edge-sdk run --config FILE`"),
 ]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.config.presets import load_serve_config
 from coordinator.experiment_command import load_experiment
 from coordinator.experiment_config import ExperimentConfig
-from coordinator.presets import load_serve_config
 from edge_sdk.client.backends import INSTALL
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config

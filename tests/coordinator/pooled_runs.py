@@ -11,8 +11,8 @@ import peft
 import torch
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
-from coordinator.config import EvaluationConfig, ServeConfig
-from coordinator.pooled_config import PooledConfig
+from coordinator.config.centralised import PooledConfig
+from coordinator.config.run import EvaluationConfig, ServeConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows

@@ -6,10 +6,10 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from coordinator.config import DeviceSettings, ServeConfig
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.costs import Load, adapters_bytes
 from coordinator.planning import ModelFacts
-from coordinator.planning_config import PlanningConfig
 from coordinator.situation import ServerProfile, Situation
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout

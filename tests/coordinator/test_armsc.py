@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.armsc import plan_all
 from coordinator.assessment import wave_seconds
-from coordinator.config import DeviceSettings
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import (
     device_base_bytes,
     device_bytes,

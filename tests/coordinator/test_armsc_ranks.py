@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coordinator.armsc import plan_all
-from coordinator.config import DeviceSettings
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import (
     device_base_bytes,
     device_bytes,

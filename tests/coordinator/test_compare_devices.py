@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from coordinator.compare_devices import device_set, fit, samples_of_a_step, whole_situation
-from coordinator.config import DeviceSettings
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import device_bytes
-from coordinator.planning_config import PlanningConfig
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.situation import Situation
 from edge_sdk.errors import ConfigError

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.config.planning import PlanningConfig
 from coordinator.fleet import GIB, Board, Connection, Scale, catalogue
-from coordinator.planning_config import PlanningConfig
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation_config import FleetConfig, SimulatedDevice
 from coordinator.simulation_data import deal, own_data

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coordinator.armsc import plan_all
-from coordinator.config import DeviceSettings
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import device_bytes, device_seconds, options
 from coordinator.planning import ModelFacts
 from coordinator.replan import replan

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from coordinator.armsc import plan_all
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.costs import device_bytes, device_flops
 from coordinator.planner import Planner
 from coordinator.planning import ModelFacts
-from coordinator.planning_config import PlanningConfig
 from coordinator.replan import replan
 from coordinator.run import situation as starting_situation
 from coordinator.served import ServedModel

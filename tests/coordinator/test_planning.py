@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.config import DeviceSettings, ServeConfig
+from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning import ModelFacts, check_config, plan_device, plan_server
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig, Shape

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.centralised import PooledConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.pooled import PooledTrainer, load_pooled, plan_pooled
 from coordinator.pooled_command import train_pooled
-from coordinator.pooled_config import PooledConfig
 from coordinator.served import ServedModel
 from edge_sdk.data.rows import DataConfig, load_data
 from edge_sdk.protocol.messages import Stamp

@@ -14,10 +14,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from coordinator.cli import main
-from coordinator.config import EvaluationConfig
+from coordinator.config.centralised import PooledConfig
+from coordinator.config.run import EvaluationConfig
 from coordinator.pooled import MicroShape, PooledTrainer
 from coordinator.pooled_command import resume_pooled, serve_pooled, train_pooled
-from coordinator.pooled_config import PooledConfig
 from coordinator.reporting import Silence
 from coordinator.served import ServedModel
 from edge_sdk.data.rows import DataConfig

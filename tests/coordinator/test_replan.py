@@ -8,13 +8,13 @@ import pytest
 
 from coordinator.armsc import plan_all
 from coordinator.assessment import utility, wave_seconds
-from coordinator.config import DeviceSettings
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings
 from coordinator.costs import (
     device_base_bytes,
     options,
 )
 from coordinator.planning import ModelFacts
-from coordinator.planning_config import PlanningConfig
 from coordinator.replan import (
     after_out_of_memory,
     drift,

@@ -13,10 +13,10 @@ import torch
 
 from coordinator import simulated_device, simulation
 from coordinator.clock_costs import Costs
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.export import export_run
 from coordinator.fleet import Board, Connection, Scale
-from coordinator.planning_config import PlanningConfig
 from coordinator.reporting import Silence
 from coordinator.simulate_command import load_simulation
 from coordinator.simulated_device import HeardRuntime, Workshop

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.auth import AllowList
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Silence
 from coordinator.run import Run

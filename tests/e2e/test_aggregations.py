@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation.rules import SERVER
-from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.runtime.training import TrainingConfig

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from coordinator.config import DeviceSettings, ServeConfig
+from coordinator.config.run import DeviceSettings, ServeConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import ModelLimits, tokenize_rows

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.config import DeviceSettings
+from coordinator.config.run import DeviceSettings
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, wait_all
 from tests.e2e.test_equals_central import SGD, Central, batches_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.config import Codec, DeviceSettings, EvaluationConfig
+from coordinator.config.run import Codec, DeviceSettings, EvaluationConfig
 from edge_sdk.client.callbacks import Callback, RoundSummary
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.messages import StepReport

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.config import DeviceSettings, EvaluationConfig
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.costs import options
-from coordinator.planning_config import PlanningConfig
 from coordinator.run import situation
 from edge_sdk.client.board_monitor import Vitals
 from edge_sdk.client.callbacks import Callback

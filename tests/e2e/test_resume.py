@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
 from tests.e2e.cluster import (

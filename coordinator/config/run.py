@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.aggregation.rules import RULES
-from coordinator.planning_config import PlanningConfig
-from coordinator.pooled_config import PooledConfig
+from coordinator.config.centralised import PooledConfig
+from coordinator.config.planning import PlanningConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.runtime.training import Compute, TrainingConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from coordinator.config import Preset, ServeConfig
+from coordinator.config.run import Preset, ServeConfig
 from edge_sdk.config.sources import (
     Entries,
     Leaf,

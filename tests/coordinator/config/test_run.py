@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.config import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from edge_sdk.lora.adapters import LoraConfig
 
 
