@@ -259,7 +259,7 @@ def set_budgets(config: dict[str, Any], file: Path) -> None:
     """Give every device its budget: what a process takes anyway, and its units of the model."""
     from coordinator.compare_config import load_compare
     from coordinator.compare_devices import whole_situation
-    from coordinator.costs import device_bytes
+    from coordinator.planning.costs import device_bytes
     from profiler.estimate.memory import RUNTIME_BYTES
 
     file.write_text(json.dumps(config), encoding="utf-8")
@@ -286,7 +286,7 @@ def methods_of(config: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
 
 def adapter_budget(situation: Any) -> float:
     """What uniform rank 4 on every weight takes: what both choices of ranks may take."""
-    from coordinator.costs import adapters_bytes, device_loads
+    from coordinator.planning.costs import adapters_bytes, device_loads
 
     loads = device_loads(situation, DEVICES[0], situation.num_blocks)
     return float(adapters_bytes(situation, dict.fromkeys(loads, UNIFORM_RANK), loads))

@@ -12,7 +12,7 @@ import numpy as np
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway import Gateway
-from coordinator.planner import Planner
+from coordinator.planning.run_planner import Planner
 from coordinator.rounds import Member
 from coordinator.served import ServedModel
 from edge_sdk.client.checkpoints import KEPT

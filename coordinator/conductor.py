@@ -15,7 +15,7 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.gateway import Received
 from coordinator.intake import Intake
 from coordinator.pausing import Pausing
-from coordinator.planner import changed
+from coordinator.planning.run_planner import changed
 from coordinator.rounds import Action, Phase
 from coordinator.run import Run
 from coordinator.wave import Answer, DeviceFault

@@ -17,7 +17,7 @@ from torch import nn
 
 from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from coordinator.store import CONFIG, RunFolder, storage_errors
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coordinator.export_job import Job, job_text
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache, Source, write_whole

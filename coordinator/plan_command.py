@@ -24,9 +24,9 @@ from profiler.sensors.memory import memory_info
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from coordinator.armsc import DeviceStory, PlanSet
     from coordinator.config.run import ServeConfig
-    from coordinator.situation import Situation
+    from coordinator.planning.joint import DeviceStory, PlanSet
+    from coordinator.planning.problem import Situation
 
 MIB = 2**20
 
@@ -54,7 +54,7 @@ def add_plan(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type t
 
 def run_plan(options: argparse.Namespace) -> int:
     """Print the plan; the exit code is 0 if at least one device can take part."""
-    from coordinator.armsc import plan_all
+    from coordinator.planning.joint import plan_all
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by != "devices":
@@ -88,9 +88,9 @@ def read_situation(
     Raises:
         ConfigError: as `check_config`; or a file cannot be used.
     """
-    from coordinator.planning import ModelFacts, check_config
+    from coordinator.planning.fixed import ModelFacts, check_config
+    from coordinator.planning.problem import ServerProfile, Situation, planning_length
     from coordinator.served import usable_positions
-    from coordinator.situation import ServerProfile, Situation, planning_length
     from edge_sdk.lora.adapters import find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.shape import model_shape

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
-from coordinator.planning import ModelFacts, plan_device
+from coordinator.planning.fixed import ModelFacts, plan_device
 from coordinator.served import ServedModel
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data

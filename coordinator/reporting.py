@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from coordinator.armsc import PlanSet
 from coordinator.gateway import Gateway
+from coordinator.planning.joint import PlanSet
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport

@@ -11,11 +11,11 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.gateway import Gateway
-from coordinator.planner import Planner
+from coordinator.planning.problem import ServerProfile, Situation, planning_length
+from coordinator.planning.run_planner import Planner
 from coordinator.reporting import Reporting, Watcher
 from coordinator.rounds import RunState
 from coordinator.served import ServedModel
-from coordinator.situation import ServerProfile, Situation, planning_length
 from coordinator.store import Checkpoint, RunFolder
 from coordinator.wave import Job
 from edge_sdk.lora.adapter_state import under

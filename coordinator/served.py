@@ -15,7 +15,7 @@ from torch import nn
 from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.graph_shop import GraphShop, check_lora
-from coordinator.planning import ModelFacts, check_config, plan_server
+from coordinator.planning.fixed import ModelFacts, check_config, plan_server
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows

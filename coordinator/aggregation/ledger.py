@@ -21,7 +21,7 @@ from coordinator.aggregation.rules import (
     residual,
     resized,
 )
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from edge_sdk.lora.adapters import LoraConfig, Pair, initial_pair
 from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coordinator.aggregation.ledger import Ledger, RoundResult
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.fragments import TensorOut

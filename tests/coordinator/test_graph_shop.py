@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.graph_shop import GraphShop, check_lora
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.weights import PartCache, Source

@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig
-from coordinator.costs import options
+from coordinator.planning.costs import options
 from coordinator.run import situation
 from edge_sdk.client.board_monitor import Vitals
 from edge_sdk.client.callbacks import Callback

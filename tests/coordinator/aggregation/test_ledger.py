@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.rules import SERVER
-from coordinator.planning import ModelFacts
+from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape
 from edge_sdk.lora.factors import Factors

@@ -11,7 +11,7 @@ import pytest
 from coordinator.cli import main
 from coordinator.config.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.config.run import DeviceSettings, ServeConfig
-from coordinator.planning import ModelFacts, check_config, plan_device
+from coordinator.planning.fixed import ModelFacts, check_config, plan_device
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import find_targets

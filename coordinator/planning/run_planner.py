@@ -16,12 +16,12 @@ import numpy as np
 
 from coordinator.aggregation.ledger import Report
 from coordinator.aggregation.rules import SERVER
-from coordinator.armsc import PlanSet, plan_all
 from coordinator.config.run import ServeConfig
-from coordinator.costs import device_bytes, device_flops
-from coordinator.planning import ModelFacts, plan_device
-from coordinator.replan import Decision, after_out_of_memory, replan
-from coordinator.situation import Situation
+from coordinator.planning.costs import device_bytes, device_flops
+from coordinator.planning.fixed import ModelFacts, plan_device
+from coordinator.planning.joint import PlanSet, plan_all
+from coordinator.planning.problem import Situation
+from coordinator.planning.replan import Decision, after_out_of_memory, replan
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.importance import Smoothing, combine

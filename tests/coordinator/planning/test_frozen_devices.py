@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from coordinator.armsc import plan_all
 from coordinator.config.run import DeviceSettings
-from coordinator.costs import device_bytes, device_seconds, options
-from coordinator.planning import ModelFacts
-from coordinator.replan import replan
-from coordinator.situation import ServerProfile, Situation
+from coordinator.planning.costs import device_bytes, device_seconds, options
+from coordinator.planning.fixed import ModelFacts
+from coordinator.planning.joint import plan_all
+from coordinator.planning.problem import ServerProfile, Situation
+from coordinator.planning.replan import replan
 from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape
-from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, with_memory
+from tests.coordinator.planning.problems import FAST, SLOW, make_situation, model_of, with_memory
 
 
 @pytest.fixture(scope="module")

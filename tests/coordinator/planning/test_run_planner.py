@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-from coordinator.armsc import plan_all
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.costs import device_bytes, device_flops
-from coordinator.planner import Planner
-from coordinator.planning import ModelFacts
-from coordinator.replan import replan
+from coordinator.planning.costs import device_bytes, device_flops
+from coordinator.planning.fixed import ModelFacts
+from coordinator.planning.joint import plan_all
+from coordinator.planning.problem import Situation
+from coordinator.planning.replan import replan
+from coordinator.planning.run_planner import Planner
 from coordinator.run import situation as starting_situation
 from coordinator.served import ServedModel
-from coordinator.situation import Situation
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.model.weights import PartCache
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
-from tests.coordinator.situations import FAST, SLOW, make_situation, model_of
+from tests.coordinator.planning.problems import FAST, SLOW, make_situation, model_of
 from tests.e2e.cluster import save_model
 
 

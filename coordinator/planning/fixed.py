@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from coordinator.aggregation.rules import RULES
 from coordinator.config.run import ServeConfig
-from coordinator.rank_choice import possible_ranks
+from coordinator.planning.ranks import possible_ranks
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import Shape, check_rank
 from edge_sdk.model.layout import Layout

@@ -12,8 +12,8 @@ from functools import cached_property
 
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
-from coordinator.planning import ModelFacts
-from coordinator.rank_choice import possible_ranks
+from coordinator.planning.fixed import ModelFacts
+from coordinator.planning.ranks import possible_ranks
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile, problems
 

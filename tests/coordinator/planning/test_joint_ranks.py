@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from coordinator.armsc import plan_all
 from coordinator.config.run import DeviceSettings
-from coordinator.costs import (
+from coordinator.planning.costs import (
     device_base_bytes,
     device_bytes,
 )
-from coordinator.planning import ModelFacts, check_config
+from coordinator.planning.fixed import ModelFacts, check_config
+from coordinator.planning.joint import plan_all
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape
-from tests.coordinator.situations import SLOW, make_situation, model_of, priced, with_memory
+from tests.coordinator.planning.problems import SLOW, make_situation, model_of, priced, with_memory
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rank_choice import (
+from coordinator.planning.ranks import (
     TOLERANCE,
     Choice,
     Utility,

@@ -8,9 +8,9 @@ from typing import Any
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, ServeConfig
-from coordinator.costs import Load, adapters_bytes
-from coordinator.planning import ModelFacts
-from coordinator.situation import ServerProfile, Situation
+from coordinator.planning.costs import Load, adapters_bytes
+from coordinator.planning.fixed import ModelFacts
+from coordinator.planning.problem import ServerProfile, Situation
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape

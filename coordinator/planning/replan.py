@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from coordinator.aggregation.rules import RULES
-from coordinator.armsc import PlanSet, plan_all
-from coordinator.assessment import utility, wave_seconds
-from coordinator.costs import device_bytes
-from coordinator.situation import Situation
+from coordinator.planning.costs import device_bytes
+from coordinator.planning.joint import PlanSet, plan_all
+from coordinator.planning.objective import utility, wave_seconds
+from coordinator.planning.problem import Situation
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.splits import (
+from coordinator.planning.splits import (
     Option,
     Server,
     Splits,

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from coordinator.costs import (
+from coordinator.planning.costs import (
     Ranks,
     device_seconds,
     server_base_bytes,
     server_rows_bytes,
     server_seconds,
 )
-from coordinator.rank_choice import worth
-from coordinator.situation import Situation
+from coordinator.planning.problem import Situation
+from coordinator.planning.ranks import worth
 from edge_sdk.protocol.plan import Plan
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from coordinator.aggregation.rules import RULES, SERVER
-from coordinator.assessment import server_bytes, server_wave_seconds, utility, wave_seconds
-from coordinator.costs import (
+from coordinator.planning.costs import (
     Load,
     Ranks,
     adapter_budget,
@@ -25,11 +24,12 @@ from coordinator.costs import (
     rank_tables,
     server_side,
 )
-from coordinator.forward_only import cannot_train, in_time
-from coordinator.planning import make_plan
-from coordinator.rank_choice import choose_ranks, uniform_ranks
-from coordinator.situation import Situation
-from coordinator.splits import (
+from coordinator.planning.fixed import make_plan
+from coordinator.planning.frozen_devices import cannot_train, in_time
+from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
+from coordinator.planning.problem import Situation
+from coordinator.planning.ranks import choose_ranks, uniform_ranks
+from coordinator.planning.splits import (
     Binding,
     Option,
     Splits,

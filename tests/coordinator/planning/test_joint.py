@@ -9,23 +9,30 @@ from typing import Any
 
 import pytest
 
-from coordinator.armsc import plan_all
-from coordinator.assessment import wave_seconds
 from coordinator.config.run import DeviceSettings
-from coordinator.costs import (
+from coordinator.planning.costs import (
     device_base_bytes,
     device_bytes,
     options,
     server_side,
 )
-from coordinator.planning import ModelFacts, make_plan, plan_device, plan_server
-from coordinator.situation import ServerProfile, planning_length
+from coordinator.planning.fixed import ModelFacts, make_plan, plan_device, plan_server
+from coordinator.planning.joint import plan_all
+from coordinator.planning.objective import wave_seconds
+from coordinator.planning.problem import ServerProfile, planning_length
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
 from profiler.profile import DeviceProfile
-from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory
+from tests.coordinator.planning.problems import (
+    FAST,
+    SLOW,
+    make_situation,
+    model_of,
+    priced,
+    with_memory,
+)
 from tests.tiny import BLOCKS, CLASSES, task_of
 
 MIB = 2**20

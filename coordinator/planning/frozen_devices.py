@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.aggregation.rules import RULES
-from coordinator.costs import options
-from coordinator.situation import Situation
-from coordinator.splits import Option, fitting
+from coordinator.planning.costs import options
+from coordinator.planning.problem import Situation
+from coordinator.planning.splits import Option, fitting
 from edge_sdk.errors import ConfigError
 from profiler.profile import problems
 

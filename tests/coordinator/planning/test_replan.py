@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.armsc import plan_all
-from coordinator.assessment import utility, wave_seconds
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings
-from coordinator.costs import (
+from coordinator.planning.costs import (
     device_base_bytes,
     options,
 )
-from coordinator.planning import ModelFacts
-from coordinator.replan import (
+from coordinator.planning.fixed import ModelFacts
+from coordinator.planning.joint import plan_all
+from coordinator.planning.objective import utility, wave_seconds
+from coordinator.planning.replan import (
     after_out_of_memory,
     drift,
     reasons_to_replan,
@@ -24,7 +24,14 @@ from coordinator.replan import (
 )
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
-from tests.coordinator.situations import FAST, SLOW, make_situation, model_of, priced, with_memory
+from tests.coordinator.planning.problems import (
+    FAST,
+    SLOW,
+    make_situation,
+    model_of,
+    priced,
+    with_memory,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 from coordinator.aggregation.rules import SERVER
-from coordinator.rank_choice import Choice, Weights, rank_table
-from coordinator.situation import Situation
-from coordinator.splits import Option, Server
+from coordinator.planning.problem import Situation
+from coordinator.planning.ranks import Choice, Weights, rank_table
+from coordinator.planning.splits import Option, Server
 from profiler.estimate.memory import (
     Work,
     estimate_flops,
