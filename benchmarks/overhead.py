@@ -130,8 +130,8 @@ def device(folder: Path, port: int) -> dict[str, Any]:
 
 def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) -> dict[str, Any]:
     """Serve one round of *steps* steps."""
-    from coordinator.auth import AllowList
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+    from coordinator.gateway.allow_list import AllowList
     from coordinator.launch import serve
     from coordinator.reporting import Silence
     from edge_sdk.lora.adapters import LoraConfig

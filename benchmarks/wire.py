@@ -24,8 +24,8 @@ import numpy as np
 import zmq
 from report import header, save, table
 
-from coordinator.auth import AllowList
-from coordinator.gateway import Gateway, GatewayConfig, Received
+from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.gateway import Gateway, GatewayConfig, Received
 from edge_sdk.protocol.messages import Activation, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair, make_key_pair

@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from coordinator.config.run import ServeConfig
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.planning.run_planner import Planner
 from coordinator.rounds import Member
 from coordinator.served import ServedModel

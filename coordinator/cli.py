@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordinator.auth import AllowList
 from coordinator.compare_command import add_compare
 from coordinator.config.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.config.run import ServeConfig
 from coordinator.experiment_command import add_experiment
+from coordinator.gateway.allow_list import AllowList
 from coordinator.plan_command import add_plan
 from coordinator.simulate_command import add_simulate
 from coordinator.store import CONFIG, RunFolder

@@ -12,7 +12,7 @@ import numpy as np
 
 from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.rules import SERVER
-from coordinator.gateway import Received
+from coordinator.gateway.gateway import Received
 from coordinator.intake import Intake
 from coordinator.pausing import Pausing
 from coordinator.planning.run_planner import changed

@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from coordinator.auth import AllowList
 from coordinator.config.run import ServeConfig
 from coordinator.experiment_board import Site, build_wheel, make_site
 from coordinator.experiment_cgroup import LEAST_CORES, Cage
@@ -34,6 +33,7 @@ from coordinator.experiment_kept import COMPLETED, NOT_RUN, is_complete, make_ro
 from coordinator.experiment_namespace import Namespace
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_trial import Trial
+from coordinator.gateway.allow_list import AllowList
 from coordinator.relay import LinkShape, Relay
 from coordinator.store import storage_errors
 from edge_sdk.config.loader import dump_config

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from coordinator.auth import is_device_name
 from coordinator.compare_config import MethodConfig
 from coordinator.config.presets import NAMES
 from coordinator.config.run import ServeConfig
 from coordinator.fleet import Board, Catalogue, Connection, Scale, free_bytes, known
+from coordinator.gateway.allow_list import is_device_name
 from coordinator.relay import LinkShape
 from edge_sdk.data.rows import DataConfig
 

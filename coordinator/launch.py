@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordinator.auth import AllowList
 from coordinator.config.run import ServeConfig
 from coordinator.export import export_adapter
-from coordinator.gateway import Gateway, GatewayConfig
+from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Watcher
 from coordinator.run import Run
 from coordinator.served import ServedModel

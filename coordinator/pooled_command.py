@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 from coordinator.conductor import COMPLETED, PAUSED
 from coordinator.config.run import ServeConfig
 from coordinator.export import export_adapter, export_merged
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.pooled import (
     POOLED,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.planning.joint import PlanSet
 from coordinator.store import RunFolder
 from edge_sdk.errors import PeerGone

@@ -10,7 +10,7 @@ from coordinator.aggregation.round_start import Handout
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.planning.problem import ServerProfile, Situation, planning_length
 from coordinator.planning.run_planner import Planner
 from coordinator.reporting import Reporting, Watcher

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from coordinator.seats import DeviceStats, Event, Left, Received, Rejected
+from coordinator.gateway.sessions import DeviceStats, Event, Left, Received, Rejected
 from coordinator.simulated_device import SimulatedDevice, Tap
 from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline

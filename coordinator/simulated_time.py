@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.clock import Clock, Machine, Usage
 from coordinator.clock_costs import Costs
 from coordinator.engine import LocalEngine
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.reporting import Reporting
 from coordinator.simulated_device import Tap
 from coordinator.wave import Answer, Job

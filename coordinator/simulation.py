@@ -23,7 +23,7 @@ from coordinator.conductor import Conductor
 from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
 from coordinator.export import export_adapter
-from coordinator.gateway import Gateway
+from coordinator.gateway.gateway import Gateway
 from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.reporting import Watcher
 from coordinator.run import Run

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from coordinator.auth import is_device_name
 from coordinator.config.run import ServeConfig
 from coordinator.fleet import Board, Connection, Scale
+from coordinator.gateway.allow_list import is_device_name
 from edge_sdk.data.rows import DataConfig
 
 

@@ -23,8 +23,7 @@ DOORS = {
     "msgpack": ["edge_sdk/protocol/headers.py"],
     "zmq": [
         "edge_sdk/transport/*.py",
-        "coordinator/auth.py",
-        "coordinator/gateway*.py",
+        "coordinator/gateway/*.py",
     ],
     "pynvml": ["profiler/sensors/sources.py"],
     "onnxruntime": ["edge_sdk/runtime/onnx_session.py"],

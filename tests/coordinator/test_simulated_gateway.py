@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.seats import Event, Received
+from coordinator.gateway.sessions import Event, Received
 from coordinator.simulated_device import SimulatedDevice, Tap, Workshop
 from coordinator.simulated_gateway import SimulatedGateway
 from edge_sdk.client.config import ClientConfig

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.auth import AllowList
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.gateway import Gateway, GatewayConfig
+from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Silence
 from coordinator.run import Run
 from coordinator.served import ServedModel

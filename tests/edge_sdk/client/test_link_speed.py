@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from coordinator.probing import Probing
+from coordinator.gateway.link_probe import Probing
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.link_speed import LinkSpeed, probe
 from edge_sdk.deadline import Deadline

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.auth import AllowList
-from coordinator.gateway import Event, Gateway, GatewayConfig, Joined, Left, Received
+from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.gateway import Event, Gateway, GatewayConfig, Joined, Left, Received
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     LocalProtocolError,

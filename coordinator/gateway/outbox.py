@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from coordinator.seats import Seat
+from coordinator.gateway.sessions import Seat
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import zmq
 
-from coordinator.auth import ZAP_DOMAIN, AllowList, ZapHandler
-from coordinator.gateway_io import GatewayIo
-from coordinator.gateway_out import Outbox
-from coordinator.seats import (
+from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.io_thread import GatewayIo
+from coordinator.gateway.outbox import Outbox
+from coordinator.gateway.sessions import (
     DeviceStats,
     Event,
     Joined,

@@ -9,7 +9,7 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from coordinator.auth import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
 

@@ -17,9 +17,18 @@ from typing import Any
 
 import zmq
 
-from coordinator.auth import AllowList, ZapHandler, is_device_name
-from coordinator.gateway_out import Outbox
-from coordinator.seats import Event, Joined, Left, Received, Rejected, Seat, Silent, is_session_id
+from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
+from coordinator.gateway.outbox import Outbox
+from coordinator.gateway.sessions import (
+    Event,
+    Joined,
+    Left,
+    Received,
+    Rejected,
+    Seat,
+    Silent,
+    is_session_id,
+)
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, Outgoing

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.auth import AllowList
-from coordinator.gateway import (
+from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.gateway import (
     Event,
     Gateway,
     GatewayConfig,
