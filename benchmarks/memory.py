@@ -63,8 +63,8 @@ def make_model(case: Case, folder: Path) -> None:
 
 def write_graphs(case: Case, config: Any, layout: Any, folder: Path) -> None:
     """What the coordinator makes for a device without torch."""
-    from coordinator.export_job import Job
-    from coordinator.onnx_export import export_slice
+    from coordinator.onnx_export.export import export_slice
+    from coordinator.onnx_export.job import Job
     from edge_sdk.lora.adapters import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))

@@ -54,8 +54,8 @@ def prepare(folder: Path, *, large: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from coordinator.export_job import Job
-    from coordinator.onnx_export import export_slice
+    from coordinator.onnx_export.export import export_slice
+    from coordinator.onnx_export.job import Job
     from edge_sdk.lora.adapters import LoraConfig, find_targets
     from edge_sdk.model.layout import build_empty, find_layout
 

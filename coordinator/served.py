@@ -14,7 +14,7 @@ from torch import nn
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine import LocalEngine
-from coordinator.graph_shop import GraphShop, check_lora
+from coordinator.onnx_export.cache import GraphShop, check_lora
 from coordinator.planning.fixed import ModelFacts, check_config, plan_server
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches

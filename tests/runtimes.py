@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from coordinator.export_job import Job
-from coordinator.onnx_export import export_slice
+from coordinator.onnx_export.export import export_slice
+from coordinator.onnx_export.job import Job
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets
 from edge_sdk.lora.factors import Factors
 from edge_sdk.model.layout import Layout, Task, find_layout

@@ -1,8 +1,8 @@
 """The graphs that a device without torch runs, in the one part in which they travel.
 
 Blocks of the same kind share their graphs: names inside them are those inside a block, and no
-weight lies in them. Knows no ONNX; what writes them is `coordinator/onnx_export.py`, what runs them
-`runtime_onnx.py`.
+weight lies in them. Knows no ONNX; what writes them is `coordinator/onnx_export/export.py`, what
+runs them `runtime_onnx.py`.
 """
 
 from __future__ import annotations

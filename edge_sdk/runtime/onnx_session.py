@@ -31,7 +31,7 @@ class OnnxModel:
     """Runs the graphs of a slice over weights that stay where they are.
 
     Args:
-        graphs: What `coordinator/onnx_export.py` has made for the slice.
+        graphs: What `coordinator/onnx_export/export.py` has made for the slice.
         weights: Tensors of all its parts, by whole-model name.
         threads: CPU threads; None leaves onnxruntime's own choice.
     """

@@ -10,12 +10,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from coordinator.aten_graph import Input, Traced, trace
-from coordinator.export_job import Job, job_text, load_job
-from coordinator.onnx_export import export_slice
-from coordinator.onnx_shapes import LOWERINGS
-from coordinator.onnx_trace import Tracer
-from coordinator.onnx_writer import Writer
+from coordinator.onnx_export.export import export_slice
+from coordinator.onnx_export.job import Job, job_text, load_job
+from coordinator.onnx_export.operators import LOWERINGS
+from coordinator.onnx_export.slice_graphs import Tracer
+from coordinator.onnx_export.trace import Input, Traced, trace
+from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import ModelError
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout

@@ -1,6 +1,6 @@
 """Make the graphs that a device without torch runs, from a model's config alone.
 
-    python -m coordinator.onnx_export JOB.json MODEL_FOLDER OUT
+    python -m coordinator.onnx_export.export JOB.json MODEL_FOLDER OUT
 
 Every block is traced, and equal ones are kept once. Takes seconds of Python for each kind of block,
 and changes torch's modules while it does: a coordinator runs it as a process of its own
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from coordinator.aten_graph import Traced
-from coordinator.export_job import Job, load_job
-from coordinator.onnx_shapes import LOWERINGS
-from coordinator.onnx_trace import Tracer
-from coordinator.onnx_writer import Writer
+from coordinator.onnx_export.job import Job, load_job
+from coordinator.onnx_export.operators import LOWERINGS
+from coordinator.onnx_export.slice_graphs import Tracer
+from coordinator.onnx_export.trace import Traced
+from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import EdgeError, one_line
 from edge_sdk.lora.adapters import Shape, head_names
 from edge_sdk.model.layout import Layout, find_layout

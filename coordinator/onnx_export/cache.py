@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coordinator.export_job import Job, job_text
+from coordinator.onnx_export.job import Job, job_text
 from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import LoraConfig
@@ -27,14 +27,14 @@ from edge_sdk.runtime.onnx_graphs import PART_NAME
 
 log = logging.getLogger(__name__)
 
-MODULE = "coordinator.onnx_export"
+MODULE = "coordinator.onnx_export.export"
 # Whatever changes the graphs of an unchanged model: packages, and files of ours.
 MAKERS = ("torch", "transformers", "onnx")
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 SOURCES = (
-    "coordinator/aten_graph.py",
-    "coordinator/export_job.py",
-    "coordinator/onnx_*.py",
+    "coordinator/onnx_export/trace.py",
+    "coordinator/onnx_export/job.py",
+    "coordinator/onnx_export/*.py",
     "edge_sdk/lora/adapters.py",
     "edge_sdk/runtime/onnx_graphs.py",
     "edge_sdk/model/layout.py",
@@ -155,7 +155,7 @@ class GraphShop:
         base = Path(folder.name)
         (base / "job.json").write_text(job_text(job), "utf-8")
         # Wherever we were imported from, whatever the working directory is.
-        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
         order = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
         with (base / "stderr").open("wb") as errors:
@@ -179,7 +179,7 @@ def check_lora(lora: LoraConfig) -> None:
 
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in HERE.parent.glob(name)):
+    for path in sorted(path for name in SOURCES for path in ROOT.parent.glob(name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

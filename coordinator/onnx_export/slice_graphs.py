@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import gelu, log_softmax
 from transformers.activations import NewGELUActivation
 
-from coordinator.aten_graph import SIZES, Input, Traced, trace
+from coordinator.onnx_export.trace import SIZES, Input, Traced, trace
 from edge_sdk.lora.adapters import Shape, head_names, is_transposed
 from edge_sdk.model.partition import Slice
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.graph_shop import GraphShop, check_lora
+from coordinator.onnx_export.cache import GraphShop, check_lora
 from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import LoraConfig, find_targets

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from coordinator.aten_graph import Traced
+from coordinator.onnx_export.trace import Traced
 from edge_sdk.errors import ModelError
 
 # LayerNormalization, and reductions with axes as inputs; onnxruntime 1.17 and later read both.
