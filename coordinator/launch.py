@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.run import ServeConfig
+from coordinator.engine.server_model import ServedModel
 from coordinator.export import export_adapter
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Watcher
 from coordinator.run import Run
-from coordinator.served import ServedModel
 from coordinator.server import COMPLETED, Coordinator
 from coordinator.store import CONFIG, RunFolder
 from edge_sdk.command import stopping_on_signals

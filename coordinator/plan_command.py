@@ -88,9 +88,9 @@ def read_situation(
     Raises:
         ConfigError: as `check_config`; or a file cannot be used.
     """
+    from coordinator.engine.server_model import usable_positions
     from coordinator.planning.fixed import ModelFacts, check_config
     from coordinator.planning.problem import ServerProfile, Situation, planning_length
-    from coordinator.served import usable_positions
     from edge_sdk.lora.adapters import find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.shape import model_shape

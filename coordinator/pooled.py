@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
+from coordinator.engine.server_model import ServedModel
 from coordinator.planning.fixed import ModelFacts, plan_device
-from coordinator.served import ServedModel
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows

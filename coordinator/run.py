@@ -9,15 +9,15 @@ from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.aggregation.round_start import Handout
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
-from coordinator.engine import LocalEngine
+from coordinator.engine.interface import Job
+from coordinator.engine.local import LocalEngine
+from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.planning.problem import ServerProfile, Situation, planning_length
 from coordinator.planning.run_planner import Planner
 from coordinator.reporting import Reporting, Watcher
 from coordinator.rounds import RunState
-from coordinator.served import ServedModel
 from coordinator.store import Checkpoint, RunFolder
-from coordinator.wave import Job
 from edge_sdk.lora.adapter_state import under
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope

@@ -12,11 +12,11 @@ from typing import Any
 
 from coordinator.clock import Clock, Machine, Usage
 from coordinator.clock_costs import Costs
-from coordinator.engine import LocalEngine
+from coordinator.engine.interface import Answer, Job
+from coordinator.engine.local import LocalEngine
 from coordinator.gateway.gateway import Gateway
 from coordinator.reporting import Reporting
 from coordinator.simulated_device import Tap
-from coordinator.wave import Answer, Job
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
     Activation,

@@ -21,13 +21,14 @@ from typing import Any, cast
 from coordinator.clock_costs import Costs
 from coordinator.conductor import Conductor
 from coordinator.config.run import ServeConfig
-from coordinator.engine import LocalEngine
+from coordinator.engine.compute_thread import Worker
+from coordinator.engine.local import LocalEngine
+from coordinator.engine.server_model import ServedModel
 from coordinator.export import export_adapter
 from coordinator.gateway.gateway import Gateway
 from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.reporting import Watcher
 from coordinator.run import Run
-from coordinator.served import ServedModel
 from coordinator.server import COMPLETED, Coordinator
 from coordinator.simulated_device import SimulatedDevice, Workshop
 from coordinator.simulated_fleet import Fleet, make_fleet
@@ -37,7 +38,6 @@ from coordinator.simulation_config import SimulationConfig, device_names
 from coordinator.simulation_data import deal, own_data
 from coordinator.simulation_result import SimulationResult, read_result
 from coordinator.store import CONFIG, RunFolder
-from coordinator.worker import Worker
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coordinator.engine.interface import Job
 from coordinator.rounds import Member
-from coordinator.wave import Job
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED

@@ -19,10 +19,10 @@ from coordinator.compare import compare
 from coordinator.compare_config import CompareConfig, CompareSection, load_compare, load_methods
 from coordinator.compare_devices import whole_situation
 from coordinator.comparison import Cell
+from coordinator.engine.server_model import ServedModel
 from coordinator.pooled import load_pooled
 from coordinator.pooled_command import train_pooled
 from coordinator.reporting import Silence
-from coordinator.served import ServedModel
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation import simulate
 from coordinator.simulation_config import SimulationConfig

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.reporting import Silence
 from coordinator.run import Run
-from coordinator.served import ServedModel
 from coordinator.server import Coordinator
 from coordinator.store import RunFolder
 from edge_sdk.client.callbacks import Callback

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from coordinator.engine import LocalEngine
-from coordinator.wave import Job
+from coordinator.engine.interface import Job
+from coordinator.engine.local import LocalEngine
 from edge_sdk.lora.adapters import LoraConfig, Pair, find_targets, initial_pair
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice

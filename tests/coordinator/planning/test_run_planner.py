@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.engine.server_model import ServedModel
 from coordinator.planning.costs import device_bytes, device_flops
 from coordinator.planning.fixed import ModelFacts
 from coordinator.planning.joint import plan_all
@@ -17,7 +18,6 @@ from coordinator.planning.problem import Situation
 from coordinator.planning.replan import replan
 from coordinator.planning.run_planner import Planner
 from coordinator.run import situation as starting_situation
-from coordinator.served import ServedModel
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coordinator.engine import LocalEngine
-from coordinator.wave import Job
+from coordinator.engine.interface import Job
+from coordinator.engine.local import LocalEngine
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.importance import Form

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from coordinator.wave import Answer, DeviceFault, Job
+from coordinator.engine.interface import Answer, DeviceFault, Job
 from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,

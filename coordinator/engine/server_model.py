@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine import LocalEngine
+from coordinator.engine.local import LocalEngine
 from coordinator.onnx_export.cache import GraphShop, check_lora
 from coordinator.planning.fixed import ModelFacts, check_config, plan_server
 from edge_sdk.client.profile import block_speed

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from coordinator.aggregation.rules import product
-from coordinator.wave import Job
+from coordinator.engine.interface import Job
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.lora.factors import Factors
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.training import TrainingConfig
-from tests.coordinator.test_engine import known, make_engine, make_jobs, warm_pair
+from tests.coordinator.engine.test_local import known, make_engine, make_jobs, warm_pair
 from tests.tiny import VOCAB
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from coordinator.worker import Worker
+from coordinator.engine.compute_thread import Worker
 from edge_sdk.errors import NumericError
 
 

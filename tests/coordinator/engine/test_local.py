@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.engine import Answer, DeviceFault, Job, LocalEngine
+from coordinator.engine.local import Answer, DeviceFault, Job, LocalEngine
 from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
