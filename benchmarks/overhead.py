@@ -133,7 +133,7 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
     from coordinator.gateway.allow_list import AllowList
     from coordinator.launch import serve
-    from coordinator.reporting import Silence
+    from coordinator.results.metrics import Silence
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.runtime.training import TrainingConfig
     from edge_sdk.transport.keys import load_public_key

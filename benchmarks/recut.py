@@ -20,7 +20,7 @@ from pathlib import Path
 from report import header, save, table
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
-from coordinator.reporting import Silence
+from coordinator.results.metrics import Silence
 from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from edge_sdk.data.rows import DataConfig

@@ -17,8 +17,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.experiment_command import add_experiment
 from coordinator.gateway.allow_list import AllowList
 from coordinator.plan_command import add_plan
+from coordinator.results.run_folder import CONFIG, RunFolder
 from coordinator.simulate_command import add_simulate
-from coordinator.store import CONFIG, RunFolder
 from edge_sdk.command import quiet_libraries
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError, one_line
@@ -149,7 +149,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
-    from coordinator.console import Console
+    from coordinator.results.console import Console
     from coordinator.server import COMPLETED
 
     with Console(total_steps) as console:
@@ -160,7 +160,7 @@ def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
 def _status(options: argparse.Namespace) -> int:
     from rich.console import Console as RichConsole
 
-    from coordinator.console import summary
+    from coordinator.results.console import summary
 
     folder = RunFolder.open(options.folder)
     config = load_config(ServeConfig, options.folder / CONFIG, env={})
@@ -184,8 +184,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from coordinator.export import export_run
     from coordinator.pooled_command import export_pooled
+    from coordinator.results.export import export_run
 
     if options.to.exists() and any(options.to.iterdir()):
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")

@@ -27,17 +27,16 @@ from coordinator.compare_devices import (
     whole_situation,
 )
 from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
-from coordinator.digest import digest_of
 from coordinator.pooled import MicroShape
 from coordinator.pooled_command import train_pooled
-from coordinator.reporting import Silence
+from coordinator.results.metrics import Silence
+from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
 from coordinator.server import COMPLETED
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation import simulate
 from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.simulation_data import deal
 from coordinator.simulation_result import SimulatedRound, read_result
-from coordinator.store import RunFolder, storage_errors
 from edge_sdk.errors import ConfigError
 
 CELLS = "cells.jsonl"

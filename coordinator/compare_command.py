@@ -75,7 +75,7 @@ def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str
     )
     from coordinator.plots import draw
     from coordinator.report_page import page
-    from coordinator.store import storage_errors
+    from coordinator.results.run_folder import storage_errors
 
     is_classifier = config.task == "sequence-classification"
     target = config.compare.target

@@ -35,7 +35,7 @@ from coordinator.experiment_seat import Seat
 from coordinator.experiment_trial import Trial
 from coordinator.gateway.allow_list import AllowList
 from coordinator.relay import LinkShape, Relay
-from coordinator.store import storage_errors
+from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
 from edge_sdk.transport.keys import create_key_pair

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.digest import digest_of
 from coordinator.experiment_config import ExperimentConfig
-from coordinator.store import storage_errors
+from coordinator.results.run_folder import digest_of, storage_errors
 from edge_sdk.errors import ConfigError
 
 FACTS = "boards.json"

@@ -14,7 +14,7 @@ from coordinator.comparison import NOTHING, Cell, common_target, markdown, score
 from coordinator.experiment_config import ExperimentConfig
 from coordinator.experiment_kept import FACTS, NOT_RUN
 from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
-from coordinator.store import storage_errors
+from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 
 MIB, MB = 2**20, 1e6

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.comparison import Cell, Held, Point
-from coordinator.console import total_over_sessions
 from coordinator.experiment_config import ExperimentConfig, data_sheet
 from coordinator.experiment_kept import FACTS
 from coordinator.experiment_trial import HAPPENINGS, MARKS
-from coordinator.store import RunFolder
+from coordinator.results.console import total_over_sessions
+from coordinator.results.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

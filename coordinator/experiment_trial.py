@@ -24,7 +24,7 @@ from coordinator.experiment_faults import Script
 from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHED, digest
 from coordinator.experiment_seat import Seat
 from coordinator.experiment_shell import LocalShell, Program
-from coordinator.store import RunFolder
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.config.loader import dump_config
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError

@@ -14,13 +14,13 @@ from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
-from coordinator.export import export_adapter
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
-from coordinator.reporting import Watcher
+from coordinator.results.export import export_adapter
+from coordinator.results.metrics import Watcher
+from coordinator.results.run_folder import CONFIG, RunFolder
 from coordinator.run import Run
 from coordinator.server import COMPLETED, Coordinator
-from coordinator.store import CONFIG, RunFolder
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import StorageError

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, cast
 from coordinator.conductor import COMPLETED, PAUSED
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
-from coordinator.export import export_adapter, export_merged
 from coordinator.gateway.gateway import Gateway
 from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.pooled import (
@@ -27,8 +26,9 @@ from coordinator.pooled import (
     make_runtime,
     plan_pooled,
 )
-from coordinator.reporting import Reporting, Silence, Watcher
-from coordinator.store import CONFIG, Checkpoint, RunFolder, storage_errors
+from coordinator.results.export import export_adapter, export_merged
+from coordinator.results.metrics import Reporting, Silence, Watcher
+from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder, storage_errors
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError, PeerGone, StorageError

@@ -15,9 +15,9 @@ from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.planning.problem import ServerProfile, Situation, planning_length
 from coordinator.planning.run_planner import Planner
-from coordinator.reporting import Reporting, Watcher
+from coordinator.results.metrics import Reporting, Watcher
+from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.rounds import RunState
-from coordinator.store import Checkpoint, RunFolder
 from edge_sdk.lora.adapter_state import under
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope

@@ -37,7 +37,7 @@ def load_simulation(
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from coordinator.console import Console
+    from coordinator.results.console import Console
     from coordinator.server import COMPLETED
     from coordinator.simulation import simulate
 

@@ -15,7 +15,7 @@ from coordinator.clock_costs import Costs
 from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
 from coordinator.gateway.gateway import Gateway
-from coordinator.reporting import Reporting
+from coordinator.results.metrics import Reporting
 from coordinator.simulated_device import Tap
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (

@@ -24,10 +24,11 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServedModel
-from coordinator.export import export_adapter
 from coordinator.gateway.gateway import Gateway
 from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
-from coordinator.reporting import Watcher
+from coordinator.results.export import export_adapter
+from coordinator.results.metrics import Watcher
+from coordinator.results.run_folder import CONFIG, RunFolder
 from coordinator.run import Run
 from coordinator.server import COMPLETED, Coordinator
 from coordinator.simulated_device import SimulatedDevice, Workshop
@@ -37,7 +38,6 @@ from coordinator.simulated_time import ClockedReporting, ClockTap, TimedEngine
 from coordinator.simulation_config import SimulationConfig, device_names
 from coordinator.simulation_data import deal, own_data
 from coordinator.simulation_result import SimulationResult, read_result
-from coordinator.store import CONFIG, RunFolder
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config

@@ -62,7 +62,7 @@ def whole_model(folder: Path, model_folder: Path, task: Any) -> dict[str, Any]:
 
     import edge_sdk.data.batches  # noqa: F401
     from coordinator.config.run import ServeConfig
-    from coordinator.store import CONFIG
+    from coordinator.results.run_folder import CONFIG
     from edge_sdk.client.config import ClientConfig  # noqa: F401
     from edge_sdk.config.loader import load_config
     from edge_sdk.model.layout import build_empty

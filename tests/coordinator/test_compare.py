@@ -22,11 +22,11 @@ from coordinator.comparison import Cell
 from coordinator.engine.server_model import ServedModel
 from coordinator.pooled import load_pooled
 from coordinator.pooled_command import train_pooled
-from coordinator.reporting import Silence
+from coordinator.results.metrics import Silence
+from coordinator.results.run_folder import RunFolder
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation import simulate
 from coordinator.simulation_config import SimulationConfig
-from coordinator.store import RunFolder
 from edge_sdk.errors import ConfigError
 from tests.e2e.cluster import save_model, sentences, write_rows
 from tests.tiny import BLOCKS

@@ -12,7 +12,7 @@ from coordinator.experiment_config import BoardConfig, ExperimentConfig
 from coordinator.experiment_report import write_report
 from coordinator.experiment_result import read_trial
 from coordinator.fleet import catalogue
-from coordinator.store import RunFolder
+from coordinator.results.run_folder import RunFolder
 
 DEVICES = {"a": (4.0, 1000), "b": (1.0, 600)}
 """Compute seconds and bytes up of each board in a round."""

@@ -19,7 +19,7 @@ from coordinator.config.run import EvaluationConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.pooled import MicroShape, PooledTrainer
 from coordinator.pooled_command import resume_pooled, serve_pooled, train_pooled
-from coordinator.reporting import Silence
+from coordinator.results.metrics import Silence
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.adapters import LoraConfig

@@ -15,15 +15,15 @@ from coordinator import simulated_device, simulation
 from coordinator.clock_costs import Costs
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.export import export_run
 from coordinator.fleet import Board, Connection, Scale
-from coordinator.reporting import Silence
+from coordinator.results.export import export_run
+from coordinator.results.metrics import Silence
+from coordinator.results.run_folder import CONFIG
 from coordinator.simulate_command import load_simulation
 from coordinator.simulated_device import HeardRuntime, Workshop
 from coordinator.simulation import simulate
 from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.simulation_result import SimulationResult
-from coordinator.store import CONFIG
 from edge_sdk.config.loader import load_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError

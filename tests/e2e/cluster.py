@@ -14,10 +14,10 @@ from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
-from coordinator.reporting import Silence
+from coordinator.results.metrics import Silence
+from coordinator.results.run_folder import RunFolder
 from coordinator.run import Run
 from coordinator.server import Coordinator
-from coordinator.store import RunFolder
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.client.config import ClientConfig

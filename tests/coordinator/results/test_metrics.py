@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.reporting import Reporting, Silence
-from coordinator.store import RunFolder
+from coordinator.results.metrics import Reporting, Silence
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, Stamp, StepReport
 from edge_sdk.runtime.interface import TailSums

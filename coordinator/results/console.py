@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Column, Table
 
-from coordinator.store import RunFolder
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.protocol.messages import StepReport
 
 # A rate over so many steps: what the device does now, not what it did an hour ago.

@@ -18,7 +18,7 @@ from torch import nn
 from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
 from coordinator.planning.fixed import ModelFacts
-from coordinator.store import CONFIG, RunFolder, storage_errors
+from coordinator.results.run_folder import CONFIG, RunFolder, storage_errors
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, is_transposed

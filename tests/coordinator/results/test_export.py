@@ -11,8 +11,14 @@ import peft
 import pytest
 import torch
 
-from coordinator import export
-from coordinator.export import ExportError, export_adapter, export_merged, load_base, trained_slice
+from coordinator.results import export
+from coordinator.results.export import (
+    ExportError,
+    export_adapter,
+    export_merged,
+    load_base,
+    trained_slice,
+)
 from edge_sdk.errors import StorageError
 from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.lora.factors import Factors, zero

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.store import CONFIG, Checkpoint, RunFolder
+from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
 from edge_sdk.errors import ConfigError, StorageError
 
 

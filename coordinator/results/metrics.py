@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from coordinator.gateway.gateway import Gateway
 from coordinator.planning.joint import PlanSet
-from coordinator.store import RunFolder
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums

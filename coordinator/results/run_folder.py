@@ -14,11 +14,12 @@ whole. Knows no network and no model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError, StorageError
 
 CONFIG = "config.resolved.yaml"
@@ -187,3 +189,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest_of(config: object, data: Iterable[str | None]) -> str:
+    """Return 12 letters that are equal for equal configs and equal bytes of *data*.
+
+    Args:
+        config: A dataclass, as `dump_config` takes it.
+        data: Files; ids of data sets and None stand for nothing.
+    """
+    found = hashlib.sha256(dump_config(config).encode())
+    for path in data:
+        if path is not None and Path(path).is_file():  # not the id of a data set
+            found.update(Path(path).read_bytes())
+    return found.hexdigest()[:12]
