@@ -132,8 +132,8 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     """Serve one round of *steps* steps."""
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
     from coordinator.gateway.allow_list import AllowList
-    from coordinator.launch import serve
     from coordinator.results.metrics import Silence
+    from coordinator.rounds.launch import serve
     from edge_sdk.lora.adapters import LoraConfig
     from edge_sdk.runtime.training import TrainingConfig
     from edge_sdk.transport.keys import load_public_key

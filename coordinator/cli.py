@@ -127,8 +127,8 @@ def _add_client(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from coordinator.launch import serve
     from coordinator.pooled_command import serve_pooled
+    from coordinator.rounds.launch import serve
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by == "coordinator":
@@ -137,8 +137,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from coordinator.launch import resume
     from coordinator.pooled_command import resume_pooled
+    from coordinator.rounds.launch import resume
 
     RunFolder.open(options.folder)
     config = load_config(ServeConfig, options.folder / CONFIG, options.overrides, env={})
@@ -150,7 +150,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     from coordinator.results.console import Console
-    from coordinator.server import COMPLETED
+    from coordinator.rounds.loop import COMPLETED
 
     with Console(total_steps) as console:
         outcome = run(console)

@@ -31,7 +31,7 @@ from coordinator.pooled import MicroShape
 from coordinator.pooled_command import train_pooled
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
-from coordinator.server import COMPLETED
+from coordinator.rounds.loop import COMPLETED
 from coordinator.simulated_fleet import make_fleet
 from coordinator.simulation import simulate
 from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names

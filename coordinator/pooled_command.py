@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from coordinator.conductor import COMPLETED, PAUSED
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
-from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.pooled import (
     POOLED,
     Dataset,
@@ -29,6 +27,8 @@ from coordinator.pooled import (
 from coordinator.results.export import export_adapter, export_merged
 from coordinator.results.metrics import Reporting, Silence, Watcher
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder, storage_errors
+from coordinator.rounds.executor import COMPLETED, PAUSED
+from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import ConfigError, PeerGone, StorageError

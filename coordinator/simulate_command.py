@@ -38,7 +38,7 @@ def load_simulation(
 
 def _simulate(options: argparse.Namespace) -> int:
     from coordinator.results.console import Console
-    from coordinator.server import COMPLETED
+    from coordinator.rounds.loop import COMPLETED
     from coordinator.simulation import simulate
 
     config = load_simulation(options.config, options.overrides, options.preset)

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from coordinator.clock_costs import Costs
-from coordinator.conductor import Conductor
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
-from coordinator.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.run import Run
-from coordinator.server import COMPLETED, Coordinator
+from coordinator.rounds.executor import Conductor
+from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
+from coordinator.rounds.loop import COMPLETED, Coordinator
+from coordinator.rounds.run import Run
 from coordinator.simulated_device import SimulatedDevice, Workshop
 from coordinator.simulated_fleet import Fleet, make_fleet
 from coordinator.simulated_gateway import SimulatedGateway

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from shards import Shards
 
-from coordinator.launch import ADAPTER
 from coordinator.results.console import total_over_sessions
+from coordinator.rounds.launch import ADAPTER
 from edge_sdk.command import quiet_libraries
 
 MAX_NEW_TOKENS = 60

@@ -16,8 +16,8 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder
-from coordinator.run import Run
-from coordinator.server import Coordinator
+from coordinator.rounds.loop import Coordinator
+from coordinator.rounds.run import Run
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.client.config import ClientConfig

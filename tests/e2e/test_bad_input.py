@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from coordinator.cli import main as coordinator_main
-from coordinator.server import Coordinator
+from coordinator.rounds.loop import Coordinator
 from edge_sdk import errors
 from edge_sdk.cli import main as edge_main
 from edge_sdk.client import participant

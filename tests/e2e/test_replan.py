@@ -11,7 +11,7 @@ import pytest
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.planning.costs import options
-from coordinator.run import situation
+from coordinator.rounds.run import situation
 from edge_sdk.client.board_monitor import Vitals
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.speed_drift import Pace

@@ -17,7 +17,7 @@ from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import Situation
 from coordinator.planning.replan import replan
 from coordinator.planning.run_planner import Planner
-from coordinator.run import situation as starting_situation
+from coordinator.rounds.run import situation as starting_situation
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from coordinator.wave_input import check_importance
+from coordinator.rounds.validation import check_importance
 from edge_sdk.errors import ConfigError, RemoteProtocolError
 from edge_sdk.lora.importance import Meter, Smoothing, combine, normalised
 from edge_sdk.protocol.plan import Plan

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.rounds import Action, Member, Phase, RunState
+from coordinator.rounds.state import Action, Member, Phase, RunState
 from edge_sdk.errors import LocalProtocolError
 
 

@@ -15,11 +15,11 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import Answer, DeviceFault
 from coordinator.gateway.gateway import Received
-from coordinator.intake import Intake
-from coordinator.pausing import Pausing
 from coordinator.planning.run_planner import changed
-from coordinator.rounds import Action, Phase
-from coordinator.run import Run
+from coordinator.rounds.handlers import Intake
+from coordinator.rounds.pausing import Pausing
+from coordinator.rounds.run import Run
+from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError, PeerGone
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import TensorOut

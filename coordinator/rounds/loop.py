@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from coordinator.conductor import COMPLETED, PAUSED, Conductor
 from coordinator.engine.compute_thread import Worker
-from coordinator.intake import Intake
-from coordinator.run import Run
+from coordinator.rounds.executor import COMPLETED, PAUSED, Conductor
+from coordinator.rounds.handlers import Intake
+from coordinator.rounds.run import Run
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 

@@ -19,8 +19,8 @@ from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.run import Run
-from coordinator.server import COMPLETED, Coordinator
+from coordinator.rounds.loop import COMPLETED, Coordinator
+from coordinator.rounds.run import Run
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config, load_config
 from edge_sdk.errors import StorageError

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.rounds import Member
-from coordinator.wave_input import WaveInput, check_gradient, check_upload
+from coordinator.rounds.state import Member
+from coordinator.rounds.validation import WaveInput, check_gradient, check_upload
 from edge_sdk.errors import NumericError, RemoteProtocolError
 from edge_sdk.protocol.messages import Activation, Stamp
 from edge_sdk.protocol.plan import Plan

@@ -9,8 +9,8 @@ from typing import Any
 from coordinator.aggregation.ledger import Report
 from coordinator.gateway.gateway import Event, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
-from coordinator.run import Run
-from coordinator.wave_input import (
+from coordinator.rounds.run import Run
+from coordinator.rounds.validation import (
     WaveInput,
     check_evaluation,
     check_gradient,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from coordinator.engine.interface import Job
-from coordinator.rounds import Member
+from coordinator.rounds.state import Member
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED

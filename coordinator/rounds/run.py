@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.admission import Admission
 from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.aggregation.round_start import Handout
 from coordinator.aggregation.rules import SERVER
@@ -17,7 +16,8 @@ from coordinator.planning.problem import ServerProfile, Situation, planning_leng
 from coordinator.planning.run_planner import Planner
 from coordinator.results.metrics import Reporting, Watcher
 from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.rounds import RunState
+from coordinator.rounds.admission import Admission
+from coordinator.rounds.state import RunState
 from edge_sdk.lora.adapter_state import under
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from coordinator.intake import Intake
-from coordinator.rounds import Action, Phase
-from coordinator.run import Run
+from coordinator.rounds.handlers import Intake
+from coordinator.rounds.run import Run
+from coordinator.rounds.state import Action, Phase
 
 # Seconds that devices get to checkpoint themselves when the coordinator is about to leave.
 PAUSE_PATIENCE_S = 15.0

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds import Action, Phase
-from tests.coordinator.test_rounds import act, make_state, member, play
+from coordinator.rounds.state import Action, Phase
+from tests.coordinator.rounds.test_state import act, make_state, member, play
 
 NAMES = st.sampled_from("abc")
 EVENTS = st.lists(

@@ -14,7 +14,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.planning.run_planner import Planner
-from coordinator.rounds import Member
+from coordinator.rounds.state import Member
 from edge_sdk.client.checkpoints import KEPT
 from edge_sdk.errors import EdgeError, RefusedError, public_name
 from edge_sdk.protocol.messages import (
