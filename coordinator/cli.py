@@ -127,7 +127,7 @@ def _add_client(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from coordinator.pooled_command import serve_pooled
+    from coordinator.lab.centralised.run import serve_pooled
     from coordinator.rounds.launch import serve
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
@@ -137,7 +137,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from coordinator.pooled_command import resume_pooled
+    from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
 
     RunFolder.open(options.folder)
@@ -184,7 +184,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from coordinator.pooled_command import export_pooled
+    from coordinator.lab.centralised.run import export_pooled
     from coordinator.results.export import export_run
 
     if options.to.exists() and any(options.to.iterdir()):

@@ -27,8 +27,8 @@ from coordinator.compare_devices import (
     whole_situation,
 )
 from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
-from coordinator.pooled import MicroShape
-from coordinator.pooled_command import train_pooled
+from coordinator.lab.centralised.run import train_pooled
+from coordinator.lab.centralised.trainer import MicroShape
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
 from coordinator.rounds.loop import COMPLETED

@@ -155,7 +155,7 @@ class GraphShop:
         base = Path(folder.name)
         (base / "job.json").write_text(job_text(job), "utf-8")
         # Wherever we were imported from, whatever the working directory is.
-        paths = [str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
         order = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
         with (base / "stderr").open("wb") as errors:
@@ -179,7 +179,7 @@ def check_lora(lora: LoraConfig) -> None:
 
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in ROOT.parent.glob(name)):
+    for path in sorted(path for name in SOURCES for path in ROOT.glob(name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

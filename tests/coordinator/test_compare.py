@@ -20,8 +20,8 @@ from coordinator.compare_config import CompareConfig, CompareSection, load_compa
 from coordinator.compare_devices import whole_situation
 from coordinator.comparison import Cell
 from coordinator.engine.server_model import ServedModel
-from coordinator.pooled import load_pooled
-from coordinator.pooled_command import train_pooled
+from coordinator.lab.centralised.run import train_pooled
+from coordinator.lab.centralised.trainer import load_pooled
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder
 from coordinator.simulated_fleet import make_fleet

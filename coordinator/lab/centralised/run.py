@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
-from coordinator.pooled import (
+from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
     MicroShape,

@@ -17,14 +17,14 @@ from coordinator.cli import main
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.run import EvaluationConfig
 from coordinator.engine.server_model import ServedModel
-from coordinator.pooled import MicroShape, PooledTrainer
-from coordinator.pooled_command import resume_pooled, serve_pooled, train_pooled
+from coordinator.lab.centralised.run import resume_pooled, serve_pooled, train_pooled
+from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
 from coordinator.results.metrics import Silence
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.protocol.messages import StepReport
-from tests.coordinator.pooled_runs import make_config, shard_files, tokenized
+from tests.coordinator.lab.centralised.centralised_runs import make_config, shard_files, tokenized
 from tests.e2e.cluster import Crash, save_model, sentences, write_rows
 
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.

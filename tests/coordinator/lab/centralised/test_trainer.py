@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServedModel
-from coordinator.pooled import PooledTrainer, load_pooled, plan_pooled
-from coordinator.pooled_command import train_pooled
+from coordinator.lab.centralised.run import train_pooled
+from coordinator.lab.centralised.trainer import PooledTrainer, load_pooled, plan_pooled
 from edge_sdk.data.rows import DataConfig, load_data
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.runtime.training import TrainingConfig
-from tests.coordinator.pooled_runs import (
+from tests.coordinator.lab.centralised.centralised_runs import (
     ADAMW,
     SGD,
     make_config,
