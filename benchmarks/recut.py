@@ -20,9 +20,9 @@ from pathlib import Path
 from report import header, save, table
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
-from coordinator.simulation import simulate
-from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.runtime.training import TrainingConfig

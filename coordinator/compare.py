@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.clock import central_step_s
-from coordinator.clock_costs import Costs
 from coordinator.compare_config import CompareConfig, DeviceSet
 from coordinator.compare_devices import (
     Fitted,
@@ -29,14 +27,15 @@ from coordinator.compare_devices import (
 from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import MicroShape
+from coordinator.lab.simulation.clock import Costs, central_step_s
+from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
+from coordinator.lab.simulation.data import deal
+from coordinator.lab.simulation.fleet import make_fleet
+from coordinator.lab.simulation.result import SimulatedRound, read_result
+from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
 from coordinator.rounds.loop import COMPLETED
-from coordinator.simulated_fleet import make_fleet
-from coordinator.simulation import simulate
-from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
-from coordinator.simulation_data import deal
-from coordinator.simulation_result import SimulatedRound, read_result
 from edge_sdk.errors import ConfigError
 
 CELLS = "cells.jsonl"

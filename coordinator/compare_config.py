@@ -13,7 +13,7 @@ from typing import Literal
 
 from coordinator.config.presets import NAMES, load_with_preset
 from coordinator.config.run import Preset
-from coordinator.simulation_config import SimulationConfig
+from coordinator.lab.simulation.config import SimulationConfig
 from edge_sdk.errors import ConfigError
 
 DeviceSet = Literal["homogeneous", "heterogeneous"]

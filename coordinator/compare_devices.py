@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 from coordinator.compare_config import DeviceSet
 from coordinator.config.run import DeviceSettings
+from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
+from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.plan_command import read_situation
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import Situation
-from coordinator.simulated_fleet import make_fleet
-from coordinator.simulation_config import SimulatedDevice, SimulationConfig, device_names
 from edge_sdk.errors import ConfigError
 
 # Presets that hold the whole model and a rank for each device: as large as fits each.

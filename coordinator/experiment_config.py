@@ -13,8 +13,8 @@ from typing import Literal
 from coordinator.compare_config import MethodConfig
 from coordinator.config.presets import NAMES
 from coordinator.config.run import ServeConfig
-from coordinator.fleet import Board, Catalogue, Connection, Scale, free_bytes, known
 from coordinator.gateway.allow_list import is_device_name
+from coordinator.lab.simulation.boards import Board, Catalogue, Connection, Scale, free_bytes, known
 from coordinator.relay import LinkShape
 from edge_sdk.data.rows import DataConfig
 
@@ -47,14 +47,14 @@ class BoardConfig:
     packages: tuple[str, ...] = ()
     """What else pip is told to install, options included."""
     emulated: str | None = None
-    """Name in coordinator/data/boards.yaml or in `experiment.boards`."""
+    """Name in coordinator/lab/simulation/boards.yaml or in `experiment.boards`."""
     memory_bytes: float | None = None
     """Memory of an emulated board, instead of what the board has."""
     cpu_quota: float | None = None
     """Cores of this machine for an emulated board, instead of a share as its peak asks for."""
     link: str | None = None
-    """Name in coordinator/data/links.yaml or in `experiment.links`; None: no limit. An ssh board
-    with one dials a relay on this machine, its real link comes on top."""
+    """Name in coordinator/lab/simulation/links.yaml or in `experiment.links`; None: no limit. An
+    ssh board with one dials a relay on this machine, its real link comes on top."""
     jitter_ms: float = 0.0
     """Up to so much later, each way, beside the delay of `link`."""
     data: str | None = None

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.config.presets import NAMES, load_with_preset
-from coordinator.simulation_config import SimulationConfig
+from coordinator.lab.simulation.config import SimulationConfig
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
-    from coordinator.simulation_result import SimulationResult
+    from coordinator.lab.simulation.result import SimulationResult
 
 
 def add_simulate(commands: Any) -> None:
@@ -37,9 +37,9 @@ def load_simulation(
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    from coordinator.lab.simulation.run import simulate
     from coordinator.results.console import Console
     from coordinator.rounds.loop import COMPLETED
-    from coordinator.simulation import simulate
 
     config = load_simulation(options.config, options.overrides, options.preset)
     with Console(config.total_steps) as console:

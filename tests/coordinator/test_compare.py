@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from coordinator.cli import main
-from coordinator.clock import central_step_s
-from coordinator.clock_costs import Costs
 from coordinator.compare import compare
 from coordinator.compare_config import CompareConfig, CompareSection, load_compare, load_methods
 from coordinator.compare_devices import whole_situation
@@ -22,11 +20,12 @@ from coordinator.comparison import Cell
 from coordinator.engine.server_model import ServedModel
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import load_pooled
+from coordinator.lab.simulation.clock import Costs, central_step_s
+from coordinator.lab.simulation.config import SimulationConfig
+from coordinator.lab.simulation.fleet import make_fleet
+from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder
-from coordinator.simulated_fleet import make_fleet
-from coordinator.simulation import simulate
-from coordinator.simulation_config import SimulationConfig
 from edge_sdk.errors import ConfigError
 from tests.e2e.cluster import save_model, sentences, write_rows
 from tests.tiny import BLOCKS

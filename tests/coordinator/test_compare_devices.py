@@ -11,9 +11,9 @@ import pytest
 from coordinator.compare_devices import device_set, fit, samples_of_a_step, whole_situation
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.problem import Situation
-from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import LoraConfig
 from tests.e2e.cluster import save_model

@@ -16,7 +16,7 @@ from coordinator.experiment_config import (
     memory_bytes,
     needs_relay,
 )
-from coordinator.fleet import GIB, catalogue
+from coordinator.lab.simulation.boards import GIB, catalogue
 from edge_sdk.errors import ConfigError
 
 BOARDS: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 from coordinator.experiment_config import BoardConfig, ExperimentConfig
 from coordinator.experiment_report import write_report
 from coordinator.experiment_result import read_trial
-from coordinator.fleet import catalogue
+from coordinator.lab.simulation.boards import catalogue
 from coordinator.results.run_folder import RunFolder
 
 DEVICES = {"a": (4.0, 1000), "b": (1.0, 600)}

@@ -236,7 +236,7 @@ def test_labels_may_come_as_a_list() -> None:
 def test_import_is_light() -> None:
     """Reading, tokenising and batching are imported without torch, transformers or datasets."""
     heavy = ["torch", "transformers", "datasets", "pyarrow", "jinja2"]
-    modules = "edge_sdk.data.rows, edge_sdk.data.tokenize, edge_sdk.data.batches, edge_sdk.sharding"
+    modules = "edge_sdk.data.rows, edge_sdk.data.tokenize, edge_sdk.data.batches"
     code = f"import {modules}, sys; print([m for m in {heavy} if m in sys.modules])"
 
     output = subprocess.run(

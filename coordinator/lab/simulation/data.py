@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.simulation_config import FleetConfig, SimulatedDevice
-from edge_sdk.data.readers import read_records
-from edge_sdk.data.rows import WORDS, DataConfig, Row, load_rows
-from edge_sdk.errors import ConfigError
-from edge_sdk.sharding import (
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice
+from coordinator.lab.simulation.sharding import (
     IntArray,
     contiguous_shards,
     dirichlet_shards,
     iid_shards,
     length_classes,
 )
+from edge_sdk.data.readers import read_records
+from edge_sdk.data.rows import WORDS, DataConfig, Row, load_rows
+from edge_sdk.errors import ConfigError
 
 # Texts that have no class are sorted into so many by their length.
 LENGTH_CLASSES = 10

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from coordinator.gateway.sessions import DeviceStats, Event, Left, Received, Rejected
-from coordinator.simulated_device import SimulatedDevice, Tap
+from coordinator.lab.simulation.device import SimulatedDevice, Tap
 from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.lab.simulation.timing import CLOCK
 from coordinator.results.run_folder import RunFolder
-from coordinator.simulated_time import CLOCK
 from edge_sdk.protocol.plan import Plan
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.sharding import (
+from coordinator.lab.simulation.sharding import (
     contiguous_shards,
     dirichlet_shards,
     iid_shards,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
-from coordinator.clock import Machine
+from coordinator.lab.simulation.clock import Machine
 from edge_sdk.config.loader import load_config
 from profiler.profile import DeviceProfile
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 GIB = 1024**3
 BITS_PER_BYTE = 8
 

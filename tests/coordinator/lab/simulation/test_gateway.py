@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from coordinator.gateway.sessions import Event, Received
-from coordinator.simulated_device import SimulatedDevice, Tap, Workshop
-from coordinator.simulated_gateway import SimulatedGateway
+from coordinator.lab.simulation.device import SimulatedDevice, Tap, Workshop
+from coordinator.lab.simulation.gateway import SimulatedGateway
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.errors import PeerGone, RefusedError, TransportError
 from edge_sdk.protocol.messages import Hello, Message, Refused, RunOver, Stamp

@@ -18,12 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from coordinator.clock_costs import Costs
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServedModel
 from coordinator.gateway.gateway import Gateway
+from coordinator.lab.simulation.clock import Costs
+from coordinator.lab.simulation.config import SimulationConfig, device_names
+from coordinator.lab.simulation.data import deal, own_data
+from coordinator.lab.simulation.device import SimulatedDevice, Workshop
+from coordinator.lab.simulation.fleet import Fleet, make_fleet
+from coordinator.lab.simulation.gateway import SimulatedGateway
+from coordinator.lab.simulation.result import SimulationResult, read_result
+from coordinator.lab.simulation.timing import ClockedReporting, ClockTap, TimedEngine
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
@@ -31,13 +38,6 @@ from coordinator.rounds.executor import Conductor
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.rounds.loop import COMPLETED, Coordinator
 from coordinator.rounds.run import Run
-from coordinator.simulated_device import SimulatedDevice, Workshop
-from coordinator.simulated_fleet import Fleet, make_fleet
-from coordinator.simulated_gateway import SimulatedGateway
-from coordinator.simulated_time import ClockedReporting, ClockTap, TimedEngine
-from coordinator.simulation_config import SimulationConfig, device_names
-from coordinator.simulation_data import deal, own_data
-from coordinator.simulation_result import SimulationResult, read_result
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.loader import dump_config

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.config.run import ServeConfig
-from coordinator.fleet import Board, Connection, Scale
 from coordinator.gateway.allow_list import is_device_name
+from coordinator.lab.simulation.boards import Board, Connection, Scale
 from edge_sdk.data.rows import DataConfig
 
 
@@ -17,9 +17,9 @@ class SimulatedDevice:
     """One device, or several of a kind."""
 
     board: str = "orin-nano-8gb"
-    """Name in coordinator/data/boards.yaml or in `boards`."""
+    """Name in coordinator/lab/simulation/boards.yaml or in `boards`."""
     link: str = "wifi-good"
-    """Name in coordinator/data/links.yaml or in `links`."""
+    """Name in coordinator/lab/simulation/links.yaml or in `links`."""
     count: int = 1
     """So many devices of this kind, named NAME-0, NAME-1, ...; one keeps the plain name."""
     memory_bytes: float | None = None

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from coordinator.config.planning import PlanningConfig
-from coordinator.fleet import GIB, Board, Connection, Scale, catalogue
-from coordinator.simulated_fleet import make_fleet
-from coordinator.simulation_config import FleetConfig, SimulatedDevice
-from coordinator.simulation_data import deal, own_data
+from coordinator.lab.simulation.boards import GIB, Board, Connection, Scale, catalogue
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice
+from coordinator.lab.simulation.data import deal, own_data
+from coordinator.lab.simulation.fleet import make_fleet
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
 from profiler.profile import problems

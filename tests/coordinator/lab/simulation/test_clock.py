@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from coordinator.clock import Clock, Machine, central_step_s
+from coordinator.lab.simulation.clock import Clock, Machine, central_step_s
 
 # 10 operations a second; 5 bytes a second up, 20 down; half a second there, half a second back.
 DEVICE = Machine(flops_per_s=10, watts=5, up_bytes_per_s=5, down_bytes_per_s=20, round_trip_s=1)

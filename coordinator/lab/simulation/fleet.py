@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from coordinator.clock import Machine
 from coordinator.config.planning import PlanningConfig
-from coordinator.fleet import free_bytes, known, make_machine, make_profile
-from coordinator.simulation_config import FleetConfig, device_names
+from coordinator.lab.simulation.boards import free_bytes, known, make_machine, make_profile
+from coordinator.lab.simulation.clock import Machine
+from coordinator.lab.simulation.config import FleetConfig, device_names
 from edge_sdk.errors import ConfigError
 from profiler.profile import DeviceProfile
 

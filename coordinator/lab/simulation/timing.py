@@ -10,13 +10,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.clock import Clock, Machine, Usage
-from coordinator.clock_costs import Costs
 from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
 from coordinator.gateway.gateway import Gateway
+from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
+from coordinator.lab.simulation.device import Tap
 from coordinator.results.metrics import Reporting
-from coordinator.simulated_device import Tap
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
     Activation,

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator import simulated_device, simulation
-from coordinator.clock_costs import Costs
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.fleet import Board, Connection, Scale
+from coordinator.lab.simulation import device as simulated_device
+from coordinator.lab.simulation import run as simulation
+from coordinator.lab.simulation.boards import Board, Connection, Scale
+from coordinator.lab.simulation.clock import Costs
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.lab.simulation.device import HeardRuntime, Workshop
+from coordinator.lab.simulation.result import SimulationResult
+from coordinator.lab.simulation.run import simulate
 from coordinator.results.export import export_run
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import CONFIG
 from coordinator.simulate_command import load_simulation
-from coordinator.simulated_device import HeardRuntime, Workshop
-from coordinator.simulation import simulate
-from coordinator.simulation_config import FleetConfig, SimulatedDevice, SimulationConfig
-from coordinator.simulation_result import SimulationResult
 from edge_sdk.config.loader import load_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
