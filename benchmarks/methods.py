@@ -46,7 +46,7 @@ from methods_report import (
 )
 from report import header, save
 
-from coordinator.comparison import Cell, cell_from_row
+from coordinator.lab.comparison.table import Cell, cell_from_row
 from edge_sdk.command import quiet_libraries
 
 # ---- runs ----
@@ -54,8 +54,8 @@ from edge_sdk.command import quiet_libraries
 
 def run_experiment(name: str, out: Path, *, smoke: bool) -> None:
     """Run what is missing of an experiment."""
-    from coordinator.compare import compare
-    from coordinator.compare_config import load_compare, load_methods
+    from coordinator.lab.comparison.config import load_compare, load_methods
+    from coordinator.lab.comparison.run import compare
 
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)

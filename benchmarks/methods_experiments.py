@@ -257,8 +257,8 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
 
 def set_budgets(config: dict[str, Any], file: Path) -> None:
     """Give every device its budget: what a process takes anyway, and its units of the model."""
-    from coordinator.compare_config import load_compare
-    from coordinator.compare_devices import whole_situation
+    from coordinator.lab.comparison.config import load_compare
+    from coordinator.lab.comparison.fit_devices import whole_situation
     from coordinator.planning.costs import device_bytes
     from profiler.estimate.memory import RUNTIME_BYTES
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from report import table
 
-from coordinator.comparison import Cell, common_target, kept_cells, score, spread
+from coordinator.lab.comparison.table import Cell, common_target, kept_cells, score, spread
 
 HETERO, HOMO = "heterogeneous", "homogeneous"
 Cells = Sequence[Cell]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.config.loader import dump_config
 
 if TYPE_CHECKING:
-    from coordinator.compare_config import CompareConfig
-    from coordinator.comparison import Cell
+    from coordinator.lab.comparison.config import CompareConfig
+    from coordinator.lab.comparison.table import Cell
 
 
 def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
@@ -33,11 +33,11 @@ def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the typ
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from coordinator.plots import require_matplotlib
+    from coordinator.lab.comparison.plots import require_matplotlib
 
     require_matplotlib()  # before hours of training, not after
-    from coordinator.compare import compare
-    from coordinator.compare_config import load_compare, load_methods
+    from coordinator.lab.comparison.config import load_compare, load_methods
+    from coordinator.lab.comparison.run import compare
 
     overrides = _overrides(options)
     config = load_compare(options.config, overrides)
@@ -65,7 +65,9 @@ def _say(text: str) -> None:
 
 def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str:
     """Write report.html, table.md and the pictures to *out*; returns the table."""
-    from coordinator.comparison import (
+    from coordinator.lab.comparison.plots import draw
+    from coordinator.lab.comparison.report import page
+    from coordinator.lab.comparison.table import (
         common_target,
         heads,
         kept_cells,
@@ -73,8 +75,6 @@ def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str
         markdown,
         row_texts,
     )
-    from coordinator.plots import draw
-    from coordinator.report_page import page
     from coordinator.results.run_folder import storage_errors
 
     is_classifier = config.task == "sequence-classification"

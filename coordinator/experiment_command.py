@@ -72,7 +72,7 @@ def load_experiment(
 
 
 def _run(options: argparse.Namespace) -> int:
-    from coordinator.plots import require_matplotlib
+    from coordinator.lab.comparison.plots import require_matplotlib
 
     require_matplotlib()  # before hours of training, not after
     from coordinator.experiment import run_experiment

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from coordinator.compare_config import MethodConfig
 from coordinator.config.presets import NAMES
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import is_device_name
+from coordinator.lab.comparison.config import MethodConfig
 from coordinator.lab.simulation.boards import Board, Catalogue, Connection, Scale, free_bytes, known
 from coordinator.relay import LinkShape
 from edge_sdk.data.rows import DataConfig

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from coordinator.comparison import NOTHING, Cell, common_target, markdown, score
 from coordinator.experiment_config import ExperimentConfig
 from coordinator.experiment_kept import FACTS, NOT_RUN
 from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
+from coordinator.lab.comparison.table import NOTHING, Cell, common_target, markdown, score
 from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 
@@ -159,8 +159,8 @@ def _write_page(
     rows: Sequence[Sequence[str]],
     out: Path,
 ) -> None:
-    from coordinator.plots import COSTS, Cost, Picture, draw_losses, draw_plans
-    from coordinator.report_page import page
+    from coordinator.lab.comparison.plots import COSTS, Cost, Picture, draw_losses, draw_plans
+    from coordinator.lab.comparison.report import page
 
     clock = Cost("loss-clock", "Loss against time", "seconds, real clock", lambda p: p.real_s)
     costs = (clock, *(cost for cost in COSTS if cost.name != "loss-time"))

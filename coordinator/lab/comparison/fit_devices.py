@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from coordinator.compare_config import DeviceSet
 from coordinator.config.run import DeviceSettings
+from coordinator.lab.comparison.config import DeviceSet
 from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.plan_command import read_situation

@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 
 from coordinator.cli import main
-from coordinator.compare import compare
-from coordinator.compare_config import CompareConfig, CompareSection, load_compare, load_methods
-from coordinator.compare_devices import whole_situation
-from coordinator.comparison import Cell
 from coordinator.engine.server_model import ServedModel
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import load_pooled
+from coordinator.lab.comparison.config import (
+    CompareConfig,
+    CompareSection,
+    load_compare,
+    load_methods,
+)
+from coordinator.lab.comparison.fit_devices import whole_situation
+from coordinator.lab.comparison.run import compare
+from coordinator.lab.comparison.table import Cell
 from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.lab.simulation.fleet import make_fleet

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coordinator.comparison import Cell, Point, kept_cells
+from coordinator.lab.comparison.table import Cell, Point, kept_cells
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.comparison import (
+from coordinator.lab.comparison.table import (
     Cell,
     Held,
     Point,

@@ -16,17 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.compare_config import CompareConfig, DeviceSet
-from coordinator.compare_devices import (
+from coordinator.lab.centralised.run import train_pooled
+from coordinator.lab.centralised.trainer import MicroShape
+from coordinator.lab.comparison.config import CompareConfig, DeviceSet
+from coordinator.lab.comparison.fit_devices import (
     Fitted,
     device_set,
     fit,
     samples_of_a_step,
     whole_situation,
 )
-from coordinator.comparison import Cell, Held, Point, best_rates, cell_from_row, cell_to_row
-from coordinator.lab.centralised.run import train_pooled
-from coordinator.lab.centralised.trainer import MicroShape
+from coordinator.lab.comparison.table import (
+    Cell,
+    Held,
+    Point,
+    best_rates,
+    cell_from_row,
+    cell_to_row,
+)
 from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal

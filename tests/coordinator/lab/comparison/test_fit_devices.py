@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
-from coordinator.compare_devices import device_set, fit, samples_of_a_step, whole_situation
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings
+from coordinator.lab.comparison.fit_devices import (
+    device_set,
+    fit,
+    samples_of_a_step,
+    whole_situation,
+)
 from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.problem import Situation
