@@ -137,9 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.steps = 2, 2
-    from coordinator.experiment import run_experiment
     from coordinator.experiment_command import load_experiment
-    from coordinator.experiment_report import write_report
+    from coordinator.lab.experiment.report import write_report
+    from coordinator.lab.experiment.testbed import run_experiment
     from edge_sdk.command import stopping_on_signals
 
     options.out.mkdir(parents=True, exist_ok=True)

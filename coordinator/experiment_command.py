@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
 
 if TYPE_CHECKING:
-    from coordinator.experiment_config import ExperimentConfig
+    from coordinator.lab.experiment.config import ExperimentConfig
 
 
 # Boards are prepared once.
@@ -44,7 +44,7 @@ def load_experiment(
         ConfigError: as `load_config`; or the file contradicts one of the presets.
     """
     from coordinator.config.presets import load_with_preset
-    from coordinator.experiment_config import ExperimentConfig
+    from coordinator.lab.experiment.config import ExperimentConfig
 
     config = load_with_preset(ExperimentConfig, file, overrides, env)
     if config.trained_by == "coordinator":
@@ -75,9 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     from coordinator.lab.comparison.plots import require_matplotlib
 
     require_matplotlib()  # before hours of training, not after
-    from coordinator.experiment import run_experiment
-    from coordinator.experiment_kept import COMPLETED
-    from coordinator.experiment_report import write_report
+    from coordinator.lab.experiment.completed_runs import COMPLETED
+    from coordinator.lab.experiment.report import write_report
+    from coordinator.lab.experiment.testbed import run_experiment
     from edge_sdk.command import stopping_on_signals
 
     config, methods = load_experiment(options.file, options.overrides)

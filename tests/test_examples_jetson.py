@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.config.presets import load_serve_config
 from coordinator.experiment_command import load_experiment
-from coordinator.experiment_config import ExperimentConfig
+from coordinator.lab.experiment.config import ExperimentConfig
 from edge_sdk.client.backends import INSTALL
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from coordinator.experiment_cgroup import Cage
-from coordinator.experiment_namespace import FOLDER, Namespace
+from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.namespace import FOLDER, Namespace
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 from tests.e2e.cluster import sentences, write_rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from coordinator.experiment_config import FaultConfig
+from coordinator.lab.experiment.config import FaultConfig
 
 
 class Due(NamedTuple):

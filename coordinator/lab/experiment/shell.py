@@ -22,7 +22,7 @@ from typing import IO, Protocol
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 
-KEEPER = Path(__file__).with_name("experiment_keeper.py")
+KEEPER = Path(__file__).with_name("supervisor.py")
 # For short commands; installing packages takes longer.
 PATIENCE_S = 60.0
 # How often one looks whether a command is still wanted.

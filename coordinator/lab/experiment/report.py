@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from coordinator.experiment_config import ExperimentConfig
-from coordinator.experiment_kept import FACTS, NOT_RUN
-from coordinator.experiment_result import BoardResult, TrialResult, kind_of, read_trial
 from coordinator.lab.comparison.table import NOTHING, Cell, common_target, markdown, score
+from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
+from coordinator.lab.experiment.config import ExperimentConfig
+from coordinator.lab.experiment.result import BoardResult, TrialResult, kind_of, read_trial
 from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.experiment_config import ExperimentConfig
+from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.results.run_folder import digest_of, storage_errors
 from edge_sdk.errors import ConfigError
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import coordinator.experiment as under_test
-from coordinator.experiment import run_experiment
-from coordinator.experiment_config import BoardConfig, ExperimentConfig
+import coordinator.lab.experiment.testbed as under_test
+from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
+from coordinator.lab.experiment.testbed import run_experiment
 from edge_sdk.errors import DeviceError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.experiment_cgroup import Cage
-from coordinator.experiment_shell import LocalShell, Program
+from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.shell import LocalShell, Program
 from edge_sdk.errors import DeviceError
 
 MIB = 2**20

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.experiment_config import FaultConfig
-from coordinator.experiment_faults import Script
+from coordinator.lab.experiment.config import FaultConfig
+from coordinator.lab.experiment.faults import Script
 
 
 def test_a_fault_at_a_time_begins_once_and_ends_after_its_seconds() -> None:

@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.experiment_config import EVERYWHERE, ExperimentConfig, FaultConfig
-from coordinator.experiment_faults import Script
-from coordinator.experiment_kept import COMPLETED, FACTS, INTERRUPTED, UNFINISHED, digest
-from coordinator.experiment_seat import Seat
-from coordinator.experiment_shell import LocalShell, Program
+from coordinator.lab.experiment.board_run import Seat
+from coordinator.lab.experiment.completed_runs import (
+    COMPLETED,
+    FACTS,
+    INTERRUPTED,
+    UNFINISHED,
+    digest,
+)
+from coordinator.lab.experiment.config import EVERYWHERE, ExperimentConfig, FaultConfig
+from coordinator.lab.experiment.faults import Script
+from coordinator.lab.experiment.shell import LocalShell, Program
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.config.loader import dump_config
 from edge_sdk.deadline import Deadline
@@ -131,7 +137,14 @@ class Trial:
         least = str(self._config.min_devices)
         self._coordinator = Program(
             LocalShell(),
-            [sys.executable, "-u", "-m", "coordinator.experiment_serve", str(file), least],
+            [
+                sys.executable,
+                "-u",
+                "-m",
+                "coordinator.lab.experiment.coordinator_process",
+                str(file),
+                least,
+            ],
             folder=str(Path.cwd()),
             environment={"OMP_NUM_THREADS": str(self._config.experiment.coordinator_threads)},
             on_line=self._lines.put,

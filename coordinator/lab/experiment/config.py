@@ -14,8 +14,8 @@ from coordinator.config.presets import NAMES
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import is_device_name
 from coordinator.lab.comparison.config import MethodConfig
+from coordinator.lab.experiment.relay import LinkShape
 from coordinator.lab.simulation.boards import Board, Catalogue, Connection, Scale, free_bytes, known
-from coordinator.relay import LinkShape
 from edge_sdk.data.rows import DataConfig
 
 BYTES_PER_MBIT = 1e6 / 8

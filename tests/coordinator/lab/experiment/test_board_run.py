@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.experiment_board import Site
-from coordinator.experiment_cgroup import Cage
-from coordinator.experiment_config import BoardConfig
-from coordinator.experiment_seat import LONGEST_RESTART_S, Seat
-from coordinator.experiment_shell import LocalShell
-from coordinator.experiment_trial import here
-from coordinator.relay import Relay
+from coordinator.lab.experiment.board_host import Site
+from coordinator.lab.experiment.board_run import LONGEST_RESTART_S, Seat
+from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.config import BoardConfig
+from coordinator.lab.experiment.relay import Relay
+from coordinator.lab.experiment.run import here
+from coordinator.lab.experiment.shell import LocalShell
 from edge_sdk.errors import DeviceError
 
 

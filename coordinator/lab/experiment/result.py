@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.experiment_config import ExperimentConfig, data_sheet
-from coordinator.experiment_kept import FACTS
-from coordinator.experiment_trial import HAPPENINGS, MARKS
 from coordinator.lab.comparison.table import Cell, Held, Point
+from coordinator.lab.experiment.completed_runs import FACTS
+from coordinator.lab.experiment.config import ExperimentConfig, data_sheet
+from coordinator.lab.experiment.run import HAPPENINGS, MARKS
 from coordinator.results.console import total_over_sessions
 from coordinator.results.run_folder import RunFolder
 

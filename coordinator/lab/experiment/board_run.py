@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.experiment_board import Site
-from coordinator.experiment_cgroup import Cage
-from coordinator.experiment_config import ExperimentConfig, FaultConfig, link_shape
-from coordinator.experiment_namespace import Namespace
-from coordinator.experiment_shell import Program
-from coordinator.relay import LinkUsage, Relay
+from coordinator.lab.experiment.board_host import Site
+from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.config import ExperimentConfig, FaultConfig, link_shape
+from coordinator.lab.experiment.namespace import Namespace
+from coordinator.lab.experiment.relay import LinkUsage, Relay
+from coordinator.lab.experiment.shell import Program
 from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
 
 # A program that has died is started again after so long; after twice as long when it dies again

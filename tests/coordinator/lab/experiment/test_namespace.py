@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from coordinator.experiment_namespace import FOLDER, Namespace
-from coordinator.relay import LinkShape
+from coordinator.lab.experiment.namespace import FOLDER, Namespace
+from coordinator.lab.experiment.relay import LinkShape
 from edge_sdk.errors import DeviceError
 
 RATE = 1e6

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.experiment import run_experiment
-from coordinator.experiment_config import BoardConfig, ExperimentConfig, ExperimentSection
-from coordinator.experiment_kept import digest, is_complete, make_room
+from coordinator.lab.experiment.completed_runs import digest, is_complete, make_room
+from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig, ExperimentSection
+from coordinator.lab.experiment.testbed import run_experiment
 from edge_sdk.errors import ConfigError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.experiment_config import BoardConfig, ExperimentConfig
-from coordinator.experiment_report import write_report
-from coordinator.experiment_result import read_trial
+from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
+from coordinator.lab.experiment.report import write_report
+from coordinator.lab.experiment.result import read_trial
 from coordinator.lab.simulation.boards import catalogue
 from coordinator.results.run_folder import RunFolder
 

@@ -1,6 +1,6 @@
 """The coordinator of an experiment as a program of its own, which tells on stdout what happens.
 
-    python -m coordinator.experiment_serve CONFIG MIN_DEVICES
+    python -m coordinator.lab.experiment.coordinator_process CONFIG MIN_DEVICES
 
 It is `coordinator serve` with two differences: the lines are JSON, and `min_devices` of the config
 counts for the start only: afterwards the run goes on with MIN_DEVICES.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator.experiment_command import load_experiment
-from coordinator.experiment_config import (
+from coordinator.lab.experiment.config import (
     ExperimentConfig,
     cores,
     link_shape,

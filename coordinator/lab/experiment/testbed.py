@@ -20,21 +20,27 @@ from functools import cache, partial
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
-from coordinator.experiment_board import Site, build_wheel, make_site
-from coordinator.experiment_cgroup import LEAST_CORES, Cage
-from coordinator.experiment_config import (
+from coordinator.gateway.allow_list import AllowList
+from coordinator.lab.experiment.board_host import Site, build_wheel, make_site
+from coordinator.lab.experiment.board_run import Seat
+from coordinator.lab.experiment.cgroup import LEAST_CORES, Cage
+from coordinator.lab.experiment.completed_runs import (
+    COMPLETED,
+    NOT_RUN,
+    is_complete,
+    make_room,
+    refuse_foreign,
+)
+from coordinator.lab.experiment.config import (
     ExperimentConfig,
     cores,
     link_shape,
     memory_bytes,
     needs_relay,
 )
-from coordinator.experiment_kept import COMPLETED, NOT_RUN, is_complete, make_room, refuse_foreign
-from coordinator.experiment_namespace import Namespace
-from coordinator.experiment_seat import Seat
-from coordinator.experiment_trial import Trial
-from coordinator.gateway.allow_list import AllowList
-from coordinator.relay import LinkShape, Relay
+from coordinator.lab.experiment.namespace import Namespace
+from coordinator.lab.experiment.relay import LinkShape, Relay
+from coordinator.lab.experiment.run import Trial
 from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError, DeviceError

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coordinator.relay import LinkShape, Relay
+from coordinator.lab.experiment.relay import LinkShape, Relay
 
 PATIENCE_S = 20.0
 

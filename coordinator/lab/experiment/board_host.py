@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coordinator.experiment_config import BoardConfig, ExperimentConfig
-from coordinator.experiment_shell import LocalShell, Program, Shell, SshShell, ask, put
+from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
+from coordinator.lab.experiment.shell import LocalShell, Program, Shell, SshShell, ask, put
 from edge_sdk.errors import ConfigError, DeviceError
 
 INSTALL_S = 3600.0
@@ -194,7 +194,7 @@ def build_wheel(folder: Path) -> Path:
     Raises:
         ConfigError: EdgeSplit was not installed from a checkout, or the build failed.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[3]
     cure = "set experiment.wheel to a wheel, or boards.NAME.python to an environment that has it"
     if not (root / "pyproject.toml").is_file():
         raise ConfigError(f"there is no checkout to build a wheel from; {cure}")

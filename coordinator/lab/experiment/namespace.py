@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from coordinator.relay import LinkShape, LinkUsage
+from coordinator.lab.experiment.relay import LinkShape, LinkUsage
 from edge_sdk.closing import Closing
 from edge_sdk.errors import DeviceError
 
