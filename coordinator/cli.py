@@ -11,14 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordinator.compare_command import add_compare
+from coordinator.commands.compare import add_compare
+from coordinator.commands.experiment import add_experiment
+from coordinator.commands.plan import add_plan
+from coordinator.commands.simulate import add_simulate
 from coordinator.config.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.config.run import ServeConfig
-from coordinator.experiment_command import add_experiment
 from coordinator.gateway.allow_list import AllowList
-from coordinator.plan_command import add_plan
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.simulate_command import add_simulate
 from edge_sdk.command import quiet_libraries
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, EdgeError, one_line

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.commands.experiment import load_experiment
 from coordinator.config.presets import load_serve_config
-from coordinator.experiment_command import load_experiment
 from coordinator.lab.experiment.config import ExperimentConfig
 from edge_sdk.client.backends import INSTALL
 from edge_sdk.client.config import ClientConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.experiment_command import load_experiment
+from coordinator.commands.experiment import load_experiment
 from coordinator.lab.experiment.config import (
     ExperimentConfig,
     cores,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator.commands.simulate import load_simulation
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.lab.simulation import device as simulated_device
@@ -24,7 +25,6 @@ from coordinator.lab.simulation.run import simulate
 from coordinator.results.export import export_run
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import CONFIG
-from coordinator.simulate_command import load_simulation
 from edge_sdk.config.loader import load_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
