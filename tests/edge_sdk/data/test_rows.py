@@ -237,6 +237,7 @@ def test_import_is_light() -> None:
     """Reading, tokenising and batching are imported without torch, transformers or datasets."""
     heavy = ["torch", "transformers", "datasets", "pyarrow", "jinja2"]
     modules = "edge_sdk.data.rows, edge_sdk.data.tokenize, edge_sdk.data.batches"
+    modules += ", coordinator.lab.simulation.sharding"
     code = f"import {modules}, sys; print([m for m in {heavy} if m in sys.modules])"
 
     output = subprocess.run(
