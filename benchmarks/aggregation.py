@@ -21,7 +21,8 @@ import numpy as np
 from report import header, save, table
 
 from coordinator.aggregation.rules import RULES, Contribution, Rule, Update
-from edge_sdk.lora.adapters import Pair, Shape, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
+from edge_sdk.lora.targets import Shape
 
 RANKS = (4, 8, 16, 32, 64)
 CASES = (

@@ -28,7 +28,7 @@ def make_runtime(targets: tuple[str, ...]) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from edge_sdk.lora.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime.torch_runtime import TorchRuntime

@@ -65,7 +65,7 @@ def write_graphs(case: Case, config: Any, layout: Any, folder: Path) -> None:
     """What the coordinator makes for a device without torch."""
     from coordinator.onnx_export.export import export_slice
     from coordinator.onnx_export.job import Job
-    from edge_sdk.lora.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.targets import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
     job = Job(
@@ -85,8 +85,8 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.precision import LINEAR_BYTES
     from edge_sdk.model.shape import model_shape
-    from edge_sdk.runtime.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 
     config = AutoConfig.from_pretrained(folder)
@@ -114,7 +114,7 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
 
 def find_ranks(case: Case, config: Any, layout: Any) -> dict[str, int]:
     """The adapted weights of the device's blocks."""
-    from edge_sdk.lora.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.targets import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
     inside = tuple(f"{layout.blocks_path}.{i}." for i in range(case.split))

@@ -51,7 +51,7 @@ def part_files(case: Case, folder: Path) -> dict[str, Path]:
 
 def onnx_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> Any:
     """The slice on onnxruntime."""
-    from edge_sdk.lora.adapters import LoraConfig
+    from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.model.safetensors_files import map_part
     from edge_sdk.runtime.onnx_graphs import read_graphs
     from edge_sdk.runtime.onnx_runtime import OnnxRuntime
@@ -66,7 +66,7 @@ def torch_runtime(case: Case, folder: Path, facts: dict[str, Any], steps: int) -
     """The slice on torch."""
     from transformers import AutoConfig
 
-    from edge_sdk.lora.adapters import LoraConfig
+    from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.runtime.torch_runtime import TorchRuntime

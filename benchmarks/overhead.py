@@ -134,7 +134,7 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     from coordinator.gateway.allow_list import AllowList
     from coordinator.results.metrics import Silence
     from coordinator.rounds.launch import serve
-    from edge_sdk.lora.adapters import LoraConfig
+    from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.runtime.training import TrainingConfig
     from edge_sdk.transport.keys import load_public_key
 

@@ -39,7 +39,8 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.data.batches import Batches, eval_batches
     from edge_sdk.data.rows import DataConfig, load_rows
     from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
-    from edge_sdk.lora.adapters import LoraConfig, find_targets, initial_pair
+    from edge_sdk.lora.adapters import initial_pair
+    from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.weights import Source, load_tokenizer
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime.interface import Micro

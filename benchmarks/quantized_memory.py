@@ -55,7 +55,7 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     import peft  # noqa: F401 - part of the import floor
     import torch
 
-    from edge_sdk.lora.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.protocol.plan import Plan
@@ -127,8 +127,8 @@ def base_bytes(base: str, blocks: int) -> int:
 def predicted(base: str, blocks: int) -> int:
     """Peak that the planner reckons with."""
     from edge_sdk.model.layout import find_layout
+    from edge_sdk.model.precision import LINEAR_BYTES
     from edge_sdk.model.shape import model_shape
-    from edge_sdk.runtime.training import LINEAR_BYTES
     from profiler.estimate.memory import Work, estimate_memory
 
     config = large_config(blocks)

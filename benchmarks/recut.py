@@ -24,7 +24,7 @@ from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, Simu
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
 from edge_sdk.data.rows import DataConfig
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.runtime.training import TrainingConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

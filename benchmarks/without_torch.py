@@ -56,7 +56,7 @@ def prepare(folder: Path, *, large: bool) -> None:
 
     from coordinator.onnx_export.export import export_slice
     from coordinator.onnx_export.job import Job
-    from edge_sdk.lora.adapters import LoraConfig, find_targets
+    from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import build_empty, find_layout
 
     config = make_config(large=large)
@@ -104,7 +104,7 @@ def prepare(folder: Path, *, large: bool) -> None:
 
 def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     """The slice on one backend, with equal factors."""
-    from edge_sdk.lora.adapters import LoraConfig
+    from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime.training import TrainingConfig
 

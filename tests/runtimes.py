@@ -15,8 +15,9 @@ from transformers import AutoConfig
 
 from coordinator.onnx_export.export import export_slice
 from coordinator.onnx_export.job import Job
-from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets
+from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.safetensors_files import Stored, map_part
 from edge_sdk.protocol.plan import Plan

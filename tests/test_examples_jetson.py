@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.commands.experiment import load_experiment
 from coordinator.config.presets import load_serve_config
-from coordinator.lab.experiment.config import ExperimentConfig
+from coordinator.lab.experiment.config import ExperimentConfig, load_experiment
 from edge_sdk.client.backends import INSTALL
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config

@@ -21,9 +21,9 @@ from coordinator.aggregation.rules import (
     residual,
     resized,
 )
-from coordinator.planning.fixed import ModelFacts
-from edge_sdk.lora.adapters import LoraConfig, Pair, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coordinator.aggregation.ledger import Ledger, RoundResult
-from coordinator.planning.fixed import ModelFacts
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import RoundStart, Stamp
 from edge_sdk.protocol.plan import Plan

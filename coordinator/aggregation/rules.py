@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import Pair, Shape
+from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors, compress, norm, stack, zero
+from edge_sdk.lora.targets import Shape
 
 SERVER = ""
 """The coordinator's own name among the participants; sorts before every device."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
-    from coordinator.lab.experiment.config import ExperimentConfig
-
+    pass
+from coordinator.lab.experiment.config import load_experiment
 
 # Boards are prepared once.
-OF_ALL_METHODS = ("boards", "faults", "experiment")
 
 
 def add_experiment(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
@@ -33,42 +30,6 @@ def add_experiment(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the 
         "--out", type=Path, default=Path("experiment"), help="folder; default: %(default)s"
     )
     run.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
-
-
-def load_experiment(
-    file: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ
-) -> tuple[ExperimentConfig, dict[str, ExperimentConfig]]:
-    """Return the experiment that a file describes, and the config of each of its methods.
-
-    Raises:
-        ConfigError: as `load_config`; or the file contradicts one of the presets.
-    """
-    from coordinator.config.presets import load_with_preset
-    from coordinator.lab.experiment.config import ExperimentConfig
-
-    config = load_with_preset(ExperimentConfig, file, overrides, env)
-    if config.trained_by == "coordinator":
-        raise ConfigError("trained_by: an experiment trains on boards; use `coordinator serve`")
-    names = config.experiment.presets
-    if not names:
-        return config, {config.preset or "run": config}
-    if config.preset is not None:
-        raise ConfigError("preset: name it in experiment.presets instead; remove it")
-    methods = {}
-    for name in names:
-        own = config.experiment.methods.get(name)
-        preset, settings = (own.preset, own.settings) if own else (name, ())
-        told = [*overrides, *settings]
-        methods[name] = load_with_preset(ExperimentConfig, file, told, env, preset=preset)
-        if methods[name].trained_by == "coordinator":
-            raise ConfigError(f"experiment.presets: {name} trains without boards; remove it")
-        for key in OF_ALL_METHODS:
-            if getattr(methods[name], key) != getattr(config, key):
-                raise ConfigError(
-                    f"experiment.methods: {name} changes {key}, which all methods share; change it "
-                    "for all of them, or write another experiment"
-                )
-    return config, methods
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -13,8 +13,9 @@ from coordinator.aggregation.rules import RULES
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.planning import PlanningConfig
 from edge_sdk.data.rows import DataConfig
-from edge_sdk.lora.adapters import LoraConfig
-from edge_sdk.runtime.training import Compute, TrainingConfig
+from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.precision import Compute
+from edge_sdk.runtime.training import TrainingConfig
 
 Codec = Literal["bfloat16", "float16", "float32"]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]

@@ -30,27 +30,22 @@ from edge_sdk.lora.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.lora.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import Form, Meter
 from edge_sdk.lora.optimizer_state import fitted
-from edge_sdk.model.layout import Layout
+from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.layout import Layout, head_names, named_parameters
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.model.partition import Slice
+from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.torch_runtime import (
     load_parameters,
     to_numpy,
     totals,
 )
-from edge_sdk.runtime.training import (
-    Compute,
-    Optimizer,
-    TrainingConfig,
-    autocast,
-    resolve_compute,
-    seed_step,
-)
+from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 
 
 @dataclass

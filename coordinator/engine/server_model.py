@@ -10,24 +10,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.local import LocalEngine
 from coordinator.onnx_export.cache import GraphShop, check_lora
-from coordinator.planning.fixed import ModelFacts, check_config, plan_server
+from coordinator.planning.fixed import check_config, plan_server
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, ModelError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
-from edge_sdk.model.layout import build_empty
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
+from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.partition import Slice
+from edge_sdk.model.precision import compute_name
 from edge_sdk.model.weights import PartCache, Source, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
-from edge_sdk.runtime.training import compute_name
 from profiler.estimate.memory import ModelShape
 
 
@@ -72,7 +71,7 @@ class ServedModel:
         return self._limits.max_positions
 
     def _find_limits(self) -> ModelLimits:
-        usable = usable_positions(self.source.config, self._config)
+        usable = usable_positions(self.source.config, self._config.task)
         wanted = self._config.max_length or usable
         if wanted > usable or wanted < 2:
             raise ConfigError(
@@ -196,17 +195,3 @@ class ServedModel:
         if config.planning.ranks == "rngwp":
             engine.measure_importance(config.planning.importance, config.planning.importance_every)
         return engine
-
-
-def usable_positions(model_config: Any, config: ServeConfig) -> int:
-    """Tokens of the longest sequence the model can take.
-
-    A position table with a padding row starts counting behind it, so that fewer are usable.
-    """
-    text_config = model_config.get_text_config()
-    positions = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 20)
-    model = build_empty(model_config, config.task, torch.float32)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
-            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return positions

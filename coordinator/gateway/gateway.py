@@ -34,8 +34,9 @@ from edge_sdk.protocol.fragments import Outgoing
 from edge_sdk.protocol.messages import FROM_COORDINATOR, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair
+from edge_sdk.transport.link import NO_TENSORS
 from edge_sdk.transport.sockets import tune
-from edge_sdk.transport.zmq_link import NO_TENSORS, TensorOut
+from edge_sdk.transport.zmq_link import TensorOut
 
 __all__ = [
     "DeviceStats",

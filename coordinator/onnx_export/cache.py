@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coordinator.onnx_export.job import Job, job_text
-from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from edge_sdk.model.weights import PartCache, Source, write_whole
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import PART_NAME

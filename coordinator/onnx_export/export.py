@@ -24,8 +24,8 @@ from coordinator.onnx_export.slice_graphs import Tracer
 from coordinator.onnx_export.trace import Traced
 from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import EdgeError, one_line
-from edge_sdk.lora.adapters import Shape, head_names
-from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.lora.targets import Shape
+from edge_sdk.model.layout import Layout, find_layout, head_names
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import load_config, write_whole
 from edge_sdk.runtime.onnx_graphs import About, Graphs

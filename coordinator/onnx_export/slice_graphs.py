@@ -21,7 +21,8 @@ from torch.nn.functional import gelu, log_softmax
 from transformers.activations import NewGELUActivation
 
 from coordinator.onnx_export.trace import SIZES, Input, Traced, trace
-from edge_sdk.lora.adapters import Shape, head_names, is_transposed
+from edge_sdk.lora.targets import Shape
+from edge_sdk.model.layout import head_names, is_transposed
 from edge_sdk.model.partition import Slice
 
 FACTORS = "ABVU"

@@ -7,32 +7,13 @@ starts. Knows no socket, clock, file or tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from coordinator.aggregation.rules import RULES
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import Shape, check_rank
-from edge_sdk.model.layout import Layout
+from edge_sdk.lora.targets import ModelFacts, check_rank
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT, Plan
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What planning needs to know of the model."""
-
-    layout: Layout
-    targets: Mapping[str, Shape]
-    """Adapted weights of all blocks, in model order."""
-
-    def block_of(self, weight: str) -> int:
-        """The block that a weight belongs to."""
-        return int(weight.removeprefix(f"{self.layout.blocks_path}.").split(".", 1)[0])
-
-    def weights(self, first: int, stop: int) -> list[str]:
-        """Adapted weights of blocks first .. stop-1."""
-        return [name for name in self.targets if first <= self.block_of(name) < stop]
 
 
 def plan_device(config: ServeConfig, facts: ModelFacts, device: str) -> Plan:

@@ -18,7 +18,7 @@ from coordinator.aggregation.ledger import Report
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.costs import device_bytes, device_flops
-from coordinator.planning.fixed import ModelFacts, plan_device
+from coordinator.planning.fixed import plan_device
 from coordinator.planning.joint import PlanSet, plan_all
 from coordinator.planning.problem import Situation
 from coordinator.planning.replan import Decision, after_out_of_memory, replan
@@ -26,6 +26,7 @@ from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.importance import Smoothing, combine
 from edge_sdk.lora.rank_pruning import pruned_rank
+from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile, problems
 

@@ -17,12 +17,13 @@ from torch import nn
 
 from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
-from coordinator.planning.fixed import ModelFacts
 from coordinator.results.run_folder import CONFIG, RunFolder, storage_errors
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError
-from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, is_transposed
+from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.factors import Array, Factors, compress
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
+from edge_sdk.model.layout import is_transposed
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import Source
 from edge_sdk.runtime.torch_runtime import load_parameters

@@ -31,7 +31,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import to_pairs
-from edge_sdk.transport.zmq_link import package_version
+from edge_sdk.transport.link import package_version
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from edge_sdk.client.backends import Backend
 from edge_sdk.data.rows import DataConfig
+from edge_sdk.model.precision import Base, Compute
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
-from edge_sdk.runtime.training import Base, Compute
 from profiler.profile import DeviceProfile
 
 

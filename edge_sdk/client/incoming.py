@@ -19,7 +19,7 @@ from edge_sdk.protocol.messages import (
     RunOver,
     Stamp,
 )
-from edge_sdk.transport.zmq_link import Link
+from edge_sdk.transport.link import Link
 
 log = logging.getLogger(__name__)
 

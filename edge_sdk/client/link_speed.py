@@ -16,7 +16,7 @@ from edge_sdk.client.incoming import Inbox
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import MAX_PROBE_BYTES, Probe, Stamp
-from edge_sdk.transport.zmq_link import NO_TENSORS, Link
+from edge_sdk.transport.link import NO_TENSORS, Link
 
 FIRST_BYTES = 4 * 1024
 GROWTH = 4

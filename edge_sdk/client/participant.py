@@ -44,7 +44,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import fingerprint
 from edge_sdk.runtime.interface import Runtime
-from edge_sdk.transport.zmq_link import Link, package_version
+from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`

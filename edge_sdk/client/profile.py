@@ -11,9 +11,9 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.link_speed import probe
 from edge_sdk.errors import ConfigError
+from edge_sdk.model.precision import LINEAR_BYTES, compute_name
 from edge_sdk.protocol.messages import Stamp
-from edge_sdk.runtime.training import LINEAR_BYTES, compute_name
-from edge_sdk.transport.zmq_link import Link
+from edge_sdk.transport.link import Link
 from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)

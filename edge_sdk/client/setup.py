@@ -21,7 +21,7 @@ from edge_sdk.data.fast_tokenizer import PlainTokenizer
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
 from edge_sdk.model.weights import (
     FILE_NAMES,

@@ -32,7 +32,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import Micro, Runtime, TailSums
-from edge_sdk.transport.zmq_link import Link
+from edge_sdk.transport.link import Link
 
 
 class Steps:

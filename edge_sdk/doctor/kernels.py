@@ -86,7 +86,7 @@ def _product(dtype: str) -> Callable[[str], dict[str, Any]]:
     def stage(device: str) -> dict[str, Any]:
         import torch
 
-        from edge_sdk.runtime.training import autocast
+        from edge_sdk.model.precision import autocast
 
         where, kind = torch.device(_place(device)), getattr(torch, dtype)
         draw = np.random.default_rng(0)

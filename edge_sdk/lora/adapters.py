@@ -10,80 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edge_sdk.errors import ConfigError
 from edge_sdk.lora.factors import Array, Factors, zero
+from edge_sdk.lora.targets import OWN, LoraConfig, Shape, peft_config
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edge_sdk.model.layout import Layout, Task
     from edge_sdk.model.partition import Slice
 
-OWN = "default"
 RESIDUAL = "residual"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraConfig:
-    """Which weights get an adapter, and of what kind; names and meaning as in PEFT."""
-
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Module names, full or their last parts; `all-linear` is every linear layer of the blocks."""
-    r: int = 8
-    """Rank where a device's own settings name none."""
-    lora_alpha: float = 16.0
-    """The adapter's scale is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of single weights, by the end of their module name; regular expressions, as in PEFT."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """The same for lora_alpha."""
-    use_rslora: bool = False
-    """Scale by the square root of the rank."""
-    lora_dropout: float = 0.0
-    """Dropout before the adapter, while training."""
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r must be at least 1, got {self.r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if not self.target_modules:
-            raise ValueError("target_modules is empty; name modules or use 'all-linear'")
-
-    def rank_of(self, weight: str, default: int) -> int:
-        """The rank of *weight*: that of the first pattern that fits, or *default*."""
-        return _first_fit(self.rank_pattern, weight, default)
-
-    def alpha_of(self, weight: str) -> float:
-        """The alpha of *weight*."""
-        return _first_fit(self.alpha_pattern, weight, self.lora_alpha)
-
-    def scale(self, weight: str, rank: int) -> float:
-        """The factor in front of the B A of *weight*."""
-        alpha = self.alpha_of(weight)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-T = TypeVar("T")
-
-
-def _first_fit(patterns: Mapping[str, T], weight: str, default: T) -> T:
-    fits = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", weight))
-    return next(fits, default)
-
-
-class Shape(NamedTuple):
-    """Size of a weight."""
-
-    num_outputs: int
-    num_inputs: int
 
 
 class Pair(NamedTuple):
@@ -91,80 +31,6 @@ class Pair(NamedTuple):
 
     a_RI: Array
     b_OR: Array
-
-
-def find_targets(config: Any, task: Task, layout: Layout, lora: LoraConfig) -> dict[str, Shape]:
-    """Return the weights of all blocks that *lora* adapts, by module name, in model order.
-
-    Raises:
-        ConfigError: nothing matches, or the rank exceeds a weight.
-    """
-    import torch
-    from peft.tuners.lora import LoraModel
-
-    from edge_sdk.model.layout import build_empty
-
-    model = build_empty(config, task, torch.float32)
-    names = lora.target_modules
-    wanted = "all-linear" if "all-linear" in names else list(names)
-    shapes = {name: _shape(m) for name, m in model.named_modules() if _shape(m)}
-    try:
-        tuner = LoraModel(model, {OWN: _peft_config(wanted, model, r=1)}, OWN)
-    except ValueError:
-        matched: set[str] = set()
-    else:
-        matched = set(tuner.targeted_module_names)
-    found = {
-        name: shape
-        for name, shape in shapes.items()
-        if shape and name in matched and name.startswith(f"{layout.blocks_path}.")
-    }
-    unused = [n for n in names if n != "all-linear" and not any(_ends(f, n) for f in found)]
-    if not found or unused:
-        leaves = sorted(
-            {n.rsplit(".", 1)[1] for n in shapes if n.startswith(f"{layout.blocks_path}.")}
-        )
-        raise ConfigError(
-            f"lora.target_modules: {', '.join(unused or names)!r} matches no weight in the blocks; "
-            f"they have {', '.join(leaves)}"
-        )
-    return found
-
-
-def _ends(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")
-
-
-def _shape(module: nn.Module) -> Shape | None:
-    """(O, I) of a linear layer, whatever its class calls them."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 2 or type(module).__name__ == "Embedding":
-        return None
-    rows, columns = (int(n) for n in weight.shape)
-    return Shape(columns, rows) if is_transposed(module) else Shape(rows, columns)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the layer keeps its weight as (I, O)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def _peft_config(targets: str | list[str], model: nn.Module, **settings: Any) -> Any:
-    import peft
-
-    transposed = any(is_transposed(m) for m in model.modules())
-    return peft.LoraConfig(target_modules=targets, fan_in_fan_out=transposed, **settings)
-
-
-def check_rank(name: str, rank: int, shape: Shape, key: str = "r") -> None:
-    """Refuse a rank that the weight cannot have; *key* is what gave it."""
-    if not 0 <= rank <= min(shape):
-        raise ConfigError(
-            f"{key}: rank {rank} for {name!r} is outside 0..{min(shape)} "
-            f"(the weight is {shape.num_outputs} x {shape.num_inputs})"
-        )
 
 
 def initial_pair(name: str, rank: int, shape: Shape, seed: int) -> Pair:
@@ -199,7 +65,7 @@ class Adapters:
     def _inject(self, ranks: Mapping[str, int], adapter: str, **settings: Any) -> None:
         from peft.tuners.lora import LoraModel
 
-        config = _peft_config(
+        config = peft_config(
             list(ranks),
             self._model,
             r=1,
@@ -301,16 +167,3 @@ def _overwrite(parameter: nn.Parameter, value: Array) -> None:
 
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
-
-
-def head_names(slice_: Slice) -> tuple[str, ...]:
-    """Parameters of a classifier's head, trained in full; empty for a causal LM."""
-    if slice_.task == "causal-lm":
-        return ()
-    base = f"{getattr(slice_.model, 'base_model_prefix', '')}."
-    return tuple(name for name in slice_.layout.tail if not name.startswith(base))
-
-
-def named_parameters(slice_: Slice, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of a slice by whole-model name."""
-    return {name: slice_.model.get_parameter(name) for name in names}

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import is_transposed
+from edge_sdk.model.layout import is_transposed
 
 if TYPE_CHECKING:
     import torch

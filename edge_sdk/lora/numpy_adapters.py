@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Array, Factors, zero
+from edge_sdk.lora.targets import LoraConfig, Shape
 
 
 class NumpyAdapters:

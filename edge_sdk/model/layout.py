@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from edge_sdk.errors import ModelError
+
+if TYPE_CHECKING:
+    from edge_sdk.model.partition import Slice
 
 Task = Literal["causal-lm", "sequence-classification"]
 
@@ -200,3 +203,37 @@ def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
     }
     own = [*module._parameters.values(), *buffers.values()]
     return [tensor for tensor in own if tensor is not None]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer keeps its weight as (I, O)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def head_names(slice_: Slice) -> tuple[str, ...]:
+    """Parameters of a classifier's head, trained in full; empty for a causal LM."""
+    if slice_.task == "causal-lm":
+        return ()
+    base = f"{getattr(slice_.model, 'base_model_prefix', '')}."
+    return tuple(name for name in slice_.layout.tail if not name.startswith(base))
+
+
+def named_parameters(slice_: Slice, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of a slice by whole-model name."""
+    return {name: slice_.model.get_parameter(name) for name in names}
+
+
+def usable_positions(model_config: Any, task: Task) -> int:
+    """Tokens of the longest sequence the model can take.
+
+    A position table with a padding row starts counting behind it, so that fewer are usable.
+    """
+    text_config = model_config.get_text_config()
+    positions = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 20)
+    model = build_empty(model_config, task, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return positions

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.runtime.training import Base
+from edge_sdk.model.precision import Base
 
 Quantized = Literal["int8", "int4"]
 

@@ -19,10 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edge_sdk.lora.adapters import head_names, is_transposed
-from edge_sdk.model.layout import Layout, Task
+from edge_sdk.model.layout import Layout, Task, head_names, is_transposed
 from edge_sdk.model.partition import CPU, Slice
-from edge_sdk.runtime.training import autocast
+from edge_sdk.model.precision import autocast
 from profiler.estimate.memory import Kept, Linear, ModelShape
 
 # Frozen parameters and computation: the widths that a device may run.

@@ -25,12 +25,13 @@ from edge_sdk.lora.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.lora.adapters import LoraConfig, Pair
+from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import Form, Tally
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import penalty_gradients
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import Stored
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_sdk.errors import DeviceError, ModelError, one_line
-from edge_sdk.lora.adapters import Shape
+from edge_sdk.lora.targets import Shape
 from edge_sdk.model.safetensors_files import Stored
 from edge_sdk.runtime.onnx_graphs import Graphs
 

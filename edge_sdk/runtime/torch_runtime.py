@@ -19,26 +19,20 @@ from edge_sdk.lora.adapter_state import (
     merge_change,
     under,
 )
-from edge_sdk.lora.adapters import Adapters, LoraConfig, Pair, head_names, named_parameters
+from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import Form, Meter
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import add_penalty
-from edge_sdk.model.layout import Layout, Task
+from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.layout import Layout, Task, head_names, named_parameters
 from edge_sdk.model.loss import LossSums, loss_sums
 from edge_sdk.model.partition import Slice
+from edge_sdk.model.precision import Base, Compute, autocast, resolve_compute
 from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
-from edge_sdk.runtime.training import (
-    Base,
-    Compute,
-    Optimizer,
-    TrainingConfig,
-    autocast,
-    resolve_compute,
-    seed_step,
-)
+from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,39 +13,14 @@ from typing import Any
 import zmq
 
 from edge_sdk.errors import ConfigError, EdgeError, PeerGone, RefusedError
-from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Lane
+from edge_sdk.protocol.packets import Lane
 from edge_sdk.transport.keys import KeyPair
+from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
 
 # A refused socket is dead to libzmq and is built anew, ever more rarely.
 REBUILD_FIRST_S = 1.0
 REBUILD_MOST_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkConfig:
-    """Where the coordinator is and how patient the device is with it."""
-
-    address: str
-    """As ZeroMQ writes it: tcp://host:port."""
-    server_key: str = ""
-    """Public key of the coordinator; empty only for benchmarks without CURVE."""
-    keys: KeyPair | None = None
-    name: str = ""
-    """Believed only by a coordinator without CURVE."""
-    max_message_bytes: int = 64 * 1024 * 1024
-    """Payload that one message may bring; the application raises it when it expects more."""
-    chunk_bytes: int = MAX_CHUNK_BYTES
-    """Payload of one packet; 256 KiB on slow links."""
-    first_contact_s: float = 10.0
-    """Seconds until an unanswered first connect is reported."""
-    patience_s: float = 600.0
-    """Seconds an unreachable coordinator is retried before PeerGone."""
-    beat_s: float = 5.0
-    """Seconds between heartbeats."""
-    reconnect_s: float = 0.5
-    """Pause before the first reconnect; doubles up to `reconnect_most_s`."""
-    reconnect_most_s: float = 30.0
 
 
 @dataclass(slots=True)

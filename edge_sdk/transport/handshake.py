@@ -18,9 +18,9 @@ from edge_sdk.protocol import packets
 from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport.connection import Line, LinkConfig
+from edge_sdk.transport.connection import Line
+from edge_sdk.transport.link import LinkConfig, package_version
 from edge_sdk.transport.sockets import receive_frame
-from edge_sdk.transport.zmq_link import package_version
 
 # A coordinator with another key closes the connection each time; once may be chance.
 ENOUGH_DROPS = 2

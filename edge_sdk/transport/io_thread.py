@@ -24,8 +24,9 @@ from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Kind, Lane
 from edge_sdk.protocol.session import BadMessage, Conversation
-from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, LinkConfig, Patience
+from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, Patience
 from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE
 from edge_sdk.protocol.session import BadMessage, Conversation
-from edge_sdk.transport.zmq_link import FLUSH_S, NO_TENSORS, LinkStats
+from edge_sdk.transport.link import FLUSH_S, NO_TENSORS, LinkStats
 
 _SESSION = "0" * 32
 

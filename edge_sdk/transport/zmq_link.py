@@ -9,71 +9,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Protocol
+from types import TracebackType
 
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
 from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
 from edge_sdk.protocol.messages import FROM_DEVICE, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
-from edge_sdk.transport.connection import LinkConfig
 from edge_sdk.transport.io_thread import DeviceIo
+from edge_sdk.transport.link import (
+    FLUSH_S,
+    NO_TENSORS,
+    Link,
+    LinkConfig,
+    LinkStats,
+    no_telemetry,
+    package_version,
+)
 
 __all__ = ["Envelope", "Link", "LinkConfig", "LinkStats", "TensorOut", "ZmqLink"]
-
-NO_TENSORS: Mapping[str, TensorOut] = MappingProxyType({})
-# How long `close` waits for the last acks.
-FLUSH_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStats:
-    """What a link has done since it was opened."""
-
-    bytes_up: int
-    bytes_down: int
-    reconnects: int
-    rtt_s: float | None
-    """Round trip of the last heartbeat; None before the first."""
-
-
-class Link(Protocol):
-    """What a client needs of a connection; `ZmqLink` and `MemoryLink` are two."""
-
-    def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
-        """Queue *message*; it arrives once, in order, unless the session is lost.
-
-        The arrays are borrowed until the coordinator has them: do not write to them again.
-        """
-
-    def receive(self, deadline: Deadline) -> Envelope:
-        """Return the next message, or raise ReceiveTimeout, RefusedError, PeerGone, SessionLost."""
-
-    def set_limit(self, max_message_bytes: int) -> None:
-        """Change the payload in bytes that one received message may have."""
-
-    def stats(self) -> LinkStats:
-        """Return what the link has done so far."""
-
-    def close(self, flush_s: float = FLUSH_S) -> None:
-        """Send what is queued, for at most *flush_s* seconds, and end the session."""
-
-
-def no_telemetry() -> dict[str, float]:
-    """Return the telemetry of a device that has none."""
-    return {}
-
-
-def package_version() -> str:
-    """Return the version of this package, or `0` where it runs without being installed."""
-    from importlib import metadata  # here: it loads the whole of `email`
-
-    try:
-        return metadata.version("edgesplit")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 class ZmqLink:

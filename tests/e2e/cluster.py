@@ -23,12 +23,13 @@ from edge_sdk.client.client import EdgeClient
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.deadline import Deadline
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.weights import PartCache
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.keys import create_key_pair, load_key_pair
-from edge_sdk.transport.zmq_link import Link, LinkConfig, ZmqLink
+from edge_sdk.transport.link import Link
+from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'-\n"

@@ -14,7 +14,8 @@ from coordinator.config.run import DeviceSettings, ServeConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
-from edge_sdk.lora.adapters import find_targets, initial_pair
+from edge_sdk.lora.adapters import initial_pair
+from edge_sdk.lora.targets import find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, sentences, wait_all

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.errors import ConfigError, RefusedError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, held_out, sentences, wait_all
 
 # Far above the rounding of 6 steps, far below what one wrong gradient would make of them.

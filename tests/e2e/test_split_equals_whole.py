@@ -11,7 +11,8 @@ import torch
 
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
-from edge_sdk.lora.adapters import LoraConfig, Pair, find_targets, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
+from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServedModel
-from coordinator.planning.fixed import ModelFacts, plan_device
+from coordinator.planning.fixed import plan_device
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import initial_pair
+from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import Micro, TailSums

@@ -18,14 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from coordinator.commands.plan import read_situation
 from coordinator.config.run import DeviceSettings
 from coordinator.lab.comparison.config import DeviceSet
 from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import plan_all
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import Situation, read_situation
 from edge_sdk.errors import ConfigError
 
 # Presets that hold the whole model and a rank for each device: as large as fits each.

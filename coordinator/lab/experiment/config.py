@@ -6,6 +6,7 @@ Pure; whether a board answers is found out in `experiment_board.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,9 @@ from coordinator.lab.comparison.config import MethodConfig
 from coordinator.lab.experiment.relay import LinkShape
 from coordinator.lab.simulation.boards import Board, Catalogue, Connection, Scale, free_bytes, known
 from edge_sdk.data.rows import DataConfig
+from edge_sdk.errors import ConfigError
 
+OF_ALL_METHODS = ("boards", "faults", "experiment")
 BYTES_PER_MBIT = 1e6 / 8
 # Of a listener that takes what comes to any address of this machine.
 EVERYWHERE = ("*", "0.0.0.0", "[::]")
@@ -316,3 +319,38 @@ def needs_relay(config: ExperimentConfig, name: str) -> bool:
     board = config.boards[name]
     changed = any(f.board == name and f.do in ("power-cut", "link", "cut") for f in config.faults)
     return board.emulated is not None or board.link is not None or changed or board.jitter_ms > 0
+
+
+def load_experiment(
+    file: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ
+) -> tuple[ExperimentConfig, dict[str, ExperimentConfig]]:
+    """Return the experiment that a file describes, and the config of each of its methods.
+
+    Raises:
+        ConfigError: as `load_config`; or the file contradicts one of the presets.
+    """
+    from coordinator.config.presets import load_with_preset
+
+    config = load_with_preset(ExperimentConfig, file, overrides, env)
+    if config.trained_by == "coordinator":
+        raise ConfigError("trained_by: an experiment trains on boards; use `coordinator serve`")
+    names = config.experiment.presets
+    if not names:
+        return config, {config.preset or "run": config}
+    if config.preset is not None:
+        raise ConfigError("preset: name it in experiment.presets instead; remove it")
+    methods = {}
+    for name in names:
+        own = config.experiment.methods.get(name)
+        preset, settings = (own.preset, own.settings) if own else (name, ())
+        told = [*overrides, *settings]
+        methods[name] = load_with_preset(ExperimentConfig, file, told, env, preset=preset)
+        if methods[name].trained_by == "coordinator":
+            raise ConfigError(f"experiment.presets: {name} trains without boards; remove it")
+        for key in OF_ALL_METHODS:
+            if getattr(methods[name], key) != getattr(config, key):
+                raise ConfigError(
+                    f"experiment.methods: {name} changes {key}, which all methods share; change it "
+                    "for all of them, or write another experiment"
+                )
+    return config, methods

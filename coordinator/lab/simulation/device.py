@@ -31,8 +31,8 @@ from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.interface import Micro, Runtime, TailSums
 from edge_sdk.runtime.torch_runtime import pick_device
+from edge_sdk.transport.link import NO_TENSORS, LinkStats
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
-from edge_sdk.transport.zmq_link import NO_TENSORS, LinkStats
 
 FIRST_LIMIT_BYTES = 1024 * 1024
 """Payload of a message from a device for which nothing else was set, as with the real gateway."""

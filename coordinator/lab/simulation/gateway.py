@@ -22,7 +22,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Message
-from edge_sdk.transport.zmq_link import NO_TENSORS
+from edge_sdk.transport.link import NO_TENSORS
 
 
 class SimulatedGateway(Closing):

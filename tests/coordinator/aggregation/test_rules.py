@@ -21,8 +21,9 @@ from coordinator.aggregation.rules import (
     shares,
 )
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import Pair, Shape
+from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.targets import Shape
 
 SHAPE = Shape(7, 5)
 RANKS = st.lists(st.integers(1, 5), min_size=1, max_size=5)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from coordinator.engine.local import Answer, DeviceFault, Job, LocalEngine
-from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
+from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.runtime.training import TrainingConfig

@@ -7,8 +7,8 @@ import torch
 
 from coordinator.aggregation.rules import product
 from coordinator.engine.interface import Job
-from edge_sdk.lora.adapters import LoraConfig
 from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.training import TrainingConfig
 from tests.coordinator.engine.test_local import known, make_engine, make_jobs, warm_pair

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.onnx_export.cache import GraphShop, check_lora
-from coordinator.planning.fixed import ModelFacts
 from edge_sdk.errors import RefusedError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.weights import PartCache, Source
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import read_graphs

@@ -17,7 +17,7 @@ from coordinator.onnx_export.slice_graphs import Tracer
 from coordinator.onnx_export.trace import Input, Traced, trace
 from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import ModelError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import Slice
 from tests.tiny import make_config, make_model, make_parts, task_of

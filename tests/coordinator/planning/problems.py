@@ -9,9 +9,8 @@ from typing import Any
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.costs import Load, adapters_bytes
-from coordinator.planning.fixed import ModelFacts
 from coordinator.planning.problem import ServerProfile, Situation
-from edge_sdk.lora.adapters import LoraConfig, find_targets
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from profiler.estimate.memory import ModelShape

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import DeviceSettings, ServeConfig
-from coordinator.planning.fixed import ModelFacts, check_config, plan_device, plan_server
+from coordinator.planning.fixed import check_config, plan_device, plan_server
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig, Shape
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape
 from edge_sdk.model.layout import Layout
 
 BLOCKS = 12

@@ -9,11 +9,10 @@ import pytest
 
 from coordinator.config.run import DeviceSettings
 from coordinator.planning.costs import device_bytes, device_seconds, options
-from coordinator.planning.fixed import ModelFacts
 from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import ServerProfile, Situation
 from coordinator.planning.replan import replan
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from profiler.estimate.memory import ModelShape
 from tests.coordinator.planning.problems import FAST, SLOW, make_situation, model_of, with_memory
 

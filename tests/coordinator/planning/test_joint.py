@@ -16,13 +16,13 @@ from coordinator.planning.costs import (
     options,
     server_side,
 )
-from coordinator.planning.fixed import ModelFacts, make_plan, plan_device, plan_server
+from coordinator.planning.fixed import make_plan, plan_device, plan_server
 from coordinator.planning.joint import plan_all
 from coordinator.planning.objective import wave_seconds
 from coordinator.planning.problem import ServerProfile, planning_length
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (

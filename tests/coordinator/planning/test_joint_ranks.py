@@ -14,10 +14,10 @@ from coordinator.planning.costs import (
     device_base_bytes,
     device_bytes,
 )
-from coordinator.planning.fixed import ModelFacts, check_config
+from coordinator.planning.fixed import check_config
 from coordinator.planning.joint import plan_all
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from profiler.estimate.memory import ModelShape
 from tests.coordinator.planning.problems import SLOW, make_situation, model_of, priced, with_memory
 

@@ -12,7 +12,6 @@ from coordinator.planning.costs import (
     device_base_bytes,
     options,
 )
-from coordinator.planning.fixed import ModelFacts
 from coordinator.planning.joint import plan_all
 from coordinator.planning.objective import utility, wave_seconds
 from coordinator.planning.replan import (
@@ -22,6 +21,7 @@ from coordinator.planning.replan import (
     replan,
     worth_changing,
 )
+from edge_sdk.lora.targets import ModelFacts
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (

@@ -12,7 +12,6 @@ from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServedModel
 from coordinator.planning.costs import device_bytes, device_flops
-from coordinator.planning.fixed import ModelFacts
 from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import Situation
 from coordinator.planning.replan import replan
@@ -20,7 +19,7 @@ from coordinator.planning.run_planner import Planner
 from coordinator.rounds.run import situation as starting_situation
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from edge_sdk.model.weights import PartCache
 from profiler.estimate.memory import ModelShape
 from profiler.profile import DeviceProfile

@@ -20,8 +20,8 @@ from coordinator.results.export import (
     trained_slice,
 )
 from edge_sdk.errors import StorageError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.lora.factors import Factors, zero
+from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.weights import Source
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 

@@ -16,8 +16,8 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Message, Probe, Stamp
+from edge_sdk.transport.link import NO_TENSORS, LinkStats
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
-from edge_sdk.transport.zmq_link import NO_TENSORS, LinkStats
 
 STAMP = Stamp(run="run-1", device="a")
 MBIT = 1e6 / 8

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
-from edge_sdk.lora.adapters import LoraConfig, Pair, Shape, find_targets, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.importance import Form
+from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from coordinator.aggregation.rules import resized
-from edge_sdk.lora.adapters import Pair, Shape, initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.optimizer_state import fitted
+from edge_sdk.lora.targets import Shape
 from edge_sdk.runtime.training import Optimizer, TrainingConfig
 
 SHAPE = Shape(6, 5)

@@ -21,11 +21,12 @@ from coordinator.results.export import export_adapter
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.lora.importance import Form
+from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model import quantized
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.precision import LINEAR_BYTES, Base
 from edge_sdk.model.quantized import (
     GROUP,
     Quantized,
@@ -39,7 +40,7 @@ from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import Source, open_part
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
-from edge_sdk.runtime.training import LINEAR_BYTES, Base, TrainingConfig
+from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.memory import Work, estimate_memory
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (

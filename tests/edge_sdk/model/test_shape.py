@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from edge_sdk.lora.adapters import Adapters, LoraConfig, find_targets, head_names
-from edge_sdk.model.layout import Task
+from edge_sdk.lora.adapters import Adapters
+from edge_sdk.lora.targets import LoraConfig, find_targets
+from edge_sdk.model.layout import Task, head_names
 from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.precision import autocast
 from edge_sdk.model.shape import model_shape
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
-from edge_sdk.runtime.training import TrainingConfig, autocast
+from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.memory import (
     ModelShape,
     Work,

@@ -337,7 +337,7 @@ def test_blocks_of_one_kind_share_their_graphs() -> None:
 
 def test_dropout_is_refused() -> None:
     """One line that names the setting."""
-    from edge_sdk.lora.adapters import LoraConfig
+    from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime.onnx_runtime import OnnxRuntime
     from edge_sdk.runtime.training import TrainingConfig

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from edge_sdk.errors import NumericError
-from edge_sdk.lora.adapters import LoraConfig, find_targets
 from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime, pick_device

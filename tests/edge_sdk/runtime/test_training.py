@@ -13,15 +13,14 @@ from torch import nn
 from transformers import get_scheduler
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.precision import autocast, resolve_compute
 from edge_sdk.runtime import training
 from edge_sdk.runtime.training import (
     Optimizer,
     TrainingConfig,
-    autocast,
     from_pairs,
     learning_rate,
-    resolve_compute,
     seed_step,
     to_pairs,
 )

@@ -16,7 +16,8 @@ from coordinator.config.run import EvaluationConfig, ServeConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
-from edge_sdk.lora.adapters import LoraConfig, Shape, initial_pair
+from edge_sdk.lora.adapters import initial_pair
+from edge_sdk.lora.targets import LoraConfig, Shape
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import sentences, write_rows
 from tests.tiny import CLASSES, VOCAB

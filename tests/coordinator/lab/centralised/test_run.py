@@ -22,7 +22,7 @@ from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
 from coordinator.results.metrics import Silence
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.protocol.messages import StepReport
 from tests.coordinator.lab.centralised.centralised_runs import make_config, shard_files, tokenized
 from tests.e2e.cluster import Crash, save_model, sentences, write_rows

@@ -20,7 +20,7 @@ from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, Simu
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.problem import Situation
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from tests.e2e.cluster import save_model
 from tests.tiny import BLOCKS
 

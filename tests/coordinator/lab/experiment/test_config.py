@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from coordinator.commands.experiment import load_experiment
 from coordinator.lab.experiment.config import (
     ExperimentConfig,
     cores,
     link_shape,
+    load_experiment,
     memory_bytes,
     needs_relay,
 )

@@ -28,7 +28,7 @@ from coordinator.results.run_folder import CONFIG
 from edge_sdk.config.loader import load_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.lora.adapters import LoraConfig
+from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import Source
