@@ -64,11 +64,11 @@ def make_model(case: Case, folder: Path) -> None:
 def write_graphs(case: Case, config: Any, layout: Any, folder: Path) -> None:
     """What the coordinator makes for a device without torch."""
     from coordinator.onnx_export.export import export_slice
-    from coordinator.onnx_export.job import Job
+    from coordinator.onnx_export.job import ExportJob
     from edge_sdk.lora.targets import LoraConfig, find_targets
 
     targets = find_targets(config, case.task, layout, LoraConfig(target_modules=case.targets))
-    job = Job(
+    job = ExportJob(
         task=case.task,
         num_labels=0,
         split=case.split,

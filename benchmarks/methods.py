@@ -46,7 +46,7 @@ from methods_report import (
 )
 from report import header, save
 
-from coordinator.lab.comparison.table import Cell, cell_from_row
+from coordinator.lab.comparison.table import RunResult, cell_from_row
 from edge_sdk.command import quiet_libraries
 
 # ---- runs ----
@@ -81,7 +81,7 @@ class Stopwatch:
         self._last_s = now_s
 
 
-def load_cells(name: str, out: Path) -> list[Cell]:
+def load_cells(name: str, out: Path) -> list[RunResult]:
     """The cells of an experiment that has ended; of one that has not, none."""
     folder = out / name
     if not (folder / "done.json").is_file():

@@ -263,19 +263,19 @@ def set_budgets(config: dict[str, Any], file: Path) -> None:
     from profiler.estimate.memory import RUNTIME_BYTES
 
     file.write_text(json.dumps(config), encoding="utf-8")
-    situation = whole_situation(load_compare(file).simulation_config())
-    ranks = dict.fromkeys(situation.facts.targets, max(RANKS))
-    whole = device_bytes(situation, DEVICES[0], situation.num_blocks, ranks) - RUNTIME_BYTES
+    problem = whole_situation(load_compare(file).simulation_config())
+    ranks = dict.fromkeys(problem.facts.targets, max(RANKS))
+    whole = device_bytes(problem, DEVICES[0], problem.num_blocks, ranks) - RUNTIME_BYTES
     for device, units in zip(DEVICES, UNITS, strict=True):
         own = config["simulation"]["devices"][device]
         own["memory_bytes"] = round(RUNTIME_BYTES + whole * units / WHOLE_UNITS)
-    model = situation.model
+    model = problem.model
     config["simulation"]["scale"] = {
         "flops": MEANT_PARAMS / (model.block_params * model.num_blocks),
         "bytes": MEANT_HIDDEN / model.hidden_size,
     }
     if any("planning.ranks=rngwp" in s for _, s in methods_of(config)):
-        config["planning"]["adapter_bytes"] = adapter_budget(situation)
+        config["planning"]["adapter_bytes"] = adapter_budget(problem)
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -284,9 +284,9 @@ def methods_of(config: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
     return ((name, m["settings"]) for name, m in config["compare"]["methods"].items())
 
 
-def adapter_budget(situation: Any) -> float:
+def adapter_budget(problem: Any) -> float:
     """What uniform rank 4 on every weight takes: what both choices of ranks may take."""
     from coordinator.planning.costs import adapters_bytes, device_loads
 
-    loads = device_loads(situation, DEVICES[0], situation.num_blocks)
-    return float(adapters_bytes(situation, dict.fromkeys(loads, UNIFORM_RANK), loads))
+    loads = device_loads(problem, DEVICES[0], problem.num_blocks)
+    return float(adapters_bytes(problem, dict.fromkeys(loads, UNIFORM_RANK), loads))

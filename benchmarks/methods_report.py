@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from report import table
 
-from coordinator.lab.comparison.table import Cell, common_target, kept_cells, score, spread
+from coordinator.lab.comparison.table import RunResult, common_target, kept_cells, score, spread
 
 HETERO, HOMO = "heterogeneous", "homogeneous"
-Cells = Sequence[Cell]
+Cells = Sequence[RunResult]
 
 
-def chosen(cells: Cells, method: str, kind: str = HETERO) -> list[Cell]:
+def chosen(cells: Cells, method: str, kind: str = HETERO) -> list[RunResult]:
     """Runs of a method at its own rate, by seed."""
     own = [c for c in kept_cells(cells) if (c.method, c.device_set) == (method, kind)]
     return sorted(own, key=lambda cell: cell.seed)

@@ -41,13 +41,13 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
     from edge_sdk.lora.adapters import initial_pair
     from edge_sdk.lora.targets import LoraConfig, find_targets
-    from edge_sdk.model.weights import Source, load_tokenizer
+    from edge_sdk.model.weights import ModelSource, load_tokenizer
     from edge_sdk.protocol.plan import Plan
     from edge_sdk.runtime.interface import Micro
     from edge_sdk.runtime.torch_runtime import TorchRuntime
     from edge_sdk.runtime.training import TrainingConfig
 
-    source = Source(str(MODEL), "causal-lm", is_streamed=base != "float32")
+    source = ModelSource(str(MODEL), "causal-lm", is_streamed=base != "float32")
     tokenizer, layout = load_tokenizer(MODEL), source.layout
     limits = ModelLimits(vocab_size=source.config.vocab_size, max_positions=512)
 
@@ -106,9 +106,9 @@ def errors() -> list[tuple[str, str, str]]:
     import torch
 
     from edge_sdk.model import quantized
-    from edge_sdk.model.weights import Source
+    from edge_sdk.model.weights import ModelSource
 
-    source = Source(str(MODEL), "causal-lm")
+    source = ModelSource(str(MODEL), "causal-lm")
     parts = (source.tensors(f"block.{i}") for i in range(source.layout.num_blocks))
     weights = [w.float() for part in parts for w in part.values() if w.dim() == 2]
 

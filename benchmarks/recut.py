@@ -20,7 +20,7 @@ from pathlib import Path
 from report import header, save, table
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
-from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig, SimulationConfig
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
 from edge_sdk.data.rows import DataConfig
@@ -65,7 +65,7 @@ def final_loss(folder: Path, rule: str, rate: float, seed: int, rounds: int) -> 
         ),
         device="cpu",
         simulation=FleetConfig(
-            devices=dict.fromkeys(names, SimulatedDevice()),
+            devices=dict.fromkeys(names, SimulatedDeviceConfig()),
             data=DataConfig(path=str(folder / "train.jsonl"), **data),
             shards="contiguous",
         ),

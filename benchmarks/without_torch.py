@@ -55,7 +55,7 @@ def prepare(folder: Path, *, large: bool) -> None:
     from safetensors.torch import save_file
 
     from coordinator.onnx_export.export import export_slice
-    from coordinator.onnx_export.job import Job
+    from coordinator.onnx_export.job import ExportJob
     from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import build_empty, find_layout
 
@@ -77,7 +77,7 @@ def prepare(folder: Path, *, large: bool) -> None:
         for n, s in targets.items()
         if any(n.startswith(f"{layout.blocks_path}.{i}.") for i in range(split))
     }
-    job = Job(
+    job = ExportJob(
         task="causal-lm",
         num_labels=0,
         split=split,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from profiler.sensors.board import board, power_mode
-from profiler.sensors.monitor import Happening, Monitor, Range
+from profiler.sensors.monitor import BoardEvent, Monitor, Range
 from profiler.sensors.readings import Reading, amount
 from profiler.sensors.sources import HERE, Sources
 
@@ -43,7 +43,7 @@ def watch(
         sources: Where to look.
         sleep: Waits so many seconds, for tests.
     """
-    monitor, events = Monitor(sources), list[Happening]()
+    monitor, events = Monitor(sources), list[BoardEvent]()
     title = str(board(sources).value or "this machine")
     monitor.sample()  # loads are differences
     number = 0
@@ -61,7 +61,7 @@ def watch(
             draw("\n".join([head, "", *_lines(found, monitor.ranges()), "", *_told(events)]))
 
 
-def _row(found: dict[str, Reading], monitor: Monitor, events: list[Happening]) -> dict[str, Any]:
+def _row(found: dict[str, Reading], monitor: Monitor, events: list[BoardEvent]) -> dict[str, Any]:
     return {
         "readings": {name: reading._asdict() for name, reading in found.items()},
         "throttled": bool(monitor.telemetry()["throttled"]),
@@ -103,7 +103,7 @@ def _bar(share: float | None) -> str:
     return "#" * full + "." * (BAR - full)
 
 
-def _told(events: list[Happening]) -> list[str]:
+def _told(events: list[BoardEvent]) -> list[str]:
     return [f"{event.kind}: {event.text}" for event in events] or ["no events"]
 
 

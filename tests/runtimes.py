@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from coordinator.onnx_export.export import export_slice
-from coordinator.onnx_export.job import Job
+from coordinator.onnx_export.job import ExportJob
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
@@ -85,7 +85,7 @@ def graphs(family: str, dtype: torch.dtype = torch.float32) -> Graphs:
 def _graphs(family: str, dtype: torch.dtype) -> Graphs:
     model = known(family, dtype)
     stored = {n: t for tensors in model.parts.values() for n, t in tensors.items()}
-    job = Job(
+    job = ExportJob(
         task=model.task,
         num_labels=getattr(model.config, "num_labels", 0),
         split=SPLIT,

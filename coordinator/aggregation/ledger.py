@@ -19,7 +19,7 @@ from coordinator.aggregation.rules import (
     mean_of,
     product,
     residual,
-    resized,
+    resize_pair,
 )
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
@@ -93,17 +93,17 @@ class Ledger:
         return self.pairs[participant]
 
     def _own(self, name: str, rank: int, held: Pair | None) -> Pair:
-        share_out = self._rule.share_out
-        if share_out is not None and name in self.totals:  # also for who has missed rounds
+        redistribute = self._rule.redistribute
+        if redistribute is not None and name in self.totals:  # also for who has missed rounds
             scale = self._lora.scale(name, rank)
-            return share_out(self.totals[name], self._fresh(name, rank), scale)
+            return redistribute(self.totals[name], self._fresh(name, rank), scale)
         if held is None:
             return self._fresh(name, rank)
         before = held.a_RI.shape[0]
         if before == rank:
             return held
         ratio = self._lora.scale(name, before) / self._lora.scale(name, rank)
-        return resized(held, self._fresh(name, rank), ratio)
+        return resize_pair(held, self._fresh(name, rank), ratio)
 
     def _fresh(self, name: str, rank: int) -> Pair:
         """Factors as they are drawn; where every round starts afresh, others in each."""
@@ -113,7 +113,7 @@ class Ledger:
     def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
         """Return dW less what the participant's own adapter already adds, by weight."""
         own = self.pairs.get(participant, {})
-        if self._rule.share_out is not None:
+        if self._rule.redistribute is not None:
             return {n: self.totals[n] for n in weights if n in self.totals and n not in own}
         return {
             name: residual(
@@ -135,7 +135,7 @@ class Ledger:
         self.rounds += 1
         result = RoundResult({}, {}, self._join_heads(reports), 0.0)
         result.restarts = self._rule.restarts
-        result.keeps_residuals = self._rule.share_out is None
+        result.keeps_residuals = self._rule.redistribute is None
         for weight, shape in self._facts.targets.items():
             contributions = self._contributions(weight, reports)
             if contributions:
@@ -144,7 +144,7 @@ class Ledger:
         for name, report in reports.items():
             ranks = {weight: pair.a_RI.shape[0] for weight, pair in report.pairs.items()}
             self.pairs[name] = dict(report.pairs)
-            if self._rule.restarts or self._rule.share_out is not None:
+            if self._rule.restarts or self._rule.redistribute is not None:
                 held = {} if self._rule.restarts else report.pairs
                 self.pairs[name] = {w: self._own(w, r, held.get(w)) for w, r in ranks.items()}
                 result.replaced[name] = self.pairs[name]

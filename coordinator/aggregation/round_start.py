@@ -16,7 +16,7 @@ from edge_sdk.protocol.messages import RoundStart, Stamp
 from edge_sdk.protocol.plan import Plan
 
 
-class Handout:
+class RoundStartBuilder:
     """Keeps who holds the state of the last aggregation, and what changed since."""
 
     def __init__(self, ledger: Ledger, facts: ModelFacts) -> None:

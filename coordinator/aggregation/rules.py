@@ -54,7 +54,7 @@ class Rule:
     """One way to join adapters and to hand the result out again."""
 
     join: Join
-    share_out: Callable[[Factors, Pair, float], Pair] | None = None
+    redistribute: Callable[[Factors, Pair, float], Pair] | None = None
     """(dW, a fresh pair, its scale) -> what a participant of that rank holds next. None: everybody
     keeps its own factors, and a frozen residual makes them up to dW."""
     restarts: bool = False
@@ -139,7 +139,7 @@ def truncate(total: Factors, fresh: Pair, scale: float) -> Pair:
     return _fill(total.a_RI, total.b_OR / scale, fresh)
 
 
-def recut(total: Factors, fresh: Pair, scale: float) -> Pair:
+def svd_asymmetric(total: Factors, fresh: Pair, scale: float) -> Pair:
     """The largest singular values of dW; A's rows as long as when they are drawn, the rest in B.
 
     With the norms shared equally, B and A are so small in the first rounds that AdamW's steps and
@@ -169,7 +169,7 @@ def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
 RULES: dict[str, Rule] = {
     "exact": Rule(exact),
     "stack": Rule(exact, restarts=True),
-    "svd": Rule(svd, recut),
+    "svd": Rule(svd, svd_asymmetric),
     "svd-balanced": Rule(svd, balanced),
     "zeropad": Rule(zeropad, truncate),
     "fedavg": Rule(fedavg, truncate, needs_equal_ranks=True),
@@ -193,7 +193,7 @@ def product(pair: Pair, scale: float) -> Factors:
     return Factors(pair.b_OR * np.float32(scale), pair.a_RI)
 
 
-def resized(pair: Pair, fresh: Pair, ratio: float) -> Pair:
+def resize_pair(pair: Pair, fresh: Pair, ratio: float) -> Pair:
     """The same matrix s B A with as many ranks as *fresh*, where it has no fewer than *pair*.
 
     The first ranks stay as they are, so that an optimizer's moments keep their meaning; what a

@@ -23,9 +23,9 @@ from profiler.profile import DeviceProfile
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from coordinator.planning.joint import DeviceStory, PlanSet
-    from coordinator.planning.problem import Situation
-from coordinator.planning.problem import read_situation
+    from coordinator.planning.joint import DeviceExplanation, PlanSet
+    from coordinator.planning.problem import PlanningProblem
+from coordinator.planning.problem import read_problem
 
 MIB = 2**20
 
@@ -58,12 +58,12 @@ def run_plan(options: argparse.Namespace) -> int:
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by != "devices":
         raise ConfigError("trained_by: the coordinator trains alone, there is nothing to plan")
-    situation = read_situation(config, _read_profiles(options.profiles), options.importance)
-    found = plan_all(situation)
+    problem = read_problem(config, _read_profiles(options.profiles), options.importance)
+    found = plan_all(problem)
     if options.format == "json":
         sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
     else:
-        _print_text(situation, found, explain=options.explain)
+        _print_text(problem, found, explain=options.explain)
     return 0 if found.plans else ConfigError.exit_code
 
 
@@ -95,20 +95,20 @@ def _finite(value: Any) -> Any:  # noqa: ANN401
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_text(situation: Situation, found: PlanSet, *, explain: bool) -> None:
+def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> None:
     from rich.console import Console
 
     out = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-    out.print(_overview(situation, found))
+    out.print(_overview(problem, found))
     for device, plan in found.plans.items():
         out.print(f"{device}: adapters")
-        for line in _rank_lines(situation, plan.ranks):
+        for line in _rank_lines(problem, plan.ranks):
             out.print(f"  {line}")
         if explain:
             out.print(_options_table(found.explanation.devices[device], plan.split, found.wave_s))
     if found.server_ranks:
         out.print("coordinator: adapters")
-        for line in _rank_lines(situation, found.server_ranks):
+        for line in _rank_lines(problem, found.server_ranks):
             out.print(f"  {line}")
     for device, reason in found.refused.items():
         out.print(f"{device}: refused, {reason}")
@@ -116,7 +116,7 @@ def _print_text(situation: Situation, found: PlanSet, *, explain: bool) -> None:
         out.print(f"note: {note}")
 
 
-def _overview(situation: Situation, found: PlanSet) -> Table:
+def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
     """One row per device and one for the coordinator."""
     headings = ("", "blocks", "bound by", "needs MiB", "budget", "adapters", "wave s")
     table = _table(headings, num_text=3)
@@ -130,7 +130,7 @@ def _overview(situation: Situation, found: PlanSet) -> Table:
             _mib(story.adapter_bytes),
             _seconds(story.device_s),
         )
-    server, last = found.explanation.server, situation.num_blocks - 1
+    server, last = found.explanation.server, problem.num_blocks - 1
     table.add_row(
         "coordinator",
         f"{server.first}..{last}" if server.first <= last else "none",
@@ -144,7 +144,7 @@ def _overview(situation: Situation, found: PlanSet) -> Table:
     return table
 
 
-def _options_table(story: DeviceStory, split: int, wave_s: float | None) -> Table:
+def _options_table(story: DeviceExplanation, split: int, wave_s: float | None) -> Table:
     """Every split of a device, and what rules it out."""
     headings = ("split", "", "device MiB", "device s", "coordinator MiB", "coordinator s")
     table = _table(headings, num_text=2)
@@ -172,12 +172,12 @@ def _table(headings: Sequence[str], num_text: int) -> Table:
     return table
 
 
-def _rank_lines(situation: Situation, ranks: Mapping[str, int]) -> list[str]:
+def _rank_lines(problem: PlanningProblem, ranks: Mapping[str, int]) -> list[str]:
     """`attn.q_proj  0-3: 8, 4: 2`: ranks by kind of weight and block, one line if equal."""
     kinds: dict[str, list[tuple[int, int]]] = {}
     for name, rank in ranks.items():
-        block = situation.facts.block_of(name)
-        kind = name.removeprefix(f"{situation.facts.layout.blocks_path}.{block}.")
+        block = problem.facts.block_of(name)
+        kind = name.removeprefix(f"{problem.facts.layout.blocks_path}.{block}.")
         kinds.setdefault(kind, []).append((block, rank))
     texts = {kind: _stretches(found) for kind, found in kinds.items()}
     if len(texts) > 1 and len(set(texts.values())) == 1:

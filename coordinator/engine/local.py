@@ -32,7 +32,7 @@ from edge_sdk.lora.adapter_state import (
 )
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, Meter
+from edge_sdk.lora.importance import Form, ImportanceMeter
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout, head_names, named_parameters
@@ -86,7 +86,7 @@ class LocalEngine:
         trained = {**self.adapters.parameters(), **self.head}
         self.optimizer = Optimizer(trained, training, total_steps, self._compute)
         self._weights = tuple(ranks)
-        self._meter = Meter(slice_.model, self._weights)
+        self._meter = ImportanceMeter(slice_.model, self._weights)
         self._wave: _Wave | None = None
         self._served: dict[str, Job] = {}
         """Who was served in the step that is being gathered."""
@@ -159,7 +159,7 @@ class LocalEngine:
         A value is that of the mean loss of the devices served in the weight's block, weighted by
         their samples.
         """
-        self._meter = Meter(self.slice.model, self._weights, form, every)
+        self._meter = ImportanceMeter(self.slice.model, self._weights, form, every)
 
     def take_importance(self) -> dict[str, float]:
         """Mean importance by weight of the steps measured since the last call, or this round's."""
@@ -179,13 +179,13 @@ class LocalEngine:
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
         with autocast(self._compute, self._device), self._meter.watching(step):
-            top, lengths_B = self._climb(ordered, leaves, to_logits=to_logits)
+            top, lengths_B = self._run_blocks(ordered, leaves, to_logits=to_logits)
         return _Wave(ordered, leaves, top, lengths_B)
 
     def _leaf(self, job: Job) -> torch.Tensor:
         return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
 
-    def _climb(
+    def _run_blocks(
         self, jobs: Sequence[Job], hidden: Sequence[torch.Tensor], *, to_logits: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run all blocks, letting each job's rows join at its own; returns top and lengths."""
@@ -211,7 +211,7 @@ class LocalEngine:
         self.slice.model.eval()
         with torch.no_grad(), autocast(self._compute, self._device):
             hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
-            top, _ = self._climb([job], hidden, to_logits=job.labels is not None)
+            top, _ = self._run_blocks([job], hidden, to_logits=job.labels is not None)
             if job.labels is None:
                 return to_numpy(top)
             return totals(loss_sums(top, self._labels(job.labels)))

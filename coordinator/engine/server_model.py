@@ -13,7 +13,7 @@ import torch
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.local import LocalEngine
-from coordinator.onnx_export.cache import GraphShop, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_lora
 from coordinator.planning.fixed import check_config, plan_server
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
@@ -24,13 +24,13 @@ from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.precision import compute_name
-from edge_sdk.model.weights import PartCache, Source, load_tokenizer, model_hash
+from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.memory import ModelShape
 
 
-class ServedModel:
+class ServerModel:
     """A model on the coordinator's disk.
 
     Raises:
@@ -42,7 +42,7 @@ class ServedModel:
     def __init__(self, config: ServeConfig, cache: PartCache | None = None) -> None:
         self._config = config
         num_labels = len(config.label_names)
-        self.source = Source(
+        self.source = ModelSource(
             config.model, config.task, num_labels=num_labels, revision=config.revision
         )
         self.source.load_whole(config.training.seed)
@@ -56,7 +56,7 @@ class ServedModel:
         self.eval_batches = self._load_evaluation()
         self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
         self._by_hash = {part.sha256: part for part in self.parts.values()}
-        self.graphs = GraphShop(self.source, self.facts, num_labels, self._cache)
+        self.graphs = GraphCache(self.source, self.facts, num_labels, self._cache)
         self.hash = model_hash(self.parts)
 
     @property

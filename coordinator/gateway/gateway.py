@@ -18,19 +18,19 @@ from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.sessions import (
+    DeviceSession,
     DeviceStats,
     Event,
     Joined,
     Left,
     Received,
     Rejected,
-    Seat,
     Silent,
 )
 from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
-from edge_sdk.protocol.fragments import Outgoing
+from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import FROM_COORDINATOR, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair
@@ -113,7 +113,7 @@ class Gateway(Closing):
             config.silent_after_s,
             config.gone_after_s,
         )
-        self._taken: dict[Seat, list[tuple[int, int]]] = {}
+        self._taken: dict[DeviceSession, list[tuple[int, int]]] = {}
         self._taken_bytes = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._io.run, name="gateway", daemon=True)
@@ -151,7 +151,7 @@ class Gateway(Closing):
         self._return_credit()
         return found
 
-    def _took(self, seat: Seat, event: Received) -> None:
+    def _took(self, seat: DeviceSession, event: Received) -> None:
         envelope = event.envelope
         self._taken.setdefault(seat, []).append((envelope.lane, envelope.num_bytes))
         self._taken_bytes += envelope.num_bytes
@@ -180,7 +180,7 @@ class Gateway(Closing):
         if not isinstance(message, FROM_COORDINATOR):
             raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
         seat = self._seat(device)
-        self._io.post("send", seat, Outgoing(message, tensors, self._config.chunk_bytes))
+        self._io.post("send", seat, OutgoingMessage(message, tensors, self._config.chunk_bytes))
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the payload in bytes that one message of *device* may have."""
@@ -194,7 +194,7 @@ class Gateway(Closing):
         """Make `events` return now; any thread may call this."""
         self._io.events.put([])
 
-    def _seat(self, device: str) -> Seat:
+    def _seat(self, device: str) -> DeviceSession:
         seat = self._io.seats.get(device)
         if seat is None:
             raise PeerGone(f"device {device!r} has no session")

@@ -20,20 +20,29 @@ import zmq
 from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.sessions import (
+    DeviceSession,
     Event,
     Joined,
     Left,
     Received,
     Rejected,
-    Seat,
     Silent,
     is_session_id,
 )
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.fragments import Envelope, Outgoing
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
 from edge_sdk.protocol.messages import FROM_DEVICE, Failure, Stamp
-from edge_sdk.protocol.packets import Ack, Attach, Attached, Beat, BeatBack, Kind, Leaving, Packet
+from edge_sdk.protocol.packets import (
+    Ack,
+    Attach,
+    Attached,
+    Detach,
+    Heartbeat,
+    HeartbeatAck,
+    Kind,
+    Packet,
+)
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.sockets import Waker, receive_frame
 
@@ -63,19 +72,21 @@ class GatewayIo:
     max_message_bytes: int
     silent_after_s: float
     gone_after_s: float
-    events: SimpleQueue[list[tuple[Seat | None, Event]]] = field(default_factory=SimpleQueue)
+    events: SimpleQueue[list[tuple[DeviceSession | None, Event]]] = field(
+        default_factory=SimpleQueue
+    )
     """Batches; an empty one only wakes the reader."""
     commands: deque[tuple[Any, ...]] = field(default_factory=deque)
     waker: Waker = field(default_factory=Waker)
-    seats: dict[str, Seat] = field(default_factory=dict)
+    seats: dict[str, DeviceSession] = field(default_factory=dict)
     is_closing: bool = False
     failure: str = ""
-    _routes: dict[bytes, tuple[Seat, int]] = field(default_factory=dict)
+    _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
     _expelled: OrderedDict[str, str] = field(default_factory=OrderedDict)
-    _checks: list[tuple[float, int, Seat]] = field(default_factory=list)
+    _checks: list[tuple[float, int, DeviceSession]] = field(default_factory=list)
     _num_checks: int = 0
     _tick_s: float = 0.0
-    _fresh: list[tuple[Seat | None, Event]] = field(default_factory=list)
+    _fresh: list[tuple[DeviceSession | None, Event]] = field(default_factory=list)
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
 
     def post(self, *command: Any) -> None:
@@ -172,7 +183,7 @@ class GatewayIo:
             return None
 
     def _frame(
-        self, route: bytes, name: str, seat: Seat | None, view: memoryview, now_s: float
+        self, route: bytes, name: str, seat: DeviceSession | None, view: memoryview, now_s: float
     ) -> None:
         packet = packets.read_packet(view)
         if packet.kind == Kind.NOTE:
@@ -180,19 +191,19 @@ class GatewayIo:
             if isinstance(note, Attach):
                 self._attach(route, packet.lane, name, note, now_s)
             elif seat is None:
-                self.out.say(route, packets.WhoAreYou())
+                self.out.say(route, packets.AttachRequired())
             else:
                 seat.bytes_up += len(view)
                 self._heard(seat, now_s)
                 self._on_note(seat, note, now_s)
         elif seat is None:
-            self.out.say(route, packets.WhoAreYou())
+            self.out.say(route, packets.AttachRequired())
         else:
             seat.bytes_up += len(view)
             self._heard(seat, now_s)
             self._on_data(seat, packet, now_s)
 
-    def _on_data(self, seat: Seat, packet: Packet, now_s: float) -> None:
+    def _on_data(self, seat: DeviceSession, packet: Packet, now_s: float) -> None:
         talk = seat.talk
         try:
             items = talk.on_packet(packet)
@@ -207,7 +218,7 @@ class GatewayIo:
                 self._bad_message(seat, item.text)
         self.out.owe(seat, now_s)
 
-    def _on_note(self, seat: Seat, note: Any, now_s: float) -> None:
+    def _on_note(self, seat: DeviceSession, note: Any, now_s: float) -> None:
         if isinstance(note, Ack):
             try:
                 seat.talk.on_ack(note, now_s)
@@ -218,14 +229,14 @@ class GatewayIo:
             self.out.add(seat)
             if seat.leave is not None:
                 self._leave_if_due(seat, now_s)
-        elif isinstance(note, Beat):
+        elif isinstance(note, Heartbeat):
             seat.telemetry = note.numbers
             seat.rtt_s = note.rtt_s or None
-            self.out.note(seat, BeatBack(sent_s=note.sent_s))
-        elif isinstance(note, Leaving) and note.session == seat.talk.session:
+            self.out.note(seat, HeartbeatAck(sent_s=note.sent_s))
+        elif isinstance(note, Detach) and note.session == seat.talk.session:
             self._expel(seat, "")
 
-    def _heard(self, seat: Seat, now_s: float) -> None:
+    def _heard(self, seat: DeviceSession, now_s: float) -> None:
         seat.heard_s = now_s
         seat.silent_s = 0.0
 
@@ -243,9 +254,9 @@ class GatewayIo:
             return
         if seat is None or seat.talk.session != note.session:
             if note.is_resumed:
-                self.out.say(route, packets.Unknown(session=note.session))
+                self.out.say(route, packets.UnknownSession(session=note.session))
                 return
-            seat = self._sit(name, note.session, now_s)
+            seat = self._open_session(name, note.session, now_s)
         old = seat.routes[lane]
         if old is not None:
             self._routes.pop(old, None)
@@ -258,25 +269,27 @@ class GatewayIo:
         self.out.say(route, answer, lane, seat.talk.tag)
         self.out.add(seat)
 
-    def _sit(self, name: str, session: str, now_s: float) -> Seat:
+    def _open_session(self, name: str, session: str, now_s: float) -> DeviceSession:
         older = self.seats.get(name)
         if older is not None:
             self._expel(older, _TAKEN_OVER)
-        seat = Seat(name, Conversation(session, self.max_message_bytes, FROM_DEVICE), now_s)
+        seat = DeviceSession(
+            name, Conversation(session, self.max_message_bytes, FROM_DEVICE), now_s
+        )
         self.seats[name] = seat
         self._check_later(seat, now_s)
         log.info("device.joined name=%s session=%s", name, session[:8])
         self._fresh.append((seat, Joined(name, session)))
         return seat
 
-    def _expel(self, seat: Seat, reason: str) -> None:
+    def _expel(self, seat: DeviceSession, reason: str) -> None:
         """End a session for good: whoever comes back with it is told why, on either lane."""
         self._expelled[seat.talk.session] = reason
         if len(self._expelled) > MAX_EXPELLED:
             self._expelled.popitem(last=False)
         self._over(seat, reason)
 
-    def _over(self, seat: Seat, reason: str) -> None:
+    def _over(self, seat: DeviceSession, reason: str) -> None:
         """End a session; with a reason the device is told, without one it left by itself."""
         if seat.is_over:
             return
@@ -292,13 +305,13 @@ class GatewayIo:
         log.info("device.left name=%s reason=%s", seat.name, reason or "goodbye")
         self._fresh.append((seat, Left(seat.name, reason)))
 
-    def _leave_if_due(self, seat: Seat, now_s: float) -> None:
+    def _leave_if_due(self, seat: DeviceSession, now_s: float) -> None:
         if seat.leave is not None and (seat.talk.is_idle or now_s >= seat.leave[1]):
             self._expel(seat, seat.leave[0])
 
     # -- what is wrong --
 
-    def _bad_frame(self, route: bytes, name: str, seat: Seat | None, text: str) -> None:
+    def _bad_frame(self, route: bytes, name: str, seat: DeviceSession | None, text: str) -> None:
         if seat is not None:
             self._bad_message(seat, text)
             return
@@ -307,7 +320,7 @@ class GatewayIo:
         if name:
             self._fresh.append((None, Rejected(name, text)))
 
-    def _bad_message(self, seat: Seat, text: str) -> None:
+    def _bad_message(self, seat: DeviceSession, text: str) -> None:
         log.warning("gateway.message_bad name=%s error=%s", seat.name, text)
         self._fresh.append((seat, Rejected(seat.name, text)))
         seat.num_bad += 1
@@ -316,10 +329,10 @@ class GatewayIo:
             return
         stamp, error = Stamp(device=seat.name), RemoteProtocolError.__name__
         failure = Failure(stamp=stamp, error=error, text=text[:1000])
-        seat.talk.send(Outgoing(failure, {}))
+        seat.talk.send(OutgoingMessage(failure, {}))
         self.out.add(seat)
 
-    def _revoked(self, route: bytes, known: tuple[Seat, int] | None) -> None:
+    def _revoked(self, route: bytes, known: tuple[DeviceSession, int] | None) -> None:
         if known is not None:
             self._expel(known[0], _REVOKED)
         else:
@@ -327,7 +340,7 @@ class GatewayIo:
 
     # -- the clock --
 
-    def _check_later(self, seat: Seat, now_s: float) -> None:
+    def _check_later(self, seat: DeviceSession, now_s: float) -> None:
         self._num_checks += 1  # breaks ties, seats have no order
         at_s = now_s + min(CHECK_S, self.silent_after_s / 4)
         heapq.heappush(self._checks, (at_s, self._num_checks, seat))
@@ -342,7 +355,7 @@ class GatewayIo:
             if not seat.is_over:
                 self._check(seat, now_s)
 
-    def _check(self, seat: Seat, now_s: float) -> None:
+    def _check(self, seat: DeviceSession, now_s: float) -> None:
         self._leave_if_due(seat, now_s)
         self.out.ack(seat)
         silent_s = now_s - seat.heard_s

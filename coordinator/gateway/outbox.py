@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from coordinator.gateway.sessions import Seat
+from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES
@@ -30,17 +30,17 @@ class Outbox:
     """Who has something to be sent, and how it is sent."""
 
     router: zmq.Socket[bytes]
-    _ready: dict[Seat, None] = field(default_factory=dict)
-    _owing: dict[Seat, None] = field(default_factory=dict)
+    _ready: dict[DeviceSession, None] = field(default_factory=dict)
+    _owing: dict[DeviceSession, None] = field(default_factory=dict)
     _ack_s: float = 0.0
-    _full: dict[Seat, None] = field(default_factory=dict)
+    _full: dict[DeviceSession, None] = field(default_factory=dict)
     _full_s: float = 0.0
 
-    def add(self, seat: Seat) -> None:
+    def add(self, seat: DeviceSession) -> None:
         """Something may be sent to *seat*."""
         self._ready[seat] = None
 
-    def forget(self, seat: Seat) -> None:
+    def forget(self, seat: DeviceSession) -> None:
         """The session is over."""
         for pending in (self._ready, self._owing, self._full):
             pending.pop(seat, None)
@@ -72,7 +72,7 @@ class Outbox:
             self.ack(seat)
         self.router.linger = FAREWELL_MS
 
-    def _pump_lane(self, seat: Seat, lane: int, now_s: float) -> bool:
+    def _pump_lane(self, seat: DeviceSession, lane: int, now_s: float) -> bool:
         """Send some packets of a lane; returns whether there may be more to send right now."""
         sender = seat.talk.senders[lane]
         for _ in range(TURN_PACKETS):
@@ -85,7 +85,7 @@ class Outbox:
             sender.sent(due)
         return True
 
-    def _put(self, seat: Seat, lane: int, frame: Any, now_s: float) -> bool:
+    def _put(self, seat: DeviceSession, lane: int, frame: Any, now_s: float) -> bool:
         route = seat.routes[lane]
         if route is None:
             return False
@@ -116,17 +116,17 @@ class Outbox:
             return False
         return True
 
-    def note(self, seat: Seat, note: Any) -> bool:
+    def note(self, seat: DeviceSession, note: Any) -> bool:
         """Send a note on the control lane of a session."""
         route = seat.routes[Lane.CONTROL]
         return route is not None and self.say(route, note, Lane.CONTROL, seat.talk.tag)
 
-    def ack(self, seat: Seat) -> None:
+    def ack(self, seat: DeviceSession) -> None:
         """Tell a device what has arrived, if that is news."""
         if seat.talk.owes_ack and not self.note(seat, seat.talk.ack()):
             seat.talk.ack_failed()  # the regular check comes back to it, if no packet does before
 
-    def owe(self, seat: Seat, now_s: float) -> None:
+    def owe(self, seat: DeviceSession, now_s: float) -> None:
         """Something has arrived or was taken: ack it now or, with company, a little later."""
         if seat.is_over:
             return

@@ -72,7 +72,7 @@ class DeviceStats:
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
+class DeviceSession:
     """One session. Used by the I/O thread; others only read."""
 
     name: str

@@ -17,10 +17,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coordinator.onnx_export.job import Job, job_text
+from coordinator.onnx_export.job import ExportJob, job_text
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from edge_sdk.model.weights import PartCache, Source, write_whole
+from edge_sdk.model.weights import ModelSource, PartCache, write_whole
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import PART_NAME
 
@@ -42,7 +42,7 @@ SOURCES = (
 
 
 @dataclass
-class Order:
+class Build:
     """Graphs that are being made."""
 
     process: subprocess.Popen[bytes]
@@ -60,7 +60,7 @@ class Order:
         return said[-1] if said else f"exit code {self.process.returncode}"
 
 
-class GraphShop:
+class GraphCache:
     """Graphs of one model, by plan.
 
     Args:
@@ -71,12 +71,12 @@ class GraphShop:
     """
 
     def __init__(
-        self, source: Source, facts: ModelFacts, num_labels: int, cache: PartCache
+        self, source: ModelSource, facts: ModelFacts, num_labels: int, cache: PartCache
     ) -> None:
         self._source, self._facts, self._num_labels = source, facts, num_labels
         self._cache = cache
         self._keys: dict[tuple[int, bool, bool], str] = {}
-        self._orders: dict[str, Order] = {}
+        self._orders: dict[str, Build] = {}
 
     def find(self, plan: Plan, *, measures: bool) -> Part | None:
         """Return the graphs of *plan*; None while they are being made.
@@ -112,10 +112,10 @@ class GraphShop:
             order.folder.cleanup()
         self._orders = {}
 
-    def _job(self, plan: Plan, *, measures: bool) -> Job:
+    def _job(self, plan: Plan, *, measures: bool) -> ExportJob:
         names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
         stored = {n: t for name in names for n, t in self._source.tensors(name).items()}
-        return Job(
+        return ExportJob(
             task=self._source.task,
             num_labels=self._num_labels,
             split=plan.split,
@@ -125,7 +125,7 @@ class GraphShop:
             dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in stored.items()},
         )
 
-    def _key(self, job: Job) -> str:
+    def _key(self, job: ExportJob) -> str:
         versions = {**{name: _version(name) for name in MAKERS}, "ours": _sources()}
         config = self._source.config.to_json_string()
         text = json.dumps([asdict(job), versions, config], sort_keys=True)
@@ -149,7 +149,7 @@ class GraphShop:
         write_whole(self._index(key), json.dumps(facts).encode())
         return part
 
-    def _begin(self, job: Job) -> Order:
+    def _begin(self, job: ExportJob) -> Build:
         folder = tempfile.TemporaryDirectory(prefix="edgesplit-graphs-")
         base = Path(folder.name)
         (base / "job.json").write_text(job_text(job), "utf-8")
@@ -160,7 +160,7 @@ class GraphShop:
         with (base / "stderr").open("wb") as errors:
             command = [sys.executable, "-m", MODULE, *map(str, order)]
             process = subprocess.Popen(command, stdout=errors, stderr=errors, env=env)
-        return Order(process, folder)
+        return Build(process, folder)
 
 
 def check_lora(lora: LoraConfig) -> None:

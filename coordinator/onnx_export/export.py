@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from coordinator.onnx_export.job import Job, load_job
+from coordinator.onnx_export.job import ExportJob, load_job
 from coordinator.onnx_export.operators import LOWERINGS
 from coordinator.onnx_export.slice_graphs import Tracer
 from coordinator.onnx_export.trace import Traced
@@ -31,7 +31,7 @@ from edge_sdk.model.weights import load_config, write_whole
 from edge_sdk.runtime.onnx_graphs import About, Graphs
 
 
-def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:
+def export_slice(config: Any, job: ExportJob, layout: Layout | None = None) -> Graphs:
     """Return the graphs of *job* for the model of *config*.
 
     Raises:
@@ -64,14 +64,14 @@ def export_slice(config: Any, job: Job, layout: Layout | None = None) -> Graphs:
     return Graphs(about, models)
 
 
-def _gradients(tracer: Tracer, index: int, kind: int, job: Job) -> dict[str, bytes]:
+def _gradients(tracer: Tracer, index: int, kind: int, job: ExportJob) -> dict[str, bytes]:
     found = {f"vjp.{kind}": _written(lambda: tracer.block_vjp(index))}
     if job.measures:
         found[f"measure.{kind}"] = _written(lambda: tracer.block_vjp(index, measures=True))
     return found
 
 
-def _weightless(config: Any, job: Job, layout: Layout) -> Slice:
+def _weightless(config: Any, job: ExportJob, layout: Layout) -> Slice:
     """The slice with a single zero for all its weights."""
     slice_ = Slice(config, job.task, layout, torch.float32)
     shapes = {name: tensor.shape for name, tensor in slice_.model.state_dict().items()}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ExportJob:
     """What to export; all of it decides what comes out."""
 
     task: Task
@@ -30,11 +30,11 @@ class Job:
     """What each tensor of the slice is stored as, as torch calls it, by whole-model name."""
 
 
-def load_job(path: Path) -> Job:
+def load_job(path: Path) -> ExportJob:
     """Read what `job_text` has made."""
-    return Job(**json.loads(path.read_text(encoding="utf-8")))
+    return ExportJob(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def job_text(job: Job) -> str:
+def job_text(job: ExportJob) -> str:
     """*job* as text, the same for equal jobs."""
     return json.dumps(asdict(job), sort_keys=True)

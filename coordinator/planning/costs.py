@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from coordinator.aggregation.rules import SERVER
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
 from profiler.estimate.memory import (
@@ -39,38 +39,38 @@ class Load(NamedTuple):
     """Of an activation."""
 
 
-def first_ranks(situation: Situation, device: str, first: int, stop: int) -> dict[str, int]:
+def first_ranks(problem: PlanningProblem, device: str, first: int, stop: int) -> dict[str, int]:
     """The ranks that a stretch of blocks is priced with."""
-    return {n: situation.first_rank(device, n) for n in situation.weights(first, stop)}
+    return {n: problem.first_rank(device, n) for n in problem.weights(first, stop)}
 
 
 # ---- memory ----
 
 
-def adapters_bytes(situation: Situation, ranks: Ranks, loads: Mapping[str, Load]) -> float:
+def adapters_bytes(problem: PlanningProblem, ranks: Ranks, loads: Mapping[str, Load]) -> float:
     """Memory that adapters of *ranks* add, with one of *loads* on each."""
     blocks: dict[tuple[int, Load], dict[str, int]] = {}
     for name, rank in ranks.items():
-        block, inside = situation.place(name)
+        block, inside = problem.place(name)
         blocks.setdefault((block, loads[name]), {})[inside] = rank
     return math.fsum(
-        _adapters_of_block(situation, tuple(own.items()), load) for (_, load), own in blocks.items()
+        _adapters_of_block(problem, tuple(own.items()), load) for (_, load), own in blocks.items()
     )
 
 
 def _adapters_of_block(
-    situation: Situation, ranks: tuple[tuple[str, int], ...], load: Load
+    problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load
 ) -> float:
     """Memory that adapters add to one block, by name inside the block."""
     given = tuple((name, rank) for name, rank in ranks if rank > 0)
-    return _block_bytes(situation, given, load) - _block_bytes(situation, (), load)
+    return _block_bytes(problem, given, load) - _block_bytes(problem, (), load)
 
 
-def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], load: Load) -> int:
+def _block_bytes(problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load) -> int:
     """Memory of one block in the middle of a stretch: only differences of it mean something."""
-    known, key = situation.block_bytes, (ranks, load)
+    known, key = problem.block_bytes, (ranks, load)
     if key not in known:
-        config, path = situation.config, situation.model.blocks_path
+        config, path = problem.config, problem.model.blocks_path
         work = Work(
             first=0,
             stop=1,
@@ -85,46 +85,46 @@ def _block_bytes(situation: Situation, ranks: tuple[tuple[str, int], ...], load:
             optimizer=config.training.optimizer,
             has_lora_dropout=config.lora.lora_dropout > 0,
         )
-        known[key] = estimate_memory(situation.model, work).total
+        known[key] = estimate_memory(problem.model, work).total
     return known[key]
 
 
-def device_loads(situation: Situation, device: str, split: int) -> dict[str, Load]:
+def device_loads(problem: PlanningProblem, device: str, split: int) -> dict[str, Load]:
     """What passes through each of a device's weights."""
     load = Load(
-        situation.tokens(device), _in_flight(situation, device, split), *_widths(situation, device)
+        problem.tokens(device), _in_flight(problem, device, split), *_widths(problem, device)
     )
-    return dict.fromkeys(situation.weights(0, split), load)
+    return dict.fromkeys(problem.weights(0, split), load)
 
 
-def _widths(situation: Situation, device: str) -> tuple[int, int]:
+def _widths(problem: PlanningProblem, device: str) -> tuple[int, int]:
     """Bytes of a device's frozen parameters and of its activations."""
-    profile = situation.profile(device)
+    profile = problem.profile(device)
     return int(profile.base_bytes or 4), int(profile.compute_bytes or 4)
 
 
-def _in_flight(situation: Situation, device: str, split: int) -> int:
-    return 1 if split == situation.num_blocks else situation.in_flight(device)
+def _in_flight(problem: PlanningProblem, device: str, split: int) -> int:
+    return 1 if split == problem.num_blocks else problem.in_flight(device)
 
 
-def device_bytes(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+def device_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Peak memory of a device's process."""
-    overhead = int(situation.profile(device).overhead_bytes or 0)
-    work = _device_work(situation, device, split, ranks)
-    return estimate_memory(situation.model, work, overhead).total
+    overhead = int(problem.profile(device).overhead_bytes or 0)
+    work = _device_work(problem, device, split, ranks)
+    return estimate_memory(problem.model, work, overhead).total
 
 
-def device_base_bytes(situation: Situation, device: str, split: int) -> float:
+def device_base_bytes(problem: PlanningProblem, device: str, split: int) -> float:
     """Peak memory of a device's process less all adapters."""
-    ranks = first_ranks(situation, device, 0, split)
-    total = device_bytes(situation, device, split, ranks)
-    return total - adapters_bytes(situation, ranks, device_loads(situation, device, split))
+    ranks = first_ranks(problem, device, 0, split)
+    total = device_bytes(problem, device, split, ranks)
+    return total - adapters_bytes(problem, ranks, device_loads(problem, device, split))
 
 
-def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) -> Work:
-    config = situation.config
-    has_tail = config.labels == "device" or split == situation.num_blocks
-    base_bytes, compute_bytes = _widths(situation, device)
+def _device_work(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> Work:
+    config = problem.config
+    has_tail = config.labels == "device" or split == problem.num_blocks
+    base_bytes, compute_bytes = _widths(problem, device)
     return Work(
         first=0,
         stop=split,
@@ -133,59 +133,59 @@ def _device_work(situation: Situation, device: str, split: int, ranks: Ranks) ->
         has_front=True,
         has_tail=has_tail,
         ranks=dict(ranks),
-        linear_bytes=situation.profile(device).linear_bytes,
-        recompute=situation.profile(device).recompute or "none",
-        micro_batch=situation.micro_batch(device),
-        in_flight=_in_flight(situation, device, split),
-        length=situation.length,
-        codec_bytes=_codec_bytes(situation, device),
+        linear_bytes=problem.profile(device).linear_bytes,
+        recompute=problem.profile(device).recompute or "none",
+        micro_batch=problem.micro_batch(device),
+        in_flight=_in_flight(problem, device, split),
+        length=problem.length,
+        codec_bytes=_codec_bytes(problem, device),
         optimizer=config.training.optimizer,
         trains_head=has_tail and config.task == "sequence-classification",
-        residual_rank=situation.residual_rank,
+        residual_rank=problem.residual_rank,
         has_lora_dropout=config.lora.lora_dropout > 0,
     )
 
 
-def server_base_bytes(situation: Situation, first: int, ranks: Ranks) -> float:
+def server_base_bytes(problem: PlanningProblem, first: int, ranks: Ranks) -> float:
     """Memory of the coordinator before any device's rows come, if its blocks begin at *first*.
 
     With a file to evaluate it holds the whole model, whatever the devices hold.
     """
-    holds_all = situation.config.evaluation.data.path is not None
-    if first == situation.num_blocks and not holds_all:
+    holds_all = problem.config.evaluation.data.path is not None
+    if first == problem.num_blocks and not holds_all:
         return 0.0
-    work = _server_work(situation, SERVER, first, ranks, holds_all=holds_all)
-    return estimate_memory(situation.model, work).total
+    work = _server_work(problem, SERVER, first, ranks, holds_all=holds_all)
+    return estimate_memory(problem.model, work).total
 
 
-def server_rows_bytes(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Memory that a device's rows take on the coordinator."""
-    if split == situation.num_blocks:
+    if split == problem.num_blocks:
         return 0.0
-    model = situation.model
-    with_rows = _server_work(situation, device, split, ranks)
-    empty = _server_work(situation, SERVER, split, ranks)
+    model = problem.model
+    with_rows = _server_work(problem, device, split, ranks)
+    empty = _server_work(problem, SERVER, split, ranks)
     return estimate_memory(model, with_rows).total - estimate_memory(model, empty).total
 
 
 def _server_work(
-    situation: Situation, device: str, split: int, ranks: Ranks, *, holds_all: bool = False
+    problem: PlanningProblem, device: str, split: int, ranks: Ranks, *, holds_all: bool = False
 ) -> Work:
     """The coordinator's work for one device's rows; for `SERVER`, for none."""
-    config = situation.config
+    config = problem.config
     has_tail = config.labels == "server" or holds_all
     return Work(
         first=0 if holds_all else split,
-        stop=situation.num_blocks,
+        stop=problem.num_blocks,
         has_front=holds_all,
         has_tail=has_tail,
         ranks=dict(ranks),
-        micro_batch=0 if device == SERVER else situation.micro_batch(device),
-        length=situation.length,
-        codec_bytes=2 if device == SERVER else _codec_bytes(situation, device),
+        micro_batch=0 if device == SERVER else problem.micro_batch(device),
+        length=problem.length,
+        codec_bytes=2 if device == SERVER else _codec_bytes(problem, device),
         optimizer=config.training.optimizer,
         trains_head=config.labels == "server" and config.task == "sequence-classification",
-        residual_rank=situation.residual_rank,
+        residual_rank=problem.residual_rank,
         has_lora_dropout=config.lora.lora_dropout > 0,
     )
 
@@ -193,69 +193,69 @@ def _server_work(
 # ---- time ----
 
 
-def device_flops(situation: Situation, device: str, split: int, ranks: Ranks) -> float:
+def device_flops(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Floating-point operations of a device in a wave."""
-    return estimate_flops(situation.model, _device_work(situation, device, split, ranks)).total
+    return estimate_flops(problem.model, _device_work(problem, device, split, ranks)).total
 
 
-def device_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:
+def device_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
     """Compute and link time of a device in a wave; None where its speed or link is unknown."""
-    profile = situation.profile(device)
+    profile = problem.profile(device)
     if profile.flops_per_s is None:
         return None
-    flops = device_flops(situation, device, split, ranks)
+    flops = device_flops(problem, device, split, ranks)
     link_s: float | None = 0.0
-    if split < situation.num_blocks:
-        link_s = link_seconds(situation, device, trains=any(ranks.values()))
+    if split < problem.num_blocks:
+        link_s = link_seconds(problem, device, trains=any(ranks.values()))
     return None if link_s is None else flops / profile.flops_per_s + link_s
 
 
-def link_seconds(situation: Situation, device: str, *, trains: bool) -> float | None:
+def link_seconds(problem: PlanningProblem, device: str, *, trains: bool) -> float | None:
     """Time of a device's tensors on its link in a wave; None where the bandwidth is unknown.
 
     Args:
-        situation: The situation.
+        problem: The situation.
         device: Whose link.
         trains: Whether dL/dh comes back: not to a device that computes forward only.
     """
-    profile = situation.profile(device)
+    profile = problem.profile(device)
     up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
     if up is None or down is None:
         return None
     one_way = hidden_bytes(
-        situation.model,
-        situation.micro_batch(device),
-        situation.length,
-        _codec_bytes(situation, device),
+        problem.model,
+        problem.micro_batch(device),
+        problem.length,
+        _codec_bytes(problem, device),
     )
     # There and back once for h and dL/dh; with the tail on the device once more for its ends.
-    exchanges = 2 if situation.config.labels == "device" else 1
+    exchanges = 2 if problem.config.labels == "device" else 1
     downs = exchanges if trains else exchanges - 1
     return exchanges * (one_way / up + (profile.round_trip_s or 0.0)) + downs * one_way / down
 
 
-def server_seconds(situation: Situation, device: str, split: int, ranks: Ranks) -> float | None:
+def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
     """Compute time of the coordinator for a device's rows; None where its speed is unknown."""
-    if split == situation.num_blocks:
+    if split == problem.num_blocks:
         return 0.0
-    speed = situation.server_speed
-    work = _server_work(situation, device, split, ranks)
-    return None if speed is None else estimate_flops(situation.model, work).total / speed
+    speed = problem.server_speed
+    work = _server_work(problem, device, split, ranks)
+    return None if speed is None else estimate_flops(problem.model, work).total / speed
 
 
-def _codec_bytes(situation: Situation, device: str) -> int:
-    return 4 if situation.config.settings(device).codec == "float32" else 2
+def _codec_bytes(problem: PlanningProblem, device: str) -> int:
+    return 4 if problem.config.settings(device).codec == "float32" else 2
 
 
 # ---- tables ----
 
 
-def options(situation: Situation, device: str) -> list[Option]:
+def options(problem: PlanningProblem, device: str) -> list[Option]:
     """What each split of a device costs, with the least ranks.
 
     Times are None throughout where the device's speed or link is unknown.
     """
-    rows = [_option(situation, device, split) for split in range(1, situation.num_blocks + 1)]
+    rows = [_option(problem, device, split) for split in range(1, problem.num_blocks + 1)]
     if all(row.device_s is not None for row in rows):
         return rows
     return [
@@ -263,80 +263,80 @@ def options(situation: Situation, device: str) -> list[Option]:
     ]
 
 
-def _option(situation: Situation, device: str, split: int) -> Option:
-    last = situation.num_blocks
-    own = first_ranks(situation, device, 0, split)
-    rest = first_ranks(situation, SERVER, split, last)
-    adapters = adapters_bytes(situation, own, device_loads(situation, device, split))
+def _option(problem: PlanningProblem, device: str, split: int) -> Option:
+    last = problem.num_blocks
+    own = first_ranks(problem, device, 0, split)
+    rest = first_ranks(problem, SERVER, split, last)
+    adapters = adapters_bytes(problem, own, device_loads(problem, device, split))
     return Option(
         split,
-        device_base_bytes(situation, device, split) + min(adapters, _cap(situation, device)),
-        device_seconds(situation, device, split, own),
-        server_rows_bytes(situation, device, split, rest),
-        server_seconds(situation, device, split, rest) or 0.0,
+        device_base_bytes(problem, device, split) + min(adapters, _cap(problem, device)),
+        device_seconds(problem, device, split, own),
+        server_rows_bytes(problem, device, split, rest),
+        server_seconds(problem, device, split, rest) or 0.0,
     )
 
 
-def server_side(situation: Situation) -> Server:
+def server_side(problem: PlanningProblem) -> Server:
     """The coordinator as splits see it."""
-    last = situation.num_blocks
+    last = problem.num_blocks
     base = [
-        server_base_bytes(situation, first, first_ranks(situation, SERVER, first, last))
+        server_base_bytes(problem, first, first_ranks(problem, SERVER, first, last))
         for first in range(last + 1)
     ]
-    return Server(situation.limit_bytes(SERVER), base)
+    return Server(problem.limit_bytes(SERVER), base)
 
 
-def adapter_budget(situation: Situation, device: str, split: int) -> float:
+def adapter_budget(problem: PlanningProblem, device: str, split: int) -> float:
     """Memory that a device has left for adapters at a split."""
-    left = situation.limit_bytes(device) - device_base_bytes(situation, device, split)
-    return min(left, _cap(situation, device))
+    left = problem.limit_bytes(device) - device_base_bytes(problem, device, split)
+    return min(left, _cap(problem, device))
 
 
-def _cap(situation: Situation, device: str) -> float:
-    cap = situation.config.planning.adapter_bytes
-    return math.inf if cap is None or situation.pinned_rank(device) is not None else cap
+def _cap(problem: PlanningProblem, device: str) -> float:
+    cap = problem.config.planning.adapter_bytes
+    return math.inf if cap is None or problem.pinned_rank(device) is not None else cap
 
 
 def rank_tables(
-    situation: Situation, device: str, loads: Mapping[str, Load]
+    problem: PlanningProblem, device: str, loads: Mapping[str, Load]
 ) -> dict[Weights, tuple[Choice, ...]]:
     """What ranks are worth and cost, on a device or on `SERVER`.
 
     Args:
-        situation: The situation.
+        problem: The situation.
         device: Whose ranks.
         loads: What passes through each weight; only these get a table.
     """
     tables = {}
-    for item in _items(situation, device, loads):
-        insides = [situation.place(name)[1] for name in item]
-        price = partial(_price, situation, insides, loads[item[0]])
+    for item in _items(problem, device, loads):
+        insides = [problem.place(name)[1] for name in item]
+        price = partial(_price, problem, insides, loads[item[0]])
         tables[item] = rank_table(
-            [situation.importance_of(name) for name in item],
-            [situation.ranks(device, name) for name in item],
+            [problem.importance_of(name) for name in item],
+            [problem.ranks(device, name) for name in item],
             price,
-            situation.config.planning.utility,
+            problem.config.planning.utility,
         )
     return tables
 
 
 def _price(
-    situation: Situation, insides: Sequence[str], load: Load, ranks: tuple[int, ...]
+    problem: PlanningProblem, insides: Sequence[str], load: Load, ranks: tuple[int, ...]
 ) -> float:
-    return _adapters_of_block(situation, tuple(zip(insides, ranks, strict=True)), load)
+    return _adapters_of_block(problem, tuple(zip(insides, ranks, strict=True)), load)
 
 
-def _items(situation: Situation, device: str, weights: Iterable[str]) -> list[Weights]:
+def _items(problem: PlanningProblem, device: str, weights: Iterable[str]) -> list[Weights]:
     """Weights that are chosen together: those of a block that read the same input."""
     inputs: dict[tuple[int, int | str], list[str]] = {}
     for name in weights:
-        block, inside = situation.place(name)
-        source = situation.input_ids.get(inside, -1)
+        block, inside = problem.place(name)
+        source = problem.input_ids.get(inside, -1)
         inputs.setdefault((block, source if source >= 0 else inside), []).append(name)
     found: list[Weights] = []
     for names in inputs.values():
-        size = math.prod(len(situation.ranks(device, name)) for name in names)
+        size = math.prod(len(problem.ranks(device, name)) for name in names)
         # Too many combinations: each is charged for the input as if it alone kept it.
         found += [tuple(names)] if size <= MOST_COMBINATIONS else [(name,) for name in names]
     return found

@@ -12,45 +12,47 @@ from dataclasses import replace
 
 from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import options
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.splits import Option, fitting
 from edge_sdk.errors import ConfigError
 from profiler.profile import problems
 
 
-def in_time(situation: Situation, device: str, table: Sequence[Option]) -> list[Option]:
+def in_time(problem: PlanningProblem, device: str, table: Sequence[Option]) -> list[Option]:
     """Return the splits of a device that keep `planning.deadline_s`; all where none does."""
-    deadline_s = situation.config.planning.deadline_s
-    if deadline_s is None or situation.pinned_split(device) is not None:
+    deadline_s = problem.config.planning.deadline_s
+    if deadline_s is None or problem.pinned_split(device) is not None:
         return list(table)
     fast = [o for o in table if o.device_s is None or o.device_s <= deadline_s]
     return fast or list(table)
 
 
-def cannot_train(situation: Situation, tables: Mapping[str, Sequence[Option]]) -> dict[str, str]:
+def cannot_train(
+    problem: PlanningProblem, tables: Mapping[str, Sequence[Option]]
+) -> dict[str, str]:
     """Return why each device computes forward only that might have trained.
 
     Args:
-        situation: The situation.
+        problem: The situation.
         tables: Each device's splits, of those that can train at all.
     """
-    if RULES[situation.config.aggregation].needs_equal_ranks:
+    if RULES[problem.config.aggregation].needs_equal_ranks:
         return {}
     found = {}
-    for device in situation.profiles:
-        why = _why(situation, device, tables.get(device))
-        if why is not None and _helps(situation, device, why):
+    for device in problem.profiles:
+        why = _why(problem, device, tables.get(device))
+        if why is not None and _helps(problem, device, why):
             found[device] = why
     return found
 
 
-def _why(situation: Situation, device: str, table: Sequence[Option] | None) -> str | None:
+def _why(problem: PlanningProblem, device: str, table: Sequence[Option] | None) -> str | None:
     """Why a device cannot train; None where it can, or is not to be judged."""
     if table is None:
-        is_nonsense = problems(situation.profiles[device])
+        is_nonsense = problems(problem.profiles[device])
         return None if is_nonsense else "its memory cannot hold a backward pass"
-    deadline_s = situation.config.planning.deadline_s
-    pin, limit = situation.pinned_split(device), situation.limit_bytes(device)
+    deadline_s = problem.config.planning.deadline_s
+    pin, limit = problem.pinned_split(device), problem.limit_bytes(device)
     times = [option.device_s for option in fitting(device, table, limit, pin)]
     known = [time_s for time_s in times if time_s is not None]
     if deadline_s is None or not known or min(known) <= deadline_s:
@@ -58,16 +60,16 @@ def _why(situation: Situation, device: str, table: Sequence[Option] | None) -> s
     return f"it trains a micro-batch in {min(known):.3g} s, planning.deadline_s is {deadline_s:g}"
 
 
-def _helps(situation: Situation, device: str, why: str) -> bool:
+def _helps(problem: PlanningProblem, device: str, why: str) -> bool:
     """Whether a device can take part without training, and its ranks are ours to choose."""
-    is_unknown = situation.profile(device).memory_bytes is None
-    if is_unknown or situation.pinned_rank(device) is not None:
+    is_unknown = problem.profile(device).memory_bytes is None
+    if is_unknown or problem.pinned_rank(device) is not None:
         return False  # nothing about it is ours to choose
-    frozen = replace(situation, frozen={device: why})
+    frozen = replace(problem, frozen={device: why})
     split = frozen.pinned_split(device)
-    if split is None or split == situation.num_blocks:
+    if split is None or split == problem.num_blocks:
         return False  # nobody would train anything with its samples
-    if any(frozen.first_rank(device, weight) for weight in situation.weights(0, split)):
+    if any(frozen.first_rank(device, weight) for weight in problem.weights(0, split)):
         return False  # `lora.rank_pattern` asks for training
     try:
         fitting(device, options(frozen, device), frozen.limit_bytes(device), split)

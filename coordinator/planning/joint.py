@@ -27,7 +27,7 @@ from coordinator.planning.costs import (
 from coordinator.planning.fixed import make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
 from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import choose_ranks, uniform_ranks
 from coordinator.planning.splits import (
     Binding,
@@ -43,7 +43,7 @@ from profiler.profile import problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceStory:
+class DeviceExplanation:
     """The numbers behind one device's plan. Memory in bytes; infinite where nobody knows."""
 
     budget_bytes: float
@@ -63,7 +63,7 @@ class DeviceStory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStory:
+class ServerExplanation:
     """The numbers behind the coordinator's share."""
 
     first: int
@@ -80,8 +80,8 @@ class ServerStory:
 class Explanation:
     """Why the plans are as they are."""
 
-    devices: dict[str, DeviceStory]
-    server: ServerStory
+    devices: dict[str, DeviceExplanation]
+    server: ServerExplanation
     notes: tuple[str, ...] = ()
 
 
@@ -101,7 +101,7 @@ class PlanSet:
     explanation: Explanation
 
 
-def plan_all(situation: Situation) -> PlanSet:
+def plan_all(problem: PlanningProblem) -> PlanSet:
     """Return the best plans for a situation.
 
     A device that cannot train computes forward only; one that cannot take part at all is refused by
@@ -111,30 +111,28 @@ def plan_all(situation: Situation) -> PlanSet:
         ConfigError: the coordinator is too small for what the devices leave to it, or the config
             asks for what nobody can do.
     """
-    tables, refused = _tables(situation, situation.profiles)
-    if frozen := cannot_train(situation, tables):
-        situation = replace(situation, frozen=frozen)
-        again, refused_again = _tables(situation, frozen)  # the others' options are as they were
+    tables, refused = _tables(problem, problem.profiles)
+    if frozen := cannot_train(problem, tables):
+        problem = replace(problem, frozen=frozen)
+        again, refused_again = _tables(problem, frozen)  # the others' options are as they were
         tables = dict(sorted({**tables, **again}.items()))
         refused = {d: why for d, why in refused.items() if d not in frozen} | refused_again
-    splits = _split(situation, tables)
-    devices, ranks = _ranks(situation, splits)
+    splits = _split(problem, tables)
+    devices, ranks = _ranks(problem, splits)
     plans, chosen = {}, splits.chosen
     for device, own in devices.items():
-        plans[device] = make_plan(
-            situation.config, situation.facts, device, chosen[device].split, own
-        )
-    stories = {d: _story(situation, d, tables[d], splits, plans[d]) for d in plans}
+        plans[device] = make_plan(problem.config, problem.facts, device, chosen[device].split, own)
+    stories = {d: _story(problem, d, tables[d], splits, plans[d]) for d in plans}
     return PlanSet(
         plans=plans,
         server_ranks=ranks,
         refused=refused,
-        wave_s=wave_seconds(situation, plans, ranks),
-        utility=utility(situation, plans, ranks),
+        wave_s=wave_seconds(problem, plans, ranks),
+        utility=utility(problem, plans, ranks),
         explanation=Explanation(
             devices=stories,
-            server=_server_story(situation, splits, ranks),
-            notes=_notes(situation),
+            server=_server_story(problem, splits, ranks),
+            notes=_notes(problem),
         ),
     )
 
@@ -143,19 +141,19 @@ def plan_all(situation: Situation) -> PlanSet:
 
 
 def _tables(
-    situation: Situation, devices: Iterable[str]
+    problem: PlanningProblem, devices: Iterable[str]
 ) -> tuple[dict[str, list[Option]], dict[str, str]]:
     """The options of each of *devices* that is able, and why the others are not."""
     tables, refused = {}, {}
     for device in sorted(devices):
-        wrong = problems(situation.profile(device))
+        wrong = problems(problem.profile(device))
         if wrong:
             refused[device] = f"its profile cannot be true: {'; '.join(wrong)}"
             continue
         try:
-            own = in_time(situation, device, options(situation, device))
-            pin = situation.pinned_split(device)
-            fitting(device, own, situation.limit_bytes(device), pin)
+            own = in_time(problem, device, options(problem, device))
+            pin = problem.pinned_split(device)
+            fitting(device, own, problem.limit_bytes(device), pin)
         except ConfigError as error:
             refused[device] = str(error)
         else:
@@ -163,46 +161,46 @@ def _tables(
     return tables, refused
 
 
-def _split(situation: Situation, tables: Mapping[str, list[Option]]) -> Splits:
-    budgets = {device: situation.limit_bytes(device) for device in tables}
-    pins = {d: pin for d in tables if (pin := situation.pinned_split(d)) is not None}
-    by_time = situation.config.planning.split == "armsc" and situation.server_speed is not None
+def _split(problem: PlanningProblem, tables: Mapping[str, list[Option]]) -> Splits:
+    budgets = {device: problem.limit_bytes(device) for device in tables}
+    pins = {d: pin for d in tables if (pin := problem.pinned_split(d)) is not None}
+    by_time = problem.config.planning.split == "armsc" and problem.server_speed is not None
     rule = choose_splits if by_time else deepest_splits
-    return rule(tables, budgets, server_side(situation), pins)
+    return rule(tables, budgets, server_side(problem), pins)
 
 
 # ---- ranks ----
 
 
 def _ranks(
-    situation: Situation, splits: Splits
+    problem: PlanningProblem, splits: Splits
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Ranks of every device and of the coordinator."""
     found: dict[str, dict[str, int]] = {}
     for device, option in splits.chosen.items():
-        loads = device_loads(situation, device, option.split)
-        budget = adapter_budget(situation, device, option.split)
-        found[device] = _choose(situation, device, loads, budget)
-    loads = _server_loads(situation, splits)
-    found[SERVER] = _choose(situation, SERVER, loads, _server_adapter_budget(situation, splits))
-    if RULES[situation.config.aggregation].needs_equal_ranks:
-        found = _made_equal(situation, found)
+        loads = device_loads(problem, device, option.split)
+        budget = adapter_budget(problem, device, option.split)
+        found[device] = _choose(problem, device, loads, budget)
+    loads = _server_loads(problem, splits)
+    found[SERVER] = _choose(problem, SERVER, loads, _server_adapter_budget(problem, splits))
+    if RULES[problem.config.aggregation].needs_equal_ranks:
+        found = _made_equal(problem, found)
     return {device: found[device] for device in splits.chosen}, found[SERVER]
 
 
 def _choose(
-    situation: Situation, device: str, loads: Mapping[str, Load], budget_bytes: float
+    problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
     """Ranks of a device, or of `SERVER`, on the weights that have *loads*."""
-    possible = {name: situation.ranks(device, name) for name in loads}
+    possible = {name: problem.ranks(device, name) for name in loads}
     if all(len(ranks) == 1 for ranks in possible.values()):
         return {name: ranks[0] for name, ranks in possible.items()}
-    if situation.config.planning.ranks == "uniform":
-        bytes_of = partial(adapters_bytes, situation, loads=loads)
+    if problem.config.planning.ranks == "uniform":
+        bytes_of = partial(adapters_bytes, problem, loads=loads)
         found = uniform_ranks(possible, bytes_of, budget_bytes)
     else:
-        found = choose_ranks(rank_tables(situation, device, loads), budget_bytes)
-    cap = situation.config.planning.adapter_bytes
+        found = choose_ranks(rank_tables(problem, device, loads), budget_bytes)
+    cap = problem.config.planning.adapter_bytes
     if device != SERVER and cap is not None and not any(found.values()):
         raise ConfigError(
             f"planning.adapter_bytes: {cap:g} bytes hold no adapter of the smallest rank on "
@@ -212,10 +210,10 @@ def _choose(
 
 
 def _made_equal(
-    situation: Situation, ranks: Mapping[str, Mapping[str, int]]
+    problem: PlanningProblem, ranks: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, int]]:
     """One rank for everybody, that of who can hold least; weights whose rank is given keep it."""
-    free = {w for own in ranks.values() for w in own if situation.config.lora.rank_of(w, -1) < 0}
+    free = {w for own in ranks.values() for w in own if problem.config.lora.rank_of(w, -1) < 0}
     own_most = [[r for w, r in own.items() if w in free] for own in ranks.values()]
     most = min((max(own) for own in own_most if own), default=0)
     return {
@@ -224,29 +222,29 @@ def _made_equal(
     }
 
 
-def _server_loads(situation: Situation, splits: Splits) -> dict[str, Load]:
+def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
     """What passes through each of the coordinator's weights."""
     found: dict[str, Load] = {}
-    for block in range(_first(situation, splits), situation.num_blocks):
+    for block in range(_first(problem, splits), problem.num_blocks):
         tokens = sum(
-            situation.tokens(device)
+            problem.tokens(device)
             for device, option in splits.chosen.items()
             if option.split <= block
         )
-        found |= dict.fromkeys(situation.weights(block, block + 1), Load(tokens))
+        found |= dict.fromkeys(problem.weights(block, block + 1), Load(tokens))
     return found
 
 
-def _first(situation: Situation, splits: Splits) -> int:
-    return min((o.split for o in splits.chosen.values()), default=situation.num_blocks)
+def _first(problem: PlanningProblem, splits: Splits) -> int:
+    return min((o.split for o in splits.chosen.values()), default=problem.num_blocks)
 
 
-def _server_adapter_budget(situation: Situation, splits: Splits) -> float:
+def _server_adapter_budget(problem: PlanningProblem, splits: Splits) -> float:
     """Memory that the coordinator has left for adapters."""
-    loads = _server_loads(situation, splits)
-    first = {name: situation.first_rank(SERVER, name) for name in loads}
-    base = splits.server_bytes - adapters_bytes(situation, first, loads)
-    return situation.limit_bytes(SERVER) - base
+    loads = _server_loads(problem, splits)
+    first = {name: problem.first_rank(SERVER, name) for name in loads}
+    base = splits.server_bytes - adapters_bytes(problem, first, loads)
+    return problem.limit_bytes(SERVER) - base
 
 
 def _depths(splits: Splits) -> dict[str, int]:
@@ -257,35 +255,35 @@ def _depths(splits: Splits) -> dict[str, int]:
 
 
 def _story(
-    situation: Situation, device: str, table: list[Option], splits: Splits, plan: Plan
-) -> DeviceStory:
-    loads = device_loads(situation, device, plan.split)
-    return DeviceStory(
-        budget_bytes=situation.budget_bytes(device),
+    problem: PlanningProblem, device: str, table: list[Option], splits: Splits, plan: Plan
+) -> DeviceExplanation:
+    loads = device_loads(problem, device, plan.split)
+    return DeviceExplanation(
+        budget_bytes=problem.budget_bytes(device),
         options=tuple(table),
         binding=splits.binding[device],
-        planned_bytes=device_bytes(situation, device, plan.split, plan.ranks),
-        adapter_bytes=adapters_bytes(situation, plan.ranks, loads),
-        adapter_budget_bytes=adapter_budget(situation, device, plan.split),
-        device_s=device_seconds(situation, device, plan.split, plan.ranks),
-        server_s=None if situation.server_speed is None else splits.chosen[device].server_s,
-        notes=_device_notes(situation, device, plan),
+        planned_bytes=device_bytes(problem, device, plan.split, plan.ranks),
+        adapter_bytes=adapters_bytes(problem, plan.ranks, loads),
+        adapter_budget_bytes=adapter_budget(problem, device, plan.split),
+        device_s=device_seconds(problem, device, plan.split, plan.ranks),
+        server_s=None if problem.server_speed is None else splits.chosen[device].server_s,
+        notes=_device_notes(problem, device, plan),
     )
 
 
-def _device_notes(situation: Situation, device: str, plan: Plan) -> tuple[str, ...]:
-    profile, found = situation.profile(device), []
-    if situation.is_fixed:
-        peak = device_bytes(situation, device, plan.split, plan.ranks)
-        is_large = peak > situation.budget_bytes(device)
+def _device_notes(problem: PlanningProblem, device: str, plan: Plan) -> tuple[str, ...]:
+    profile, found = problem.profile(device), []
+    if problem.is_fixed:
+        peak = device_bytes(problem, device, plan.split, plan.ranks)
+        is_large = peak > problem.budget_bytes(device)
         return ("the config gives it more than fits its memory",) if is_large else ()
-    if device in situation.frozen:
-        found.append(f"computes forward only: {situation.frozen[device]}")
+    if device in problem.frozen:
+        found.append(f"computes forward only: {problem.frozen[device]}")
     if profile.memory_bytes is None:
         found.append("memory unknown: split and largest rank as in the config")
     elif profile.overhead_bytes is None:
         found.append("overhead_bytes unknown: counted as 0")
-    if situation.config.planning.split == "armsc":
+    if problem.config.planning.split == "armsc":
         unknown = [
             name
             for name in ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
@@ -296,24 +294,24 @@ def _device_notes(situation: Situation, device: str, plan: Plan) -> tuple[str, .
     return tuple(found)
 
 
-def _server_story(situation: Situation, splits: Splits, ranks: Ranks) -> ServerStory:
-    loads = _server_loads(situation, splits)
-    return ServerStory(
-        first=_first(situation, splits),
-        budget_bytes=situation.budget_bytes(SERVER),
-        planned_bytes=server_bytes(situation, _depths(splits), ranks),
-        adapter_bytes=adapters_bytes(situation, ranks, loads),
-        adapter_budget_bytes=_server_adapter_budget(situation, splits),
-        server_s=server_wave_seconds(situation, _depths(splits), ranks),
+def _server_story(problem: PlanningProblem, splits: Splits, ranks: Ranks) -> ServerExplanation:
+    loads = _server_loads(problem, splits)
+    return ServerExplanation(
+        first=_first(problem, splits),
+        budget_bytes=problem.budget_bytes(SERVER),
+        planned_bytes=server_bytes(problem, _depths(splits), ranks),
+        adapter_bytes=adapters_bytes(problem, ranks, loads),
+        adapter_budget_bytes=_server_adapter_budget(problem, splits),
+        server_s=server_wave_seconds(problem, _depths(splits), ranks),
     )
 
 
-def _notes(situation: Situation) -> tuple[str, ...]:
-    config, found = situation.config, [f"sequences of up to {situation.length} tokens"]
-    if config.planning.split == "armsc" and situation.server_speed is None:
+def _notes(problem: PlanningProblem) -> tuple[str, ...]:
+    config, found = problem.config, [f"sequences of up to {problem.length} tokens"]
+    if config.planning.split == "armsc" and problem.server_speed is None:
         found.append("planning.server_flops_per_s unknown: only memory decides the splits")
-    if not math.isfinite(situation.budget_bytes(SERVER)):
+    if not math.isfinite(problem.budget_bytes(SERVER)):
         found.append("planning.server_memory_bytes unknown: the coordinator holds everything")
-    if situation.importance is None and config.planning.ranks == "rngwp":
+    if problem.importance is None and config.planning.ranks == "rngwp":
         found.append("importance not measured yet: all weights alike")
     return tuple(found)

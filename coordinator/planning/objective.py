@@ -15,63 +15,63 @@ from coordinator.planning.costs import (
     server_rows_bytes,
     server_seconds,
 )
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import worth
 from edge_sdk.protocol.plan import Plan
 
 
 def wave_seconds(
-    situation: Situation, plans: Mapping[str, Plan], server_ranks: Ranks
+    problem: PlanningProblem, plans: Mapping[str, Plan], server_ranks: Ranks
 ) -> float | None:
     """The slower side's time of a wave; None where a speed or a link is unknown."""
-    own = [device_seconds(situation, d, p.split, p.ranks) for d, p in plans.items()]
+    own = [device_seconds(problem, d, p.split, p.ranks) for d, p in plans.items()]
     depths = {device: plan.split for device, plan in plans.items()}
-    server_s = server_wave_seconds(situation, depths, server_ranks)
+    server_s = server_wave_seconds(problem, depths, server_ranks)
     times = [*own, server_s]
     known = [seconds for seconds in times if seconds is not None]
     return max(known) if len(known) == len(times) else None
 
 
 def server_wave_seconds(
-    situation: Situation, splits: Mapping[str, int], ranks: Ranks
+    problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks
 ) -> float | None:
     """The coordinator's time of a wave of devices at *splits*; None where its speed is unknown."""
     times = [
-        server_seconds(situation, device, split, _above(situation, split, ranks))
+        server_seconds(problem, device, split, _above(problem, split, ranks))
         for device, split in splits.items()
     ]
     known = [seconds for seconds in times if seconds is not None]
     return math.fsum(known) if len(known) == len(times) else None
 
 
-def server_bytes(situation: Situation, splits: Mapping[str, int], ranks: Ranks) -> float:
+def server_bytes(problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks) -> float:
     """Peak memory of the coordinator with devices at *splits* and its own adapters at *ranks*."""
-    first = min(splits.values(), default=situation.num_blocks)
+    first = min(splits.values(), default=problem.num_blocks)
     rows = [
-        server_rows_bytes(situation, device, split, _above(situation, split, ranks))
+        server_rows_bytes(problem, device, split, _above(problem, split, ranks))
         for device, split in splits.items()
     ]
-    return server_base_bytes(situation, first, ranks) + math.fsum(rows)
+    return server_base_bytes(problem, first, ranks) + math.fsum(rows)
 
 
-def _above(situation: Situation, split: int, ranks: Ranks) -> dict[str, int]:
+def _above(problem: PlanningProblem, split: int, ranks: Ranks) -> dict[str, int]:
     """Ranks of the weights that rows of a split pass through."""
-    return {n: ranks.get(n, 0) for n in situation.weights(split, situation.num_blocks)}
+    return {n: ranks.get(n, 0) for n in problem.weights(split, problem.num_blocks)}
 
 
-def utility(situation: Situation, plans: Mapping[str, Plan], server_ranks: Ranks) -> float:
+def utility(problem: PlanningProblem, plans: Mapping[str, Plan], server_ranks: Ranks) -> float:
     """Importance times what its rank is worth, over all weights, in the mean over the devices.
 
     A weight has the rank of whoever trains it for that device's samples: device or coordinator.
     """
-    kind = situation.config.planning.utility
+    kind = problem.config.planning.utility
     totals = []
     for plan in plans.values():
         ranks = {**server_ranks, **plan.ranks}
         totals += [
             math.fsum(
-                situation.importance_of(name) * worth(kind, ranks.get(name, 0))
-                for name in situation.facts.targets
+                problem.importance_of(name) * worth(kind, ranks.get(name, 0))
+                for name in problem.facts.targets
             )
         ]
     return math.fsum(totals) / max(1, len(totals))

@@ -34,7 +34,7 @@ class ServerProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation:
+class PlanningProblem:
     """Everything a plan depends on; equal situations get equal plans."""
 
     config: ServeConfig
@@ -216,7 +216,7 @@ class Situation:
         """
         if self.frozen:
             return replace(self, frozen={}).residual_rank
-        if RULES[self.config.aggregation].share_out is not None:
+        if RULES[self.config.aggregation].redistribute is not None:
             return 0
         most = {
             device: max(self.ranks(device, weight)[-1] for weight in self.facts.targets)
@@ -230,9 +230,9 @@ def planning_length(config: ServeConfig, positions: int) -> int:
     return config.max_length or min(positions, LONGEST)
 
 
-def read_situation(
+def read_problem(
     config: ServeConfig, profiles: Mapping[str, DeviceProfile], importance: Path | None
-) -> Situation:
+) -> PlanningProblem:
     """Return what plans are made from; of the model, only its config.json is read.
 
     Raises:
@@ -253,7 +253,7 @@ def read_situation(
         raise ConfigError(
             f"max_length: {config.max_length} is outside 2..{positions} (the model's positions)"
         )
-    return Situation(
+    return PlanningProblem(
         config=config,
         facts=facts,
         model=model_shape(model_config, config.task, layout),

@@ -13,7 +13,7 @@ from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import PlanSet, plan_all
 from coordinator.planning.objective import utility, wave_seconds
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
@@ -62,7 +62,7 @@ def after_out_of_memory(
     return replace(profile, memory_bytes=most if known is None else min(most, known))
 
 
-def reasons_to_replan(current: PlanSet, before: Situation, now: Situation) -> list[str]:
+def reasons_to_replan(current: PlanSet, before: PlanningProblem, now: PlanningProblem) -> list[str]:
     """Why a new plan is due; empty where none is.
 
     Args:
@@ -84,12 +84,14 @@ def reasons_to_replan(current: PlanSet, before: Situation, now: Situation) -> li
     return found
 
 
-def _newcomers(before: Situation, now: Situation) -> list[str]:
+def _newcomers(before: PlanningProblem, now: PlanningProblem) -> list[str]:
     came = [f"{d} joined" for d in sorted(now.profiles.keys() - before.profiles.keys())]
     return came + [f"{d} left" for d in sorted(before.profiles.keys() - now.profiles.keys())]
 
 
-def _changes(current: PlanSet, before: Situation, now: Situation, device: str) -> list[str]:
+def _changes(
+    current: PlanSet, before: PlanningProblem, now: PlanningProblem, device: str
+) -> list[str]:
     """What changed about one device."""
     planning, found = now.config.planning, []
     plan = current.plans.get(device)
@@ -119,7 +121,7 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
-def worth_changing(current: PlanSet, new: PlanSet, now: Situation) -> tuple[bool, str]:
+def worth_changing(current: PlanSet, new: PlanSet, now: PlanningProblem) -> tuple[bool, str]:
     """Whether *new* is better than *current* by enough, both seen in the situation *now*."""
     if missing := sorted(new.plans.keys() - current.plans.keys()):
         return True, f"{', '.join(missing)}: no plan until now"
@@ -172,7 +174,7 @@ def _fall(old: float | None, new: float | None) -> float:
     return (old - new) / old
 
 
-def replan(current: PlanSet, before: Situation, now: Situation) -> Decision:
+def replan(current: PlanSet, before: PlanningProblem, now: PlanningProblem) -> Decision:
     """Return the plans for the next round; those in force where no other can be made."""
     reasons = reasons_to_replan(current, before, now)
     if not reasons:

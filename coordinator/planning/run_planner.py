@@ -20,7 +20,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.planning.costs import device_bytes, device_flops
 from coordinator.planning.fixed import plan_device
 from coordinator.planning.joint import PlanSet, plan_all
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.replan import Decision, after_out_of_memory, replan
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import Pair
@@ -34,7 +34,9 @@ from profiler.profile import DeviceProfile, problems
 class Planner:
     """Plans of a run, and what they are made from."""
 
-    def __init__(self, config: ServeConfig, facts: ModelFacts, start: Situation | None) -> None:
+    def __init__(
+        self, config: ServeConfig, facts: ModelFacts, start: PlanningProblem | None
+    ) -> None:
         self._config, self._facts = config, facts
         self._start = start
         self.profiles: dict[str, DeviceProfile] = {}
@@ -59,7 +61,7 @@ class Planner:
         return self._start is None
 
     @property
-    def _situation(self) -> Situation:
+    def _problem(self) -> PlanningProblem:
         """All that plans are made from, as of now."""
         assert self._start is not None, "nothing is planned for a fixed config"
         importance = dict(self._smoothing.values) or None
@@ -104,7 +106,7 @@ class Planner:
             profile = replace(profile, flops_per_s=self._speeds.get(device))
         else:
             self._speeds.pop(device, None)
-        alone = replace(self._situation, profiles={device: profile})
+        alone = replace(self._problem, profiles={device: profile})
         if (reason := plan_all(alone).refused.get(device)) is not None:
             raise RefusedError(reason)
         self._know({**self.profiles, device: profile})
@@ -130,18 +132,18 @@ class Planner:
 
     def _is_outgrown(self, device: str) -> bool:
         """Whether a device's plan takes more than it offers by now."""
-        return self._planned_bytes(device) > self._situation.budget_bytes(device)
+        return self._planned_bytes(device) > self._problem.budget_bytes(device)
 
     def _planned_bytes(self, device: str) -> float:
         """What the plan in force of a device takes, by what it says of itself now."""
         assert self.plans is not None
         plan = self.plans.plans[device]
-        return device_bytes(self._situation, device, plan.split, plan.ranks)
+        return device_bytes(self._problem, device, plan.split, plan.ranks)
 
     def _add(self, device: str) -> None:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
         assert self.plans is not None
-        new = plan_all(self._situation)
+        new = plan_all(self._problem)
         self._rates.pop(device, None)
         if device not in new.plans:
             raise RefusedError(new.refused[device])
@@ -160,7 +162,7 @@ class Planner:
             ConfigError: the coordinator is too small for what they leave to it.
         """
         self._know({d: self.profiles[d] for d in devices})
-        self.plans, self._before = plan_all(self._situation), self._situation
+        self.plans, self._before = plan_all(self._problem), self._problem
         return self.plans
 
     def is_known(self, device: str) -> bool:
@@ -195,7 +197,7 @@ class Planner:
     def _learn_speeds(self) -> None:
         """From the median step of the round: the first ones of a plan may take far longer."""
         rates, self._rates = self._rates, {}
-        now = None if self.plans is None else self._situation
+        now = None if self.plans is None else self._problem
         for device, own in rates.items():
             plan = None if self.plans is None else self.plans.plans.get(device)
             if now is None or plan is None or device not in self.profiles:
@@ -222,7 +224,7 @@ class Planner:
             return None  # nobody will run another round
         assert self._before is not None
         self._know({d: p for d, p in self.profiles.items() if d in present})
-        now = self._situation
+        now = self._problem
         decision = replan(self.plans, self._before, now)
         if decision.reasons:
             self._before = now
@@ -297,7 +299,7 @@ class Planner:
         if "plans" in state:
             before = state["before"]
             profiles = {d: DeviceProfile(**p) for d, p in before["profiles"].items()}
-            then = replace(self._situation, profiles=profiles, importance=before["importance"])
+            then = replace(self._problem, profiles=profiles, importance=before["importance"])
             plans = {d: Plan(**p) for d, p in state["plans"].items()}
             ranks = dict(state["server_ranks"])
             self._before = then

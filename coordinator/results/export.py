@@ -25,7 +25,7 @@ from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import is_transposed
 from edge_sdk.model.partition import Slice
-from edge_sdk.model.weights import Source
+from edge_sdk.model.weights import ModelSource
 from edge_sdk.runtime.torch_runtime import load_parameters
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ExportError(EdgeError):
 
 
 def export_adapter(
-    source: Source, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
+    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
 ) -> float:
     """Write *learned* as a PEFT adapter; returns the largest difference of a logit.
 
@@ -84,7 +84,7 @@ def export_adapter(
 
 
 def export_merged(
-    source: Source, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
+    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
 ) -> float:
     """Write the whole model with *learned* added to its weights; returns as `export_adapter`."""
     from transformers import AutoTokenizer
@@ -105,7 +105,7 @@ def export_merged(
     return _verify(source, learned, head, loaded, folder)
 
 
-def load_base(source: Source) -> nn.Module:
+def load_base(source: ModelSource) -> nn.Module:
     """The whole model in float32, as transformers loads it."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -119,7 +119,7 @@ def load_base(source: Source) -> nn.Module:
 
 
 def trained_slice(
-    source: Source, learned: Mapping[str, Factors], head: Mapping[str, Array]
+    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array]
 ) -> Slice:
     """The whole model as the coordinator computes it: base, and dW as factors beside it."""
     slice_ = Slice(source.config, source.task, source.layout, torch.float32)
@@ -133,7 +133,7 @@ def trained_slice(
 
 
 def _verify(
-    source: Source,
+    source: ModelSource,
     learned: Mapping[str, Factors],
     head: Mapping[str, Array],
     loaded: nn.Module,
@@ -164,14 +164,14 @@ def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:
     return {name: Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))}
 
 
-def _has_transposed(source: Source) -> bool:
+def _has_transposed(source: ModelSource) -> bool:
     from edge_sdk.model.layout import build_empty
 
     model = build_empty(source.config, source.task, torch.float32)
     return any(is_transposed(module) for module in model.modules())
 
 
-def _card(source: Source, ranks: Mapping[str, int]) -> str:
+def _card(source: ModelSource, ranks: Mapping[str, int]) -> str:
     config = json.dumps({"weights": len(ranks), "ranks": sorted(set(ranks.values()))})
     return (
         "---\nlibrary_name: peft\ntags: [lora, edgesplit]\n---\n\n"
@@ -189,7 +189,7 @@ def export_run(run: RunFolder, folder: Path, *, merged: bool) -> float:
         ConfigError: the run has not finished a round yet.
     """
     config = load_config(ServeConfig, run.path / CONFIG, env={})
-    source = Source(
+    source = ModelSource(
         config.model, config.task, num_labels=len(config.label_names), revision=config.revision
     )
     source.load_whole(config.training.seed)

@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.planning.run_planner import Planner
 from coordinator.rounds.state import Member
@@ -48,7 +48,7 @@ class Admission:
     def __init__(
         self,
         config: ServeConfig,
-        model: ServedModel,
+        model: ServerModel,
         gateway: Gateway,
         planner: Planner,
         run_id: str,

@@ -16,7 +16,7 @@ from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import Answer, DeviceFault
 from coordinator.gateway.gateway import Received
 from coordinator.planning.run_planner import changed
-from coordinator.rounds.handlers import Intake
+from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.pausing import Pausing
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 COMPLETED, PAUSED = "completed", "paused"
 
 
-class Conductor:
+class RoundExecutor:
     """The acting half of the coordinator."""
 
-    def __init__(self, run: Run, intake: Intake, worker: Worker) -> None:
-        self.run, self._intake, self._worker = run, intake, worker
+    def __init__(self, run: Run, handlers: MessageHandler, worker: Worker) -> None:
+        self.run, self._handlers, self._worker = run, handlers, worker
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
         self._pruned: list[str] = []
         """Devices that have cut ranks off in the round that is being joined."""
-        self._pausing = Pausing(run, intake)
+        self._pausing = Pausing(run, handlers)
         self._await_until_s = time.monotonic() + run.config.patience_s
 
     def collect(self) -> None:
@@ -49,7 +49,7 @@ class Conductor:
         try:
             self._worker.collect()
         except DeviceFault as fault:
-            self._intake.expel(fault.device, fault)
+            self._handlers.expel(fault.device, fault)
 
     def advance(self) -> None:
         """Do all that can be done now."""
@@ -62,13 +62,13 @@ class Conductor:
         if run.must_rewind:
             run.watcher.note(f"round {run.state.round} starts again: too few devices are left")
             run.restore(run.folder.load_checkpoint())
-            self._intake.move_outdated()
+            self._handlers.move_outdated()
         if self._pausing.is_begun:
             return self._end_if(self._pausing.finish())
         if run.state.phase is Phase.GATHERING and run.is_engine_outdated:
             self._worker.start(run.renew_engine, lambda _: None)
             return True
-        if run.mail.evals:
+        if run.inputs.evals:
             return self._evaluate()
         if run.state.awaited and time.monotonic() >= self._await_until_s:
             absent = ", ".join(sorted(run.state.awaited))
@@ -111,7 +111,7 @@ class Conductor:
         run = self.run
         step = run.state.step  # a round that needs no waves is at its end at once
         run.state.start_round()
-        run.mail.jobs, run.mail.grads, run.mail.early, run.mail.reports = {}, {}, {}, {}
+        run.inputs.jobs, run.inputs.grads, run.inputs.early, run.inputs.reports = {}, {}, {}, {}
         run.reporting.begin_round()
         run.reporting.event(
             "round.started",
@@ -126,7 +126,7 @@ class Conductor:
         run, state = self.run, self.run.state
         row = run.reporting.pending
         has_evaluated = row is None or device in row.get("eval_by_device", {})
-        start, tensors = run.handout.message(
+        start, tensors = run.round_start.message(
             run.admission.stamp(device, state.round, step, state.attempt),
             end_step,
             run.admission.plans[device],
@@ -154,7 +154,7 @@ class Conductor:
 
     def _aggregate(self) -> None:
         run = self.run
-        reports = {name: run.mail.reports[name] for name in run.state.members}
+        reports = {name: run.inputs.reports[name] for name in run.state.members}
         self._worker.start(partial(self._join, reports), partial(self._round_done, reports))
 
     def _join(self, reports: dict[str, Report]) -> tuple[RoundResult, TailSums | None]:
@@ -195,7 +195,7 @@ class Conductor:
             return
         result, evaluated = done
         members = set(run.state.members)
-        run.handout.round_ended(result, members)
+        run.round_start.round_ended(result, members)
         run.reporting.telemetry(run.state.round, run.gateway)
         run.state.finish_round(evaluating=members if run.config.evaluation.on_devices else set())
         facts = {
@@ -204,11 +204,11 @@ class Conductor:
             "rank": max((f.rank for f in run.ledger.totals.values()), default=0),
         }
         self.end_row(facts, evaluated)
-        run.mail.reports = {}
+        run.inputs.reports = {}
         moved = self._plan_again(reports)
         run.save()
         for name in moved:
-            self._intake.move(name)
+            self._handlers.move(name)
         if moved:
             self._await_until_s = time.monotonic() + run.config.patience_s
 
@@ -227,13 +227,13 @@ class Conductor:
 
     def _run_wave(self) -> None:
         state = self.run.state
-        jobs = [self.run.mail.jobs[name] for name in state.expected()]
+        jobs = [self.run.inputs.jobs[name] for name in state.expected()]
         compute = partial(self.run.engine.train, jobs, state.step, state.micro)
         self._worker.start(compute, partial(self._answer_wave, state.attempt))
 
     def _lift(self) -> None:
         state = self.run.state
-        jobs = [self.run.mail.jobs[name] for name in state.expected()]
+        jobs = [self.run.inputs.jobs[name] for name in state.expected()]
         compute = partial(self.run.engine.lift, jobs, state.step, state.micro)
         self._worker.start(compute, partial(self._send_tops, state.attempt))
 
@@ -245,14 +245,14 @@ class Conductor:
         for name, top_BTD in tops.items():
             if not np.isfinite(top_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
-                self._intake.expel(name, fault)
+                self._handlers.expel(name, fault)
             elif name in state.members:
                 message = TopHidden(stamp=self._stamp(name), micro=state.micro)
                 self._send(name, message, {"hidden": self._coded(name, top_BTD)})
 
     def _lower(self) -> None:
         state = self.run.state
-        grads = {name: self.run.mail.grads[name] for name in state.expected()}
+        grads = {name: self.run.inputs.grads[name] for name in state.expected()}
         compute = partial(self.run.engine.lower, grads)
         self._worker.start(compute, partial(self._answer_wave, state.attempt))
 
@@ -265,7 +265,7 @@ class Conductor:
             if not np.isfinite(answer.grad_BTD).all():
                 # Our own is not finite either: `finish_step` leaves our adapters alone, once.
                 fault = NumericError("the gradient of what it sent is not finite")
-                self._intake.expel(answer.device, fault)
+                self._handlers.expel(answer.device, fault)
             elif answer.device in state.members:
                 loss_sum = answer.sums.loss_sum if answer.sums else 0.0
                 message = Gradient(
@@ -276,7 +276,7 @@ class Conductor:
                 self._send(answer.device, message, {} if is_frozen else grad)
         if state.phase is not Phase.TRAINING:
             return
-        self.run.mail.jobs, self.run.mail.grads = {}, {}
+        self.run.inputs.jobs, self.run.inputs.grads = {}, {}
         is_last = not any(m.num_micro > state.micro + 1 for m in state.members.values())
         if is_last:
             compute = partial(self.run.engine.finish_step, state.step)
@@ -293,10 +293,10 @@ class Conductor:
         if attempt != state.attempt or state.phase is not Phase.TRAINING:
             return
         state.finish_wave()
-        early, self.run.mail.early = self.run.mail.early, {}
+        early, self.run.inputs.early = self.run.inputs.early, {}
         for name, envelopes in early.items():
             for where in sorted(envelopes):
-                self._intake.handle(Received(name, envelopes[where]))
+                self._handlers.handle(Received(name, envelopes[where]))
 
     def _coded(self, device: str, array: Array) -> TensorOut:
         return array, self.run.admission.codecs[device]
@@ -304,7 +304,7 @@ class Conductor:
     # ---- evaluation ----
 
     def _evaluate(self) -> bool:
-        evals, self.run.mail.evals = self.run.mail.evals, []
+        evals, self.run.inputs.evals = self.run.inputs.evals, []
         compute = partial(self._evaluate_all, [job for _, job in evals])
         self._worker.start(compute, partial(self._answer_evals, [m for m, _ in evals]))
         return True

@@ -41,7 +41,7 @@ from edge_sdk.protocol.messages import (
 log = logging.getLogger(__name__)
 
 
-class Intake:
+class MessageHandler:
     """The receiving half of the coordinator."""
 
     def __init__(self, run: Run) -> None:
@@ -187,7 +187,7 @@ class Intake:
         plan, member = self.run.admission.plans[device], self.run.state.members.get(device)
         if message.is_eval:
             job = self._input.job(ready, plan, message, envelope.tensors)
-            self.run.mail.evals.append((message, job))
+            self.run.inputs.evals.append((message, job))
             return
         if member is None or not self._is_current(message):
             return
@@ -199,10 +199,10 @@ class Intake:
         if where == (state.step, state.micro):
             if device not in state.arrived and not state.is_lifted:
                 job = self._input.job(member, plan, message, envelope.tensors)
-                self.run.mail.jobs[device] = job
+                self.run.inputs.jobs[device] = job
                 state.arrive(device)
         elif where in state.soon():
-            self.run.mail.early.setdefault(device, {})[where] = envelope
+            self.run.inputs.early.setdefault(device, {})[where] = envelope
         elif where > (state.step, state.micro):
             raise RemoteProtocolError(
                 f"step {where[0]}.{where[1]} while the others are at {state.step}.{state.micro}"
@@ -221,10 +221,10 @@ class Intake:
         is_due = (message.stamp.step, message.micro) == (state.step, state.micro)
         if device not in state.members or not self._is_current(message) or not is_due:
             return
-        if not state.is_lifted or device not in self.run.mail.jobs:
+        if not state.is_lifted or device not in self.run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
         grad = envelope.tensors.get("grad")
-        self.run.mail.grads[device] = check_gradient(grad, self.run.mail.jobs[device])
+        self.run.inputs.grads[device] = check_gradient(grad, self.run.inputs.jobs[device])
         state.arrive(device)
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
@@ -242,7 +242,7 @@ class Intake:
         shapes = self._upload_shapes(plan.ranks, tail=plan.tail)
         check_upload(plan, tensors, shapes)
         check_importance(plan, envelope.message.importance)
-        self.run.mail.reports[device] = Report(
+        self.run.inputs.reports[device] = Report(
             split=plan.split,
             num_samples=plan.batch_size * self.run.state.num_steps(device),
             pairs={

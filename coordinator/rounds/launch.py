@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.results.export import export_adapter
@@ -41,7 +41,7 @@ def serve(
         begun: Gets the run before anything does.
     """
     keys = load_key_pair(config.secret_key)
-    model = ServedModel(config)
+    model = ServerModel(config)
     with _gateway(config, keys) as gateway:
         folder = RunFolder.create(config.runs, config.name)
         with removed_if_it_never_began(folder):
@@ -59,7 +59,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     config = load_config(ServeConfig, path / CONFIG, overrides, env={})
     checkpoint = folder.load_checkpoint()
     keys = load_key_pair(config.secret_key)
-    model = ServedModel(config)
+    model = ServerModel(config)
     with _gateway(config, keys) as gateway:
         run = Run(config, model, folder, gateway, watcher, checkpoint.state["run"])
         try:

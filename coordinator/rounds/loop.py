@@ -1,4 +1,4 @@
-"""The event loop of a run: messages in (`intake.py`), decisions carried out (`conductor.py`).
+"""The event loop of a run: messages in (`handlers.py`), decisions carried out (`executor.py`).
 
 What to do next is decided in `rounds.py`, who may take part in `admission.py`, what is computed in
 `engine.py` (in a thread of its own), what is joined in `ledger.py`.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from contextlib import suppress
 
 from coordinator.engine.compute_thread import Worker
-from coordinator.rounds.executor import COMPLETED, PAUSED, Conductor
-from coordinator.rounds.handlers import Intake
+from coordinator.rounds.executor import COMPLETED, PAUSED, RoundExecutor
+from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
@@ -18,7 +18,7 @@ from edge_sdk.errors import PeerGone
 __all__ = ["COMPLETED", "PAUSED", "Coordinator"]
 
 # The loop comes round at least so often, to notice silence and Ctrl-C.
-GLANCE_S = 0.5
+POLL_S = 0.5
 # Seconds for the last words to all devices.
 GOODBYE_S = 10.0
 
@@ -29,36 +29,36 @@ class Coordinator:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._worker = Worker(run.gateway.wake)
-        self._intake = Intake(run)
-        self._conductor = Conductor(run, self._intake, self._worker)
+        self._handlers = MessageHandler(run)
+        self._executor = RoundExecutor(run, self._handlers, self._worker)
         self._has_told = False
 
     def serve(self) -> str:
         """Serve until the run is over or `stop` was called; returns how it ended."""
-        run, conductor = self._run, self._conductor
+        run, executor = self._run, self._executor
         if not run.folder.checkpoints():
-            conductor.end_row({}, conductor.measure(0))
+            executor.end_row({}, executor.measure(0))
             run.save()
         run.reporting.event("run.started", run=run.id, step=run.state.step)
         try:
-            while not conductor.outcome:
-                for event in run.gateway.events(GLANCE_S):
-                    self._intake.handle(event)
-                self._intake.assign_waiting()
-                conductor.collect()
+            while not executor.outcome:
+                for event in run.gateway.events(POLL_S):
+                    self._handlers.handle(event)
+                self._handlers.assign_waiting()
+                executor.collect()
                 self._tell_of_stop()
-                conductor.advance()
+                executor.advance()
         finally:
             self._worker.close()
             run.model.graphs.close()
-        run.reporting.event("run.ended", outcome=conductor.outcome)
-        if conductor.outcome == COMPLETED:
+        run.reporting.event("run.ended", outcome=executor.outcome)
+        if executor.outcome == COMPLETED:
             self._say_goodbye()
-        return conductor.outcome
+        return executor.outcome
 
     def _tell_of_stop(self) -> None:
         """Say once that a stop was asked for: a step may take long, or wait for a frozen device."""
-        if self._conductor.stop_asked and not self._has_told:
+        if self._executor.stop_asked and not self._has_told:
             self._has_told = True
             self._run.watcher.note("stopping after this step; a second Ctrl-C leaves at once")
 
@@ -73,9 +73,9 @@ class Coordinator:
             with suppress(PeerGone):
                 gateway.drop(name, COMPLETED)
         while not set(names).isdisjoint(gateway.devices()) and deadline.left_s():
-            gateway.events(min(GLANCE_S, deadline.left_s()))
+            gateway.events(min(POLL_S, deadline.left_s()))
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
-        self._conductor.stop_asked = True
+        self._executor.stop_asked = True
         self._run.gateway.wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from coordinator.rounds.handlers import Intake
+from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
 
@@ -15,8 +15,8 @@ PAUSE_PATIENCE_S = 15.0
 class Pausing:
     """The way from stop to a run that is saved."""
 
-    def __init__(self, run: Run, intake: Intake) -> None:
-        self._run, self._intake = run, intake
+    def __init__(self, run: Run, handlers: MessageHandler) -> None:
+        self._run, self._handlers = run, handlers
         self._until_s: float | None = None
 
     @property
@@ -42,7 +42,7 @@ class Pausing:
         state = self._run.state
         if not state.members:
             return True
-        self._intake.paused = set()
+        self._handlers.paused = set()
         self._until_s = time.monotonic() + PAUSE_PATIENCE_S
         self._run.watcher.note(f"stopping at step {state.step}; devices save their state")
         return False
@@ -55,7 +55,7 @@ class Pausing:
         """
         assert self._until_s is not None
         state = self._run.state
-        is_complete = self._intake.paused >= state.members.keys()
+        is_complete = self._handlers.paused >= state.members.keys()
         if not is_complete and time.monotonic() < self._until_s:
             return False
         if state.step > state.safe_step and not self._has_local():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coordinator.aggregation.ledger import Ledger, Report
-from coordinator.aggregation.round_start import Handout
+from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.gateway import Gateway
-from coordinator.planning.problem import ServerProfile, Situation, planning_length
+from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from coordinator.planning.run_planner import Planner
 from coordinator.results.metrics import Reporting, Watcher
 from coordinator.results.run_folder import Checkpoint, RunFolder
@@ -26,7 +26,7 @@ from profiler.sensors.memory import memory_info
 
 
 @dataclass
-class Mail:
+class PendingInputs:
     """What devices have sent and nobody has used yet, by device."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Run:
     def __init__(
         self,
         config: ServeConfig,
-        model: ServedModel,
+        model: ServerModel,
         folder: RunFolder,
         gateway: Gateway,
         watcher: Watcher,
@@ -70,7 +70,7 @@ class Run:
             min_devices=config.min_devices,
             labels_on_device=config.labels == "device",
         )
-        self.planner = Planner(config, model.facts, situation(config, model))
+        self.planner = Planner(config, model.facts, problem(config, model))
         self.engine: LocalEngine = model.planned_engine()
         self.ledger = Ledger(
             model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
@@ -78,9 +78,9 @@ class Run:
         self.engine.load_pairs(self.ledger.enrol(SERVER, self.engine.adapters.ranks))
         self.engine.begin_round()
         self.admission = Admission(config, model, gateway, self.planner, run_id)
-        self.handout = Handout(self.ledger, model.facts)
+        self.round_start = RoundStartBuilder(self.ledger, model.facts)
         self.reporting = Reporting(folder, watcher, bool(config.label_names))
-        self.mail = Mail()
+        self.inputs = PendingInputs()
         self.must_rewind = False
         """The round was given up: everything must be as at the last checkpoint."""
 
@@ -91,7 +91,7 @@ class Run:
             "round": self.state.round,
             "step": self.state.step,
             "attempt": self.state.attempt,
-            "devices": sorted(set(self.state.members) | self.handout.current),
+            "devices": sorted(set(self.state.members) | self.round_start.current),
             "begins": self.state.begins,
             "unevaluated": sorted(self.state.awaiting_eval),
             "row": self.reporting.pending,
@@ -112,10 +112,10 @@ class Run:
         self.ledger.load_state(checkpoint.arrays["ledger"])
         self.planner.load_state(state["planner"])
         self._restore_engine(checkpoint.arrays["engine"])
-        self.handout.forget()
+        self.round_start.forget()
         self.reporting.load_progress(state["progress"])
         self.state.begins = dict(state["begins"])
-        self.mail = Mail()
+        self.inputs = PendingInputs()
         self.must_rewind = False
 
     def _restore_engine(self, state: dict[str, Array]) -> None:
@@ -167,14 +167,14 @@ class Run:
         """A device is gone, or begins anew (no reason)."""
         was_ready = device in self.state.ready
         self.must_rewind |= self.state.leave(device)
-        self.handout.forget(device)
-        self.mail.forget(device)
+        self.round_start.forget(device)
+        self.inputs.forget(device)
         if was_ready and reason:
             self.reporting.event("device.left", device=device, reason=reason)
             self.watcher.device(device, f"left: {reason}")
 
 
-def situation(config: ServeConfig, model: ServedModel) -> Situation | None:
+def problem(config: ServeConfig, model: ServerModel) -> PlanningProblem | None:
     """What is to be planned before any device has come; None where the config plans nothing."""
     planning = config.planning
     if planning.split == planning.ranks == "fixed":
@@ -183,7 +183,7 @@ def situation(config: ServeConfig, model: ServedModel) -> Situation | None:
     speed = planning.server_flops_per_s
     if speed is None and planning.split == "armsc":
         speed = model.measured_speed()
-    return Situation(
+    return PlanningProblem(
         config=config,
         facts=model.facts,
         model=model.shape,

@@ -17,7 +17,7 @@ from profiler.sensors.monitor import (
     POWER_MODE_CHANGED,
     THROTTLING_BEGAN,
     THROTTLING_ENDED,
-    Happening,
+    BoardEvent,
     Monitor,
 )
 from profiler.sensors.sources import HERE, Sources
@@ -30,7 +30,7 @@ STEPS = 32
 OTHER_SPEED = (POWER_MODE_CHANGED, THROTTLING_BEGAN, THROTTLING_ENDED)
 
 
-class Vitals(Closing):
+class BoardMonitor(Closing):
     """Watches the board as a context manager; any thread may ask.
 
     Args:
@@ -52,7 +52,7 @@ class Vitals(Closing):
         self._lock = threading.Lock()
         self._ends: deque[tuple[float, float | None]] = deque(maxlen=STEPS + 1)
 
-    def __enter__(self) -> Vitals:
+    def __enter__(self) -> BoardMonitor:
         self._monitor.start()
         return self
 
@@ -60,7 +60,7 @@ class Vitals(Closing):
         """Watch no longer; what was found remains."""
         self._monitor.stop()
 
-    def _told(self, event: Happening) -> None:
+    def _told(self, event: BoardEvent) -> None:
         log.warning("board.%s %s", event.kind, event.text)
         if event.kind in OTHER_SPEED:
             self._has_changed.set()

@@ -34,7 +34,7 @@ from edge_sdk.transport.link import Link
 from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
-    from edge_sdk.client.board_monitor import Vitals
+    from edge_sdk.client.board_monitor import BoardMonitor
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +81,14 @@ class EdgeClient:
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
             return self._run_over(self._given_link)
-        from edge_sdk.client.board_monitor import Vitals
+        from edge_sdk.client.board_monitor import BoardMonitor
 
-        with Vitals() as vitals:  # its readings travel with every sign of life
-            return self._run_over(self._open_link(vitals.telemetry), vitals)
+        with BoardMonitor() as monitor:  # its readings travel with every sign of life
+            return self._run_over(self._open_link(monitor.telemetry), monitor)
 
-    def _run_over(self, link: Link, vitals: Vitals | None = None) -> str:
+    def _run_over(self, link: Link, monitor: BoardMonitor | None = None) -> str:
         participant = Participant(
-            link, self._config, self._dataset, self._callback, self._stop, vitals
+            link, self._config, self._dataset, self._callback, self._stop, monitor
         )
         reason = FAILED
         try:

@@ -24,7 +24,7 @@ from edge_sdk.transport.link import Link
 log = logging.getLogger(__name__)
 
 # How long one look for a message lasts, so that a stop is noticed.
-GLANCE_S = 0.25
+POLL_S = 0.25
 
 
 class Stopped(Exception):  # noqa: N818 - control flow, not an error
@@ -61,7 +61,7 @@ class Inbox:
             if self._stop.is_set():
                 raise Stopped
             try:
-                return self._look(Deadline.after(GLANCE_S))
+                return self._look(Deadline.after(POLL_S))
             except ReceiveTimeout:
                 continue
 
@@ -129,7 +129,7 @@ class Inbox:
                 return envelope
             log.debug("message.stale kind=%s", type(envelope.message).__name__)
 
-    def glance(self) -> None:
+    def poll(self) -> None:
         """Between two steps: raise if there is a new order."""
         if self._stop.is_set():
             raise Stopped

@@ -17,8 +17,8 @@ from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox, Redirected
 from edge_sdk.client.profile import changed_profile, device_profile, with_link
-from edge_sdk.client.setup import Dataset, Preparation, Prepared, make_batches
-from edge_sdk.client.speed_drift import Pace
+from edge_sdk.client.setup import Dataset, RuntimeSetup, TokenizedData, make_batches
+from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.steps import Steps
 from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.lora.adapters import Pair
@@ -48,7 +48,7 @@ from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
-    from edge_sdk.client.board_monitor import Vitals
+    from edge_sdk.client.board_monitor import BoardMonitor
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +68,17 @@ class Participant:
         dataset: Dataset | None,
         callback: Callback,
         stop: threading.Event,
-        vitals: Vitals | None = None,
+        monitor: BoardMonitor | None = None,
     ) -> None:
         self._link, self._config, self._callback = link, config, callback
-        self._preparation = Preparation(config, dataset)
-        self._vitals = vitals
+        self._setup = RuntimeSetup(config, dataset)
+        self._monitor = monitor
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop)
         self._stamp = Stamp()
         self._welcome: Welcome | None = None
         self._assigned: PlanAssigned | None = None
-        self._data: Prepared | None = None
+        self._data: TokenizedData | None = None
         self._runtime: Runtime | None = None
         self._steps: Steps | None = None
         self._folder = config.state
@@ -86,7 +86,7 @@ class Participant:
         self._measured: DeviceProfile | None = None
         self._told: DeviceProfile | None = None
         """What of that the coordinator knows."""
-        self._pace = Pace()
+        self._drift = SpeedDrift()
 
     def close(self) -> None:
         """Stop preparing batches."""
@@ -103,7 +103,7 @@ class Participant:
                 sdk_version=package_version(),
                 codecs=CODECS,
                 model_hash=self._config.model_hash,
-                backend=self._preparation.backend,
+                backend=self._setup.backend,
             )
         )
         welcome: Welcome = self._inbox.first(Welcome, self._config.patience_s).message
@@ -125,7 +125,7 @@ class Participant:
     def _profile(self, welcome: Welcome) -> DeviceProfile:
         """What this device offers, measured once: later most of its memory is the run's own."""
         if self._measured is None:
-            files = self._preparation.files(welcome, self._ask)
+            files = self._setup.files(welcome, self._ask)
             self._measured = device_profile(self._config, files, welcome.max_length)
         self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
         self._told = self._measured
@@ -151,13 +151,13 @@ class Participant:
         assert welcome is not None, "a plan before a welcome"
         self.forget()  # two slices would need twice the memory
         if self._data is None:
-            self._preparation.files(welcome, self._ask)
-            self._data = self._preparation.data(welcome)
+            self._setup.files(welcome, self._ask)
+            self._data = self._setup.data(welcome)
         seed = int(welcome.training["seed"])
         self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
-        self._runtime = self._preparation.runtime(welcome, assigned, self._ask)
-        self._pace = self._pace.of_new_plan()
+        self._runtime = self._setup.runtime(welcome, assigned, self._ask)
+        self._drift = self._drift.of_new_plan()
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
         self._assigned = assigned
@@ -263,7 +263,7 @@ class Participant:
             self._stamp = replace(start.stamp, step=step + 1)
             self._link.send(report)
             self._callback.on_step_end(report)
-            self._inbox.glance()
+            self._inbox.poll()
         self._state.save_moments(start.end_step, self._ready()[0].moments())
         self._look_at_pace()
         self._upload()
@@ -280,16 +280,16 @@ class Participant:
 
     def _note_pace(self, report: StepReport) -> None:
         """Take note of how long a step took, or that the board has changed in the middle of it."""
-        if self._vitals is not None:
-            self._vitals.step()
-            if self._vitals.take_change():
-                self._pace.begin_anew()
+        if self._monitor is not None:
+            self._monitor.step()
+            if self._monitor.take_change():
+                self._drift.begin_anew()
                 return
-        self._pace.step(report.num_tokens, report.compute_s, report.wait_s)
+        self._drift.step(report.num_tokens, report.compute_s, report.wait_s)
 
     def _look_at_pace(self) -> None:
         """Tell the coordinator if it plans with numbers that are true no more."""
-        factor, is_link_due = self._pace.end_round()
+        factor, is_link_due = self._drift.end_round()
         if self._measured is None:
             return
         # Kept at once: a new order may end the measurement of the link, which is then still due.

@@ -25,8 +25,8 @@ from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
 from edge_sdk.model.weights import (
     FILE_NAMES,
+    ModelSource,
     PartCache,
-    Source,
     load_config,
     load_tokenizer,
     open_part,
@@ -47,7 +47,7 @@ Ask = Callable[[PartRequest], Envelope]
 
 
 @dataclass
-class Prepared:
+class TokenizedData:
     """The device's data, ready for batches."""
 
     train: list[Example]
@@ -56,14 +56,14 @@ class Prepared:
     pad_id: int
 
 
-class Preparation:
+class RuntimeSetup:
     """Files, data and runtime of one device in one run."""
 
     def __init__(self, config: ClientConfig, dataset: Dataset | None) -> None:
         self._config, self._dataset = config, dataset
         self.backend = choose_backend(config)
         self._cache = PartCache(config.cache)
-        self._local: Source | None = None
+        self._local: ModelSource | None = None
         self._files: Path | None = None
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
@@ -91,7 +91,7 @@ class Preparation:
         self._files = folder
         return folder
 
-    def data(self, welcome: Welcome) -> Prepared:
+    def data(self, welcome: Welcome) -> TokenizedData:
         """Read, check and tokenise the private data.
 
         Raises:
@@ -107,7 +107,7 @@ class Preparation:
             max_positions=welcome.max_length,
             num_labels=welcome.num_labels or None,
         )
-        return Prepared(
+        return TokenizedData(
             train=tokenize_rows(rows, tokenizer, self._config.data, limits),
             validation=tokenize_rows(held_out, tokenizer, self._config.data, limits),
             vocab_size=len(tokenizer),
@@ -193,7 +193,7 @@ class Preparation:
             return open_part(self.fetch(part, ask, welcome.stamp), is_streamed=is_streamed)
         if self._local is None:
             task: Any = welcome.task
-            self._local = Source(
+            self._local = ModelSource(
                 self._config.model,
                 task,
                 num_labels=welcome.num_labels,
@@ -210,7 +210,7 @@ class Preparation:
         return self._local.tensors(part.name)
 
 
-def make_batches(prepared: Prepared, assigned: PlanAssigned, seed: int, name: str) -> Batches:
+def make_batches(prepared: TokenizedData, assigned: PlanAssigned, seed: int, name: str) -> Batches:
     """The device's stream of training batches; a pure function of seed, name and step."""
     plan = assigned.plan
     return Batches(

@@ -14,7 +14,7 @@ LEAST_CHANGE = 0.2
 
 
 @dataclass
-class Pace:
+class SpeedDrift:
     """Compute rate and waiting time of a plan's rounds, against those of its first round."""
 
     _rates: list[float] = field(default_factory=list)
@@ -45,9 +45,9 @@ class Pace:
         self._rates, self._waits = [], []
         self._is_due = True
 
-    def of_new_plan(self) -> Pace:
+    def of_new_plan(self) -> SpeedDrift:
         """Return what compares the rounds of a new plan, whose steps take another time."""
-        return Pace(_is_base_off=self._is_base_off or self._is_due)
+        return SpeedDrift(_is_base_off=self._is_base_off or self._is_due)
 
     def end_round(self) -> tuple[float | None, bool]:
         """The round is over.

@@ -34,18 +34,18 @@ class Indexable(Protocol):
         ...
 
 
-Source = str | Path | Indexable | Iterable[Mapping[str, Any]]
+RowSource = str | Path | Indexable | Iterable[Mapping[str, Any]]
 Records = Iterator[tuple[str, Any]]
 """Pairs ``(where, record)``: ``file:line``, lines counted from 1, and hopefully a dictionary."""
 
 
-def source_name(source: Source) -> str:
+def source_name(source: RowSource) -> str:
     """Return how messages call *source*."""
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
 def read_records(
-    source: Source, wanted: Collection[str], name: str | None = None, split: str = "train"
+    source: RowSource, wanted: Collection[str], name: str | None = None, split: str = "train"
 ) -> Records:
     """Yield ``(where, record)`` of any source.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from edge_sdk.data.readers import Source, read_records, source_name
+from edge_sdk.data.readers import RowSource, read_records, source_name
 from edge_sdk.errors import ConfigError, DataError
 
 Schema = Literal["text", "completion", "chat", "label"]
@@ -98,7 +98,7 @@ class Row:
     label: int | str | None = None
 
 
-def load_rows(source: Source | None, config: DataConfig) -> list[Row]:
+def load_rows(source: RowSource | None, config: DataConfig) -> list[Row]:
     """Read and check every row of *source*, up to ``config.limit``.
 
     Args:
@@ -131,7 +131,9 @@ def load_rows(source: Source | None, config: DataConfig) -> list[Row]:
     return rows
 
 
-def load_data(source: Source | None, config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
+def load_data(
+    source: RowSource | None, config: DataConfig, seed: int
+) -> tuple[list[Row], list[Row]]:
     """Return the training rows and the validation rows (none unless *config* asks for some).
 
     Raises:

@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
     err: str
 
 
-class Runner(Protocol):
+class CommandRunner(Protocol):
     """Runs Python with arguments, for at most so many seconds."""
 
     def __call__(self, arguments: Sequence[str], timeout_s: float) -> Attempt:
@@ -98,7 +98,7 @@ NOT_TRIED = Outcome(trouble="not tried")
 def try_stages(
     device: str,
     stages: Sequence[str],
-    run: Runner = run_python,
+    run: CommandRunner = run_python,
     timeout_s: float = TRIAL_TIMEOUT_S,
 ) -> dict[str, Outcome]:
     """Run *stages* in order; the one that kills its process costs only itself.

@@ -53,7 +53,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def examine(
-    question: Question, sources: Sources = HERE, run: compute.Runner = compute.run_python
+    question: Question, sources: Sources = HERE, run: compute.CommandRunner = compute.run_python
 ) -> Iterator[Finding]:
     """Yield what each check has found, as soon as it is known."""
     config, read = None, None
@@ -93,7 +93,7 @@ def check_backend(config: ClientConfig | None, sources: Sources = HERE) -> Findi
 def look_at_compute(
     config: ClientConfig | None,
     sources: Sources = HERE,
-    run: compute.Runner = compute.run_python,
+    run: compute.CommandRunner = compute.run_python,
     versions: packages.Versions = packages.version_of,
 ) -> Generator[Finding, None, str]:
     """Run kernels of whatever is installed, in processes of their own; returns where a run goes."""

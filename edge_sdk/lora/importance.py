@@ -51,7 +51,7 @@ REFERENCE_PERIODS = 2
 CHUNK = 1 << 18
 
 
-class Meter:
+class ImportanceMeter:
     """Measures the importance of linear layers at every K-th step of a model that trains.
 
     The form `reference` is measured at every second of these steps.
@@ -288,7 +288,7 @@ class Smoothing:
         self.values = {name: float(state[name]) for name in sorted(state)}
 
 
-class Tally:
+class ImportanceAccumulator:
     """Importance of each weight: added up over a step's micro-batches, averaged over steps."""
 
     def __init__(self, weights: Iterable[str], form: Form = "free", every: int = 0) -> None:

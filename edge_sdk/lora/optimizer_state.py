@@ -1,9 +1,9 @@
 """Optimizer moments of a changed plan: kept wherever they still mean something. Numpy only.
 
 A changed rank keeps the first ranks of an adapter as they are
-(`coordinator.aggregation.rules.resized`), so their moments stay theirs; new ranks begin with none.
-The scale s = alpha / r changes with the rank and B with it, so that s B A stays; the gradient of B
-then grows by s_new / s_old, that of A stays.
+(`coordinator.aggregation.rules.resize_pair`), so their moments stay theirs; new ranks begin with
+none. The scale s = alpha / r changes with the rank and B with it, so that s B A stays; the gradient
+of B then grows by s_new / s_old, that of A stays.
 """
 
 from __future__ import annotations

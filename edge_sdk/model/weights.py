@@ -69,7 +69,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
-class Source:
+class ModelSource:
     """A model on local disk, opened for reading part by part; tensors stay memory-mapped."""
 
     def __init__(

@@ -42,7 +42,7 @@ class Cargo(Protocol):
         """Return the payload of packet *number*."""
 
 
-class Due(NamedTuple):
+class PacketsDue(NamedTuple):
     """A packet that may be sent now."""
 
     seq: int
@@ -93,7 +93,7 @@ class Sender:
         """Number of the packet the peer expects next."""
         return self._acked_seq
 
-    def is_first_time(self, due: Due) -> bool:
+    def is_first_time(self, due: PacketsDue) -> bool:
         """Whether *due* was never sent before."""
         return due.seq >= self._high_seq
 
@@ -117,7 +117,7 @@ class Sender:
         self._queue.append(_Queued(self._end_seq, cargo, message))
         self._end_seq += cargo.num_packets
 
-    def peek(self, now_s: float) -> Due | None:
+    def peek(self, now_s: float) -> PacketsDue | None:
         """Return the next packet to send, or None if nothing may be sent now."""
         if self._next_seq >= self._end_seq or len(self._sizes) >= self._max_packets:
             return None
@@ -129,9 +129,9 @@ class Sender:
             return None
         if not self._sizes:
             self._progress_s = now_s  # the clock of rule 4 starts with the first packet out
-        return Due(self._next_seq, item.cargo, number, item.message, size)
+        return PacketsDue(self._next_seq, item.cargo, number, item.message, size)
 
-    def sent(self, due: Due) -> None:
+    def sent(self, due: PacketsDue) -> None:
         """Note that *due*, from `peek`, has been handed to the connection."""
         self._sizes.append(due.size)
         self._sent_bytes += due.size

@@ -49,7 +49,7 @@ def _layout(specs: tuple[wire.TensorSpec, ...]) -> tuple[list[int], list[int], i
     return starts, lengths, end
 
 
-class Outgoing:
+class OutgoingMessage:
     """A message on its way out, cut into packets that are made when they are due.
 
     The arrays are borrowed, not copied, until the peer has everything: do not write to them.
@@ -116,7 +116,7 @@ class _Open:
 
 
 @dataclass(slots=True)
-class Assembler:
+class Reassembler:
     """Joins the packets of one lane, which come in order, to messages."""
 
     max_message_bytes: int

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import headers as wire
 
-FRAME_VERSION = 1
+FRAME_VERSION = 2
 _PREFIX = struct.Struct(">BBBBBIBQBQBI")
 PREFIX_BYTES = _PREFIX.size
 
@@ -161,7 +161,7 @@ class Attached:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """I am alive. Device -> coordinator, every few seconds."""
 
     sent_s: float
@@ -173,21 +173,21 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BeatBack:
+class HeartbeatAck:
     """So am I. Coordinator -> device."""
 
     sent_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WhoAreYou:
+class AttachRequired:
     """A packet of nobody: attach first. Coordinator -> device."""
 
     session: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unknown:
+class UnknownSession:
     """That session is not known here (any more). Coordinator -> device."""
 
     session: str
@@ -202,7 +202,7 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leaving:
+class Detach:
     """The device ends its session. Device -> coordinator."""
 
     session: str
@@ -210,7 +210,17 @@ class Leaving:
 
 NOTES: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Ack, Attach, Attached, Beat, BeatBack, WhoAreYou, Unknown, Closed, Leaving)
+    for kind in (
+        Ack,
+        Attach,
+        Attached,
+        Heartbeat,
+        HeartbeatAck,
+        AttachRequired,
+        UnknownSession,
+        Closed,
+        Detach,
+    )
 }
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.channel import WINDOW_BYTES, Due, Receiver, Sender
+from edge_sdk.protocol.channel import WINDOW_BYTES, PacketsDue, Receiver, Sender
 from edge_sdk.protocol.codecs import Bytes
-from edge_sdk.protocol.fragments import Assembler, Envelope, Outgoing
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
 from edge_sdk.protocol.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
 # Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
@@ -47,7 +47,7 @@ class _Buffers:
         self._spare: list[Bytes] = []
         self._num_rewinds = 0
 
-    def take(self, sender: Sender, due: Due, size: int) -> Bytes:
+    def take(self, sender: Sender, due: PacketsDue, size: int) -> Bytes:
         """Return memory for *size* bytes."""
         is_small = not REUSE_FROM_BYTES <= size <= _BUFFER_BYTES
         if is_small or not sender.is_first_time(due):
@@ -91,7 +91,7 @@ class Conversation:
         self.senders = (Sender(window_bytes), Sender(window_bytes))
         self.receivers = (Receiver(window_bytes), Receiver(window_bytes))
         self._buffers = (_Buffers(), _Buffers())
-        self._assemblers = tuple(Assembler(max_message_bytes, allowed) for _ in Lane)
+        self._assemblers = tuple(Reassembler(max_message_bytes, allowed) for _ in Lane)
         self._index_of_lane = [-1, -1]  # message being assembled
         self._next_in = 0
         self._next_out = 0
@@ -99,7 +99,7 @@ class Conversation:
 
     # -- out --
 
-    def send(self, outgoing: Outgoing) -> Lane:
+    def send(self, outgoing: OutgoingMessage) -> Lane:
         """Queue a message and return the lane it takes."""
         lane = Lane.BULK if outgoing.total > BULK_FROM_BYTES else Lane.CONTROL
         self.senders[lane].queue(outgoing, self._next_out)
@@ -111,10 +111,10 @@ class Conversation:
         """Whether the peer has everything."""
         return self.senders[0].is_idle and self.senders[1].is_idle
 
-    def frame(self, lane: int, due: Due) -> Any:
+    def frame(self, lane: int, due: PacketsDue) -> Any:
         """Return the packet *due* as one frame, its payload written once."""
         outgoing, number = due.cargo, due.number
-        assert isinstance(outgoing, Outgoing)
+        assert isinstance(outgoing, OutgoingMessage)
         size = outgoing.packet_bytes(number)
         if number:
             begin, kind, place = PREFIX_BYTES, Kind.CHUNK, outgoing.offset(number)

@@ -27,7 +27,7 @@ from edge_sdk.lora.adapter_state import (
 )
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, Tally
+from edge_sdk.lora.importance import Form, ImportanceAccumulator
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import penalty_gradients
@@ -96,7 +96,7 @@ class OnnxRuntime:
             self._model.replace(name, array)
         trained = {**self.adapters.parameters, **self._head}
         self._optimizer = NumpyOptimizer(trained, training, total_steps)
-        self._tally = Tally(plan.ranks)
+        self._importance = ImportanceAccumulator(plan.ranks)
         self._before: dict[str, Factors] = {}
         self._open: deque[_Open] = deque()
 
@@ -104,14 +104,14 @@ class OnnxRuntime:
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        *entered, top = self._climb(micro)
+        *entered, top = self._run_blocks(micro)
         lengths_B = micro.lengths.astype(np.int64)
         if not self._plan.is_forward_only:
-            self._open.append(_Open(entered, lengths_B, self._tally.is_due(step)))
+            self._open.append(_Open(entered, lengths_B, self._importance.is_due(step)))
         hidden_BTD: Array = top.numpy()
         return hidden_BTD
 
-    def _climb(self, micro: Micro) -> list[Any]:
+    def _run_blocks(self, micro: Micro) -> list[Any]:
         """What enters each block, and what leaves the last one."""
         lengths_B = micro.lengths.astype(np.int64)
         hidden = [self._model.enter(micro.input_ids, lengths_B)]
@@ -144,7 +144,7 @@ class OnnxRuntime:
         inside = [n.removeprefix(prefix) for n in self._plan.ranks if n.startswith(prefix)]
         trained = [n for n in inside if prefix + n in self.adapters.ranks]
         wanted = [f"grad:{n}.{factor}" for n in trained for factor in "AB"]
-        wanted += [f"{self._tally.form}:{n}" for n in inside] if measures else []
+        wanted += [f"{self._importance.form}:{n}" for n in inside] if measures else []
         wanted += ["grad:hidden"] if goes_on else []
         found = self._model.pull(block, given, self.adapters.factors, wanted, measures=measures)
         for name in trained:
@@ -154,7 +154,9 @@ class OnnxRuntime:
             grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self.adapters.scale(full))
             self._optimizer.add_gradient(f"{full}.B", grad_OR)
         for name in inside if measures else ():
-            self._tally.add(prefix + name, float(found[f"{self._tally.form}:{name}"].numpy()))
+            self._importance.add(
+                prefix + name, float(found[f"{self._importance.form}:{name}"].numpy())
+            )
         return found.get("grad:hidden")
 
     def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
@@ -219,7 +221,7 @@ class OnnxRuntime:
             self._add_penalty()
         if not self._optimizer.step(step):
             raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
-        self._tally.close_step(step)
+        self._importance.close_step(step)
 
     def _add_penalty(self) -> None:
         weight = np.float32(self._training.rank_penalty)
@@ -232,12 +234,12 @@ class OnnxRuntime:
 
     def measure_importance(self, form: Form, every: int) -> None:
         """Measure at every *every*-th step from now on; see `Runtime`."""
-        self._tally = Tally(self._plan.ranks, form, every)
+        self._importance = ImportanceAccumulator(self._plan.ranks, form, every)
         self._model.close_measuring()
 
     def take_importance(self) -> dict[str, float]:
         """Mean importance by weight since the last call; see `Runtime`."""
-        return self._tally.take()
+        return self._importance.take()
 
     # ---- evaluation ----
 
@@ -267,7 +269,7 @@ class OnnxRuntime:
     def begin_round(self) -> None:
         """Remember the factors of the round's start; a step that was given up leaves nothing."""
         self._before = self.adapters.products()
-        self._tally.forget()
+        self._importance.forget()
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -305,7 +307,7 @@ class OnnxRuntime:
             **adapter_state(self.adapters),
             **{f"head:{n}": v for n, v in self.head().items()},
             **before_state(self._before),
-            **{f"importance:{n}": v for n, v in self._tally.state().items()},
+            **{f"importance:{n}": v for n, v in self._importance.state().items()},
             **self.moments(),
         }
 
@@ -315,7 +317,7 @@ class OnnxRuntime:
         self.load_head(under("head:", state))
         self._before = load_before_state(state)
         self.load_moments(state)
-        self._tally.load_state(under("importance:", state))
+        self._importance.load_state(under("importance:", state))
         self._forget_step()
 
     def load_moments(self, state: Mapping[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from edge_sdk.lora.adapter_state import (
 )
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, Meter
+from edge_sdk.lora.importance import Form, ImportanceMeter
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.lora.targets import LoraConfig
@@ -76,7 +76,7 @@ class TorchRuntime:
             parameter.requires_grad_(True)
         trained = {**self.adapters.parameters(), **self._head}
         self._optimizer = Optimizer(trained, training, total_steps, self._compute)
-        self._meter = Meter(self._slice.model, plan.ranks)
+        self._meter = ImportanceMeter(self._slice.model, plan.ranks)
         self._recompute = recompute
         self._open: deque[torch.Tensor | tuple[Micro, int, int]] = deque()
         """Hidden states whose gradient is awaited, the oldest first; or, where the backward pass
@@ -89,12 +89,12 @@ class TorchRuntime:
         """Run the device's blocks; see `Runtime`."""
         keeps_graph = not (self._recompute or self._plan.is_forward_only)
         with torch.set_grad_enabled(keeps_graph):
-            hidden = self._climb(micro, step, index)
+            hidden = self._run_blocks(micro, step, index)
         if not self._plan.is_forward_only:
             self._open.append(hidden if keeps_graph else (micro, step, index))
         return to_numpy(hidden)
 
-    def _climb(self, micro: Micro, step: int, index: int) -> torch.Tensor:
+    def _run_blocks(self, micro: Micro, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
@@ -120,7 +120,7 @@ class TorchRuntime:
             return
         assert self._open, "backward without forward"
         oldest = self._open.popleft()
-        hidden = oldest if isinstance(oldest, torch.Tensor) else self._climb(*oldest)
+        hidden = oldest if isinstance(oldest, torch.Tensor) else self._run_blocks(*oldest)
         del oldest
         if hidden.requires_grad:
             grad = torch.from_numpy(grad_BTD).to(self._device) * self._optimizer.loss_scale
@@ -151,7 +151,7 @@ class TorchRuntime:
 
     def measure_importance(self, form: Form, every: int) -> None:
         """Measure at every *every*-th step from now on; see `Runtime`."""
-        self._meter = Meter(self._slice.model, self._plan.ranks, form, every)
+        self._meter = ImportanceMeter(self._slice.model, self._plan.ranks, form, every)
 
     def take_importance(self) -> dict[str, float]:
         """Mean importance by weight since the last call; see `Runtime`."""

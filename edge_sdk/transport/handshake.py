@@ -91,4 +91,4 @@ def _is_answer(line: Line, session: str) -> bool:
         note = packets.read_note(packet) if packet.kind == packets.Kind.NOTE else None
     except RemoteProtocolError:
         return False
-    return isinstance(note, packets.Unknown) and note.session == session
+    return isinstance(note, packets.UnknownSession) and note.session == session

@@ -135,7 +135,7 @@ class DeviceIo:
         control = self._lines[Lane.CONTROL]
         if control.is_attached and self.dead is None:
             control.socket.linger = 300
-            self._note(packets.Leaving(session=self._talk.session))
+            self._note(packets.Detach(session=self._talk.session))
 
     def _shut(self) -> None:
         for line in self._lines:
@@ -234,9 +234,9 @@ class DeviceIo:
     def _on_note(self, line: Line, note: Any, now_s: float) -> None:
         if isinstance(note, packets.Ack):
             self._talk.on_ack(note, now_s)
-        elif isinstance(note, packets.BeatBack):
+        elif isinstance(note, packets.HeartbeatAck):
             self.counters.rtt_s = time.monotonic() - note.sent_s
-        elif isinstance(note, packets.WhoAreYou):
+        elif isinstance(note, packets.AttachRequired):
             if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
                 self._who_s = now_s
                 for each in self._lines:
@@ -244,12 +244,12 @@ class DeviceIo:
         elif isinstance(note, packets.Closed) and not note.session:
             self._report(RefusedError(note.reason))
         elif (
-            isinstance(note, (packets.Attached, packets.Closed, packets.Unknown))
+            isinstance(note, (packets.Attached, packets.Closed, packets.UnknownSession))
             and note.session == self._talk.session
         ):
             if isinstance(note, packets.Attached):
                 self._attached(line, note, now_s)
-            elif isinstance(note, packets.Unknown):
+            elif isinstance(note, packets.UnknownSession):
                 self._lost(now_s)
             else:
                 self.dead = RefusedError(note.reason)
@@ -348,4 +348,4 @@ class DeviceIo:
         if now_s >= self._beat_s and self._lines[Lane.CONTROL].is_attached:
             self._beat_s = now_s + self.config.beat_s
             rtt_s, sent_s = self.counters.rtt_s or 0.0, time.monotonic()
-            self._note(packets.Beat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry()))
+            self._note(packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry()))

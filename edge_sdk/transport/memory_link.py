@@ -20,7 +20,7 @@ from edge_sdk.errors import (
     TransportError,
 )
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE
 from edge_sdk.protocol.session import BadMessage, Conversation
 from edge_sdk.transport.link import FLUSH_S, NO_TENSORS, LinkStats
@@ -51,7 +51,7 @@ class MemoryLink:
         assert self._peer is not None
         if self._peer._is_closed:
             raise PeerGone("the other end is closed")
-        outgoing = Outgoing(message, tensors)
+        outgoing = OutgoingMessage(message, tensors)
         lane = self._out.send(outgoing)
         sender = self._out.senders[lane]
         due = sender.peek(0.0)

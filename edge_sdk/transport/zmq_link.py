@@ -13,7 +13,7 @@ from types import TracebackType
 
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
-from edge_sdk.protocol.fragments import Envelope, Outgoing, TensorOut
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_DEVICE, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.io_thread import DeviceIo
@@ -64,7 +64,7 @@ class ZmqLink:
         epoch = self._epoch
         if self._io.epoch != epoch:
             raise SessionLost("the session is lost; receive() says when")
-        self._io.post("send", epoch, Outgoing(message, tensors, self._io.config.chunk_bytes))
+        self._io.post("send", epoch, OutgoingMessage(message, tensors, self._io.config.chunk_bytes))
 
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `Link.receive`."""

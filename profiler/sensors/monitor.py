@@ -27,7 +27,7 @@ from profiler.sensors.load import (
 )
 from profiler.sensors.memory import memory_info, rss
 from profiler.sensors.memory_budget import reserve_bytes
-from profiler.sensors.power import Meter, counters, power, rails
+from profiler.sensors.power import EnergyMeter, counters, power, rails
 from profiler.sensors.readings import Reading
 from profiler.sensors.sources import HERE, Sources
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 # Throttling comes in bursts; it has ended when none has been seen for so long.
-CALM_S = 10.0
+QUIET_PERIOD_S = 10.0
 # Memory counts as low below this share of what a run leaves alone, and as back above the whole.
 LOW_SHARE = 0.5
 
@@ -47,7 +47,7 @@ MEMORY_BACK = "memory_back"
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class BoardEvent:
     """Something that may make another plan the better one."""
 
     at_s: float
@@ -84,15 +84,15 @@ class Monitor:
         *,
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
-        on_event: Callable[[Happening], None] = lambda _event: None,
+        on_event: Callable[[BoardEvent], None] = lambda _event: None,
     ) -> None:
         self._sources, self._interval_s, self._clock = sources, interval_s, clock
         self._on_event = on_event
         self._lock = threading.Lock()
         self._last: dict[str, Reading] = {}
         self._ranges: dict[str, Range] = {}
-        self._events: list[Happening] = []
-        self._meter = Meter()
+        self._events: list[BoardEvent] = []
+        self._meter = EnergyMeter()
         self._times: CpuTimes | None = None
         self._counts: dict[str, int] | None = None
         self._slow_s: float | None = None  # when throttling was seen last; None while there is none
@@ -114,7 +114,7 @@ class Monitor:
             events = [*self._judge_speed(now_s, slow), *self._judge_memory(now_s)]
             if self._mode is not None and mode != self._mode:
                 text = f"power mode is {mode}, was {self._mode}"
-                events.append(Happening(now_s, POWER_MODE_CHANGED, text))
+                events.append(BoardEvent(now_s, POWER_MODE_CHANGED, text))
             self._mode = mode
             self._events += events
         for event in events:
@@ -160,7 +160,7 @@ class Monitor:
 
     # ---- judging ----
 
-    def _judge_speed(self, now_s: float, slow: Throttling) -> list[Happening]:
+    def _judge_speed(self, now_s: float, slow: Throttling) -> list[BoardEvent]:
         counted = self._counts or {}
         reasons = list(slow.now)
         for name, count in slow.counts.items():
@@ -170,13 +170,13 @@ class Monitor:
         if reasons:
             is_new, self._slow_s = self._slow_s is None, now_s
             text = ", ".join(reasons)
-            return [Happening(now_s, THROTTLING_BEGAN, text)] if is_new else []
-        if self._slow_s is not None and now_s - self._slow_s >= CALM_S:
+            return [BoardEvent(now_s, THROTTLING_BEGAN, text)] if is_new else []
+        if self._slow_s is not None and now_s - self._slow_s >= QUIET_PERIOD_S:
             self._slow_s = None
-            return [Happening(now_s, THROTTLING_ENDED, f"none for {CALM_S:.0f} s")]
+            return [BoardEvent(now_s, THROTTLING_ENDED, f"none for {QUIET_PERIOD_S:.0f} s")]
         return []
 
-    def _judge_memory(self, now_s: float) -> list[Happening]:
+    def _judge_memory(self, now_s: float) -> list[BoardEvent]:
         total, left = self._last["memory_total"].value, self._last["memory_available"].value
         if total is None or left is None:
             return []
@@ -184,10 +184,10 @@ class Monitor:
         text = f"{left / 2**20:,.0f} of {total / 2**20:,.0f} MiB available"
         if not self._is_low and left < LOW_SHARE * kept:
             self._is_low = True
-            return [Happening(now_s, LOW_MEMORY, text)]
+            return [BoardEvent(now_s, LOW_MEMORY, text)]
         if self._is_low and left > kept:
             self._is_low = False
-            return [Happening(now_s, MEMORY_BACK, text)]
+            return [BoardEvent(now_s, MEMORY_BACK, text)]
         return []
 
     # ---- telling ----
@@ -210,7 +210,7 @@ class Monitor:
         with self._lock:
             return dict(self._ranges)
 
-    def take_events(self) -> list[Happening]:
+    def take_events(self) -> list[BoardEvent]:
         """Return the events since the last call."""
         with self._lock:
             events, self._events = self._events, []

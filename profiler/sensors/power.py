@@ -127,7 +127,7 @@ def counters(sources: Sources = HERE) -> dict[str, Counter]:
     return found
 
 
-class Meter:
+class EnergyMeter:
     """Adds up what is drawn; `update` has to be called several times a minute."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.results.metrics import Silence
@@ -223,7 +223,7 @@ class Cluster:
     def serve(self, config: ServeConfig | None = None, *, trap: Trap | None = None) -> Serving:
         """Start a coordinator; where the run's folder exists, it resumes."""
         config, trap = config or self.config(), trap or Trap()
-        model = ServedModel(config, PartCache(self.parts))
+        model = ServerModel(config, PartCache(self.parts))
         settings = GatewayConfig(
             address=self.address,
             keys=load_key_pair(config.secret_key),

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.namespace import FOLDER, Namespace
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
@@ -88,7 +88,7 @@ def limits() -> None:
     """Skip where this machine lets us make no control groups."""
     try:
         name = f"edgesplit-test-{os.getpid()}"
-        Cage(name, memory_bytes=MEMORY_BYTES, cores=1.0).remove()
+        CgroupLimits(name, memory_bytes=MEMORY_BYTES, cores=1.0).remove()
     except DeviceError as error:
         pytest.skip(str(error))
 

@@ -11,10 +11,10 @@ import pytest
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.planning.costs import options
-from coordinator.rounds.run import situation
-from edge_sdk.client.board_monitor import Vitals
+from coordinator.rounds.run import problem
+from edge_sdk.client.board_monitor import BoardMonitor
 from edge_sdk.client.callbacks import Callback
-from edge_sdk.client.speed_drift import Pace
+from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.messages import StepReport
@@ -43,7 +43,7 @@ PLANNING = PlanningConfig(
 RESTLESS = replace(PLANNING, drift=0.0, min_gain=0.0, adapter_bytes=150_000.0)
 
 
-class Told(Callback):
+class Progress(Callback):
     """Keeps the plans that a device was given."""
 
     def __init__(self, fails_at: int = -1) -> None:
@@ -77,7 +77,7 @@ def serve(cluster: Cluster, planning: PlanningConfig, **settings: Any) -> Servin
 
 
 def take_part(
-    cluster: Cluster, told: dict[str, Told], name: str = "run", more_bytes: float = 0.0
+    cluster: Cluster, told: dict[str, Progress], name: str = "run", more_bytes: float = 0.0
 ) -> list[Any]:
     """Start all three devices, each with *more_bytes* beyond its profile."""
     profiles = {
@@ -110,7 +110,7 @@ def check_global(serving: Serving) -> None:
 @pytest.mark.parametrize("aggregation", ["exact", "stack", "svd"])
 def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str) -> None:
     """Ranks follow importance between rounds; the run learns, and everybody still holds dW."""
-    told = {n: Told() for n in "abc"}
+    told = {n: Progress() for n in "abc"}
     serving = serve(cluster, RESTLESS, aggregation=aggregation)
     clients = take_part(cluster, told)
 
@@ -132,7 +132,7 @@ def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str)
 
 def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
     """The device reports it, comes back to a plan that takes less, and the run completes."""
-    told = {n: Told(fails_at=5 if n == "c" else -1) for n in "abc"}
+    told = {n: Progress(fails_at=5 if n == "c" else -1) for n in "abc"}
     default = DeviceSettings(split=2, batch_size=24, codec="float32")
     serving = serve(cluster, PLANNING, default=default, patience_s=20.0)
     clients = take_part(cluster, told, more_bytes=20 * MIB)
@@ -147,11 +147,11 @@ def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
 
 def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Cluster) -> None:
     """It had just room to train one block; afterwards it goes on with that block frozen."""
-    told = {n: Told(fails_at=5 if n == "c" else -1) for n in "abc"}
+    told = {n: Progress(fails_at=5 if n == "c" else -1) for n in "abc"}
     default = DeviceSettings(split=2, batch_size=24, codec="float32")
     planning = replace(PLANNING, rank_set=(2,))
     serving = serve(cluster, planning, default=default, patience_s=20.0)
-    start = situation(serving.run.config, serving.run.model)
+    start = problem(serving.run.config, serving.run.model)
     assert start is not None
     known = replace(start, profiles={"c": PROFILES["c"]})
     needed = min(option.device_bytes for option in options(known, "c"))
@@ -178,7 +178,7 @@ def test_a_board_that_has_changed_is_measured_again(
 ) -> None:
     """After a throttled or re-clocked board's round the coordinator plans with a new speed."""
     changed = iter([False] * 5)
-    monkeypatch.setattr(Vitals, "take_change", lambda _: not next(changed, True))
+    monkeypatch.setattr(BoardMonitor, "take_change", lambda _: not next(changed, True))
     by_hand = replace(PROFILES["c"], flops_per_s=None)
     serving = serve(cluster, PLANNING, min_devices=1)
     planner, told = serving.run.planner, list[DeviceProfile]()
@@ -205,7 +205,7 @@ def test_a_link_may_be_measured_after_every_round(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many rounds there are, nobody is taken for one who probes without end."""
-    monkeypatch.setattr(Pace, "end_round", lambda _: (None, True))
+    monkeypatch.setattr(SpeedDrift, "end_round", lambda _: (None, True))
     unknown = dict.fromkeys(("up_bytes_per_s", "down_bytes_per_s", "round_trip_s"))
     by_hand = replace(PROFILES["c"], **unknown)
     serving = serve(cluster, PLANNING, min_devices=1, rounds=6, steps_per_round=1)
@@ -220,10 +220,10 @@ def test_a_link_may_be_measured_after_every_round(
 def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:
     """Stopped and resumed between changes of plan, the metrics are those of an unbroken run."""
     straight = serve(cluster, RESTLESS, name="straight")
-    wait_all_after(straight, take_part(cluster, {n: Told() for n in "abc"}, "straight"))
+    wait_all_after(straight, take_part(cluster, {n: Progress() for n in "abc"}, "straight"))
 
     stopped = serve(cluster, RESTLESS, name="stopped").stop_at(6)
-    clients = take_part(cluster, {n: Told() for n in "abc"}, "stopped")
+    clients = take_part(cluster, {n: Progress() for n in "abc"}, "stopped")
     assert stopped.wait(LONG_S) == "paused"
     resumed = serve(cluster, RESTLESS, name="stopped")
     wait_all_after(resumed, clients)
@@ -251,7 +251,7 @@ def test_a_nonsense_profile_is_refused(
 ) -> None:
     """One clear line; the run goes on with the devices that make sense."""
     serving = serve(cluster, PLANNING, min_devices=2)
-    told = {n: Told() for n in "abc"}
+    told = {n: Progress() for n in "abc"}
     bad = cluster.client("c", sentences(3), profile=replace(PROFILES["c"], **change)).start()
 
     with pytest.raises(EdgeError, match=text):

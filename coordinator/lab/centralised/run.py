@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.lab.centralised.trainer import (
     POOLED,
@@ -86,7 +86,7 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     folder = RunFolder.open(path)
     config = load_config(ServeConfig, path / CONFIG, overrides, env={})
     checkpoint = folder.load_checkpoint()
-    run = PooledRun(config, PooledTrainer(config, ServedModel(config)), folder, watcher)
+    run = PooledRun(config, PooledTrainer(config, ServerModel(config)), folder, watcher)
     try:
         run.restore(checkpoint)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -98,7 +98,7 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
 def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
     """Export the newest checkpoint of *run*; returns the largest difference of a logit."""
     config = load_config(ServeConfig, run.path / CONFIG, env={})
-    checkpoint, model = run.load_checkpoint(), ServedModel(config)
+    checkpoint, model = run.load_checkpoint(), ServerModel(config)
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
     return write_result(config, model, runtime, folder, merged=merged)
@@ -119,7 +119,7 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
 
 
 def write_result(
-    config: ServeConfig, model: ServedModel, runtime: TorchRuntime, folder: Path, *, merged: bool
+    config: ServeConfig, model: ServerModel, runtime: TorchRuntime, folder: Path, *, merged: bool
 ) -> float:
     """Write an adapter, or the whole model; returns the largest difference of a logit, read back.
 
@@ -146,7 +146,7 @@ def _new_run(
 ) -> Iterator[PooledRun]:
     if config.trained_by != "coordinator":  # what is resumed must be what was begun
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
-    trainer = PooledTrainer(config, ServedModel(config), dataset)
+    trainer = PooledTrainer(config, ServerModel(config), dataset)
     folder = RunFolder.create(config.runs, config.name)
     with removed_if_it_never_began(folder):
         folder.write_text(CONFIG, dump_config(config))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.planning.fixed import plan_device
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data
@@ -68,7 +68,7 @@ class PooledTrainer:
     """One machine with the whole model, its optimizer and everybody's data."""
 
     def __init__(
-        self, config: ServeConfig, model: ServedModel, dataset: Dataset | None = None
+        self, config: ServeConfig, model: ServerModel, dataset: Dataset | None = None
     ) -> None:
         """Read the data and build the model.
 
@@ -176,7 +176,7 @@ def samples_of_a_step(config: ServeConfig) -> int:
     return sum(named) + others * (config.settings("").batch_size or 0)
 
 
-def make_runtime(config: ServeConfig, model: ServedModel, plan: Plan) -> TorchRuntime:
+def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRuntime:
     """The whole model, and adapters that begin as those of every device do."""
     source = model.source
     kind = WholeRuntime if config.pooled.trains == "all" else TorchRuntime
@@ -203,7 +203,7 @@ def make_runtime(config: ServeConfig, model: ServedModel, plan: Plan) -> TorchRu
 
 
 def load_pooled(
-    config: ServeConfig, model: ServedModel, dataset: Dataset | None
+    config: ServeConfig, model: ServerModel, dataset: Dataset | None
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on, source after source, and those that are held out.
 
@@ -230,7 +230,7 @@ def load_pooled(
     return train, held_out
 
 
-def _limits(config: ServeConfig, model: ServedModel) -> ModelLimits:
+def _limits(config: ServeConfig, model: ServerModel) -> ModelLimits:
     return ModelLimits(
         vocab_size=model.text_config.vocab_size,
         max_positions=model.max_length,

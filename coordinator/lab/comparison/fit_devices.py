@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 
 from coordinator.config.run import DeviceSettings
 from coordinator.lab.comparison.config import DeviceSet
-from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
+from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationConfig, device_names
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import plan_all
-from coordinator.planning.problem import Situation, read_situation
+from coordinator.planning.problem import PlanningProblem, read_problem
 from edge_sdk.errors import ConfigError
 
 # Presets that hold the whole model and a rank for each device: as large as fits each.
@@ -37,18 +37,18 @@ class Fitted:
     """A method that can run on its devices."""
 
     config: SimulationConfig
-    situation: Situation
+    problem: PlanningProblem
     """What plans and memory of its devices are worked out from."""
     notes: tuple[str, ...]
     """What was changed, and who dropped out."""
 
     def peak_bytes(self, device: str, split: int, ranks: Mapping[str, int]) -> float:
         """Predicted peak memory of a device's process."""
-        return device_bytes(self.situation, device, split, ranks)
+        return device_bytes(self.problem, device, split, ranks)
 
     def num_trained(self, ranks: Mapping[str, int]) -> int:
         """Numbers in adapters of *ranks*."""
-        targets = self.situation.facts.targets
+        targets = self.problem.facts.targets
         return sum(rank * sum(targets[name]) for name, rank in ranks.items())
 
 
@@ -64,7 +64,9 @@ def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
     return replace(config, simulation=fleet, devices=settings)
 
 
-def _median(config: SimulationConfig, devices: Mapping[str, SimulatedDevice]) -> SimulatedDevice:
+def _median(
+    config: SimulationConfig, devices: Mapping[str, SimulatedDeviceConfig]
+) -> SimulatedDeviceConfig:
     """The device with the median memory, the smaller of two; of equal ones the slower."""
     profiles = make_fleet(config.simulation, config.planning).profiles
 
@@ -88,22 +90,22 @@ def fit(config: SimulationConfig) -> Fitted:
     total = config.total_steps * samples_of_a_step(config)
     if config.preset in OWN_RANKS and _has_one_rank(config):
         config = replace(config, planning=replace(config.planning, ranks="uniform"))
-    situation = whole_situation(config)
-    lost = _cannot_take_part(config, situation)
-    if len(lost) == len(situation.profiles):
+    problem = whole_situation(config)
+    lost = _cannot_take_part(config, problem)
+    if len(lost) == len(problem.profiles):
         raise ConfigError(f"it cannot run on any device: {next(iter(lost.values()))}")
     config = _without(config, lost)
-    kept = {name: p for name, p in situation.profiles.items() if name not in lost}
-    situation = replace(situation, profiles=kept)
-    config, changes = _lowered(config, situation)
+    kept = {name: p for name, p in problem.profiles.items() if name not in lost}
+    problem = replace(problem, profiles=kept)
+    config, changes = _lowered(config, problem)
     a_round = samples_of_a_step(config) * config.steps_per_round
     config = replace(config, rounds=max(1, round(total / a_round)))
-    told = replace(config, planning=situation.config.planning).served()
+    told = replace(config, planning=problem.config.planning).serve_config()
     notes = [*(f"without {name}: {reason}" for name, reason in lost.items()), *changes]
-    return Fitted(config, replace(situation, config=told), tuple(notes))
+    return Fitted(config, replace(problem, config=told), tuple(notes))
 
 
-def whole_situation(config: SimulationConfig) -> Situation:
+def whole_situation(config: SimulationConfig) -> PlanningProblem:
     """All devices, and the coordinator that is meant: what the simulation will plan from."""
     fleet = make_fleet(config.simulation, config.planning)
     planning = replace(
@@ -111,28 +113,28 @@ def whole_situation(config: SimulationConfig) -> Situation:
         server_memory_bytes=fleet.coordinator_bytes,
         server_flops_per_s=fleet.coordinator.flops_per_s,
     )
-    return read_situation(replace(config, planning=planning).served(), fleet.profiles, None)
+    return read_problem(replace(config, planning=planning).serve_config(), fleet.profiles, None)
 
 
 # ---- who takes part ----
 
 
-def _cannot_take_part(config: SimulationConfig, situation: Situation) -> dict[str, str]:
+def _cannot_take_part(config: SimulationConfig, problem: PlanningProblem) -> dict[str, str]:
     """Devices that can hold no part of the model under this method, and why."""
-    if not situation.is_fixed:
-        return plan_all(situation).refused
-    found, least = {}, situation
+    if not problem.is_fixed:
+        return plan_all(problem).refused
+    found, least = {}, problem
     if _has_one_rank(config):
-        least = _with_rank(situation, min(config.planning.rank_set))
-    for device in situation.profiles:
-        split = 1 if _has_one_split(config) else situation.pinned_split(device)
+        least = _with_rank(problem, min(config.planning.rank_set))
+    for device in problem.profiles:
+        split = 1 if _has_one_split(config) else problem.pinned_split(device)
         assert split is not None, "a fixed config gives everybody a split"
         own = config.devices.get(device, DeviceSettings()).r
         needed = _bytes_of(least, device, split, own or min(config.planning.rank_set))
-        if needed > situation.budget_bytes(device):
+        if needed > problem.budget_bytes(device):
             found[device] = (
-                f"{split} of {situation.num_blocks} blocks need {needed / MIB:,.1f} MiB, "
-                f"it has {situation.budget_bytes(device) / MIB:,.1f}"
+                f"{split} of {problem.num_blocks} blocks need {needed / MIB:,.1f} MiB, "
+                f"it has {problem.budget_bytes(device) / MIB:,.1f}"
             )
     return found
 
@@ -159,7 +161,9 @@ def _has_one_rank(config: SimulationConfig) -> bool:
     return config.planning.ranks == "fixed" and all(d.r is None for d in config.devices.values())
 
 
-def _lowered(config: SimulationConfig, situation: Situation) -> tuple[SimulationConfig, list[str]]:
+def _lowered(
+    config: SimulationConfig, problem: PlanningProblem
+) -> tuple[SimulationConfig, list[str]]:
     """Bring the one cut and the one rank down to what the weakest device can hold."""
     default, ranks = config.settings(""), config.planning.rank_set
     split, rank = default.split, default.r
@@ -167,14 +171,14 @@ def _lowered(config: SimulationConfig, situation: Situation) -> tuple[Simulation
     assert rank is not None
     found_split, found_rank = split, rank
     if _has_one_split(config) and not isinstance(split, str):
-        deeper = range(min(split, situation.num_blocks), 1, -1)
+        deeper = range(min(split, problem.num_blocks), 1, -1)
         least = min(ranks) if _has_one_rank(config) else rank
-        fits = (k for k in deeper if _all_hold(situation, k, least))
+        fits = (k for k in deeper if _all_hold(problem, k, least))
         found_split = next(fits, 1)
     if _has_one_rank(config):
-        blocks = situation.num_blocks if isinstance(found_split, str) else found_split
+        blocks = problem.num_blocks if isinstance(found_split, str) else found_split
         smaller = sorted({rank, *(r for r in ranks if r < rank)}, reverse=True)
-        fits = (r for r in smaller if _all_hold(situation, blocks, r))
+        fits = (r for r in smaller if _all_hold(problem, blocks, r))
         found_rank = next(fits, smaller[-1])
     pairs = (("split", split, found_split), ("rank", rank, found_rank))
     notes = [f"{what} {found} instead of {asked}" for what, asked, found in pairs if found != asked]
@@ -182,22 +186,22 @@ def _lowered(config: SimulationConfig, situation: Situation) -> tuple[Simulation
     return replace(config, default=settings, lora=replace(config.lora, r=found_rank)), notes
 
 
-def _all_hold(situation: Situation, split: int, rank: int) -> bool:
-    lowered = _with_rank(situation, rank)
+def _all_hold(problem: PlanningProblem, split: int, rank: int) -> bool:
+    lowered = _with_rank(problem, rank)
     return all(
-        _bytes_of(lowered, device, split, rank) <= situation.budget_bytes(device)
-        for device in situation.profiles
+        _bytes_of(lowered, device, split, rank) <= problem.budget_bytes(device)
+        for device in problem.profiles
     )
 
 
-def _with_rank(situation: Situation, rank: int) -> Situation:
+def _with_rank(problem: PlanningProblem, rank: int) -> PlanningProblem:
     """The same with one rank for everybody: what others hold counts in the frozen residual."""
-    config = situation.config
+    config = problem.config
     lora, default = replace(config.lora, r=rank), replace(config.default, r=rank)
-    return replace(situation, config=replace(config, lora=lora, default=default))
+    return replace(problem, config=replace(config, lora=lora, default=default))
 
 
-def _bytes_of(situation: Situation, device: str, split: int, rank: int) -> float:
-    names = situation.weights(0, split)
-    ranks = {name: situation.config.lora.rank_of(name, rank) for name in names}
-    return device_bytes(situation, device, split, ranks)
+def _bytes_of(problem: PlanningProblem, device: str, split: int, rank: int) -> float:
+    names = problem.weights(0, split)
+    ranks = {name: problem.config.lora.rank_of(name, rank) for name in names}
+    return device_bytes(problem, device, split, ranks)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coordinator.lab.comparison.table import Cell, Point, kept_cells
+from coordinator.lab.comparison.table import Point, RunResult, kept_cells
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw(cells: Sequence[Cell], target: float) -> list[Picture]:
+def draw(cells: Sequence[RunResult], target: float) -> list[Picture]:
     """Draw everything that *cells* have data for, each method at its own learning rate."""
     kept = kept_cells(cells)
     return [*(draw_losses(kept, cost, target) for cost in COSTS), *draw_plans(kept)]
 
 
-def draw_plans(cells: Sequence[Cell]) -> list[Picture]:
+def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
     """Draw split points and ranks over the rounds, and importance, where *cells* have them."""
     pictures = []
     held = [cell for cell in _first_seeds(cells) if any(cell.held)]
@@ -93,9 +93,9 @@ def draw_plans(cells: Sequence[Cell]) -> list[Picture]:
     return pictures
 
 
-def _first_seeds(cells: Sequence[Cell]) -> list[Cell]:
+def _first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
     """One run of each method and device set."""
-    found: dict[tuple[str, str], Cell] = {}
+    found: dict[tuple[str, str], RunResult] = {}
     for cell in cells:
         found.setdefault((cell.method, cell.device_set), cell)
     return list(found.values())
@@ -104,7 +104,7 @@ def _first_seeds(cells: Sequence[Cell]) -> list[Cell]:
 # ---- loss ----
 
 
-def draw_losses(cells: Sequence[Cell], cost: Cost, target: float) -> Picture:
+def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Picture:
     """A panel for each set of devices, a line for each method."""
     kinds = list(dict.fromkeys(cell.device_set for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))
@@ -127,7 +127,7 @@ def draw_losses(cells: Sequence[Cell], cost: Cost, target: float) -> Picture:
     return Picture(cost.name, cost.title, caption, _png(figure))
 
 
-def _line(axes: Axes, own: Sequence[Cell], cost: Cost, index: int) -> None:
+def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
     """One method; without traffic there is nothing to draw against bytes."""
     rows = list(zip(*(cell.points for cell in own), strict=False))
     if not rows or not any(cost.of(point) for point in rows[-1]):
@@ -146,7 +146,7 @@ def _line(axes: Axes, own: Sequence[Cell], cost: Cost, index: int) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _scale(panels: Sequence[Axes], cells: Sequence[Cell], cost: Cost) -> None:
+def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> None:
     """Leave room for what was learned, not for what was there before."""
     lowest = min(cell.best_loss for cell in cells)
     first = max(cell.points[min(1, len(cell.points) - 1)].loss for cell in cells)
@@ -176,7 +176,7 @@ def _mean(values: Sequence[float]) -> float:
 # ---- splits and ranks ----
 
 
-def _holdings(cells: Sequence[Cell]) -> Picture:
+def _holdings(cells: Sequence[RunResult]) -> Picture:
     """A row for each method: blocks and mean rank of each device, round by round."""
     last = cells[-1].device_set
     shown = [cell for cell in cells if cell.device_set == last]
@@ -204,7 +204,7 @@ def _holdings(cells: Sequence[Cell]) -> Picture:
     return Picture("splits-ranks", title, caption, _png(figure))
 
 
-def _steps(axes: Axes, cell: Cell, device: str, field: str, shift: float, colour: str) -> None:
+def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, colour: str) -> None:
     """What one device held in each round in which it took part."""
     from matplotlib.ticker import MaxNLocator
 
@@ -219,7 +219,7 @@ def _steps(axes: Axes, cell: Cell, device: str, field: str, shift: float, colour
 # ---- importance ----
 
 
-def _heat_maps(cell: Cell) -> Picture:
+def _heat_maps(cell: RunResult) -> Picture:
     """Blocks by kinds of weight, at some of the rounds."""
     rounds = _spread_out(cell.importance, MAX_HEAT_MAPS)
     tables = [_by_block(values) for _, values in rounds]

@@ -16,7 +16,7 @@ from edge_sdk.config.loader import dump_config
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.config import CompareConfig
-    from coordinator.lab.comparison.table import Cell
+    from coordinator.lab.comparison.table import RunResult
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; padding: 0 1rem;
@@ -41,7 +41,7 @@ pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem;
 def page(
     title: str,
     facts: Sequence[str],
-    heads: Sequence[str],
+    column_titles: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
     pictures: Sequence[Picture],
@@ -52,7 +52,7 @@ def page(
     Args:
         title: What was compared.
         facts: How, a sentence each.
-        heads: Titles of the table's columns.
+        column_titles: Titles of the table's columns.
         rows: The table; its first two columns say what a row is of.
         notes: What to know about single rows.
         pictures: In their order.
@@ -62,7 +62,7 @@ def page(
         f"<h1>{escape(title)}</h1>",
         _list(facts),
         "<h2>Results</h2>",
-        f'<div class="wide">{_table(heads, rows)}</div>',
+        f'<div class="wide">{_table(column_titles, rows)}</div>',
         *(["<h2>What methods could not do</h2>", _list(notes)] if notes else []),
         *(_figure(picture) for picture in pictures),
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>",
@@ -80,8 +80,8 @@ def _list(texts: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+def _table(column_titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in column_titles)
     lines = ("".join(f"<td>{escape(text)}</td>" for text in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
@@ -96,13 +96,13 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str:
+def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -> str:
     """Write report.html, table.md and the pictures to *out*; returns the table."""
     from coordinator.lab.comparison.plots import draw
     from coordinator.lab.comparison.report import page
     from coordinator.lab.comparison.table import (
+        column_titles,
         common_target,
-        heads,
         kept_cells,
         make_rows,
         markdown,
@@ -115,7 +115,7 @@ def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str
     if target is None:
         target = common_target(kept_cells(cells))
     rows = make_rows(cells, target, is_classifier=is_classifier)
-    titles = heads(target, is_classifier=is_classifier)
+    titles = column_titles(target, is_classifier=is_classifier)
     texts = [row_texts(row, is_classifier=is_classifier) for row in rows]
     pictures = draw(cells, target)
     notes = [f"{r.method}, {r.device_set}: {note}" for r in rows for note in r.notes]
@@ -131,7 +131,7 @@ def write_report(config: CompareConfig, cells: Sequence[Cell], out: Path) -> str
     return markdown(titles, texts)
 
 
-def _facts(config: CompareConfig, cells: Sequence[Cell], target: float) -> list[str]:
+def _facts(config: CompareConfig, cells: Sequence[RunResult], target: float) -> list[str]:
     """How it was compared, a sentence each."""
     wanted = config.compare
     rates = ", ".join(f"{rate:g}" for rate in sorted({cell.rate for cell in cells}))

@@ -27,15 +27,15 @@ from coordinator.lab.comparison.fit_devices import (
     whole_situation,
 )
 from coordinator.lab.comparison.table import (
-    Cell,
     Held,
     Point,
+    RunResult,
     best_rates,
     cell_from_row,
     cell_to_row,
 )
 from coordinator.lab.simulation.clock import Costs, central_step_s
-from coordinator.lab.simulation.config import SimulatedDevice, SimulationConfig, device_names
+from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.result import SimulatedRound, read_result
@@ -47,12 +47,12 @@ from edge_sdk.errors import ConfigError
 
 CELLS = "cells.jsonl"
 
-Told = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 def compare(
-    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, told: Told
-) -> list[Cell]:
+    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, told: Progress
+) -> list[RunResult]:
     """Run everything that has not been run yet; returns all cells.
 
     Args:
@@ -67,7 +67,7 @@ def compare(
     wanted, cells = config.compare, []
     for kind in wanted.device_sets:
         for method, run in methods.items():
-            runner = Runner(method, run, kind, out, told)
+            runner = ComparisonRunner(method, run, kind, out, told)
             rates = wanted.learning_rates or (run.training.learning_rate,)
             try:
                 tried = [runner.cell(wanted.seeds[0], rate) for rate in rates]
@@ -78,17 +78,17 @@ def compare(
     return cells
 
 
-class Runner:
+class ComparisonRunner:
     """One method on one set of devices."""
 
     def __init__(
-        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, told: Told
+        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, told: Progress
     ) -> None:
         self._method, self._kind, self._out, self._told = method, kind, out, told
         self._config = device_set(config, kind)
         self._folder = RunFolder(out)
 
-    def cell(self, seed: int, rate: float) -> Cell:
+    def cell(self, seed: int, rate: float) -> RunResult:
         """Return a run of *seed* at *rate*, from an earlier comparison where that had it."""
         training = replace(self._config.training, seed=seed, learning_rate=rate)
         config = replace(self._config, training=training, runs=self._out / "runs")
@@ -103,7 +103,7 @@ class Runner:
         files = write_shards(config, self._out / "data" / f"seed-{seed}")
         trained_here = config.trained_by == "coordinator"
         parts = _pooled(config, files) if trained_here else _simulated(config, files)
-        cell = Cell(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
+        cell = RunResult(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
         self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
         self._told(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
         return cell
@@ -116,7 +116,7 @@ def _digest(config: SimulationConfig) -> str:
     """
     if config.trained_by == "coordinator":
         fleet = config.simulation
-        own = {name: SimulatedDevice(data=d.data) for name, d in fleet.devices.items()}
+        own = {name: SimulatedDeviceConfig(data=d.data) for name, d in fleet.devices.items()}
         settings = {n: replace(d, split=None, r=None) for n, d in config.devices.items()}
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
     fleet = config.simulation
@@ -248,7 +248,7 @@ def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any
         files=tuple(files.values()),
         batch_size=config.pooled.batch_size or samples_of_a_step(config),
     )
-    result = train_pooled(replace(config, pooled=pooled).served(), durable=False)
+    result = train_pooled(replace(config, pooled=pooled).serve_config(), durable=False)
     folder = RunFolder(result.folder)
     rounds = read_result("completed", folder, [{}] * config.rounds).rounds
     ends = _modelled_ends(config, result.shapes)
@@ -258,19 +258,17 @@ def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any
 
 def _modelled_ends(config: SimulationConfig, steps: list[tuple[MicroShape, ...]]) -> list[float]:
     """When each round ends, from 0 on."""
-    situation = whole_situation(config)
+    problem = whole_situation(config)
     machine = make_fleet(config.simulation, config.planning).coordinator
-    costs = Costs(situation.model, situation.num_blocks)
+    costs = Costs(problem.model, problem.num_blocks)
     rank = config.settings("").r or config.lora.r
     trains_all = config.pooled.trains == "all"
-    names = () if trains_all else situation.facts.targets
+    names = () if trains_all else problem.facts.targets
     ranks = {name: config.lora.rank_of(name, rank) for name in names}
     seconds, ends = 0.0, [0.0]
     for step, micros in enumerate(steps, start=1):
         for count, length, _ in micros:
-            flops = costs.flops(
-                0, situation.num_blocks, ranks, count, length, front=True, tail=True
-            )
+            flops = costs.flops(0, problem.num_blocks, ranks, count, length, front=True, tail=True)
             # Gradients of inputs and of weights cost a forward pass each.
             total = 3 * flops.forward if trains_all else flops.total
             seconds += central_step_s(total, machine)

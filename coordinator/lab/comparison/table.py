@@ -37,7 +37,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class RunResult:
     """One run that has ended; everything a report needs, as JSON can hold it."""
 
     method: str
@@ -82,14 +82,14 @@ class Cell:
         return None
 
 
-def cell_to_row(cell: Cell) -> dict[str, Any]:
+def cell_to_row(cell: RunResult) -> dict[str, Any]:
     """Write a cell as a line of cells.jsonl."""
     return asdict(cell)
 
 
-def cell_from_row(row: Mapping[str, Any]) -> Cell:
+def cell_from_row(row: Mapping[str, Any]) -> RunResult:
     """Read what `cell_to_row` wrote."""
-    return Cell(
+    return RunResult(
         **{
             **row,
             "points": tuple(Point(*point) for point in row["points"]),
@@ -123,9 +123,9 @@ def spread(values: Iterable[float]) -> Spread:
 # ---- which runs count ----
 
 
-def best_rates(cells: Sequence[Cell]) -> dict[tuple[str, str], float]:
+def best_rates(cells: Sequence[RunResult]) -> dict[tuple[str, str], float]:
     """The rate of each method on each device set with the lowest final loss on the first seed."""
-    tried: dict[tuple[str, str], list[Cell]] = {}
+    tried: dict[tuple[str, str], list[RunResult]] = {}
     for cell in cells:
         tried.setdefault((cell.method, cell.device_set), []).append(cell)
     found = {}
@@ -135,17 +135,17 @@ def best_rates(cells: Sequence[Cell]) -> dict[tuple[str, str], float]:
     return found
 
 
-def _final(cell: Cell) -> float:
+def _final(cell: RunResult) -> float:
     return cell.last.loss if math.isfinite(cell.last.loss) else math.inf
 
 
-def kept_cells(cells: Sequence[Cell]) -> list[Cell]:
+def kept_cells(cells: Sequence[RunResult]) -> list[RunResult]:
     """The runs at each method's own rate."""
     rates = best_rates(cells)
     return [cell for cell in cells if cell.rate == rates[cell.method, cell.device_set]]
 
 
-def common_target(cells: Sequence[Cell]) -> float:
+def common_target(cells: Sequence[RunResult]) -> float:
     """The lowest loss that every one of *cells* reached."""
     return max(cell.best_loss for cell in cells)
 
@@ -154,7 +154,7 @@ def common_target(cells: Sequence[Cell]) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TableRow:
     """One method on one set of devices, over all seeds."""
 
     method: str
@@ -179,9 +179,9 @@ class Row:
     notes: tuple[str, ...]
 
 
-def make_rows(cells: Sequence[Cell], target: float, *, is_classifier: bool) -> list[Row]:
+def make_rows(cells: Sequence[RunResult], target: float, *, is_classifier: bool) -> list[TableRow]:
     """Return a row for each method and device set, in the order of the cells."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[RunResult]] = {}
     for cell in kept_cells(cells):
         groups.setdefault((cell.method, cell.device_set), []).append(cell)
     tried: dict[tuple[str, str], set[float]] = {}
@@ -193,10 +193,12 @@ def make_rows(cells: Sequence[Cell], target: float, *, is_classifier: bool) -> l
     ]
 
 
-def _row(own: list[Cell], rates: list[float], target: float, *, is_classifier: bool) -> Row:
+def _row(
+    own: list[RunResult], rates: list[float], target: float, *, is_classifier: bool
+) -> TableRow:
     first = own[0]
     reached = [point for cell in own if (point := cell.reached(target)) is not None]
-    return Row(
+    return TableRow(
         method=first.method,
         device_set=first.device_set,
         rate=first.rate,
@@ -230,7 +232,7 @@ def _range(found: Iterable[Mapping[str, Any] | None]) -> tuple[Any, Any] | None:
 NOTHING = "\u2013"
 
 
-def heads(target: float, *, is_classifier: bool) -> tuple[str, ...]:
+def column_titles(target: float, *, is_classifier: bool) -> tuple[str, ...]:
     """The titles of the table's columns."""
     return (
         "method",
@@ -248,7 +250,7 @@ def heads(target: float, *, is_classifier: bool) -> tuple[str, ...]:
     )
 
 
-def row_texts(row: Row, *, is_classifier: bool) -> tuple[str, ...]:
+def row_texts(row: TableRow, *, is_classifier: bool) -> tuple[str, ...]:
     """One row as text."""
     has_devices = row.peak_bytes is not None
     return (
@@ -267,7 +269,7 @@ def row_texts(row: Row, *, is_classifier: bool) -> tuple[str, ...]:
     )
 
 
-def _time(found: Spread | None, row: Row) -> str:
+def _time(found: Spread | None, row: TableRow) -> str:
     if found is None:
         return "not reached"
     missing = row.loss.num_seeds - row.num_reached

@@ -42,7 +42,7 @@ venv/bin/python -m pip install --quiet --disable-pip-version-check "$wheel" "$@"
 
 
 @dataclass
-class Site:
+class BoardHost:
     """One board."""
 
     name: str
@@ -174,18 +174,20 @@ class Site:
             return str(probe.getsockname()[0])
 
 
-def make_site(config: ExperimentConfig, name: str, workspace: Path, label: str) -> Site:
+def make_site(config: ExperimentConfig, name: str, workspace: Path, label: str) -> BoardHost:
     """Return the site of one board; nothing is done there yet."""
     board, address = config.boards[name], config.experiment.address or ""
     if board.ssh is None:
         kept = str(workspace / "boards" / name)
-        return Site(name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED), address)
+        return BoardHost(
+            name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED), address
+        )
     options = [*board.ssh_options]
     options += ["-p", str(board.port)] if board.port else []
     options += ["-i", str(board.identity)] if board.identity else []
     shell = SshShell(board.ssh, tuple(options))
     home = f"{board.workdir}/{label}-{name}"
-    return Site(name, board, shell, home, board.workdir, address=address)
+    return BoardHost(name, board, shell, home, board.workdir, address=address)
 
 
 def build_wheel(folder: Path) -> Path:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.lab.experiment.board_host import Site
-from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.board_host import BoardHost
+from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.config import ExperimentConfig, FaultConfig, link_shape
 from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkUsage, Relay
@@ -28,18 +28,18 @@ HOPELESS = {kind.exit_code for kind in (ConfigError, RefusedError, DataError, Mo
 
 
 @dataclass
-class Seat:
+class BoardRun:
     """A board in this run."""
 
-    site: Site
+    site: BoardHost
     relay: Relay | Namespace | None = None
-    make_cage: Callable[[], Cage | None] = lambda: None
+    make_limits: Callable[[], CgroupLimits | None] = lambda: None
     cores: float = 0.0
     """Of an emulated board."""
     factor: float = 1.0
     """Of them, while it is throttled; holds for programs that are started meanwhile, too."""
     program: Program | None = None
-    cage: Cage | None = None
+    limits: CgroupLimits | None = None
     starts: int = 0
     started_s: float = 0.0
     """When its program was started the last time."""
@@ -79,17 +79,17 @@ class Seat:
         self.restart_at_s, self.started_s = None, now_s
         self.starts += 1
         try:
-            self.cage = self.make_cage()
+            self.limits = self.make_limits()
             self._limit()
-            groups = self.cage.folders if self.cage else ()
+            groups = self.limits.folders if self.limits else ()
             self.program = self.site.start(settings, folder, groups, log)
         except BaseException:
             self.bury()
             raise
 
     def _limit(self) -> None:
-        if self.cage is not None:
-            self.cage.set_cores(self.cores * self.factor)
+        if self.limits is not None:
+            self.limits.set_cores(self.cores * self.factor)
 
     def address(self, where: tuple[str, int]) -> str:
         """Where its program finds a coordinator that is at *where* for this machine."""
@@ -111,16 +111,16 @@ class Seat:
 
     def bury(self) -> int | None:
         """End its program, note how it ended, and remove its groups; returns the exit code."""
-        program, cage, self.program, self.cage = self.program, self.cage, None, None
-        if cage is not None:
-            self.peak_bytes = max(self.peak_bytes or 0, cage.peak_bytes() or 0)
-            self.num_killed += cage.num_killed()
+        program, limits, self.program, self.limits = self.program, self.limits, None, None
+        if limits is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, limits.peak_bytes() or 0)
+            self.num_killed += limits.num_killed()
         self.exits.append(None)
         if program is not None:
             program.close()
             self.exits[-1] = program.exit_code
-        if cage is not None:
-            cage.remove()
+        if limits is not None:
+            limits.remove()
         return self.exits[-1]
 
     def facts(self) -> dict[str, Any]:

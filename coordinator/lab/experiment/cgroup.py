@@ -23,7 +23,7 @@ REMOVE_S = 3.0
 _MARKS = {"memory": "memory.usage_in_bytes", "cpu": "cpu.shares"}
 
 
-class Cage:
+class CgroupLimits:
     """The groups of one board. Without rights to make them: `DeviceError`.
 
     Args:

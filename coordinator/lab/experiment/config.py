@@ -267,7 +267,7 @@ class ExperimentConfig(ServeConfig):
         """Boards to emulate and links, by name."""
         return known(self.experiment.boards, self.experiment.links)
 
-    def served(self) -> ServeConfig:
+    def serve_config(self) -> ServeConfig:
         """Return what the coordinator itself is told."""
         values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
         return ServeConfig(**values | {"min_devices": len(self.boards)})

@@ -26,7 +26,7 @@ from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
 from edge_sdk.protocol.messages import StepReport
 
 
-class Teller:
+class JsonWatcher:
     """A `Watcher` that writes a line of JSON for everything."""
 
     def __init__(self, min_devices: int) -> None:
@@ -90,12 +90,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s %(message)s")
     quiet_libraries()
-    teller = Teller(int(arguments[1]))
+    watcher = JsonWatcher(int(arguments[1]))
     try:
         config = load_serve_config(Path(arguments[0]), env={})
-        outcome = serve(config, teller, teller.attend)
+        outcome = serve(config, watcher, watcher.attend)
     except EdgeError as error:
-        teller.say(error=one_line(error))
+        watcher.say(error=one_line(error))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE

@@ -11,33 +11,33 @@ from typing import NamedTuple
 from coordinator.lab.experiment.config import FaultConfig
 
 
-class Due(NamedTuple):
+class FaultsDue(NamedTuple):
     """A fault that begins or ends now."""
 
     fault: FaultConfig
     begins: bool
 
 
-class Script:
+class FaultSchedule:
     """Faults that are still to come, and those that have yet to end."""
 
     def __init__(self, faults: Sequence[FaultConfig]) -> None:
         self._waiting = list(faults)
         self._ends: list[tuple[float, FaultConfig]] = []
 
-    def due(self, now_s: float, steps: Mapping[str, int]) -> list[Due]:
+    def due(self, now_s: float, steps: Mapping[str, int]) -> list[FaultsDue]:
         """Return what begins and ends until *now_s*, each once.
 
         Args:
             now_s: Seconds since the boards were started.
             steps: Steps of the run that each board has finished.
         """
-        found = [Due(fault, begins=False) for end_s, fault in self._ends if end_s <= now_s]
+        found = [FaultsDue(fault, begins=False) for end_s, fault in self._ends if end_s <= now_s]
         self._ends = [(end_s, fault) for end_s, fault in self._ends if end_s > now_s]
         begun = [fault for fault in self._waiting if _has_come(fault, now_s, steps)]
         self._waiting = [fault for fault in self._waiting if fault not in begun]
         for fault in begun:
-            found.append(Due(fault, begins=True))
+            found.append(FaultsDue(fault, begins=True))
             # A cut ends by itself, to the millisecond.
             if fault.seconds is not None and fault.do != "cut":
                 self._ends.append((now_s + fault.seconds, fault))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from coordinator.lab.comparison.table import NOTHING, Cell, common_target, markdown, score
+from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, markdown, score
 from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.lab.experiment.result import BoardResult, TrialResult, kind_of, read_trial
@@ -109,7 +109,7 @@ def _rows(
 
 
 def _learned(
-    cell: Cell | None, target: float | None, *, is_classifier: bool
+    cell: RunResult | None, target: float | None, *, is_classifier: bool
 ) -> tuple[str, str, str]:
     if cell is None or target is None:
         return (NOTHING, NOTHING, NOTHING)
@@ -153,7 +153,7 @@ def _energy(joules: float | None, is_estimated: bool) -> str:
 def _write_page(
     config: ExperimentConfig,
     found: Sequence[TrialResult],
-    cells: Sequence[Cell],
+    cells: Sequence[RunResult],
     target: float | None,
     titles: Sequence[str],
     rows: Sequence[Sequence[str]],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.lab.comparison.table import Cell, Held, Point
+from coordinator.lab.comparison.table import Held, Point, RunResult
 from coordinator.lab.experiment.completed_runs import FACTS
 from coordinator.lab.experiment.config import ExperimentConfig, data_sheet
 from coordinator.lab.experiment.run import HAPPENINGS, MARKS
@@ -55,7 +55,7 @@ class TrialResult:
     coordinator_s: float
     """CPU time of the coordinator in them."""
     boards: tuple[BoardResult, ...]
-    cell: Cell | None
+    cell: RunResult | None
     """For the comparison; None if nothing was evaluated."""
     happenings: tuple[dict[str, Any], ...] = field(default=())
 
@@ -164,7 +164,7 @@ def _cell(
     method: str,
     marks: list[dict[str, Any]],
     costs: list[dict[str, Any]],
-) -> Cell | None:
+) -> RunResult | None:
     times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
     traffic = {way: _traffic(costs, way) for way in ("bytes_up", "bytes_down")}
     rows = run.rows("metrics.jsonl")
@@ -182,7 +182,7 @@ def _cell(
     )
     if not points:
         return None
-    return Cell(
+    return RunResult(
         method=method,
         device_set=kind_of(config),
         seed=config.training.seed,

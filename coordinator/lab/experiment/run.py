@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.lab.experiment.board_run import Seat
+from coordinator.lab.experiment.board_run import BoardRun
 from coordinator.lab.experiment.completed_runs import (
     COMPLETED,
     FACTS,
@@ -28,7 +28,7 @@ from coordinator.lab.experiment.completed_runs import (
     digest,
 )
 from coordinator.lab.experiment.config import EVERYWHERE, ExperimentConfig, FaultConfig
-from coordinator.lab.experiment.faults import Script
+from coordinator.lab.experiment.faults import FaultSchedule
 from coordinator.lab.experiment.shell import LocalShell, Program
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.config.loader import dump_config
@@ -42,7 +42,7 @@ STEPS, MARKS = "steps.jsonl", "marks.jsonl"
 HAPPENINGS = "happenings.jsonl"
 
 
-class Trial:
+class ExperimentRun:
     """One run.
 
     Args:
@@ -58,21 +58,21 @@ class Trial:
     def __init__(
         self,
         config: ExperimentConfig,
-        served: ServeConfig,
-        seats: dict[str, Seat],
+        serve_config: ServeConfig,
+        seats: dict[str, BoardRun],
         *,
         server_key: str,
         workspace: Path,
         told: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
-        self._config, self._served, self._seats = config, served, seats
+        self._config, self._served, self._seats = config, serve_config, seats
         self._server_key, self._workspace = server_key, workspace
         self._told, self._stop = told, stop
-        assert served.name is not None
-        self.folder = RunFolder(served.runs / served.name)
+        assert serve_config.name is not None
+        self.folder = RunFolder(serve_config.runs / serve_config.name)
         self._lines: queue.Queue[str] = queue.Queue()
-        self._script = Script(config.faults)
+        self._script = FaultSchedule(config.faults)
         self._steps: dict[str, int] = {}
         self._has_begun = False
         self._began_s = time.monotonic()
@@ -206,7 +206,7 @@ class Trial:
 
     # ---- the boards ----
 
-    def _start(self, seat: Seat) -> None:
+    def _start(self, seat: BoardRun) -> None:
         """Start a board's program; what fails here counts as its death."""
         assert self._where is not None
         try:
@@ -219,7 +219,7 @@ class Trial:
             self._happened(seat.name, f"cannot be started: {error}")
             self._plan_restart(seat, None)
 
-    def _look_after(self, seat: Seat) -> None:
+    def _look_after(self, seat: BoardRun) -> None:
         if seat.program is not None and seat.program.is_over:
             killed = seat.num_killed
             code = self._bury(seat)
@@ -231,7 +231,7 @@ class Trial:
             self._happened(seat.name, "started again")
             self._start(seat)
 
-    def _bury(self, seat: Seat) -> int | None:
+    def _bury(self, seat: BoardRun) -> int | None:
         """What cannot be removed is told, and ends nothing."""
         try:
             return seat.bury()
@@ -239,7 +239,7 @@ class Trial:
             self._happened(seat.name, str(error))
             return seat.exits[-1]
 
-    def _plan_restart(self, seat: Seat, code: int | None) -> None:
+    def _plan_restart(self, seat: BoardRun, code: int | None) -> None:
         if seat.name not in self._dark and not self._script.brings_back(seat.name):
             seat.plan_restart(code, self._now_s(), self._config.experiment.restarts)
 
@@ -304,7 +304,7 @@ class Trial:
         for thread in ending:
             thread.join()
 
-    def _end(self, seat: Seat) -> None:
+    def _end(self, seat: BoardRun) -> None:
         if seat.program is not None:
             self._bury(seat)
 

@@ -26,7 +26,7 @@ KEEPER = Path(__file__).with_name("supervisor.py")
 # For short commands; installing packages takes longer.
 PATIENCE_S = 60.0
 # How often one looks whether a command is still wanted.
-LOOK_S = 0.2
+POLL_S = 0.2
 # A board that does not answer for 4 x 5 s is gone.
 ALIVE_S, ALIVE_COUNT = 5, 4
 CONNECT_S = 15
@@ -124,7 +124,7 @@ def _to_the_end(
     while True:
         left_s = deadline.left_s()
         try:
-            return running.communicate(timeout=left_s if stop is None else min(left_s, LOOK_S))
+            return running.communicate(timeout=left_s if stop is None else min(left_s, POLL_S))
         except subprocess.TimeoutExpired:  # what it has written until now is not lost
             if not deadline.left_s() or (stop is not None and stop.is_set()):
                 raise

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
-from coordinator.lab.experiment.board_host import Site, build_wheel, make_site
-from coordinator.lab.experiment.board_run import Seat
-from coordinator.lab.experiment.cgroup import LEAST_CORES, Cage
+from coordinator.lab.experiment.board_host import BoardHost, build_wheel, make_site
+from coordinator.lab.experiment.board_run import BoardRun
+from coordinator.lab.experiment.cgroup import LEAST_CORES, CgroupLimits
 from coordinator.lab.experiment.completed_runs import (
     COMPLETED,
     NOT_RUN,
@@ -40,21 +40,21 @@ from coordinator.lab.experiment.config import (
 )
 from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkShape, Relay
-from coordinator.lab.experiment.run import Trial
+from coordinator.lab.experiment.run import ExperimentRun
 from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.loader import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
 from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.cgroup import allowed_cores
 
-Told = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 def run_experiment(
     config: ExperimentConfig,
     methods: Mapping[str, ExperimentConfig],
     out: Path,
-    told: Told,
+    told: Progress,
     stop: threading.Event,
 ) -> dict[str, str]:
     """Run every method with every seed; returns how each run ended, by the name of its folder.
@@ -73,11 +73,11 @@ def run_experiment(
     missing = {label: run for label, run in wanted.items() if not is_complete(out / label, run)}
     for label in missing:
         refuse_foreign(out / label)
-    with Rig(config, told, stop) if missing else ExitStack() as rig:
+    with Testbed(config, told, stop) if missing else ExitStack() as testbed:
         for label, run in wanted.items():
-            if label in missing and isinstance(rig, Rig) and not stop.is_set():
+            if label in missing and isinstance(testbed, Testbed) and not stop.is_set():
                 make_room(out / label)
-                ended[label] = rig.run(run, out, label)
+                ended[label] = testbed.run(run, out, label)
             else:
                 ended[label] = COMPLETED if label not in missing else NOT_RUN
             told(f"{label}: {ended[label]}")
@@ -95,19 +95,19 @@ def _runs(
             yield label, replace(run, training=training, runs=out, name=label)
 
 
-class Rig:
+class Testbed:
     """Boards, relays and keys of one experiment. Use as a context manager: it leaves nothing."""
 
-    def __init__(self, config: ExperimentConfig, told: Told, stop: threading.Event) -> None:
+    def __init__(self, config: ExperimentConfig, told: Progress, stop: threading.Event) -> None:
         self._config, self._told, self._stop = config, told, stop
         self._stack = ExitStack()
         self._id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self._sites: dict[str, Site] = {}
+        self._sites: dict[str, BoardHost] = {}
         self._relays: dict[str, Relay | Namespace] = {}
         self._cores = cores(config)
         self._is_limited = False
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Testbed:
         with ExitStack() as stack:
             self._set_up(stack)
             self._stack = stack.pop_all()
@@ -181,14 +181,14 @@ class Rig:
             given = self._config.experiment.wheel
             return given or (found[0] if found else build_wheel(self._workspace / "wheel"))
 
-    def _prepare(self, wheel: Callable[[], Path], site: Site) -> None:
+    def _prepare(self, wheel: Callable[[], Path], site: BoardHost) -> None:
         try:
             site.prepare(self._workspace / f"{site.name}.key", wheel, self._stop)
         except (DeviceError, OSError) as error:
             raise DeviceError(f"board {site.name}: {error}") from error
         self._told(f"{site.name}: prepared")
 
-    def _clean(self, site: Site) -> None:
+    def _clean(self, site: BoardHost) -> None:
         try:
             site.clean()
         except DeviceError as error:
@@ -202,7 +202,7 @@ class Rig:
             return False
         name = min(self._cores, key=lambda board: self._cores[board])
         try:
-            cage = self._make_cage(name)
+            limits = self._make_cage(name)
         except DeviceError as error:
             if self._config.experiment.must_limit:
                 raise ConfigError(
@@ -211,7 +211,7 @@ class Rig:
                 ) from error
             self._told(f"emulated boards are NOT limited in memory and speed: {error}")
             return False
-        cage.remove()
+        limits.remove()
         self._warn_of_cores()
         return True
 
@@ -227,9 +227,9 @@ class Rig:
             if share < LEAST_CORES:
                 self._told(f"{name}: {share:.4f} cores are too few, it gets {LEAST_CORES:g}")
 
-    def _make_cage(self, name: str) -> Cage:
+    def _make_cage(self, name: str) -> CgroupLimits:
         # Each start has groups of its own: the peak of a program is not that of the one before.
-        return Cage(
+        return CgroupLimits(
             f"edgesplit-{os.getpid()}-{name}-{time.monotonic_ns()}",
             memory_bytes=memory_bytes(self._config, name),
             cores=self._cores[name],
@@ -240,7 +240,7 @@ class Rig:
     def run(self, config: ExperimentConfig, out: Path, label: str) -> str:
         """Run once; returns how it ended."""
         seats = {name: self._seat(name, site) for name, site in self._sites.items()}
-        trial = Trial(
+        trial = ExperimentRun(
             config,
             self._served(config, out, label),
             seats,
@@ -251,10 +251,10 @@ class Rig:
         )
         return trial.run()
 
-    def _seat(self, name: str, site: Site) -> Seat:
-        seat = Seat(site, self._relays.get(name))
+    def _seat(self, name: str, site: BoardHost) -> BoardRun:
+        seat = BoardRun(site, self._relays.get(name))
         if name in self._cores and self._is_limited:
-            seat.make_cage, seat.cores = partial(self._make_cage, name), self._cores[name]
+            seat.make_limits, seat.cores = partial(self._make_cage, name), self._cores[name]
         if seat.relay is not None:
             board = self._config.boards[name]
             seat.relay.reshape(link_shape(self._config, board.link, board.jitter_ms))
@@ -264,7 +264,7 @@ class Rig:
         needs_door = any(board.ssh is not None for board in config.boards.values())
         alone = "tcp://*:*" if config.experiment.network == "namespaces" else "tcp://127.0.0.1:*"
         return replace(
-            config.served(),
+            config.serve_config(),
             listen=config.listen if needs_door else alone,
             secret_key=self._workspace / "coordinator.key",
             allow_list=self._workspace / "devices.yaml",

@@ -65,7 +65,7 @@ class _Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ClockReading:
     """What a clock shows at the end of a round."""
 
     seconds: float
@@ -143,11 +143,11 @@ class Clock:
         node = self._devices[device]
         node.now_s = max(node.now_s, node.answers_s.pop(what, 0.0))
 
-    def read(self) -> Reading:
+    def read(self) -> ClockReading:
         """End a round: everything sent has arrived. Usage is counted from here anew."""
         self.serve(self._devices)
         now_s = self._coordinator.now_s
-        reading = Reading(
+        reading = ClockReading(
             seconds=now_s,
             round_s=now_s - self._read_s,
             devices={name: node.usage for name, node in self._devices.items()},

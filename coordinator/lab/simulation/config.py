@@ -13,7 +13,7 @@ from edge_sdk.data.rows import DataConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedDevice:
+class SimulatedDeviceConfig:
     """One device, or several of a kind."""
 
     board: str = "orin-nano-8gb"
@@ -44,7 +44,7 @@ class SimulatedDevice:
 class FleetConfig:
     """Which devices take part, on which data, and how fast everything is meant to be."""
 
-    devices: dict[str, SimulatedDevice] = field(default_factory=dict)
+    devices: dict[str, SimulatedDeviceConfig] = field(default_factory=dict)
     """The devices by name; what each trains is set in `devices` of the run, as always."""
     data: DataConfig = field(default_factory=DataConfig)
     """The training data that is dealt out; its columns count for files of single devices too."""
@@ -100,19 +100,19 @@ class SimulationConfig(ServeConfig):
         if not self.simulation.devices:
             raise ValueError("simulation.devices must name at least 1 device")
 
-    def served(self) -> ServeConfig:
+    def serve_config(self) -> ServeConfig:
         """Return what the coordinator itself is told."""
         values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
         return ServeConfig(**values | {"min_devices": len(device_names(self.simulation))})
 
 
-def device_names(fleet: FleetConfig) -> dict[str, SimulatedDevice]:
+def device_names(fleet: FleetConfig) -> dict[str, SimulatedDeviceConfig]:
     """Return every single device by its name, in order.
 
     Raises:
         ValueError: two devices have one name.
     """
-    found: dict[str, SimulatedDevice] = {}
+    found: dict[str, SimulatedDeviceConfig] = {}
     for name, device in fleet.devices.items():
         names = [name] if device.count == 1 else [f"{name}-{i}" for i in range(device.count)]
         for each in names:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig
 from coordinator.lab.simulation.sharding import (
     IntArray,
     contiguous_shards,
@@ -28,7 +28,7 @@ Records = list[Mapping[str, Any]]
 
 
 def deal(
-    fleet: FleetConfig, devices: Mapping[str, SimulatedDevice], seed: int
+    fleet: FleetConfig, devices: Mapping[str, SimulatedDeviceConfig], seed: int
 ) -> dict[str, Records]:
     """Return the rows of each device that has no file of its own; a pure function of the seed.
 
@@ -53,7 +53,7 @@ def deal(
     return {name: [records[i] for i in shard] for name, shard in zip(names, shards, strict=True)}
 
 
-def own_data(fleet: FleetConfig, device: SimulatedDevice) -> DataConfig:
+def own_data(fleet: FleetConfig, device: SimulatedDeviceConfig) -> DataConfig:
     """How a device reads its data; rows that were dealt out have no path and no limit."""
     limit = fleet.data.limit if device.data is not None else None
     return replace(fleet.data, path=device.data, limit=limit)

@@ -22,7 +22,7 @@ from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import RunEnded, Stopped
 from edge_sdk.client.participant import Participant
-from edge_sdk.client.setup import Ask, Dataset, Preparation
+from edge_sdk.client.setup import Ask, Dataset, RuntimeSetup
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
 from edge_sdk.lora.factors import Array
@@ -38,7 +38,7 @@ FIRST_LIMIT_BYTES = 1024 * 1024
 """Payload of a message from a device for which nothing else was set, as with the real gateway."""
 
 
-class Tap:
+class SimulationListener:
     """Hears what devices compute and what travels, in the order of causes; this one ignores it."""
 
     def forward(self, device: str, plan: Plan, micro: Micro) -> None:
@@ -64,10 +64,10 @@ class Tap:
 
 
 @dataclass
-class Workshop:
+class SharedCompute:
     """What all devices of one process share."""
 
-    tap: Tap
+    listener: SimulationListener
     compute: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "simulated-compute")
     )
@@ -79,7 +79,7 @@ class Workshop:
         """Compute, and wait for the result."""
         return self.compute.submit(what, *args, **kwargs).result()
 
-    def __enter__(self) -> Workshop:
+    def __enter__(self) -> SharedCompute:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -114,20 +114,22 @@ class _Turn:
 class _TurnLink:
     """A device's link; where a real one would wait for a message, the others have their turn."""
 
-    def __init__(self, link: MemoryLink, turn: _Turn, name: str, tap: Tap) -> None:
-        self._link, self._turn, self._name, self._tap = link, turn, name, tap
+    def __init__(
+        self, link: MemoryLink, turn: _Turn, name: str, listener: SimulationListener
+    ) -> None:
+        self._link, self._turn, self._name, self._listener = link, turn, name, listener
 
     def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
         """Send a message; see `transport.Link`."""
         before = self._link.stats().bytes_up
         self._link.send(message, tensors)
-        self._tap.up(self._name, message, self._link.stats().bytes_up - before)
+        self._listener.up(self._name, message, self._link.stats().bytes_up - before)
 
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `transport.Link`."""
         try:
             envelope = self._link.receive(Deadline.after(0.0))
-            self._tap.received(self._name, envelope.message)
+            self._listener.received(self._name, envelope.message)
             return envelope
         except ReceiveTimeout:
             if deadline.left_s():
@@ -147,10 +149,10 @@ class _TurnLink:
         self._link.close(flush_s)
 
 
-class HeardRuntime:
+class InstrumentedRuntime:
     """A runtime whose work is heard and computed in the workshop's thread."""
 
-    def __init__(self, runtime: Runtime, device: str, plan: Plan, shop: Workshop) -> None:
+    def __init__(self, runtime: Runtime, device: str, plan: Plan, shop: SharedCompute) -> None:
         self._runtime, self._shop = runtime, shop
         self._device, self._plan = device, plan
         self._open: deque[Micro] = deque()
@@ -159,13 +161,13 @@ class HeardRuntime:
         """Run the device's blocks; see `Runtime`."""
         if not self._plan.is_forward_only:
             self._open.append(micro)
-        self._shop.tap.forward(self._device, self._plan, micro)
+        self._shop.listener.forward(self._device, self._plan, micro)
         hidden: Array = self._shop.run(self._runtime.forward, micro, step, index)
         return hidden
 
     def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
         """Loss and dL/dtop; see `Runtime`."""
-        self._shop.tap.tail(self._device, self._plan, micro)
+        self._shop.listener.tail(self._device, self._plan, micro)
         found: tuple[TailSums, Array] = self._shop.run(
             self._runtime.tail, top_BTD, micro, num_targets
         )
@@ -173,7 +175,7 @@ class HeardRuntime:
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass; see `Runtime`."""
-        self._shop.tap.backward(self._device, self._plan, self._open.popleft())
+        self._shop.listener.backward(self._device, self._plan, self._open.popleft())
         self._shop.run(self._runtime.backward, grad_BTD)
 
     def begin_round(self) -> None:
@@ -183,7 +185,7 @@ class HeardRuntime:
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """The whole model, both ways; see `Runtime`."""
-        self._shop.tap.local(self._device, self._plan, micro)
+        self._shop.listener.local(self._device, self._plan, micro)
         sums: TailSums = self._shop.run(self._runtime.local, micro, num_targets, step, index)
         return sums
 
@@ -193,21 +195,21 @@ class HeardRuntime:
         return partial(self._shop.run, found) if callable(found) else found
 
 
-class _SharingPreparation(Preparation):
+class _SharingPreparation(RuntimeSetup):
     """A device's preparation that shares frozen weights with the other devices of the process."""
 
     def __init__(
-        self, config: ClientConfig, dataset: Dataset | None, name: str, shop: Workshop
+        self, config: ClientConfig, dataset: Dataset | None, name: str, shop: SharedCompute
     ) -> None:
         super().__init__(config, dataset)
         self._name, self._shop = name, shop
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
-        """Build the device's slice; see `Preparation`."""
+        """Build the device's slice; see `RuntimeSetup`."""
         for part in assigned.parts:  # first: whoever computes must not wait for messages
             self._tensors(part, welcome, ask)
         runtime: Runtime = self._shop.run(super().runtime, welcome, assigned, ask)
-        return cast("Runtime", HeardRuntime(runtime, self._name, assigned.plan, self._shop))
+        return cast("Runtime", InstrumentedRuntime(runtime, self._name, assigned.plan, self._shop))
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """The tensors of *part*, as the slices hold them, so that none makes a copy."""
@@ -229,7 +231,7 @@ class _SimulatedParticipant(Participant):
         dataset: Dataset | None,
         stop: threading.Event,
         name: str,
-        shop: Workshop,
+        shop: SharedCompute,
     ) -> None:
         super().__init__(link, config, dataset, Callback(), stop)
         self._preparation = _SharingPreparation(config, dataset, name, shop)
@@ -239,7 +241,7 @@ class SimulatedDevice:
     """A participant, its thread, and the coordinator's end of its link."""
 
     def __init__(
-        self, name: str, config: ClientConfig, dataset: Dataset | None, shop: Workshop
+        self, name: str, config: ClientConfig, dataset: Dataset | None, shop: SharedCompute
     ) -> None:
         self.name = name
         ours, self.link = memory_pair()
@@ -249,7 +251,7 @@ class SimulatedDevice:
         self.is_due = True
         """Whether something may have happened that it waits for."""
         self._turn, self._stop = _Turn(), threading.Event()
-        self._own_link = _TurnLink(ours, self._turn, name, shop.tap)
+        self._own_link = _TurnLink(ours, self._turn, name, shop.listener)
         self._make = partial(
             _SimulatedParticipant, self._own_link, config, dataset, self._stop, name, shop
         )

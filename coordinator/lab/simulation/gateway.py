@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from coordinator.gateway.sessions import DeviceStats, Event, Left, Received, Rejected
-from coordinator.lab.simulation.device import SimulatedDevice, Tap
+from coordinator.lab.simulation.device import SimulatedDevice, SimulationListener
 from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
@@ -30,10 +30,12 @@ class SimulatedGateway(Closing):
 
     address = "memory"
 
-    def __init__(self, devices: Mapping[str, SimulatedDevice], tap: Tap) -> None:
+    def __init__(
+        self, devices: Mapping[str, SimulatedDevice], listener: SimulationListener
+    ) -> None:
         self._seats = dict(sorted(devices.items()))
         self._all = list(self._seats.values())
-        self._tap = tap
+        self._listener = listener
         self._is_woken = False
 
     def devices(self) -> list[str]:
@@ -102,7 +104,7 @@ class SimulatedGateway(Closing):
         before = seat.link.stats().bytes_up
         seat.link.send(message, tensors)
         seat.is_due = True
-        self._tap.down(device, message, seat.link.stats().bytes_up - before)
+        self._listener.down(device, message, seat.link.stats().bytes_up - before)
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the payload in bytes that one message of *device* may have."""

@@ -21,12 +21,12 @@ from typing import Any, cast
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import LocalEngine
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.gateway import Gateway
 from coordinator.lab.simulation.clock import Costs
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal, own_data
-from coordinator.lab.simulation.device import SimulatedDevice, Workshop
+from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice
 from coordinator.lab.simulation.fleet import Fleet, make_fleet
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
@@ -34,7 +34,7 @@ from coordinator.lab.simulation.timing import ClockedReporting, ClockTap, TimedE
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.rounds.executor import Conductor
+from coordinator.rounds.executor import RoundExecutor
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.rounds.loop import COMPLETED, Coordinator
 from coordinator.rounds.run import Run
@@ -64,17 +64,17 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
 
         torch.set_num_threads(config.simulation.threads)
     fleet = make_fleet(config.simulation, config.planning)
-    served = _served(config, fleet)
+    serve_config = _served(config, fleet)
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
-    tap = ClockTap(fleet.machines, fleet.coordinator)
-    model = _TimedModel(served, PartCache(config.simulation.cache), tap)
+    listener = ClockTap(fleet.machines, fleet.coordinator)
+    model = _TimedModel(serve_config, PartCache(config.simulation.cache), listener)
     folder = RunFolder.create(config.runs, config.name)
     with (
         removed_if_it_never_began(folder),
         tempfile.TemporaryDirectory(prefix="edgesplit-") as state,
-        Workshop(tap) as shop,
+        SharedCompute(listener) as shop,
     ):
-        folder.write_text(CONFIG, dump_config(served))
+        folder.write_text(CONFIG, dump_config(serve_config))
         folder.write_text(SIMULATION, dump_config(config))
         folder.write_text("env.json", json.dumps(environment(), indent=2))
         devices = {
@@ -83,16 +83,16 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             )
             for name, profile in fleet.profiles.items()
         }
-        with SimulatedGateway(devices, tap) as gateway:
+        with SimulatedGateway(devices, listener) as gateway:
             # Whatever the coordinator asks of a gateway, this one answers too.
-            run = Run(served, model, folder, cast(Gateway, gateway), watcher, RUN_ID)
-            return _serve(run, shop, tap)
+            run = Run(serve_config, model, folder, cast(Gateway, gateway), watcher, RUN_ID)
+            return _serve(run, shop, listener)
 
 
-def _serve(run: Run, shop: Workshop, tap: ClockTap) -> SimulationResult:
-    run.reporting = reporting = ClockedReporting(run.reporting, tap)
+def _serve(run: Run, shop: SharedCompute, listener: ClockTap) -> SimulationResult:
+    run.reporting = reporting = ClockedReporting(run.reporting, listener)
     coordinator = _SimulatedCoordinator(run, shop)
-    run.watcher.note(f"run {run.folder.path}: {len(tap.machines)} simulated devices")
+    run.watcher.note(f"run {run.folder.path}: {len(listener.machines)} simulated devices")
     with _stopping(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
@@ -111,24 +111,24 @@ def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
     return stopping_on_signals(stop) if is_main else nullcontext()
 
 
-class _TimedModel(ServedModel):
+class _TimedModel(ServerModel):
     """A model whose engines, also those of later plans, take modelled time."""
 
-    def __init__(self, config: ServeConfig, cache: PartCache, tap: ClockTap) -> None:
+    def __init__(self, config: ServeConfig, cache: PartCache, listener: ClockTap) -> None:
         super().__init__(config, cache)
-        self._tap = tap
-        tap.costs = Costs(self.shape, self.facts.layout.num_blocks)
+        self._listener = listener
+        listener.costs = Costs(self.shape, self.facts.layout.num_blocks)
 
     def make_engine(self, *args: Any, **kwargs: Any) -> LocalEngine:
-        """Build an engine; see `ServedModel`."""
+        """Build an engine; see `ServerModel`."""
         # What the coordinator asks of an engine, a timed one answers too.
-        return cast(LocalEngine, TimedEngine(super().make_engine(*args, **kwargs), self._tap))
+        return cast(LocalEngine, TimedEngine(super().make_engine(*args, **kwargs), self._listener))
 
 
 class _PromptWorker(Worker):
     """Computes at once, so that nothing else happens meanwhile; the result waits its turn."""
 
-    def __init__(self, shop: Workshop, wake: Callable[[], None]) -> None:
+    def __init__(self, shop: SharedCompute, wake: Callable[[], None]) -> None:
         super().__init__(wake)
         self._pool.shutdown()
         self._pool = shop.compute
@@ -145,11 +145,11 @@ class _PromptWorker(Worker):
 class _SimulatedCoordinator(Coordinator):
     """A coordinator whose computations and devices take turns."""
 
-    def __init__(self, run: Run, shop: Workshop) -> None:
+    def __init__(self, run: Run, shop: SharedCompute) -> None:
         super().__init__(run)
         self._worker.close()
         self._worker = _PromptWorker(shop, run.gateway.wake)
-        self._conductor = Conductor(run, self._intake, self._worker)
+        self._executor = RoundExecutor(run, self._handlers, self._worker)
 
 
 def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:
@@ -159,7 +159,7 @@ def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:
         server_memory_bytes=fleet.coordinator_bytes,
         server_flops_per_s=fleet.coordinator.flops_per_s,
     )
-    return replace(config.served(), planning=planning)
+    return replace(config.serve_config(), planning=planning)
 
 
 def _client_config(

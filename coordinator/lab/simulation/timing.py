@@ -14,7 +14,7 @@ from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
 from coordinator.gateway.gateway import Gateway
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
-from coordinator.lab.simulation.device import Tap
+from coordinator.lab.simulation.device import SimulationListener
 from coordinator.results.metrics import Reporting
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
@@ -36,7 +36,7 @@ CLOCK = "clock.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)
 
 
-class ClockTap(Tap):
+class ClockTap(SimulationListener):
     """Tells the clock what devices and coordinator do."""
 
     def __init__(self, devices: Mapping[str, Machine], coordinator: Machine) -> None:
@@ -156,8 +156,8 @@ def _counts(message: Message) -> bool:
 class TimedEngine:
     """An engine whose waves take modelled time; everything else it does takes none."""
 
-    def __init__(self, engine: LocalEngine, tap: ClockTap) -> None:
-        self._engine, self._tap = engine, tap
+    def __init__(self, engine: LocalEngine, listener: ClockTap) -> None:
+        self._engine, self._listener = engine, listener
         self._lifted: list[Job] = []
         self._where = (0, 0)
         """Step and micro-batch of them."""
@@ -165,21 +165,21 @@ class TimedEngine:
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
         """Forward, loss and backward of a wave; see `Engine`."""
         ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
-        self._tap.serve(jobs, ranks, what, up=True, down=True, tail=True)
+        self._listener.serve(jobs, ranks, what, up=True, down=True, tail=True)
         return self._engine.train(jobs, step, micro)
 
     def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
         """Forward of a wave whose labels stay on the devices; see `Engine`."""
         self._lifted, self._where = list(jobs), (step, micro)
         ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
-        self._tap.serve(jobs, ranks, what, up=True, down=False, tail=False)
+        self._listener.serve(jobs, ranks, what, up=True, down=False, tail=False)
         return self._engine.lift(jobs, step, micro)
 
     def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
         """Backward of the last `lift`; see `Engine`."""
         jobs = [job for job in self._lifted if job.device in grads]
         ranks, what = self._engine.adapters.ranks, (TopGradient, *self._where)
-        self._tap.serve(jobs, ranks, what, up=False, down=True, tail=False)
+        self._listener.serve(jobs, ranks, what, up=False, down=True, tail=False)
         return self._engine.lower(grads)
 
     def __getattr__(self, name: str) -> Any:
@@ -190,33 +190,33 @@ class TimedEngine:
 class ClockedReporting(Reporting):
     """Writes a row of the clock with each round."""
 
-    def __init__(self, plain: Reporting, tap: ClockTap) -> None:
+    def __init__(self, plain: Reporting, listener: ClockTap) -> None:
         super().__init__(plain.folder, plain.watcher, plain.is_classifier)
-        self.tap = tap
+        self.listener = listener
         self.plans: list[dict[str, Plan]] = []
         """What each device ran, round by round."""
 
     def telemetry(self, round_: int, gateway: Gateway) -> None:
         """Write what the round cost, and what it would have cost."""
         super().telemetry(round_, gateway)
-        self.plans.append(dict(sorted(self.tap.plans.items())))
-        self.folder.append(CLOCK, clock_row(round_ + 1, self.tap))
+        self.plans.append(dict(sorted(self.listener.plans.items())))
+        self.folder.append(CLOCK, clock_row(round_ + 1, self.listener))
 
 
-def clock_row(round_: int, tap: ClockTap) -> dict[str, Any]:
+def clock_row(round_: int, listener: ClockTap) -> dict[str, Any]:
     """Read the clock at the end of a round.
 
     Returns:
         Seconds since the start and of the round; for each device and the coordinator the time in
         which it computed and its share of the round, joules, and the traffic of its link.
     """
-    reading = tap.clock.read()
+    reading = listener.clock.read()
     devices = {
-        name: _costs_of(usage, tap.machines[name], reading.round_s)
-        | {"split": tap.plans[name].split}
+        name: _costs_of(usage, listener.machines[name], reading.round_s)
+        | {"split": listener.plans[name].split}
         for name, usage in sorted(reading.devices.items())
     }
-    server = _costs_of(reading.coordinator, tap.coordinator, reading.round_s)
+    server = _costs_of(reading.coordinator, listener.coordinator, reading.round_s)
     return {
         "round": round_,
         "modelled": True,

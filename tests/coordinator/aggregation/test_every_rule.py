@@ -15,9 +15,9 @@ from coordinator.aggregation.rules import (
     Contribution,
     balanced,
     fedavg,
-    recut,
-    resized,
+    resize_pair,
     svd,
+    svd_asymmetric,
     truncate,
     zeropad,
 )
@@ -62,11 +62,11 @@ def test_fedavg_is_the_weighted_mean_of_each_factor(num: int, rank: int, seed: i
         np.testing.assert_allclose(getattr(pair, factor), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("share_out", [recut, balanced])
+@pytest.mark.parametrize("share_out", [svd_asymmetric, balanced])
 @given(ranks=RANKS, rank=st.integers(1, 5), seed=SEEDS, scale=st.floats(0.1, 8.0))
 @settings(deadline=None, max_examples=40)
 def test_svd_hands_out_the_best_approximation(
-    share_out: Any, ranks: list[int], rank: int, seed: int, scale: float
+    redistribute: Any, ranks: list[int], rank: int, seed: int, scale: float
 ) -> None:
     """DW is the dense sum, and a participant of rank r holds its best approximation of rank r."""
     contributions = random_contributions(ranks, seed)
@@ -79,7 +79,7 @@ def test_svd_hands_out_the_best_approximation(
     assert np.linalg.norm(update.total.dense() - expected) <= 1e-6 * size
     u, sigma, vt = np.linalg.svd(expected, full_matrices=False)
     best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
-    pair = share_out(update.total, fresh(rank), scale)
+    pair = redistribute(update.total, fresh(rank), scale)
     assert pair.a_RI.shape == (rank, SHAPE.num_inputs)
     found = np.linalg.norm(expected - scale * dense(pair))
     assert found <= np.linalg.norm(expected - best) + 3e-6 * size
@@ -90,7 +90,7 @@ def test_a_recut_leaves_rows_of_a_as_long_as_drawn() -> None:
     update = svd(random_contributions([3, 2], seed=0), SHAPE, None)
 
     assert update.total is not None
-    pair = recut(update.total, fresh(3), 4.0)
+    pair = svd_asymmetric(update.total, fresh(3), 4.0)
     np.testing.assert_allclose(np.linalg.norm(pair.a_RI, axis=1), 3**-0.5, rtol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_a_changed_rank_keeps_the_first_ranks(old: int, new: int, seed: int, rat
     """More ranks add nothing to s B A, and fewer drop the last ones and touch no other."""
     pair = random_pair(np.random.default_rng(seed), old)
 
-    found = resized(pair, fresh(new), ratio)
+    found = resize_pair(pair, fresh(new), ratio)
 
     kept = min(old, new)
     expected = pair.b_OR[:, :kept].astype(np.float64) @ pair.a_RI[:kept].astype(np.float64)

@@ -108,7 +108,7 @@ class Simulation:
         return dict.fromkeys(self.weights(name), self.ranks[name])
 
     def begin(self, members: set[str]) -> None:
-        """Hand out what each member is to hold, as `handout.py` does."""
+        """Hand out what each member is to hold, as `round_start.py` does."""
         for name in sorted(members):
             own = self.ledger.enrol(name, self.wanted(name))
             if name not in self.current:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation.ledger import RoundResult
-from coordinator.aggregation.round_start import Handout
+from coordinator.aggregation.round_start import RoundStartBuilder
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.protocol.plan import Plan
 from tests.coordinator.aggregation.test_ledger import SAMPLES, SPLITS, Simulation
@@ -26,13 +26,13 @@ def make_plan(simulation: Simulation, name: str, *, tail: bool = False) -> Plan:
     )
 
 
-def after_a_round() -> tuple[Simulation, Handout, RoundResult]:
+def after_a_round() -> tuple[Simulation, RoundStartBuilder, RoundResult]:
     """Round 0 with two of three devices is over."""
     simulation = Simulation()
     result = simulation.round({"one", "four"}, {"one": HEAD})
-    handout = Handout(simulation.ledger, simulation.facts)
-    handout.round_ended(result, {"one", "four"})
-    return simulation, handout, result
+    round_start = RoundStartBuilder(simulation.ledger, simulation.facts)
+    round_start.round_ended(result, {"one", "four"})
+    return simulation, round_start, result
 
 
 STAMP = Stamp(device="one", round=1, step=20)
@@ -40,9 +40,11 @@ STAMP = Stamp(device="one", round=1, step=20)
 
 def test_a_member_gets_what_has_changed() -> None:
     """Who was in the last round needs only the changes of its own blocks."""
-    simulation, handout, result = after_a_round()
+    simulation, round_start, result = after_a_round()
 
-    start, tensors = handout.message(STAMP, 40, make_plan(simulation, "one"), (20,), evaluate=True)
+    start, tensors = round_start.message(
+        STAMP, 40, make_plan(simulation, "one"), (20,), evaluate=True
+    )
 
     assert (start.is_full, start.restore_step, start.evaluate) == (False, -1, True)
     weights = simulation.weights("one")
@@ -54,10 +56,12 @@ def test_a_member_gets_what_has_changed() -> None:
 
 def test_a_newcomer_gets_everything() -> None:
     """Own factors and residual together are dW."""
-    simulation, handout, _ = after_a_round()
+    simulation, round_start, _ = after_a_round()
     stamp = Stamp(device="two", round=1, step=20)
 
-    start, tensors = handout.message(stamp, 40, make_plan(simulation, "two"), (), evaluate=False)
+    start, tensors = round_start.message(
+        stamp, 40, make_plan(simulation, "two"), (), evaluate=False
+    )
 
     assert (start.is_full, start.restore_step) == (True, -1)
     arrays = {name: array.astype(np.float64) for name, (array, _) in tensors.items()}
@@ -70,10 +74,10 @@ def test_a_newcomer_gets_everything() -> None:
 
 def test_who_kept_its_state_is_told_to_use_it() -> None:
     """After a restart of the coordinator a device with a checkpoint of this step restores it."""
-    simulation, handout, _ = after_a_round()
-    handout.forget()
+    simulation, round_start, _ = after_a_round()
+    round_start.forget()
 
-    start, tensors = handout.message(
+    start, tensors = round_start.message(
         STAMP, 40, make_plan(simulation, "one"), (0, 20), evaluate=False
     )
 
@@ -82,12 +86,12 @@ def test_who_kept_its_state_is_told_to_use_it() -> None:
 
 def test_who_left_gets_everything_again() -> None:
     """A device that was lost is told everything, the others only what has changed."""
-    simulation, handout, _ = after_a_round()
+    simulation, round_start, _ = after_a_round()
 
-    handout.forget("one")
+    round_start.forget("one")
 
-    start, _ = handout.message(STAMP, 40, make_plan(simulation, "one"), (), evaluate=False)
-    other, _ = handout.message(
+    start, _ = round_start.message(STAMP, 40, make_plan(simulation, "one"), (), evaluate=False)
+    other, _ = round_start.message(
         Stamp(device="four"), 40, make_plan(simulation, "four"), (), evaluate=False
     )
     assert (start.is_full, other.is_full) == (True, False)
@@ -96,12 +100,14 @@ def test_who_left_gets_everything_again() -> None:
 @pytest.mark.parametrize("is_current", [True, False])
 def test_the_head_goes_to_who_has_the_tail(is_current: bool) -> None:
     """A trained head travels with either kind of start, to devices with the tail only."""
-    simulation, handout, result = after_a_round()
+    simulation, round_start, result = after_a_round()
     if not is_current:
-        handout.forget()
+        round_start.forget()
 
     with_tail, without = (
-        handout.message(STAMP, 40, make_plan(simulation, "one", tail=tail), (), evaluate=False)[1]
+        round_start.message(STAMP, 40, make_plan(simulation, "one", tail=tail), (), evaluate=False)[
+            1
+        ]
         for tail in (True, False)
     )
 

@@ -25,7 +25,7 @@ from coordinator.gateway.gateway import (
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.fragments import Outgoing
+from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import Failure, Pause, Paused, Refused, Stamp
 from edge_sdk.protocol.packets import Attach, Kind, Lane
 from edge_sdk.protocol.session import Conversation
@@ -123,7 +123,7 @@ class RawDevice:
 
 def good_head() -> bytes:
     """Return header and padding of a message with one tensor of 12 bytes."""
-    return Outgoing(PAUSED, {"x": (np.zeros(3, np.float32), "float32")}).head
+    return OutgoingMessage(PAUSED, {"x": (np.zeros(3, np.float32), "float32")}).head
 
 
 GARBAGE = {
@@ -164,7 +164,7 @@ def test_several_parts_are_ignored(gateway: Gateway) -> None:
     """A message of many ZeroMQ frames is dropped; the device's next packet is read."""
     with RawDevice(gateway, ONE) as raw:
         raw.socket.send_multipart([b"x"] * 50)
-        raw.socket.send(raw.first(Outgoing(PAUSED, {}).head))
+        raw.socket.send(raw.first(OutgoingMessage(PAUSED, {}).head))
 
         events = until(gateway, Received)
 
@@ -177,7 +177,7 @@ def test_garbage_before_attaching_is_answered(gateway: Gateway) -> None:
         raw.socket.send(b"garbage")
         assert isinstance(raw.read(), packets.Closed)
         raw.socket.send(raw.first(good_head()))
-        assert isinstance(raw.read(), packets.WhoAreYou)
+        assert isinstance(raw.read(), packets.AttachRequired)
 
         assert until(gateway, Rejected)[0].device == "one"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.onnx_export.cache import GraphShop, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_lora
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
-from edge_sdk.model.weights import PartCache, Source
+from edge_sdk.model.weights import ModelSource, PartCache
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import read_graphs
 from tests.e2e.cluster import save_model
@@ -20,18 +20,18 @@ PATIENCE_S = 120.0
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> ModelSource:
     """A tiny model on disk."""
-    return Source(str(save_model("gpt2", tmp_path / "model")), "causal-lm")
+    return ModelSource(str(save_model("gpt2", tmp_path / "model")), "causal-lm")
 
 
-def shop(source: Source, folder: Path) -> GraphShop:
+def shop(source: ModelSource, folder: Path) -> GraphCache:
     """A shop that keeps its graphs in *folder*."""
     targets = find_targets(source.config, source.task, source.layout, LoraConfig())
-    return GraphShop(source, ModelFacts(source.layout, targets), 0, PartCache(folder))
+    return GraphCache(source, ModelFacts(source.layout, targets), 0, PartCache(folder))
 
 
-def wait(made: GraphShop) -> Part:
+def wait(made: GraphCache) -> Part:
     """Ask until the graphs are there."""
     until_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < until_s:
@@ -42,7 +42,7 @@ def wait(made: GraphShop) -> Part:
     raise AssertionError("no graphs")
 
 
-def test_graphs_are_made_once(source: Source, tmp_path: Path) -> None:
+def test_graphs_are_made_once(source: ModelSource, tmp_path: Path) -> None:
     """Ordered at the first question, there at a later one, and at once in the next run."""
     first, second = (shop(source, tmp_path / "parts") for _ in range(2))
     assert first.find(PLAN, measures=False) is None
@@ -55,7 +55,7 @@ def test_graphs_are_made_once(source: Source, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("edgesplit-graphs-*"))
 
 
-def test_what_cannot_be_made_is_refused(source: Source, tmp_path: Path) -> None:
+def test_what_cannot_be_made_is_refused(source: ModelSource, tmp_path: Path) -> None:
     """The other process's last words travel, in one line, with what to do."""
     made = shop(source, tmp_path / "parts")
     (source.folder / "config.json").write_text("{")
@@ -65,7 +65,7 @@ def test_what_cannot_be_made_is_refused(source: Source, tmp_path: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_a_shop_that_closes_leaves_nothing_behind(source: Source, tmp_path: Path) -> None:
+def test_a_shop_that_closes_leaves_nothing_behind(source: ModelSource, tmp_path: Path) -> None:
     """The other process ends with the run."""
     made = shop(source, tmp_path / "parts")
     made.find(PLAN, measures=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coordinator.onnx_export.export import export_slice
-from coordinator.onnx_export.job import Job, job_text, load_job
+from coordinator.onnx_export.job import ExportJob, job_text, load_job
 from coordinator.onnx_export.operators import LOWERINGS
 from coordinator.onnx_export.slice_graphs import Tracer
 from coordinator.onnx_export.trace import Input, Traced, trace
@@ -85,7 +85,9 @@ def test_a_block_and_its_gradients_are_those_of_the_model(family: str) -> None:
 def test_what_decides_by_values_is_refused() -> None:
     """A mixture of experts cannot be traced: one line says so, and why."""
     config, task = make_config("qwen2_moe"), task_of("qwen2_moe")
-    job = Job(task=task, num_labels=0, split=1, tail=False, measures=False, targets={}, dtypes={})
+    job = ExportJob(
+        task=task, num_labels=0, split=1, tail=False, measures=False, targets={}, dtypes={}
+    )
     with pytest.raises(ModelError, match="cannot be traced for onnxruntime") as caught:
         export_slice(config, job)
     assert "\n" not in str(caught.value)
@@ -200,7 +202,7 @@ def test_a_trace_gives_the_same_bytes_again() -> None:
 
 def test_a_job_survives_the_journey(tmp_path: Path) -> None:
     """What the other process reads is what was written."""
-    job = Job(
+    job = ExportJob(
         task="causal-lm",
         num_labels=0,
         split=3,

@@ -9,7 +9,7 @@ from typing import Any
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.costs import Load, adapters_bytes
-from coordinator.planning.problem import ServerProfile, Situation
+from coordinator.planning.problem import PlanningProblem, ServerProfile
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
@@ -39,9 +39,9 @@ def model_of(family: str, **changes: Any) -> tuple[ModelFacts, ModelShape]:
     return facts, model_shape(config, task, layout)
 
 
-def make_situation(
+def make_problem(
     model: tuple[ModelFacts, ModelShape], *, planning: dict[str, Any] | None = None, **changes: Any
-) -> Situation:
+) -> PlanningProblem:
     """Two devices, everything planned."""
     chosen = {"split": "armsc", "ranks": "rngwp", "rank_set": (1, 2, 4, 8), **(planning or {})}
     settings = {
@@ -57,23 +57,25 @@ def make_situation(
         "length": 16,
         **changes,
     }
-    return Situation(config=ServeConfig(model="m", **settings), facts=facts, model=shape, **fields)
+    return PlanningProblem(
+        config=ServeConfig(model="m", **settings), facts=facts, model=shape, **fields
+    )
 
 
-def with_memory(situation: Situation, **budgets: float) -> Situation:
+def with_memory(problem: PlanningProblem, **budgets: float) -> PlanningProblem:
     """The same with other memory budgets, after the margin."""
-    share = 1.0 - situation.config.planning.memory_margin
+    share = 1.0 - problem.config.planning.memory_margin
     profiles = {
         name: replace(profile, memory_bytes=budgets.get(name, 1e9) / share)
-        for name, profile in situation.profiles.items()
+        for name, profile in problem.profiles.items()
     }
-    return replace(situation, profiles=profiles)
+    return replace(problem, profiles=profiles)
 
 
-def priced(situation: Situation, ranks: dict[str, int]) -> float:
+def priced(problem: PlanningProblem, ranks: dict[str, int]) -> float:
     """What adapters of device `a` add to its memory."""
     return adapters_bytes(
-        situation,
+        problem,
         ranks,
-        dict.fromkeys(ranks, Load(situation.tokens("a"), situation.in_flight("a"))),
+        dict.fromkeys(ranks, Load(problem.tokens("a"), problem.in_flight("a"))),
     )

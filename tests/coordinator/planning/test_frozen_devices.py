@@ -10,11 +10,11 @@ import pytest
 from coordinator.config.run import DeviceSettings
 from coordinator.planning.costs import device_bytes, device_seconds, options
 from coordinator.planning.joint import plan_all
-from coordinator.planning.problem import ServerProfile, Situation
+from coordinator.planning.problem import PlanningProblem, ServerProfile
 from coordinator.planning.replan import replan
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from profiler.estimate.memory import ModelShape
-from tests.coordinator.planning.problems import FAST, SLOW, make_situation, model_of, with_memory
+from tests.coordinator.planning.problems import FAST, SLOW, make_problem, model_of, with_memory
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +23,18 @@ def llama() -> tuple[ModelFacts, ModelShape]:
     return model_of("llama")
 
 
-def between(situation: Situation) -> float:
+def between(problem: PlanningProblem) -> float:
     """Memory in which device `a` can compute one block forward, but not train it."""
-    frozen = device_bytes(situation, "a", 1, {})
-    trained = min(option.device_bytes for option in options(situation, "a"))
+    frozen = device_bytes(problem, "a", 1, {})
+    trained = min(option.device_bytes for option in options(problem, "a"))
     assert frozen < trained
     return (frozen + trained) / 2
 
 
 def test_memory_without_room_for_a_backward_pass(llama: tuple[ModelFacts, ModelShape]) -> None:
     """Such a device holds one frozen block, the explanation says why, and the others train."""
-    situation = make_situation(llama)
-    small = with_memory(situation, a=between(situation))
+    problem = make_problem(llama)
+    small = with_memory(problem, a=between(problem))
 
     found = plan_all(small)
 
@@ -50,27 +50,27 @@ def test_memory_without_room_for_a_backward_pass(llama: tuple[ModelFacts, ModelS
 
 def test_memory_without_room_for_a_block(llama: tuple[ModelFacts, ModelShape]) -> None:
     """A device that cannot even compute forward is refused."""
-    situation = make_situation(llama)
-    least = device_bytes(situation, "a", 1, {})
+    problem = make_problem(llama)
+    least = device_bytes(problem, "a", 1, {})
 
-    assert "needs" in plan_all(with_memory(situation, a=0.99 * least)).refused["a"]
+    assert "needs" in plan_all(with_memory(problem, a=0.99 * least)).refused["a"]
 
 
 def test_a_deadline_that_one_device_misses(llama: tuple[ModelFacts, ModelShape]) -> None:
     """It is the only one that computes forward only, and the wave is shorter for it."""
-    free = make_situation(llama)
+    free = make_problem(llama)
     fastest = {d: min(o.device_s or 0.0 for o in options(free, d)) for d in ("a", "b")}
     assert fastest["b"] < fastest["a"]
     deadline = (fastest["a"] + fastest["b"]) / 2
 
-    situation = make_situation(llama, planning={"deadline_s": deadline})
-    found = plan_all(situation)
+    problem = make_problem(llama, planning={"deadline_s": deadline})
+    found = plan_all(problem)
 
     assert found.plans["a"].is_forward_only
     assert not found.plans["b"].is_forward_only
     (note,) = found.explanation.devices["a"].notes
     assert f"planning.deadline_s is {deadline:g}" in note
-    alone = device_seconds(situation, "a", 1, {})
+    alone = device_seconds(problem, "a", 1, {})
     assert alone is not None
     assert alone < fastest["a"]
     assert (found.wave_s or 0.0) < (plan_all(free).wave_s or 0.0)
@@ -79,14 +79,14 @@ def test_a_deadline_that_one_device_misses(llama: tuple[ModelFacts, ModelShape])
 def test_no_split_misses_the_deadline(llama: tuple[ModelFacts, ModelShape]) -> None:
     """However slow the coordinator is: nobody takes blocks for longer than that."""
     slow = ServerProfile(memory_bytes=1e9, flops_per_s=1e4)
-    free = make_situation(llama, server=slow)
+    free = make_problem(llama, server=slow)
     table = [option.device_s or 0.0 for option in options(free, "b")]
     deadline = sorted(table)[1]
     deepest = plan_all(free).plans["b"].split
     assert table[deepest - 1] > deadline
 
-    situation = make_situation(llama, server=slow, planning={"deadline_s": deadline})
-    plan = plan_all(situation).plans["b"]
+    problem = make_problem(llama, server=slow, planning={"deadline_s": deadline})
+    plan = plan_all(problem).plans["b"]
 
     assert not plan.is_forward_only
     assert table[plan.split - 1] <= deadline
@@ -109,9 +109,9 @@ def test_what_the_config_gives_is_kept(
     """A deadline changes no plan that is not the planner's to choose."""
     planning = {**changes.pop("planning", {}), "deadline_s": 1e-9}
     config = {"devices": {"b": DeviceSettings(r=4)}, **changes.pop("config", {})}
-    situation = make_situation(llama, planning=planning, config=config, **changes)
+    problem = make_problem(llama, planning=planning, config=config, **changes)
 
-    plan = plan_all(situation).plans["a"]
+    plan = plan_all(problem).plans["a"]
 
     assert not plan.is_forward_only
 
@@ -126,10 +126,10 @@ def test_a_device_that_throttles_stops_training_and_begins_again(
     """
     server = ServerProfile(memory_bytes=1e9, flops_per_s=server_speed)
     profiles = {"a": FAST, "b": FAST}
-    fast = make_situation(llama, profiles=profiles, server=server)
+    fast = make_problem(llama, profiles=profiles, server=server)
     deadline = 2 * min(option.device_s or 0.0 for option in options(fast, "a"))
     planning = {"deadline_s": deadline}
-    fast = make_situation(llama, profiles=profiles, server=server, planning=planning)
+    fast = make_problem(llama, profiles=profiles, server=server, planning=planning)
     slow = replace(fast, profiles={"a": replace(FAST, flops_per_s=1e6), "b": FAST})
     first = plan_all(fast)
     assert not first.plans["a"].is_forward_only

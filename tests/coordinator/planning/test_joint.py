@@ -28,7 +28,7 @@ from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (
     FAST,
     SLOW,
-    make_situation,
+    make_problem,
     model_of,
     priced,
     with_memory,
@@ -49,15 +49,15 @@ def llama() -> tuple[ModelFacts, ModelShape]:
 
 def test_a_fixed_config_is_planned_as_ever(llama: tuple[ModelFacts, ModelShape]) -> None:
     """Whatever a device says of itself, it gets split and rank of the config."""
-    situation = make_situation(
+    problem = make_problem(
         llama,
         planning={"split": "fixed", "ranks": "fixed"},
         config={"devices": {"a": DeviceSettings(split=3, r=2)}},
         profiles={"a": DeviceProfile(memory_bytes=1.0), "b": DeviceProfile(memory_bytes=-1.0)},
     )
-    config, facts = situation.config, situation.facts
+    config, facts = problem.config, problem.facts
 
-    found = plan_all(situation)
+    found = plan_all(problem)
 
     assert found.plans == {name: plan_device(config, facts, name) for name in "ab"}
     assert found.server_ranks == plan_server(config, facts, 1)
@@ -67,9 +67,9 @@ def test_a_fixed_config_is_planned_as_ever(llama: tuple[ModelFacts, ModelShape])
 def test_a_forward_only_device_is_planned_as_one(llama: tuple[ModelFacts, ModelShape]) -> None:
     """Rank 0: the config's split, and neither memory nor time for a backward pass or a gradient."""
     changes = {"config": {"devices": {"a": DeviceSettings(r=0)}, "labels": "server"}}
-    situation = make_situation(llama, **changes)
+    problem = make_problem(llama, **changes)
 
-    found = plan_all(situation)
+    found = plan_all(problem)
 
     plan, story = found.plans["a"], found.explanation.devices["a"]
     assert (plan.split, plan.is_forward_only, found.plans["b"].is_forward_only) == (1, True, False)
@@ -80,7 +80,7 @@ def test_a_forward_only_device_is_planned_as_one(llama: tuple[ModelFacts, ModelS
         has_front=True,
         has_tail=False,
         ranks=plan.ranks,  # frozen residuals of what the other device learns
-        residual_rank=situation.residual_rank,
+        residual_rank=problem.residual_rank,
         micro_batch=2,
         length=16,
     )
@@ -94,10 +94,10 @@ def test_a_forward_only_device_is_planned_as_one(llama: tuple[ModelFacts, ModelS
 def test_all_blocks_without_a_rank_are_refused(llama: tuple[ModelFacts, ModelShape]) -> None:
     """A device that held the whole model forward only would train nothing."""
     device = DeviceSettings(r=0, split="all")
-    situation = make_situation(llama, config={"devices": {"a": device}})
+    problem = make_problem(llama, config={"devices": {"a": device}})
 
     with pytest.raises(ConfigError, match="trains nothing"):
-        plan_device(situation.config, situation.facts, "a")
+        plan_device(problem.config, problem.facts, "a")
 
 
 # ---- budgets ----
@@ -113,37 +113,33 @@ def test_every_plan_fits_its_budget(family: str, ranks: str, split: str, labels:
     if task_of(family) == "sequence-classification":
         names = tuple(str(i) for i in range(CLASSES))
         config |= {"task": "sequence-classification", "label_names": names}
-    roomy = make_situation(
-        model_of(family), planning={"ranks": ranks, "split": split}, config=config
-    )
+    roomy = make_problem(model_of(family), planning={"ranks": ranks, "split": split}, config=config)
     rows = options(roomy, "a")
     for least in (rows[0].device_bytes, (rows[1].device_bytes + rows[2].device_bytes) / 2):
-        situation = with_memory(roomy, a=least, b=1.01 * least)
+        problem = with_memory(roomy, a=least, b=1.01 * least)
 
-        found = plan_all(situation)
+        found = plan_all(problem)
 
         assert sorted(found.plans) == ["a", "b"]
         for name, plan in found.plans.items():
-            peak = device_bytes(situation, name, plan.split, plan.ranks)
+            peak = device_bytes(problem, name, plan.split, plan.ranks)
             assert peak == found.explanation.devices[name].planned_bytes
-            assert peak <= situation.budget_bytes(name) * (1 + 1e-12)
-            assert plan.ranks.keys() == set(situation.weights(0, plan.split))
+            assert peak <= problem.budget_bytes(name) * (1 + 1e-12)
+            assert plan.ranks.keys() == set(problem.weights(0, plan.split))
             assert plan.tail is (labels == "device" or plan.split == BLOCKS)
             assert any(plan.ranks.values())
         first = min(plan.split for plan in found.plans.values())
-        assert found.server_ranks.keys() == set(situation.weights(first, BLOCKS))
+        assert found.server_ranks.keys() == set(problem.weights(first, BLOCKS))
         server = found.explanation.server
         assert server.planned_bytes <= server.budget_bytes
 
 
 def test_bytes_are_the_profiler_s_estimate(llama: tuple[ModelFacts, ModelShape]) -> None:
     """A device's peak is the estimate of its own slice, batch, ranks and process."""
-    situation = make_situation(
-        llama, config={"aggregation": "fedavg"}, planning={"ranks": "uniform"}
-    )
+    problem = make_problem(llama, config={"aggregation": "fedavg"}, planning={"ranks": "uniform"})
     profile = replace(SLOW, overhead_bytes=5e6, base_bytes=2.0, compute_bytes=2.0, linear_bytes=2.0)
-    situation = replace(situation, profiles={"a": profile})
-    ranks = dict.fromkeys(situation.weights(0, 2), 4)
+    problem = replace(problem, profiles={"a": profile})
+    ranks = dict.fromkeys(problem.weights(0, 2), 4)
     work = Work(
         first=0,
         stop=2,
@@ -159,8 +155,8 @@ def test_bytes_are_the_profiler_s_estimate(llama: tuple[ModelFacts, ModelShape])
     )
 
     assert (
-        device_bytes(situation, "a", 2, ranks)
-        == estimate_memory(situation.model, work, 5_000_000).total
+        device_bytes(problem, "a", 2, ranks)
+        == estimate_memory(problem.model, work, 5_000_000).total
     )
 
 
@@ -169,29 +165,29 @@ def test_adapters_are_priced_on_top_of_a_split(
     llama: tuple[ModelFacts, ModelShape], is_half: bool
 ) -> None:
     """Base and adapters sum to the estimate, whatever the ranks: the knapsack's prices are true."""
-    situation = make_situation(llama)
+    problem = make_problem(llama)
     profiles = {"a": replace(SLOW, base_bytes=2.0, compute_bytes=2.0), "b": FAST}
-    situation = replace(situation, profiles=profiles) if is_half else situation
-    names = situation.weights(0, 3)
+    problem = replace(problem, profiles=profiles) if is_half else problem
+    names = problem.weights(0, 3)
     for ranks in (
         dict.fromkeys(names, 1),
         dict.fromkeys(names, 8),
         {name: (1, 2, 4, 8)[i % 4] for i, name in enumerate(names)},
     ):
-        base = device_base_bytes(situation, "a", 3)
-        adapters = priced(situation, ranks)
+        base = device_base_bytes(problem, "a", 3)
+        adapters = priced(problem, ranks)
 
-        assert base + adapters == pytest.approx(device_bytes(situation, "a", 3, ranks), rel=5e-3)
+        assert base + adapters == pytest.approx(device_bytes(problem, "a", 3, ranks), rel=5e-3)
 
 
 def test_the_cap_makes_adapters_equally_large(llama: tuple[ModelFacts, ModelShape]) -> None:
     """`planning.adapter_bytes` holds on every device, however much memory is left."""
-    situation = make_situation(llama)
-    names = situation.weights(0, 2)
-    cap = priced(situation, dict.fromkeys(names, 4))
+    problem = make_problem(llama)
+    names = problem.weights(0, 2)
+    cap = priced(problem, dict.fromkeys(names, 4))
     for ranks in ("uniform", "rngwp"):
         devices = {name: DeviceSettings(split=2) for name in "ab"}
-        capped = make_situation(
+        capped = make_problem(
             llama, planning={"ranks": ranks, "adapter_bytes": cap}, config={"devices": devices}
         )
 
@@ -208,28 +204,26 @@ def test_no_other_splits_have_a_shorter_wave(
     llama: tuple[ModelFacts, ModelShape], server_flops: float
 ) -> None:
     """Against every combination of splits of three unequal devices, priced afresh."""
-    situation = make_situation(
+    problem = make_problem(
         llama,
         planning={"ranks": "fixed"},
         profiles={"a": SLOW, "b": FAST, "c": replace(FAST, flops_per_s=1e8)},
         server=ServerProfile(memory_bytes=1e9, flops_per_s=server_flops),
     )
-    situation = with_memory(situation, c=options(situation, "c")[2].device_bytes)
-    config, facts = situation.config, situation.facts
+    problem = with_memory(problem, c=options(problem, "c")[2].device_bytes)
+    config, facts = problem.config, problem.facts
 
-    found = plan_all(situation)
+    found = plan_all(problem)
 
     waves = []
     for splits in itertools.product(range(1, BLOCKS + 1), repeat=3):
         plans = {
-            name: make_plan(
-                config, facts, name, split, dict.fromkeys(situation.weights(0, split), 4)
-            )
+            name: make_plan(config, facts, name, split, dict.fromkeys(problem.weights(0, split), 4))
             for name, split in zip("abc", splits, strict=True)
         }
-        ranks = dict.fromkeys(situation.weights(min(splits), BLOCKS), 4)
+        ranks = dict.fromkeys(problem.weights(min(splits), BLOCKS), 4)
         if plans["c"].split <= 3:
-            waves.append(wave_seconds(situation, plans, ranks))
+            waves.append(wave_seconds(problem, plans, ranks))
     assert found.wave_s == pytest.approx(min(w for w in waves if w is not None), rel=1e-12)
 
 
@@ -237,15 +231,15 @@ def test_a_device_of_unknown_speed_goes_by_memory(llama: tuple[ModelFacts, Model
     """The deepest split that fits, said in a note; the others are planned by time as before."""
     unknown = {"flops_per_s": None, "up_bytes_per_s": None, "down_bytes_per_s": None}
     for field in unknown:
-        situation = make_situation(
+        problem = make_problem(
             llama,
             profiles={"a": replace(SLOW, flops_per_s=1e3), "b": replace(SLOW, **{field: None})},
             # With two, all blocks take less than four: a device that has them all never waits.
             config={"default": DeviceSettings(split=1, batch_size=4, in_flight=1)},
         )
-        situation = with_memory(situation, b=options(situation, "b")[3].device_bytes * 1.001)
+        problem = with_memory(problem, b=options(problem, "b")[3].device_bytes * 1.001)
 
-        found = plan_all(situation)
+        found = plan_all(problem)
 
         assert (found.plans["a"].split, found.plans["b"].split) == (1, 4)
         assert found.explanation.devices["a"].binding == "time"
@@ -259,8 +253,8 @@ def test_a_coordinator_of_unknown_speed_takes_what_is_left(
     llama: tuple[ModelFacts, ModelShape],
 ) -> None:
     """Without its speed the rule is the memory rule."""
-    unknown = make_situation(llama, server=ServerProfile())
-    by_memory = make_situation(llama, planning={"split": "memory"}, server=ServerProfile())
+    unknown = make_problem(llama, server=ServerProfile())
+    by_memory = make_problem(llama, planning={"split": "memory"}, server=ServerProfile())
 
     assert plan_all(unknown).plans == plan_all(by_memory).plans
     assert any("server_flops_per_s" in note for note in plan_all(unknown).explanation.notes)
@@ -270,9 +264,9 @@ def test_a_device_of_unknown_memory_runs_what_the_config_says(
     llama: tuple[ModelFacts, ModelShape],
 ) -> None:
     """Nothing can be chosen for it; no rank exceeds the config's either."""
-    situation = make_situation(llama, profiles={"a": DeviceProfile(), "b": FAST})
+    problem = make_problem(llama, profiles={"a": DeviceProfile(), "b": FAST})
 
-    found = plan_all(situation)
+    found = plan_all(problem)
 
     assert found.plans["a"].split == 1
     assert set(found.plans["a"].ranks.values()) == {4}
@@ -282,7 +276,7 @@ def test_a_device_of_unknown_memory_runs_what_the_config_says(
 
 def test_own_settings_win(llama: tuple[ModelFacts, ModelShape]) -> None:
     """`split` and `r` of a device, rank patterns and `server_rank` are not ours to choose."""
-    situation = make_situation(
+    problem = make_problem(
         llama,
         config={
             "devices": {"a": DeviceSettings(split=2, r=3), "b": DeviceSettings(split="all")},
@@ -291,7 +285,7 @@ def test_own_settings_win(llama: tuple[ModelFacts, ModelShape]) -> None:
         },
     )
 
-    found = plan_all(situation)
+    found = plan_all(problem)
 
     assert (found.plans["a"].split, found.plans["b"].split) == (2, BLOCKS)
     assert found.explanation.devices["a"].binding == "fixed"
@@ -302,15 +296,15 @@ def test_own_settings_win(llama: tuple[ModelFacts, ModelShape]) -> None:
 
 def test_the_last_block_brings_the_tail_along() -> None:
     """With `labels: server` all blocks on the device take the head's memory too, or stay away."""
-    situation = make_situation(
+    problem = make_problem(
         model_of("gpt2", vocab_size=5000), planning={"split": "memory"}, config={"labels": "server"}
     )
-    rows = options(situation, "a")
+    rows = options(problem, "a")
     without, whole = rows[-2].device_bytes, rows[-1].device_bytes
     block = rows[1].device_bytes - rows[0].device_bytes
     assert whole - without > 1.2 * block
 
-    found = plan_all(with_memory(situation, a=without + 1.1 * block, b=whole))
+    found = plan_all(with_memory(problem, a=without + 1.1 * block, b=whole))
 
     assert [found.plans[name].split for name in "ab"] == [BLOCKS - 1, BLOCKS]
 
@@ -324,7 +318,7 @@ def test_a_profile_that_cannot_be_true_costs_only_its_device(
     """It is left out with the reason; the others are planned without it."""
     nonsense = replace(SLOW, flops_per_s=math.inf, up_bytes_per_s=-3.0)
 
-    found = plan_all(make_situation(llama, profiles={"a": nonsense, "b": FAST}))
+    found = plan_all(make_problem(llama, profiles={"a": nonsense, "b": FAST}))
 
     assert found.refused == {
         "a": "its profile cannot be true: flops_per_s is inf; up_bytes_per_s is -3.0"
@@ -336,10 +330,10 @@ def test_a_device_too_small_for_one_block_is_refused(
     llama: tuple[ModelFacts, ModelShape],
 ) -> None:
     """Device, bytes that one block takes and bytes that there are stand in the reason."""
-    situation = make_situation(llama)
-    needed = options(situation, "a")[0].device_bytes
+    problem = make_problem(llama)
+    needed = options(problem, "a")[0].device_bytes
 
-    found = plan_all(with_memory(situation, a=0.5 * needed))
+    found = plan_all(with_memory(problem, a=0.5 * needed))
 
     assert sorted(found.plans) == ["b"]
     for words in ("device 'a'", f"needs {needed / MIB:,.1f} MiB", f"{0.5 * needed / MIB:,.1f} MiB"):
@@ -348,7 +342,7 @@ def test_a_device_too_small_for_one_block_is_refused(
 
 def test_nobody_left_is_an_empty_plan(llama: tuple[ModelFacts, ModelShape]) -> None:
     """Nobody to plan for is no crash."""
-    found = plan_all(make_situation(llama, profiles={"a": replace(SLOW, memory_bytes=1.0)}))
+    found = plan_all(make_problem(llama, profiles={"a": replace(SLOW, memory_bytes=1.0)}))
 
     assert (found.plans, found.server_ranks, found.wave_s) == ({}, {}, 0.0)
     assert sorted(found.refused) == ["a"]
@@ -358,11 +352,11 @@ def test_a_coordinator_that_is_too_small_stops_everything(
     llama: tuple[ModelFacts, ModelShape],
 ) -> None:
     """Its bytes, and which key to change."""
-    situation = make_situation(llama, planning={"server_memory_bytes": 1000.0})
-    situation = with_memory(situation, a=options(situation, "a")[0].device_bytes)
+    problem = make_problem(llama, planning={"server_memory_bytes": 1000.0})
+    problem = with_memory(problem, a=options(problem, "a")[0].device_bytes)
 
     with pytest.raises(ConfigError, match=r"blocks 1..4 .*planning.server_memory_bytes"):
-        plan_all(situation)
+        plan_all(problem)
 
 
 def test_evaluation_keeps_the_whole_model_on_the_coordinator(
@@ -370,7 +364,7 @@ def test_evaluation_keeps_the_whole_model_on_the_coordinator(
 ) -> None:
     """With a file to evaluate, deep splits spare it no weights."""
     data = DataConfig(path="dev.jsonl")  # type: ignore[arg-type]
-    plain = make_situation(llama)
+    plain = make_problem(llama)
     config = replace(plain.config, evaluation=replace(plain.config.evaluation, data=data))
 
     base = server_side(replace(plain, config=config)).base_bytes
@@ -383,7 +377,7 @@ def test_evaluation_keeps_the_whole_model_on_the_coordinator(
 
 def test_length_to_plan_for(llama: tuple[ModelFacts, ModelShape]) -> None:
     """What the config says, else what the model takes, but not 100,000 tokens."""
-    config = make_situation(llama).config
+    config = make_problem(llama).config
 
     assert planning_length(replace(config, max_length=7), 64) == 7
     assert planning_length(config, 64) == 64

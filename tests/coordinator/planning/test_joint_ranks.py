@@ -19,7 +19,7 @@ from coordinator.planning.joint import plan_all
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from profiler.estimate.memory import ModelShape
-from tests.coordinator.planning.problems import SLOW, make_situation, model_of, priced, with_memory
+from tests.coordinator.planning.problems import SLOW, make_problem, model_of, priced, with_memory
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +37,28 @@ def test_ranks_are_within_a_percent_of_the_best(
     Not against the knapsack's own prices: inputs that weights share are part of the estimate.
     """
     importance = {name: 1.0 + (i * 5) % 7 for i, name in enumerate(llama[0].targets)}
-    situation = make_situation(
+    problem = make_problem(
         llama,
         config={"default": DeviceSettings(split=1), "lora": LoraConfig(lora_dropout=dropout)},
         planning={"split": "fixed", "rank_set": (2, 8)},
         importance=importance,
         profiles={"a": SLOW},
     )
-    names = situation.weights(0, 1)
+    names = problem.weights(0, 1)
     combinations = [
         dict(zip(names, ranks, strict=True)) for ranks in itertools.product((0, 2, 8), repeat=7)
     ]
-    peaks = [device_bytes(situation, "a", 1, ranks) for ranks in combinations]
+    peaks = [device_bytes(problem, "a", 1, ranks) for ranks in combinations]
     values = [sum(importance[n] * math.log2(1 + r) for n, r in c.items()) for c in combinations]
-    least = device_bytes(situation, "a", 1, dict.fromkeys(names, 2))
+    least = device_bytes(problem, "a", 1, dict.fromkeys(names, 2))
     for share in (0.0, 0.1, 0.4, 0.8):
         budget = least + share * (max(peaks) - least)
 
-        plan = plan_all(with_memory(situation, a=budget + 1e-3)).plans["a"]
+        plan = plan_all(with_memory(problem, a=budget + 1e-3)).plans["a"]
 
         best = max(value for value, peak in zip(values, peaks, strict=True) if peak <= budget)
         reached = values[combinations.index(plan.ranks)]
-        assert device_bytes(situation, "a", 1, plan.ranks) <= budget
+        assert device_bytes(problem, "a", 1, plan.ranks) <= budget
         assert reached >= 0.99 * best
 
 
@@ -68,28 +68,28 @@ def test_importance_moves_ranks_and_nothing_else_does(
     """Under one budget the important kind of weight gets the higher ranks; its scale is nothing."""
     names = list(llama[0].targets)
     favourite = {name: 10.0 if "v_proj" in name else 1.0 for name in names}
-    situation = make_situation(llama, config={"devices": {"a": DeviceSettings(split=2)}})
-    base = device_base_bytes(situation, "a", 2)
-    full = dict.fromkeys(situation.weights(0, 2), 4)
-    room = base + priced(situation, full)
-    situation = replace(with_memory(situation, a=room), importance=favourite)
+    problem = make_problem(llama, config={"devices": {"a": DeviceSettings(split=2)}})
+    base = device_base_bytes(problem, "a", 2)
+    full = dict.fromkeys(problem.weights(0, 2), 4)
+    room = base + priced(problem, full)
+    problem = replace(with_memory(problem, a=room), importance=favourite)
 
-    plan = plan_all(situation).plans["a"]
+    plan = plan_all(problem).plans["a"]
 
     assert {rank for name, rank in plan.ranks.items() if "v_proj" in name} == {8}
     assert min(rank for name, rank in plan.ranks.items() if "v_proj" not in name) < 8
-    scaled = replace(situation, importance={n: 1e-6 * value for n, value in favourite.items()})
-    assert plan_all(scaled).plans == plan_all(situation).plans
+    scaled = replace(problem, importance={n: 1e-6 * value for n, value in favourite.items()})
+    assert plan_all(scaled).plans == plan_all(problem).plans
 
 
 def test_equal_ranks_where_the_rule_needs_them(llama: tuple[ModelFacts, ModelShape]) -> None:
     """With fedavg everybody gets the largest rank that the smallest of them can hold."""
-    situation = make_situation(
+    problem = make_problem(
         llama, planning={"split": "fixed", "ranks": "uniform"}, config={"aggregation": "fedavg"}
     )
-    names = situation.weights(0, 1)
-    adapters = priced(situation, dict.fromkeys(names, 2))
-    small = with_memory(situation, a=device_base_bytes(situation, "a", 1) + adapters)
+    names = problem.weights(0, 1)
+    adapters = priced(problem, dict.fromkeys(names, 2))
+    small = with_memory(problem, a=device_base_bytes(problem, "a", 1) + adapters)
 
     found = plan_all(small)
 
@@ -126,26 +126,26 @@ def test_plans_that_no_aggregation_could_join_are_refused(
     message: str,
 ) -> None:
     """Before a run starts, with what to change."""
-    situation = make_situation(llama, planning=planning, config=config)
+    problem = make_problem(llama, planning=planning, config=config)
 
     with pytest.raises(ConfigError, match=message):
-        check_config(situation.config, situation.facts)
+        check_config(problem.config, problem.facts)
 
 
 def test_a_shared_input_is_paid_by_whoever_keeps_it(
     llama: tuple[ModelFacts, ModelShape],
 ) -> None:
     """With q alone adapted its input is kept for q alone; such plans fit their memory too."""
-    situation = make_situation(
+    problem = make_problem(
         llama,
         planning={"split": "fixed"},
         config={"default": DeviceSettings(split=2, batch_size=8)},
         importance={n: 1.0 if "q_proj" in n or "gate" in n else 0.0 for n in llama[0].targets},
         length=64,
     )
-    base = device_base_bytes(situation, "a", 2)
+    base = device_base_bytes(problem, "a", 2)
     for share in range(1, 20):
-        small = with_memory(situation, a=base + 20_000 * share, b=base + 9_000 * share)
+        small = with_memory(problem, a=base + 20_000 * share, b=base + 9_000 * share)
 
         found = plan_all(small)
 

@@ -27,7 +27,7 @@ from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (
     FAST,
     SLOW,
-    make_situation,
+    make_problem,
     model_of,
     priced,
     with_memory,
@@ -54,7 +54,7 @@ def test_drift_is_a_mean_change_of_shares() -> None:
 
 def test_an_unchanged_situation_keeps_its_plans(llama: tuple[ModelFacts, ModelShape]) -> None:
     """No reasons, and the very same plans; small changes are no reason either."""
-    before = make_situation(llama, importance=dict.fromkeys(llama[0].targets, 1.0))
+    before = make_problem(llama, importance=dict.fromkeys(llama[0].targets, 1.0))
     current = plan_all(before)
     nudged = replace(
         before,
@@ -69,7 +69,7 @@ def test_an_unchanged_situation_keeps_its_plans(llama: tuple[ModelFacts, ModelSh
 
 def test_a_slower_device_hands_blocks_back(llama: tuple[ModelFacts, ModelShape]) -> None:
     """The reason is named, the new wave is shorter than the old plan's would now be."""
-    before = make_situation(llama)
+    before = make_problem(llama)
     current = plan_all(before)
     throttled = replace(FAST, flops_per_s=FAST.flops_per_s / 8)  # type: ignore[operator]
     now = replace(before, profiles={"a": SLOW, "b": throttled})
@@ -87,7 +87,7 @@ def test_a_slower_device_hands_blocks_back(llama: tuple[ModelFacts, ModelShape])
 
 def test_a_small_gain_is_not_worth_a_change(llama: tuple[ModelFacts, ModelShape]) -> None:
     """The reason to plan again is there, and so is the reason to stay."""
-    before = make_situation(llama, planning={"split": "memory", "ranks": "uniform"})
+    before = make_problem(llama, planning={"split": "memory", "ranks": "uniform"})
     current = plan_all(before)
 
     kept = worth_changing(current, plan_all(before), before)
@@ -97,15 +97,15 @@ def test_a_small_gain_is_not_worth_a_change(llama: tuple[ModelFacts, ModelShape]
 
 def test_importance_that_moved_asks_for_new_ranks(llama: tuple[ModelFacts, ModelShape]) -> None:
     """Past the threshold the knapsack is filled again; a plan of more utility is taken."""
-    situation = make_situation(llama, config={"devices": {"a": DeviceSettings(split=2)}})
+    problem = make_problem(llama, config={"devices": {"a": DeviceSettings(split=2)}})
     names = list(llama[0].targets)
-    full = dict.fromkeys(situation.weights(0, 2), 2)
-    room = device_base_bytes(situation, "a", 2) + priced(situation, full)
-    situation = replace(
-        with_memory(situation, a=room), profiles={"a": with_memory(situation, a=room).profiles["a"]}
+    full = dict.fromkeys(problem.weights(0, 2), 2)
+    room = device_base_bytes(problem, "a", 2) + priced(problem, full)
+    problem = replace(
+        with_memory(problem, a=room), profiles={"a": with_memory(problem, a=room).profiles["a"]}
     )
-    before = replace(situation, importance={n: 20.0 if "q_proj" in n else 0.1 for n in names})
-    now = replace(situation, importance={n: 20.0 if "down_proj" in n else 0.1 for n in names})
+    before = replace(problem, importance={n: 20.0 if "q_proj" in n else 0.1 for n in names})
+    now = replace(problem, importance={n: 20.0 if "down_proj" in n else 0.1 for n in names})
     current = plan_all(before)
 
     decision = replan(current, before, now)
@@ -119,7 +119,7 @@ def test_importance_that_moved_asks_for_new_ranks(llama: tuple[ModelFacts, Model
 def test_out_of_memory_shrinks_the_plan() -> None:
     """The budget falls below what the plan took, and the next plan keeps it."""
     large = model_of("llama", hidden_size=256, intermediate_size=512)
-    before = make_situation(large, planning={"split": "memory"})
+    before = make_problem(large, planning={"split": "memory"})
     before = with_memory(before, a=options(before, "a")[3].device_bytes)
     current = plan_all(before)
     peak = current.explanation.devices["a"].planned_bytes
@@ -137,8 +137,8 @@ def test_out_of_memory_shrinks_the_plan() -> None:
 
 def test_who_joins_gets_a_plan(llama: tuple[ModelFacts, ModelShape]) -> None:
     """A newcomer is a reason, and so is one who has left; a run that may not re-plan has none."""
-    alone = make_situation(llama, profiles={"a": SLOW})
-    both = make_situation(llama)
+    alone = make_problem(llama, profiles={"a": SLOW})
+    both = make_problem(llama)
     current = plan_all(alone)
 
     decision = replan(current, alone, both)
@@ -152,7 +152,7 @@ def test_who_joins_gets_a_plan(llama: tuple[ModelFacts, ModelShape]) -> None:
 
 def test_a_device_that_no_longer_fits_goes(llama: tuple[ModelFacts, ModelShape]) -> None:
     """The new plan without it is taken whatever it gains."""
-    before = make_situation(llama)
+    before = make_problem(llama)
     current = plan_all(before)
     now = with_memory(before, a=1000.0)
 

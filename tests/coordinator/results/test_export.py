@@ -22,7 +22,7 @@ from coordinator.results.export import (
 from edge_sdk.errors import StorageError
 from edge_sdk.lora.factors import Factors, zero
 from edge_sdk.lora.targets import LoraConfig, find_targets
-from edge_sdk.model.weights import Source
+from edge_sdk.model.weights import ModelSource
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 
 FAMILIES = ["llama", "gpt2", "bert"]
@@ -39,7 +39,7 @@ class Trained:
         model.save_pretrained(folder)
         task = task_of(family)
         num_labels = CLASSES if task == "sequence-classification" else 0
-        self.source = Source(str(folder), task, num_labels=num_labels)
+        self.source = ModelSource(str(folder), task, num_labels=num_labels)
         generator = np.random.default_rng(0)
         targets = find_targets(self.source.config, task, self.source.layout, LoraConfig())
         self.learned: dict[str, Factors] = {}

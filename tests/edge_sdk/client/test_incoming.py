@@ -59,7 +59,7 @@ def test_a_new_order_ends_the_wait(ends: Any, order: Any) -> None:
         inbox.answer(Gradient, NOW, 0)
     coordinator.send(order)
     with pytest.raises(Redirected):
-        inbox.glance()
+        inbox.poll()
 
     assert caught.value.envelope.message == order
 
@@ -89,7 +89,7 @@ def test_an_expected_message_is_found_among_others(ends: Any) -> None:
 
 def test_a_glance_does_not_wait(ends: Any) -> None:
     """With nothing there the device goes on."""
-    ends[0].glance()
+    ends[0].poll()
 
 
 @pytest.mark.parametrize("look", ["next", "glance"])

@@ -5,111 +5,111 @@ from __future__ import annotations
 import pytest
 
 from edge_sdk.client.profile import changed_profile
-from edge_sdk.client.speed_drift import Pace
+from edge_sdk.client.speed_drift import SpeedDrift
 from profiler.profile import DeviceProfile
 
 
-def told(pace: Pace, compute_s: float, wait_s: float) -> tuple[float | None, bool]:
+def told(drift: SpeedDrift, compute_s: float, wait_s: float) -> tuple[float | None, bool]:
     """A round of four steps of 100 tokens."""
     for extra in (0.0, 0.0, 0.01, 9.0):  # one step was slow for reasons of its own
-        pace.step(100, compute_s + extra, wait_s)
-    return pace.end_round()
+        drift.step(100, compute_s + extra, wait_s)
+    return drift.end_round()
 
 
 def test_a_first_round_and_noise_change_nothing() -> None:
     """Rates within a fifth of the first round's are not reported."""
-    pace = Pace()
+    drift = SpeedDrift()
 
-    assert told(pace, 1.0, 0.5) == (None, False)
-    assert told(pace, 1.1, 0.6) == (None, False)
-    assert Pace().end_round() == (None, False)
+    assert told(drift, 1.0, 0.5) == (None, False)
+    assert told(drift, 1.1, 0.6) == (None, False)
+    assert SpeedDrift().end_round() == (None, False)
 
 
 @pytest.mark.parametrize(("compute_s", "factor"), [(2.0, 0.5), (0.5, 2.0)])
 def test_another_speed_is_reported_once(compute_s: float, factor: float) -> None:
     """The factor is that of the median step, against what was last reported."""
-    pace = Pace()
-    told(pace, 1.0, 0.5)
+    drift = SpeedDrift()
+    told(drift, 1.0, 0.5)
 
-    found, is_link_due = told(pace, compute_s, 0.5)
+    found, is_link_due = told(drift, compute_s, 0.5)
 
     assert found == pytest.approx(factor, rel=0.02)
     assert not is_link_due
-    assert told(pace, compute_s, 0.5) == (None, False)
+    assert told(drift, compute_s, 0.5) == (None, False)
 
 
 def test_longer_waits_ask_for_the_link_to_be_measured() -> None:
     """Waiting half as long again may be the link or the coordinator: measuring tells."""
-    pace = Pace()
-    told(pace, 1.0, 0.5)
+    drift = SpeedDrift()
+    told(drift, 1.0, 0.5)
 
-    assert told(pace, 1.0, 0.8) == (None, True)
+    assert told(drift, 1.0, 0.8) == (None, True)
 
 
 def test_a_board_that_has_changed_is_measured_anew_and_told_however_little_that_is() -> None:
     """Steps from before the change do not count, and the change is told once."""
-    pace = Pace()
-    told(pace, 1.0, 0.5)
+    drift = SpeedDrift()
+    told(drift, 1.0, 0.5)
     for _ in range(10):
-        pace.step(100, 1.0, 0.5)
+        drift.step(100, 1.0, 0.5)
 
-    pace.begin_anew()
-    factor, _ = told(pace, 1.1, 0.5)
+    drift.begin_anew()
+    factor, _ = told(drift, 1.1, 0.5)
 
     assert factor == pytest.approx(1 / 1.1, rel=0.02)
-    assert told(pace, 1.15, 0.5) == (None, False)
+    assert told(drift, 1.15, 0.5) == (None, False)
 
 
 def test_a_change_in_the_last_step_of_a_round_is_told_after_the_next() -> None:
     """A round without a step to judge by tells nothing and forgets nothing."""
-    pace = Pace()
-    told(pace, 1.0, 0.5)
-    pace.begin_anew()
-    assert pace.end_round() == (None, False)
+    drift = SpeedDrift()
+    told(drift, 1.0, 0.5)
+    drift.begin_anew()
+    assert drift.end_round() == (None, False)
 
-    factor, _ = told(pace, 1.1, 0.5)
+    factor, _ = told(drift, 1.1, 0.5)
 
     assert factor == pytest.approx(1 / 1.1, rel=0.02)
 
 
 def test_a_change_in_the_first_round_is_judged_by_the_steps_before_it() -> None:
     """The plan was made for the speed that these had."""
-    pace = Pace()
+    drift = SpeedDrift()
     for _ in range(4):
-        pace.step(100, 1.0, 0.5)
+        drift.step(100, 1.0, 0.5)
 
-    pace.begin_anew()
-    factor, _ = told(pace, 2.0, 0.5)
+    drift.begin_anew()
+    factor, _ = told(drift, 2.0, 0.5)
 
     assert factor == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_change_before_anything_was_compared_is_no_change_when_it_is_over() -> None:
     """The speed that the coordinator knows is that of the board without it."""
-    pace = Pace()
-    pace.begin_anew()  # throttled from the first step on
-    assert told(pace, 2.0, 0.5) == (None, False)
+    drift = SpeedDrift()
+    drift.begin_anew()  # throttled from the first step on
+    assert told(drift, 2.0, 0.5) == (None, False)
 
-    pace.begin_anew()  # no longer
-    assert told(pace, 1.0, 0.5) == (None, False)
-    assert told(pace, 1.0, 0.5) == (None, False)
+    drift.begin_anew()  # no longer
+    assert told(drift, 1.0, 0.5) == (None, False)
+    assert told(drift, 1.0, 0.5) == (None, False)
 
-    factor, _ = told(pace, 2.0, 0.5)
+    factor, _ = told(drift, 2.0, 0.5)
     assert factor == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_change_that_was_not_told_yet_outlives_the_plan() -> None:
     """The new plan's first round is that of a changed board, and compared with nothing later."""
-    pace = Pace()
-    told(pace, 1.0, 0.5)
-    pace.begin_anew()  # in the last step
-    assert pace.end_round() == (None, False)
+    drift = SpeedDrift()
+    told(drift, 1.0, 0.5)
+    drift.begin_anew()  # in the last step
+    assert drift.end_round() == (None, False)
 
-    pace = pace.of_new_plan()
-    assert told(pace, 2.0, 0.5) == (None, False)
-    pace.begin_anew()
+    drift = drift.of_new_plan()
+    assert told(drift, 2.0, 0.5) == (None, False)
+    drift.begin_anew()
 
-    assert told(pace, 1.0, 0.5) == (None, False)
+    assert told(drift, 1.0, 0.5) == (None, False)
 
 
 def test_what_was_set_by_hand_stays() -> None:

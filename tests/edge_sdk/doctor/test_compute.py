@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edge_sdk.doctor import compute
-from edge_sdk.doctor import kernels as trial
-from edge_sdk.doctor.compute import Attempt, Outcome, Runner
+from edge_sdk.doctor import kernels as kernels
+from edge_sdk.doctor.compute import Attempt, CommandRunner, Outcome
 from profiler.sensors.sources import Nvml, Sources
 from tests.boards import build
 from tests.boards.nvml import no_library
@@ -31,7 +31,7 @@ for stage in stages:
 """
 
 
-def dying(stage: str, act: str, found: dict[str, Any] | None = None) -> Runner:
+def dying(stage: str, act: str, found: dict[str, Any] | None = None) -> CommandRunner:
     """Return a runner whose process comes to grief in *stage*."""
 
     def run(arguments: Sequence[str], timeout_s: float) -> Attempt:
@@ -262,7 +262,7 @@ def test_real_kernels_stay_within_their_tolerance(stage: str, most: float) -> No
     """What each stage computes here is as near to the exact result as its type allows."""
     pytest.importorskip("torch")
 
-    assert trial.STAGES[stage]("cpu")["error"] <= most
+    assert kernels.STAGES[stage]("cpu")["error"] <= most
 
 
 def test_the_real_onnxruntime_multiplies() -> None:
@@ -281,9 +281,9 @@ def test_the_gradients_of_the_trial_are_those_of_torch() -> None:
     x, w, a, b = (draw.normal(size=size) for size in ((5, 7), (6, 7), (2, 7), (6, 2)))
     ta, tb = (torch.tensor(one, requires_grad=True) for one in (a, b))
 
-    y = torch.tensor(x) @ torch.tensor(w).T + trial.SCALE * (torch.tensor(x) @ ta.T) @ tb.T
+    y = torch.tensor(x) @ torch.tensor(w).T + kernels.SCALE * (torch.tensor(x) @ ta.T) @ tb.T
     torch.autograd.backward(0.5 * y.pow(2).mean())
 
-    found = trial._gradients(x, w, a, b)
+    found = kernels._gradients(x, w, a, b)
     np.testing.assert_allclose(found[0], ta.grad.numpy(), rtol=1e-12)
     np.testing.assert_allclose(found[1], tb.grad.numpy(), rtol=1e-12)

@@ -14,7 +14,7 @@ from torch import nn
 
 from coordinator.rounds.validation import check_importance
 from edge_sdk.errors import ConfigError, RemoteProtocolError
-from edge_sdk.lora.importance import Meter, Smoothing, combine, normalised
+from edge_sdk.lora.importance import ImportanceMeter, Smoothing, combine, normalised
 from edge_sdk.protocol.plan import Plan
 from tests.edge_sdk.lora.measured import (
     FORMS,
@@ -99,7 +99,7 @@ def test_the_reference_form_is_measured_half_as_often() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     counts = {}
     for form in FORMS:
-        meter = Meter(model, ["0", "1"], form, 3)
+        meter = ImportanceMeter(model, ["0", "1"], form, 3)
         for step in range(10):
             with meter.watching(step):
                 y = model(torch.ones(1, 3))
@@ -114,7 +114,7 @@ def test_the_reference_form_is_measured_half_as_often() -> None:
 def test_a_form_that_does_not_exist_is_refused(form: Any, every: int) -> None:
     """One line names it and the choice."""
     with pytest.raises(ConfigError, match="choose one of free, reference, signed"):
-        Meter(nn.Linear(1, 1), [], form, every)
+        ImportanceMeter(nn.Linear(1, 1), [], form, every)
 
 
 PLAN = Plan(split=2, ranks={"w": 0}, alphas={}, batch_size=8, micro_batch=4)

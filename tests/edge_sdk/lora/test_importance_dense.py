@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edge_sdk.lora.importance import Form, Meter, combine, weight_of
+from edge_sdk.lora.importance import Form, ImportanceMeter, combine, weight_of
 from tests.edge_sdk.lora.measured import (
     FORMS,
     MAIN,
@@ -257,7 +257,7 @@ def test_a_quantised_base_is_measured_by_what_it_stands_for(form: Form) -> None:
             else:
                 layer.weight = nn.Parameter(small.dequantize())
         model.requires_grad_(False)
-        meter = Meter(model, k.shapes, form, 1)
+        meter = ImportanceMeter(model, k.shapes, form, 1)
         with meter.watching(0):
             loss = mean_loss(model, micro, num_targets(micro))
         loss.backward()

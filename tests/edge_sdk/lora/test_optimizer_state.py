@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.aggregation.rules import resized
+from coordinator.aggregation.rules import resize_pair
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.targets import Shape
@@ -62,7 +62,7 @@ def test_kept_ranks_keep_their_moments(new: int) -> None:
         rtol=1e-6,
     )
     assert not found["w.A.exp_avg_sq"][kept:].any()
-    own, _ = optimizer(resized(pair, initial_pair("w", new, SHAPE, 0), new / 3))
+    own, _ = optimizer(resize_pair(pair, initial_pair("w", new, SHAPE, 0), new / 3))
     own.load_state(found)
     assert own.state().keys() == moments.keys()
 
@@ -70,7 +70,7 @@ def test_kept_ranks_keep_their_moments(new: int) -> None:
 def test_gradients_scale_as_the_moments_do() -> None:
     """With more ranks and the same s B A, dL/dA stays and dL/dB grows as the scale does."""
     pair, _ = train(initial_pair("w", 3, SHAPE, 0), steps=5)
-    larger = resized(pair, initial_pair("w", 6 - 1, SHAPE, 0), 5 / 3)
+    larger = resize_pair(pair, initial_pair("w", 6 - 1, SHAPE, 0), 5 / 3)
     grads = []
     for held in (pair, larger):
         _, parameters = optimizer(held)

@@ -37,7 +37,7 @@ from edge_sdk.model.quantized import (
     unpack,
 )
 from edge_sdk.model.shape import model_shape
-from edge_sdk.model.weights import Source, open_part
+from edge_sdk.model.weights import ModelSource, open_part
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
@@ -362,7 +362,7 @@ def test_a_streamed_file_goes_with_its_tensors(tmp_path: Path) -> None:
     """Streamed tensors are the file's, and what is not kept is not mapped any longer."""
     model: Any = make_model(make_config("llama"), "causal-lm")
     model.save_pretrained(tmp_path)
-    source = Source(str(tmp_path), "causal-lm", is_streamed=True)
+    source = ModelSource(str(tmp_path), "causal-lm", is_streamed=True)
     path = tmp_path / "part.safetensors"
     path.write_bytes(source.pack("block.1"))
     state = model.state_dict()
@@ -505,7 +505,7 @@ def test_adapters_leave_for_other_bases(kind: Quantized, tmp_path: Path) -> None
     train(trained, "llama", range(2))
     other = make_runtime("llama", "float32")
     make_model(make_config("llama"), "causal-lm").save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    source = Source(str(tmp_path / "base"), "causal-lm")
+    source = ModelSource(str(tmp_path / "base"), "causal-lm")
 
     other.load_pairs(trained.pairs())
     difference = export_adapter(source, trained.adapters.products(), {}, tmp_path / "out")

@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError, StorageError
-from edge_sdk.model.weights import PartCache, Source, load_config, locate, model_hash, open_part
+from edge_sdk.model.weights import (
+    ModelSource,
+    PartCache,
+    load_config,
+    locate,
+    model_hash,
+    open_part,
+)
 from edge_sdk.protocol.plan import Part
 from tests.tiny import CLASSES, make_config, make_model, task_of
 
@@ -37,7 +44,7 @@ def own(folder: Path, tmp_path: Path) -> Path:
 
 def test_parts_are_the_same_bytes_every_time(folder: Path) -> None:
     """Two readers of one folder describe every part by the same hash, and so the model."""
-    first, second = (Source(str(folder), "causal-lm") for _ in range(2))
+    first, second = (ModelSource(str(folder), "causal-lm") for _ in range(2))
 
     described = [{n: s.describe(n) for n in s.part_names()} for s in (first, second)]
 
@@ -49,7 +56,7 @@ def test_parts_are_the_same_bytes_every_time(folder: Path) -> None:
 
 def test_a_part_holds_its_tensors(folder: Path, tmp_path: Path) -> None:
     """A part that went through the cache gives the tensors of the folder."""
-    source, cache = Source(str(folder), "causal-lm"), PartCache(tmp_path)
+    source, cache = ModelSource(str(folder), "causal-lm"), PartCache(tmp_path)
     part = source.describe("block.2")
 
     found = open_part(cache.store(part, source.pack("block.2")))
@@ -63,7 +70,7 @@ def test_the_files_hold_no_code(own: Path) -> None:
     """Config and tokenizer travel; what could be executed does not."""
     (own / "modeling_x.py").write_text("")
     (own / "tokenizer.json").write_text("{}")
-    source = Source(str(own), "causal-lm")
+    source = ModelSource(str(own), "causal-lm")
     path = own / "part"
     path.write_bytes(source.pack("files"))
 
@@ -72,7 +79,7 @@ def test_the_files_hold_no_code(own: Path) -> None:
 
 def test_a_sharded_checkpoint_is_the_same_model(folder: Path, own: Path) -> None:
     """Weights in several files with an index give the same parts."""
-    whole = Source(str(folder), "causal-lm")
+    whole = ModelSource(str(folder), "causal-lm")
     tensors = {n: t for p in whole.layout.part_names() for n, t in whole.tensors(p).items()}
     halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
     (own / "model.safetensors").unlink()
@@ -82,7 +89,7 @@ def test_a_sharded_checkpoint_is_the_same_model(folder: Path, own: Path) -> None
         weight_map |= dict.fromkeys(half, f"model-{i}.safetensors")
     (own / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
-    sharded = Source(str(own), "causal-lm")
+    sharded = ModelSource(str(own), "causal-lm")
 
     assert sharded.describe("block.3") == whole.describe("block.3")
 
@@ -94,7 +101,7 @@ def test_a_missing_head_is_drawn_from_the_seed(tmp_path: Path) -> None:
 
     hashes = []
     for seed in (1, 1, 2):
-        source = Source(str(tmp_path / "bert"), task_of("bert"), num_labels=CLASSES)
+        source = ModelSource(str(tmp_path / "bert"), task_of("bert"), num_labels=CLASSES)
         with pytest.raises(ModelError, match="no tensor"):
             source.tensors("tail")
         source.load_whole(seed)
@@ -143,7 +150,7 @@ def test_a_hub_id_comes_from_the_cache(folder: Path, tmp_path: Path) -> None:
     )
 
     assert Path(done.stdout.strip()) == snapshot
-    assert Source(done.stdout.strip(), "causal-lm").layout.num_blocks == 5
+    assert ModelSource(done.stdout.strip(), "causal-lm").layout.num_blocks == 5
 
 
 @pytest.mark.parametrize("model", ["nobody/absent", "./absent", "~/absent-model", "a b/c d/e"])
@@ -171,7 +178,7 @@ def test_an_unreadable_model_is_one_line(own: Path, name: str, data: bytes) -> N
     (own / name).write_bytes(data)
 
     with pytest.raises(ModelError) as caught:
-        Source(str(own), "causal-lm").load_whole(0)
+        ModelSource(str(own), "causal-lm").load_whole(0)
 
     assert "\n" not in str(caught.value)
     assert str(own) in str(caught.value)
@@ -185,7 +192,7 @@ def test_an_unreadable_index_is_one_line(own: Path, index: bytes) -> None:
     (own / "model.safetensors.index.json").write_bytes(index)
 
     with pytest.raises(ModelError) as caught:
-        Source(str(own), "causal-lm")
+        ModelSource(str(own), "causal-lm")
 
     assert "\n" not in str(caught.value)
 
@@ -195,7 +202,7 @@ def test_a_folder_without_weights_is_one_line(own: Path) -> None:
     (own / "model.safetensors").unlink()
 
     with pytest.raises(ModelError) as caught:
-        Source(str(own), "causal-lm").load_whole(0)
+        ModelSource(str(own), "causal-lm").load_whole(0)
 
     assert "\n" not in str(caught.value)
 
@@ -212,7 +219,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def part(folder: Path) -> tuple[Part, bytes]:
     """A part and its bytes."""
-    source = Source(str(folder), "causal-lm")
+    source = ModelSource(str(folder), "causal-lm")
     return source.describe("block.0"), source.pack("block.0")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.channel import Receiver, Sender
-from edge_sdk.protocol.fragments import Envelope, Outgoing
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
 from edge_sdk.protocol.messages import PartData, Paused, Stamp
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.protocol.session import BULK_FROM_BYTES, BadMessage, Conversation
@@ -108,11 +108,11 @@ def test_peer_may_not_ack_what_was_not_sent_or_send_without_credit() -> None:
         Receiver(1000).accept(0, 1001)
 
 
-def message(number: int, size: int) -> tuple[Any, Outgoing]:
+def message(number: int, size: int) -> tuple[Any, OutgoingMessage]:
     """Return a message that knows its number, with *size* bytes of tensor."""
     sent = PartData(stamp=Stamp(step=number), sha256="", offset=0, total_bytes=size)
     array = np.full(size, number % 251, np.uint8)
-    return sent, Outgoing(sent, {"data": (array, "uint8")} if size else {}, 1024)
+    return sent, OutgoingMessage(sent, {"data": (array, "uint8")} if size else {}, 1024)
 
 
 class Link:
@@ -244,6 +244,6 @@ def test_queued_messages_are_not_copied() -> None:
     """A message waits as a reference to its array; bytes are made packet by packet."""
     array = np.zeros(1 << 20, np.float32)
 
-    outgoing = Outgoing(Paused(stamp=Stamp()), {"a": (array, "float32")})
+    outgoing = OutgoingMessage(Paused(stamp=Stamp()), {"a": (array, "float32")})
 
     assert any(np.shares_memory(row, array) for row, _ in outgoing._rows)

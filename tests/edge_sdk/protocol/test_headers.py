@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.protocol import headers as wire
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.fragments import Assembler, Envelope, Outgoing
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
 from edge_sdk.protocol.messages import MESSAGES, Activation, Hello, Paused, RoundStart, Stamp
 from edge_sdk.protocol.packets import PREFIX_BYTES, Kind, Packet
 
@@ -121,7 +121,7 @@ def test_random_bytes_raise_nothing_but_our_error(data: bytes) -> None:
         wire.decode_header,
         packets.read_packet,
         lambda view: packets.read_note(Packet(Kind.NOTE, 0, 0, 0, 0, view)),
-        lambda view: Assembler(1000).add(Packet(Kind.FIRST, 0, 0, 0, 0, view)),
+        lambda view: Reassembler(1000).add(Packet(Kind.FIRST, 0, 0, 0, 0, view)),
     )
     for read in readers:
         with contextlib.suppress(RemoteProtocolError):
@@ -133,7 +133,7 @@ def test_random_bytes_raise_nothing_but_our_error(data: bytes) -> None:
 def test_damaged_frames_raise_nothing_but_our_error(data: st.DataObject) -> None:
     """A good frame with some bytes changed or cut off is read, or refused with our error."""
     tensors = {"a": (np.ones((2, 3), np.float32), "bfloat16")}
-    head = Outgoing(PAUSED, tensors).head
+    head = OutgoingMessage(PAUSED, tensors).head
     frame = bytearray(packets.prefix(Kind.FIRST, 0, 1, 0, 0, len(head) + 12) + head + bytes(12))
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
@@ -141,7 +141,7 @@ def test_damaged_frames_raise_nothing_but_our_error(data: st.DataObject) -> None
 
     for view in (memoryview(frame), memoryview(frame)[:cut]):
         with contextlib.suppress(RemoteProtocolError):
-            Assembler(1000).add(packets.read_packet(view))
+            Reassembler(1000).add(packets.read_packet(view))
 
 
 def test_a_packet_is_valid_msgpack() -> None:
@@ -153,10 +153,10 @@ def test_a_packet_is_valid_msgpack() -> None:
 
 
 def through(
-    outgoing: Outgoing, limit: int = 10**9, allowed: tuple[type, ...] = ()
+    outgoing: OutgoingMessage, limit: int = 10**9, allowed: tuple[type, ...] = ()
 ) -> Envelope | None:
     """Send *outgoing* packet by packet through an assembler."""
-    assembler, done = Assembler(limit, allowed), None
+    assembler, done = Reassembler(limit, allowed), None
     for number in range(outgoing.num_packets):
         size = outgoing.packet_bytes(number) - (0 if number else len(outgoing.head))
         chunk = np.full(size, 7, np.uint8)
@@ -178,7 +178,7 @@ def test_tensors_survive_any_cut(sizes: list[int], chunk: int, codec: str) -> No
     """Whatever the tensors and the size of the chunks, every number arrives in its place."""
     arrays = {f"t{i}": np.arange(size, dtype=np.float32) + i for i, size in enumerate(sizes)}
 
-    envelope = through(Outgoing(PAUSED, {n: (a, codec) for n, a in arrays.items()}, chunk))
+    envelope = through(OutgoingMessage(PAUSED, {n: (a, codec) for n, a in arrays.items()}, chunk))
 
     assert envelope is not None
     assert envelope.message == PAUSED
@@ -189,8 +189,8 @@ def test_tensors_survive_any_cut(sizes: list[int], chunk: int, codec: str) -> No
 
 def test_too_large_a_message_is_refused_before_memory_is_taken() -> None:
     """A header that announces more than allowed is refused, and its chunks are skipped."""
-    big = Outgoing(PAUSED, {"a": (np.zeros(10_000, np.uint8), "uint8")}, 1024)
-    assembler = Assembler(5_000)
+    big = OutgoingMessage(PAUSED, {"a": (np.zeros(10_000, np.uint8), "uint8")}, 1024)
+    assembler = Reassembler(5_000)
     chunk = bytes(1024)
 
     with pytest.raises(RemoteProtocolError, match="10000 bytes, at most 5000"):
@@ -202,7 +202,7 @@ def test_too_large_a_message_is_refused_before_memory_is_taken() -> None:
 def test_messages_for_the_other_side_are_refused() -> None:
     """A side accepts only the messages that are meant for it."""
     with pytest.raises(RemoteProtocolError, match="not a message for this side"):
-        through(Outgoing(PAUSED, {}), allowed=(Hello,))
+        through(OutgoingMessage(PAUSED, {}), allowed=(Hello,))
 
 
 def test_the_largest_honest_header_fits() -> None:

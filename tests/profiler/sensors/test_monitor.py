@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.sensors.monitor import Happening, Monitor, Range
+from profiler.sensors.monitor import BoardEvent, Monitor, Range
 from tests.boards import Standing, build
 from tests.boards.tree import Files
 
@@ -20,7 +20,7 @@ class Watched:
     def __init__(self, name: str, root: Path) -> None:
         self.standing: Standing = build(name, root)
         self.now_s = 0.0
-        self.heard: list[Happening] = []
+        self.heard: list[BoardEvent] = []
         self.monitor = Monitor(
             self.standing.sources, clock=lambda: self.now_s, on_event=self.heard.append
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.sensors.power import Counter, Meter
+from profiler.sensors.power import Counter, EnergyMeter
 from profiler.sensors.readings import Reading, unknown
 
 
@@ -15,7 +15,7 @@ def watts(value: float, *, estimated: bool = False) -> Reading:
 
 def test_power_over_time_is_a_trapezoid() -> None:
     """Unequal steps: each counts with the mean of its two ends."""
-    meter = Meter()
+    meter = EnergyMeter()
     for now_s, value in ((10.0, 4.0), (11.0, 6.0), (13.5, 2.0)):
         meter.update(now_s, watts(value), {})
 
@@ -24,7 +24,7 @@ def test_power_over_time_is_a_trapezoid() -> None:
 
 def test_a_gap_is_not_bridged() -> None:
     """While the power is unknown nothing is added, before and after it is."""
-    meter = Meter()
+    meter = EnergyMeter()
     readings = [watts(4.0), watts(4.0), unknown("W"), watts(8.0), watts(8.0)]
     for now_s, reading in enumerate(readings):
         meter.update(float(now_s), reading, {})
@@ -34,7 +34,7 @@ def test_a_gap_is_not_bridged() -> None:
 
 def test_counters_are_differences_and_wrap() -> None:
     """What was counted before does not count; a counter that wraps goes on."""
-    meter = Meter()
+    meter = EnergyMeter()
     for gpu_j, cpu_j in ((500.0, 90.0), (520.0, 99.0), (530.0, 4.0)):
         counters = {"NVML": Counter(gpu_j, None), "rapl": Counter(cpu_j, 100.0)}
         meter.update(0.0, unknown("W"), counters)
@@ -44,7 +44,7 @@ def test_counters_are_differences_and_wrap() -> None:
 
 def test_a_counter_that_was_reset_starts_anew() -> None:
     """Without a known end, less than before means that a driver was loaded anew."""
-    meter = Meter()
+    meter = EnergyMeter()
     for joules in (500.0, 510.0, 3.0):
         meter.update(0.0, unknown("W"), {"NVML": Counter(joules, None)})
 
@@ -56,7 +56,7 @@ def test_the_whole_board_comes_before_counters_before_a_part(
     estimated: bool, expected: float
 ) -> None:
     """Counters see CPU and GPU; better than a guess at the board, worse than its own rail."""
-    meter = Meter()
+    meter = EnergyMeter()
     for now_s, joules in ((0.0, 0.0), (1.0, 7.0)):
         meter.update(now_s, watts(10.0, estimated=estimated), {"NVML": Counter(joules, None)})
 
@@ -65,7 +65,7 @@ def test_the_whole_board_comes_before_counters_before_a_part(
 
 def test_no_source_is_unknown() -> None:
     """A machine that measures nothing has used an unknown amount, not none."""
-    meter = Meter()
+    meter = EnergyMeter()
     meter.update(0.0, unknown("W"), {})
     meter.update(1.0, unknown("W"), {})
 

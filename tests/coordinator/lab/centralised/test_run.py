@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from coordinator.cli import main
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.run import EvaluationConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import resume_pooled, serve_pooled, train_pooled
 from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
 from coordinator.results.metrics import Silence
@@ -52,7 +52,7 @@ def test_rows_are_those_of_any_run(llama: Path, tmp_path: Path) -> None:
     assert result.rows[1]["rank"] == 4
     assert result.rows[1]["train_loss"] > result.rows[2]["train_loss"]
     lengths = [len(example.input_ids) for example in tokenized(llama, rows)]
-    batches = PooledTrainer(config, ServedModel(config), rows).batches
+    batches = PooledTrainer(config, ServerModel(config), rows).batches
     for step, micros in enumerate(result.shapes):
         own = sorted((lengths[i] for i in batches.samples_at(step)), reverse=True)
         parts = [own[:2], own[2:4], own[4:]]

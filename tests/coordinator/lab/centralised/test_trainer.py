@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import PooledTrainer, load_pooled, plan_pooled
 from edge_sdk.data.rows import DataConfig, load_data
@@ -51,7 +51,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: ServeConfig, dataset: Any) -> tuple[PooledTrainer, dict[str, np.ndarray]]:
     """All steps of a run without its folder; returns what is trained by name."""
-    trainer = PooledTrainer(config, ServedModel(config), dataset)
+    trainer = PooledTrainer(config, ServerModel(config), dataset)
     for step in range(config.total_steps):
         trainer.train(Stamp(step=step))
     found = dict(trainer.runtime.head())
@@ -137,7 +137,7 @@ def test_files_are_the_devices_shards_together(llama: Path, tmp_path: Path) -> N
     data = DataConfig(validation_fraction=0.25)
     config = make_config(llama, tmp_path, pooled=PooledConfig(files=files, data=data))
 
-    train, held_out = load_pooled(config, ServedModel(config), None)
+    train, held_out = load_pooled(config, ServerModel(config), None)
 
     expected = [load_data(file, data, 0) for file in files]
     assert [e.where for e in train] == [r.where for rows, _ in expected for r in rows]
@@ -165,7 +165,7 @@ def test_a_step_is_as_large_as_those_of_all_devices(
     """Without sizes of its own it takes the devices', in micro-batches a device could take."""
     config = make_config(llama, tmp_path, **{"pooled": PooledConfig(), **changes})
 
-    plan = plan_pooled(config, ServedModel(config).facts)
+    plan = plan_pooled(config, ServerModel(config).facts)
 
     assert (plan.batch_size, plan.micro_batch) == sizes
     assert (plan.split, plan.tail) == (5, True)

@@ -16,9 +16,9 @@ from coordinator.lab.comparison.fit_devices import (
     samples_of_a_step,
     whole_situation,
 )
-from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig, SimulationConfig
 from coordinator.planning.costs import device_bytes
-from coordinator.planning.problem import Situation
+from coordinator.planning.problem import PlanningProblem
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig
 from tests.e2e.cluster import save_model
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(model: Path, memory: dict[str, float], **settings: Any) -> SimulationConfig:
     """A fixed run whose devices have so much memory, with nothing kept free."""
-    devices = {name: SimulatedDevice(memory_bytes=value) for name, value in memory.items()}
+    devices = {name: SimulatedDeviceConfig(memory_bytes=value) for name, value in memory.items()}
     return SimulationConfig(
         **{
             "model": str(model),
@@ -52,16 +52,16 @@ def make_run(model: Path, memory: dict[str, float], **settings: Any) -> Simulati
 
 
 @pytest.fixture(scope="module")
-def situation(model: Path) -> Situation:
+def problem(model: Path) -> PlanningProblem:
     """What memory is worked out from, for three devices."""
     return whole_situation(make_run(model, {"a": 1e9, "b": 1e9, "c": 1e9}))
 
 
-def needed(situation: Situation, split: int, rank: int, **settings: Any) -> float:
+def needed(problem: PlanningProblem, split: int, rank: int, **settings: Any) -> float:
     """Bytes of a device with so many blocks, where everybody has one rank."""
     lora, default = LoraConfig(r=rank), DeviceSettings(split=split, batch_size=2)
-    config = replace(situation.config, lora=lora, default=default, **settings)
-    now = replace(situation, config=config)
+    config = replace(problem.config, lora=lora, default=default, **settings)
+    now = replace(problem, config=config)
     return device_bytes(now, "a", split, dict.fromkeys(now.weights(0, split), rank))
 
 
@@ -69,10 +69,10 @@ def test_alike_devices_are_like_the_median(model: Path) -> None:
     """Board, link and memory of the middle one; names and data stay, own splits and ranks go."""
     fleet = FleetConfig(
         devices={
-            "n": SimulatedDevice(board="jetson-nano", count=2),
-            "x": SimulatedDevice(board="orin-nx-16gb", data="x.jsonl"),
-            "y": SimulatedDevice(board="orin-nano-8gb", link="5g", data="y.jsonl"),
-            "z": SimulatedDevice(board="agx-orin-64gb", data="z.jsonl"),
+            "n": SimulatedDeviceConfig(board="jetson-nano", count=2),
+            "x": SimulatedDeviceConfig(board="orin-nx-16gb", data="x.jsonl"),
+            "y": SimulatedDeviceConfig(board="orin-nano-8gb", link="5g", data="y.jsonl"),
+            "z": SimulatedDeviceConfig(board="agx-orin-64gb", data="z.jsonl"),
         }
     )
     own = {"x": DeviceSettings(split=2, r=4, batch_size=6)}
@@ -87,13 +87,13 @@ def test_alike_devices_are_like_the_median(model: Path) -> None:
     assert (alike.devices["x"].split, alike.devices["x"].r) == (None, None)
     assert alike.devices["x"].batch_size == 6
     assert as_they_are.devices["x"] == own["x"]
-    assert as_they_are.simulation.devices["n-1"] == SimulatedDevice(board="jetson-nano")
+    assert as_they_are.simulation.devices["n-1"] == SimulatedDeviceConfig(board="jetson-nano")
     assert samples_of_a_step(alike) == samples_of_a_step(as_they_are) == 14
 
 
-def test_who_cannot_hold_the_model_drops_out(model: Path, situation: Situation) -> None:
+def test_who_cannot_hold_the_model_drops_out(model: Path, problem: PlanningProblem) -> None:
     """With a byte less than the smallest rank takes; the others make up for its samples."""
-    least = needed(situation, BLOCKS, min(RANKS))
+    least = needed(problem, BLOCKS, min(RANKS))
     run = make_run(model, {"a": least, "b": least - 1, "c": 1e9})
 
     fitted = fit(run)
@@ -103,21 +103,21 @@ def test_who_cannot_hold_the_model_drops_out(model: Path, situation: Situation) 
     assert fitted.notes[0].startswith("without b: 5 of 5 blocks need")
     assert fitted.config.settings("a").r == fitted.config.lora.r == 2
     assert fitted.notes[1] == "rank 2 instead of 8"
-    assert fitted.peak_bytes("a", BLOCKS, dict.fromkeys(situation.facts.targets, 2)) <= least
+    assert fitted.peak_bytes("a", BLOCKS, dict.fromkeys(problem.facts.targets, 2)) <= least
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 1.1])
 def test_one_cut_and_one_rank_are_the_most_that_the_weakest_holds(
-    model: Path, situation: Situation, fraction: float
+    model: Path, problem: PlanningProblem, fraction: float
 ) -> None:
     """Of all cuts up to the configured one and all ranks of the set; tried one by one."""
     rule: dict[str, Any] = {"aggregation": "fedavg", "labels": "server"}
-    low, high = needed(situation, 1, 2, **rule), needed(situation, 4, 8, **rule)
+    low, high = needed(problem, 1, 2, **rule), needed(problem, 4, 8, **rule)
     budget = low + fraction * (high - low)
     default = DeviceSettings(split=4, batch_size=2)
     run = make_run(model, {"a": budget, "b": 1e9, "c": 1e9}, default=default, **rule)
-    split = max(k for k in range(1, 5) if needed(situation, k, 2, **rule) <= budget)
-    rank = max(r for r in RANKS if needed(situation, split, r, **rule) <= budget)
+    split = max(k for k in range(1, 5) if needed(problem, k, 2, **rule) <= budget)
+    rank = max(r for r in RANKS if needed(problem, split, r, **rule) <= budget)
 
     fitted = fit(run)
 
@@ -126,10 +126,10 @@ def test_one_cut_and_one_rank_are_the_most_that_the_weakest_holds(
 
 
 def test_presets_with_ranks_of_their_own_take_the_largest_that_fit(
-    model: Path, situation: Situation
+    model: Path, problem: PlanningProblem
 ) -> None:
     """Unless the settings of single devices say which rank each has."""
-    memory = {"a": needed(situation, BLOCKS, 2, aggregation="zeropad") + 1, "b": 1e9}
+    memory = {"a": needed(problem, BLOCKS, 2, aggregation="zeropad") + 1, "b": 1e9}
     run = make_run(model, memory, preset="hetlora", aggregation="zeropad")
     pinned = replace(run, devices={"b": DeviceSettings(r=4)})
 
@@ -138,7 +138,7 @@ def test_presets_with_ranks_of_their_own_take_the_largest_that_fit(
     assert fit(pinned).config.settings("b").r == 4
 
 
-def test_a_plan_leaves_out_whom_it_cannot_fit(model: Path, situation: Situation) -> None:
+def test_a_plan_leaves_out_whom_it_cannot_fit(model: Path, problem: PlanningProblem) -> None:
     """Where planning chooses splits, a device drops out that cannot hold one block."""
     planning = PlanningConfig(split="armsc", ranks="rngwp", rank_set=RANKS, memory_margin=0.0)
     run = make_run(model, {"a": 1e9, "b": 1e5}, planning=planning)
@@ -155,9 +155,9 @@ def test_a_method_that_fits_nobody_is_one_line(model: Path) -> None:
         fit(make_run(model, {"a": 1e5}))
 
 
-def test_trained_numbers_are_those_of_the_factors(model: Path, situation: Situation) -> None:
+def test_trained_numbers_are_those_of_the_factors(model: Path, problem: PlanningProblem) -> None:
     """Rank times both sides of each weight."""
-    name, shape = next(iter(situation.facts.targets.items()))
+    name, shape = next(iter(problem.facts.targets.items()))
     fitted = fit(make_run(model, {"a": 1e9}))
 
     assert fitted.num_trained({name: 3}) == 3 * (shape.num_outputs + shape.num_inputs)

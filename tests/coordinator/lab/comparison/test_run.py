@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from coordinator.cli import main
-from coordinator.engine.server_model import ServedModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import load_pooled
 from coordinator.lab.comparison.config import (
@@ -24,7 +24,7 @@ from coordinator.lab.comparison.config import (
 )
 from coordinator.lab.comparison.fit_devices import whole_situation
 from coordinator.lab.comparison.run import compare
-from coordinator.lab.comparison.table import Cell
+from coordinator.lab.comparison.table import RunResult
 from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.lab.simulation.fleet import make_fleet
@@ -87,7 +87,7 @@ def loaded(folder: Path) -> tuple[CompareConfig, dict[str, SimulationConfig]]:
 
 
 @pytest.fixture(scope="module")
-def cells(folder: Path, loaded: Any) -> dict[str, Cell]:
+def cells(folder: Path, loaded: Any) -> dict[str, RunResult]:
     """The comparison's runs by method."""
     told: list[str] = []
     found = compare(*loaded, folder / "out", told.append)
@@ -102,7 +102,7 @@ def run_folder(folder: Path, method: str) -> RunFolder:
 
 
 def test_a_cell_is_the_simulation_it_names(
-    folder: Path, loaded: Any, cells: dict[str, Cell], tmp_path: Path
+    folder: Path, loaded: Any, cells: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """The same bytes of metrics and clock as a simulation of that method alone."""
     method = "hsplitlora"
@@ -122,7 +122,7 @@ def test_a_cell_is_the_simulation_it_names(
 
 
 def test_methods_without_devices_train_on_the_same_rows(
-    folder: Path, loaded: Any, cells: dict[str, Cell], tmp_path: Path
+    folder: Path, loaded: Any, cells: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """The shards joined are the training file; the time is that of the coordinator's machine."""
     run = loaded[1]["ft"]
@@ -133,7 +133,7 @@ def test_methods_without_devices_train_on_the_same_rows(
     assert [file.stem for file in files] == ["big", "small-0", "small-1"]
 
     pooled = replace(run.pooled, files=tuple(map(str, files)), batch_size=12)
-    config = replace(run, pooled=pooled, runs=tmp_path).served()
+    config = replace(run, pooled=pooled, runs=tmp_path).serve_config()
     result = train_pooled(config, durable=False)
 
     assert [point.loss for point in cells["ft"].points] == [r["eval"]["loss"] for r in result.rows]
@@ -146,10 +146,10 @@ def test_methods_without_devices_train_on_the_same_rows(
         for count, length, _ in step
     ]
     assert cells["ft"].last.modelled_s == pytest.approx(central_step_s(sum(work), machine))
-    assert len(load_pooled(config, ServedModel(config), None)[0]) == 40
+    assert len(load_pooled(config, ServerModel(config), None)[0]) == 40
 
 
-def test_importance_is_kept_round_by_round(cells: dict[str, Cell], loaded: Any) -> None:
+def test_importance_is_kept_round_by_round(cells: dict[str, RunResult], loaded: Any) -> None:
     """Where it is measured, for every adapted weight; elsewhere there is none."""
     rounds = [round_ for round_, _ in cells["hsplitlora"].importance]
 
@@ -159,7 +159,9 @@ def test_importance_is_kept_round_by_round(cells: dict[str, Cell], loaded: Any) 
     assert cells["splitlora"].importance == ()
 
 
-def test_what_has_run_is_not_run_again(folder: Path, loaded: Any, cells: dict[str, Cell]) -> None:
+def test_what_has_run_is_not_run_again(
+    folder: Path, loaded: Any, cells: dict[str, RunResult]
+) -> None:
     """A second comparison finds all cells; to a method without devices all devices are alike."""
     config = replace(loaded[0], compare=replace(loaded[0].compare, device_sets=("heterogeneous",)))
     told: list[str] = []
@@ -174,7 +176,7 @@ def test_what_has_run_is_not_run_again(folder: Path, loaded: Any, cells: dict[st
 
 
 def test_the_command_writes_one_page_that_needs_nothing_else(
-    folder: Path, cells: dict[str, Cell], capsys: pytest.CaptureFixture[str]
+    folder: Path, cells: dict[str, RunResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A row for each method, every picture inside and beside it, a table for Markdown."""
     out = folder / "out"

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.lab.comparison.table import (
-    Cell,
     Held,
     Point,
+    RunResult,
     best_rates,
     cell_from_row,
     cell_to_row,
+    column_titles,
     common_target,
-    heads,
     kept_cells,
     make_rows,
     markdown,
@@ -28,14 +28,14 @@ from coordinator.lab.comparison.table import (
 )
 
 
-def make_cell(losses: list[float], **settings: Any) -> Cell:
+def make_cell(losses: list[float], **settings: Any) -> RunResult:
     """A run with an evaluation every 10 samples, 2 s, 300 bytes up and 500 down."""
     points = tuple(
         Point(10 * i, 2.0 * i, 1.0 * i, 300 * i, 500 * i, loss, 0.25)
         for i, loss in enumerate(losses)
     )
     facts = {"method": "m", "device_set": "heterogeneous", "seed": 0, "rate": 0.1}
-    return Cell(points=points, **{**facts, **settings})
+    return RunResult(points=points, **{**facts, **settings})
 
 
 @given(st.lists(st.floats(0.1, 5.0), min_size=2, max_size=8), st.floats(0.0, 6.0))
@@ -109,7 +109,7 @@ def test_a_table_says_what_is_missing() -> None:
     """A column for each title; runs that missed the target are counted; no device: a dash."""
     cells = [make_cell([3.0, 1.0], seed=0), make_cell([3.0, 2.0], seed=1)]
     rows = make_rows(cells, 1.5, is_classifier=False)
-    titles = heads(1.5, is_classifier=False)
+    titles = column_titles(1.5, is_classifier=False)
 
     text = markdown(titles, [row_texts(row, is_classifier=False) for row in rows])
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.lab.experiment.board_host import Site
-from coordinator.lab.experiment.board_run import LONGEST_RESTART_S, Seat
-from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.board_host import BoardHost
+from coordinator.lab.experiment.board_run import LONGEST_RESTART_S, BoardRun
+from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.config import BoardConfig
 from coordinator.lab.experiment.relay import Relay
 from coordinator.lab.experiment.run import here
@@ -17,7 +17,7 @@ from coordinator.lab.experiment.shell import LocalShell
 from edge_sdk.errors import DeviceError
 
 
-class FakeCage:
+class FakeLimits:
     """Groups that are not there; notes what they are told."""
 
     def __init__(self, told: list[float], *, is_gone: bool = False) -> None:
@@ -41,17 +41,19 @@ class FakeCage:
         """Do nothing."""
 
 
-class FakeSite(Site):
+class FakeSite(BoardHost):
     """A board whose program is nothing."""
 
     def start(self, *_: Any) -> Any:
         """Do nothing."""
 
 
-def seat(told: list[float], **settings: Any) -> Seat:
+def seat(told: list[float], **settings: Any) -> BoardRun:
     """A board with half a core."""
     site = FakeSite("a", BoardConfig(emulated="x"), LocalShell(), "/", "/", address="127.0.0.1")
-    return Seat(site, make_cage=lambda: cast(Cage, FakeCage(told)), cores=0.5, **settings)
+    return BoardRun(
+        site, make_limits=lambda: cast(CgroupLimits, FakeLimits(told)), cores=0.5, **settings
+    )
 
 
 def test_a_throttle_survives_a_restart() -> None:
@@ -69,7 +71,7 @@ def test_a_throttle_survives_a_restart() -> None:
 def test_a_throttle_of_groups_that_have_just_gone() -> None:
     """The program has ended and its keeper was faster than we: nothing fails."""
     told: list[float] = []
-    board = seat(told, cage=cast(Cage, FakeCage(told, is_gone=True)))
+    board = seat(told, limits=cast(CgroupLimits, FakeLimits(told, is_gone=True)))
 
     board.slow_down(0.5)
 
@@ -99,10 +101,10 @@ def test_a_start_without_limits_counts_as_a_death() -> None:
     """No group, no program, and an end that nobody knows."""
     board = seat([])
 
-    def refuse() -> Cage:
+    def refuse() -> CgroupLimits:
         raise DeviceError("no rights")
 
-    board.make_cage = refuse
+    board.make_limits = refuse
     with pytest.raises(DeviceError, match="no rights"):
         board.start({}, Path(), print, 0.0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.lab.experiment.cgroup import Cage
+from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.shell import LocalShell, Program
 from edge_sdk.errors import DeviceError
 
@@ -20,10 +20,10 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture
-def cage() -> Iterator[Cage]:
+def limits() -> Iterator[CgroupLimits]:
     """Real groups; skipped where we may make none."""
     try:
-        made = Cage(f"edgesplit-test-{os.getpid()}", memory_bytes=LIMIT_BYTES, cores=0.5)
+        made = CgroupLimits(f"edgesplit-test-{os.getpid()}", memory_bytes=LIMIT_BYTES, cores=0.5)
     except DeviceError as error:
         pytest.skip(str(error))
     yield made
@@ -31,14 +31,14 @@ def cage() -> Iterator[Cage]:
 
 
 @contextmanager
-def running(code: str, cage: Cage) -> Iterator[tuple[int | None, list[str]]]:
+def running(code: str, limits: CgroupLimits) -> Iterator[tuple[int | None, list[str]]]:
     """A Python program in *cage* that has ended: exit code and lines. The groups go with it."""
     lines: list[str] = []
     program = Program(
         LocalShell(),
         [sys.executable, "-c", code],
         folder=str(Path.cwd()),
-        groups=cage.folders,
+        groups=limits.folders,
         on_line=lines.append,
     )
     assert program.wait(PATIENCE_S)
@@ -54,25 +54,25 @@ print(int(memory_info(Path("/")).total.value), allowed_cores(Path("/")).value)
 """
 
 
-def test_a_program_sees_its_limits(cage: Cage) -> None:
+def test_a_program_sees_its_limits(limits: CgroupLimits) -> None:
     """What our own profiler reads inside is what was set outside."""
-    with running(SEEN, cage) as found:
+    with running(SEEN, limits) as found:
         assert found == (0, [f"{LIMIT_BYTES} 0.5"])
 
 
-def test_cores_can_change(cage: Cage) -> None:
+def test_cores_can_change(limits: CgroupLimits) -> None:
     """Down to a hundredth of one, and up again."""
     found = []
     for cores in (0.01, 2.0, 0.3):
-        cage.set_cores(cores)
-        found.append(_quota(cage))
+        limits.set_cores(cores)
+        found.append(_quota(limits))
 
     assert found == [0.01, 2.0, 0.3]
 
 
-def _quota(cage: Cage) -> float:
+def _quota(limits: CgroupLimits) -> float:
     """Cores, as the kernel has them."""
-    for folder in cage.folders:
+    for folder in limits.folders:
         if (folder / "cpu.max").exists():
             words = (folder / "cpu.max").read_text().split()
         elif (folder / "cpu.cfs_quota_us").exists():
@@ -83,29 +83,29 @@ def _quota(cage: Cage) -> float:
     raise AssertionError("no quota")
 
 
-def test_a_program_within_its_memory_is_left_alone(cage: Cage) -> None:
+def test_a_program_within_its_memory_is_left_alone(limits: CgroupLimits) -> None:
     """Nothing is counted, and its peak is known."""
-    with running(f"x = bytearray({LIMIT_BYTES // 2})", cage) as (code, _):
-        peak = cage.peak_bytes()
-        assert (code, cage.num_killed()) == (0, 0)
+    with running(f"x = bytearray({LIMIT_BYTES // 2})", limits) as (code, _):
+        peak = limits.peak_bytes()
+        assert (code, limits.num_killed()) == (0, 0)
         assert peak is not None
         assert LIMIT_BYTES // 2 <= peak <= LIMIT_BYTES
 
 
-def test_a_program_that_takes_more_memory_is_ended_and_counted(cage: Cage) -> None:
+def test_a_program_that_takes_more_memory_is_ended_and_counted(limits: CgroupLimits) -> None:
     """The kernel ends it, and says so."""
-    with running(f"x = bytearray({4 * LIMIT_BYTES})", cage) as (code, _):
-        assert (code, cage.num_killed()) == (-9, 1)
+    with running(f"x = bytearray({4 * LIMIT_BYTES})", limits) as (code, _):
+        assert (code, limits.num_killed()) == (-9, 1)
 
 
-def test_the_groups_go_with_the_program(cage: Cage) -> None:
+def test_the_groups_go_with_the_program(limits: CgroupLimits) -> None:
     """Its keeper removes them, also when nobody asks; removing them again does nothing."""
-    folders = list(cage.folders)
-    with running("pass", cage):
+    folders = list(limits.folders)
+    with running("pass", limits):
         assert [folder.is_dir() for folder in folders] == [True] * len(folders)
 
     assert [folder.exists() for folder in folders] == [False] * len(folders)
-    cage.remove()
+    limits.remove()
 
 
 # ---- a tree of our own ----
@@ -131,17 +131,17 @@ def test_version_2_files(tmp_path: Path) -> None:
     """One group for both controllers, beside ours because ours holds processes."""
     parent = make_tree(tmp_path, "memory")
 
-    cage = Cage("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
+    limits = CgroupLimits("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
 
-    assert cage.folders == [parent / "board"]
+    assert limits.folders == [parent / "board"]
     texts = {path.name: path.read_text() for path in (parent / "board").iterdir()}
     assert texts == {"memory.max": "1000000000", "cpu.max": "5000 20000"}
     assert (parent / "cgroup.subtree_control").read_text() == "+cpu"
-    cage.set_cores(0.01)
+    limits.set_cores(0.01)
     assert (parent / "board" / "cpu.max").read_text() == "1000 100000"
     (parent / "board" / "memory.events").write_text("low 0\noom 2\noom_kill 3\n")
     (parent / "board" / "memory.peak").write_text("123\n")
-    assert (cage.num_killed(), cage.peak_bytes()) == (3, 123)
+    assert (limits.num_killed(), limits.peak_bytes()) == (3, 123)
 
 
 def test_version_2_limits_stand_in_one_group(tmp_path: Path) -> None:
@@ -149,11 +149,11 @@ def test_version_2_limits_stand_in_one_group(tmp_path: Path) -> None:
     parent = make_tree(tmp_path, "memory")
     (parent / "cgroup.controllers").write_text("memory pids\n")
 
-    cage = Cage("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
+    limits = CgroupLimits("board", memory_bytes=1e9, cores=0.25, root=tmp_path)
 
-    assert cage.folders == [parent.parent / "board"]
-    assert (cage.folders[0] / "memory.max").read_text() == "1000000000"
-    assert (cage.folders[0] / "cpu.max").read_text() == "5000 20000"
+    assert limits.folders == [parent.parent / "board"]
+    assert (limits.folders[0] / "memory.max").read_text() == "1000000000"
+    assert (limits.folders[0] / "cpu.max").read_text() == "5000 20000"
 
 
 def test_without_a_group_that_offers_both_it_is_said(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_without_a_group_that_offers_both_it_is_said(tmp_path: Path) -> None:
         (folder / "cgroup.controllers").write_text(offers)
 
     with pytest.raises(DeviceError, match="memory and cpu: no group offers both"):
-        Cage("board", memory_bytes=1e9, cores=1.0, root=tmp_path)
+        CgroupLimits("board", memory_bytes=1e9, cores=1.0, root=tmp_path)
 
 
 def test_without_any_group_it_is_said_why(tmp_path: Path) -> None:
@@ -172,4 +172,4 @@ def test_without_any_group_it_is_said_why(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("")
 
     with pytest.raises(DeviceError, match="the memory controller is not mounted"):
-        Cage("board", memory_bytes=1e9, cores=1.0, root=tmp_path)
+        CgroupLimits("board", memory_bytes=1e9, cores=1.0, root=tmp_path)

@@ -81,7 +81,7 @@ def test_methods_are_presets_and_settings(tmp_path: Path) -> None:
     assert list(methods) == ["splitlora", "deep"]
     assert methods["splitlora"].aggregation == "fedavg"
     assert methods["deep"].default.split == 3
-    assert methods["deep"].served().min_devices == 3
+    assert methods["deep"].serve_config().min_devices == 3
     assert methods["deep"].min_devices == 2
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.lab.simulation.boards import GIB, Board, Connection, Scale, catalogue
-from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig
 from coordinator.lab.simulation.data import deal, own_data
 from coordinator.lab.simulation.fleet import make_fleet
 from edge_sdk.data.rows import DataConfig
@@ -26,7 +26,7 @@ LINK = Connection(down_mbit=80, up_mbit=8, rtt_ms=50)
 def fleet_config(**settings: Any) -> FleetConfig:
     """Two devices on a board of their own."""
     settings = {
-        "devices": {"a": SimulatedDevice(board="mine", link="mine", count=2)},
+        "devices": {"a": SimulatedDeviceConfig(board="mine", link="mine", count=2)},
         "boards": {"mine": BOARD},
         "links": {"mine": LINK},
         "utilisation": 0.5,
@@ -44,8 +44,8 @@ def rows_of(path: Path, count: int = 23) -> DataConfig:
 def test_every_board_makes_a_profile_that_a_coordinator_accepts() -> None:
     """The boards and links that come with the package are complete and sane."""
     known = catalogue()
-    devices = {name: SimulatedDevice(board=name, link="3g") for name in known.boards}
-    devices |= {f"on-{link}": SimulatedDevice(link=link) for link in known.links}
+    devices = {name: SimulatedDeviceConfig(board=name, link="3g") for name in known.boards}
+    devices |= {f"on-{link}": SimulatedDeviceConfig(link=link) for link in known.links}
 
     fleet = make_fleet(FleetConfig(devices=devices), PlanningConfig())
 
@@ -88,7 +88,7 @@ def test_a_scaled_fleet_is_slower_and_smaller_by_the_same_factors() -> None:
 
 def test_settings_of_single_machines_win() -> None:
     """A device's memory and speed, and the coordinator's of `planning`, replace the boards'."""
-    own = SimulatedDevice(board="mine", link="mine", memory_bytes=1e9, flops_per_s=3e12)
+    own = SimulatedDeviceConfig(board="mine", link="mine", memory_bytes=1e9, flops_per_s=3e12)
     planning = PlanningConfig(server_memory_bytes=7e9, server_flops_per_s=9e12)
 
     fleet = make_fleet(fleet_config(devices={"a": own}, scale=Scale(flops=2)), planning)
@@ -100,8 +100,11 @@ def test_settings_of_single_machines_win() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"devices": {"a": SimulatedDevice(board="oring")}}, "simulation.devices.a.board: 'oring'"),
-        ({"devices": {"a": SimulatedDevice(link="6g")}}, "simulation.devices.a.link: '6g'"),
+        (
+            {"devices": {"a": SimulatedDeviceConfig(board="oring")}},
+            "simulation.devices.a.board: 'oring'",
+        ),
+        ({"devices": {"a": SimulatedDeviceConfig(link="6g")}}, "simulation.devices.a.link: '6g'"),
         ({"coordinator": "toaster"}, "simulation.coordinator: 'toaster'"),
     ],
 )
@@ -128,7 +131,7 @@ def test_impossible_boards_are_refused(facts: dict[str, float]) -> None:
 )
 def test_a_name_stands_for_one_device(names: dict[str, int], words: str) -> None:
     """Names that counting makes must not be somebody else's, and all must be those of devices."""
-    devices = {name: SimulatedDevice(count=count) for name, count in names.items()}
+    devices = {name: SimulatedDeviceConfig(count=count) for name, count in names.items()}
 
     with pytest.raises(ValueError, match=words):
         fleet_config(devices=devices)
@@ -138,7 +141,7 @@ def test_a_name_stands_for_one_device(names: dict[str, int], words: str) -> None
 def test_every_row_is_dealt_out_once(tmp_path: Path, shards: Any) -> None:
     """Nothing is lost, nothing is given twice, and the seed alone decides."""
     config = fleet_config(data=rows_of(tmp_path / "train.jsonl"), shards=shards)
-    devices = {name: SimulatedDevice() for name in "abc"}
+    devices = {name: SimulatedDeviceConfig() for name in "abc"}
 
     dealt, again = deal(config, devices, 5), deal(config, devices, 5)
 
@@ -156,7 +159,7 @@ def test_dirichlet_goes_by_the_label(tmp_path: Path) -> None:
     data = DataConfig(path=str(write_rows(tmp_path / "train.jsonl", rows)), labels=("a", "b"))
     config = fleet_config(data=data, shards="dirichlet", alpha=1e-3)
 
-    dealt = deal(config, {name: SimulatedDevice() for name in "xyz"}, 0)
+    dealt = deal(config, {name: SimulatedDeviceConfig() for name in "xyz"}, 0)
 
     holders = {label: {n for n, rows in dealt.items() for r in rows if r["label"] == label}
                for label in "ab"}  # fmt: skip
@@ -169,7 +172,7 @@ def test_a_device_with_a_file_gets_no_share(tmp_path: Path) -> None:
     """Its own file counts for it alone, and is read as the shared one is."""
     data = replace(rows_of(tmp_path / "train.jsonl"), limit=10, append_eos=False)
     config = fleet_config(data=data)
-    devices = {"a": SimulatedDevice(), "b": SimulatedDevice(data="b.jsonl")}
+    devices = {"a": SimulatedDeviceConfig(), "b": SimulatedDeviceConfig(data="b.jsonl")}
 
     dealt = deal(config, devices, 0)
 
@@ -181,7 +184,7 @@ def test_a_device_with_a_file_gets_no_share(tmp_path: Path) -> None:
 
 def test_bad_training_data_is_refused_with_its_line(tmp_path: Path) -> None:
     """No path, too few rows or a malformed line: one clear sentence each."""
-    devices = {name: SimulatedDevice() for name in "abc"}
+    devices = {name: SimulatedDeviceConfig() for name in "abc"}
     two = rows_of(tmp_path / "two.jsonl", 2)
     bad = DataConfig(path=str(write_rows(tmp_path / "bad.jsonl", [{"text": "x"}, {"text": 1}])))
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from coordinator.gateway.sessions import Event, Received
-from coordinator.lab.simulation.device import SimulatedDevice, Tap, Workshop
+from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice, SimulationListener
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.errors import PeerGone, RefusedError, TransportError
 from edge_sdk.protocol.messages import Hello, Message, Refused, RunOver, Stamp
 
 
-class Heard(Tap):
+class Heard(SimulationListener):
     """Keeps what travelled."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ def heard() -> Heard:
 def gateway(tmp_path: Path, heard: Heard) -> Iterator[SimulatedGateway]:
     """Three devices that say Hello and wait."""
     config = ClientConfig(coordinator="memory", server_key="", state=tmp_path)
-    with Workshop(heard) as shop:
+    with SharedCompute(heard) as shop:
         devices = {name: SimulatedDevice(name, config, None, shop) for name in "cab"}
         with SimulatedGateway(devices, heard) as made:
             yield made
@@ -117,7 +117,7 @@ def test_a_refused_device_ends_the_simulation(gateway: SimulatedGateway) -> None
 def test_closing_ends_every_device(tmp_path: Path, heard: Heard) -> None:
     """Wherever they are: not yet started, waiting, or gone."""
     config = ClientConfig(coordinator="memory", server_key="", state=tmp_path)
-    with Workshop(heard) as shop:
+    with SharedCompute(heard) as shop:
         devices = {name: SimulatedDevice(name, config, None, shop) for name in "ab"}
         with SimulatedGateway(devices, heard):
             devices["a"].advance()

@@ -18,8 +18,8 @@ from coordinator.lab.simulation import device as simulated_device
 from coordinator.lab.simulation import run as simulation
 from coordinator.lab.simulation.boards import Board, Connection, Scale
 from coordinator.lab.simulation.clock import Costs
-from coordinator.lab.simulation.config import FleetConfig, SimulatedDevice, SimulationConfig
-from coordinator.lab.simulation.device import HeardRuntime, Workshop
+from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig, SimulationConfig
+from coordinator.lab.simulation.device import InstrumentedRuntime, SharedCompute
 from coordinator.lab.simulation.result import SimulationResult
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.export import export_run
@@ -31,7 +31,7 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
-from edge_sdk.model.weights import Source
+from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.memory import FlopsEstimate
@@ -67,7 +67,10 @@ def make(tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: Path) -> 
     folder = tmp_path_factory.mktemp("simulations")
     train = write_rows(folder / "train.jsonl", sentences(1, 30))
     dev = write_rows(folder / "dev.jsonl", sentences(2, 6))
-    devices = {"n": SimulatedDevice(count=2), "x": SimulatedDevice(board="jetson-nano", link="5g")}
+    devices = {
+        "n": SimulatedDeviceConfig(count=2),
+        "x": SimulatedDeviceConfig(board="jetson-nano", link="5g"),
+    }
     numbers = count()
 
     def config(**settings: Any) -> SimulationConfig:
@@ -124,7 +127,7 @@ def test_a_simulation_learns_what_a_deployment_learns(
     wait_all(clients)
 
     values = {name: getattr(deployed, name) for name in ServeConfig.__dataclass_fields__}
-    devices = {name: SimulatedDevice(data=str(path)) for name, path in files.items()}
+    devices = {name: SimulatedDeviceConfig(data=str(path)) for name, path in files.items()}
     fleet = FleetConfig(devices=devices, cache=parts)
     result = simulate(
         SimulationConfig(**values | {"name": "simulated"}, simulation=fleet), Silence()
@@ -198,7 +201,7 @@ def worked(
 
     board = Board(memory_gib=1, tflops=1e-6, watts=1)
     fleet = {
-        "devices": {"a": SimulatedDevice(board="slow", link="free")},
+        "devices": {"a": SimulatedDeviceConfig(board="slow", link="free")},
         "boards": {"slow": board},
         "links": {"free": Connection(down_mbit=1e12, up_mbit=1e12, rtt_ms=0)},
         "coordinator": "slow",
@@ -211,7 +214,7 @@ def worked(
 
     result = simulate(make(labels=labels, rounds=1, fleet=fleet, devices=devices), watcher)
 
-    source = Source(str(llama), "causal-lm")
+    source = ModelSource(str(llama), "causal-lm")
     layout = find_layout(source.config, "causal-lm")
     costs = Costs(model_shape(source.config, "causal-lm", layout), BLOCKS)
     ranks = result.rounds[1].plans["a"].ranks
@@ -241,9 +244,9 @@ def test_two_micro_batches_under_way_overlap(make: Any, llama: Path, tmp_path: P
     """The device computes the second micro-batch while the coordinator has the first."""
     seconds, (own, upper, tail) = worked(make, llama, tmp_path, "server", 2)
 
-    served = upper.total + tail.total
-    first_answer = max(2 * own.forward, own.forward + served)
-    step = first_answer + max(own.backward, served) + own.backward
+    serve_config = upper.total + tail.total
+    first_answer = max(2 * own.forward, own.forward + serve_config)
+    step = first_answer + max(own.backward, serve_config) + own.backward
     assert seconds == pytest.approx(2 * step / 0.5e6, rel=1e-6)
 
 
@@ -296,24 +299,24 @@ def test_frozen_weights_are_held_once_and_never_written(
     make: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All devices of a process share the storage of the base model, which stays what it was."""
-    shops: list[Workshop] = []
+    shops: list[SharedCompute] = []
     runtimes: list[Any] = []
 
-    class Seen(Workshop):
-        def __enter__(self) -> Workshop:
+    class Seen(SharedCompute):
+        def __enter__(self) -> SharedCompute:
             shops.append(self)
             return super().__enter__()
 
-    class SeenRuntime(HeardRuntime):
+    class SeenRuntime(InstrumentedRuntime):
         def __init__(self, runtime: Any, *rest: Any) -> None:
             runtimes.append(runtime)
             super().__init__(runtime, *rest)
 
     monkeypatch.setattr(simulation, "Workshop", Seen)
-    monkeypatch.setattr(simulated_device, "HeardRuntime", SeenRuntime)
+    monkeypatch.setattr(simulated_device, "InstrumentedRuntime", SeenRuntime)
     simulate(make(rounds=1), Silence())
 
-    source = Source(str(llama), "causal-lm")
+    source = ModelSource(str(llama), "causal-lm")
     kept = {name: value for part in shops[0].parts.values() for name, value in part.items()}
     names = {name for part in ("front", "block.0", "block.1") for name in source.layout.part(part)}
     assert names <= kept.keys()
@@ -341,7 +344,9 @@ def test_a_scaled_simulation_trains_the_same_and_takes_longer(
 def test_a_device_that_fails_ends_the_simulation(make: Any, tmp_path: Path) -> None:
     """The error is the device's own and names it; nothing is left of a run that never began."""
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "one"}, {"text": " "}])
-    config = make(fleet={"devices": {"a": SimulatedDevice(), "b": SimulatedDevice(data=str(bad))}})
+    config = make(
+        fleet={"devices": {"a": SimulatedDeviceConfig(), "b": SimulatedDeviceConfig(data=str(bad))}}
+    )
 
     with pytest.raises(DataError, match=r"device 'b': .*bad\.jsonl:2: text is empty"):
         simulate(config, Silence())
@@ -364,7 +369,7 @@ def test_a_file_and_overrides_make_a_simulation(tmp_path: Path) -> None:
 
     config = load_simulation(path, ["simulation.devices.a.link=3g", "rounds=3"], preset="hlora")
 
-    assert config.simulation.devices == {"a": SimulatedDevice(board="orin-nx-8gb", link="3g")}
+    assert config.simulation.devices == {"a": SimulatedDeviceConfig(board="orin-nx-8gb", link="3g")}
     assert (config.rounds, config.aggregation, config.default.split) == (3, "svd", "all")
     with pytest.raises(ConfigError, match="aggregation must be 'svd'"):
         load_simulation(path, ["aggregation=exact"], preset="hlora")
@@ -374,8 +379,8 @@ def test_planning_sees_the_boards(make: Any) -> None:
     """A slow board gets fewer blocks than a fast one, and the plans are those of every round."""
     fleet = {
         "devices": {
-            "fast": SimulatedDevice(link="lan-1g", flops_per_s=1e12, memory_bytes=8e9),
-            "slow": SimulatedDevice(link="lan-1g", flops_per_s=1e8, memory_bytes=8e9),
+            "fast": SimulatedDeviceConfig(link="lan-1g", flops_per_s=1e12, memory_bytes=8e9),
+            "slow": SimulatedDeviceConfig(link="lan-1g", flops_per_s=1e8, memory_bytes=8e9),
         }
     }
     planning = PlanningConfig(
