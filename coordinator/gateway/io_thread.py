@@ -186,16 +186,16 @@ class GatewayIo:
         self, route: bytes, name: str, seat: DeviceSession | None, view: memoryview, now_s: float
     ) -> None:
         packet = packets.read_packet(view)
-        if packet.kind == Kind.NOTE:
-            note = packets.read_note(packet)
-            if isinstance(note, Attach):
-                self._attach(route, packet.lane, name, note, now_s)
+        if packet.kind == Kind.CONTROL:
+            control = packets.read_control(packet)
+            if isinstance(control, Attach):
+                self._attach(route, packet.lane, name, control, now_s)
             elif seat is None:
                 self.out.say(route, packets.AttachRequired())
             else:
                 seat.bytes_up += len(view)
                 self._heard(seat, now_s)
-                self._on_note(seat, note, now_s)
+                self._on_note(seat, control, now_s)
         elif seat is None:
             self.out.say(route, packets.AttachRequired())
         else:
@@ -218,10 +218,10 @@ class GatewayIo:
                 self._bad_message(seat, item.text)
         self.out.owe(seat, now_s)
 
-    def _on_note(self, seat: DeviceSession, note: Any, now_s: float) -> None:
-        if isinstance(note, Ack):
+    def _on_note(self, seat: DeviceSession, control: Any, now_s: float) -> None:
+        if isinstance(control, Ack):
             try:
-                seat.talk.on_ack(note, now_s)
+                seat.talk.on_ack(control, now_s)
             except RemoteProtocolError as error:
                 self._fresh.append((seat, Rejected(seat.name, str(error))))
                 self._expel(seat, f"the protocol was broken: {error}")
@@ -229,11 +229,11 @@ class GatewayIo:
             self.out.add(seat)
             if seat.leave is not None:
                 self._leave_if_due(seat, now_s)
-        elif isinstance(note, Heartbeat):
-            seat.telemetry = note.numbers
-            seat.rtt_s = note.rtt_s or None
-            self.out.note(seat, HeartbeatAck(sent_s=note.sent_s))
-        elif isinstance(note, Detach) and note.session == seat.talk.session:
+        elif isinstance(control, Heartbeat):
+            seat.telemetry = control.numbers
+            seat.rtt_s = control.rtt_s or None
+            self.out.control(seat, HeartbeatAck(sent_s=control.sent_s))
+        elif isinstance(control, Detach) and control.session == seat.talk.session:
             self._expel(seat, "")
 
     def _heard(self, seat: DeviceSession, now_s: float) -> None:
@@ -242,21 +242,23 @@ class GatewayIo:
 
     # -- sessions --
 
-    def _attach(self, route: bytes, lane: int, name: str, note: Attach, now_s: float) -> None:
+    def _attach(self, route: bytes, lane: int, name: str, control: Attach, now_s: float) -> None:
         if self.allowed is None:
-            name = note.name
-        if not is_device_name(name) or not is_session_id(note.session):
-            raise RemoteProtocolError(f"attach with name {name[:60]!r}, session {note.session!r}")
+            name = control.name
+        if not is_device_name(name) or not is_session_id(control.session):
+            raise RemoteProtocolError(
+                f"attach with name {name[:60]!r}, session {control.session!r}"
+            )
         seat = self.seats.get(name)
-        reason = self._expelled.get(note.session)
+        reason = self._expelled.get(control.session)
         if reason is not None:
-            self.out.say(route, packets.Closed(session=note.session, reason=reason))
+            self.out.say(route, packets.Closed(session=control.session, reason=reason))
             return
-        if seat is None or seat.talk.session != note.session:
-            if note.is_resumed:
-                self.out.say(route, packets.UnknownSession(session=note.session))
+        if seat is None or seat.talk.session != control.session:
+            if control.is_resumed:
+                self.out.say(route, packets.UnknownSession(session=control.session))
                 return
-            seat = self._open_session(name, note.session, now_s)
+            seat = self._open_session(name, control.session, now_s)
         old = seat.routes[lane]
         if old is not None:
             self._routes.pop(old, None)
@@ -264,8 +266,8 @@ class GatewayIo:
         seat.routes[lane] = route
         self._routes[route] = (seat, lane)
         self._heard(seat, now_s)
-        seat.talk.on_attach(lane, note.ack, now_s)
-        answer = Attached(session=note.session, name=name, ack=seat.talk.ack())
+        seat.talk.on_attach(lane, control.ack, now_s)
+        answer = Attached(session=control.session, name=name, ack=seat.talk.ack())
         self.out.say(route, answer, lane, seat.talk.tag)
         self.out.add(seat)
 
@@ -294,7 +296,7 @@ class GatewayIo:
         if seat.is_over:
             return
         if reason:
-            self.out.note(seat, packets.Closed(session=seat.talk.session, reason=reason))
+            self.out.control(seat, packets.Closed(session=seat.talk.session, reason=reason))
         seat.is_over = True
         for route in seat.routes:
             if route is not None:

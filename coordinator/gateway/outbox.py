@@ -1,4 +1,4 @@
-"""What leaves the coordinator: packets of the sessions that have some, acks, and notes.
+"""What leaves the coordinator: packets of the sessions that have some, acks, and control frames.
 
 Not here: what arrives, and sessions (`gateway_io.py`). Used by the I/O thread alone.
 """
@@ -105,25 +105,25 @@ class Outbox:
         seat.bytes_down += len(frame)
         return True
 
-    def say(self, route: bytes, note: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:
-        """Send a note to a connection, whether or not it has a session."""
+    def say(self, route: bytes, control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:
+        """Send a control frame to a connection, whether or not it has a session."""
         try:
             self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
-            self.router.send(packets.note_frame(note, lane, tag), zmq.NOBLOCK)
+            self.router.send(packets.control_frame(control, lane, tag), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             return False
         return True
 
-    def note(self, seat: DeviceSession, note: Any) -> bool:
-        """Send a note on the control lane of a session."""
+    def control(self, seat: DeviceSession, control: Any) -> bool:
+        """Send a control frame on the control lane of a session."""
         route = seat.routes[Lane.CONTROL]
-        return route is not None and self.say(route, note, Lane.CONTROL, seat.talk.tag)
+        return route is not None and self.say(route, control, Lane.CONTROL, seat.talk.tag)
 
     def ack(self, seat: DeviceSession) -> None:
         """Tell a device what has arrived, if that is news."""
-        if seat.talk.owes_ack and not self.note(seat, seat.talk.ack()):
+        if seat.talk.owes_ack and not self.control(seat, seat.talk.ack()):
             seat.talk.ack_failed()  # the regular check comes back to it, if no packet does before
 
     def owe(self, seat: DeviceSession, now_s: float) -> None:

@@ -7,7 +7,7 @@ A packet is one ZeroMQ frame and one valid msgpack object, an array of seven wit
 
 Fixed widths let one struct read it, and leave the payload at a multiple of 8 bytes, so that a
 tensor is used where it was received. Kinds FIRST and CHUNK are numbered and resent by
-`channel.py`; NOTE packets (attach, acks, heartbeats) are not, and carry one dataclass of below.
+`channel.py`; CONTROL packets (attach, acks, heartbeats) are not, and carry one dataclass of below.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import headers as wire
 
-FRAME_VERSION = 2
+FRAME_VERSION = 1
 _PREFIX = struct.Struct(">BBBBBIBQBQBI")
 PREFIX_BYTES = _PREFIX.size
 
@@ -32,8 +32,8 @@ SLOW_LINK_CHUNK_BYTES = 256 * 1024
 MAX_PAYLOAD_BYTES = MAX_CHUNK_BYTES + wire.MAX_HEADER_BYTES + 8
 # What a frame may have at most, told to libzmq (which counts 33 bytes of CURVE as well).
 MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 1024
-# Notes are read from peers that have no session yet.
-MAX_NOTE_BYTES = 8 * 1024
+# Control frames are read from peers that have no session yet.
+MAX_CONTROL_BYTES = 8 * 1024
 
 
 class Lane(IntEnum):
@@ -49,7 +49,7 @@ class Kind(IntEnum):
     FIRST = 1
     """Length of the header (4 bytes), header, zeros up to a multiple of 8, first chunk."""
     CHUNK = 2
-    NOTE = 3
+    CONTROL = 3
 
 
 class Packet(NamedTuple):
@@ -120,7 +120,8 @@ def read_packet(frame: memoryview) -> Packet:
     return Packet(kind, lane, tag, seq, place, frame[PREFIX_BYTES:])
 
 
-# ---- notes ---------------------------------------------------------------------------------------
+# ---- control frames
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,36 +209,37 @@ class Detach:
     session: str
 
 
-NOTES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        Ack,
-        Attach,
-        Attached,
-        Heartbeat,
-        HeartbeatAck,
-        AttachRequired,
-        UnknownSession,
-        Closed,
-        Detach,
-    )
+# By their names on the wire, which are those of the first release: an older SDK is understood.
+CONTROL_FRAMES: dict[str, type] = {
+    "Ack": Ack,
+    "Attach": Attach,
+    "Attached": Attached,
+    "Beat": Heartbeat,
+    "BeatBack": HeartbeatAck,
+    "WhoAreYou": AttachRequired,
+    "Unknown": UnknownSession,
+    "Closed": Closed,
+    "Leaving": Detach,
 }
+_WIRE_NAMES = {kind: name for name, kind in CONTROL_FRAMES.items()}
 
 
-def note_frame(note: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bytes:
-    """Return the packet that carries *note*."""
-    data = wire.pack((type(note).__name__, wire.write_fields(note)))
-    return prefix(Kind.NOTE, lane, tag, 0, 0, len(data)) + data
+def control_frame(control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bytes:
+    """Return the packet that carries *control*."""
+    data = wire.pack((_WIRE_NAMES[type(control)], wire.write_fields(control)))
+    return prefix(Kind.CONTROL, lane, tag, 0, 0, len(data)) + data
 
 
-def read_note(packet: Packet) -> Any:
-    """Return the note in a NOTE packet."""
-    if len(packet.payload) > MAX_NOTE_BYTES:
-        raise RemoteProtocolError(f"note of {len(packet.payload)} bytes, at most {MAX_NOTE_BYTES}")
-    value = wire.unpack(packet.payload, "note")
+def read_control(packet: Packet) -> Any:
+    """Return what a packet of kind CONTROL carries."""
+    if len(packet.payload) > MAX_CONTROL_BYTES:
+        raise RemoteProtocolError(
+            f"control frame of {len(packet.payload)} bytes, at most {MAX_CONTROL_BYTES}"
+        )
+    value = wire.unpack(packet.payload, "control frame")
     if type(value) is not tuple or len(value) != 2 or type(value[0]) is not str:
-        raise RemoteProtocolError("note is not (name, fields)")
-    kind = NOTES.get(value[0])
+        raise RemoteProtocolError("control frame is not (name, fields)")
+    kind = CONTROL_FRAMES.get(value[0])
     if kind is None:
-        raise RemoteProtocolError(f"unknown note {value[0][:60]!r}")
+        raise RemoteProtocolError(f"unknown control frame {value[0][:60]!r}")
     return wire.read_fields(kind, value[1], kind.__name__)

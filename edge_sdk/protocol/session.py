@@ -186,7 +186,7 @@ class Conversation:
     def ack(self) -> Ack:
         """Return what has arrived, to be sent now."""
         control, bulk = self.receivers
-        note = Ack(
+        ack = Ack(
             control_next=control.next_seq,
             control_credit=control.credit,
             bulk_next=bulk.next_seq,
@@ -195,7 +195,7 @@ class Conversation:
         )
         control.acked()
         bulk.acked()
-        return note
+        return ack
 
     @property
     def owes_ack(self) -> bool:

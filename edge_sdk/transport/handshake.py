@@ -37,7 +37,7 @@ class Handshake(NamedTuple):
     drops: int
     """Connections that ended before the keys were accepted."""
     round_trip_s: float | None
-    """Time that the coordinator took to answer a note; None where it did not."""
+    """Time that the coordinator took to answer a control frame; None where it did not."""
 
 
 def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
@@ -75,7 +75,7 @@ def _shake(line: Line, poller: zmq.Poller, deadline: Deadline) -> Handshake:
 def _question(session: str) -> bytes:
     """Claim a session that the coordinator cannot know: it says so, and opens none."""
     nothing = Conversation(session, packets.MAX_FRAME_BYTES, FROM_COORDINATOR).ack()
-    return packets.note_frame(
+    return packets.control_frame(
         packets.Attach(
             session=session, is_resumed=True, sdk_version=package_version(), name="", ack=nothing
         )
@@ -88,7 +88,7 @@ def _is_answer(line: Line, session: str) -> bool:
         return False
     try:
         packet = packets.read_packet(frame.buffer)
-        note = packets.read_note(packet) if packet.kind == packets.Kind.NOTE else None
+        control = packets.read_control(packet) if packet.kind == packets.Kind.CONTROL else None
     except RemoteProtocolError:
         return False
-    return isinstance(note, packets.UnknownSession) and note.session == session
+    return isinstance(control, packets.UnknownSession) and control.session == session

@@ -135,7 +135,7 @@ class DeviceIo:
         control = self._lines[Lane.CONTROL]
         if control.is_attached and self.dead is None:
             control.socket.linger = 300
-            self._note(packets.Detach(session=self._talk.session))
+            self._send_control(packets.Detach(session=self._talk.session))
 
     def _shut(self) -> None:
         for line in self._lines:
@@ -224,44 +224,44 @@ class DeviceIo:
                 self._report(error)
 
     def _packet(self, line: Line, packet: packets.Packet, now_s: float) -> None:
-        if packet.kind == Kind.NOTE:
-            self._on_note(line, packets.read_note(packet), now_s)
+        if packet.kind == Kind.CONTROL:
+            self._on_note(line, packets.read_control(packet), now_s)
             return
         for item in self._talk.on_packet(packet):
             bad = isinstance(item, BadMessage)
             self.inbox.put((self.epoch, RemoteProtocolError(item.text) if bad else item))  # type: ignore[union-attr,arg-type]
 
-    def _on_note(self, line: Line, note: Any, now_s: float) -> None:
-        if isinstance(note, packets.Ack):
-            self._talk.on_ack(note, now_s)
-        elif isinstance(note, packets.HeartbeatAck):
-            self.counters.rtt_s = time.monotonic() - note.sent_s
-        elif isinstance(note, packets.AttachRequired):
+    def _on_note(self, line: Line, control: Any, now_s: float) -> None:
+        if isinstance(control, packets.Ack):
+            self._talk.on_ack(control, now_s)
+        elif isinstance(control, packets.HeartbeatAck):
+            self.counters.rtt_s = time.monotonic() - control.sent_s
+        elif isinstance(control, packets.AttachRequired):
             if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
                 self._who_s = now_s
                 for each in self._lines:
                     self._attach(each, now_s)
-        elif isinstance(note, packets.Closed) and not note.session:
-            self._report(RefusedError(note.reason))
+        elif isinstance(control, packets.Closed) and not control.session:
+            self._report(RefusedError(control.reason))
         elif (
-            isinstance(note, (packets.Attached, packets.Closed, packets.UnknownSession))
-            and note.session == self._talk.session
+            isinstance(control, (packets.Attached, packets.Closed, packets.UnknownSession))
+            and control.session == self._talk.session
         ):
-            if isinstance(note, packets.Attached):
-                self._attached(line, note, now_s)
-            elif isinstance(note, packets.UnknownSession):
+            if isinstance(control, packets.Attached):
+                self._attached(line, control, now_s)
+            elif isinstance(control, packets.UnknownSession):
                 self._lost(now_s)
             else:
-                self.dead = RefusedError(note.reason)
+                self.dead = RefusedError(control.reason)
 
-    def _attached(self, line: Line, note: packets.Attached, now_s: float) -> None:
+    def _attached(self, line: Line, control: packets.Attached, now_s: float) -> None:
         line.is_attached, line.is_full = True, False
         line.rebuild_pause_s = REBUILD_FIRST_S
-        self.name = note.name
+        self.name = control.name
         self._is_resumed = True
         self._patience.attached(now_s)
-        self._talk.on_attach(line.lane, note.ack, now_s)
-        log.info("link.attached lane=%s name=%s", line.lane.name, note.name)
+        self._talk.on_attach(line.lane, control.ack, now_s)
+        log.info("link.attached lane=%s name=%s", line.lane.name, control.name)
 
     def _lost(self, now_s: float) -> None:
         log.warning("link.session_lost address=%s", self.config.address)
@@ -274,8 +274,10 @@ class DeviceIo:
 
     # -- what we say of our own accord --
 
-    def _note(self, note: Any) -> bool:
-        return self._raw(self._lines[Lane.CONTROL], packets.note_frame(note, tag=self._talk.tag))
+    def _send_control(self, control: Any) -> bool:
+        return self._raw(
+            self._lines[Lane.CONTROL], packets.control_frame(control, tag=self._talk.tag)
+        )
 
     def _raw(self, line: Line, frame: bytes) -> bool:
         is_out = line.put(frame)
@@ -285,14 +287,14 @@ class DeviceIo:
     def _attach(self, line: Line, now_s: float) -> None:
         line.attach_s = now_s
         if line.is_up:
-            note = packets.Attach(
+            control = packets.Attach(
                 session=self._talk.session,
                 is_resumed=self._is_resumed,
                 sdk_version=self.sdk_version,
                 name=self.config.name,
                 ack=self._talk.ack(),
             )
-            if not self._raw(line, packets.note_frame(note, line.lane, self._talk.tag)):
+            if not self._raw(line, packets.control_frame(control, line.lane, self._talk.tag)):
                 self._talk.ack_failed()
 
     def _ack_if_due(self, now_s: float) -> None:
@@ -300,7 +302,7 @@ class DeviceIo:
             self._ack_s = None
         elif self._talk.is_ack_due or (self._ack_s is not None and now_s >= self._ack_s):
             self._ack_s = None
-            if not self._note(self._talk.ack()):
+            if not self._send_control(self._talk.ack()):
                 self._talk.ack_failed()
         elif self._ack_s is None:
             self._ack_s = now_s + ACK_DELAY_S
@@ -348,4 +350,6 @@ class DeviceIo:
         if now_s >= self._beat_s and self._lines[Lane.CONTROL].is_attached:
             self._beat_s = now_s + self.config.beat_s
             rtt_s, sent_s = self.counters.rtt_s or 0.0, time.monotonic()
-            self._note(packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry()))
+            self._send_control(
+                packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry())
+            )

@@ -87,20 +87,20 @@ class RawDevice:
 
     def attach(self) -> None:
         """Open a session, on the control lane only."""
-        note = Attach(
+        control = Attach(
             session=self.talk.session,
             is_resumed=False,
             sdk_version="",
             name="",
             ack=self.talk.ack(),
         )
-        self.socket.send(packets.note_frame(note, Lane.CONTROL, self.talk.tag))
+        self.socket.send(packets.control_frame(control, Lane.CONTROL, self.talk.tag))
 
     def read(self) -> object:
-        """Return the next note, or message of a data packet."""
+        """Return the next control frame, or message of a data packet."""
         packet = packets.read_packet(memoryview(self.socket.recv()))
-        if packet.kind == Kind.NOTE:
-            return packets.read_note(packet)
+        if packet.kind == Kind.CONTROL:
+            return packets.read_control(packet)
         return self.talk.on_packet(packet)[0].message  # type: ignore[union-attr]
 
     def read_until(self, kind: type) -> object:
@@ -137,7 +137,9 @@ GARBAGE = {
     "wrong codec": lambda raw: raw.first(good_head().replace(b"x\x00\x91\x03", b"x\x63\x91\x03")),
     "chunk too long": lambda raw: raw.first(good_head() + bytes(13)),
     "too large": lambda raw: raw.first(good_head().replace(b"\x91\x03", b"\x91\x7f") + bytes(12)),
-    "bad note": lambda raw: packets.prefix(Kind.NOTE, 0, raw.talk.tag, 0, 0, 3) + b"\x92\x01\x02",
+    "bad note": lambda raw: (
+        packets.prefix(Kind.CONTROL, 0, raw.talk.tag, 0, 0, 3) + b"\x92\x01\x02"
+    ),
 }
 
 
@@ -172,7 +174,7 @@ def test_several_parts_are_ignored(gateway: Gateway) -> None:
 
 
 def test_garbage_before_attaching_is_answered(gateway: Gateway) -> None:
-    """A known key that sends garbage first, or data before attaching, gets a note back."""
+    """A known key that sends garbage first, or data before attaching, gets a control frame back."""
     with RawDevice(gateway, ONE, is_attached=False) as raw:
         raw.socket.send(b"garbage")
         assert isinstance(raw.read(), packets.Closed)
@@ -197,8 +199,8 @@ def test_endless_garbage_ends_the_session(gateway: Gateway) -> None:
 def test_broken_channel_rules_end_the_session(gateway: Gateway) -> None:
     """A device that acks what was never sent is reported and has left."""
     with RawDevice(gateway, ONE) as raw:
-        note = packets.Ack(control_next=9, control_credit=0, bulk_next=0, bulk_credit=0)
-        raw.socket.send(packets.note_frame(note, tag=raw.talk.tag))
+        control = packets.Ack(control_next=9, control_credit=0, bulk_next=0, bulk_credit=0)
+        raw.socket.send(packets.control_frame(control, tag=raw.talk.tag))
 
         events = until(gateway, Left)
 

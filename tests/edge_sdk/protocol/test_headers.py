@@ -116,11 +116,11 @@ def test_hostile_msgpack_is_refused() -> None:
 @given(st.binary(max_size=200))
 @settings(max_examples=500, deadline=None)
 def test_random_bytes_raise_nothing_but_our_error(data: bytes) -> None:
-    """No bytes from a peer cause any other exception, in a header, a packet or a note."""
+    """No bytes from a peer cause any other exception, in a header, a packet or a control frame."""
     readers = (
         wire.decode_header,
         packets.read_packet,
-        lambda view: packets.read_note(Packet(Kind.NOTE, 0, 0, 0, 0, view)),
+        lambda view: packets.read_control(Packet(Kind.CONTROL, 0, 0, 0, 0, view)),
         lambda view: Reassembler(1000).add(Packet(Kind.FIRST, 0, 0, 0, 0, view)),
     )
     for read in readers:
