@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
-from edge_sdk.command import quiet_libraries, stopping_on_signals
+from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
@@ -24,22 +22,7 @@ ENV_PREFIX = "EDGE_SDK_"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `edge-sdk` command and return its exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
-    if options.log_level != "debug":
-        quiet_libraries()
-    try:
-        code: int = options.run(options)
-    except EdgeError as error:
-        print(f"edge-sdk: {one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
-    return code
+    return run_command(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,10 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Take part in a run with data that stays on this device.",
         epilog="Exit codes: docs/operations.md.",
     )
-    parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
-    parser.add_argument(
-        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
-    )
+    add_log_level(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="take part in a run until it is over")
     run.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")

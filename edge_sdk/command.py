@@ -1,20 +1,23 @@
-"""Keep libraries from talking into a program's own lines; for command lines, never for libraries.
+"""What the command lines share: errors to exit codes, Ctrl-C, and libraries that stay quiet.
 
-Loads none of them: what they read when they are imported is set beforehand.
+Loads none of these libraries: what they read when they are imported is set beforehand.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from types import FrameType
 from typing import Any
 
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 
 # A person can still ask for all of it: what is set already stays.
 SETTINGS = {
@@ -60,3 +63,34 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def add_log_level(parser: argparse.ArgumentParser) -> None:
+    """Let a command be told how much of its log a person wants to see."""
+    parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
+    parser.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
+    )
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Parse *arguments* and call their `run`; returns the exit code of the program.
+
+    An error of ours becomes one line on standard error and the exit code of its class.
+    """
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    if options.log_level != "debug":
+        quiet_libraries()
+    try:
+        code: int = options.run(options)
+    except EdgeError as error:
+        sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    return code

@@ -6,15 +6,10 @@ import argparse
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE
-
-if TYPE_CHECKING:
-    pass
 from coordinator.lab.experiment.config import load_experiment
-
-# Boards are prepared once.
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 
 def add_experiment(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself

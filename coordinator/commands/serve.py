@@ -1,0 +1,60 @@
+"""`coordinator serve` and `coordinator resume`: hold a run, to its end or until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coordinator.commands.parser import add_command
+from coordinator.config.presets import load_serve_config
+from coordinator.config.run import ServeConfig
+from coordinator.results.run_folder import CONFIG, RunFolder
+from edge_sdk.config.loader import load_config
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+
+
+def add_serve(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    serve = add_command(commands, "serve", "start a run and serve it to its end", _serve)
+    serve.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
+    serve.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+def add_resume(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    resume = add_command(commands, "resume", "go on with a run", _resume, run_folder=True)
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from coordinator.lab.centralised.run import serve_pooled
+    from coordinator.rounds.launch import serve
+
+    config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    if config.trained_by == "coordinator":
+        return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
+    return _watch(config.total_steps, lambda watcher: serve(config, watcher))
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from coordinator.lab.centralised.run import resume_pooled
+    from coordinator.rounds.launch import resume
+
+    RunFolder.open(options.folder)
+    config = load_config(ServeConfig, options.folder / CONFIG, options.overrides, env={})
+    go_on = resume_pooled if config.trained_by == "coordinator" else resume
+    return _watch(
+        config.total_steps, lambda watcher: go_on(options.folder, watcher, options.overrides)
+    )
+
+
+def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
+    from coordinator.results.console import Console
+    from coordinator.rounds.loop import COMPLETED
+
+    with Console(total_steps) as console:
+        outcome = run(console)
+    return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE

@@ -1,0 +1,43 @@
+"""`coordinator status`: where a run stands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from coordinator.commands.parser import add_command
+from coordinator.config.run import ServeConfig
+from coordinator.results.run_folder import CONFIG, RunFolder
+from edge_sdk.config.loader import load_config
+
+
+def add_status(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    add_command(commands, "status", "where a run stands", _status, run_folder=True, formats=True)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rich.console import Console as RichConsole
+
+    from coordinator.results.console import summary
+
+    folder = RunFolder.open(options.folder)
+    config = load_config(ServeConfig, options.folder / CONFIG, env={})
+    rows, events = folder.rows("metrics.jsonl"), folder.rows("events.jsonl")
+    facts = {
+        "run": folder.name,
+        "rounds": config.rounds,
+        "rounds_done": rows[-1]["round"] if rows else 0,
+        "last_event": events[-1] if events else None,
+        "checkpoints": [path.name for path in folder.checkpoints()],
+        "metrics": rows[-1] if rows else None,
+    }
+    if options.format == "json":
+        print(json.dumps(facts, indent=2))
+        return 0
+    last = facts["last_event"]
+    print(f"run {folder.name}: {facts['rounds_done']} of {config.rounds} rounds", end="")
+    print(f"; {last['event']} at {last['time']}" if isinstance(last, dict) else "")
+    RichConsole(highlight=False).print(summary(folder))
+    return 0
