@@ -87,7 +87,8 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.precision import LINEAR_BYTES
     from edge_sdk.model.shape import model_shape
-    from profiler.estimate.memory import Work, estimate_memory
+    from profiler.estimate.memory import estimate_memory
+    from profiler.estimate.sizes import Work
 
     config = AutoConfig.from_pretrained(folder)
     layout = find_layout(config, case.task)

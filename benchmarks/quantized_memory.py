@@ -129,7 +129,8 @@ def predicted(base: str, blocks: int) -> int:
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.precision import LINEAR_BYTES
     from edge_sdk.model.shape import model_shape
-    from profiler.estimate.memory import Work, estimate_memory
+    from profiler.estimate.memory import estimate_memory
+    from profiler.estimate.sizes import Work
 
     config = large_config(blocks)
     shape = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))

@@ -25,12 +25,14 @@ import zmq
 from report import header, save, table
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig, Received
+from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.sessions import Received
 from edge_sdk.protocol.messages import Activation, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import tune
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.zmq_link import ZmqLink
 
 KIB = 1024
 SIZES_KIB = (64, 256, 1024, 4096, 16384, 65536)

@@ -4,8 +4,9 @@ What is named here is the API; everything else may change. Nothing here loads to
 loaded when it is first used: an app pays for what it takes.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from profiler.door import lazy_door
 
 if TYPE_CHECKING:
     from edge_sdk.client.callbacks import Callback, RoundSummary
@@ -41,14 +42,4 @@ _HOMES = {
     "StepReport": "protocol.messages",
 }
 
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # found without us from now on
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_door(__name__, _HOMES)

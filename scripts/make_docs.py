@@ -15,8 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from edge_sdk.config.describe import field_docs
-from edge_sdk.config.loader import describe
+from edge_sdk.config.describe import describe, field_docs
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
 from edge_sdk.protocol.plan import Part, Plan
 

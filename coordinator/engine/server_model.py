@@ -27,7 +27,7 @@ from edge_sdk.model.precision import compute_name
 from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 
 
 class ServerModel:

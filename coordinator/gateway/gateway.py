@@ -21,34 +21,17 @@ from coordinator.gateway.sessions import (
     DeviceSession,
     DeviceStats,
     Event,
-    Joined,
-    Left,
     Received,
-    Rejected,
-    Silent,
 )
 from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
-from edge_sdk.protocol.fragments import OutgoingMessage
+from edge_sdk.protocol.fragments import OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_COORDINATOR, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import NO_TENSORS
 from edge_sdk.transport.sockets import tune
-from edge_sdk.transport.zmq_link import TensorOut
-
-__all__ = [
-    "DeviceStats",
-    "Event",
-    "Gateway",
-    "GatewayConfig",
-    "Joined",
-    "Left",
-    "Received",
-    "Rejected",
-    "Silent",
-]
 
 # `events` takes no further batch once it has so many, so that the caller's loop comes round.
 MAX_EVENTS = 256

@@ -295,8 +295,6 @@ def argmax(w: Writer, node: fx.Node) -> Value:
     return w.add("ArgMax", w.value(node.args[0]), axis=node.args[1], keepdims=keeps)
 
 
-__all__ = ["LOWERINGS"]
-
 # ---- moving ----
 
 

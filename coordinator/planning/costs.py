@@ -14,12 +14,9 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
-from profiler.estimate.memory import (
-    Work,
-    estimate_flops,
-    estimate_memory,
-    hidden_bytes,
-)
+from profiler.estimate.flops import estimate_flops
+from profiler.estimate.memory import estimate_memory, hidden_bytes
+from profiler.estimate.sizes import Work
 
 Ranks = Mapping[str, int]
 # Of the ranks of weights that read the same input.

@@ -17,7 +17,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from edge_sdk.lora.targets import ModelFacts
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile, problems
 from profiler.sensors.memory import memory_info
 

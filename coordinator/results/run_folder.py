@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, StorageError
 
 CONFIG = "config.resolved.yaml"

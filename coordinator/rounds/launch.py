@@ -19,10 +19,12 @@ from coordinator.gateway.gateway import Gateway, GatewayConfig
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.rounds.loop import COMPLETED, Coordinator
+from coordinator.rounds.executor import COMPLETED
+from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.run import Run
 from edge_sdk.command import stopping_on_signals
-from edge_sdk.config.loader import dump_config, load_config
+from edge_sdk.config.describe import dump_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import StorageError
 from edge_sdk.transport.keys import load_key_pair
 

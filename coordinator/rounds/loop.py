@@ -9,13 +9,11 @@ from __future__ import annotations
 from contextlib import suppress
 
 from coordinator.engine.compute_thread import Worker
-from coordinator.rounds.executor import COMPLETED, PAUSED, RoundExecutor
+from coordinator.rounds.executor import COMPLETED, RoundExecutor
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
-
-__all__ = ["COMPLETED", "PAUSED", "Coordinator"]
 
 # The loop comes round at least so often, to notice silence and Ctrl-C.
 POLL_S = 0.5

@@ -30,8 +30,8 @@ from edge_sdk.errors import (
     one_line,
 )
 from edge_sdk.transport.keys import load_key_pair, load_public_key
-from edge_sdk.transport.link import Link
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.link import Link, LinkConfig
+from edge_sdk.transport.zmq_link import ZmqLink
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
     from edge_sdk.client.board_monitor import BoardMonitor

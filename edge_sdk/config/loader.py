@@ -19,11 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar, cast
 
-from edge_sdk.config.describe import ConfigRow, describe, dump_config
 from edge_sdk.config.sources import Node, from_environment, from_overrides, read_file
 from edge_sdk.config.values import Spot, build
-
-__all__ = ["SECRET", "ConfigRow", "describe", "dump_config", "load_config"]
 
 SECRET: Mapping[str, object] = MappingProxyType({"secret": True})
 """`field(metadata=SECRET)` keeps a value out of error messages and, on request, out of dumps."""

@@ -24,8 +24,8 @@ from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake
-from edge_sdk.transport.link import package_version
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.link import LinkConfig, package_version
+from edge_sdk.transport.zmq_link import ZmqLink
 from profiler.sensors.kernel_files import read_number, read_text
 from profiler.sensors.sources import ROOT
 

@@ -1,1 +1,15 @@
-"""TODO."""
+"""Adapters on the frozen weights: which weights, which factors, and how important each is.
+
+Other packages import the modules that are named here, and no other.
+"""
+
+__all__ = [
+    "adapter_state",
+    "adapters",
+    "factors",
+    "importance",
+    "numpy_adapters",
+    "optimizer_state",
+    "rank_pruning",
+    "targets",
+]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from edge_sdk.model.layout import Layout, Task, head_names, is_transposed
 from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.model.precision import autocast
-from profiler.estimate.memory import Kept, Linear, ModelShape
+from profiler.estimate.sizes import Kept, Linear, ModelShape
 
 # Frozen parameters and computation: the widths that a device may run.
 _WIDTHS = (

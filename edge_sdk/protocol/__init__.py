@@ -1,1 +1,14 @@
-"""TODO."""
+"""What device and coordinator say to each other, as pure functions of bytes: no I/O and no clock.
+
+Other packages import the modules that are named here, and no other.
+"""
+
+__all__ = [
+    "channel",
+    "codecs",
+    "fragments",
+    "messages",
+    "packets",
+    "plan",
+    "session",
+]

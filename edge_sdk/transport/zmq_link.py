@@ -20,14 +20,11 @@ from edge_sdk.transport.io_thread import DeviceIo
 from edge_sdk.transport.link import (
     FLUSH_S,
     NO_TENSORS,
-    Link,
     LinkConfig,
     LinkStats,
     no_telemetry,
     package_version,
 )
-
-__all__ = ["Envelope", "Link", "LinkConfig", "LinkStats", "TensorOut", "ZmqLink"]
 
 
 class ZmqLink:

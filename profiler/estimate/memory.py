@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from profiler.estimate.flops import FlopsEstimate, estimate_flops, estimate_seconds
 from profiler.estimate.sizes import (
     FRAGMENTATION,
     TAIL_TARGETS,
@@ -21,21 +20,6 @@ from profiler.estimate.sizes import (
     adapted_linears,
     lowest_block,
 )
-
-__all__ = [
-    "FRAGMENTATION",
-    "FlopsEstimate",
-    "Kept",
-    "Linear",
-    "MemoryEstimate",
-    "ModelShape",
-    "Work",
-    "adapter_bytes",
-    "estimate_flops",
-    "estimate_memory",
-    "estimate_seconds",
-    "hidden_bytes",
-]
 
 # Adapters, their gradients and Adam's moments are float32 whatever the base is.
 ADAPTER_BYTES = 4

@@ -1,1 +1,18 @@
-"""TODO."""
+"""What the kernel and the drivers of this board say of themselves now, each value with its source.
+
+Other packages import the modules that are named here, and no other.
+"""
+
+__all__ = [
+    "board",
+    "cgroup",
+    "heat",
+    "kernel_files",
+    "load",
+    "memory",
+    "memory_budget",
+    "monitor",
+    "overview",
+    "readings",
+    "sources",
+]

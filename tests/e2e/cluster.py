@@ -28,8 +28,8 @@ from edge_sdk.model.weights import PartCache
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.keys import create_key_pair, load_key_pair
-from edge_sdk.transport.link import Link
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.link import Link, LinkConfig
+from edge_sdk.transport.zmq_link import ZmqLink
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'-\n"

@@ -30,7 +30,8 @@ from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder, storag
 from coordinator.rounds.executor import COMPLETED, PAUSED
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from edge_sdk.command import stopping_on_signals
-from edge_sdk.config.loader import dump_config, load_config
+from edge_sdk.config.describe import dump_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, PeerGone, StorageError
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime

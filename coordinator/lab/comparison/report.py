@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.lab.comparison.plots import Picture
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.config import CompareConfig

@@ -42,7 +42,7 @@ from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
-from coordinator.rounds.loop import COMPLETED
+from coordinator.rounds.executor import COMPLETED
 from edge_sdk.errors import ConfigError
 
 CELLS = "cells.jsonl"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.presets import load_serve_config
+from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.launch import serve
-from coordinator.rounds.loop import COMPLETED
 from coordinator.rounds.run import Run
 from edge_sdk.command import quiet_libraries
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line

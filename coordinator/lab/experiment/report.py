@@ -15,7 +15,7 @@ from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.lab.experiment.result import BoardResult, TrialResult, kind_of, read_trial
 from coordinator.results.run_folder import storage_errors
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 
 MIB, MB = 2**20, 1e6
 

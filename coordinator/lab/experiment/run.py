@@ -31,7 +31,7 @@ from coordinator.lab.experiment.config import EVERYWHERE, ExperimentConfig, Faul
 from coordinator.lab.experiment.faults import FaultSchedule
 from coordinator.lab.experiment.shell import LocalShell, Program
 from coordinator.results.run_folder import RunFolder
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError
 

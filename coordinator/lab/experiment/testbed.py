@@ -42,7 +42,7 @@ from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkShape, Relay
 from coordinator.lab.experiment.run import ExperimentRun
 from coordinator.results.run_folder import storage_errors
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
 from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.cgroup import allowed_cores

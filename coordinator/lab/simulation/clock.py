@@ -15,7 +15,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from profiler.estimate.memory import FlopsEstimate, ModelShape, Work, estimate_flops
+from profiler.estimate.flops import FlopsEstimate, estimate_flops
+from profiler.estimate.sizes import ModelShape, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

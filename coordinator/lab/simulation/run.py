@@ -34,13 +34,13 @@ from coordinator.lab.simulation.timing import ClockedReporting, ClockTap, TimedE
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.rounds.executor import RoundExecutor
+from coordinator.rounds.executor import COMPLETED, RoundExecutor
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
-from coordinator.rounds.loop import COMPLETED, Coordinator
+from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.run import Run
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
-from edge_sdk.config.loader import dump_config
+from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.model.weights import PartCache
 from profiler.profile import DeviceProfile

@@ -30,7 +30,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import Micro
-from profiler.estimate.memory import FlopsEstimate
+from profiler.estimate.flops import FlopsEstimate
 
 CLOCK = "clock.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)

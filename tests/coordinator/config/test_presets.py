@@ -12,7 +12,8 @@ from coordinator.cli import main
 from coordinator.config.presets import NAMES, load_serve_config, preset_text, preset_title
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.fixed import check_config, plan_device
-from edge_sdk.config.loader import dump_config, load_config
+from edge_sdk.config.describe import dump_config
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import ModelFacts, find_targets
 from tests.e2e.cluster import Cluster, save_model, wait_all

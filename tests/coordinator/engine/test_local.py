@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.engine.local import Answer, DeviceFault, Job, LocalEngine
+from coordinator.engine.interface import Answer, DeviceFault, Job
+from coordinator.engine.local import LocalEngine
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, find_layout

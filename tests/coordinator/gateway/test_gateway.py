@@ -12,16 +12,8 @@ import pytest
 import zmq
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import (
-    Event,
-    Gateway,
-    GatewayConfig,
-    Joined,
-    Left,
-    Received,
-    Rejected,
-    Silent,
-)
+from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.sessions import Event, Joined, Left, Received, Rejected, Silent
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
 from edge_sdk.protocol import packets
@@ -30,7 +22,8 @@ from edge_sdk.protocol.messages import Failure, Pause, Paused, Refused, Stamp
 from edge_sdk.protocol.packets import Attach, Kind, Lane
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.keys import KeyPair, make_key_pair
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.link import LinkConfig
+from edge_sdk.transport.zmq_link import ZmqLink
 
 SERVER, ONE, TWO = make_key_pair(), make_key_pair(), make_key_pair()
 PAUSED = Paused(stamp=Stamp(step=1))

@@ -13,7 +13,7 @@ from coordinator.planning.problem import PlanningProblem, ServerProfile
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile
 from tests.tiny import make_config, task_of
 

@@ -13,7 +13,7 @@ from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import PlanningProblem, ServerProfile
 from coordinator.planning.replan import replan
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from tests.coordinator.planning.problems import FAST, SLOW, make_problem, model_of, with_memory
 
 

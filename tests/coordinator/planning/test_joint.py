@@ -23,7 +23,9 @@ from coordinator.planning.problem import ServerProfile, planning_length
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from profiler.estimate.memory import ModelShape, Work, estimate_flops, estimate_memory, hidden_bytes
+from profiler.estimate.flops import estimate_flops
+from profiler.estimate.memory import estimate_memory, hidden_bytes
+from profiler.estimate.sizes import ModelShape, Work
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (
     FAST,

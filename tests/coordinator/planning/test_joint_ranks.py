@@ -18,7 +18,7 @@ from coordinator.planning.fixed import check_config
 from coordinator.planning.joint import plan_all
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from tests.coordinator.planning.problems import SLOW, make_problem, model_of, priced, with_memory
 
 

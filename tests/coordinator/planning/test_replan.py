@@ -22,7 +22,7 @@ from coordinator.planning.replan import (
     worth_changing,
 )
 from edge_sdk.lora.targets import ModelFacts
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import (
     FAST,

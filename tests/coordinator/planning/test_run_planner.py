@@ -21,7 +21,7 @@ from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from edge_sdk.model.weights import PartCache
-from profiler.estimate.memory import ModelShape
+from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import FAST, SLOW, make_problem, model_of
 from tests.e2e.cluster import save_model

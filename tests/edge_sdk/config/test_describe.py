@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 
-from edge_sdk.config.loader import SECRET, ConfigRow, describe
+from edge_sdk.config.describe import ConfigRow, describe
+from edge_sdk.config.loader import SECRET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

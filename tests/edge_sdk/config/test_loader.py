@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.config.loader import SECRET, dump_config, load_config
+from edge_sdk.config.describe import dump_config
+from edge_sdk.config.loader import SECRET, load_config
 from edge_sdk.errors import ConfigError
 
 

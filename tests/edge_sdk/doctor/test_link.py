@@ -22,8 +22,7 @@ from edge_sdk.errors import PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.protocol.messages import Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake, shake_hands
 from edge_sdk.transport.keys import KeyPair, make_key_pair
-from edge_sdk.transport.link import package_version
-from edge_sdk.transport.zmq_link import LinkConfig
+from edge_sdk.transport.link import LinkConfig, package_version
 
 HERE = "127.0.0.1"
 PATIENCE_S = 10.0

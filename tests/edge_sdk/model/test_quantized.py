@@ -41,7 +41,8 @@ from edge_sdk.model.weights import ModelSource, open_part
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
-from profiler.estimate.memory import Work, estimate_memory
+from profiler.estimate.memory import estimate_memory
+from profiler.estimate.sizes import Work
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import (
     BLOCKS,

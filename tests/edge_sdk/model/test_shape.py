@@ -20,13 +20,9 @@ from edge_sdk.model.shape import model_shape
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
-from profiler.estimate.memory import (
-    ModelShape,
-    Work,
-    adapter_bytes,
-    estimate_flops,
-    estimate_memory,
-)
+from profiler.estimate.flops import estimate_flops
+from profiler.estimate.memory import adapter_bytes, estimate_memory
+from profiler.estimate.sizes import ModelShape, Work
 from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
 from tests.tiny import (
     BLOCKS,

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Event, Gateway, GatewayConfig, Joined, Left, Received
+from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.sessions import Event, Joined, Left, Received
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     LocalProtocolError,
@@ -26,8 +27,9 @@ from edge_sdk.errors import (
 )
 from edge_sdk.protocol.messages import PartData, Pause, Paused, Stamp, TopHidden
 from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.memory_link import memory_pair
-from edge_sdk.transport.zmq_link import LinkConfig, ZmqLink
+from edge_sdk.transport.zmq_link import ZmqLink
 
 SERVER = make_key_pair()
 DEVICE = make_key_pair()

@@ -9,19 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.estimate.memory import (
-    FlopsEstimate,
-    Kept,
-    Linear,
-    MemoryEstimate,
-    ModelShape,
-    Work,
-    adapter_bytes,
-    estimate_flops,
-    estimate_memory,
-    estimate_seconds,
-    hidden_bytes,
-)
+from profiler.estimate.flops import FlopsEstimate, estimate_flops, estimate_seconds
+from profiler.estimate.memory import MemoryEstimate, adapter_bytes, estimate_memory, hidden_bytes
+from profiler.estimate.sizes import Kept, Linear, ModelShape, Work
 
 BLOCKS = 4
 MODEL = ModelShape(

@@ -34,7 +34,7 @@ from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
-from profiler.estimate.memory import FlopsEstimate
+from profiler.estimate.flops import FlopsEstimate
 from tests.e2e.cluster import (
     Cluster,
     classified,
