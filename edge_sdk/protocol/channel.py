@@ -102,16 +102,6 @@ class Sender:
         """Whether everything queued has arrived."""
         return not self._queue
 
-    @property
-    def in_flight_bytes(self) -> int:
-        """Payload sent and not acked."""
-        return self._sent_bytes - self._acked_bytes
-
-    @property
-    def wants_to_send(self) -> bool:
-        """Whether something is queued that was not sent, or must be sent again."""
-        return self._next_seq < self._end_seq
-
     def queue(self, cargo: Cargo, message: int) -> None:
         """Put message number *message* of the session at the end."""
         self._queue.append(_Queued(self._end_seq, cargo, message))

@@ -26,8 +26,6 @@ PREFIX_BYTES = _PREFIX.size
 
 # At most this much payload in a packet: one frame is one unit of memory, resend and fairness.
 MAX_CHUNK_BYTES = 1024 * 1024
-# For links slower than about 1 Mbit/s: a chunk must pass in far less than `RESEND_AFTER_S`.
-SLOW_LINK_CHUNK_BYTES = 256 * 1024
 # Payload of the first packet of a message: header and first chunk.
 MAX_PAYLOAD_BYTES = MAX_CHUNK_BYTES + wire.MAX_HEADER_BYTES + 8
 # What a frame may have at most, told to libzmq (which counts 33 bytes of CURVE as well).

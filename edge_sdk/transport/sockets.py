@@ -9,11 +9,10 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import zmq
 
-from edge_sdk.errors import ReceiveTimeout, TransportError
 from edge_sdk.protocol.packets import MAX_FRAME_BYTES, Lane
 
 # libzmq counts messages, not bytes: this bounds what an enrolled but hostile peer can pile up to
@@ -26,17 +25,6 @@ HANDSHAKE_MS = 5_000
 # First frame of a monitor's message, zmq_socket_monitor(3): event and value. pyzmq's own parser
 # would load asyncio, a fifth of what importing this package takes.
 EVENT = struct.Struct("=Hi")
-
-
-@contextmanager
-def zmq_errors_as_ours(what: str) -> Iterator[None]:
-    """Turn pyzmq errors into ours; callers never import zmq."""
-    try:
-        yield
-    except zmq.Again as error:
-        raise ReceiveTimeout(f"{what}: no answer in time") from error
-    except zmq.ZMQError as error:
-        raise TransportError(f"{what}: {error}") from error
 
 
 def tune(sock: zmq.Socket[bytes]) -> None:

@@ -87,12 +87,12 @@ def test_an_expected_message_is_found_among_others(ends: Any) -> None:
     assert inbox.expect(Pause).message == Pause(stamp=NOW)
 
 
-def test_a_glance_does_not_wait(ends: Any) -> None:
+def test_a_poll_does_not_wait(ends: Any) -> None:
     """With nothing there the device goes on."""
     ends[0].poll()
 
 
-@pytest.mark.parametrize("look", ["next", "glance"])
+@pytest.mark.parametrize("look", ["next", "poll"])
 def test_the_application_may_stop_at_any_time(ends: Any, look: str) -> None:
     """A stop is noticed while waiting and between two steps."""
     inbox, _, stop = ends
@@ -103,7 +103,7 @@ def test_the_application_may_stop_at_any_time(ends: Any, look: str) -> None:
 
 
 def test_a_stop_interrupts_a_wait(ends: Any) -> None:
-    """A device that waits for the coordinator notices within a glance."""
+    """A device that waits for the coordinator notices within one poll."""
     inbox, _, stop = ends
     timer = threading.Timer(0.05, stop.set)
     timer.start()
@@ -124,7 +124,7 @@ def test_a_stop_interrupts_a_wait(ends: Any) -> None:
         (Failure(stamp=NOW, error="annotations", text="x"), EdgeError, "x"),
     ],
 )
-@pytest.mark.parametrize("look", ["next", "glance"])
+@pytest.mark.parametrize("look", ["next", "poll"])
 def test_ends_are_exceptions(
     ends: Any, look: str, message: Any, error: type[Exception], text: str
 ) -> None:
