@@ -20,7 +20,7 @@ from edge_sdk.client.callbacks import FAILED, Callback
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import RunEnded, Stopped
 from edge_sdk.client.participant import Participant
-from edge_sdk.client.setup import Dataset
+from edge_sdk.client.setup import Dataset, RuntimeSetup
 from edge_sdk.errors import (
     EdgeError,
     OutOfMemory,
@@ -87,9 +87,8 @@ class EdgeClient:
             return self._run_over(self._open_link(monitor.telemetry), monitor)
 
     def _run_over(self, link: Link, monitor: BoardMonitor | None = None) -> str:
-        participant = Participant(
-            link, self._config, self._dataset, self._callback, self._stop, monitor
-        )
+        setup = RuntimeSetup(self._config, self._dataset)
+        participant = Participant(link, self._config, setup, self._callback, self._stop, monitor)
         reason = FAILED
         try:
             reason = self._take_part(participant)

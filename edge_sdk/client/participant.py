@@ -17,7 +17,7 @@ from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox, Redirected
 from edge_sdk.client.profile import changed_profile, device_profile, with_link
-from edge_sdk.client.setup import Dataset, RuntimeSetup, TokenizedData, make_batches
+from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.steps import Steps
 from edge_sdk.errors import EdgeError, public_name
@@ -65,14 +65,13 @@ class Participant:
         self,
         link: Link,
         config: ClientConfig,
-        dataset: Dataset | None,
+        setup: RuntimeSetup,
         callback: Callback,
         stop: threading.Event,
         monitor: BoardMonitor | None = None,
     ) -> None:
         self._link, self._config, self._callback = link, config, callback
-        self._setup = RuntimeSetup(config, dataset)
-        self._monitor = monitor
+        self._setup, self._monitor = setup, monitor
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop)
         self._stamp = Stamp()

@@ -195,8 +195,8 @@ class InstrumentedRuntime:
         return partial(self._shop.run, found) if callable(found) else found
 
 
-class _SharingPreparation(RuntimeSetup):
-    """A device's preparation that shares frozen weights with the other devices of the process."""
+class _SharingSetup(RuntimeSetup):
+    """A device's setup that shares frozen weights with the other devices of the process."""
 
     def __init__(
         self, config: ClientConfig, dataset: Dataset | None, name: str, shop: SharedCompute
@@ -223,20 +223,6 @@ class _SharingPreparation(RuntimeSetup):
         return parts[part.sha256]
 
 
-class _SimulatedParticipant(Participant):
-    def __init__(
-        self,
-        link: _TurnLink,
-        config: ClientConfig,
-        dataset: Dataset | None,
-        stop: threading.Event,
-        name: str,
-        shop: SharedCompute,
-    ) -> None:
-        super().__init__(link, config, dataset, Callback(), stop)
-        self._preparation = _SharingPreparation(config, dataset, name, shop)
-
-
 class SimulatedDevice:
     """A participant, its thread, and the coordinator's end of its link."""
 
@@ -252,9 +238,7 @@ class SimulatedDevice:
         """Whether something may have happened that it waits for."""
         self._turn, self._stop = _Turn(), threading.Event()
         self._own_link = _TurnLink(ours, self._turn, name, shop.listener)
-        self._make = partial(
-            _SimulatedParticipant, self._own_link, config, dataset, self._stop, name, shop
-        )
+        self._config, self._dataset, self._shop = config, dataset, shop
         self._thread = threading.Thread(target=self._live, name=f"device-{name}", daemon=True)
         self._thread.start()
 
@@ -283,7 +267,8 @@ class SimulatedDevice:
             self._turn.end()
 
     def _take_part(self) -> None:
-        participant = self._make()
+        setup = _SharingSetup(self._config, self._dataset, self.name, self._shop)
+        participant = Participant(self._own_link, self._config, setup, Callback(), self._stop)
         try:
             participant.join()
             participant.serve()

@@ -312,7 +312,7 @@ def test_frozen_weights_are_held_once_and_never_written(
             runtimes.append(runtime)
             super().__init__(runtime, *rest)
 
-    monkeypatch.setattr(simulation, "Workshop", Seen)
+    monkeypatch.setattr(simulation, "SharedCompute", Seen)
     monkeypatch.setattr(simulated_device, "InstrumentedRuntime", SeenRuntime)
     simulate(make(rounds=1), Silence())
 
