@@ -15,6 +15,7 @@ from coordinator.aggregation.rules import (
     RULES,
     SERVER,
     Contribution,
+    Memory,
     Update,
     mean_of,
     product,
@@ -76,6 +77,8 @@ class Ledger:
         self.pairs: dict[str, dict[str, Pair]] = {}
         """Own factors by participant (SERVER or device name) and weight."""
         self.head: dict[str, Array] = {}
+        self._memory: dict[str, Memory] = {}
+        """What the rule's server optimizer remembers, by weight."""
         self.rounds = 0
         """Aggregations so far."""
 
@@ -170,6 +173,12 @@ class Ledger:
     def _note(self, weight: str, update: Update, result: RoundResult) -> None:
         result.cut_error = max(result.cut_error, update.cut_error)
         old = self.totals.get(weight) or zero(*self._facts.targets[weight])
+        if self._rule.server_optimizer is not None:
+            change = update.change if update.total is None else residual(update.total, old)
+            assert change is not None, "a rule gives the total or the change"
+            memory = self._memory.get(weight, {})
+            change, self._memory[weight] = self._rule.server_optimizer(change, memory)
+            update = Update(change=change)
         if update.total is not None:
             self.totals[weight] = update.total
             result.changes[weight] = residual(update.total, old)
@@ -203,21 +212,28 @@ class Ledger:
                 state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
         for name, factors in self.totals.items():
             state |= {f"total:{name}.A": factors.a_RI, f"total:{name}.B": factors.b_OR}
+        for name, memory in self._memory.items():
+            state |= {f"memory:{name}:{key}": value for key, value in memory.items()}
         return state | {f"head:{name}": value for name, value in self.head.items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned; without a memory, the server optimizer begins anew."""
         self.totals, self.pairs, self.head = {}, {}, {}
+        memory: dict[str, dict[str, Array]] = {}
         self.rounds = int(state["rounds"])
         for key, a in state.items():
             kind, _, rest = key.partition(":")
             if kind == "head":
                 self.head[rest] = a
-            if not key.endswith(".A"):
+            elif kind == "memory":
+                weight, _, name = rest.rpartition(":")
+                memory.setdefault(weight, {})[name] = a
+            if kind not in ("pair", "total") or not key.endswith(".A"):
                 continue
             b = state[f"{key[:-1]}B"]
             who, _, name = rest.removesuffix(".A").rpartition(":")
             if kind == "pair":
                 self.pairs.setdefault(who, {})[name] = Pair(a, b)
-            elif kind == "total":
+            else:
                 self.totals[name] = Factors(b, a)
+        self._memory = dict(memory)

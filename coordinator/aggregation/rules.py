@@ -47,6 +47,8 @@ class Update:
 
 
 Join = Callable[[Mapping[str, Contribution], Shape, int | None], Update]
+Memory = Mapping[str, Array]
+ServerOptimizer = Callable[[Factors, Memory], tuple[Factors, Memory]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class Rule:
     restarts: bool = False
     """Whether everybody begins the next round with fresh factors and an optimizer without past."""
     needs_equal_ranks: bool = False
+    """Whether a weight must have the same rank wherever it is trained."""
+    needs_whole_model: bool = False
+    """Whether every device must hold all blocks: the rule does not weigh by samples, so it cannot
+    join what devices and coordinator learned from different shares of them."""
+    can_prune: bool = False
+    """Whether devices may cut ranks off during the run (`training.rank_penalty`)."""
+    server_optimizer: ServerOptimizer | None = None
+    """(a round's change of dW of one weight, what was remembered of that weight) -> the change to
+    apply, what to remember: server momentum and adaptive server optimizers (FedOpt, arXiv
+    2003.00295). The first memory is empty; checkpoints hold it. None: the change is applied."""
 
 
 def fedavg(
@@ -171,7 +183,7 @@ RULES: dict[str, Rule] = {
     "stack": Rule(exact, restarts=True),
     "svd": Rule(svd, svd_asymmetric),
     "svd-balanced": Rule(svd, balanced),
-    "zeropad": Rule(zeropad, truncate),
+    "zeropad": Rule(zeropad, truncate, needs_whole_model=True, can_prune=True),
     "fedavg": Rule(fedavg, truncate, needs_equal_ranks=True),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation.rules import RULES
 from coordinator.config.centralised import PooledConfig
@@ -18,6 +18,10 @@ from edge_sdk.model.precision import Compute
 from edge_sdk.runtime.training import TrainingConfig
 
 Codec = Literal["bfloat16", "float16", "float32"]
+if TYPE_CHECKING:
+    Aggregation = str
+else:  # the rules themselves are the choices
+    Aggregation = Literal[tuple(RULES)]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
@@ -92,7 +96,7 @@ class ServeConfig:
     """Aggregations in the run."""
     steps_per_round: int = 20
     """Optimizer steps between two aggregations."""
-    aggregation: Literal["exact", "stack", "svd", "svd-balanced", "zeropad", "fedavg"] = "exact"
+    aggregation: Aggregation = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     """Who chooses split points and ranks."""
@@ -141,7 +145,8 @@ class ServeConfig:
         is_classifier = self.task == "sequence-classification"
         if is_classifier and len(self.label_names) < 2:
             raise ValueError("label_names must name at least 2 classes for this task")
-        assert self.aggregation in RULES, "config and rules name the same aggregations"
+        if self.aggregation not in RULES:
+            raise ValueError(f"aggregation must be one of {', '.join(RULES)}")
 
     @property
     def total_steps(self) -> int:

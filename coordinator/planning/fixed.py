@@ -99,21 +99,22 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
         for name, rank in held.items():
             ranks.setdefault(name, set()).add(rank)
     unequal = {name: sorted(found) for name, found in ranks.items() if len(found) > 1}
-    is_fixed = config.planning.ranks == "fixed"
-    if config.aggregation == "fedavg" and unequal and is_fixed:
+    rule, is_fixed = RULES[config.aggregation], config.planning.ranks == "fixed"
+    if rule.needs_equal_ranks and unequal and is_fixed:
         name, found = next(iter(unequal.items()))
         raise ConfigError(
-            f"aggregation: 'fedavg' needs equal ranks, the config gives {found} for {name!r}; "
-            "use 'exact' or one rank"
+            f"aggregation: {config.aggregation!r} needs equal ranks, the config gives {found} for "
+            f"{name!r}; use 'exact' or one rank"
         )
-    if config.training.rank_penalty and config.aggregation != "zeropad":
+    if config.training.rank_penalty and not rule.can_prune:
+        pruning = " or ".join(repr(name) for name, other in RULES.items() if other.can_prune)
         raise ConfigError(
-            f"training.rank_penalty: ranks are pruned under aggregation 'zeropad', not "
+            f"training.rank_penalty: ranks are pruned under aggregation {pruning}, not "
             f"{config.aggregation!r}; set it to 0"
         )
-    if config.aggregation == "zeropad" and first < facts.layout.num_blocks:
+    if rule.needs_whole_model and first < facts.layout.num_blocks:
         raise ConfigError(
-            f"aggregation: 'zeropad' weighs adapters by their norm and not by samples, so every "
+            f"aggregation: {config.aggregation!r} does not weigh adapters by samples, so every "
             f"device must hold all {facts.layout.num_blocks} blocks, the config gives one {first}; "
             "use split: all, or 'exact'"
         )
@@ -129,10 +130,11 @@ def check_planning(config: ServeConfig, facts: ModelFacts) -> None:
     planning, rule = config.planning, RULES[config.aggregation]
     if planning.ranks != "fixed":
         possible_ranks(planning.rank_set, facts.targets)
-    if config.aggregation == "zeropad" and planning.split != "fixed":
+    if rule.needs_whole_model and planning.split != "fixed":
         raise ConfigError(
-            f"planning.split: {planning.split!r} chooses unequal splits, and aggregation 'zeropad' "
-            "needs every device to hold all blocks; use planning.split: fixed with split: all"
+            f"planning.split: {planning.split!r} chooses unequal splits, and aggregation "
+            f"{config.aggregation!r} needs every device to hold all blocks; use "
+            "planning.split: fixed with split: all"
         )
     if not rule.needs_equal_ranks:
         return

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.rules import RULES, SERVER, Memory, Rule, exact
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.factors import Factors, compress, stack
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, Serving, sentences, wait_all, write_rows
 from tests.tiny import BLOCKS
@@ -60,6 +62,38 @@ def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
             expected = own.dense() if own is not None else expected  # its best of rank 4
         size = max(1e-3, float(np.linalg.norm(expected)))
         assert np.linalg.norm(sum(held) - expected) <= 3e-5 * size, weight
+
+
+def momentum(change: Factors, memory: Memory) -> tuple[Factors, Memory]:
+    """Server momentum: add 0.9 of what was applied in the round before."""
+    before = [Factors(memory["B"], memory["A"]).scaled(0.9)] if memory else []
+    moved = compress(stack([change, *before]))[0]
+    return moved, {"A": moved.a_RI, "B": moved.b_OR}
+
+
+def test_a_rule_with_momentum_survives_a_stop(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One registration adds server momentum; stopped in a round and resumed, no bit differs."""
+    monkeypatch.setitem(RULES, "momentum", Rule(exact, server_optimizer=momentum))
+    config = cluster.config(aggregation="momentum", rounds=3, name="whole")
+    whole = cluster.serve(config).start()
+    wait_all(cluster.start(state=cluster.folder / "whole"))
+    assert whole.wait() == "completed"
+    stopped = cluster.serve(replace(config, name="run")).stop_at(7).start()
+    clients = cluster.start()
+    assert stopped.wait() == "paused"
+
+    resumed = cluster.serve(replace(config, name="run")).start()
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    assert resumed.metrics == whole.metrics
+    expected, found = whole.run.ledger.state(), resumed.run.ledger.state()
+    assert any(key.startswith("memory:") for key in expected)
+    assert {n: v.tobytes() for n, v in found.items()} == {
+        n: v.tobytes() for n, v in expected.items()
+    }
 
 
 @pytest.mark.parametrize("rule", ["zeropad", "svd"])

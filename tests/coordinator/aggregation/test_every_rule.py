@@ -62,7 +62,7 @@ def test_fedavg_is_the_weighted_mean_of_each_factor(num: int, rank: int, seed: i
         np.testing.assert_allclose(getattr(pair, factor), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("share_out", [svd_asymmetric, balanced])
+@pytest.mark.parametrize("redistribute", [svd_asymmetric, balanced])
 @given(ranks=RANKS, rank=st.integers(1, 5), seed=SEEDS, scale=st.floats(0.1, 8.0))
 @settings(deadline=None, max_examples=40)
 def test_svd_hands_out_the_best_approximation(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from coordinator.aggregation.rules import RULES
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from edge_sdk.config.loader import load_config
+from edge_sdk.config.values import field_types
+from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig
 
 
@@ -63,3 +67,18 @@ def test_a_device_s_own_settings_come_first() -> None:
 def test_a_run_has_rounds_times_steps() -> None:
     """The schedule's length is known from the start."""
     assert ServeConfig(model="m", rounds=3, steps_per_round=7).total_steps == 21
+
+
+def test_the_choices_of_aggregation_are_the_rules() -> None:
+    """A rule is a choice by being in `RULES`; a wrong name is told the choices and the nearest."""
+    assert get_args(field_types(ServeConfig)["aggregation"]) == tuple(RULES)
+    names = " or ".join(repr(name) for name in RULES)
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(ServeConfig, None, ["model=m", "aggregation=zeropat"], env={})
+
+    assert str(refused.value) == (
+        f"override aggregation: aggregation must be {names}, got 'zeropat'; did you mean 'zeropad'?"
+    )
+    with pytest.raises(ValueError, match="aggregation must be one of exact, stack"):
+        ServeConfig(model="m", aggregation="zeropat")
