@@ -1,7 +1,7 @@
 """Measured, not believed: how fast matrix products and one real block run here, how much fits.
 
 Imports torch and transformers inside the functions that need them. Not here: the link, which only
-its two ends can measure, and what a plan will need (`estimate.py`).
+its two ends can measure, and what a plan will need (`estimate/memory.py`).
 
 Legend: B sequences, T positions, D hidden size.
 """

@@ -1,6 +1,6 @@
 """The configuration of a run: what `coordinator serve --config run.yaml` reads.
 
-Knows no model and no device; what only these can tell is checked in `planning.py`.
+Knows no model and no device; what only these can tell is checked in `planning/fixed.py`.
 """
 
 from __future__ import annotations

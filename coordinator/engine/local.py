@@ -1,7 +1,7 @@
 """The coordinator's share of the model: many devices, cut anywhere, one forward and one backward.
 
-`LocalEngine` runs in this process; what it is asked for stands in `wave.py`. Knows no network and
-no rounds.
+`LocalEngine` runs in this process; what it is asked for stands in `interface.py`. Knows no network
+and no rounds.
 
 A wave's rows enter at their own block: devices sorted by split, each joins the batch where its own
 blocks end. The loss that is differentiated is sum_i n_i L_i, with L_i device i's own mean token
@@ -35,9 +35,9 @@ from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import Form, ImportanceMeter
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.layout import Layout, head_names, named_parameters
+from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
-from edge_sdk.model.partition import Slice
+from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.torch_runtime import (

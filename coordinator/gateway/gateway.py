@@ -1,6 +1,6 @@
 """The coordinator's only door: every device's messages come in and go out here.
 
-One I/O thread owns the socket (`gateway_io.py`); the rest of the coordinator reads events and
+One I/O thread owns the socket (`io_thread.py`); the rest of the coordinator reads events and
 queues messages. Not here: what the messages mean.
 """
 

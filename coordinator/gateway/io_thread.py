@@ -1,8 +1,8 @@
 """The I/O thread of the coordinator: one ROUTER socket, all sessions.
 
-Not here: what the rest of the coordinator calls (`gateway.py`), delivery (`conversation.py`), keys
-(`auth.py`). Work per frame does not depend on the number of devices: whatever is due later lies in
-a heap, whatever is due now in a small dict.
+Not here: what the rest of the coordinator calls (`gateway.py`), delivery
+(`edge_sdk/protocol/session.py`), keys (`allow_list.py`). Work per frame does not depend on the
+number of devices: whatever is due later lies in a heap, whatever is due now in a small dict.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What leaves the coordinator: packets of the sessions that have some, acks, and control frames.
 
-Not here: what arrives, and sessions (`gateway_io.py`). Used by the I/O thread alone.
+Not here: what arrives, and sessions (`io_thread.py`). Used by the I/O thread alone.
 """
 
 from __future__ import annotations

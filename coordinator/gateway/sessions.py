@@ -1,6 +1,6 @@
 """What the gateway keeps for each device that has a session; plain data and events.
 
-Not here: sockets (`gateway_io.py`). A seat belongs to a name, which belongs to a key; routing ids
+Not here: sockets (`io_thread.py`). A seat belongs to a name, which belongs to a key; routing ids
 only say where to send, never who it is.
 """
 

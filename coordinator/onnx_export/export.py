@@ -4,7 +4,7 @@
 
 Every block is traced, and equal ones are kept once. Takes seconds of Python for each kind of block,
 and changes torch's modules while it does: a coordinator runs it as a process of its own
-(`graph_shop.py`). Reads no weights.
+(`cache.py`). Reads no weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from coordinator.onnx_export.trace import Traced
 from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import EdgeError, one_line
 from edge_sdk.lora.targets import Shape
-from edge_sdk.model.layout import Layout, find_layout, head_names
-from edge_sdk.model.partition import Slice
+from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.partition import Slice, head_names
 from edge_sdk.model.weights import load_config, write_whole
 from edge_sdk.runtime.onnx_graphs import About, Graphs
 

@@ -22,8 +22,8 @@ from transformers.activations import NewGELUActivation
 
 from coordinator.onnx_export.trace import SIZES, Input, Traced, trace
 from edge_sdk.lora.targets import Shape
-from edge_sdk.model.layout import head_names, is_transposed
-from edge_sdk.model.partition import Slice
+from edge_sdk.model.layout import is_transposed
+from edge_sdk.model.partition import Slice, head_names
 
 FACTORS = "ABVU"
 FORMS = ("free", "signed", "reference")

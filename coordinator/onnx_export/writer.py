@@ -1,6 +1,6 @@
 """Write a traced graph as an ONNX model: names, constants, sizes that are symbols.
 
-What each operator becomes stands in `onnx_ops.py`. Knows no model.
+What each operator becomes stands in `operators.py`. Knows no model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What splits and ranks cost on one device and on the coordinator, by the profiler's estimates.
 
-Turns a situation into the tables from which `splits.py` and `rank_choice.py` choose.
+Turns a situation into the tables from which `splits.py` and `ranks.py` choose.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plan a whole run: split points and ranks of every device and of the coordinator (ARMSC).
 
 Pure: a situation in, plans with their reasons out. Split points come from `splits.py`, ranks from
-`rank_choice.py`, prices from `costs.py`. When to plan again is `replan.py`.
+`ranks.py`, prices from `costs.py`. When to plan again is `replan.py`.
 """
 
 from __future__ import annotations

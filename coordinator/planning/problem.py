@@ -1,6 +1,6 @@
 """All that plans are made from, and what of it is settled before anything is computed.
 
-Knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`armsc.py`).
+Knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`joint.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PlanningProblem:
     importance: Mapping[str, float] | None = None
     """Global importance of adapted weights; None: not measured yet, all alike."""
     frozen: Mapping[str, str] = field(default_factory=dict)
-    """Devices that compute forward only, and why they cannot train (`forward_only.py`)."""
+    """Devices that compute forward only, and why they cannot train (`frozen_devices.py`)."""
 
     @property
     def num_blocks(self) -> int:

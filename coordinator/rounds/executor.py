@@ -1,4 +1,4 @@
-"""Carry out what `rounds.py` decides: start rounds, run waves, aggregate, pause, close."""
+"""Carry out what `state.py` decides: start rounds, run waves, aggregate, pause, close."""
 
 from __future__ import annotations
 

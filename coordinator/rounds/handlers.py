@@ -20,7 +20,7 @@ from coordinator.rounds.validation import (
 )
 from edge_sdk.errors import EdgeError, OutOfMemory, PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.model.layout import head_names
+from edge_sdk.model.partition import head_names
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     Activation,

@@ -1,7 +1,7 @@
 """The event loop of a run: messages in (`handlers.py`), decisions carried out (`executor.py`).
 
-What to do next is decided in `rounds.py`, who may take part in `admission.py`, what is computed in
-`engine.py` (in a thread of its own), what is joined in `ledger.py`.
+What to do next is decided in `state.py`, who may take part in `admission.py`, what is computed in
+`engine/local.py` (in a thread of its own), what is joined in `aggregation/ledger.py`.
 """
 
 from __future__ import annotations

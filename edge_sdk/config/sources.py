@@ -1,6 +1,6 @@
 """Where settings come from: YAML files, the environment and `key=value`, each with its origin.
 
-Knows nothing of dataclasses; `config_values.py` gives the settings their types. A setting keeps its
+Knows nothing of dataclasses; `values.py` gives the settings their types. A setting keeps its
 origin so that an error can name the line to mend, and the folder a relative path starts from.
 """
 

@@ -1,7 +1,7 @@
 """Checks of what computes: torch and onnxruntime run real kernels in a process of their own.
 
 That process may be killed, hang or raise; here stands what each of it means and what mends it. What
-it runs is `doctor_trial.py`.
+it runs is `kernels.py`.
 """
 
 from __future__ import annotations

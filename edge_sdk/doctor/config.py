@@ -1,6 +1,6 @@
 """Checks of what the owner of a device has written: its config, its keys, its data.
 
-Not here: whether anybody answers at the address in it (`doctor_link.py`).
+Not here: whether anybody answers at the address in it (`link.py`).
 """
 
 from __future__ import annotations

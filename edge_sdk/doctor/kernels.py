@@ -3,7 +3,7 @@
     python -m edge_sdk.doctor.kernels DEVICE STAGE ...
 
 Writes a line of JSON before and after each stage, so that whoever reads them knows which one did
-not come back. Not here: what that means (`doctor_compute.py`).
+not come back. Not here: what that means (`compute.py`).
 
 Legend: B rows, I inputs, O outputs, R rank.
 """

@@ -1,7 +1,7 @@
 """Checks of the machine itself: board, heat, memory, swap, disk, limits, clock.
 
 Nothing here starts a process or a connection; what is read is given, so that another folder can
-stand for another machine. Not here: what computes (`doctor_compute.py`).
+stand for another machine. Not here: what computes (`compute.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from edge_sdk.errors import ModelError
 
 if TYPE_CHECKING:
-    from edge_sdk.model.partition import Slice
+    pass
 
 Task = Literal["causal-lm", "sequence-classification"]
 
@@ -210,19 +210,6 @@ def is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
-
-
-def head_names(slice_: Slice) -> tuple[str, ...]:
-    """Parameters of a classifier's head, trained in full; empty for a causal LM."""
-    if slice_.task == "causal-lm":
-        return ()
-    base = f"{getattr(slice_.model, 'base_model_prefix', '')}."
-    return tuple(name for name in slice_.layout.tail if not name.startswith(base))
-
-
-def named_parameters(slice_: Slice, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of a slice by whole-model name."""
-    return {name: slice_.model.get_parameter(name) for name in names}
 
 
 def usable_positions(model_config: Any, task: Task) -> int:

@@ -8,7 +8,7 @@ Legend: B sequences, T positions, D hidden size, V vocabulary or classes, L bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -262,3 +262,16 @@ def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[leaf] = value
+
+
+def head_names(slice_: Slice) -> tuple[str, ...]:
+    """Parameters of a classifier's head, trained in full; empty for a causal LM."""
+    if slice_.task == "causal-lm":
+        return ()
+    base = f"{getattr(slice_.model, 'base_model_prefix', '')}."
+    return tuple(name for name in slice_.layout.tail if not name.startswith(base))
+
+
+def named_parameters(slice_: Slice, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of a slice by whole-model name."""
+    return {name: slice_.model.get_parameter(name) for name in names}

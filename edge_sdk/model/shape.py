@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edge_sdk.model.layout import Layout, Task, head_names, is_transposed
-from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.layout import Layout, Task, is_transposed
+from edge_sdk.model.partition import CPU, Slice, head_names
 from edge_sdk.model.precision import autocast
 from profiler.estimate.sizes import Kept, Linear, ModelShape
 

@@ -1,7 +1,7 @@
 """One lane between two sides: everything arrives once and in order, whatever the connection does.
 
 Pure: no socket, no thread, and the clock is an argument. Not here: what the packets carry
-(`assembly.py`), nor how two lanes become one stream of messages (`conversation.py`).
+(`fragments.py`), nor how two lanes become one stream of messages (`session.py`).
 
 Rule 1: packets are numbered; the receiver takes only the one it expects next (go-back-N).
 Rule 2: an ack is cumulative; "next" says that everything before has arrived.

@@ -1,7 +1,7 @@
 """How the numbers of a tensor are written: six codecs, numpy only.
 
 Not here: which tensors a message brings (`messages.py`), and how bytes are cut into chunks
-(`assembly.py`). Everything is little-endian on the wire.
+(`fragments.py`). Everything is little-endian on the wire.
 """
 
 from __future__ import annotations

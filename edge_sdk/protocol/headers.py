@@ -1,6 +1,6 @@
 """Message <-> header bytes, strictly: every field is checked against its type before it is used.
 
-Only importer of msgpack. Not here: tensors' bytes (`codecs.py`, `assembly.py`), the frame around
+Only importer of msgpack. Not here: tensors' bytes (`codecs.py`, `fragments.py`), the frame around
 a header (`packets.py`), delivery (`channel.py`).
 
 A header is one msgpack map ``{"v": 1, "type": name, "body": {...}, "tensors": [...]}``. Checks for

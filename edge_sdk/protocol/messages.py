@@ -1,7 +1,7 @@
 """Every message that a device and the coordinator exchange; the protocol's dictionary.
 
-Frozen dataclasses without behaviour. How they become bytes is `wire.py`, how they are delivered in
-order and exactly once is `channel.py`. Tensors travel beside a message, by name.
+Frozen dataclasses without behaviour. How they become bytes is `headers.py`, how they are delivered
+in order and exactly once is `channel.py`. Tensors travel beside a message, by name.
 
 Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs.
 """

@@ -1,7 +1,7 @@
 """Two lanes made one stream of messages: what each side keeps for a session.
 
-Pure, like `channel.py`. Not here: sockets and who the peer is (`device_io.py`, the coordinator's
-`gateway_io.py`).
+Pure, like `channel.py`. Not here: sockets and who the peer is (`transport/io_thread.py`, the
+coordinator's `coordinator/gateway/io_thread.py`).
 
 Every message has a number in its session. It travels on one lane; the receiver hands messages out
 by number, whichever lane was faster.

@@ -1,6 +1,6 @@
 """What a device can do with its slice, whatever computes it: the `Runtime` interface.
 
-Knows no network. `runtime_torch.py` is the torch implementation; arrays cross this border as numpy,
+Knows no network. `torch_runtime.py` is the torch implementation; arrays cross this border as numpy,
 so that a runtime without torch can stand beside it.
 
 Legend: B sequences, T positions, D hidden size.

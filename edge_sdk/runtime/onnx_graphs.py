@@ -2,7 +2,7 @@
 
 Blocks of the same kind share their graphs: names inside them are those inside a block, and no
 weight lies in them. Knows no ONNX; what writes them is `coordinator/onnx_export/export.py`, what
-runs them `runtime_onnx.py`.
+runs them `onnx_runtime.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing is kept between forward and backward but what entered each block: a block's gradient graph
 runs its forward pass again, so that memory is that of one block, however many there are. Knows no
-network; graphs are run in `onnx_model.py`.
+network; graphs are run in `onnx_session.py`.
 
 Legend: B sequences, T positions, D hidden size, N targets.
 """

@@ -1,7 +1,7 @@
 """A slice as onnxruntime sees it: sessions, weights mapped from disk, factors handed in.
 
-Only importer of onnxruntime. Knows blocks and tails as graphs (`graphs.py`); knows no optimizer,
-no adapter rule and no network.
+Only importer of onnxruntime. Knows blocks and tails as graphs (`onnx_graphs.py`); knows no
+optimizer, no adapter rule and no network.
 
 Legend: B sequences, T positions, D hidden size.
 """

@@ -25,9 +25,9 @@ from edge_sdk.lora.importance import Form, ImportanceMeter
 from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.layout import Layout, Task, head_names, named_parameters
+from edge_sdk.model.layout import Layout, Task
 from edge_sdk.model.loss import LossSums, loss_sums
-from edge_sdk.model.partition import Slice
+from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Base, Compute, autocast, resolve_compute
 from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan

@@ -1,6 +1,6 @@
 """One connection of a device: its DEALER socket and monitor, its configuration, its patience.
 
-Not here: when to connect, and what is sent (`device_io.py`).
+Not here: when to connect, and what is sent (`io_thread.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A CURVE handshake and nothing more: are both keys right, and does a coordinator answer?
 
 Opens no session, so one that this device's key has open elsewhere goes on undisturbed. Not here:
-what the outcome means for people (`doctor_link.py`).
+what the outcome means for people (`doctor/link.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The I/O thread of a device's link: two DEALER sockets, their monitors, and one conversation.
 
-Not here: what applications call (`transport.py`), and delivery itself (`conversation.py`).
+Not here: what applications call (`zmq_link.py`), and delivery itself (`protocol/session.py`).
 Everything in this file runs in that one thread, except `post` and the plain reads of `stats`.
 """
 

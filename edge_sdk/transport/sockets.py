@@ -1,7 +1,8 @@
 """What both ends of the link do with libzmq: options, monitors, waking an I/O thread.
 
-Not here: who connects to whom (`device_io.py`, the coordinator's `gateway_io.py`). The settings
-are those that were measured to be safe; the reason stands beside each.
+Not here: who connects to whom (`io_thread.py`, the coordinator's
+`coordinator/gateway/io_thread.py`). The settings are those that were measured to be safe; the
+reason stands beside each.
 """
 
 from __future__ import annotations

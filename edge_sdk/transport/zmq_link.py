@@ -1,7 +1,7 @@
 """The link of a device to its coordinator, as an application sees it.
 
-Not here: sockets and reconnects (`device_io.py`, `transport_line.py`), bytes (`wire.py`), the fake
-for tests and simulation (`memory_link.py`).
+Not here: sockets and reconnects (`io_thread.py`, `connection.py`), bytes (`protocol/headers.py`),
+the fake for tests and simulation (`memory_link.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Peak memory of a stretch of a model, its adapters and one micro-batch; design.md 7.
 
-Pure arithmetic on the sizes of `work.py`: knows no torch, no model family, no device and no plan.
+Pure arithmetic on the sizes of `sizes.py`: knows no torch, no model family, no device and no plan.
 What a frozen block keeps for its backward pass is told by `ModelShape.kept`, which
 `edge_sdk/model/shape.py` observes; without it, sizes of the linear layers stand in. Operations are
 `flops.py`; both are to be had from here.

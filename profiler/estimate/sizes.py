@@ -1,6 +1,6 @@
 """Sizes of a model, and what one side of the cut does with it for one micro-batch.
 
-Pure: what these cost is `estimate.py` (bytes) and `flops.py` (operations); where the sizes come
+Pure: what these cost is `memory.py` (bytes) and `flops.py` (operations); where the sizes come
 from is `edge_sdk/model/shape.py`. Knows no torch, no model family, no device and no plan.
 
 Legend: B sequences, T positions.

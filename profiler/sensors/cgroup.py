@@ -1,7 +1,7 @@
 """Control groups: the limits of a container or a systemd unit, versions 1 and 2.
 
 psutil and /proc/meminfo speak of the host, whatever limit stands around this process. Only finds
-their folders; what stands there is read in `memory.py` and `cores.py`.
+their folders; what stands there is read in `memory.py` and `cgroup.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this machine draws now, rail by rail and as a whole, and the counters of what it has drawn.
 
-Joules over a stretch of time are made of these in `energy.py`.
+Joules over a stretch of time are made of these in `power.py`.
 """
 
 from __future__ import annotations

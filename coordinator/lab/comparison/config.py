@@ -1,6 +1,6 @@
 """What `coordinator compare` compares: a simulation's configuration and the methods to run.
 
-Knows no training; how a method is fitted to a set of devices is `compare_devices.py`.
+Knows no training; how a method is fitted to a set of devices is `fit_devices.py`.
 """
 
 from __future__ import annotations

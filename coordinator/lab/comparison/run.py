@@ -4,7 +4,7 @@
 
 A method with devices is simulated; one that the coordinator trains gets the devices' shards joined,
 and the time of the coordinator's machine. Runs that have ended are kept in `cells.jsonl` and not
-run again. What cells come to is `comparison.py`.
+run again. What cells come to is `table.py`.
 """
 
 from __future__ import annotations

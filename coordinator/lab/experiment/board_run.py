@@ -1,6 +1,6 @@
 """A board in one run: its program, its control groups, and how both ended.
 
-Decides nothing: when it starts and stops is `experiment_trial.py`'s.
+Decides nothing: when it starts and stops is `run.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Control groups of emulated boards: so much memory, so many cores.
 
 Versions 1 and 2, as root or in a delegated subtree. Knows no board; the processes enter by
-themselves (`experiment_keeper.py`).
+themselves (`supervisor.py`).
 """
 
 from __future__ import annotations

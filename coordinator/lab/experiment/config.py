@@ -1,6 +1,6 @@
 """What `coordinator experiment run FILE` reads: a run, its boards, and what happens to them.
 
-Pure; whether a board answers is found out in `experiment_board.py`.
+Pure; whether a board answers is found out in `board_host.py`.
 """
 
 from __future__ import annotations

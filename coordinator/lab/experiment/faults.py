@@ -1,6 +1,6 @@
 """When which fault begins and ends. Pure: the clock is an argument.
 
-What a fault does to a board is `experiment_trial.py`.
+What a fault does to a board is `run.py`.
 """
 
 from __future__ import annotations

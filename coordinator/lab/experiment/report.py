@@ -1,6 +1,6 @@
 """The report of an experiment: one table, pictures and facts, as Markdown and as a page.
 
-What is in it was measured, or is called estimated; reading it back is `experiment_result.py`.
+What is in it was measured, or is called estimated; reading it back is `result.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run of an experiment: start it, let faults happen, look after whoever dies, leave nothing.
 
-What outlives a run (keys, folders, relays) is `experiment.py`'s; when a fault happens,
-`experiment_faults.py`'s.
+What outlives a run (keys, folders, relays) is `testbed.py`'s; when a fault happens,
+`faults.py`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where commands run: on this machine, or on a board behind ssh; and programs that are kept there.
 
-A program is kept by `experiment_keeper.py`, which ends it when the connection to us ends, whatever
+A program is kept by `supervisor.py`, which ends it when the connection to us ends, whatever
 the reason. Knows no run and no plan.
 """
 

@@ -3,7 +3,7 @@
     run_experiment(config, methods, folder, print, stop)
 
 This file keeps what outlives single runs: keys, relays, and what lies on the boards. One run is
-`experiment_trial.py`, what came out `experiment_report.py`.
+`run.py`, what came out `report.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     result = simulate(config, Silence())
 
 The coordinator and the participants are those of a deployment. What is not there: the network
-(`simulated_gateway.py`), time (`clock.py`), and things that happen at the same moment. Equal
+(`gateway.py`), time (`clock.py`), and things that happen at the same moment. Equal
 configs on one machine give equal metrics and equal times.
 """
 

@@ -13,8 +13,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import Adapters, Pair, initial_pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig, Shape, check_rank, find_targets
-from edge_sdk.model.layout import Layout, head_names
-from edge_sdk.model.partition import Slice
+from edge_sdk.model.layout import Layout
+from edge_sdk.model.partition import Slice, head_names
 from tests.tiny import BLOCKS, layout_of, make_config, make_model, make_parts, task_of
 
 FAMILIES = ["llama", "gpt2", "bert"]

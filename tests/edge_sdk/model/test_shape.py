@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.targets import LoraConfig, find_targets
-from edge_sdk.model.layout import Task, head_names
-from edge_sdk.model.partition import CPU, Slice
+from edge_sdk.model.layout import Task
+from edge_sdk.model.partition import CPU, Slice, head_names
 from edge_sdk.model.precision import autocast
 from edge_sdk.model.shape import model_shape
 from edge_sdk.protocol.plan import Plan
