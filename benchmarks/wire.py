@@ -25,8 +25,8 @@ import zmq
 from report import header, save, table
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
-from coordinator.gateway.sessions import Received
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.interface import Received
 from edge_sdk.protocol.messages import Activation, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair, make_key_pair
@@ -115,7 +115,7 @@ def our_receiver(
         insecure=server is None,
         max_message_bytes=size + KIB,
     )
-    with Gateway(config, allowed) as gateway:
+    with ZmqGateway(config, allowed) as gateway:
         pipe.send(gateway.address)
         begin_s, number = 0.0, 0
         while number < warm_up(size) + count:

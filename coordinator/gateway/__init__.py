@@ -6,6 +6,6 @@ Other packages import the modules that are named here, and no other.
 __all__ = [
     "allow_list",
     "gateway",
+    "interface",
     "link_probe",
-    "sessions",
 ]

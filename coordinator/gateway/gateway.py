@@ -15,14 +15,10 @@ from dataclasses import dataclass
 import zmq
 
 from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.interface import DeviceStats, Event, Received
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
-from coordinator.gateway.sessions import (
-    DeviceSession,
-    DeviceStats,
-    Event,
-    Received,
-)
+from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
@@ -56,8 +52,8 @@ class GatewayConfig:
     """Seconds without a sign of life before the session ends with Left."""
 
 
-class Gateway(Closing):
-    """Sessions of all devices. Use as a context manager, or call `close`."""
+class ZmqGateway(Closing):
+    """The `Gateway` over ZeroMQ with CURVE. Use as a context manager, or call `close`."""
 
     def __init__(self, config: GatewayConfig, allowed: AllowList | None = None) -> None:
         if not config.insecure and (config.keys is None or allowed is None):
@@ -103,18 +99,15 @@ class Gateway(Closing):
         self._thread.start()
 
     def devices(self) -> list[str]:
-        """Return the names of all devices with a session, sorted."""
+        """Return the names of all devices with a session; see `Gateway`."""
         return sorted(list(self._io.seats))
 
     def stats(self, device: str) -> DeviceStats:
-        """Return what is known about the connection of *device*, its telemetry included."""
+        """Return what is known about a connection; see `Gateway`."""
         return self._seat(device).stats()
 
     def events(self, timeout_s: float) -> list[Event]:
-        """Return what has happened, waiting at most *timeout_s* for the first event.
-
-        One thread calls this. An empty list means that nothing happened, or that `wake` was called.
-        """
+        """Return what has happened; see `Gateway`."""
         found: list[Event] = []
         try:
             batch = self._io.events.get(timeout=max(0.0, timeout_s))
@@ -153,28 +146,22 @@ class Gateway(Closing):
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
     ) -> None:
-        """Queue *message* for *device*; any thread may call this.
-
-        The arrays are borrowed until the device has them: do not write to them again.
-
-        Raises:
-            PeerGone: The device has no session.
-        """
+        """Queue *message* for *device*; see `Gateway`."""
         if not isinstance(message, FROM_COORDINATOR):
             raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
         seat = self._seat(device)
         self._io.post("send", seat, OutgoingMessage(message, tensors, self._config.chunk_bytes))
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
-        """Change the payload in bytes that one message of *device* may have."""
+        """Change the size that a message of *device* may have; see `Gateway`."""
         self._io.post("limit", self._seat(device), max_message_bytes)
 
     def drop(self, device: str, reason: str) -> None:
-        """Send *device* what is queued for it, then end its session; it is told why."""
+        """End the session of *device* when all is sent; see `Gateway`."""
         self._io.post("drop", self._seat(device), reason or "dropped")
 
     def wake(self) -> None:
-        """Make `events` return now; any thread may call this."""
+        """Make `events` return now; see `Gateway`."""
         self._io.events.put([])
 
     def _seat(self, device: str) -> DeviceSession:

@@ -18,17 +18,9 @@ from typing import Any
 import zmq
 
 from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
+from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.outbox import Outbox
-from coordinator.gateway.sessions import (
-    DeviceSession,
-    Event,
-    Joined,
-    Left,
-    Received,
-    Rejected,
-    Silent,
-    is_session_id,
-)
+from coordinator.gateway.sessions import DeviceSession, is_session_id
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator.gateway.gateway import Gateway
+from coordinator.gateway.interface import Gateway
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Probe

@@ -1,74 +1,15 @@
-"""What the gateway keeps for each device that has a session; plain data and events.
+"""What the gateway keeps for each device that has a session: plain data, no sockets.
 
-Not here: sockets (`io_thread.py`). A seat belongs to a name, which belongs to a key; routing ids
-only say where to send, never who it is.
+A session belongs to a name, and the name to a key; routing ids only say where to send, never who
+it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edge_sdk.protocol.fragments import Envelope
+from coordinator.gateway.interface import DeviceStats
 from edge_sdk.protocol.session import Conversation
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A device has opened a session; its Hello follows."""
-
-    device: str
-    session: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message has arrived."""
-
-    device: str
-    envelope: Envelope
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A device sent something the protocol forbids; it has been told."""
-
-    device: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Silent:
-    """Nothing has been heard of a device for that long; it may come back."""
-
-    device: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """The session of a device is over."""
-
-    device: str
-    reason: str = ""
-
-
-Event = Joined | Received | Rejected | Silent | Left
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStats:
-    """What is known about a device's connection."""
-
-    session: str
-    bytes_up: int
-    bytes_down: int
-    reconnects: int
-    rtt_s: float | None
-    """As the device measured it; None before its second heartbeat."""
-    heard_s: float
-    """Last sign of life, on this machine's monotonic clock."""
-    telemetry: dict[str, float]
-    """Numbers of the last heartbeat."""
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from coordinator.gateway.gateway import Gateway
+from coordinator.gateway.interface import DeviceStats, Gateway
 from coordinator.planning.joint import PlanSet
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.errors import PeerGone
@@ -107,8 +107,10 @@ class Reporting:
         """Take over what `progress` returned; steps reported since then are run again."""
         self._progress = {name: _Progress(**mine) for name, mine in progress.items()}
 
-    def step(self, device: str, report: StepReport, end_step: int, gateway: Gateway) -> None:
-        """Count a device's step."""
+    def step(
+        self, device: str, report: StepReport, end_step: int, gateway: Gateway | None = None
+    ) -> None:
+        """Count a device's step; without a *gateway* there is no traffic."""
         mine = self._progress.setdefault(device, _Progress())
         mine.loss_sum += report.loss * report.num_targets
         mine.num_targets += report.num_targets
@@ -116,7 +118,7 @@ class Reporting:
         mine.compute_s += report.compute_s
         mine.wait_s += report.wait_s
         mine.peak_bytes = max(mine.peak_bytes, report.peak_bytes)
-        if traffic := _traffic(gateway, device):
+        if traffic := _traffic(_stats(gateway, device)):
             self.watcher.traffic(device, **traffic)
         self.watcher.step(device, report, end_step)
 
@@ -190,8 +192,8 @@ class Reporting:
         self.folder.append("metrics.jsonl", row)
         self.watcher.row(row)
 
-    def telemetry(self, round_: int, gateway: Gateway) -> None:
-        """Write what the round cost."""
+    def telemetry(self, round_: int, gateway: Gateway | None = None) -> None:
+        """Write what the round cost; without a *gateway* there is no traffic."""
         devices = {}
         for name, progress in sorted(self._progress.items()):
             devices[name] = {
@@ -199,8 +201,8 @@ class Reporting:
                 "compute_s": round(progress.compute_s, 3),
                 "wait_s": round(progress.wait_s, 3),
                 "peak_bytes": progress.peak_bytes,
-                **_traffic(gateway, name),
-                **_board(gateway, name),
+                **_traffic(_stats(gateway, name)),
+                **_board(_stats(gateway, name)),
             }
         seconds = time.monotonic() - self._began_s
         self.folder.append(
@@ -209,18 +211,17 @@ class Reporting:
         )
 
 
-def _traffic(gateway: Gateway, device: str) -> dict[str, int]:
-    try:
-        stats = gateway.stats(device)
-    except PeerGone:
-        return {}
-    return {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down}
+def _traffic(stats: DeviceStats | None) -> dict[str, int]:
+    return {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down} if stats else {}
 
 
-def _board(gateway: Gateway, device: str) -> dict[str, Any]:
-    """What the board said of itself with its last sign of life."""
+def _board(stats: DeviceStats | None) -> dict[str, Any]:
+    """Return what the board said of itself with its last sign of life."""
+    return {"board": stats.telemetry} if stats and stats.telemetry else {}
+
+
+def _stats(gateway: Gateway | None, device: str) -> DeviceStats | None:
     try:
-        found = gateway.stats(device).telemetry
+        return gateway.stats(device) if gateway else None
     except PeerGone:
-        return {}
-    return {"board": found} if found else {}
+        return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.gateway import Gateway
+from coordinator.gateway.interface import Gateway
 from coordinator.planning.run_planner import Planner
 from coordinator.rounds.state import Member
 from edge_sdk.client.checkpoints import KEPT

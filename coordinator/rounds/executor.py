@@ -14,7 +14,7 @@ from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.rules import SERVER
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import Answer, DeviceFault
-from coordinator.gateway.sessions import Received
+from coordinator.gateway.interface import Received
 from coordinator.planning.run_planner import changed
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.pausing import Pausing

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coordinator.aggregation.ledger import Report
+from coordinator.gateway.interface import Event, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
-from coordinator.gateway.sessions import Event, Left, Received, Rejected, Silent
 from coordinator.rounds.run import Run
 from coordinator.rounds.validation import (
     WaveInput,

@@ -15,7 +15,7 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
@@ -84,8 +84,8 @@ def removed_if_it_never_began(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _gateway(config: ServeConfig, keys: Any) -> Gateway:
-    return Gateway(
+def _gateway(config: ServeConfig, keys: Any) -> ZmqGateway:
+    return ZmqGateway(
         GatewayConfig(
             address=config.listen,
             keys=keys,

@@ -11,7 +11,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.gateway import Gateway
+from coordinator.gateway.interface import Gateway
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from coordinator.planning.run_planner import Planner
 from coordinator.results.metrics import Reporting, Watcher

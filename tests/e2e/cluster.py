@@ -13,7 +13,7 @@ import numpy as np
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.loop import Coordinator
@@ -229,7 +229,7 @@ class Cluster:
             keys=load_key_pair(config.secret_key),
             silent_after_s=min(30.0, config.patience_s),
         )
-        gateway = Gateway(settings, AllowList(config.allow_list))
+        gateway = ZmqGateway(settings, AllowList(config.allow_list))
         self.address = gateway.address
         assert config.name is not None
         path = config.runs / config.name

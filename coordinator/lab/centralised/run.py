@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.gateway import Gateway
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -32,7 +31,7 @@ from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import ConfigError, PeerGone, StorageError
+from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 
@@ -208,7 +207,7 @@ class PooledRun:
         report = self.trainer.train(self._stamp(round_))
         self._step += 1
         end_step = (round_ + 1) * self.config.steps_per_round
-        self._reporting.step(POOLED, report, end_step, _NO_GATEWAY)
+        self._reporting.step(POOLED, report, end_step)
 
     def _stamp(self, round_: int) -> Stamp:
         return Stamp(run=self._id, device=POOLED, round=round_, step=self._step)
@@ -216,7 +215,7 @@ class PooledRun:
     def _close_round(self) -> None:
         config, done = self.config, self._step // self.config.steps_per_round
         plan = self.trainer.plan
-        self._reporting.telemetry(done - 1, _NO_GATEWAY)
+        self._reporting.telemetry(done - 1)
         facts = {
             "samples": config.steps_per_round * plan.batch_size,
             "cut_error": 0.0,
@@ -274,13 +273,3 @@ class PooledRun:
         self._watcher.note(
             f"{what}: {target} (read back, logits differ by {difference:.0e} at most)"
         )
-
-
-class _NoGateway:
-    """Whom reporting asks for the traffic of a device that is none."""
-
-    def stats(self, device: str) -> NoReturn:
-        raise PeerGone(f"{device} sends nothing")
-
-
-_NO_GATEWAY = cast(Gateway, _NoGateway())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from coordinator.gateway.sessions import DeviceStats, Event, Left, Received, Rejected
+from coordinator.gateway.interface import DeviceStats, Event, Left, Received, Rejected
 from coordinator.lab.simulation.device import SimulatedDevice, SimulationListener
 from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
@@ -26,7 +26,7 @@ from edge_sdk.transport.link import NO_TENSORS
 
 
 class SimulatedGateway(Closing):
-    """Sessions of simulated devices; what it offers is that of `gateway.Gateway`."""
+    """The `Gateway` to simulated devices."""
 
     address = "memory"
 

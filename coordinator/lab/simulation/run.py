@@ -22,7 +22,6 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.gateway import Gateway
 from coordinator.lab.simulation.clock import Costs
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal, own_data
@@ -84,8 +83,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             for name, profile in fleet.profiles.items()
         }
         with SimulatedGateway(devices, listener) as gateway:
-            # Whatever the coordinator asks of a gateway, this one answers too.
-            run = Run(serve_config, model, folder, cast(Gateway, gateway), watcher, RUN_ID)
+            run = Run(serve_config, model, folder, gateway, watcher, RUN_ID)
             return _serve(run, shop, listener)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
-from coordinator.gateway.gateway import Gateway
+from coordinator.gateway.interface import Gateway
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
 from coordinator.lab.simulation.device import SimulationListener
 from coordinator.results.metrics import Reporting
@@ -196,7 +196,7 @@ class ClockedReporting(Reporting):
         self.plans: list[dict[str, Plan]] = []
         """What each device ran, round by round."""
 
-    def telemetry(self, round_: int, gateway: Gateway) -> None:
+    def telemetry(self, round_: int, gateway: Gateway | None = None) -> None:
         """Write what the round cost, and what it would have cost."""
         super().telemetry(round_, gateway)
         self.plans.append(dict(sorted(self.listener.plans.items())))

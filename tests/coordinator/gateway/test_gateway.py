@@ -12,8 +12,8 @@ import pytest
 import zmq
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
-from coordinator.gateway.sessions import Event, Joined, Left, Received, Rejected, Silent
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
 from edge_sdk.protocol import packets
@@ -39,20 +39,20 @@ def allowed(tmp_path: Path) -> AllowList:
 
 
 @pytest.fixture
-def gateway(allowed: AllowList) -> Iterator[Gateway]:
+def gateway(allowed: AllowList) -> Iterator[ZmqGateway]:
     """An open gateway."""
-    with Gateway(GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER), allowed) as opened:
+    with ZmqGateway(GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER), allowed) as opened:
         yield opened
 
 
-def open_link(gateway: Gateway, keys: KeyPair = ONE) -> ZmqLink:
+def open_link(gateway: ZmqGateway, keys: KeyPair = ONE) -> ZmqLink:
     """Return a link with quick heartbeats."""
     return ZmqLink(
         LinkConfig(address=gateway.address, server_key=SERVER.public, keys=keys, beat_s=0.1)
     )
 
 
-def until(gateway: Gateway, kind: type, seconds: float = 10.0) -> list[Event]:
+def until(gateway: ZmqGateway, kind: type, seconds: float = 10.0) -> list[Event]:
     """Return events up to and including the first of *kind*."""
     deadline, found = Deadline.after(seconds), []
     while not any(isinstance(event, kind) for event in found):
@@ -64,7 +64,7 @@ def until(gateway: Gateway, kind: type, seconds: float = 10.0) -> list[Event]:
 class RawDevice:
     """A device that says whatever a test wants, with a registered key."""
 
-    def __init__(self, gateway: Gateway, keys: KeyPair, *, is_attached: bool = True) -> None:
+    def __init__(self, gateway: ZmqGateway, keys: KeyPair, *, is_attached: bool = True) -> None:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
@@ -137,7 +137,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_garbage_gets_a_typed_error_and_hurts_nobody_else(gateway: Gateway, name: str) -> None:
+def test_garbage_gets_a_typed_error_and_hurts_nobody_else(gateway: ZmqGateway, name: str) -> None:
     """A bad frame is answered with a Failure and reported; the other device goes on."""
     with RawDevice(gateway, ONE) as raw:
         with open_link(gateway, TWO) as link:
@@ -155,7 +155,7 @@ def test_garbage_gets_a_typed_error_and_hurts_nobody_else(gateway: Gateway, name
         assert failure.error == "RemoteProtocolError"
 
 
-def test_several_parts_are_ignored(gateway: Gateway) -> None:
+def test_several_parts_are_ignored(gateway: ZmqGateway) -> None:
     """A message of many ZeroMQ frames is dropped; the device's next packet is read."""
     with RawDevice(gateway, ONE) as raw:
         raw.socket.send_multipart([b"x"] * 50)
@@ -166,7 +166,7 @@ def test_several_parts_are_ignored(gateway: Gateway) -> None:
         assert events[-1].envelope.message == PAUSED
 
 
-def test_garbage_before_attaching_is_answered(gateway: Gateway) -> None:
+def test_garbage_before_attaching_is_answered(gateway: ZmqGateway) -> None:
     """A known key that sends garbage first, or data before attaching, gets a control frame back."""
     with RawDevice(gateway, ONE, is_attached=False) as raw:
         raw.socket.send(b"garbage")
@@ -177,7 +177,7 @@ def test_garbage_before_attaching_is_answered(gateway: Gateway) -> None:
         assert until(gateway, Rejected)[0].device == "one"
 
 
-def test_endless_garbage_ends_the_session(gateway: Gateway) -> None:
+def test_endless_garbage_ends_the_session(gateway: ZmqGateway) -> None:
     """A device that sends nothing but garbage is thrown out, so its answers stay bounded."""
     with RawDevice(gateway, ONE) as raw:
         for _ in range(20):
@@ -189,7 +189,7 @@ def test_endless_garbage_ends_the_session(gateway: Gateway) -> None:
         assert "too many bad messages" in [e for e in events if isinstance(e, Left)][0].reason
 
 
-def test_broken_channel_rules_end_the_session(gateway: Gateway) -> None:
+def test_broken_channel_rules_end_the_session(gateway: ZmqGateway) -> None:
     """A device that acks what was never sent is reported and has left."""
     with RawDevice(gateway, ONE) as raw:
         control = packets.Ack(control_next=9, control_credit=0, bulk_next=0, bulk_credit=0)
@@ -200,7 +200,7 @@ def test_broken_channel_rules_end_the_session(gateway: Gateway) -> None:
         assert any(isinstance(event, Rejected) for event in events)
 
 
-def test_newer_session_wins_and_the_older_is_told(gateway: Gateway) -> None:
+def test_newer_session_wins_and_the_older_is_told(gateway: ZmqGateway) -> None:
     """A second process with the same key takes over; the first one is refused for good."""
     with open_link(gateway) as older:
         until(gateway, Joined)
@@ -216,7 +216,7 @@ def test_newer_session_wins_and_the_older_is_told(gateway: Gateway) -> None:
     assert [type(event) for event in events] == [Left, Joined]
 
 
-def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: Gateway) -> None:
+def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: ZmqGateway) -> None:
     """`drop` flushes, then the device's link ends with the reason."""
     with open_link(gateway) as link:
         until(gateway, Joined)
@@ -232,7 +232,7 @@ def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: Gateway) ->
         gateway.send("one", Pause(stamp=Stamp()))
 
 
-def test_revoked_key_ends_a_live_session(gateway: Gateway, allowed: AllowList) -> None:
+def test_revoked_key_ends_a_live_session(gateway: ZmqGateway, allowed: AllowList) -> None:
     """Unregistering a device ends its session although its connection is alive."""
     with open_link(gateway) as link:
         until(gateway, Joined)
@@ -249,7 +249,7 @@ def test_silence_is_reported_and_ends_in_left(allowed: AllowList) -> None:
     config = GatewayConfig(
         address="tcp://127.0.0.1:*", keys=SERVER, silent_after_s=0.4, gone_after_s=1.2
     )
-    with Gateway(config, allowed) as gateway, RawDevice(gateway, ONE):
+    with ZmqGateway(config, allowed) as gateway, RawDevice(gateway, ONE):
         events = until(gateway, Left)
 
     assert isinstance(events[0], Joined)
@@ -258,7 +258,7 @@ def test_silence_is_reported_and_ends_in_left(allowed: AllowList) -> None:
     assert silent[0] >= 0.4
 
 
-def test_wake_interrupts_events(gateway: Gateway) -> None:
+def test_wake_interrupts_events(gateway: ZmqGateway) -> None:
     """Another thread can make `events` return early."""
     gateway.wake()
     begin_s = time.monotonic()
@@ -267,21 +267,21 @@ def test_wake_interrupts_events(gateway: Gateway) -> None:
     assert time.monotonic() - begin_s < 1.0
 
 
-def test_taken_port_is_a_config_error(gateway: Gateway, allowed: AllowList) -> None:
+def test_taken_port_is_a_config_error(gateway: ZmqGateway, allowed: AllowList) -> None:
     """A port that is in use is named, and leaves nothing open."""
     with pytest.raises(ConfigError, match=re.escape(gateway.address)):
-        Gateway(GatewayConfig(address=gateway.address, keys=SERVER), allowed)
+        ZmqGateway(GatewayConfig(address=gateway.address, keys=SERVER), allowed)
 
 
 def test_gateway_needs_keys_unless_told_otherwise() -> None:
     """There is no accidental gateway without encryption."""
     with pytest.raises(ConfigError, match="insecure=True"):
-        Gateway(GatewayConfig(address="tcp://127.0.0.1:*"))
+        ZmqGateway(GatewayConfig(address="tcp://127.0.0.1:*"))
 
 
 def test_insecure_gateway_takes_the_name_from_the_device() -> None:
     """For benchmarks: without CURVE a device is who it says it is, if the name is plain."""
-    opened = Gateway(GatewayConfig(address="tcp://127.0.0.1:*", insecure=True))
+    opened = ZmqGateway(GatewayConfig(address="tcp://127.0.0.1:*", insecure=True))
     with opened as gateway, ZmqLink(LinkConfig(address=gateway.address, name="bench")) as link:
         link.send(PAUSED)
         events = until(gateway, Received)
@@ -290,7 +290,7 @@ def test_insecure_gateway_takes_the_name_from_the_device() -> None:
     assert events[0].device == "bench"
 
 
-def test_gateway_sends_only_its_own_messages(gateway: Gateway) -> None:
+def test_gateway_sends_only_its_own_messages(gateway: ZmqGateway) -> None:
     """A device's message is not sent by the coordinator."""
     with pytest.raises(LocalProtocolError, match="Paused"):
         gateway.send("one", PAUSED)  # type: ignore[arg-type]

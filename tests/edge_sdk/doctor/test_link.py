@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from edge_sdk.client.link_speed import LinkSpeed
 from edge_sdk.doctor import link as links
 from edge_sdk.doctor.link import Reached, Session
@@ -212,17 +212,17 @@ def keys() -> dict[str, KeyPair]:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, keys: dict[str, KeyPair]) -> Iterator[Gateway]:
+def gateway(tmp_path: Path, keys: dict[str, KeyPair]) -> Iterator[ZmqGateway]:
     """A gateway that knows one device."""
     allowed = AllowList(tmp_path / "devices.json")
     allowed.register("board", keys["device"].public)
     config = GatewayConfig(address=f"tcp://{HERE}:*", keys=keys["coordinator"])
-    with Gateway(config, allowed) as made:
+    with ZmqGateway(config, allowed) as made:
         yield made
 
 
 def test_right_keys_are_told_from_two_kinds_of_wrong_ones(
-    gateway: Gateway, keys: dict[str, KeyPair]
+    gateway: ZmqGateway, keys: dict[str, KeyPair]
 ) -> None:
     """All right; a key that is not registered; a server key that is not the coordinator's."""
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.gateway import Gateway, GatewayConfig
-from coordinator.gateway.sessions import Event, Joined, Left, Received
+from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.interface import Event, Joined, Left, Received
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     LocalProtocolError,
@@ -100,12 +100,12 @@ class Relay:
         self._server.close()
 
 
-def open_gateway(folder: Path, address: str = "tcp://127.0.0.1:*") -> Gateway:
+def open_gateway(folder: Path, address: str = "tcp://127.0.0.1:*") -> ZmqGateway:
     """Return a gateway that knows one device, called `d1`."""
     allowed = AllowList(folder / "allowed.json")
     allowed.register("d1", DEVICE.public)
     config = GatewayConfig(address=address, keys=SERVER, max_message_bytes=1 << 26)
-    return Gateway(config, allowed)
+    return ZmqGateway(config, allowed)
 
 
 def open_link(address: str, server: str = SERVER.public, keys: KeyPair = DEVICE) -> ZmqLink:
@@ -124,7 +124,7 @@ def open_link(address: str, server: str = SERVER.public, keys: KeyPair = DEVICE)
     )
 
 
-def collect(gateway: Gateway, count: int, kind: type, seconds: float = 10.0) -> list[Event]:
+def collect(gateway: ZmqGateway, count: int, kind: type, seconds: float = 10.0) -> list[Event]:
     """Return events until *count* of *kind* have come."""
     deadline, found = Deadline.after(seconds), []
     while sum(isinstance(event, kind) for event in found) < count:
@@ -134,7 +134,7 @@ def collect(gateway: Gateway, count: int, kind: type, seconds: float = 10.0) -> 
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[Gateway]:
+def gateway(tmp_path: Path) -> Iterator[ZmqGateway]:
     """An open gateway that knows `d1`."""
     with open_gateway(tmp_path) as opened:
         yield opened
@@ -145,7 +145,7 @@ def paused(step: int) -> Paused:
     return Paused(stamp=Stamp(step=step))
 
 
-def test_messages_and_tensors_go_both_ways(gateway: Gateway) -> None:
+def test_messages_and_tensors_go_both_ways(gateway: ZmqGateway) -> None:
     """Messages of both sizes arrive in order with equal tensors, up and down."""
     array = np.random.default_rng(0).standard_normal((50, 1000), np.float32)
     with open_link(gateway.address) as link:
@@ -165,7 +165,7 @@ def test_messages_and_tensors_go_both_ways(gateway: Gateway) -> None:
     assert answer.message == TopHidden(stamp=Stamp(), micro=4)
 
 
-def test_close_flushes_and_says_goodbye(gateway: Gateway) -> None:
+def test_close_flushes_and_says_goodbye(gateway: ZmqGateway) -> None:
     """What was sent before close arrives, then the device has left."""
     with open_link(gateway.address) as link:
         link.send(paused(7), {"x": (np.ones(1 << 20, np.uint8), "uint8")})
@@ -175,7 +175,7 @@ def test_close_flushes_and_says_goodbye(gateway: Gateway) -> None:
     assert [type(event) for event in events] == [Joined, Received, Left]
 
 
-def test_receive_is_bounded(gateway: Gateway) -> None:
+def test_receive_is_bounded(gateway: ZmqGateway) -> None:
     """Waiting ends with the deadline; a closed link and a wrong message are our own fault."""
     link = open_link(gateway.address)
     with pytest.raises(ReceiveTimeout):
@@ -193,7 +193,7 @@ def test_unregistered_key_is_refused_and_gets_in_once_registered(tmp_path: Path)
     """A stranger's key is named in the error; after registering it the same link works."""
     allowed = AllowList(tmp_path / "allowed.json")
     config = GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER)
-    with Gateway(config, allowed) as gateway, open_link(gateway.address) as link:
+    with ZmqGateway(config, allowed) as gateway, open_link(gateway.address) as link:
         with pytest.raises(RefusedError, match="does not know this device's key") as error:
             link.receive(Deadline.after(10))
         AllowList(tmp_path / "allowed.json").register("late", DEVICE.public)
@@ -203,7 +203,7 @@ def test_unregistered_key_is_refused_and_gets_in_once_registered(tmp_path: Path)
     assert events[0].device == "late"
 
 
-def test_wrong_server_key_is_told_within_fifteen_seconds(gateway: Gateway) -> None:
+def test_wrong_server_key_is_told_within_fifteen_seconds(gateway: ZmqGateway) -> None:
     """A device with the wrong server key does not hang: it is told what may be wrong."""
     link = open_link(gateway.address, server=make_key_pair().public)
     with link, pytest.raises(RefusedError, match="wrong server key"):
@@ -219,7 +219,7 @@ def test_nobody_there_is_told() -> None:
         link.receive(Deadline.after(15))
 
 
-def test_cut_connections_lose_and_double_nothing(gateway: Gateway) -> None:
+def test_cut_connections_lose_and_double_nothing(gateway: ZmqGateway) -> None:
     """TCP cut again and again in mid-message: every message arrives once, in order, both ways."""
     relay = Relay(gateway.address)
     count, array = 60, np.arange(400_000, dtype=np.int32)
@@ -288,7 +288,7 @@ def test_unreachable_coordinator_ends_patience(tmp_path: Path) -> None:
         assert 0.5 < time.monotonic() - begin_s < 5.0
 
 
-def test_heartbeats_measure_and_carry_telemetry(gateway: Gateway) -> None:
+def test_heartbeats_measure_and_carry_telemetry(gateway: ZmqGateway) -> None:
     """Heartbeats bring the device's numbers to the coordinator and a round trip to the device."""
     config = LinkConfig(address=gateway.address, server_key=SERVER.public, keys=DEVICE, beat_s=0.05)
     with ZmqLink(config, telemetry=lambda: {"watts": 7.5}) as link:
@@ -304,7 +304,7 @@ def test_heartbeats_measure_and_carry_telemetry(gateway: Gateway) -> None:
     assert 0 < rtt_s < 1
 
 
-def test_too_large_a_message_from_the_coordinator_is_an_error(gateway: Gateway) -> None:
+def test_too_large_a_message_from_the_coordinator_is_an_error(gateway: ZmqGateway) -> None:
     """A message over the device's limit is reported, and the next one arrives."""
     with open_link(gateway.address) as link:
         collect(gateway, 1, Joined)
@@ -318,7 +318,7 @@ def test_too_large_a_message_from_the_coordinator_is_an_error(gateway: Gateway) 
         assert link.receive(Deadline.after(5)).message == Pause(stamp=Stamp())
 
 
-def test_slow_reader_stops_the_sender(gateway: Gateway) -> None:
+def test_slow_reader_stops_the_sender(gateway: ZmqGateway) -> None:
     """What a reader does not take stays at the sender, beyond a few windows' worth."""
     chunk = np.zeros(1 << 20, np.uint8)
     with open_link(gateway.address) as link:

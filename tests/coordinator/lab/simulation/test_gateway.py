@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.gateway.sessions import Event, Received
+from coordinator.gateway.interface import Event, Received
 from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice, SimulationListener
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from edge_sdk.client.config import ClientConfig
