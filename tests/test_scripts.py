@@ -43,7 +43,8 @@ def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/setup", "scripts/lint", "scripts/test", "scripts/docs"]
+    "script",
+    ["scripts/setup", "scripts/lint", "scripts/test", "scripts/docs", "scripts/same-bits"],
 )
 def test_a_script_can_be_started(script: str) -> None:
     """Scripts are executable and a plain shell understands them."""
