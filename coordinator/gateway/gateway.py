@@ -10,6 +10,7 @@ import queue
 import re
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import zmq
@@ -19,7 +20,6 @@ from coordinator.gateway.interface import DeviceStats, Event, Received
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.sessions import DeviceSession
-from edge_sdk.closing import Closing
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import OutgoingMessage, TensorOut
@@ -52,7 +52,7 @@ class GatewayConfig:
     """Seconds without a sign of life before the session ends with Left."""
 
 
-class ZmqGateway(Closing):
+class ZmqGateway(AbstractContextManager["ZmqGateway"]):
     """The `Gateway` over ZeroMQ with CURVE. Use as a context manager, or call `close`."""
 
     def __init__(self, config: GatewayConfig, allowed: AllowList | None = None) -> None:
@@ -169,6 +169,9 @@ class ZmqGateway(Closing):
         if seat is None:
             raise PeerGone(f"device {device!r} has no session")
         return seat
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop at once; devices keep trying, and find out from the next coordinator."""

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from edge_sdk.closing import Closing
 from profiler.sensors.monitor import (
     INTERVAL_S,
     POWER_MODE_CHANGED,
@@ -30,7 +29,7 @@ STEPS = 32
 OTHER_SPEED = (POWER_MODE_CHANGED, THROTTLING_BEGAN, THROTTLING_ENDED)
 
 
-class BoardMonitor(Closing):
+class BoardMonitor:
     """Watches the board as a context manager; any thread may ask.
 
     Args:
@@ -56,8 +55,7 @@ class BoardMonitor(Closing):
         self._monitor.start()
         return self
 
-    def close(self) -> None:
-        """Watch no longer; what was found remains."""
+    def __exit__(self, *_: object) -> None:
         self._monitor.stop()
 
     def _told(self, event: BoardEvent) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
@@ -27,7 +27,7 @@ from edge_sdk.transport.link import (
 )
 
 
-class ZmqLink:
+class ZmqLink(AbstractContextManager["ZmqLink"]):
     """A link over ZeroMQ with CURVE; reconnects by itself.
 
     Use as a context manager, or call `close`. *telemetry* is called in the I/O thread before each
@@ -104,13 +104,5 @@ class ZmqLink:
             self._thread.join()
             self._io.waker.close()
 
-    def __enter__(self) -> ZmqLink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close(flush_s=FLUSH_S if error is None else 0.0)

@@ -11,12 +11,12 @@ import os
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 
 from coordinator.lab.experiment.relay import LinkShape, LinkUsage
-from edge_sdk.closing import Closing
 from edge_sdk.errors import DeviceError
 
 # Of four addresses for each board; the third byte is of the process.
@@ -31,7 +31,7 @@ UNLIMITED_BYTES_PER_S = 1.25e9
 TOOL_S = 30.0
 
 
-class Namespace(Closing):
+class Namespace(AbstractContextManager["Namespace"]):
     """The network of one board. Without rights or tools to make it: `DeviceError`.
 
     Args:
@@ -137,6 +137,9 @@ class Namespace(Closing):
         with self._lock:
             up, down, up_s, down_s = self._totals()
         return LinkUsage(up, down, up_s, down_s, 0)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Remove it; programs in it are cut off."""

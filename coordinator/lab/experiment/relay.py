@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_sdk.closing import Closing
-
 # A piece is what a link carries in so many seconds: small enough that connections take turns and
 # that a new rate is felt at once. The least is an Ethernet frame, the most what is read at once.
 PIECE_S = 0.01
@@ -104,7 +102,7 @@ class _Lane:
                 self._late_s = min(self._late_s, now_s - self._free_s)
 
 
-class Relay(Closing):
+class Relay(contextlib.AbstractContextManager["Relay"]):
     """Listens at `port` and passes everything on to where it is aimed, in a thread of its own.
 
     Any thread may call any method. Without an aim, and while the other side cannot be reached,
@@ -169,6 +167,9 @@ class Relay(Closing):
         return LinkUsage(
             up.num_bytes, down.num_bytes, up.busy_s, down.busy_s, self._num_connections
         )
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Reset all connections and listen no longer."""

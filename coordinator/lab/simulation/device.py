@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -64,7 +64,7 @@ class SimulationListener:
 
 
 @dataclass
-class SharedCompute:
+class SharedCompute(AbstractContextManager["SharedCompute"]):
     """What all devices of one process share."""
 
     listener: SimulationListener
@@ -78,9 +78,6 @@ class SharedCompute:
     def run(self, what: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Compute, and wait for the result."""
         return self.compute.submit(what, *args, **kwargs).result()
-
-    def __enter__(self) -> SharedCompute:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.compute.shutdown()

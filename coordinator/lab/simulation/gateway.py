@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received, Rejected
 from coordinator.lab.simulation.device import SimulatedDevice, SimulationListener
-from edge_sdk.closing import Closing
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
     EdgeError,
@@ -25,7 +25,7 @@ from edge_sdk.protocol.messages import Message
 from edge_sdk.transport.link import NO_TENSORS
 
 
-class SimulatedGateway(Closing):
+class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
     """The `Gateway` to simulated devices."""
 
     address = "memory"
@@ -126,6 +126,9 @@ class SimulatedGateway(Closing):
         if seat is None:
             raise PeerGone(f"device {device!r} has no session")
         return seat
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End all devices."""
