@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.model.layout import is_transposed
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +185,8 @@ class _Watch:
 
     def _dense(self, kept: list[torch.Tensor], grad: torch.Tensor) -> None:
         """Add up |w_j g_j|; the dense gradient lives in here alone."""
+        from edge_sdk.model.layout import is_transposed
+
         weight = weight_of(self._layer)
         x_NI, d_NO = kept.pop().flatten(0, -2).float(), grad.flatten(0, -2).float()
         product = x_NI.T @ d_NO if is_transposed(self._layer) else d_NO.T @ x_NI
