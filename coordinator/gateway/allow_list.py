@@ -10,16 +10,15 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
-from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.errors import ConfigError
+from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.transport.keys import load_public_key
 
 log = logging.getLogger(__name__)
@@ -128,31 +127,16 @@ class AllowList:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
         """Read, let the caller change, write; one process at a time."""
-        try:
+        with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 keys = self._load()
                 yield keys
-                self._write(keys)
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+                text = json.dumps({"devices": dict(sorted(keys.items()))}, indent=1) + "\n"
+                atomic_write(self.path, text, mode=0o600)
         self._take(keys)
         self._seen = self._stamp()
-
-    def _write(self, keys: dict[str, str]) -> None:
-        text = json.dumps({"devices": dict(sorted(keys.items()))}, indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
 
 class ZapHandler:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from coordinator.onnx_export.job import ExportJob, job_text
 from edge_sdk.errors import RefusedError
+from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from edge_sdk.model.weights import ModelSource, PartCache, write_whole
+from edge_sdk.model.weights import ModelSource, PartCache
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import PART_NAME
 
@@ -146,7 +147,7 @@ class GraphCache:
         part = Part(name=PART_NAME, sha256=sha256, num_bytes=len(data))
         self._cache.store(part, data)
         facts = {"sha256": part.sha256, "num_bytes": part.num_bytes}
-        write_whole(self._index(key), json.dumps(facts).encode())
+        atomic_write(self._index(key), json.dumps(facts), sync=False)
         return part
 
     def _begin(self, job: ExportJob) -> Build:

@@ -24,10 +24,11 @@ from coordinator.onnx_export.slice_graphs import Tracer
 from coordinator.onnx_export.trace import Traced
 from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import EdgeError, one_line
+from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import Shape
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice, head_names
-from edge_sdk.model.weights import load_config, write_whole
+from edge_sdk.model.weights import load_config
 from edge_sdk.runtime.onnx_graphs import About, Graphs
 
 
@@ -95,7 +96,7 @@ def main() -> int:
     try:
         job = load_job(job_path)
         config = load_config(folder, job.num_labels)
-        write_whole(out, export_slice(config, job).pack())
+        atomic_write(out, export_slice(config, job).pack(), sync=False)
     except EdgeError as error:
         sys.stderr.write(f"{one_line(error)}\n")
         return error.exit_code

@@ -17,9 +17,10 @@ from torch import nn
 
 from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
-from coordinator.results.run_folder import CONFIG, RunFolder, storage_errors
+from coordinator.results.run_folder import CONFIG, RunFolder
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.files import storage_errors
 from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets

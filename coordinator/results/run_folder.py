@@ -1,10 +1,10 @@
-"""The folder of a run: resolved config, events, metrics, checkpoints; design.md 10.
+"""The folder of a run: resolved config, events, metrics, checkpoints.
 
 A checkpoint is written under a temporary name, fsynced and renamed: what carries its final name is
 whole. Knows no network and no model.
 
     runs/<name>/
-      config.resolved.yaml  env.json  coordinator.log
+      config.resolved.yaml  env.json
       events.jsonl          what happened when (clock times, joins, losses of devices)
       metrics.jsonl         one line a round; the same bytes for the same seed on one machine
       telemetry.jsonl       one line a round: seconds, bytes, memory
@@ -19,8 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,9 @@ import numpy as np
 
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.files import atomic_write, storage_errors, sync
 
 CONFIG = "config.resolved.yaml"
-
-
-@contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"cannot write {what}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -91,15 +81,11 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
-        with storage_errors(str(self.path / name)):
-            temporary = self.path / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            _sync(temporary)
-            temporary.replace(self.path / name)
+        atomic_write(self.path / name, text)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
-        with storage_errors(str(self.path / name)), (self.path / name).open("ab+") as file:
+        with storage_errors(self.path / name), (self.path / name).open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
                 file.write(b"\n")  # a crash has cut the last line off
             file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -138,13 +124,13 @@ class RunFolder:
             state = json.dumps(checkpoint.state, indent=2, sort_keys=True)
             (temporary / "state.json").write_text(state)
             for file in (*temporary.iterdir(), temporary):
-                _sync(file)
+                sync(file)
             aside = self.path / f".{final.name}.old"
             if final.exists():  # the same step again: one of both is there at every moment
                 shutil.rmtree(aside, ignore_errors=True)
                 final.replace(aside)
             temporary.replace(final)
-            _sync(self.path)
+            sync(self.path)
             for done in self.path.glob(".checkpoint-*.old"):
                 shutil.rmtree(done)
             for old in self.checkpoints()[:-keep]:
@@ -180,15 +166,6 @@ class RunFolder:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(".").removesuffix(".old").removeprefix("checkpoint-"))
-
-
-def _sync(path: Path) -> None:
-    """Make sure that *path* survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest_of(config: object, data: Iterable[str | None]) -> str:

@@ -5,14 +5,12 @@ They never leave the device. Knows no network and no runtime.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from edge_sdk.errors import StorageError
+from edge_sdk.files import atomic_write, storage_errors
 
 # The round that runs, and the one before it: the coordinator may have died between the two.
 KEPT = 2
@@ -32,7 +30,7 @@ class LocalState:
         Raises:
             StorageError: the folder cannot be written.
         """
-        with storage_errors(self.folder):
+        with storage_errors(f"checkpoint {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
 
@@ -52,7 +50,7 @@ class LocalState:
             StorageError: the disk is full, or the folder cannot be written.
         """
         self._write(self._path(step), arrays)
-        with storage_errors(self.folder):
+        with storage_errors(f"checkpoint {self.folder}"):
             for _, old in self._all()[:-KEPT]:
                 old.unlink(missing_ok=True)
 
@@ -82,14 +80,8 @@ class LocalState:
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save
 
-        temporary = path.with_suffix(".tmp")
-        with storage_errors(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(save({k: np.array(a, order="C") for k, a in arrays.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        data = save({k: np.array(a, order="C") for k, a in arrays.items()})
+        atomic_write(path, data, what="checkpoint")
 
     def _path(self, step: int) -> Path:
         plan = f"-{self.plan}" if self.plan else ""
@@ -97,15 +89,6 @@ class LocalState:
 
     def _end_path(self, step: int) -> Path:
         return self.folder / f"end-{step:06d}.safetensors"
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write checkpoint {path}: {error.strerror}") from error
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from edge_sdk.data.fast_tokenizer import PlainTokenizer
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
+from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
 from edge_sdk.model.weights import (
@@ -30,7 +31,6 @@ from edge_sdk.model.weights import (
     load_config,
     load_tokenizer,
     open_part,
-    write_whole,
 )
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
@@ -87,7 +87,7 @@ class RuntimeSetup:
         for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
-            write_whole(folder / name, stored.array.tobytes())
+            atomic_write(folder / name, stored.array.tobytes(), sync=False)
         self._files = folder
         return folder
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.errors import ModelError, StorageError, one_line
+from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.model.safetensors_files import Some, open_files
 from edge_sdk.protocol.plan import Part
 
@@ -246,16 +246,12 @@ class PartCache:
         """
         if offset > self.received(part):
             return
-        try:
+        with storage_errors(f"part {part.name!r} to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._partial(part), os.O_WRONLY | os.O_CREAT, 0o644)
             with open(handle, "wb") as file:
                 file.seek(offset)
                 file.write(data)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write part {part.name!r} to {self.folder}: {error.strerror}"
-            ) from error
 
     def finish(self, part: Part) -> Path:
         """Check the hash of a complete download and move it into place.
@@ -281,26 +277,11 @@ class PartCache:
 
     def store(self, part: Part, data: bytes) -> Path:
         """Put a whole part into the cache."""
-        write_whole(self.path(part), data)
+        atomic_write(self.path(part), data, sync=False)  # its hash tells whether it is whole
         return self.path(part)
 
     def _partial(self, part: Part) -> Path:
         return self.folder / f"{part.sha256}.partial"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that others may be reading or writing: they see all of it or nothing.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _digest(path: Path) -> str:

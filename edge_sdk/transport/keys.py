@@ -17,6 +17,7 @@ from pathlib import Path
 import zmq
 
 from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.files import create_file
 
 _Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 # A key file is one short line; anything longer is not one.
@@ -55,8 +56,8 @@ def create_key_pair(path: str | Path) -> KeyPair:
             raise StorageError(f"{file} exists already; keys are never overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The mode is given at creation: written first and changed later, it could be read in between.
-    _write(path, pair.secret, 0o600)
-    _write(public_path, pair.public, 0o644)
+    create_file(path, pair.secret + "\n", 0o600)
+    create_file(public_path, pair.public + "\n", 0o644)
     return pair
 
 
@@ -84,17 +85,6 @@ def load_public_key(path_or_z85: str | Path) -> str:
 
 def _public_path(path: Path) -> Path:
     return path.with_name(path.name + ".pub")
-
-
-def _write(path: Path, key: str, mode: int) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "w") as file:
-            file.write(key + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _read(path: Path, *, is_secret: bool) -> str:

@@ -25,13 +25,14 @@ from coordinator.lab.centralised.trainer import (
 )
 from coordinator.results.export import export_adapter, export_merged
 from coordinator.results.metrics import Reporting, Silence, Watcher
-from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder, storage_errors
+from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
 from coordinator.rounds.executor import COMPLETED, PAUSED
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.files import storage_errors
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 
@@ -130,7 +131,7 @@ def write_result(
         return export_merged(model.source, learned, head, folder)
     difference = export_adapter(model.source, learned, head, folder)
     card = folder / "README.md"
-    with storage_errors(str(card)):
+    with storage_errors(card):
         text = card.read_text(encoding="utf-8").partition("Trained across devices")[0]
         card.write_text(
             f"{text}Trained on pooled data. Load it with "

@@ -108,7 +108,7 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
         markdown,
         row_texts,
     )
-    from coordinator.results.run_folder import storage_errors
+    from edge_sdk.files import storage_errors
 
     is_classifier = config.task == "sequence-classification"
     target = config.compare.target
@@ -120,7 +120,7 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     pictures = draw(cells, target)
     notes = [f"{r.method}, {r.device_set}: {note}" for r in rows for note in r.notes]
     facts = _facts(config, cells, target)
-    with storage_errors(str(out)):
+    with storage_errors(out):
         for picture in pictures:
             (out / f"{picture.name}.png").write_bytes(picture.png)
         (out / "table.md").write_text(markdown(titles, texts) + "\n", encoding="utf-8")

@@ -41,9 +41,10 @@ from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.metrics import Silence
-from coordinator.results.run_folder import RunFolder, digest_of, storage_errors
+from coordinator.results.run_folder import RunFolder, digest_of
 from coordinator.rounds.executor import COMPLETED
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import storage_errors
 
 CELLS = "cells.jsonl"
 
@@ -136,7 +137,7 @@ def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
     fleet = config.simulation
     shards = deal(fleet, device_names(fleet), config.training.seed)
     files = {name: device.data for name, device in fleet.devices.items() if device.data}
-    with storage_errors(str(folder)):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in shards.items():
             path = folder / f"{name}.jsonl"

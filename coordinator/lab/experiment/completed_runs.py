@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.lab.experiment.config import ExperimentConfig
-from coordinator.results.run_folder import digest_of, storage_errors
+from coordinator.results.run_folder import digest_of
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import storage_errors
 
 FACTS = "boards.json"
 COMPLETED, INTERRUPTED, NOT_RUN = "completed", "interrupted", "not run"
@@ -62,7 +63,7 @@ def make_room(folder: Path) -> None:
     """
     refuse_foreign(folder)
     if folder.exists():
-        with storage_errors(str(folder)):
+        with storage_errors(folder):
             shutil.rmtree(folder)
 
 

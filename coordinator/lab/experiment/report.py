@@ -14,8 +14,8 @@ from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, 
 from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.lab.experiment.result import BoardResult, TrialResult, kind_of, read_trial
-from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.describe import dump_config
+from edge_sdk.files import storage_errors
 
 MIB, MB = 2**20, 1e6
 
@@ -49,7 +49,7 @@ def write_report(
     titles = _titles(target, is_classifier=is_classifier)
     rows = [row for trial in found for row in _rows(trial, target, is_classifier=is_classifier)]
     table = markdown(titles, rows)
-    with storage_errors(str(out)):
+    with storage_errors(out):
         results = [asdict(trial) | {"shares": trial.shares()} for trial in found]
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (out / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -41,9 +41,9 @@ from coordinator.lab.experiment.config import (
 from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkShape, Relay
 from coordinator.lab.experiment.run import ExperimentRun
-from coordinator.results.run_folder import storage_errors
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
+from edge_sdk.files import storage_errors
 from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.cgroup import allowed_cores
 
@@ -66,7 +66,7 @@ def run_experiment(
             an experiment has the name of one in *out*.
     """
     ended = {}
-    with storage_errors(str(out)):
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "experiment.yaml").write_text(dump_config(config), encoding="utf-8")
     wanted = dict(_runs(methods, out))

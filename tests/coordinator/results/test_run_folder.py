@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
+from edge_sdk import files
 from edge_sdk.errors import ConfigError, StorageError
 
 
@@ -140,6 +141,7 @@ def test_a_full_or_read_only_disk_is_one_line(
     with monkeypatch.context() as patch:
         for name in ("write_bytes", "write_text", "open"):
             patch.setattr(Path, name, refuse)
+        patch.setattr(files, "open", refuse, raising=False)
         with pytest.raises(StorageError, match=os.strerror(reason)) as caught:
             writing[what]()
 
