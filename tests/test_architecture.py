@@ -29,7 +29,7 @@ ORDER = {
     ],
     "edge_sdk": [
         ["errors"],
-        ["deadline", "files", "closing"],
+        ["deadline", "files"],
         ["config"],
         ["protocol"],
         ["transport"],
