@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edge_sdk.config.describe import describe, field_docs
+from edge_sdk.protocol.codecs import CODECS
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
 from edge_sdk.protocol.plan import Part, Plan
 
@@ -39,6 +40,14 @@ else; the source is [`edge_sdk/protocol/messages.py`](../edge_sdk/protocol/messa
 Every message carries a `stamp`, so that it may be sent twice and is applied once. Tensors travel \
 beside a message, by name. In their shapes B is sequences, T positions of the longest of them, D \
 hidden size, R rank, I inputs, O outputs, S the rank of the frozen residual.
+"""
+
+CODECS_INTRO = """\
+## Codecs
+
+How the numbers of a tensor are written, from \
+[`edge_sdk/protocol/codecs.py`](../edge_sdk/protocol/codecs.py). The number is the codec's name in \
+the header of a message; the array is what both sides compute with.
 """
 
 CONFIGURATION_INTRO = """\
@@ -99,6 +108,13 @@ def protocol_page() -> Iterator[str]:
     yield "## What messages contain\n"
     for kind in (Stamp, Plan, Part):
         yield from section(kind, "")
+    yield CODECS_INTRO
+    yield from table(("number", "codec", "array", "bytes per number"), codec_rows())
+
+
+def codec_rows() -> Iterator[tuple[str, ...]]:
+    for number, codec in enumerate(CODECS.values()):
+        yield str(number), f"`{codec.name}`", f"{codec.array}", f"{codec.bytes_per_number:g}"
 
 
 def all_messages() -> list[type]:

@@ -15,13 +15,14 @@ from coordinator.config.planning import PlanningConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
+from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.runtime.training import TrainingConfig
 
-Codec = Literal["bfloat16", "float16", "float32"]
 if TYPE_CHECKING:
     Aggregation = str
-else:  # the rules themselves are the choices
-    Aggregation = Literal[tuple(RULES)]
+    Codec = str
+else:  # the rules and codecs themselves are the choices
+    Aggregation, Codec = Literal[tuple(RULES)], Literal[float_codecs()]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 

@@ -150,7 +150,8 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         if not isinstance(message, FROM_COORDINATOR):
             raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
         seat = self._seat(device)
-        self._io.post("send", seat, OutgoingMessage(message, tensors, self._config.chunk_bytes))
+        size = self._config.chunk_bytes
+        self._io.post("send", seat, OutgoingMessage(message, tensors, size, seat.memories))
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the size that a message of *device* may have; see `Gateway`."""

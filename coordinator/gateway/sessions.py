@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coordinator.gateway.interface import DeviceStats
+from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.session import Conversation
 
 
@@ -31,6 +32,8 @@ class DeviceSession:
     is_over: bool = False
     leave: tuple[str, float] | None = None
     """To be dropped for this reason when all is sent, at that time at the latest."""
+    memories: Memories = field(default_factory=dict)
+    """What the codecs know of the tensors sent; used by the thread that sends."""
 
     def stats(self) -> DeviceStats:
         """Return what others may know."""

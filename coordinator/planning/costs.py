@@ -14,6 +14,7 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
+from edge_sdk.protocol.codecs import find
 from profiler.estimate.flops import estimate_flops
 from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
@@ -240,8 +241,10 @@ def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
     return None if speed is None else estimate_flops(problem.model, work).total / speed
 
 
-def _codec_bytes(problem: PlanningProblem, device: str) -> int:
-    return 4 if problem.config.settings(device).codec == "float32" else 2
+def _codec_bytes(problem: PlanningProblem, device: str) -> float:
+    codec = problem.config.settings(device).codec
+    assert codec is not None, "settings fill in every field"
+    return find(codec).bytes_per_number
 
 
 # ---- tables ----

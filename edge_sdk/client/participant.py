@@ -23,6 +23,7 @@ from edge_sdk.client.steps import Steps
 from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
 
 log = logging.getLogger(__name__)
 
-CODECS = ("bfloat16", "float16", "float32")
 FACTOR_ENDINGS = (".A", ".B", ".U", ".V")
 # Room for a message beyond the coordinator's largest: what aggregation hands out.
 LEAST_LIMIT_BYTES = 64 * 1024 * 1024
@@ -100,7 +100,7 @@ class Participant:
                 stamp=self._stamp,
                 protocol=PROTOCOL_VERSION,
                 sdk_version=package_version(),
-                codecs=CODECS,
+                codecs=float_codecs(),
                 model_hash=self._config.model_hash,
                 backend=self._setup.backend,
             )

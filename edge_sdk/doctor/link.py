@@ -22,6 +22,7 @@ from edge_sdk.client.incoming import Inbox, RunEnded, Stopped
 from edge_sdk.client.link_speed import LinkSpeed, probe
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
+from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
 from edge_sdk.transport.handshake import Handshake
 from edge_sdk.transport.link import LinkConfig, package_version
@@ -40,7 +41,6 @@ LEAST_MTU = 1280
 # Below 4 Mbit/s a chunk of a MiB stands in the way of heartbeats for too long.
 SLOW_BYTES_PER_S, SMALL_CHUNK_BYTES = 500_000, 256 * 1024
 FAREWELL_S = 1.0
-CODECS = ("bfloat16", "float16", "float32")
 
 Resolver = Callable[[str, int], list[str]]
 
@@ -249,7 +249,7 @@ def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION
         with ZmqLink(config) as link:
             inbox = Inbox(link, stop)
             # Not which backend: graphs for onnxruntime would be made that nobody fetches.
-            hello: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "codecs": CODECS}
+            hello: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "codecs": float_codecs()}
             version = package_version()
             link.send(Hello(stamp=Stamp(), sdk_version=version, model_hash=model_hash, **hello))
             try:

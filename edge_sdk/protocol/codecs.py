@@ -1,13 +1,13 @@
-"""How the numbers of a tensor are written: six codecs, numpy only.
+"""How the numbers of a tensor are written: one table of codecs for both sides; numpy only.
 
 Not here: which tensors a message brings (`messages.py`), and how bytes are cut into chunks
-(`fragments.py`). Everything is little-endian on the wire.
+(`fragments.py`). Everything is little-endian on the wire. To add a codec, derive from `Codec` and
+append it to `CODECS`; configuration, greeting, doctor and planner read that table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,10 @@ from edge_sdk.errors import LocalProtocolError, NumericError
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
+Memory = dict[str, Array]
+"""What a codec knows of the tensors that went before, in one stream: a tensor of a message, in
+one direction of a session. Both ends begin with an empty one and see the same tensors."""
+Memories = dict[Any, Memory]
 
 # Nothing we send has more than four dimensions; numpy itself stops at 64.
 MAX_DIMENSIONS = 8
@@ -25,33 +29,106 @@ MAX_DIMENSIONS = 8
 _BLOCK = 32 * 1024
 
 
-@dataclass(frozen=True, slots=True)
 class Codec:
-    """One way to write numbers."""
+    """One way to write numbers; this one writes them as they are, or as numpy casts them.
 
-    name: str
-    wire: np.dtype[Any]
-    """What is on the wire; bfloat16 is held as the uint16 that it is made of."""
-    array: np.dtype[Any]
-    """What the caller gives to `encode` and gets from `decode`."""
+    Args:
+        name: What configuration and messages call it.
+        wire: Dtype of a number on the wire.
+        array: Dtype of what is encoded and of what `decode` returns.
+    """
+
+    has_memory = False
+    """Whether `prepare` and `decode` use their memory."""
+
+    def __init__(self, name: str, wire: str, array: str = "<f4") -> None:
+        self.name, self.wire, self.array = name, np.dtype(wire), np.dtype(array)
+
+    @property
+    def bytes_per_number(self) -> float:
+        """Bytes that a number of a large tensor takes on the wire; what the planner counts with."""
+        return float(self.wire.itemsize)
+
+    def group(self, shape: Sequence[int]) -> int:
+        """Return how many neighbouring numbers of a tensor of *shape* must not be cut apart.
+
+        It divides the number of all; each group takes equally many bytes.
+        """
+        return 1
+
+    def num_bytes(self, shape: Sequence[int]) -> int:
+        """Return how many bytes a tensor of *shape* takes on the wire."""
+        total = self.wire.itemsize
+        for size in shape:
+            total *= int(size)  # Python ints: a numpy product would wrap around
+        return total
+
+    def prepare(self, array: Array, memory: Memory) -> Array:
+        """Return what is to be written for *array*, in its shape; called once for each tensor.
+
+        Error feedback and residual coding happen here: chunks may be written several times.
+        """
+        return array
+
+    def encode_into(self, groups_GN: Array, out: Bytes) -> None:
+        """Write whole groups, N numbers each, into the bytes *out*."""
+        row, target = groups_GN.reshape(-1), out.view(self.wire)
+        if self.wire == self.array:
+            target[:] = row
+            return
+        with np.errstate(over="ignore", invalid="ignore"):  # too large becomes inf; the reader says
+            target[:] = row
+
+    def decode(self, buffer: Any, shape: Sequence[int], memory: Memory) -> Array:
+        """Return the numbers in *buffer*, which has `num_bytes` of *shape*, in any shape."""
+        row = np.frombuffer(buffer, self.wire)
+        if self.wire != self.array:
+            return row.astype(self.array)
+        # Received frames begin anywhere, and ARM cores mind.
+        return row if row.flags.aligned else row.copy()
 
 
-def _codec(name: str, wire: str, array: str) -> Codec:
-    return Codec(name, np.dtype(wire), np.dtype(array))
+class Bfloat16(Codec):
+    """The upper half of each float32, rounded to nearest, ties to even."""
+
+    def __init__(self) -> None:
+        super().__init__("bfloat16", "<u2")
+
+    def encode_into(self, groups_GN: Array, out: Bytes) -> None:
+        """Round; NaN stays NaN (rounding could carry it to infinity)."""
+        row, target = groups_GN.reshape(-1), out.view(self.wire)
+        bits = row.view(np.uint32)
+        for start in range(0, bits.size, _BLOCK):
+            part = bits[start : start + _BLOCK]
+            rounded = part >> np.uint32(16)
+            rounded &= np.uint32(1)
+            rounded += np.uint32(0x7FFF)
+            rounded += part
+            rounded >>= np.uint32(16)
+            is_nan = np.isnan(row[start : start + _BLOCK])
+            if is_nan.any():
+                rounded[is_nan] = (part[is_nan] >> np.uint32(16)) | np.uint32(0x40)
+            target[start : start + _BLOCK] = rounded
+
+    def decode(self, buffer: Any, shape: Sequence[int], memory: Memory) -> Array:
+        """Return the float32 whose upper halves are in *buffer*."""
+        bits = np.frombuffer(buffer, self.wire).astype("<u4")
+        bits <<= np.uint32(16)
+        return bits.view("<f4")
 
 
-# The place in this tuple is the codec's number on the wire: append, never reorder.
-_ALL = (
-    _codec("float32", "<f4", "<f4"),
-    _codec("bfloat16", "<u2", "<f4"),
-    _codec("float16", "<f2", "<f4"),
-    _codec("int32", "<i4", "<i4"),
-    _codec("int64", "<i8", "<i8"),
-    _codec("uint8", "u1", "u1"),
-)
-CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
-CODEC_NUMBERS: dict[str, int] = {codec.name: number for number, codec in enumerate(_ALL)}
-CODEC_NAMES: tuple[str, ...] = tuple(codec.name for codec in _ALL)
+# The place in this table is the codec's number on the wire: append, never reorder.
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("float32", "<f4"),
+        Bfloat16(),
+        Codec("float16", "<f2"),
+        Codec("int32", "<i4", "<i4"),
+        Codec("int64", "<i8", "<i8"),
+        Codec("uint8", "u1", "u1"),
+    )
+}
 
 
 def find(name: str) -> Codec:
@@ -62,20 +139,28 @@ def find(name: str) -> Codec:
     return codec
 
 
+def float_codecs() -> tuple[str, ...]:
+    """Return the codecs that hidden states and gradients may take, the smallest first."""
+    floats = [codec for codec in CODECS.values() if codec.array == np.float32]
+    return tuple(codec.name for codec in sorted(floats, key=lambda one: one.bytes_per_number))
+
+
+def memory_of(name: str, memories: Memories, *stream: Any) -> Memory:
+    """Return the memory of *stream* among *memories*; those who need none leave no trace."""
+    return memories.setdefault(stream, {}) if find(name).has_memory else {}
+
+
 def encoded_bytes(name: str, shape: Sequence[int]) -> int:
     """Return how many bytes a tensor of *shape* takes on the wire."""
     if len(shape) > MAX_DIMENSIONS:
         raise LocalProtocolError(f"{len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
-    total = find(name).wire.itemsize
-    for size in shape:
-        if size < 0:
-            raise LocalProtocolError(f"shape {tuple(shape)} has a negative dimension")
-        total *= int(size)  # Python ints: a numpy product would wrap around
-    return total
+    if shape and min(shape) < 0:
+        raise LocalProtocolError(f"shape {tuple(shape)} has a negative dimension")
+    return find(name).num_bytes(shape)
 
 
-def flat(array: Array, name: str) -> Array:
-    """Return *array* as one contiguous row, after checking that codec *name* can write it."""
+def grouped(array: Array, name: str, memory: Memory) -> Array:
+    """Return what codec *name* is to write for *array*: one contiguous row for each group."""
     codec = find(name)
     if array.dtype != codec.array:
         raise LocalProtocolError(
@@ -83,53 +168,34 @@ def flat(array: Array, name: str) -> Array:
         )
     if array.ndim > MAX_DIMENSIONS:
         raise LocalProtocolError(f"{array.ndim} dimensions, at most {MAX_DIMENSIONS} are allowed")
-    return np.ascontiguousarray(array).reshape(-1)
-
-
-def encode_into(row: Array, name: str, out: Bytes) -> None:
-    """Write the numbers of *row* (from `flat`, or a slice of it) into the bytes *out*."""
-    target = out.view(find(name).wire)
-    if name == "bfloat16":
-        _to_bfloat16(row, target)
-    elif name == "float16":
-        with np.errstate(over="ignore", invalid="ignore"):  # too large becomes inf; the reader says
-            target[:] = row
-    else:
-        target[:] = row
+    due = np.ascontiguousarray(codec.prepare(array, memory))
+    return due.reshape(-1, max(1, codec.group(array.shape)))
 
 
 def encode(array: Array, name: str) -> Bytes:
-    """Return the bytes of *array*; for all but the two-byte floats these share its memory."""
-    row = flat(array, name)
-    codec = find(name)
-    if codec.wire == codec.array:
-        return row.view(np.uint8)
-    out = np.empty(row.size * codec.wire.itemsize, np.uint8)
-    encode_into(row, name, out)
+    """Return the bytes of *array*, a tensor that stands alone."""
+    out = np.empty(encoded_bytes(name, array.shape), np.uint8)
+    find(name).encode_into(grouped(array, name, {}), out)
     return out
 
 
-def decode(buffer: Any, name: str, shape: Sequence[int]) -> Array:
+def decode(buffer: Any, name: str, shape: Sequence[int], memory: Memory | None = None) -> Array:
     """Return the tensor in *buffer*; it shares the memory of *buffer* where dtype and place allow.
 
     Args:
         buffer: Anything with the buffer protocol, of exactly the right length.
         name: Codec.
         shape: Dimensions, at most `MAX_DIMENSIONS`.
+        memory: Of the stream that the tensor belongs to; None for a tensor that stands alone.
     """
     codec = find(name)
     due, got = encoded_bytes(name, shape), memoryview(buffer).nbytes
     if due != got:
         raise LocalProtocolError(f"{name} of shape {tuple(shape)} takes {due} bytes, got {got}")
-    row = np.frombuffer(buffer, codec.wire) if got else np.empty(0, codec.wire)
-    if name == "bfloat16":
-        row = _from_bfloat16(row)
-    elif name == "float16":
-        row = row.astype(codec.array)
-    elif not row.flags.aligned:
-        row = row.copy()  # received frames begin anywhere, and ARM cores mind
     try:
-        return row.reshape(tuple(shape))
+        if not got:
+            return np.empty(tuple(shape), codec.array)
+        return codec.decode(buffer, shape, {} if memory is None else memory).reshape(tuple(shape))
     except (ValueError, OverflowError) as error:  # (0, 2**62, 2**62): no bytes, yet too large
         raise LocalProtocolError(f"shape {tuple(shape)} is not possible: {error}") from error
 
@@ -145,25 +211,3 @@ def require_finite(array: Array, what: str) -> None:
     num_bad = array.size - int(np.isfinite(array).sum())
     if num_bad:
         raise NumericError(f"{what}: {num_bad} of {array.size} numbers are NaN or infinite")
-
-
-def _to_bfloat16(row: Array, target: NDArray[np.uint16]) -> None:
-    """Round to nearest, ties to even; NaN stays NaN (rounding could carry it to infinity)."""
-    bits = row.view(np.uint32)
-    for start in range(0, bits.size, _BLOCK):
-        part = bits[start : start + _BLOCK]
-        rounded = part >> np.uint32(16)
-        rounded &= np.uint32(1)
-        rounded += np.uint32(0x7FFF)
-        rounded += part
-        rounded >>= np.uint32(16)
-        is_nan = np.isnan(row[start : start + _BLOCK])
-        if is_nan.any():
-            rounded[is_nan] = (part[is_nan] >> np.uint32(16)) | np.uint32(0x40)
-        target[start : start + _BLOCK] = rounded
-
-
-def _from_bfloat16(row: NDArray[np.uint16]) -> NDArray[np.float32]:
-    bits = row.astype("<u4")
-    bits <<= np.uint32(16)
-    return bits.view("<f4")

@@ -16,11 +16,13 @@ import numpy as np
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.protocol import codecs
 from edge_sdk.protocol import headers as wire
-from edge_sdk.protocol.codecs import Array, Bytes
-from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Kind, Packet, first_head, split_first
+from edge_sdk.protocol.codecs import Array, Bytes, Memories
+from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Kind, Lane, Packet, first_head, split_first
 
-# One cache line; also keeps every chunk border on a whole number.
+# One cache line; also keeps every chunk border on a whole number of the plain codecs.
 ALIGN_BYTES = 64
+# Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
+BULK_FROM_BYTES = 32 * 1024
 
 TensorOut = tuple[Array, str]
 """A tensor to be sent, and the name of its codec."""
@@ -55,21 +57,40 @@ class OutgoingMessage:
     The arrays are borrowed, not copied, until the peer has everything: do not write to them.
     """
 
-    __slots__ = ("_lengths", "_rows", "_starts", "chunk_bytes", "head", "num_packets", "total")
+    __slots__ = (
+        *("_cut", "_lengths", "_rows", "_starts"),
+        *("chunk_bytes", "head", "lane", "num_packets", "total"),
+    )
 
     def __init__(
-        self, message: Any, tensors: Mapping[str, TensorOut], chunk_bytes: int = MAX_CHUNK_BYTES
+        self,
+        message: Any,
+        tensors: Mapping[str, TensorOut],
+        chunk_bytes: int = MAX_CHUNK_BYTES,
+        memories: Memories | None = None,
     ) -> None:
-        # Whole cache lines, so that no number is cut in two.
+        # Whole cache lines, so that hardly a number is cut in two.
         self.chunk_bytes = max(ALIGN_BYTES, chunk_bytes // ALIGN_BYTES * ALIGN_BYTES)
-        self._rows = [(codecs.flat(array, codec), codec) for array, codec in tensors.values()]
         specs = tuple(
             [wire.TensorSpec(name, codec, array.shape) for name, (array, codec) in tensors.items()]
         )
         self._starts, self._lengths, self.total = _layout(specs)
+        self.lane = Lane.BULK if self.total > BULK_FROM_BYTES else Lane.CONTROL
+        self._rows = [
+            (codecs.grouped(array, codec, self._memory(memories, message, name, codec)), codec)
+            for name, (array, codec) in tensors.items()
+        ]
+        self._cut: tuple[int, int, Bytes] | None = None
         self.head = first_head(wire.encode_header(message, specs))
         """What stands before the first chunk in packet 0."""
         self.num_packets = max(1, -(-self.total // self.chunk_bytes))
+
+    def _memory(
+        self, memories: Memories | None, message: Any, name: str, codec: str
+    ) -> codecs.Memory:
+        # By lane, because only within a lane tensors arrive in the order in which they were sent.
+        kind = type(message)
+        return {} if memories is None else codecs.memory_of(codec, memories, self.lane, kind, name)
 
     def packet_bytes(self, number: int) -> int:
         """Return the payload of packet *number* in bytes."""
@@ -92,13 +113,33 @@ class OutgoingMessage:
             low, high = max(begin, start), min(end, start + length)
             if low < high:
                 out[filled - begin : low - begin] = 0  # the gap before this tensor
-                row, codec = self._rows[which]
-                size = codecs.CODECS[codec].wire.itemsize
-                part = row[(low - start) // size : (high - start) // size]
-                codecs.encode_into(part, codec, out[low - begin : high - begin])
+                self._encode(which, low - start, out[low - begin : high - begin])
                 filled = high
             which += 1
         out[filled - begin :] = 0
+
+    def _encode(self, which: int, low: int, out: Bytes) -> None:
+        """Fill *out* with the bytes of tensor *which* from its byte *low* on."""
+        groups_GN, name = self._rows[which]
+        size = self._lengths[which] // len(groups_GN)
+        while len(out):
+            index, skipped = divmod(low, size)
+            num_whole = 0 if skipped else len(out) // size
+            length = num_whole * size or min(size - skipped, len(out))
+            if num_whole:
+                groups = groups_GN[index : index + num_whole]
+                codecs.CODECS[name].encode_into(groups, out[:length])
+            else:
+                out[:length] = self._group(which, index, size)[skipped : skipped + length]
+            low, out = low + length, out[length:]
+
+    def _group(self, which: int, index: int, size: int) -> Bytes:
+        """Return all bytes of a group that the border of a chunk cuts; kept for the next chunk."""
+        if self._cut is None or self._cut[:2] != (which, index):
+            groups_GN, name = self._rows[which]
+            self._cut = (which, index, np.empty(size, np.uint8))
+            codecs.CODECS[name].encode_into(groups_GN[index : index + 1], self._cut[2])
+        return self._cut[2]
 
 
 @dataclass(slots=True)
@@ -124,7 +165,8 @@ class Reassembler:
     allowed: tuple[type, ...] = ()
     """Messages that this side may receive; empty for all."""
     _open: _Open | None = None
-    _is_skipping: bool = field(default=False)
+    _is_skipping: bool = False
+    _memories: Memories = field(default_factory=dict)
 
     def add(self, packet: Packet) -> Envelope | None:
         """Return the message that *packet* completes, if it does.
@@ -184,13 +226,13 @@ class Reassembler:
         self._open = None if end == opened.total else opened
         return opened if end == opened.total else None
 
-    @staticmethod
-    def _close(opened: _Open, lane: int) -> Envelope:
-        tensors = {}
+    def _close(self, opened: _Open, lane: int) -> Envelope:
+        tensors, kind = {}, type(opened.message)
         for spec, start, length in zip(opened.specs, opened.starts, opened.lengths, strict=True):
             part = opened.buffer[start : start + length] if length else b""
+            memory = codecs.memory_of(spec.codec, self._memories, kind, spec.name)
             try:
-                tensors[spec.name] = codecs.decode(part, spec.codec, spec.shape)
+                tensors[spec.name] = codecs.decode(part, spec.codec, spec.shape, memory)
             except LocalProtocolError as error:
                 raise RemoteProtocolError(f"tensor {spec.name!r}: {error}") from error
         return Envelope(opened.message, tensors, opened.total + opened.header_bytes, lane)

@@ -262,6 +262,7 @@ def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
     """Front-coded: neighbours share most of a long name, and a header holds thousands of them."""
     if len(tensors) > MAX_TENSORS:
         raise LocalProtocolError(f"{len(tensors)} tensors, at most {MAX_TENSORS} are allowed")
+    numbers = {name: number for number, name in enumerate(codecs.CODECS)}
     table, last = [], ""
     for name, codec, shape in tensors:
         if len(name) > MAX_TENSOR_NAME:
@@ -271,7 +272,7 @@ def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
             if ours != theirs:
                 break
             shared += 1
-        table.append((shared, name[shared:], codecs.CODEC_NUMBERS[codec], shape))
+        table.append((shared, name[shared:], numbers[codec], shape))
         last = name
     return table
 
@@ -281,7 +282,7 @@ def _read_table(table: Plain) -> tuple[TensorSpec, ...]:
         raise _bad("tensors", "a list", table)
     specs: list[TensorSpec] = []
     seen: set[str] = set()
-    last = ""
+    last, names = "", tuple(codecs.CODECS)
     for row in table:
         if type(row) is not tuple or len(row) != 4:
             raise _bad("tensor", "(shared, suffix, codec, shape)", row)
@@ -291,10 +292,10 @@ def _read_table(table: Plain) -> tuple[TensorSpec, ...]:
         name = last = last[:shared] + _check_str(row[1], "tensor.name")
         if name in seen or len(name) > MAX_TENSOR_NAME:
             raise _bad("tensor.name", "new and short", name)
-        if not 0 <= number < len(codecs.CODEC_NAMES):
-            raise _bad("tensor.codec", f"0 .. {len(codecs.CODEC_NAMES) - 1}", number)
+        if not 0 <= number < len(names):
+            raise _bad("tensor.codec", f"0 .. {len(names) - 1}", number)
         seen.add(name)
-        specs.append(_spec(name, codecs.CODEC_NAMES[number], row[3]))
+        specs.append(_spec(name, names[number], row[3]))
     return tuple(specs)
 
 

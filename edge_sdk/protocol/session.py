@@ -21,8 +21,6 @@ from edge_sdk.protocol.codecs import Bytes
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
 from edge_sdk.protocol.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
-# Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
-BULK_FROM_BYTES = 32 * 1024
 # What the other lane has overtaken waits; acks bound it, this bounds a peer that lies in numbers.
 MAX_AHEAD = 1_000_000
 
@@ -101,10 +99,9 @@ class Conversation:
 
     def send(self, outgoing: OutgoingMessage) -> Lane:
         """Queue a message and return the lane it takes."""
-        lane = Lane.BULK if outgoing.total > BULK_FROM_BYTES else Lane.CONTROL
-        self.senders[lane].queue(outgoing, self._next_out)
+        self.senders[outgoing.lane].queue(outgoing, self._next_out)
         self._next_out += 1
-        return lane
+        return outgoing.lane
 
     @property
     def is_idle(self) -> bool:

@@ -20,6 +20,7 @@ from edge_sdk.errors import (
     TransportError,
 )
 from edge_sdk.protocol import packets
+from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE
 from edge_sdk.protocol.session import BadMessage, Conversation
@@ -37,6 +38,7 @@ class MemoryLink:
         # Big enough never to be full: flow control is not what is simulated here.
         self._out = Conversation(_SESSION, limit, sends, window_bytes=2**62)
         self._in = Conversation(_SESSION, limit, receives, window_bytes=2**62)
+        self._memories: Memories = {}
         self._inbox: SimpleQueue[Envelope | TransportError | RemoteProtocolError] = SimpleQueue()
         self._bytes_up = 0
         self._bytes_down = 0
@@ -51,7 +53,7 @@ class MemoryLink:
         assert self._peer is not None
         if self._peer._is_closed:
             raise PeerGone("the other end is closed")
-        outgoing = OutgoingMessage(message, tensors)
+        outgoing = OutgoingMessage(message, tensors, memories=self._memories)
         lane = self._out.send(outgoing)
         sender = self._out.senders[lane]
         due = sender.peek(0.0)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, LocalProtocolError, ReceiveTimeout, SessionLost
+from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_DEVICE, Message
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
@@ -41,6 +42,7 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
             raise ValueError(f"chunk_bytes must be 1 .. {MAX_CHUNK_BYTES}: {config.chunk_bytes}")
         self._io = DeviceIo(config, telemetry, package_version())
         self._epoch = 0  # sessions the application knows to be lost
+        self._memories: Memories = {}
         self._is_closed = False
         self._thread = threading.Thread(target=self._io.run, name="edgesplit-link", daemon=True)
         self._thread.start()
@@ -61,7 +63,8 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
         epoch = self._epoch
         if self._io.epoch != epoch:
             raise SessionLost("the session is lost; receive() says when")
-        self._io.post("send", epoch, OutgoingMessage(message, tensors, self._io.config.chunk_bytes))
+        size = self._io.config.chunk_bytes
+        self._io.post("send", epoch, OutgoingMessage(message, tensors, size, self._memories))
 
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `Link.receive`."""
@@ -77,7 +80,7 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
         if item is None:
             raise self._over()
         if isinstance(item, SessionLost):
-            self._epoch = epoch + 1
+            self._epoch, self._memories = epoch + 1, {}
         self._io.has_error_posted = False
         raise item
 

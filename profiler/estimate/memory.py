@@ -8,6 +8,7 @@ What a frozen block keeps for its backward pass is told by `ModelShape.kept`, wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from profiler.estimate.sizes import (
@@ -124,9 +125,9 @@ def adapter_bytes(
     return ADAPTER_BYTES * copies * trained + compute_bytes * kept + round(fragments)
 
 
-def hidden_bytes(model: ModelShape, micro_batch: int, length: int, codec_bytes: int) -> int:
+def hidden_bytes(model: ModelShape, micro_batch: int, length: int, codec_bytes: float) -> int:
     """Return the bytes of one hidden state, or of its gradient, on the wire."""
-    return micro_batch * length * model.hidden_size * codec_bytes
+    return math.ceil(micro_batch * length * model.hidden_size * codec_bytes)
 
 
 def _moments(optimizer: str) -> int:

@@ -121,7 +121,7 @@ class Work:
     """Per weight of a block's linear layers, where these are quantised; None: as the others."""
     compute_bytes: int = 4
     """Per activation; 2 stands for autocast."""
-    codec_bytes: int = 2
+    codec_bytes: float = 2
     """Per number on the wire."""
     optimizer: str = "adamw"
     """`adamw` or `sgd`."""

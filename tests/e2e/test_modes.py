@@ -13,6 +13,7 @@ import torch
 from coordinator.config.run import Codec, DeviceSettings, EvaluationConfig
 from edge_sdk.client.callbacks import Callback, RoundSummary
 from edge_sdk.data.rows import DataConfig
+from edge_sdk.protocol.codecs import CODECS
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import TrainingConfig
@@ -25,6 +26,7 @@ from tests.e2e.cluster import (
     wait_all,
     write_rows,
 )
+from tests.edge_sdk.protocol.test_codec_interface import ScaledRows
 from tests.tiny import BLOCKS, CLASSES
 
 
@@ -124,6 +126,24 @@ def test_every_codec_trains(cluster: Cluster) -> None:
 
     assert found["train_loss"] == pytest.approx(exact["train_loss"], rel=0.02)
     assert found["train_loss"] != exact["train_loss"]
+
+
+def test_a_codec_that_one_line_adds_trains(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 with a scale for each row is offered, chosen and used, and stays close to float32."""
+    monkeypatch.setitem(CODECS, "int8-rows", ScaledRows("int8-rows", "u1"))
+
+    found = train(cluster, default=coded_as("int8-rows"), name="coded").rows[-1]
+    exact = train(cluster, default=coded_as("float32"), name="exact").rows[-1]
+
+    assert found["train_loss"] == pytest.approx(exact["train_loss"], rel=0.02)
+    assert found["train_loss"] != exact["train_loss"]
+
+
+def coded_as(codec: str) -> DeviceSettings:
+    """Settings of all devices."""
+    return DeviceSettings(split=2, batch_size=4, codec=codec)
 
 
 def test_a_row_is_written_before_the_next_round_begins(cluster: Cluster) -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.channel import Receiver, Sender
-from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
+from edge_sdk.protocol.fragments import BULK_FROM_BYTES, Envelope, OutgoingMessage
 from edge_sdk.protocol.messages import PartData, Paused, Stamp
 from edge_sdk.protocol.packets import Lane
-from edge_sdk.protocol.session import BULK_FROM_BYTES, BadMessage, Conversation
+from edge_sdk.protocol.session import BadMessage, Conversation
 
 WINDOW = 4096
 SESSION = "ab" * 16
