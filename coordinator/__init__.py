@@ -12,12 +12,7 @@ if TYPE_CHECKING:
     from coordinator.results.export import export_run
     from coordinator.rounds.launch import resume, serve
 
-__all__ = [
-    "export_run",
-    "resume",
-    "serve",
-    "ServeConfig",
-]
+__all__ = ["export_run", "resume", "serve", "ServeConfig"]
 
 _HOMES = {
     "export_run": "results.export",

@@ -3,8 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "ledger",
-    "round_start",
-    "rules",
-]
+__all__ = ["ledger", "round_start", "rules"]

@@ -3,9 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "centralised",
-    "planning",
-    "presets",
-    "run",
-]
+__all__ = ["centralised", "planning", "presets", "run"]

@@ -3,9 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "compute_thread",
-    "interface",
-    "local",
-    "server_model",
-]
+__all__ = ["compute_thread", "interface", "local", "server_model"]

@@ -3,9 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "allow_list",
-    "gateway",
-    "interface",
-    "link_probe",
-]
+__all__ = ["allow_list", "gateway", "interface", "link_probe"]

@@ -3,10 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "costs",
-    "fixed",
-    "joint",
-    "problem",
-    "run_planner",
-]
+__all__ = ["costs", "fixed", "joint", "problem", "run_planner"]

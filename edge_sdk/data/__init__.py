@@ -3,10 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "batches",
-    "fast_tokenizer",
-    "readers",
-    "rows",
-    "tokenize",
-]
+__all__ = ["batches", "fast_tokenizer", "readers", "rows", "tokenize"]

@@ -3,12 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "channel",
-    "codecs",
-    "fragments",
-    "messages",
-    "packets",
-    "plan",
-    "session",
-]
+__all__ = ["channel", "codecs", "fragments", "messages", "packets", "plan", "session"]

@@ -3,11 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "interface",
-    "onnx_graphs",
-    "onnx_runtime",
-    "onnx_session",
-    "torch_runtime",
-    "training",
-]
+__all__ = ["interface", "onnx_graphs", "onnx_runtime", "onnx_session", "torch_runtime", "training"]

@@ -3,11 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "handshake",
-    "keys",
-    "link",
-    "memory_link",
-    "sockets",
-    "zmq_link",
-]
+__all__ = ["handshake", "keys", "link", "memory_link", "sockets", "zmq_link"]

@@ -3,8 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "flops",
-    "memory",
-    "sizes",
-]
+__all__ = ["flops", "memory", "sizes"]

@@ -3,7 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "run",
-    "trainer",
-]
+__all__ = ["run", "trainer"]

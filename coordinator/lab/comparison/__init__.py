@@ -3,11 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "config",
-    "fit_devices",
-    "plots",
-    "report",
-    "run",
-    "table",
-]
+__all__ = ["config", "fit_devices", "plots", "report", "run", "table"]

@@ -3,13 +3,4 @@
 Other packages import the modules that are named here, and no other.
 """
 
-__all__ = [
-    "boards",
-    "clock",
-    "config",
-    "data",
-    "fleet",
-    "result",
-    "run",
-    "sharding",
-]
+__all__ = ["boards", "clock", "config", "data", "fleet", "result", "run", "sharding"]
