@@ -1,7 +1,7 @@
 """Who may connect: the allow-list of public keys, and the answer to libzmq's question (ZAP).
 
 The list is a JSON file ``{"devices": {name: public key}}``, replaced as a whole and read again when
-it changes, so `coordinator register` works while a run is on. Not here: sessions (`gateway.py`).
+it changes, so `coordinator register` works while a run is on. Not here: sessions (`sessions.py`).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _MAX_FILE_BYTES = 8 * 1024 * 1024
 
 
 def is_device_name(name: str) -> bool:
-    """Whether *name* may be a device's name."""
+    """Return whether *name* may be a device's name."""
     return _NAME.fullmatch(name) is not None
 
 
 class AllowList:
     """Names of the devices that may connect, and their public keys.
 
-    Readers never wait: a change replaces both maps. A missing file lets nobody in. A file that
-    cannot be read keeps the last good list and logs an error, so that a slip of the editor does
-    not throw out a whole fleet.
+    Readers never wait: a change replaces both maps. A missing file lets nobody in. While the file
+    cannot be read, the last good list stays in force and an error is logged, so that a slip of the
+    editor does not throw out a whole fleet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,14 +73,14 @@ class AllowList:
         log.info("device.registered name=%s", name)
 
     def unregister(self, name: str) -> None:
-        """Let *name* in no longer; its live connections end with their next message."""
+        """Stop letting *name* in; its live connections end with their next message."""
         with self._changing() as keys:
             if keys.pop(name, None) is None:
                 raise ConfigError(f"no device is registered as {name!r}")
         log.info("device.unregistered name=%s", name)
 
     def reload_if_changed(self) -> bool:
-        """Read the file again if it is not what it was; returns whether the list is new."""
+        """Read the file again if it has changed; return whether the list is new."""
         stamp = self._stamp()
         if stamp == self._seen:
             return False
@@ -126,7 +126,7 @@ class AllowList:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
-        """Read, let the caller change, write; one process at a time."""
+        """Read the list, let the caller change it, write it; one process at a time."""
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
@@ -140,9 +140,9 @@ class AllowList:
 
 
 class ZapHandler:
-    """Answers libzmq's "may this key in?"; lives in the thread that polls `socket`.
+    """Tells libzmq whether a key may come in; lives in the thread that polls `socket`.
 
-    Not pyzmq's ThreadAuthenticator: one exception kills its thread for good, and nobody notices.
+    Not pyzmq's ThreadAuthenticator: one exception ends its thread for good, and nobody notices.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList) -> None:
@@ -188,5 +188,5 @@ class ZapHandler:
         return str(z85.encode(credentials[0]).decode())
 
     def close(self) -> None:
-        """Close the socket; from then on libzmq lets nobody in."""
+        """Close the socket; libzmq lets nobody in from then on."""
         self.socket.close()

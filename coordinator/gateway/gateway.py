@@ -29,7 +29,7 @@ from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import NO_TENSORS
 from edge_sdk.transport.sockets import tune
 
-# `events` takes no further batch once it has so many, so that the caller's loop comes round.
+# `events` takes no further batch once it has so many events, so that its caller's loop comes round.
 MAX_EVENTS = 256
 
 
@@ -43,9 +43,9 @@ class GatewayConfig:
     insecure: bool = False
     """No encryption and no keys; for benchmarks on one machine only."""
     max_message_bytes: int = 1024 * 1024
-    """Payload of a message from a device for which `set_limits` was not called."""
+    """Largest payload in bytes of a message from a device for which `set_limits` was not called."""
     chunk_bytes: int = MAX_CHUNK_BYTES
-    """Payload of one packet; 256 KiB on slow links."""
+    """Payload of one packet in bytes; 256 KiB on slow links."""
     silent_after_s: float = 30.0
     """Seconds without a sign of life before Silent; reported again each time it has doubled."""
     gone_after_s: float = 900.0
@@ -100,11 +100,11 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
 
     def devices(self) -> list[str]:
         """Return the names of all devices with a session; see `Gateway`."""
-        return sorted(list(self._io.seats))
+        return sorted(list(self._io.sessions))
 
     def stats(self, device: str) -> DeviceStats:
         """Return what is known about a connection; see `Gateway`."""
-        return self._seat(device).stats()
+        return self._session(device).stats()
 
     def events(self, timeout_s: float) -> list[Event]:
         """Return what has happened; see `Gateway`."""
@@ -112,9 +112,9 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         try:
             batch = self._io.events.get(timeout=max(0.0, timeout_s))
             while batch:
-                for seat, event in batch:
-                    if isinstance(event, Received) and seat is not None:
-                        self._took(seat, event)
+                for session, event in batch:
+                    if isinstance(event, Received) and session is not None:
+                        self._took(session, event)
                     found.append(event)
                 if len(found) >= MAX_EVENTS:
                     break
@@ -127,17 +127,17 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         self._return_credit()
         return found
 
-    def _took(self, seat: DeviceSession, event: Received) -> None:
+    def _took(self, session: DeviceSession, event: Received) -> None:
         envelope = event.envelope
-        self._taken.setdefault(seat, []).append((envelope.lane, envelope.num_bytes))
+        self._taken.setdefault(session, []).append((envelope.lane, envelope.num_bytes))
         self._taken_bytes += envelope.num_bytes
 
     def _return_credit(self) -> None:
         """Tell the I/O thread what has been taken; wake it only when that opens a window."""
         if not self._taken:
             return
-        for seat, taken in self._taken.items():
-            self._io.commands.append(("taken", seat, taken))
+        for session, taken in self._taken.items():
+            self._io.commands.append(("taken", session, taken))
         self._taken = {}
         if self._taken_bytes >= ACK_EVERY_BYTES:
             self._taken_bytes = 0
@@ -149,27 +149,27 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         """Queue *message* for *device*; see `Gateway`."""
         if not isinstance(message, FROM_COORDINATOR):
             raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
-        seat = self._seat(device)
-        size = self._config.chunk_bytes
-        self._io.post("send", seat, OutgoingMessage(message, tensors, size, seat.memories))
+        session, size = self._session(device), self._config.chunk_bytes
+        outgoing = OutgoingMessage(message, tensors, size, session.memories)
+        self._io.post("send", session, outgoing)
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the size that a message of *device* may have; see `Gateway`."""
-        self._io.post("limit", self._seat(device), max_message_bytes)
+        self._io.post("limit", self._session(device), max_message_bytes)
 
     def drop(self, device: str, reason: str) -> None:
         """End the session of *device* when all is sent; see `Gateway`."""
-        self._io.post("drop", self._seat(device), reason or "dropped")
+        self._io.post("drop", self._session(device), reason or "dropped")
 
     def wake(self) -> None:
         """Make `events` return now; see `Gateway`."""
         self._io.events.put([])
 
-    def _seat(self, device: str) -> DeviceSession:
-        seat = self._io.seats.get(device)
-        if seat is None:
+    def _session(self, device: str) -> DeviceSession:
+        session = self._io.sessions.get(device)
+        if session is None:
             raise PeerGone(f"device {device!r} has no session")
-        return seat
+        return session
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -67,9 +67,9 @@ class DeviceStats:
     bytes_down: int
     reconnects: int
     rtt_s: float | None
-    """As the device measured it; None before its second heartbeat."""
+    """Round trip in seconds as the device measured it; None before its second heartbeat."""
     heard_s: float
-    """Last sign of life, on this machine's monotonic clock."""
+    """Time of the last sign of life, on this machine's monotonic clock."""
     telemetry: dict[str, float]
     """Numbers of the last heartbeat."""
 

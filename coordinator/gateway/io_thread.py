@@ -40,15 +40,15 @@ from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
 
-# Frames read before acks and answers have their turn.
+# So many frames are read before acks and answers have their turn.
 TURN_FRAMES = 64
 TICK_S = 0.5
 CHECK_S = 5.0
 # A dropped device gets what was queued for it, within this time.
 DROP_FLUSH_S = 5.0
-# A peer with more bad messages than this in one session is thrown out: answers cost memory.
+# A session with more bad messages than this is ended: answers to them cost memory.
 MAX_BAD = 16
-# Remembered, so that a late packet of an ended session cannot replace its successor.
+# So many ended sessions are remembered: a late packet of one must not replace its successor.
 MAX_EXPELLED = 4096
 _TAKEN_OVER = "another process with the same key has taken over"
 _REVOKED = "this device's key is not registered any more"
@@ -67,10 +67,10 @@ class GatewayIo:
     events: SimpleQueue[list[tuple[DeviceSession | None, Event]]] = field(
         default_factory=SimpleQueue
     )
-    """Batches; an empty one only wakes the reader."""
+    """Batches of events; an empty one only wakes the reader."""
     commands: deque[tuple[Any, ...]] = field(default_factory=deque)
     waker: Waker = field(default_factory=Waker)
-    seats: dict[str, DeviceSession] = field(default_factory=dict)
+    sessions: dict[str, DeviceSession] = field(default_factory=dict)
     is_closing: bool = False
     failure: str = ""
     _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
@@ -128,21 +128,21 @@ class GatewayIo:
         return max(0, int((until_s - time.monotonic()) * 1000) + 1)
 
     def _command(self, command: tuple[Any, ...], now_s: float) -> None:
-        name, seat, *rest = command
-        if seat.is_over:
+        name, session, *rest = command
+        if session.is_over:
             return
         if name == "send":
-            seat.talk.send(rest[0])
-            self.out.add(seat)
+            session.talk.send(rest[0])
+            self.out.add(session)
         elif name == "taken":
             for lane, num_bytes in rest[0]:
-                seat.talk.taken(lane, num_bytes)
-            self.out.owe(seat, now_s)
+                session.talk.taken(lane, num_bytes)
+            self.out.owe(session, now_s)
         elif name == "limit":
-            seat.talk.set_limit(rest[0])
+            session.talk.set_limit(rest[0])
         elif name == "drop":
-            seat.leave = (rest[0], now_s + DROP_FLUSH_S)
-            self._leave_if_due(seat, now_s)
+            session.leave = (rest[0], now_s + DROP_FLUSH_S)
+            self._leave_if_due(session, now_s)
 
     # -- in --
 
@@ -161,11 +161,11 @@ class GatewayIo:
             if self.allowed is not None and name is None:
                 self._revoked(route, known)
                 continue
-            seat = known[0] if known is not None and known[0].name == name else None
+            session = known[0] if known is not None and known[0].name == name else None
             try:
-                self._frame(route, name or "", seat, frame.buffer, now_s)
+                self._frame(route, name or "", session, frame.buffer, now_s)
             except RemoteProtocolError as error:
-                self._bad_frame(route, name or "", seat, str(error))
+                self._bad_frame(route, name or "", session, str(error))
 
     def _name(self, frame: zmq.Frame) -> str | None:
         assert self.allowed is not None
@@ -175,62 +175,62 @@ class GatewayIo:
             return None
 
     def _frame(
-        self, route: bytes, name: str, seat: DeviceSession | None, view: memoryview, now_s: float
+        self, route: bytes, name: str, session: DeviceSession | None, view: memoryview, now_s: float
     ) -> None:
         packet = packets.read_packet(view)
         if packet.kind == Kind.CONTROL:
             control = packets.read_control(packet)
             if isinstance(control, Attach):
                 self._attach(route, packet.lane, name, control, now_s)
-            elif seat is None:
+            elif session is None:
                 self.out.say(route, packets.AttachRequired())
             else:
-                seat.bytes_up += len(view)
-                self._heard(seat, now_s)
-                self._on_note(seat, control, now_s)
-        elif seat is None:
+                session.bytes_up += len(view)
+                self._heard(session, now_s)
+                self._on_control(session, control, now_s)
+        elif session is None:
             self.out.say(route, packets.AttachRequired())
         else:
-            seat.bytes_up += len(view)
-            self._heard(seat, now_s)
-            self._on_data(seat, packet, now_s)
+            session.bytes_up += len(view)
+            self._heard(session, now_s)
+            self._on_data(session, packet, now_s)
 
-    def _on_data(self, seat: DeviceSession, packet: Packet, now_s: float) -> None:
-        talk = seat.talk
+    def _on_data(self, session: DeviceSession, packet: Packet, now_s: float) -> None:
+        talk = session.talk
         try:
             items = talk.on_packet(packet)
         except RemoteProtocolError as error:
-            self._fresh.append((seat, Rejected(seat.name, str(error))))
-            self._expel(seat, f"the protocol was broken: {error}")
+            self._fresh.append((session, Rejected(session.name, str(error))))
+            self._expel(session, f"the protocol was broken: {error}")
             return
         for item in items:
             if isinstance(item, Envelope):
-                self._fresh.append((seat, Received(seat.name, item)))
+                self._fresh.append((session, Received(session.name, item)))
             else:
-                self._bad_message(seat, item.text)
-        self.out.owe(seat, now_s)
+                self._bad_message(session, item.text)
+        self.out.owe(session, now_s)
 
-    def _on_note(self, seat: DeviceSession, control: Any, now_s: float) -> None:
+    def _on_control(self, session: DeviceSession, control: Any, now_s: float) -> None:
         if isinstance(control, Ack):
             try:
-                seat.talk.on_ack(control, now_s)
+                session.talk.on_ack(control, now_s)
             except RemoteProtocolError as error:
-                self._fresh.append((seat, Rejected(seat.name, str(error))))
-                self._expel(seat, f"the protocol was broken: {error}")
+                self._fresh.append((session, Rejected(session.name, str(error))))
+                self._expel(session, f"the protocol was broken: {error}")
                 return
-            self.out.add(seat)
-            if seat.leave is not None:
-                self._leave_if_due(seat, now_s)
+            self.out.add(session)
+            if session.leave is not None:
+                self._leave_if_due(session, now_s)
         elif isinstance(control, Heartbeat):
-            seat.telemetry = control.numbers
-            seat.rtt_s = control.rtt_s or None
-            self.out.control(seat, HeartbeatAck(sent_s=control.sent_s))
-        elif isinstance(control, Detach) and control.session == seat.talk.session:
-            self._expel(seat, "")
+            session.telemetry = control.numbers
+            session.rtt_s = control.rtt_s or None
+            self.out.control(session, HeartbeatAck(sent_s=control.sent_s))
+        elif isinstance(control, Detach) and control.session == session.id:
+            self._expel(session, "")
 
-    def _heard(self, seat: DeviceSession, now_s: float) -> None:
-        seat.heard_s = now_s
-        seat.silent_s = 0.0
+    def _heard(self, session: DeviceSession, now_s: float) -> None:
+        session.heard_s = now_s
+        session.silent_s = 0.0
 
     # -- sessions --
 
@@ -241,90 +241,90 @@ class GatewayIo:
             raise RemoteProtocolError(
                 f"attach with name {name[:60]!r}, session {control.session!r}"
             )
-        seat = self.seats.get(name)
+        session = self.sessions.get(name)
         reason = self._expelled.get(control.session)
         if reason is not None:
             self.out.say(route, packets.Closed(session=control.session, reason=reason))
             return
-        if seat is None or seat.talk.session != control.session:
+        if session is None or session.id != control.session:
             if control.is_resumed:
                 self.out.say(route, packets.UnknownSession(session=control.session))
                 return
-            seat = self._open_session(name, control.session, now_s)
-        old = seat.routes[lane]
+            session = self._open_session(name, control.session, now_s)
+        old = session.routes[lane]
         if old is not None:
             self._routes.pop(old, None)
-            seat.reconnects += 1
-        seat.routes[lane] = route
-        self._routes[route] = (seat, lane)
-        self._heard(seat, now_s)
-        seat.talk.on_attach(lane, control.ack, now_s)
-        answer = Attached(session=control.session, name=name, ack=seat.talk.ack())
-        self.out.say(route, answer, lane, seat.talk.tag)
-        self.out.add(seat)
+            session.reconnects += 1
+        session.routes[lane] = route
+        self._routes[route] = (session, lane)
+        self._heard(session, now_s)
+        session.talk.on_attach(lane, control.ack, now_s)
+        answer = Attached(session=control.session, name=name, ack=session.talk.ack())
+        self.out.say(route, answer, lane, session.talk.tag)
+        self.out.add(session)
 
-    def _open_session(self, name: str, session: str, now_s: float) -> DeviceSession:
-        older = self.seats.get(name)
+    def _open_session(self, name: str, session_id: str, now_s: float) -> DeviceSession:
+        older = self.sessions.get(name)
         if older is not None:
             self._expel(older, _TAKEN_OVER)
-        seat = DeviceSession(
-            name, Conversation(session, self.max_message_bytes, FROM_DEVICE), now_s
+        session = DeviceSession(
+            name, Conversation(session_id, self.max_message_bytes, FROM_DEVICE), now_s
         )
-        self.seats[name] = seat
-        self._check_later(seat, now_s)
-        log.info("device.joined name=%s session=%s", name, session[:8])
-        self._fresh.append((seat, Joined(name, session)))
-        return seat
+        self.sessions[name] = session
+        self._check_later(session, now_s)
+        log.info("device.joined name=%s session=%s", name, session_id[:8])
+        self._fresh.append((session, Joined(name, session_id)))
+        return session
 
-    def _expel(self, seat: DeviceSession, reason: str) -> None:
-        """End a session for good: whoever comes back with it is told why, on either lane."""
-        self._expelled[seat.talk.session] = reason
+    def _expel(self, session: DeviceSession, reason: str) -> None:
+        """End a session for good; whoever comes back with its id is told why, on either lane."""
+        self._expelled[session.id] = reason
         if len(self._expelled) > MAX_EXPELLED:
             self._expelled.popitem(last=False)
-        self._over(seat, reason)
+        self._over(session, reason)
 
-    def _over(self, seat: DeviceSession, reason: str) -> None:
+    def _over(self, session: DeviceSession, reason: str) -> None:
         """End a session; with a reason the device is told, without one it left by itself."""
-        if seat.is_over:
+        if session.is_over:
             return
         if reason:
-            self.out.control(seat, packets.Closed(session=seat.talk.session, reason=reason))
-        seat.is_over = True
-        for route in seat.routes:
+            self.out.control(session, packets.Closed(session=session.id, reason=reason))
+        session.is_over = True
+        for route in session.routes:
             if route is not None:
                 self._routes.pop(route, None)
-        self.out.forget(seat)
-        if self.seats.get(seat.name) is seat:
-            del self.seats[seat.name]
-        log.info("device.left name=%s reason=%s", seat.name, reason or "goodbye")
-        self._fresh.append((seat, Left(seat.name, reason)))
+        self.out.forget(session)
+        if self.sessions.get(session.name) is session:
+            del self.sessions[session.name]
+        log.info("device.left name=%s reason=%s", session.name, reason or "goodbye")
+        self._fresh.append((session, Left(session.name, reason)))
 
-    def _leave_if_due(self, seat: DeviceSession, now_s: float) -> None:
-        if seat.leave is not None and (seat.talk.is_idle or now_s >= seat.leave[1]):
-            self._expel(seat, seat.leave[0])
+    def _leave_if_due(self, session: DeviceSession, now_s: float) -> None:
+        if session.leave is not None and (session.talk.is_idle or now_s >= session.leave[1]):
+            self._expel(session, session.leave[0])
 
     # -- what is wrong --
 
-    def _bad_frame(self, route: bytes, name: str, seat: DeviceSession | None, text: str) -> None:
-        if seat is not None:
-            self._bad_message(seat, text)
+    def _bad_frame(self, route: bytes, name: str, session: DeviceSession | None, text: str) -> None:
+        if session is not None:
+            self._bad_message(session, text)
             return
         log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
         self.out.say(route, packets.Closed(session="", reason=text))
         if name:
             self._fresh.append((None, Rejected(name, text)))
 
-    def _bad_message(self, seat: DeviceSession, text: str) -> None:
-        log.warning("gateway.message_bad name=%s error=%s", seat.name, text)
-        self._fresh.append((seat, Rejected(seat.name, text)))
-        seat.num_bad += 1
-        if seat.num_bad > MAX_BAD:
-            self._expel(seat, f"too many bad messages, the last: {text}")
+    def _bad_message(self, session: DeviceSession, text: str) -> None:
+        log.warning("gateway.message_bad name=%s error=%s", session.name, text)
+        self._fresh.append((session, Rejected(session.name, text)))
+        session.num_bad += 1
+        if session.num_bad > MAX_BAD:
+            self._expel(session, f"too many bad messages, the last: {text}")
             return
-        stamp, error = Stamp(device=seat.name), RemoteProtocolError.__name__
+        stamp, error = Stamp(device=session.name), RemoteProtocolError.__name__
         failure = Failure(stamp=stamp, error=error, text=text[:1000])
-        seat.talk.send(OutgoingMessage(failure, {}))
-        self.out.add(seat)
+        session.talk.send(OutgoingMessage(failure, {}))
+        self.out.add(session)
 
     def _revoked(self, route: bytes, known: tuple[DeviceSession, int] | None) -> None:
         if known is not None:
@@ -334,32 +334,32 @@ class GatewayIo:
 
     # -- the clock --
 
-    def _check_later(self, seat: DeviceSession, now_s: float) -> None:
-        self._num_checks += 1  # breaks ties, seats have no order
+    def _check_later(self, session: DeviceSession, now_s: float) -> None:
+        self._num_checks += 1  # breaks ties, sessions have no order
         at_s = now_s + min(CHECK_S, self.silent_after_s / 4)
-        heapq.heappush(self._checks, (at_s, self._num_checks, seat))
+        heapq.heappush(self._checks, (at_s, self._num_checks, session))
 
     def _tick(self, now_s: float) -> None:
         self._tick_s = now_s + TICK_S
         if self.allowed is not None and self.allowed.reload_if_changed():
-            for name in self.seats.keys() - self.allowed.devices().keys():
-                self._expel(self.seats[name], _REVOKED)
+            for name in self.sessions.keys() - self.allowed.devices().keys():
+                self._expel(self.sessions[name], _REVOKED)
         while self._checks and self._checks[0][0] <= now_s:
-            seat = heapq.heappop(self._checks)[2]
-            if not seat.is_over:
-                self._check(seat, now_s)
+            session = heapq.heappop(self._checks)[2]
+            if not session.is_over:
+                self._check(session, now_s)
 
-    def _check(self, seat: DeviceSession, now_s: float) -> None:
-        self._leave_if_due(seat, now_s)
-        self.out.ack(seat)
-        silent_s = now_s - seat.heard_s
+    def _check(self, session: DeviceSession, now_s: float) -> None:
+        self._leave_if_due(session, now_s)
+        self.out.ack(session)
+        silent_s = now_s - session.heard_s
         if silent_s >= self.gone_after_s:
-            self._over(seat, f"silent for {silent_s:.0f} s")
-        elif silent_s >= max(self.silent_after_s, 2 * seat.silent_s):
-            seat.silent_s = silent_s
-            self._fresh.append((seat, Silent(seat.name, silent_s)))
-        for sender in seat.talk.senders:
+            self._over(session, f"silent for {silent_s:.0f} s")
+        elif silent_s >= max(self.silent_after_s, 2 * session.silent_s):
+            session.silent_s = silent_s
+            self._fresh.append((session, Silent(session.name, silent_s)))
+        for sender in session.talk.senders:
             if sender.is_stuck(now_s):
-                self.out.add(seat)
-        if not seat.is_over:
-            self._check_later(seat, now_s)
+                self.out.add(session)
+        if not session.is_over:
+            self._check_later(session, now_s)

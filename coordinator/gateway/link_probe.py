@@ -11,7 +11,7 @@ from edge_sdk.protocol.messages import MAX_PROBE_BYTES, MAX_PROBES, Probe
 
 
 class Probing:
-    """Counts and answers probes, so that nobody makes the coordinator send without end."""
+    """Answers probes and counts them, so that nobody makes the coordinator send without end."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -19,14 +19,14 @@ class Probing:
         self._data = np.zeros(MAX_PROBE_BYTES, np.uint8)
 
     def begin(self, device: str) -> None:
-        """*device* has been welcomed to a new session, or has done its part of a round."""
+        """Grant *device* new probes: a session begins, or it has done its part of a round."""
         self._left[device] = MAX_PROBES
 
     def answer(self, device: str, envelope: Envelope) -> None:
         """Send as many bytes as *device* asks for.
 
         Raises:
-            RemoteProtocolError: too many probes or bytes, or a probe of a stranger.
+            RemoteProtocolError: too many probes or bytes, or a device that never said Hello.
         """
         message: Probe = envelope.message
         if device not in self._left:

@@ -15,13 +15,13 @@ from edge_sdk.protocol import packets
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES
 
-# An ack may wait this long for company; well below any round trip that matters.
+# An ack may wait this long for others; it is well below any round trip that matters.
 ACK_DELAY_S = 0.002
 # libzmq does not say when a ROUTER's peer has room again.
 RETRY_FULL_S = 0.005
-# How long a closing coordinator tries to get its last acks out.
+# A closing coordinator tries this long to get its last acks out.
 FAREWELL_MS = 200
-# A device may be sent so many packets in a row before the others have their turn.
+# A device is sent so many packets in a row before the others have their turn.
 TURN_PACKETS = 8
 
 
@@ -36,17 +36,17 @@ class Outbox:
     _full: dict[DeviceSession, None] = field(default_factory=dict)
     _full_s: float = 0.0
 
-    def add(self, seat: DeviceSession) -> None:
-        """Something may be sent to *seat*."""
-        self._ready[seat] = None
+    def add(self, session: DeviceSession) -> None:
+        """Note that something may be sent to *session*."""
+        self._ready[session] = None
 
-    def forget(self, seat: DeviceSession) -> None:
-        """The session is over."""
+    def forget(self, session: DeviceSession) -> None:
+        """Drop a session that is over."""
         for pending in (self._ready, self._owing, self._full):
-            pending.pop(seat, None)
+            pending.pop(session, None)
 
     def next_s(self, latest_s: float) -> float:
-        """Return when there is something to do, at the latest *latest_s*."""
+        """Return when there is something to do: at *latest_s*, or before."""
         if self._ready:
             return 0.0
         if self._owing:
@@ -58,35 +58,35 @@ class Outbox:
         if self._full and now_s >= self._full_s:
             self._ready.update(self._full)
             self._full.clear()
-        for seat in list(self._ready):
-            if not (self._pump_lane(seat, 0, now_s) | self._pump_lane(seat, 1, now_s)):
-                self._ready.pop(seat, None)
+        for session in list(self._ready):
+            if not (self._pump_lane(session, 0, now_s) | self._pump_lane(session, 1, now_s)):
+                self._ready.pop(session, None)
         if self._owing and now_s >= self._ack_s:
-            for seat in self._owing:
-                self.ack(seat)
+            for session in self._owing:
+                self.ack(session)
             self._owing.clear()
 
     def farewell(self) -> None:
-        """Ack what has arrived before the socket closes: nobody shall wait for that in vain."""
-        for seat in self._owing:
-            self.ack(seat)
+        """Ack what has arrived before the socket closes, so that nobody waits for it in vain."""
+        for session in self._owing:
+            self.ack(session)
         self.router.linger = FAREWELL_MS
 
-    def _pump_lane(self, seat: DeviceSession, lane: int, now_s: float) -> bool:
-        """Send some packets of a lane; returns whether there may be more to send right now."""
-        sender = seat.talk.senders[lane]
+    def _pump_lane(self, session: DeviceSession, lane: int, now_s: float) -> bool:
+        """Send some packets of a lane; return whether there may be more to send right now."""
+        sender = session.talk.senders[lane]
         for _ in range(TURN_PACKETS):
-            due = sender.peek(now_s) if seat.routes[lane] is not None else None
+            due = sender.peek(now_s) if session.routes[lane] is not None else None
             if due is None:
                 return False
-            frame = seat.talk.frame(lane, due)
-            if not self._put(seat, lane, frame, now_s):
+            frame = session.talk.frame(lane, due)
+            if not self._put(session, lane, frame, now_s):
                 return False
             sender.sent(due)
         return True
 
-    def _put(self, seat: DeviceSession, lane: int, frame: Any, now_s: float) -> bool:
-        route = seat.routes[lane]
+    def _put(self, session: DeviceSession, lane: int, frame: Any, now_s: float) -> bool:
+        route = session.routes[lane]
         if route is None:
             return False
         try:
@@ -95,14 +95,14 @@ class Outbox:
         except zmq.Again:
             if not self._full:
                 self._full_s = now_s + RETRY_FULL_S
-            self._full[seat] = None
+            self._full[session] = None
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            seat.routes[lane] = None  # gone; it will attach again
+            session.routes[lane] = None  # gone; it will attach again
             return False
-        seat.bytes_down += len(frame)
+        session.bytes_down += len(frame)
         return True
 
     def say(self, route: bytes, control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:
@@ -116,24 +116,24 @@ class Outbox:
             return False
         return True
 
-    def control(self, seat: DeviceSession, control: Any) -> bool:
+    def control(self, session: DeviceSession, control: Any) -> bool:
         """Send a control frame on the control lane of a session."""
-        route = seat.routes[Lane.CONTROL]
-        return route is not None and self.say(route, control, Lane.CONTROL, seat.talk.tag)
+        route = session.routes[Lane.CONTROL]
+        return route is not None and self.say(route, control, Lane.CONTROL, session.talk.tag)
 
-    def ack(self, seat: DeviceSession) -> None:
+    def ack(self, session: DeviceSession) -> None:
         """Tell a device what has arrived, if that is news."""
-        if seat.talk.owes_ack and not self.control(seat, seat.talk.ack()):
-            seat.talk.ack_failed()  # the regular check comes back to it, if no packet does before
+        if session.talk.owes_ack and not self.control(session, session.talk.ack()):
+            session.talk.ack_failed()  # the next packet tries again, or else the regular check
 
-    def owe(self, seat: DeviceSession, now_s: float) -> None:
-        """Something has arrived or was taken: ack it now or, with company, a little later."""
-        if seat.is_over:
+    def owe(self, session: DeviceSession, now_s: float) -> None:
+        """Ack what has arrived or was taken: at once if that is due, else a little later."""
+        if session.is_over:
             return
-        if seat.talk.is_ack_due:
-            self._owing.pop(seat, None)
-            self.ack(seat)
+        if session.talk.is_ack_due:
+            self._owing.pop(session, None)
+            self.ack(session)
         else:
             if not self._owing:
                 self._ack_s = now_s + ACK_DELAY_S
-            self._owing[seat] = None
+            self._owing[session] = None

@@ -15,7 +15,7 @@ from edge_sdk.protocol.session import Conversation
 
 @dataclass(slots=True, eq=False)
 class DeviceSession:
-    """One session. Used by the I/O thread; others only read."""
+    """One session; the I/O thread changes it, others only read."""
 
     name: str
     talk: Conversation
@@ -28,17 +28,22 @@ class DeviceSession:
     reconnects: int = 0
     num_bad: int = 0
     silent_s: float = 0.0
-    """Silence that was last reported; 0 while the device speaks."""
+    """Seconds of silence that were last reported; 0 while the device speaks."""
     is_over: bool = False
     leave: tuple[str, float] | None = None
-    """To be dropped for this reason when all is sent, at that time at the latest."""
+    """Reason for which it ends when all is sent, and the time at which it ends at the latest."""
     memories: Memories = field(default_factory=dict)
     """What the codecs know of the tensors sent; used by the thread that sends."""
+
+    @property
+    def id(self) -> str:
+        """The name that the device gave the session: 32 hexadecimal digits."""
+        return self.talk.session
 
     def stats(self) -> DeviceStats:
         """Return what others may know."""
         return DeviceStats(
-            self.talk.session,
+            self.id,
             self.bytes_up,
             self.bytes_down,
             self.reconnects,
@@ -49,5 +54,5 @@ class DeviceSession:
 
 
 def is_session_id(text: str) -> bool:
-    """Whether *text* is 32 hexadecimal digits, as every session is called."""
+    """Return whether *text* is 32 hexadecimal digits, as the id of every session."""
     return len(text) == 32 and all(letter in "0123456789abcdef" for letter in text)

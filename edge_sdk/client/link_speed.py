@@ -56,7 +56,7 @@ def probe(
         inbox: What arrives on it.
         stamp: The device's stamp.
         clock: Seconds, for tests.
-        heeds_orders: Whether a new order ends the measurement; else it is overheard.
+        heeds_orders: Whether a new order ends the measurement; otherwise the order is ignored.
 
     Raises:
         EdgeError: The coordinator refuses, or the session is lost.

@@ -1,4 +1,4 @@
-"""A stand-in for the gateway whose devices live in this process: same messages, no sockets.
+"""A gateway to devices that live in this process: the same messages, no sockets.
 
 The coordinator asks for events; before it gets any, each device with news has its turn, in the
 order of the names. Nothing waits for a real clock.
@@ -33,18 +33,18 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
     def __init__(
         self, devices: Mapping[str, SimulatedDevice], listener: SimulationListener
     ) -> None:
-        self._seats = dict(sorted(devices.items()))
-        self._all = list(self._seats.values())
+        self._present = dict(sorted(devices.items()))
+        self._all = list(self._present.values())
         self._listener = listener
         self._is_woken = False
 
     def devices(self) -> list[str]:
-        """Return the names of all devices with a session, sorted."""
-        return list(self._seats)
+        """Return the names of all devices with a session; see `Gateway`."""
+        return list(self._present)
 
     def stats(self, device: str) -> DeviceStats:
-        """Return what is known about the connection of *device*."""
-        stats = self._seat(device).link.stats()
+        """Return what is known about a connection; see `Gateway`."""
+        stats = self._find(device).link.stats()
         return DeviceStats(
             session="0" * 32,
             bytes_up=stats.bytes_down,  # our end of the link: what comes in was sent up
@@ -76,9 +76,9 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         return found
 
     def _heard(self, device: SimulatedDevice) -> list[Event]:
-        """What *device* has sent in its turn."""
+        """Return what *device* has sent in its turn."""
         found: list[Event] = []
-        while device.name in self._seats:
+        while device.name in self._present:
             try:
                 envelope = device.link.receive(Deadline.after(0.0))
             except ReceiveTimeout:
@@ -86,7 +86,7 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             except RemoteProtocolError as error:
                 found.append(Rejected(device.name, str(error)))
             except PeerGone:
-                del self._seats[device.name]
+                del self._present[device.name]
                 found.append(Left(device.name))
             else:
                 found.append(Received(device.name, envelope))
@@ -95,44 +95,40 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
     ) -> None:
-        """Give *message* to *device*, which reads it in its next turn.
-
-        Raises:
-            PeerGone: The device has no session.
-        """
-        seat = self._seat(device)
-        before = seat.link.stats().bytes_up
-        seat.link.send(message, tensors)
-        seat.is_due = True
-        self._listener.down(device, message, seat.link.stats().bytes_up - before)
+        """Give *message* to *device*, which reads it in its next turn; see `Gateway`."""
+        receiver = self._find(device)
+        before = receiver.link.stats().bytes_up
+        receiver.link.send(message, tensors)
+        receiver.is_due = True
+        self._listener.down(device, message, receiver.link.stats().bytes_up - before)
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
-        """Change the payload in bytes that one message of *device* may have."""
-        self._seat(device).link.set_limit(max_message_bytes)
+        """Change the size that a message of *device* may have; see `Gateway`."""
+        self._find(device).link.set_limit(max_message_bytes)
 
     def drop(self, device: str, reason: str) -> None:
         """End the session of *device*, which finds out after it has read what was sent."""
-        seat = self._seat(device)
-        seat.link.close()
-        seat.is_due = True
-        del self._seats[device]
+        dropped = self._find(device)
+        dropped.link.close()
+        dropped.is_due = True
+        del self._present[device]
 
     def wake(self) -> None:
-        """Make `events` return now."""
+        """Make `events` return now; see `Gateway`."""
         self._is_woken = True
 
-    def _seat(self, device: str) -> SimulatedDevice:
-        seat = self._seats.get(device)
-        if seat is None:
+    def _find(self, device: str) -> SimulatedDevice:
+        found = self._present.get(device)
+        if found is None:
             raise PeerGone(f"device {device!r} has no session")
-        return seat
+        return found
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """End all devices."""
-        self._seats = {}
+        self._present = {}
         for device in self._all:
             device.close()
 
