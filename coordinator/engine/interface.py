@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from coordinator.config.run import ServeConfig
 from edge_sdk.errors import NumericError
-from edge_sdk.lora.factors import Array
-from edge_sdk.runtime.interface import TailSums
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.model.weights import ModelSource
+from edge_sdk.runtime.interface import Micro, TailSums
+
+NOTHING: Mapping[str, Factors] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,148 @@ class DeviceFault(NumericError):
         self.device = device
 
 
+class Learned(NamedTuple):
+    """What the engine's own weights have become in a round."""
+
+    pairs: Mapping[str, Pair]
+    """Its own factors by weight."""
+    head: Mapping[str, Array]
+    """The trained head; empty where it is trained elsewhere."""
+    importance: Mapping[str, float]
+    """Mean importance by weight of the round's measured steps."""
+
+
+class Carried(NamedTuple):
+    """What an engine leaves to the one that takes its place."""
+
+    head: Mapping[str, Array]
+    """The trained head; empty where it is trained elsewhere."""
+    moments: Mapping[str, np.ndarray]
+    """State of the optimizer; what no longer fits begins anew."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is to be made of."""
+
+    config: ServeConfig
+    source: ModelSource
+    """Where the parts of the model are."""
+    parts: tuple[str, ...]
+    """Parts that it holds, some of them only to evaluate."""
+    first: int
+    """First block that it trains."""
+    ranks: Mapping[str, int]
+    """Rank of each of its own adapters, by weight."""
+
+
 class Engine(Protocol):
     """What the coordinator asks of whatever computes its blocks."""
 
+    # ---- what it is ----
+
+    @property
+    def first(self) -> int:
+        """First block that it trains."""
+        ...
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each of its own adapters, by weight."""
+        ...
+
+    def head_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of the head's parameters, whoever trains them."""
+        ...
+
+    # ---- waves ----
+
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
-        """Forward, loss and backward of a wave whose labels are here."""
+        """Run forward, loss and backward of a wave whose labels are here.
+
+        Raises:
+            DeviceFault: a device's loss is not finite; nothing was accumulated.
+        """
         ...
 
-    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Forward of a wave whose labels stay on the devices; the graph is kept."""
+    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Return the final hidden states of a wave whose labels stay on the devices, by device."""
         ...
 
-    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Backward of the last `lift` from each device's gradient of its own loss."""
+    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Go back through the last `forward` from each device's gradient of its own loss."""
         ...
 
     def finish_step(self, step: int) -> bool:
         """Update the adapters; False when a gradient was not finite and nothing was changed."""
         ...
+
+    # ---- evaluation ----
+
+    def evaluate(self, job: Job) -> TailSums | Array:
+        """Return an evaluation micro-batch's loss; without labels, its final hidden state."""
+        ...
+
+    def evaluate_whole(self, micro: Micro) -> TailSums:
+        """Return the loss of a micro-batch through the whole model, whose blocks are all here."""
+        ...
+
+    # ---- between rounds ----
+
+    def learned(self) -> Learned:
+        """Return what this round has made of its own weights; its importance begins anew."""
+        ...
+
+    def take(
+        self,
+        changes: Mapping[str, Factors],
+        replaced: Mapping[str, Pair],
+        head: Mapping[str, Array],
+        *,
+        restarts: bool = False,
+    ) -> None:
+        """Take over what an aggregation hands out, as a device does.
+
+        Args:
+            changes: What is added to the residuals, by weight; also of blocks held to evaluate.
+            replaced: Its new own factors, where the rule replaces them.
+            head: The trained head.
+            restarts: Whether the optimizer begins anew.
+        """
+        ...
+
+    def begin(
+        self,
+        pairs: Mapping[str, Pair],
+        residuals: Mapping[str, Factors] = NOTHING,
+        carried: Carried | None = None,
+    ) -> None:
+        """Hold what a new engine of this run has to.
+
+        Args:
+            pairs: Its own factors, by weight.
+            residuals: What else the run has added to a weight; those of absent blocks are ignored.
+            carried: What the engine before it had, of other blocks or ranks; None for the first.
+        """
+        ...
+
+    def carried(self) -> Carried:
+        """Return what the next engine, of other blocks or ranks, goes on with."""
+        ...
+
+    # ---- checkpoint ----
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return everything that a restart needs.
+
+        Among it are `first` and its own factors, as `own:<weight>.A` and `own:<weight>.B`: they say
+        which engine can take it over.
+        """
+        ...
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        ...
+
+
+EngineMaker = Callable[[EngineSpec], Engine]

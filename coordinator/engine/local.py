@@ -14,14 +14,22 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from coordinator.engine.interface import Answer, DeviceFault, Job
+from coordinator.engine.interface import (
+    NOTHING,
+    Answer,
+    Carried,
+    DeviceFault,
+    EngineSpec,
+    Job,
+    Learned,
+)
 from edge_sdk.lora.adapter_state import (
     adapter_state,
     before_state,
@@ -42,6 +50,7 @@ from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.torch_runtime import (
     load_parameters,
+    pick_device,
     to_numpy,
     totals,
 )
@@ -54,7 +63,8 @@ class _Wave:
 
     jobs: list[Job]
     leaves: list[torch.Tensor]
-    top: torch.Tensor
+    final_hidden: torch.Tensor
+    """Or logits, where the labels are here."""
     lengths_B: torch.Tensor
 
 
@@ -88,7 +98,7 @@ class LocalEngine:
         self._weights = tuple(ranks)
         self._meter = ImportanceMeter(slice_.model, self._weights)
         self._wave: _Wave | None = None
-        self._served: dict[str, Job] = {}
+        self.served: dict[str, Job] = {}
         """Who was served in the step that is being gathered."""
         self._before: dict[str, Factors] = {}
 
@@ -114,18 +124,18 @@ class LocalEngine:
         torch.autograd.backward(total * self.optimizer.loss_scale)
         return self._answers(wave, sums, {job.device for job in jobs})
 
-    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Forward of a wave whose labels stay on the devices; see `Engine`."""
+    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Run forward for a wave whose labels stay on the devices; see `Engine`."""
         self._wave = self._forward(jobs, step, micro, to_logits=False) if jobs else None
         return _unstack(self._wave) if self._wave else {}
 
-    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Backward of the last `lift`; see `Engine`. A device without a gradient counts nothing."""
+    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Go back through the last `forward`; a device without a gradient counts nothing."""
         wave, self._wave = self._wave, None
         if not grads:
             return []
-        assert wave is not None, "lower without lift"
-        grad_BTD = torch.zeros_like(wave.top)
+        assert wave is not None, "backward without forward"
+        grad_BTD = torch.zeros_like(wave.final_hidden)
         start = 0
         for job in wave.jobs:
             rows, length = job.hidden_BTD.shape[:2]
@@ -134,12 +144,12 @@ class LocalEngine:
                 scale = job.weight * self.optimizer.loss_scale
                 grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
             start += rows
-        torch.autograd.backward(wave.top, grad_BTD)
+        torch.autograd.backward(wave.final_hidden, grad_BTD)
         return self._answers(wave, [None] * len(wave.jobs), grads)
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
-        served, self._served = list(self._served.values()), {}
+        served, self.served = list(self.served.values()), {}
         scale = self.optimizer.loss_scale
         for name, parameter in self.optimizer.parameters.items():
             if parameter.grad is not None:
@@ -161,10 +171,6 @@ class LocalEngine:
         """
         self._meter = ImportanceMeter(self.slice.model, self._weights, form, every)
 
-    def take_importance(self) -> dict[str, float]:
-        """Mean importance by weight of the steps measured since the last call, or this round's."""
-        return self._meter.take()
-
     def block_of(self, name: str) -> int | None:
         """The block that a weight belongs to; None outside the blocks."""
         prefix = f"{self._layout.blocks_path}."
@@ -179,8 +185,8 @@ class LocalEngine:
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
         with autocast(self._compute, self._device), self._meter.watching(step):
-            top, lengths_B = self._run_blocks(ordered, leaves, to_logits=to_logits)
-        return _Wave(ordered, leaves, top, lengths_B)
+            final_hidden, lengths_B = self._run_blocks(ordered, leaves, to_logits=to_logits)
+        return _Wave(ordered, leaves, final_hidden, lengths_B)
 
     def _leaf(self, job: Job) -> torch.Tensor:
         return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
@@ -188,7 +194,7 @@ class LocalEngine:
     def _run_blocks(
         self, jobs: Sequence[Job], hidden: Sequence[torch.Tensor], *, to_logits: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run all blocks, letting each job's rows join at its own; returns top and lengths."""
+        """Run all blocks, letting each job's rows join at its own; returns result and lengths."""
         last = self._layout.num_blocks
         longest = max(h.shape[1] for h in hidden)
         lengths_B = torch.zeros(0, dtype=torch.int32, device=self._device)
@@ -207,14 +213,14 @@ class LocalEngine:
         return batch, lengths_B
 
     def evaluate(self, job: Job) -> TailSums | Array:
-        """One evaluation micro-batch: its loss, or the top hidden state if it has no labels."""
+        """Return the loss of an evaluation micro-batch, or its final hidden state; see `Engine`."""
         self.slice.model.eval()
         with torch.no_grad(), autocast(self._compute, self._device):
             hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
-            top, _ = self._run_blocks([job], hidden, to_logits=job.labels is not None)
+            final_hidden, _ = self._run_blocks([job], hidden, to_logits=job.labels is not None)
             if job.labels is None:
-                return to_numpy(top)
-            return totals(loss_sums(top, self._labels(job.labels)))
+                return to_numpy(final_hidden)
+            return totals(loss_sums(final_hidden, self._labels(job.labels)))
 
     def _labels(self, labels: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
@@ -229,7 +235,7 @@ class LocalEngine:
             labels.append(
                 F.pad(own, (0, longest - own.shape[1]), value=IGNORED) if own.dim() == 2 else own
             )
-        whole = loss_sums(wave.top, torch.cat(labels))
+        whole = loss_sums(wave.final_hidden, torch.cat(labels))
         rows = [len(job.lengths_B) for job in wave.jobs]
         by_job = [torch.split(column, rows) for column in whole]
         return [LossSums(*columns) for columns in zip(*by_job, strict=True)]
@@ -245,11 +251,11 @@ class LocalEngine:
             grad = leaf.grad / (job.weight * self.optimizer.loss_scale)
             found = None if own is None else totals(own)
             answers.append(Answer(job.device, to_numpy(grad), found))
-            self._served[job.device] = job
+            self.served[job.device] = job
         return answers
 
-    def whole(self, micro: Micro) -> TailSums:
-        """Loss of one micro-batch through the whole model; needs every block to be present."""
+    def evaluate_whole(self, micro: Micro) -> TailSums:
+        """Return the loss of one micro-batch through the whole model; see `Engine`."""
         self.slice.model.eval()
         ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])
         with torch.no_grad(), autocast(self._compute, self._device):
@@ -258,7 +264,40 @@ class LocalEngine:
 
     # ---- adapters ----
 
-    def begin_round(self) -> None:
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each of our own adapters, by weight."""
+        return self.adapters.ranks
+
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the head's parameters; see `Engine`."""
+        named = named_parameters(self.slice, head_names(self.slice))
+        return {name: tuple(parameter.shape) for name, parameter in named.items()}
+
+    def learned(self) -> Learned:
+        """Return what this round has made of our own weights; see `Engine`."""
+        return Learned(self.adapters.pairs(), self._head_values(), self._meter.take())
+
+    def begin(
+        self,
+        pairs: Mapping[str, Pair],
+        residuals: Mapping[str, Factors] = NOTHING,
+        carried: Carried | None = None,
+    ) -> None:
+        """Hold what a new engine of this run has to; see `Engine`."""
+        self.adapters.load_pairs(pairs)
+        self.adapters.set_residual({n: f for n, f in residuals.items() if self.is_present(n)})
+        if carried is not None:
+            own = fitted(carried.moments, self.adapters.ranks, self.adapters.scale)
+            self.optimizer.load_state(own)
+            load_parameters(self.head, {n: v for n, v in carried.head.items() if n in self.head})
+        self._begin_round()
+
+    def carried(self) -> Carried:
+        """Return what the next engine goes on with; see `Engine`."""
+        return Carried(self._head_values(), self.optimizer.state())
+
+    def _begin_round(self) -> None:
         """Remember the factors of the round's start."""
         self._before = self.adapters.products()
         self._meter.forget()
@@ -271,14 +310,7 @@ class LocalEngine:
         *,
         restarts: bool = False,
     ) -> None:
-        """Take over what an aggregation hands out, as a device does.
-
-        Args:
-            changes: What is added to the residuals; also of blocks held only to evaluate.
-            replaced: Our new own factors, where the rule replaces them.
-            head: The trained head.
-            restarts: Whether the optimizer begins anew.
-        """
+        """Take over what an aggregation hands out, as a device does; see `Engine`."""
         self.adapters.load_pairs(replaced)
         present = {n: c for n, c in changes.items() if self.is_present(n)}
         merge_change(self.adapters, present, self._before)
@@ -287,9 +319,9 @@ class LocalEngine:
         if "tail" in self.slice.present:
             names = head_names(self.slice)
             load_parameters(named_parameters(self.slice, names), {n: head[n] for n in head})
-        self.begin_round()
+        self._begin_round()
 
-    def head_values(self) -> dict[str, Array]:
+    def _head_values(self) -> dict[str, Array]:
         """The trained head, where it is trained here."""
         return {n: to_numpy(p) for n, p in self.head.items()}
 
@@ -297,24 +329,12 @@ class LocalEngine:
         """Whether the block of weight *name* is here."""
         return f"block.{self.block_of(name)}" in self.slice.present
 
-    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
-        """Overwrite our own factors."""
-        self.adapters.load_pairs(pairs)
-
-    def load_moments(self, moments: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer's moments of other ranks or blocks, where they still fit."""
-        self.optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
-
-    def load_head(self, head: Mapping[str, Array]) -> None:
-        """Overwrite the trained head, where it is trained here."""
-        load_parameters(self.head, {n: v for n, v in head.items() if n in self.head})
-
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restart needs."""
         return {
             "first": np.array(self.first),
             **adapter_state(self.adapters),
-            **{f"head:{n}": value for n, value in self.head_values().items()},
+            **{f"head:{n}": value for n, value in self._head_values().items()},
             **before_state(self._before),
             **{f"importance:{n}": v for n, v in self._meter.state().items()},
             **{f"optimizer:{n}": v for n, v in self.optimizer.state().items()},
@@ -328,13 +348,36 @@ class LocalEngine:
         self.optimizer.load_state(under("optimizer:", state))
         self._meter.load_state(under("importance:", state))
         self.optimizer.forget_gradients()
-        self._wave, self._served = None, {}
+        self._wave, self.served = None, {}
+
+
+def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine) -> LocalEngine:
+    """Build an engine in this process, of class *kind*."""
+    config, source = spec.config, spec.source
+    slice_ = Slice(
+        source.config, config.task, source.layout, torch.float32, pick_device(config.device)
+    )
+    for name in spec.parts:
+        slice_.add(name, source.tensors(name))
+    engine = kind(
+        slice_,
+        spec.first,
+        spec.ranks,
+        config.lora,
+        config.training,
+        config.total_steps,
+        trains_head=config.labels == "server",
+        compute=config.compute,
+    )
+    if config.planning.ranks == "rngwp":
+        engine.measure_importance(config.planning.importance, config.planning.importance_every)
+    return engine
 
 
 def _unstack(wave: _Wave) -> dict[str, Array]:
-    tops, start = {}, 0
+    final_hidden, start = {}, 0
     for job in wave.jobs:
         rows, length = job.hidden_BTD.shape[:2]
-        tops[job.device] = to_numpy(wave.top[start : start + rows, :length])
+        final_hidden[job.device] = to_numpy(wave.final_hidden[start : start + rows, :length])
         start += rows
-    return tops
+    return final_hidden

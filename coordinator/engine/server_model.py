@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from coordinator.config.run import ServeConfig
-from coordinator.engine.local import LocalEngine
+from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
+from coordinator.engine.local import make_local
 from coordinator.onnx_export.cache import GraphCache, check_lora
 from coordinator.planning.fixed import check_config, plan_server
 from edge_sdk.client.profile import block_speed
@@ -22,12 +21,13 @@ from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import usable_positions
-from edge_sdk.model.partition import Slice
 from edge_sdk.model.precision import compute_name
 from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.sizes import ModelShape
+
+ENGINES: dict[str, EngineMaker] = {"local": make_local}
 
 
 class ServerModel:
@@ -39,8 +39,13 @@ class ServerModel:
         DataError: the evaluation file is malformed.
     """
 
-    def __init__(self, config: ServeConfig, cache: PartCache | None = None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: ServeConfig,
+        cache: PartCache | None = None,
+        make_engine: EngineMaker = ENGINES["local"],
+    ) -> None:
+        self._config, self._make_engine = config, make_engine
         num_labels = len(config.label_names)
         self.source = ModelSource(
             config.model, config.task, num_labels=num_labels, revision=config.revision
@@ -156,42 +161,23 @@ class ServerModel:
 
     # ---- engine ----
 
-    def planned_engine(self) -> LocalEngine:
+    def planned_engine(self) -> Engine:
         """Build the engine that the config asks for, before any device has a plan."""
         return self.make_engine(self.first, plan_server(self._config, self.facts, self.first))
 
-    def make_engine(self, first: int, ranks: Mapping[str, int]) -> LocalEngine:
+    def make_engine(self, first: int, ranks: Mapping[str, int]) -> Engine:
         """Build the blocks that some device leaves to us, or all if there is a file to evaluate.
 
         Args:
             first: First block that is ours to train.
             ranks: Rank of each of our own adapters.
         """
-        config, layout = self._config, self.facts.layout
+        layout = self.facts.layout
         present = 0 if self.eval_batches else first
-        has_tail = config.labels == "server" or bool(self.eval_batches)
-        slice_ = Slice(
-            self.source.config,
-            config.task,
-            layout,
-            torch.float32,
-            pick_device(config.device),
-        )
-        names = [f"block.{i}" for i in range(present, layout.num_blocks)]
+        has_tail = self._config.labels == "server" or bool(self.eval_batches)
+        parts = [f"block.{i}" for i in range(present, layout.num_blocks)]
         if present == 0 or (has_tail and layout.tail_needs_front):
-            names.append("front")
-        for name in [*names, *(["tail"] * has_tail)]:
-            slice_.add(name, self.source.tensors(name))
-        engine = LocalEngine(
-            slice_,
-            first,
-            ranks,
-            config.lora,
-            config.training,
-            config.total_steps,
-            trains_head=config.labels == "server",
-            compute=config.compute,
-        )
-        if config.planning.ranks == "rngwp":
-            engine.measure_importance(config.planning.importance, config.planning.importance_every)
-        return engine
+            parts.append("front")
+        parts += ["tail"] * has_tail
+        spec = EngineSpec(self._config, self.source, tuple(parts), first, ranks)
+        return self._make_engine(spec)

@@ -82,8 +82,8 @@ class RoundExecutor:
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._run_wave,
-            Action.LIFT: self._lift,
-            Action.LOWER: self._lower,
+            Action.FORWARD: self._forward,
+            Action.BACKWARD: self._backward,
             Action.AGGREGATE: self._aggregate,
             Action.HAND_OUT: self._hand_out,
             Action.CLOSE: self._close,
@@ -160,8 +160,7 @@ class RoundExecutor:
     def _join(self, reports: dict[str, Report]) -> tuple[RoundResult, TailSums | None]:
         """Aggregate and evaluate; runs in the worker's thread."""
         engine, ledger = self.run.engine, self.run.ledger
-        own = Report(0, 0, engine.adapters.pairs(), engine.head_values(), engine.take_importance())
-        reports[SERVER] = own
+        reports[SERVER] = Report(0, 0, *engine.learned())
         self._pruned = self.run.planner.prune(ledger.pairs, reports)
         result = ledger.aggregate(reports)
         replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
@@ -180,7 +179,9 @@ class RoundExecutor:
         batches = self.run.model.eval_batches
         if not batches or not self._is_due(rounds_done):
             return None
-        sums = [self.run.engine.whole(Micro(b.input_ids, b.lengths, b.labels)) for b in batches]
+        sums = [
+            self.run.engine.evaluate_whole(Micro(b.input_ids, b.lengths, b.labels)) for b in batches
+        ]
         return TailSums(
             sum(s.loss_sum for s in sums),
             sum(s.num_targets for s in sums),
@@ -231,29 +232,29 @@ class RoundExecutor:
         compute = partial(self.run.engine.train, jobs, state.step, state.micro)
         self._worker.start(compute, partial(self._answer_wave, state.attempt))
 
-    def _lift(self) -> None:
+    def _forward(self) -> None:
         state = self.run.state
         jobs = [self.run.inputs.jobs[name] for name in state.expected()]
-        compute = partial(self.run.engine.lift, jobs, state.step, state.micro)
-        self._worker.start(compute, partial(self._send_tops, state.attempt))
+        compute = partial(self.run.engine.forward, jobs, state.step, state.micro)
+        self._worker.start(compute, partial(self._send_final_hidden, state.attempt))
 
-    def _send_tops(self, attempt: int, tops: dict[str, Array]) -> None:
+    def _send_final_hidden(self, attempt: int, final_hidden: dict[str, Array]) -> None:
         state = self.run.state
         if attempt != state.attempt or state.phase is not Phase.TRAINING:
             return
-        state.finish_lift()
-        for name, top_BTD in tops.items():
-            if not np.isfinite(top_BTD).all():
+        state.finish_forward()
+        for name, hidden_BTD in final_hidden.items():
+            if not np.isfinite(hidden_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
                 self._handlers.expel(name, fault)
             elif name in state.members:
                 message = TopHidden(stamp=self._stamp(name), micro=state.micro)
-                self._send(name, message, {"hidden": self._coded(name, top_BTD)})
+                self._send(name, message, {"hidden": self._coded(name, hidden_BTD)})
 
-    def _lower(self) -> None:
+    def _backward(self) -> None:
         state = self.run.state
         grads = {name: self.run.inputs.grads[name] for name in state.expected()}
-        compute = partial(self.run.engine.lower, grads)
+        compute = partial(self.run.engine.backward, grads)
         self._worker.start(compute, partial(self._answer_wave, state.attempt))
 
     def _answer_wave(self, attempt: int, answers: list[Answer]) -> None:

@@ -20,7 +20,6 @@ from coordinator.rounds.validation import (
 )
 from edge_sdk.errors import EdgeError, OutOfMemory, PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.model.partition import head_names
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     Activation,
@@ -197,7 +196,7 @@ class MessageHandler:
             )
         where, state = (message.stamp.step, message.micro), self.run.state
         if where == (state.step, state.micro):
-            if device not in state.arrived and not state.is_lifted:
+            if device not in state.arrived and not state.is_forward_done:
                 job = self._input.job(member, plan, message, envelope.tensors)
                 self.run.inputs.jobs[device] = job
                 state.arrive(device)
@@ -221,7 +220,7 @@ class MessageHandler:
         is_due = (message.stamp.step, message.micro) == (state.step, state.micro)
         if device not in state.members or not self._is_current(message) or not is_due:
             return
-        if not state.is_lifted or device not in self.run.inputs.jobs:
+        if not state.is_forward_done or device not in self.run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
         grad = envelope.tensors.get("grad")
         self.run.inputs.grads[device] = check_gradient(grad, self.run.inputs.jobs[device])
@@ -248,18 +247,14 @@ class MessageHandler:
             pairs={
                 n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n, r in plan.ranks.items() if r
             },
-            head={n: tensors[n] for n in self._head_shapes() if plan.tail},
+            head={n: tensors[n] for n in self.run.engine.head_shapes() if plan.tail},
             importance=envelope.message.importance,
         )
         self.run.state.upload(device)
         self._probing.begin(device)
 
-    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
-        parameters = self.run.engine.slice.model.get_parameter
-        return {n: tuple(parameters(n).shape) for n in head_names(self.run.engine.slice)}
-
     def _upload_shapes(self, ranks: dict[str, int], *, tail: bool) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = self._head_shapes() if tail else {}
+        shapes: dict[str, tuple[int, ...]] = dict(self.run.engine.head_shapes()) if tail else {}
         for name, rank in ranks.items():
             if not rank:
                 continue

@@ -30,7 +30,7 @@ class Pausing:
         if state.phase in (Phase.GATHERING, Phase.CLOSING):
             # A round that can start does: devices then save what the last one has taught them.
             return action is Action.WAIT
-        is_between = state.micro == 0 and not state.is_lifted
+        is_between = state.micro == 0 and not state.is_forward_done
         return is_between if state.phase is Phase.TRAINING else self._has_local()
 
     def _has_local(self) -> bool:

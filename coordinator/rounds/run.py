@@ -8,8 +8,7 @@ from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
-from coordinator.engine.interface import Job
-from coordinator.engine.local import LocalEngine
+from coordinator.engine.interface import Engine, Job
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
@@ -32,7 +31,7 @@ class PendingInputs:
     jobs: dict[str, Job] = field(default_factory=dict)
     """Input of the current wave."""
     grads: dict[str, Array] = field(default_factory=dict)
-    """Input of its lower half."""
+    """Gradients of its final hidden states."""
     early: dict[str, dict[tuple[int, int], Envelope]] = field(default_factory=dict)
     """Activations of later waves, by step and micro-batch."""
     reports: dict[str, Report] = field(default_factory=dict)
@@ -71,12 +70,11 @@ class Run:
             labels_on_device=config.labels == "device",
         )
         self.planner = Planner(config, model.facts, problem(config, model))
-        self.engine: LocalEngine = model.planned_engine()
+        self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(
             model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
         )
-        self.engine.load_pairs(self.ledger.enrol(SERVER, self.engine.adapters.ranks))
-        self.engine.begin_round()
+        self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
         self.admission = Admission(config, model, gateway, self.planner, run_id)
         self.round_start = RoundStartBuilder(self.ledger, model.facts)
         self.reporting = Reporting(folder, watcher, bool(config.label_names))
@@ -123,7 +121,7 @@ class Run:
         own = {n: v for n, v in under("own:", state).items() if n.endswith(".A")}
         ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
         first = int(state["first"])
-        if (first, ranks) != (self.engine.first, self.engine.adapters.ranks):
+        if (first, ranks) != (self.engine.first, self.engine.ranks):
             self.engine = self.model.make_engine(first, ranks)
         self.engine.load_state(state)
 
@@ -134,22 +132,19 @@ class Run:
         if first is None or ranks is None:
             return False
         wanted = {name: rank for name, rank in ranks.items() if rank}
-        return (first, wanted) != (self.engine.first, self.engine.adapters.ranks)
+        return (first, wanted) != (self.engine.first, self.engine.ranks)
 
     def renew_engine(self) -> None:
         """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
         first, ranks = self.planner.first, self.planner.server_ranks
         assert first is not None
         assert ranks is not None
-        moments, head = self.engine.optimizer.state(), self.engine.head_values()
+        carried = self.engine.carried()
         del self.engine  # two would need twice the memory
         self.engine = self.model.make_engine(first, ranks)
-        weights = [n for n in self.model.facts.targets if self.engine.is_present(n)]
-        self.engine.load_pairs(self.ledger.enrol(SERVER, ranks))
-        self.engine.adapters.set_residual(self.ledger.residuals(SERVER, weights))
-        self.engine.load_moments(moments)
-        self.engine.load_head(head)
-        self.engine.begin_round()
+        pairs = self.ledger.enrol(SERVER, ranks)
+        residuals = self.ledger.residuals(SERVER, self.model.facts.targets)
+        self.engine.begin(pairs, residuals, carried)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""

@@ -1,7 +1,8 @@
 """Where a run stands and what the coordinator must do next. Pure: no socket, no clock, no tensor.
 
 A round is a sequence of steps, a step a sequence of waves: wave j takes the j-th micro-batch of
-every member that has one. With `labels: device` a wave has two halves, up (lift) and down (lower).
+every member that has one. With `labels: device` a wave has two halves, forward and
+backward.
 
     GATHERING --enough devices--> TRAINING --last step--> COLLECTING --all uploads--> GATHERING
         ^                            |                        |                  or CLOSING
@@ -21,7 +22,7 @@ from edge_sdk.errors import LocalProtocolError
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT
 
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
-Action = Enum("Action", "WAIT START_ROUND LIFT LOWER RUN_WAVE AGGREGATE HAND_OUT CLOSE")
+Action = Enum("Action", "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE AGGREGATE HAND_OUT CLOSE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class RunState:
     members: dict[str, Member] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
     """Members whose part of the current half-wave is here."""
-    is_lifted: bool = False
+    is_forward_done: bool = False
     uploaded: set[str] = field(default_factory=set)
     awaiting_eval: set[str] = field(default_factory=set)
     """Devices that have yet to evaluate the last aggregation."""
@@ -129,9 +130,9 @@ class RunState:
         """A member's part of the current half-wave is here."""
         self.arrived.add(name)
 
-    def finish_lift(self) -> None:
-        """The upper half of the wave is done; the members compute their losses."""
-        self.is_lifted = True
+    def finish_forward(self) -> None:
+        """The wave's forward half is done; the members compute their losses."""
+        self.is_forward_done = True
         self.arrived = set()
 
     def finish_wave(self) -> bool:
@@ -167,7 +168,7 @@ class RunState:
         self.awaiting_eval.discard(name)
 
     def _begin_wave(self, micro: int) -> None:
-        self.micro, self.arrived, self.is_lifted = micro, set(), False
+        self.micro, self.arrived, self.is_forward_done = micro, set(), False
 
     def _skip_empty(self) -> None:
         """Steps in which nobody needs the coordinator pass by themselves."""
@@ -213,7 +214,7 @@ class RunState:
             return Action.WAIT
         if not self.labels_on_device:
             return Action.RUN_WAVE
-        return Action.LOWER if self.is_lifted else Action.LIFT
+        return Action.BACKWARD if self.is_forward_done else Action.FORWARD
 
 
 _IN_ROUND = (Phase.TRAINING, Phase.COLLECTING)

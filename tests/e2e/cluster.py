@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-from coordinator.engine.server_model import ServerModel
+from coordinator.engine.interface import EngineMaker
+from coordinator.engine.server_model import ENGINES, ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.results.metrics import Silence
@@ -220,10 +221,16 @@ class Cluster:
         }
         return ServeConfig(**settings)
 
-    def serve(self, config: ServeConfig | None = None, *, trap: Trap | None = None) -> Serving:
+    def serve(
+        self,
+        config: ServeConfig | None = None,
+        *,
+        trap: Trap | None = None,
+        make_engine: EngineMaker = ENGINES["local"],
+    ) -> Serving:
         """Start a coordinator; where the run's folder exists, it resumes."""
         config, trap = config or self.config(), trap or Trap()
-        model = ServerModel(config, PartCache(self.parts))
+        model = ServerModel(config, PartCache(self.parts), make_engine)
         settings = GatewayConfig(
             address=self.address,
             keys=load_key_pair(config.secret_key),

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.aggregation.rules import RULES, SERVER, Memory, Rule, exact
 from coordinator.config.run import DeviceSettings, EvaluationConfig
+from coordinator.engine.local import LocalEngine
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.factors import Factors, compress, stack
@@ -54,6 +55,7 @@ def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
     losses = [row["eval"]["loss"] for row in serving.rows]
     assert losses[-1] < 0.97 * losses[0]
     run, engine = serving.run, serving.run.engine
+    assert isinstance(engine, LocalEngine)
     for weight, total in run.ledger.totals.items():
         own = engine.adapters.products().get(weight)
         held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig
+from coordinator.engine.local import LocalEngine
 from coordinator.planning.costs import options
 from coordinator.rounds.run import problem
 from edge_sdk.client.board_monitor import BoardMonitor
@@ -100,6 +101,7 @@ def take_part(
 def check_global(serving: Serving) -> None:
     """What the coordinator evaluates is dW, own adapter and residual together."""
     run, engine = serving.run, serving.run.engine
+    assert isinstance(engine, LocalEngine)
     for weight, total in run.ledger.totals.items():
         own = engine.adapters.products().get(weight)
         held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]

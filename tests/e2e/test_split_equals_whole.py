@@ -82,7 +82,7 @@ class Halves:
         engine = LocalEngine(
             slice_, self.split, ranks, LORA, TRAINING, 10, trains_head=not self.tail
         )
-        engine.load_pairs({n: self.start[n] for n in ranks})
+        engine.begin({n: self.start[n] for n in ranks})
         return engine
 
     def step(self, micros: list[Micro]) -> float:
@@ -94,9 +94,9 @@ class Halves:
             labels = None if self.tail else micro.labels
             job = Job("d", self.split, WEIGHT, targets, hidden, micro.lengths, labels)
             if self.tail:
-                top = self.engine.lift([job], 0, index)["d"]
+                top = self.engine.forward([job], 0, index)["d"]
                 sums, grad = self.device.tail(top, micro, targets)
-                (answer,) = self.engine.lower({"d": grad})
+                (answer,) = self.engine.backward({"d": grad})
                 loss += sums.loss_sum
             else:
                 (answer,) = self.engine.train([job], 0, index)

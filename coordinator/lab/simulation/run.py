@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
-from coordinator.engine.local import LocalEngine
+from coordinator.engine.local import make_local
 from coordinator.engine.server_model import ServerModel
 from coordinator.lab.simulation.clock import Costs
 from coordinator.lab.simulation.config import SimulationConfig, device_names
@@ -66,7 +67,10 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     serve_config = _served(config, fleet)
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
     listener = ClockTap(fleet.machines, fleet.coordinator)
-    model = _TimedModel(serve_config, PartCache(config.simulation.cache), listener)
+    timed = partial(TimedEngine, listener)
+    cache = PartCache(config.simulation.cache)
+    model = ServerModel(serve_config, cache, partial(make_local, kind=timed))
+    listener.costs = Costs(model.shape, model.facts.layout.num_blocks)
     folder = RunFolder.create(config.runs, config.name)
     with (
         removed_if_it_never_began(folder),
@@ -107,20 +111,6 @@ def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
     """Python hears signals in its main thread only."""
     is_main = threading.current_thread() is threading.main_thread()
     return stopping_on_signals(stop) if is_main else nullcontext()
-
-
-class _TimedModel(ServerModel):
-    """A model whose engines, also those of later plans, take modelled time."""
-
-    def __init__(self, config: ServeConfig, cache: PartCache, listener: ClockTap) -> None:
-        super().__init__(config, cache)
-        self._listener = listener
-        listener.costs = Costs(self.shape, self.facts.layout.num_blocks)
-
-    def make_engine(self, *args: Any, **kwargs: Any) -> LocalEngine:
-        """Build an engine; see `ServerModel`."""
-        # What the coordinator asks of an engine, a timed one answers too.
-        return cast(LocalEngine, TimedEngine(super().make_engine(*args, **kwargs), self._listener))
 
 
 class _PromptWorker(Worker):

@@ -153,38 +153,36 @@ def _counts(message: Message) -> bool:
     return isinstance(message, COUNTED) and not getattr(message, "is_eval", False)
 
 
-class TimedEngine:
+class TimedEngine(LocalEngine):
     """An engine whose waves take modelled time; everything else it does takes none."""
 
-    def __init__(self, engine: LocalEngine, listener: ClockTap) -> None:
-        self._engine, self._listener = engine, listener
-        self._lifted: list[Job] = []
+    def __init__(self, listener: ClockTap, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._listener = listener
+        self._jobs: list[Job] = []
+        """The wave between its forward and its backward."""
         self._where = (0, 0)
-        """Step and micro-batch of them."""
+        """Step and micro-batch of it."""
 
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
         """Forward, loss and backward of a wave; see `Engine`."""
-        ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
-        self._listener.serve(jobs, ranks, what, up=True, down=True, tail=True)
-        return self._engine.train(jobs, step, micro)
+        what = (Activation, step, micro)
+        self._listener.serve(jobs, self.ranks, what, up=True, down=True, tail=True)
+        return super().train(jobs, step, micro)
 
-    def lift(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Forward of a wave whose labels stay on the devices; see `Engine`."""
-        self._lifted, self._where = list(jobs), (step, micro)
-        ranks, what = self._engine.adapters.ranks, (Activation, step, micro)
-        self._listener.serve(jobs, ranks, what, up=True, down=False, tail=False)
-        return self._engine.lift(jobs, step, micro)
+    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+        """Run forward for a wave whose labels stay on the devices; see `Engine`."""
+        self._jobs, self._where = list(jobs), (step, micro)
+        what = (Activation, step, micro)
+        self._listener.serve(jobs, self.ranks, what, up=True, down=False, tail=False)
+        return super().forward(jobs, step, micro)
 
-    def lower(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Backward of the last `lift`; see `Engine`."""
-        jobs = [job for job in self._lifted if job.device in grads]
-        ranks, what = self._engine.adapters.ranks, (TopGradient, *self._where)
-        self._listener.serve(jobs, ranks, what, up=False, down=True, tail=False)
-        return self._engine.lower(grads)
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else an engine can do."""
-        return getattr(self._engine, name)
+    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
+        """Go back through the last `forward`; see `Engine`."""
+        jobs = [job for job in self._jobs if job.device in grads]
+        what = (TopGradient, *self._where)
+        self._listener.serve(jobs, self.ranks, what, up=False, down=True, tail=False)
+        return super().backward(grads)
 
 
 class ClockedReporting(Reporting):

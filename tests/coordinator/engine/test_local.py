@@ -59,8 +59,7 @@ def make_engine(
     ranks = {n: LORA.r for n in k.shapes if n.startswith(prefixes)}
     options = {"trains_head": True, **options}
     engine = LocalEngine(slice_, first, ranks, lora, training, 10, **options)
-    engine.load_pairs({n: warm_pair(n, k.shapes[n]) for n in ranks})
-    engine.begin_round()
+    engine.begin({n: warm_pair(n, k.shapes[n]) for n in ranks})
     return engine
 
 
@@ -204,14 +203,14 @@ def tail_gradients(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lift_and_lower_equal_train(family: str) -> None:
+def test_forward_and_backward_equal_train(family: str) -> None:
     """With the loss on the devices everything equals the wave with the loss here."""
     jobs = make_jobs(family)
     whole, split = make_engine(family), make_engine(family, trains_head=False)
 
     expected = {a.device: a for a in whole.train(jobs, 0, 0)}
-    tops = split.lift(jobs, 0, 0)
-    answers = split.lower(tail_gradients(split, jobs, tops))
+    tops = split.forward(jobs, 0, 0)
+    answers = split.backward(tail_gradients(split, jobs, tops))
 
     assert {a.device for a in answers} == expected.keys()
     for answer in answers:
@@ -222,17 +221,17 @@ def test_lift_and_lower_equal_train(family: str) -> None:
         assert error(grad, theirs[name]) <= RELATIVE, name
 
 
-def test_a_device_that_leaves_between_lift_and_lower_counts_nothing() -> None:
+def test_a_device_that_leaves_between_forward_and_backward_counts_nothing() -> None:
     """Who sends no gradient is neither in the sum nor in the number of samples."""
     jobs = make_jobs("llama")
     left = [job for job in jobs if job.device != "d"]
     engine, without = (make_engine("llama", trains_head=False) for _ in range(2))
-    tops = engine.lift(jobs, 0, 0)
+    tops = engine.forward(jobs, 0, 0)
     grads = tail_gradients(engine, left, tops)
 
-    answers = engine.lower(grads)
-    without.lift(left, 0, 0)
-    without.lower(grads)
+    answers = engine.backward(grads)
+    without.forward(left, 0, 0)
+    without.backward(grads)
 
     assert {a.device for a in answers} == {"a", "b", "c"}
     found, expected = gradients(engine), gradients(without)
@@ -251,8 +250,8 @@ def test_an_empty_wave_completes_its_step(labels: str) -> None:
     if labels == "server":
         answers: list[Answer] = engine.train([], 0, 1)
     else:
-        assert engine.lift([], 0, 1) == {}
-        answers = engine.lower({})
+        assert engine.forward([], 0, 1) == {}
+        answers = engine.backward({})
 
     assert answers == []
     found, expected = gradients(engine), gradients(reference)
@@ -317,9 +316,9 @@ def test_the_optimizer_skips_what_is_not_finite() -> None:
     """A gradient that is not finite changes nothing, and the next step is as if it never was."""
     engine = make_engine("llama")
     before = engine.state()
-    engine.lift(make_jobs("llama"), 0, 0)
+    engine.forward(make_jobs("llama"), 0, 0)
     bad = {j.device: np.full(j.hidden_BTD.shape, np.nan, np.float32) for j in make_jobs("llama")}
-    engine.lower(bad)
+    engine.backward(bad)
 
     was_finite = engine.finish_step(0)
 

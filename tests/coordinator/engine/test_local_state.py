@@ -55,7 +55,7 @@ def test_evaluation_equals_the_whole_model() -> None:
         engine.slice.model.eval()
         hidden = engine.slice.front(torch.from_numpy(ids), torch.from_numpy(lengths), 2).numpy()
 
-    whole = engine.whole(Micro(ids, lengths, labels))
+    whole = engine.evaluate_whole(Micro(ids, lengths, labels))
     found = engine.evaluate(Job("a", 2, 2.0, 8, hidden, lengths, labels))
     top = engine.evaluate(Job("a", 2, 2.0, 8, hidden, lengths, None))
 

@@ -56,9 +56,9 @@ def act(state: RunState, action: Action) -> None:
     """Carry an action out, as the conductor does when all goes well."""
     if action is Action.START_ROUND:
         state.start_round()
-    elif action is Action.LIFT:
-        state.finish_lift()
-    elif action in (Action.RUN_WAVE, Action.LOWER):
+    elif action is Action.FORWARD:
+        state.finish_forward()
+    elif action in (Action.RUN_WAVE, Action.BACKWARD):
         state.finish_wave()
     elif action is Action.AGGREGATE:
         state.finish_round(evaluating=set(state.members))
@@ -76,7 +76,7 @@ S, W, A, H, C = (
     Action.HAND_OUT,
     Action.CLOSE,
 )
-UP, DOWN = Action.LIFT, Action.LOWER
+UP, DOWN = Action.FORWARD, Action.BACKWARD
 WHOLE_RUNS = [
     ("one device", {}, [member("a")], [S, W, W, A, S, W, W, A, H, C]),
     (
@@ -135,27 +135,27 @@ def test_a_run_waits_for_enough_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels_on_device", "is_lifted", "arrived", "expected"),
+    ("labels_on_device", "is_forward_done", "arrived", "expected"),
     [
         (False, False, set(), Action.WAIT),
         (False, False, {"a"}, Action.WAIT),
         (False, False, {"a", "b"}, Action.RUN_WAVE),
         (True, False, {"a"}, Action.WAIT),
-        (True, False, {"a", "b"}, Action.LIFT),
+        (True, False, {"a", "b"}, Action.FORWARD),
         (True, True, set(), Action.WAIT),
-        (True, True, {"a", "b"}, Action.LOWER),
+        (True, True, {"a", "b"}, Action.BACKWARD),
     ],
 )
 def test_a_wave_waits_for_everybody(
-    labels_on_device: bool, is_lifted: bool, arrived: set[str], expected: Action
+    labels_on_device: bool, is_forward_done: bool, arrived: set[str], expected: Action
 ) -> None:
     """Each half of a wave is computed when the last member's part is here."""
     state = make_state(labels_on_device=labels_on_device)
     state.join(member("a"))
     state.join(member("b"))
     state.start_round()
-    if is_lifted:
-        state.finish_lift()
+    if is_forward_done:
+        state.finish_forward()
 
     for name in arrived:
         state.arrive(name)

@@ -123,8 +123,8 @@ def make_engine(family: str, first: int, **options: Any) -> LocalEngine:
     ranks = {n: k.ranks[n] for n in here}
     options = {"trains_head": True, **options}
     engine = LocalEngine(slice_, first, ranks, LORA, STILL, 10, **options)
-    engine.load_pairs({n: k.pairs[n] for n in here if n in k.pairs})
-    engine.adapters.set_residual({n: k.residual[n] for n in here if n in k.residual})
+    residuals = {n: k.residual[n] for n in here if n in k.residual}
+    engine.begin({n: k.pairs[n] for n in here if n in k.pairs}, residuals)
     return engine
 
 

@@ -89,7 +89,7 @@ def test_the_coordinator_keeps_its_values_through_a_restart() -> None:
 
     restored.load_state(engine.state())
 
-    found = engine.take_importance()
+    found = engine.learned().importance
     assert found == restored.take_importance()
     assert found
 

@@ -91,14 +91,14 @@ def test_device_and_coordinator_together_equal_the_whole(
         if labels == "server":
             (answer,) = engine.train([job], 0, index)
         else:
-            _, grad = runtime.tail(engine.lift([job], 0, index)["a"], micro, targets)
-            (answer,) = engine.lower({"a": grad})
+            _, grad = runtime.tail(engine.forward([job], 0, index)["a"], micro, targets)
+            (answer,) = engine.backward({"a": grad})
         runtime.backward(answer.grad_BTD)
     runtime.step(0)
     engine.finish_step(0)
 
     steps = [[(1.0, dense(family, micro, targets))] for micro in micros]
-    found = {**runtime.take_importance(), **engine.take_importance()}
+    found = {**runtime.take_importance(), **engine.learned().importance}
     check(found, {n: expected(form, steps, n) for n in known(family).shapes})
 
 
@@ -119,7 +119,7 @@ def test_a_wave_is_measured_for_the_weighted_mean_loss(family: str, form: Form) 
         total = sum(WEIGHTS[n] for n in here)
         shares = [(WEIGHTS[n] / total, records[n]) for n in here]
         due[name] = expected(form, [shares], name)
-    check(engine.take_importance(), due)
+    check(engine.learned().importance, due)
 
 
 def test_combined_reports_equal_the_pooled_loss() -> None:
@@ -139,7 +139,7 @@ def test_combined_reports_equal_the_pooled_loss() -> None:
 
     found = combine(
         {
-            "": (left, engine.take_importance()),
+            "": (left, engine.learned().importance),
             **{n: (WEIGHTS[n] / total, r.take_importance()) for n, r in runtimes.items()},
         }
     )
@@ -153,16 +153,17 @@ def test_a_device_that_left_counts_nothing() -> None:
     jobs, records, runtimes = wave("llama")
     engine = make_engine("llama", 1, trains_head=False)
     engine.measure_importance("free", 1)
-    tops = engine.lift(jobs, 0, 0)
+    tops = engine.forward(jobs, 0, 0)
     micro = make_micro("causal-lm", 1, rows=3, longest=6)
 
     _, grad = runtimes["b"].tail(tops["b"], micro, num_targets(micro))
-    engine.lower({"b": grad})
+    engine.backward({"b": grad})
     engine.finish_step(0)
 
     names = known("llama").names(SPLITS["b"], BLOCKS)
     check(
-        engine.take_importance(), {n: expected("free", [[(1.0, records["b"])]], n) for n in names}
+        engine.learned().importance,
+        {n: expected("free", [[(1.0, records["b"])]], n) for n in names},
     )
 
 
@@ -192,7 +193,7 @@ def test_the_coordinator_divides_its_loss_scale_out(form: Form) -> None:
         engine.measure_importance(form, 1)
         engine.train(jobs, 0, 0)
         engine.finish_step(0)
-        found.append(engine.take_importance())
+        found.append(engine.learned().importance)
 
     check_rounded(*found)
 
