@@ -130,18 +130,6 @@ def unary(w: Writer, node: fx.Node) -> Value:
     return w.add(UNARY[str(node.target).split(".")[1]], w.operand(node.args[0], out(node).dtype))
 
 
-@lowers("alias.default", "clone.default", "detach.default", "lift_fresh_copy.default")
-def same(w: Writer, node: fx.Node) -> Value:
-    """Nothing to do."""
-    return w.value(node.args[0])
-
-
-@lowers("rsqrt.default")
-def rsqrt(w: Writer, node: fx.Node) -> Value:
-    """One over the root."""
-    return w.add("Reciprocal", w.add("Sqrt", w.value(node.args[0])))
-
-
 @lowers("silu.default")
 def silu(w: Writer, node: fx.Node) -> Value:
     """The input times its sigmoid."""
@@ -178,12 +166,6 @@ def power(w: Writer, node: fx.Node) -> Value:
     return w.add("Pow", x, w.operand(exponent, out(node).dtype))
 
 
-@lowers("_to_copy.default")
-def to_copy(w: Writer, node: fx.Node) -> Value:
-    """A change of dtype."""
-    return w.operand(node.args[0], out(node).dtype)
-
-
 @lowers("where.self", "where.ScalarSelf", "where.ScalarOther")
 def where(w: Writer, node: fx.Node) -> Value:
     """A choice."""
@@ -209,6 +191,50 @@ def threshold_backward(w: Writer, node: fx.Node) -> Value:
     return w.add("Where", is_below, w.operand(0.0, dtype), w.value(grad))
 
 
+# ---- one expression each ----
+
+LOWERINGS |= {
+    **dict.fromkeys(
+        ("alias.default", "clone.default", "detach.default", "lift_fresh_copy.default"),
+        lambda w, node: w.value(node.args[0]),
+    ),
+    "rsqrt.default": lambda w, node: w.add("Reciprocal", w.add("Sqrt", w.value(node.args[0]))),
+    "_to_copy.default": lambda w, node: w.operand(node.args[0], out(node).dtype),
+    "bmm.default": lambda w, node: w.add("MatMul", *(w.value(a) for a in node.args)),
+    **dict.fromkeys(
+        ("_softmax.default", "_log_softmax.default"),
+        lambda w, node: w.add(
+            "LogSoftmax" if "log" in str(node.target) else "Softmax",
+            w.operand(node.args[0], out(node).dtype),
+            axis=node.args[1],
+        ),
+    ),
+    "cumsum.default": lambda w, node: w.add(
+        "CumSum",
+        w.operand(node.args[0], out(node).dtype),
+        w.constant(np.array(node.args[1], np.int64)),
+    ),
+    "argmax.default": lambda w, node: w.add(
+        "ArgMax",
+        w.value(node.args[0]),
+        axis=node.args[1],
+        keepdims=int(arg(node, 2, default=False)),
+    ),
+    "unsqueeze.default": lambda w, node: w.add(
+        "Unsqueeze", w.value(node.args[0]), w.ints(arg(node, 1))
+    ),
+    "select.int": lambda w, node: w.add(
+        "Gather", w.value(node.args[0]), w.operand(node.args[2], torch.int64), axis=node.args[1]
+    ),
+    "index_select.default": lambda w, node: w.add(
+        "Gather", w.value(node.args[0]), w.value(node.args[2]), axis=node.args[1]
+    ),
+    "gather.default": lambda w, node: w.add(
+        "GatherElements", w.value(node.args[0]), w.value(node.args[2]), axis=node.args[1]
+    ),
+}
+
+
 # ---- products, norms and sums ----
 
 
@@ -228,12 +254,6 @@ def _untransposed(node: Any) -> tuple[Any, int]:
     return node, 0
 
 
-@lowers("bmm.default")
-def bmm(w: Writer, node: fx.Node) -> Value:
-    """Products of matrices."""
-    return w.add("MatMul", *(w.value(a) for a in node.args))
-
-
 @lowers("native_layer_norm.default")
 def layer_norm(w: Writer, node: fx.Node) -> Value:
     """Output, mean and one over the deviation."""
@@ -244,13 +264,6 @@ def layer_norm(w: Writer, node: fx.Node) -> Value:
     inputs += [] if bias is None else [w.value(bias)]
     axis = -len(shape)
     return w.add_many("LayerNormalization", inputs, 3, axis=axis, epsilon=epsilon)
-
-
-@lowers("_softmax.default", "_log_softmax.default")
-def softmax(w: Writer, node: fx.Node) -> Value:
-    """Softmax, or its logarithm."""
-    kind = "LogSoftmax" if "log" in str(node.target) else "Softmax"
-    return w.add(kind, w.operand(node.args[0], out(node).dtype), axis=node.args[1])
 
 
 @lowers("_safe_softmax.default")
@@ -281,20 +294,6 @@ def reduction(w: Writer, node: fx.Node) -> Value:
     return w.add(kind, x, w.ints(*over), keepdims=int(arg(node, 2, default=False)))
 
 
-@lowers("cumsum.default")
-def cumsum(w: Writer, node: fx.Node) -> Value:
-    """Running sums."""
-    axis = w.constant(np.array(node.args[1], np.int64))
-    return w.add("CumSum", w.operand(node.args[0], out(node).dtype), axis)
-
-
-@lowers("argmax.default")
-def argmax(w: Writer, node: fx.Node) -> Value:
-    """Where the largest value stands."""
-    keeps = int(arg(node, 2, default=False))
-    return w.add("ArgMax", w.value(node.args[0]), axis=node.args[1], keepdims=keeps)
-
-
 # ---- moving ----
 
 
@@ -319,12 +318,6 @@ def transpose(w: Writer, node: fx.Node) -> Value:
         first, second = (axis % len(order) for axis in swapped)
         order[first], order[second] = order[second], order[first]
     return w.add("Transpose", w.value(node.args[0]), perm=order)
-
-
-@lowers("unsqueeze.default")
-def unsqueeze(w: Writer, node: fx.Node) -> Value:
-    """A new dimension of size one."""
-    return w.add("Unsqueeze", w.value(node.args[0]), w.ints(arg(node, 1)))
 
 
 @lowers("squeeze.dim", "squeeze.dims")
@@ -403,13 +396,6 @@ def slice_(w: Writer, node: fx.Node) -> Value:
     return w.add("Slice", w.value(node.args[0]), *ends)
 
 
-@lowers("select.int")
-def select(w: Writer, node: fx.Node) -> Value:
-    """One entry of a dimension."""
-    index = w.operand(node.args[2], torch.int64)
-    return w.add("Gather", w.value(node.args[0]), index, axis=node.args[1])
-
-
 @lowers("slice_backward.default", "select_backward.default")
 def padded(w: Writer, node: fx.Node) -> Value:
     """The gradient of a stretch or an entry: zeros around it."""
@@ -444,18 +430,6 @@ def embedding(w: Writer, node: fx.Node) -> Value:
     rows = w.add("Gather", w.value(source), w.value(ids), axis=0)
     is_wide = source.meta["val"].dtype == out(node).dtype
     return rows if is_wide else w.cast(rows, out(node).dtype)
-
-
-@lowers("index_select.default")
-def index_select(w: Writer, node: fx.Node) -> Value:
-    """Some entries of a dimension."""
-    return w.add("Gather", w.value(node.args[0]), w.value(node.args[2]), axis=node.args[1])
-
-
-@lowers("gather.default")
-def gather(w: Writer, node: fx.Node) -> Value:
-    """One entry for each index."""
-    return w.add("GatherElements", w.value(node.args[0]), w.value(node.args[2]), axis=node.args[1])
 
 
 @lowers("scatter_add.default")
