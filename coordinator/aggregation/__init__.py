@@ -1,6 +1,3 @@
-"""What devices and coordinator have learned in a round, made one.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What devices and coordinator have learned in a round, made one."""
 
 __all__ = ["ledger", "round_start", "rules"]

@@ -1,7 +1,4 @@
-"""A file for each command of `coordinator`.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""A file for each command of `coordinator`."""
 
 __all__ = [
     "client",

@@ -1,6 +1,3 @@
-"""What a run is told: files, published methods, planning.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What a run is told: files, published methods, planning."""
 
 __all__ = ["centralised", "planning", "presets", "run"]

@@ -1,6 +1,3 @@
-"""What computes the coordinator's share of the model, for many devices at once.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What computes the coordinator's share of the model, for many devices at once."""
 
 __all__ = ["compute_thread", "interface", "local", "server_model"]

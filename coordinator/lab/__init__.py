@@ -1,6 +1,3 @@
-"""The laboratory: simulated runs, comparisons, experiments. The product imports none of it.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""The laboratory: simulated runs, comparisons, experiments. The product imports none of it."""
 
 __all__ = ["centralised", "comparison", "experiment", "simulation"]

@@ -1,6 +1,3 @@
-"""Blocks and their gradients as ONNX graphs, for devices without torch.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Blocks and their gradients as ONNX graphs, for devices without torch."""
 
 __all__ = ["cache", "export", "job"]

@@ -1,6 +1,3 @@
-"""Which blocks and which ranks each device gets; pure decisions that can be explained.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Which blocks and which ranks each device gets; pure decisions that can be explained."""
 
 __all__ = ["costs", "fixed", "joint", "problem", "run_planner"]

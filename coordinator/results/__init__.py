@@ -1,6 +1,3 @@
-"""What a run leaves behind and shows meanwhile: folder, metrics, console, exports.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What a run leaves behind and shows meanwhile: folder, metrics, console, exports."""
 
 __all__ = ["console", "export", "metrics", "run_folder"]

@@ -1,7 +1,4 @@
-"""A device's part in a run, from its configuration to its checkpoints.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""A device's part in a run, from its configuration to its checkpoints."""
 
 __all__ = [
     "backends",

@@ -1,6 +1,3 @@
-"""Configuration files, environment and overrides to checked dataclasses, and back to text.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Configuration files, environment and overrides to checked dataclasses, and back to text."""
 
 __all__ = ["describe", "loader", "sources", "values"]

@@ -1,6 +1,3 @@
-"""Looks for what would break a run on this device, before it does.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Looks for what would break a run on this device, before it does."""
 
 __all__ = ["examine", "finding"]

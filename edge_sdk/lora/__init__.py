@@ -1,7 +1,4 @@
-"""Adapters on the frozen weights: which weights, which factors, and how important each is.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Adapters on the frozen weights: which weights, which factors, and how important each is."""
 
 __all__ = [
     "adapter_state",

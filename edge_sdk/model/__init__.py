@@ -1,7 +1,4 @@
-"""A transformers model in pieces: which tensors a stretch of blocks needs, and how it runs.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""A transformers model in pieces: which tensors a stretch of blocks needs, and how it runs."""
 
 __all__ = [
     "layout",

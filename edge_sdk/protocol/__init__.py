@@ -1,6 +1,3 @@
-"""What device and coordinator say to each other, as pure functions of bytes: no I/O and no clock.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What device and coordinator say to each other, as pure functions of bytes: no I/O and no clock."""
 
 __all__ = ["channel", "codecs", "fragments", "messages", "packets", "plan", "session"]

@@ -1,6 +1,3 @@
-"""What computes a device's blocks: torch, or onnxruntime with numpy.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What computes a device's blocks: torch, or onnxruntime with numpy."""
 
 __all__ = ["interface", "onnx_graphs", "onnx_runtime", "onnx_session", "torch_runtime", "training"]

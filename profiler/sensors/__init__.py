@@ -1,7 +1,4 @@
-"""What the kernel and the drivers of this board say of themselves now, each value with its source.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""What the kernel and the drivers of this board say of themselves now, each value with its source."""
 
 __all__ = [
     "board",

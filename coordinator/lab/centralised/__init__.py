@@ -1,6 +1,3 @@
-"""All data on one machine: the yardstick of every other method.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""All data on one machine: the yardstick of every other method."""
 
 __all__ = ["run", "trainer"]

@@ -1,6 +1,3 @@
-"""Methods against each other on the same devices, and a report.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Methods against each other on the same devices, and a report."""
 
 __all__ = ["config", "fit_devices", "plots", "report", "run", "table"]

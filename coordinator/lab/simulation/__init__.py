@@ -1,6 +1,3 @@
-"""Devices that are not there, with real training and a modelled clock.
-
-Other packages import the modules that are named here, and no other.
-"""
+"""Devices that are not there, with real training and a modelled clock."""
 
 __all__ = ["boards", "clock", "config", "data", "fleet", "result", "run", "sharding"]
