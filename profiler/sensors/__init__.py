@@ -1,4 +1,4 @@
-"""What the kernel and the drivers of this board say of themselves now, each value with its source."""
+"""What kernel and drivers of this board say of themselves now, each value with its source."""
 
 __all__ = [
     "board",
