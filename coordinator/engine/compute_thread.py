@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 
 class Worker:
-    """Runs one computation at a time; results are collected by the event loop."""
+    """Runs one computation at a time; results are collected by the event loop.
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._pool = ThreadPoolExecutor(1, "compute")
+    Args:
+        wake: Interrupts the event loop's wait when a result is there; called from any thread.
+        pool: Where it computes; None: in a thread of its own.
+    """
+
+    def __init__(self, wake: Callable[[], None], pool: Executor | None = None) -> None:
+        self._pool = pool or ThreadPoolExecutor(1, "compute")
         self._wake = wake
         self._done: queue.SimpleQueue[tuple[Future[Any], Callable[[Any], None]]] = (
             queue.SimpleQueue()

@@ -6,6 +6,7 @@ What to do next is decided in `state.py`, who may take part in `admission.py`, w
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from contextlib import suppress
 
 from coordinator.engine.compute_thread import Worker
@@ -22,11 +23,16 @@ GOODBYE_S = 10.0
 
 
 class Coordinator:
-    """One run, from its first device to its last round."""
+    """One run, from its first device to its last round.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: What it consists of.
+        pool: Where it computes; None: in a thread of its own.
+    """
+
+    def __init__(self, run: Run, pool: Executor | None = None) -> None:
         self._run = run
-        self._worker = Worker(run.gateway.wake)
+        self._worker = Worker(run.gateway.wake, pool)
         self._handlers = MessageHandler(run)
         self._executor = RoundExecutor(run, self._handlers, self._worker)
         self._has_told = False

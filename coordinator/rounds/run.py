@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.aggregation.ledger import Ledger, Report
@@ -59,6 +60,7 @@ class Run:
         gateway: Gateway,
         watcher: Watcher,
         run_id: str,
+        make_reporting: Callable[[RunFolder, Watcher, bool], Reporting] = Reporting,
     ) -> None:
         self.id = run_id
         self.config, self.model, self.folder = config, model, folder
@@ -77,7 +79,7 @@ class Run:
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
         self.admission = Admission(config, model, gateway, self.planner, run_id)
         self.round_start = RoundStartBuilder(self.ledger, model.facts)
-        self.reporting = Reporting(folder, watcher, bool(config.label_names))
+        self.reporting = make_reporting(folder, watcher, bool(config.label_names))
         self.inputs = PendingInputs()
         self.must_rewind = False
         """The round was given up: everything must be as at the last checkpoint."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -33,6 +32,9 @@ from edge_sdk.runtime.interface import Micro, Runtime, TailSums
 from edge_sdk.runtime.torch_runtime import pick_device
 from edge_sdk.transport.link import NO_TENSORS, LinkStats
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FIRST_LIMIT_BYTES = 1024 * 1024
 """Payload of a message from a device for which nothing else was set, as with the real gateway."""
@@ -63,24 +65,34 @@ class SimulationListener:
         """A device has taken in a message."""
 
 
-@dataclass
-class SharedCompute(AbstractContextManager["SharedCompute"]):
-    """What all devices of one process share."""
+class SharedCompute(Executor):
+    """What all devices of one process share, and their coordinator: one thread that computes.
 
-    listener: SimulationListener
-    compute: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, "simulated-compute")
-    )
-    """The one thread that computes."""
-    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Frozen weights by the hash of their part: one copy, however many devices hold it."""
+    Args:
+        listener: Hears what is computed and what travels.
+    """
 
-    def run(self, what: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute, and wait for the result."""
-        return self.compute.submit(what, *args, **kwargs).result()
+    def __init__(self, listener: SimulationListener) -> None:
+        self.listener = listener
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        """Frozen weights by the hash of their part: one copy, however many devices hold it."""
+        self._thread = ThreadPoolExecutor(1, "simulated-compute")
+
+    def submit(self, what: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Compute at once, so that nothing else happens meanwhile."""
+        future = self._thread.submit(what, *args, **kwargs)
+        wait([future])
+        return future
+
+    def run(self, what: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Compute at once; return the result."""
+        return self.submit(what, *args, **kwargs).result()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the thread to the others."""
 
     def __exit__(self, *_error: object) -> None:
-        self.compute.shutdown()
+        self._thread.shutdown()
 
 
 class _Turn:
@@ -147,10 +159,10 @@ class _TurnLink:
 
 
 class InstrumentedRuntime:
-    """A runtime whose work is heard and computed in the workshop's thread."""
+    """A runtime whose work is heard and computed in the thread of all devices."""
 
-    def __init__(self, runtime: Runtime, device: str, plan: Plan, shop: SharedCompute) -> None:
-        self._runtime, self._shop = runtime, shop
+    def __init__(self, runtime: Runtime, device: str, plan: Plan, shared: SharedCompute) -> None:
+        self._runtime, self._shared = runtime, shared
         self._device, self._plan = device, plan
         self._open: deque[Micro] = deque()
 
@@ -158,59 +170,61 @@ class InstrumentedRuntime:
         """Run the device's blocks; see `Runtime`."""
         if not self._plan.is_forward_only:
             self._open.append(micro)
-        self._shop.listener.forward(self._device, self._plan, micro)
-        hidden: Array = self._shop.run(self._runtime.forward, micro, step, index)
+        self._shared.listener.forward(self._device, self._plan, micro)
+        hidden: Array = self._shared.run(self._runtime.forward, micro, step, index)
         return hidden
 
     def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
         """Loss and dL/dtop; see `Runtime`."""
-        self._shop.listener.tail(self._device, self._plan, micro)
-        found: tuple[TailSums, Array] = self._shop.run(
+        self._shared.listener.tail(self._device, self._plan, micro)
+        found: tuple[TailSums, Array] = self._shared.run(
             self._runtime.tail, top_BTD, micro, num_targets
         )
         return found
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass; see `Runtime`."""
-        self._shop.listener.backward(self._device, self._plan, self._open.popleft())
-        self._shop.run(self._runtime.backward, grad_BTD)
+        self._shared.listener.backward(self._device, self._plan, self._open.popleft())
+        self._shared.run(self._runtime.backward, grad_BTD)
 
     def begin_round(self) -> None:
         """Forget what is under way; see `Runtime`."""
         self._open.clear()
-        self._shop.run(self._runtime.begin_round)
+        self._shared.run(self._runtime.begin_round)
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """The whole model, both ways; see `Runtime`."""
-        self._shop.listener.local(self._device, self._plan, micro)
-        sums: TailSums = self._shop.run(self._runtime.local, micro, num_targets, step, index)
+        self._shared.listener.local(self._device, self._plan, micro)
+        sums: TailSums = self._shared.run(self._runtime.local, micro, num_targets, step, index)
         return sums
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a runtime can do takes no modelled time."""
         found = getattr(self._runtime, name)
-        return partial(self._shop.run, found) if callable(found) else found
+        return partial(self._shared.run, found) if callable(found) else found
 
 
 class _SharingSetup(RuntimeSetup):
     """A device's setup that shares frozen weights with the other devices of the process."""
 
     def __init__(
-        self, config: ClientConfig, dataset: Dataset | None, name: str, shop: SharedCompute
+        self, config: ClientConfig, dataset: Dataset | None, name: str, shared: SharedCompute
     ) -> None:
         super().__init__(config, dataset)
-        self._name, self._shop = name, shop
+        self._name, self._shared = name, shared
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice; see `RuntimeSetup`."""
         for part in assigned.parts:  # first: whoever computes must not wait for messages
             self._tensors(part, welcome, ask)
-        runtime: Runtime = self._shop.run(super().runtime, welcome, assigned, ask)
-        return cast("Runtime", InstrumentedRuntime(runtime, self._name, assigned.plan, self._shop))
+        runtime: Runtime = self._shared.run(super().runtime, welcome, assigned, ask)
+        return cast(
+            "Runtime", InstrumentedRuntime(runtime, self._name, assigned.plan, self._shared)
+        )
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """The tensors of *part*, as the slices hold them, so that none makes a copy."""
-        parts, device = self._shop.parts, pick_device(self._config.device)
+        parts, device = self._shared.parts, pick_device(self._config.device)
         if part.sha256 not in parts:
             found = super()._tensors(part, welcome, ask)
             parts[part.sha256] = {
@@ -224,7 +238,7 @@ class SimulatedDevice:
     """A participant, its thread, and the coordinator's end of its link."""
 
     def __init__(
-        self, name: str, config: ClientConfig, dataset: Dataset | None, shop: SharedCompute
+        self, name: str, config: ClientConfig, dataset: Dataset | None, shared: SharedCompute
     ) -> None:
         self.name = name
         ours, self.link = memory_pair()
@@ -234,8 +248,8 @@ class SimulatedDevice:
         self.is_due = True
         """Whether something may have happened that it waits for."""
         self._turn, self._stop = _Turn(), threading.Event()
-        self._own_link = _TurnLink(ours, self._turn, name, shop.listener)
-        self._config, self._dataset, self._shop = config, dataset, shop
+        self._own_link = _TurnLink(ours, self._turn, name, shared.listener)
+        self._config, self._dataset, self._shared = config, dataset, shared
         self._thread = threading.Thread(target=self._live, name=f"device-{name}", daemon=True)
         self._thread.start()
 
@@ -264,7 +278,7 @@ class SimulatedDevice:
             self._turn.end()
 
     def _take_part(self) -> None:
-        setup = _SharingSetup(self._config, self._dataset, self.name, self._shop)
+        setup = _SharingSetup(self._config, self._dataset, self.name, self._shared)
         participant = Participant(self._own_link, self._config, setup, Callback(), self._stop)
         try:
             participant.join()

@@ -17,10 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine.compute_thread import Worker
 from coordinator.engine.local import make_local
 from coordinator.engine.server_model import ServerModel
 from coordinator.lab.simulation.clock import Costs
@@ -34,7 +32,7 @@ from coordinator.lab.simulation.timing import ClockedReporting, ClockTap, TimedE
 from coordinator.results.export import export_adapter
 from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
-from coordinator.rounds.executor import COMPLETED, RoundExecutor
+from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.run import Run
@@ -75,25 +73,25 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     with (
         removed_if_it_never_began(folder),
         tempfile.TemporaryDirectory(prefix="edgesplit-") as state,
-        SharedCompute(listener) as shop,
+        SharedCompute(listener) as shared,
     ):
         folder.write_text(CONFIG, dump_config(serve_config))
         folder.write_text(SIMULATION, dump_config(config))
         folder.write_text("env.json", json.dumps(environment(), indent=2))
         devices = {
             name: SimulatedDevice(
-                name, _client_config(config, name, profile, Path(state)), shards.get(name), shop
+                name, _client_config(config, name, profile, Path(state)), shards.get(name), shared
             )
             for name, profile in fleet.profiles.items()
         }
         with SimulatedGateway(devices, listener) as gateway:
-            run = Run(serve_config, model, folder, gateway, watcher, RUN_ID)
-            return _serve(run, shop, listener)
+            clocked = partial(ClockedReporting, listener)
+            run = Run(serve_config, model, folder, gateway, watcher, RUN_ID, clocked)
+            return _serve(run, shared, listener)
 
 
-def _serve(run: Run, shop: SharedCompute, listener: ClockTap) -> SimulationResult:
-    run.reporting = reporting = ClockedReporting(run.reporting, listener)
-    coordinator = _SimulatedCoordinator(run, shop)
+def _serve(run: Run, shared: SharedCompute, listener: ClockTap) -> SimulationResult:
+    coordinator = Coordinator(run, shared)
     run.watcher.note(f"run {run.folder.path}: {len(listener.machines)} simulated devices")
     with _stopping(coordinator.stop):
         outcome = coordinator.serve()
@@ -104,40 +102,13 @@ def _serve(run: Run, shop: SharedCompute, listener: ClockTap) -> SimulationResul
         run.reporting.event("adapter.exported", difference=difference)
     else:
         run.reporting.flush()
-    return read_result(outcome, run.folder, reporting.plans)
+    return read_result(outcome, run.folder, listener.rounds)
 
 
 def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
     """Python hears signals in its main thread only."""
     is_main = threading.current_thread() is threading.main_thread()
     return stopping_on_signals(stop) if is_main else nullcontext()
-
-
-class _PromptWorker(Worker):
-    """Computes at once, so that nothing else happens meanwhile; the result waits its turn."""
-
-    def __init__(self, shop: SharedCompute, wake: Callable[[], None]) -> None:
-        super().__init__(wake)
-        self._pool.shutdown()
-        self._pool = shop.compute
-
-    def start(self, compute: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Compute; *then* gets the result when the event loop comes round."""
-        super().start(compute, then)
-        self._pool.submit(bool).result()  # one thread, so that what was asked before is done
-
-    def close(self) -> None:
-        """Leave the thread to the devices."""
-
-
-class _SimulatedCoordinator(Coordinator):
-    """A coordinator whose computations and devices take turns."""
-
-    def __init__(self, run: Run, shop: SharedCompute) -> None:
-        super().__init__(run)
-        self._worker.close()
-        self._worker = _PromptWorker(shop, run.gateway.wake)
-        self._executor = RoundExecutor(run, self._handlers, self._worker)
 
 
 def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:

@@ -44,6 +44,8 @@ class ClockTap(SimulationListener):
         self.machines, self.coordinator = dict(devices), coordinator
         self.plans: dict[str, Plan] = {}
         """What each device runs."""
+        self.rounds: list[dict[str, Plan]] = []
+        """What each device ran, round by round."""
         self.costs: Costs | None = None
         """Set once the model is known, before any device computes."""
         self._held: dict[str, set[str]] = {name: set() for name in devices}
@@ -188,16 +190,14 @@ class TimedEngine(LocalEngine):
 class ClockedReporting(Reporting):
     """Writes a row of the clock with each round."""
 
-    def __init__(self, plain: Reporting, listener: ClockTap) -> None:
-        super().__init__(plain.folder, plain.watcher, plain.is_classifier)
+    def __init__(self, listener: ClockTap, *args: Any) -> None:
+        super().__init__(*args)
         self.listener = listener
-        self.plans: list[dict[str, Plan]] = []
-        """What each device ran, round by round."""
 
     def telemetry(self, round_: int, gateway: Gateway | None = None) -> None:
         """Write what the round cost, and what it would have cost."""
         super().telemetry(round_, gateway)
-        self.plans.append(dict(sorted(self.listener.plans.items())))
+        self.listener.rounds.append(dict(sorted(self.listener.plans.items())))
         self.folder.append(CLOCK, clock_row(round_ + 1, self.listener))
 
 
