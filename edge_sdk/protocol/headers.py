@@ -3,22 +3,23 @@
 Only importer of msgpack. Not here: tensors' bytes (`codecs.py`, `fragments.py`), the frame around
 a header (`packets.py`), delivery (`channel.py`).
 
-A header is one msgpack map ``{"v": 1, "type": name, "body": {...}, "tensors": [...]}``. Checks for
-a dataclass are built once from its type hints; a hint that this file does not know is a TypeError
-at import, so a new message cannot slip through unchecked.
+A header is one msgpack map ``{"v": 1, "type": name, "body": {...}, "tensors": [...]}``. msgspec
+checks it against a strict form of the dataclass: every field and no other, no conversion from one
+type to another, integers of 64 bits, finite numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgpack
+import msgspec
+from msgspec import Meta
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.protocol import codecs
@@ -34,8 +35,6 @@ MAX_TENSORS = 8192
 MAX_TENSOR_NAME = 256
 
 Plain = Any
-Reader = Callable[[Plain, str], Any]
-Writer = Callable[[Any, str], Plain]
 
 
 class TensorSpec(NamedTuple):
@@ -90,133 +89,62 @@ def unpack(data: bytes | memoryview, what: str) -> Plain:
 # ---- types ---------------------------------------------------------------------------------------
 
 
-def _bad(where: str, due: str, value: Any) -> LocalProtocolError:
-    shown = repr(value)
-    return LocalProtocolError(f"{where} must be {due}, got {shown[:60]}")
-
-
-def _check_int(value: Any, where: str) -> int:
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise _bad(where, "a 64-bit integer", value)
-    return value
-
-
-def _check_float(value: Any, where: str) -> float:
-    if type(value) is int and abs(value) < 2**63:
-        return float(value)
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise _bad(where, "a finite number", value)
-    return float(value)
-
-
-def _check_str(value: Any, where: str) -> str:
-    if type(value) is not str:
-        raise _bad(where, "a string", value)
-    return value
-
-
-def _check_bool(value: Any, where: str) -> bool:
-    if type(value) is not bool:
-        raise _bad(where, "true or false", value)
-    return value
-
-
-_SCALARS: dict[Any, Callable[[Any, str], Any]] = {
-    int: _check_int,
-    float: _check_float,
-    str: _check_str,
-    bool: _check_bool,
+_SCALARS: dict[Any, Any] = {
+    int: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
+    float: Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)],
+    str: str,
+    bool: bool,
+    type(None): None,
 }
+_Size = Annotated[int, Meta(ge=0)]
+_Shape = Annotated[tuple[_Size, ...], Meta(max_length=codecs.MAX_DIMENSIONS)]
+_Table = tuple[tuple[_Size, str, _Size, _Shape], ...]
 
 
-def _sequence(item: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    def check(value: Any, where: str) -> tuple[Any, ...]:
-        if type(value) is not tuple:
-            raise _bad(where, "a list", value)
-        return tuple([item(one, where) for one in value])
-
-    return check
-
-
-def _mapping(item: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    def check(value: Any, where: str) -> dict[str, Any]:
-        if type(value) is not dict:
-            raise _bad(where, "a map", value)
-        return {_check_str(key, where): item(one, where) for key, one in value.items()}
-
-    return check
-
-
-def _optional(item: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    def check(value: Any, where: str) -> Any:
-        return None if value is None else item(value, where)
-
-    return check
-
-
-def _checker(hint: Any, of_class: Callable[[type], Callable[[Any, str], Any]]) -> Reader:
-    """Return the function that checks a value of *hint*; *of_class* handles dataclasses."""
+@functools.cache
+def _strict(hint: Any) -> Any:
+    """Return *hint* with the bounds of the wire; a hint that may not travel is a TypeError."""
     if hint in _SCALARS:
         return _SCALARS[hint]
+    if dataclasses.is_dataclass(hint):
+        fields = [(name, _strict(one)) for name, one in typing.get_type_hints(hint).items()]
+        return msgspec.defstruct(hint.__name__, fields, forbid_unknown_fields=True)  # type: ignore[union-attr]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return _sequence(_checker(args[0], of_class))
+    if origin is tuple and args[1:] == (...,):
+        return tuple[_strict(args[0]), ...]  # type: ignore[misc]
     if origin is dict and args[0] is str:
-        return _mapping(_checker(args[1], of_class))
-    if origin in (types.UnionType, typing.Union) and len(args) == 2 and args[1] is type(None):
-        return _optional(_checker(args[0], of_class))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return of_class(hint)
+        return dict[str, _strict(args[1])]  # type: ignore[misc]
+    if origin in (types.UnionType, typing.Union) and args[1:] == (type(None),):
+        return typing.Optional[_strict(args[0])]  # noqa: UP045 - it is computed
     raise TypeError(f"{hint!r} cannot travel in a header")
 
 
-@functools.cache
-def _writer(kind: type) -> Writer:
-    hints = typing.get_type_hints(kind)
-    fields = [(name, _checker(hint, _writer)) for name, hint in hints.items()]
-
-    def write(value: Any, where: str) -> Plain:
-        if type(value) is not kind:
-            raise _bad(where, kind.__name__, value)
-        return {name: check(getattr(value, name), name) for name, check in fields}
-
-    return write
-
-
-@functools.cache
-def _reader(kind: type) -> Reader:
-    hints = typing.get_type_hints(kind)
-    fields = [(name, _checker(hint, _reader)) for name, hint in hints.items()]
-    names = frozenset(hints)
-
-    def read(value: Plain, where: str) -> Any:
-        if type(value) is not dict:
-            raise _bad(where, f"a map ({kind.__name__})", value)
-        if value.keys() != names:
-            raise LocalProtocolError(f"{where}: {_difference(names, set(value))}")
-        return kind(**{name: check(value[name], f"{where}.{name}") for name, check in fields})
-
-    return read
-
-
-def _difference(due: frozenset[str], got: set[Any]) -> str:
-    missing, unknown = sorted(due - got), sorted(map(repr, got - due))
-    parts = [f"missing {', '.join(missing)}"] if missing else []
-    return "; ".join(parts + ([f"unknown {', '.join(unknown)[:200]}"] if unknown else []))
+def _reason(error: Exception, where: str) -> str:
+    """Say what msgspec refused, with *where* as the root of its path."""
+    text = str(error) if "`$" in str(error) else f"{error} - at `$`"
+    return text.replace("`$", f"`{where}")[:300]
 
 
 def write_fields(value: Any) -> Plain:
     """Return dataclass *value* as plain maps, lists and scalars, each checked against its hint."""
-    kind: type = type(value)
-    return _writer(kind)(value, kind.__name__)
+    kind: Any = type(value)
+    strict = _strict(kind)
+    try:
+        # Bytes would be written as base64; other people's floats, such as numpy's, become ours.
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,), enc_hook=float)
+        msgspec.convert(plain, strict)
+    except (TypeError, ValueError) as error:
+        raise LocalProtocolError(_reason(error, kind.__name__)) from error
+    return plain
 
 
 def read_fields(kind: type, value: Plain, where: str) -> Any:
     """Return the *kind* that the plain *value* stands for; blames the peer."""
     try:
-        return _reader(kind)(value, where)
-    except LocalProtocolError as error:
-        raise RemoteProtocolError(str(error)) from error
+        msgspec.convert(value, _strict(kind))
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise RemoteProtocolError(_reason(error, where)) from error
 
 
 # ---- headers -------------------------------------------------------------------------------------
@@ -252,10 +180,7 @@ def decode_header(data: bytes | memoryview) -> tuple[Any, tuple[TensorSpec, ...]
     if kind is None:
         raise RemoteProtocolError(f"unknown message type {str(header['type'])[:60]!r}")
     message = read_fields(kind, header["body"], kind.__name__)
-    try:
-        return message, _read_table(header["tensors"])
-    except LocalProtocolError as error:
-        raise RemoteProtocolError(f"{kind.__name__}: {error}") from error
+    return message, _read_table(header["tensors"], f"{kind.__name__}.tensors")
 
 
 def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
@@ -277,37 +202,20 @@ def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
     return table
 
 
-def _read_table(table: Plain) -> tuple[TensorSpec, ...]:
-    if type(table) is not tuple:
-        raise _bad("tensors", "a list", table)
-    specs: list[TensorSpec] = []
-    seen: set[str] = set()
+def _read_table(table: Plain, where: str) -> tuple[TensorSpec, ...]:
+    try:
+        rows = msgspec.convert(table, _Table)
+    except msgspec.ValidationError as error:
+        raise RemoteProtocolError(_reason(error, where)) from error
+    specs: dict[str, TensorSpec] = {}
     last, names = "", tuple(codecs.CODECS)
-    for row in table:
-        if type(row) is not tuple or len(row) != 4:
-            raise _bad("tensor", "(shared, suffix, codec, shape)", row)
-        shared, number = _check_int(row[0], "tensor.shared"), _check_int(row[2], "tensor.codec")
-        if not 0 <= shared <= len(last):
-            raise _bad("tensor.shared", f"0 .. {len(last)}", shared)
-        name = last = last[:shared] + _check_str(row[1], "tensor.name")
-        if name in seen or len(name) > MAX_TENSOR_NAME:
-            raise _bad("tensor.name", "new and short", name)
-        if not 0 <= number < len(names):
-            raise _bad("tensor.codec", f"0 .. {len(names) - 1}", number)
-        seen.add(name)
-        specs.append(_spec(name, names[number], row[3]))
-    return tuple(specs)
-
-
-def _spec(name: str, codec: str, dims: Plain) -> TensorSpec:
-    if type(dims) is not tuple or len(dims) > codecs.MAX_DIMENSIONS:
-        raise _bad(f"shape of {name!r}", f"at most {codecs.MAX_DIMENSIONS} sizes", dims)
-    for size in dims:
-        if type(size) is not int or size < 0:
-            raise _bad(f"shape of {name!r}", "non-negative integers", dims)
-    return TensorSpec(name, codec, dims)
-
-
-for _kind in MESSAGES.values():  # a hint nobody can check fails here, not in the field
-    _reader(_kind)
-    _writer(_kind)
+    for shared, suffix, number, shape in rows:
+        if shared > len(last):
+            raise RemoteProtocolError(f"{where}: {shared} shared letters of {len(last)}")
+        last = last[:shared] + suffix
+        if last in specs or len(last) > MAX_TENSOR_NAME:
+            raise RemoteProtocolError(f"{where}: the name {last[:60]!r} is not new and short")
+        if number >= len(names):
+            raise RemoteProtocolError(f"{where}: codec {number}, there are {len(names)}")
+        specs[last] = TensorSpec(last, names[number], shape)
+    return tuple(specs.values())
