@@ -1,4 +1,4 @@
-"""How a re-cut of dW shares the norms between B and A, for `svd`; design.md 6 asks to measure it.
+"""How a re-cut of dW shares the norms between B and A, for `svd`; see docs/method.md, Aggregation.
 
     python benchmarks/recut.py [--rounds 8] [--rates 3e-3 1e-2] [--seeds 0 1 2]
 

@@ -1,6 +1,6 @@
 """What a device tells the coordinator about itself, so that its plan fits it.
 
-Part of the protocol: travels inside Hello. How the numbers are found is `measure.py`.
+Part of the protocol: travels inside Profiled. How the numbers are found is `measure.py`.
 """
 
 from __future__ import annotations

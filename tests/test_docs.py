@@ -15,6 +15,18 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
 )
+# What may name a page: code, and the settings that stand beside it.
+FOLDERS = ("profiler", "edge_sdk", "coordinator", "benchmarks", "examples", "scripts", "tests")
+SOURCES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".service", ".yaml", "")
+    if path.is_file() and path != Path(__file__)
+)
+# Pages that the product itself writes.
+WRITTEN = {"table.md"}
+NAMED = re.compile(r"(?<![\w./*-])([\w./-]*\w\.md)\b(?:, ([A-Z][\w ]*\w))?")
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 
 
@@ -27,8 +39,12 @@ def prose(text: str) -> str:
 def anchors(page: Path) -> set[str]:
     """Return what may follow `#` in a link to *page*: its headings, as GitHub spells them."""
     headings = re.findall(r"^#+ +(.*?) *#*$", prose(page.read_text("utf-8")), flags=re.MULTILINE)
-    slugs = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
-    return {slug.replace(" ", "-") for slug in slugs}
+    return {slug(heading) for heading in headings}
+
+
+def slug(heading: str) -> str:
+    """Return what GitHub puts behind `#` for a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def is_dead(link: str, page: Path) -> bool:
@@ -59,3 +75,15 @@ def test_relative_links_resolve(name: str) -> None:
     links = LINK.findall(prose(page.read_text(encoding="utf-8")))
 
     assert [link for link in links if is_dead(link, page)] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_page_that_the_code_names_exists(name: str) -> None:
+    """A page named in code is there, and so is the section after it: `docs/x.md, Section`."""
+    text = re.sub(r"\s+(# )?", " ", (ROOT / name).read_text(encoding="utf-8"))
+    for page, section in NAMED.findall(text):
+        places = [ROOT / page, ROOT / "docs" / page, (ROOT / name).parent / page]
+        found = next((place for place in places if place.is_file()), None)
+
+        assert found is not None or page in WRITTEN, page
+        assert not section or found is None or slug(section) in anchors(found), section

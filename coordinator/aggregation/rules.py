@@ -1,4 +1,4 @@
-"""Join what devices and coordinator learned in a round; design.md 6. Pure: values in, values out.
+"""Join what devices and coordinator learned in a round; docs/method.md, Aggregation. Pure.
 
 Target, with the scale always inside: dW* = sum_i p_i s_i B_i A_i. A weight of block l is trained by
 the devices with split > l and, for everybody else's samples, by the coordinator's own adapter with

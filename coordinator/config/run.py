@@ -88,7 +88,7 @@ class ServeConfig:
     secret_key: Path = Path("coordinator.key")
     """The coordinator's secret key, made by `coordinator keygen`."""
     allow_list: Path = Path("devices.yaml")
-    """Registered devices, kept by `coordinator client register`."""
+    """Registered devices: a file of JSON, kept by `coordinator client register`."""
     runs: Path = Path("runs")
     """Folder in which each run gets a folder of its own."""
     name: str | None = None

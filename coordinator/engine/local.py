@@ -7,7 +7,7 @@ A wave's rows enter at their own block: devices sorted by split, each joins the 
 blocks end. The loss that is differentiated is sum_i n_i L_i, with L_i device i's own mean token
 loss and n_i its samples. Device i gets its part divided by n_i, so that its gradient is that of L_i
 alone; the adapter of block l gets the sum divided by the samples served in that block: the mean
-over these devices, weighted by p_i = n_i / sum_j n_j. See design.md 4.
+over these devices, weighted by p_i = n_i / sum_j n_j. See docs/method.md, Mixed split points.
 
 Legend: B sequences, T positions, D hidden size.
 """

@@ -1,7 +1,8 @@
 """Who may connect: the allow-list of public keys, and the answer to libzmq's question (ZAP).
 
-The list is a JSON file ``{"devices": {name: public key}}``, replaced as a whole and read again when
-it changes, so `coordinator register` works while a run is on. Not here: sessions (`sessions.py`).
+The list is a JSON file ``{"devices": {name: public key}}`` whatever its name ends in, replaced as a
+whole and read again when it changes, so `coordinator client register` works while a run is on. Not
+here: sessions (`sessions.py`).
 """
 
 from __future__ import annotations

@@ -44,9 +44,10 @@ class Adapted(Protocol):
 def merge_change(
     adapters: Adapted, changes: Mapping[str, Factors], before: Mapping[str, Factors]
 ) -> None:
-    """Res <- Res + change + s B A - s B' A' for the weights in *changes*; design.md 6.
+    """Res <- Res + change + s B A - s B' A' for the weights in *changes*.
 
-    B A are the factors at the start of the round that ended, B' A' those that are held now.
+    The frozen residual of docs/method.md, Aggregation. B A are the factors at the start of the
+    round that ended, B' A' those that are held now.
     """
     now = adapters.products()
     merged = {}

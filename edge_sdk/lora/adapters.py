@@ -1,7 +1,8 @@
 """PEFT's LoRA layers on the present blocks of a slice: factors in and out, residual, head.
 
-Each adapted weight computes `W x + U V x + s B A x`: W frozen, U V the frozen residual of design.md
-6, s B A the trained adapter. Knows no optimizer, no network and no aggregation rule.
+Each adapted weight computes `W x + U V x + s B A x`: W frozen, U V the frozen residual
+(docs/method.md, Aggregation), s B A the trained adapter. Knows no optimizer, no network and no
+aggregation rule.
 
 Legend: R rank, I inputs, O outputs, S rank of the residual.
 """

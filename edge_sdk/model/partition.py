@@ -1,4 +1,4 @@
-"""Run any stretch of blocks of a transformers model by the model's own code; see design.md 3.
+"""Run any stretch of blocks of a transformers model by its own code; docs/method.md, Partition.
 
 Every parameter keeps its whole-model name; absent blocks take no memory. Which tensors belong to
 which part is found in `layout.py`; knows no files and no network.

@@ -1,4 +1,4 @@
-"""Read the sizes that estimates need off a model without weights; see design.md 7.
+"""Read the sizes that estimates need off a model without weights; docs/method.md, Memory.
 
 Knows no model family: what a block keeps for its backward pass is observed by running one block on
 a few tokens, in the model's own code. Knows no plan and no device.

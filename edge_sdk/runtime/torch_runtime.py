@@ -209,7 +209,7 @@ class TorchRuntime:
         return self.adapters.most_bytes()
 
     def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Res <- Res + change + s B A - s B' A' with the factors held from now on; design.md 6."""
+        """Res <- Res + change + s B A - s B' A' with the factors held now; see `Runtime`."""
         merge_change(self.adapters, changes, self._before)
 
     def head(self) -> dict[str, Array]:

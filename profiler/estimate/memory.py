@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of a model, its adapters and one micro-batch; design.md 7.
+"""Peak memory of a stretch of a model, its adapters and one micro-batch; docs/method.md, Memory.
 
 Pure arithmetic on the sizes of `sizes.py`: knows no torch, no model family, no device and no plan.
 What a frozen block keeps for its backward pass is told by `ModelShape.kept`, which

@@ -19,7 +19,7 @@ from edge_sdk.lora.targets import ModelFacts, find_targets
 from tests.e2e.cluster import Cluster, save_model, wait_all
 from tests.tiny import BLOCKS, layout_of, make_config
 
-# Split of a device, aggregation, who sees the labels, who trains what: design.md 8.
+# Split of a device, aggregation, who sees the labels, who trains what: as in docs/presets.md.
 TABLE: dict[str, tuple[Any, ...]] = {
     "hsplitlora": ("armsc", "exact", "device", "devices", "adapters"),
     "splitlora": (3, "fedavg", "server", "devices", "adapters"),
