@@ -132,7 +132,7 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
     """Serve one round of *steps* steps."""
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
     from coordinator.gateway.allow_list import AllowList
-    from coordinator.results.metrics import Silence
+    from coordinator.results.watchers import Watchers
     from coordinator.rounds.launch import serve
     from edge_sdk.lora.targets import LoraConfig
     from edge_sdk.runtime.training import TrainingConfig
@@ -155,7 +155,7 @@ def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) ->
         training=TrainingConfig(learning_rate=2e-4, lr_scheduler_type="constant", seed=SEED),
         evaluation=EvaluationConfig(on_devices=False),
     )
-    return {"outcome": serve(config, Silence())}
+    return {"outcome": serve(config, Watchers())}
 
 
 def start(role: str, folder: Path, **options: object) -> subprocess.Popen[str]:

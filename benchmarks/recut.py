@@ -22,7 +22,7 @@ from report import header, save, table
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig, SimulationConfig
 from coordinator.lab.simulation.run import simulate
-from coordinator.results.metrics import Silence
+from coordinator.results.watchers import Watchers
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.runtime.training import TrainingConfig
@@ -70,7 +70,7 @@ def final_loss(folder: Path, rule: str, rate: float, seed: int, rounds: int) -> 
             shards="contiguous",
         ),
     )
-    loss = simulate(config, Silence()).rounds[-1].loss
+    loss = simulate(config, Watchers()).rounds[-1].loss
     assert loss is not None
     return loss
 

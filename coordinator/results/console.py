@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Column, Table
 
+from coordinator.results.events import DeviceEvent, DeviceLeft, RoundDone, RunEvent, StepDone
 from coordinator.results.run_folder import RunFolder
-from edge_sdk.protocol.messages import StepReport
 
 # A rate over so many steps: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
@@ -27,8 +27,6 @@ NAME_WIDTH = 14
 @dataclass
 class _Device:
     task: TaskID | None
-    text: str = ""
-    """What it is doing while it takes no steps."""
     ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
     """When its last steps ended, and their tokens."""
     up: int = 0
@@ -36,7 +34,7 @@ class _Device:
 
 
 class Console:
-    """A `Watcher` that writes to the terminal. Use as a context manager."""
+    """Writes to the terminal what it sees. Use as a context manager."""
 
     def __init__(self, total_steps: int) -> None:
         self._out = RichConsole(file=sys.stderr, highlight=False)
@@ -60,39 +58,45 @@ class Console:
         """Write a line."""
         self._out.print(text, markup=False, soft_wrap=True)
 
-    def device(self, name: str, text: str) -> None:
+    def see(self, event: RunEvent) -> None:
+        """Move bars, and write what has a line."""
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, DeviceEvent):
+            self._device(event)
+        elif isinstance(event, RoundDone):
+            self._row(event.row)
+        elif event.text:
+            self.note(event.text)
+
+    def _device(self, event: DeviceEvent) -> None:
         """Say what a device is doing."""
-        mine = self._of(name)
-        mine.text = text
+        mine = self._of(event.device)
         mine.ends.clear()
-        if self._bars is None or text.startswith("left"):
-            self.note(f"{name}: {text}")
-        self._show(mine, loss=text)
+        if self._bars is None or isinstance(event, DeviceLeft):
+            self.note(event.text)
+        self._show(mine, loss=event.doing)
 
-    def begin_round(self) -> None:
-        """Nothing: bars move soon enough."""
-
-    def step(self, device: str, report: StepReport, end_step: int) -> None:
+    def _step(self, event: StepDone) -> None:
         """Move the device's bar on."""
+        device, report = event.device, event.report
         mine, done = self._of(device), report.stamp.step + 1
+        if event.traffic is not None:
+            mine.up, mine.down = event.traffic
+            up, down = map(_mib, event.traffic)
+            self._show(mine, traffic=f"up {up:>5} down {down:>5} MiB")
         mine.ends.append((time.monotonic(), report.num_tokens))
         rate = f"{_rate(mine.ends):5.0f} tok/s"
         loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_bytes / 2**20:5.0f} MiB"
         if self._bars is None:
-            if done == end_step:
+            if done == event.end_step:
                 traffic = f"up {_mib(mine.up)}  down {_mib(mine.down)} MiB"
                 where = f"step {done}/{self._total_steps}"
                 self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  memory {memory}")
             return
         self._show(mine, completed=done, loss=loss, rate=rate, memory=f"mem {memory}")
 
-    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
-        """Show what a device has sent and received."""
-        mine = self._of(device)
-        mine.up, mine.down = bytes_up, bytes_down
-        self._show(mine, traffic=f"up {_mib(bytes_up):>5} down {_mib(bytes_down):>5} MiB")
-
-    def row(self, row: dict[str, Any]) -> None:
+    def _row(self, row: Mapping[str, Any]) -> None:
         """Write one line for a round."""
         parts = [f"round {row['round']:>2}"]
         if "train_loss" in row:

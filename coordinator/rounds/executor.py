@@ -16,6 +16,14 @@ from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import Answer, DeviceFault
 from coordinator.gateway.interface import Received
 from coordinator.planning.run_planner import changed
+from coordinator.results.events import (
+    ImportanceMeasured,
+    PlanMade,
+    RoundAbandoned,
+    RoundStarted,
+    StepSkipped,
+    WaitEnded,
+)
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.pausing import Pausing
 from coordinator.rounds.run import Run
@@ -60,7 +68,7 @@ class RoundExecutor:
         """Do the next thing; returns whether there was one."""
         run = self.run
         if run.must_rewind:
-            run.watcher.note(f"round {run.state.round} starts again: too few devices are left")
+            run.watcher.see(RoundAbandoned(run.state.round))
             run.restore(run.folder.load_checkpoint())
             self._handlers.move_outdated()
         if self._pausing.is_begun:
@@ -71,8 +79,7 @@ class RoundExecutor:
         if run.inputs.evals:
             return self._evaluate()
         if run.state.awaited and time.monotonic() >= self._await_until_s:
-            absent = ", ".join(sorted(run.state.awaited))
-            run.watcher.note(f"going on without {absent}: not back yet")
+            run.watcher.see(WaitEnded(sorted(run.state.awaited)))
             run.state.stop_waiting()
         action = run.state.decide()
         if self.stop_asked and self._pausing.can_begin(action):
@@ -113,12 +120,8 @@ class RoundExecutor:
         run.state.start_round()
         run.inputs.jobs, run.inputs.grads, run.inputs.early, run.inputs.reports = {}, {}, {}, {}
         run.reporting.begin_round()
-        run.reporting.event(
-            "round.started",
-            round=run.state.round,
-            attempt=run.state.attempt,
-            devices=sorted(run.state.members),
-        )
+        names, boards = sorted(run.state.members), run.reporting.boards()
+        run.watcher.see(RoundStarted(run.state.round, run.state.attempt, names, boards))
         for name in list(run.state.members):
             self._send_round(name, step, run.state.end_step)
 
@@ -197,7 +200,7 @@ class RoundExecutor:
         result, evaluated = done
         members = set(run.state.members)
         run.round_start.round_ended(result, members)
-        run.reporting.telemetry(run.state.round, run.gateway)
+        run.reporting.telemetry(run.state.round)
         run.state.finish_round(evaluating=members if run.config.evaluation.on_devices else set())
         facts = {
             "samples": sum(reports[name].num_samples for name in members),
@@ -208,6 +211,8 @@ class RoundExecutor:
         run.inputs.reports = {}
         moved = self._plan_again(reports)
         run.save()
+        if importance := run.planner.importance:
+            run.watcher.see(ImportanceMeasured(run.state.round, dict(importance)))
         for name in moved:
             self._handlers.move(name)
         if moved:
@@ -220,7 +225,8 @@ class RoundExecutor:
         decision = run.planner.round_ended(state.round, reports, run.gateway.devices())
         if decision is None:
             return [] if state.round == state.total_rounds else self._pruned
-        run.reporting.planned(state.round, decision.plans, decision.reasons, run.planner.importance)
+        importance = run.planner.importance
+        run.watcher.see(PlanMade(state.round, decision.plans, decision.reasons, importance))
         is_last = state.round == state.total_rounds
         return [] if is_last else changed(old, decision.plans.plans)
 
@@ -288,9 +294,7 @@ class RoundExecutor:
     def _wave_done(self, attempt: int, was_finite: bool) -> None:
         state = self.run.state
         if not was_finite:
-            step = state.step
-            self.run.reporting.event("step.skipped", step=step, reason="gradient not finite")
-            self.run.watcher.note(f"step {step}: a gradient was not finite; our adapters wait")
+            self.run.watcher.see(StepSkipped(state.step))
         if attempt != state.attempt or state.phase is not Phase.TRAINING:
             return
         state.finish_wave()

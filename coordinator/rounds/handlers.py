@@ -9,6 +9,7 @@ from typing import Any
 from coordinator.aggregation.ledger import Report
 from coordinator.gateway.interface import Event, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
+from coordinator.results.events import DeviceJoined, DeviceStatus, MessageRejected, PlanMade
 from coordinator.rounds.run import Run
 from coordinator.rounds.validation import (
     WaveInput,
@@ -67,8 +68,7 @@ class MessageHandler:
             elif isinstance(event, Silent) and event.seconds >= self.run.config.patience_s:
                 self.run.lose(device, f"silent for {event.seconds:.0f} s")
             elif isinstance(event, Rejected):
-                self.run.reporting.event("message.rejected", device=device, error=event.error)
-                self.run.watcher.note(f"{device}: rejected: {event.error}")
+                self.run.watcher.see(MessageRejected(device, event.error))
                 if device in self.run.gateway.devices():
                     raise RemoteProtocolError(event.error)
         except PeerGone as gone:
@@ -99,7 +99,7 @@ class MessageHandler:
         self.run.lose(device, "")
         self.run.admission.greet(device, envelope.message)
         self._probing.begin(device)
-        self.run.watcher.device(device, "fetching its blocks")
+        self.run.watcher.see(DeviceStatus(device, "fetching its blocks"))
 
     def _on_profiled(self, device: str, envelope: Envelope) -> None:
         """Plan for the device at once, or with the others when all that the run needs are here."""
@@ -108,9 +108,9 @@ class MessageHandler:
             raise RemoteProtocolError("Profiled before Hello")
         run.planner.profiled(device, envelope.message.profile)
         if device in run.state.ready:  # it has changed; what that means is decided between rounds
-            run.watcher.device(device, "reports another speed")
+            run.watcher.see(DeviceStatus(device, "reports another speed"))
             return
-        run.watcher.device(device, "told what it offers")
+        run.watcher.see(DeviceStatus(device, "told what it offers"))
         if admission.assign(device) or run.planner.plans is not None:
             return
         waiting = [d for d in run.gateway.devices() if run.planner.is_known(d)]
@@ -119,7 +119,7 @@ class MessageHandler:
 
     def _first_plans(self, devices: list[str]) -> None:
         found = self.run.planner.begin(devices)
-        self.run.reporting.planned(self.run.state.round, found, ["first plans"], {})
+        self.run.watcher.see(PlanMade(self.run.state.round, found, ["first plans"], {}))
         for name in devices:
             if name in found.refused:
                 self.expel(name, RefusedError(found.refused[name]))
@@ -134,7 +134,7 @@ class MessageHandler:
             run.admission.held_steps[device] = ()
             run.state.awaited.add(device)
             run.admission.assign(device)
-            run.watcher.device(device, "has a new plan")
+            run.watcher.see(DeviceStatus(device, "has a new plan"))
         except PeerGone as gone:
             run.lose(device, str(gone))
         except EdgeError as error:
@@ -172,10 +172,7 @@ class MessageHandler:
         member = self.run.admission.admit(device, envelope.message)
         self.run.lose(device, "")  # ready once more: what it held of a round is gone
         self.run.state.join(member)
-        self.run.reporting.event(
-            "device.joined", device=device, split=member.split, samples=envelope.message.num_samples
-        )
-        self.run.watcher.device(device, "ready")
+        self.run.watcher.see(DeviceJoined(device, member.split, envelope.message.num_samples))
 
     def activation(self, device: str, envelope: Envelope) -> None:
         """Take the input of a wave, of a later wave, or of an evaluation."""
@@ -231,8 +228,8 @@ class MessageHandler:
             report: StepReport = envelope.message
             check_report(report)
             self.run.planner.stepped(device, report.num_tokens, report.compute_s)
-            end_step, gateway = self.run.state.end_step, self.run.gateway
-            self.run.reporting.step(device, envelope.message, end_step, gateway)
+            self.run.state.report_step()
+            self.run.reporting.step(device, envelope.message, self.run.state.end_step)
 
     def _on_upload(self, device: str, envelope: Envelope) -> None:
         if device not in self.run.state.members or not self._is_current(envelope.message):

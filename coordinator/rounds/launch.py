@@ -6,7 +6,7 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +16,10 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.results.events import Exported, Listening, RunPaused
 from coordinator.results.export import export_adapter
-from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
+from coordinator.results.watchers import Watcher
 from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.run import Run
@@ -32,15 +33,13 @@ PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "n
 ADAPTER = "adapter"
 
 
-def serve(
-    config: ServeConfig, watcher: Watcher, begun: Callable[[Run], None] = lambda _run: None
-) -> str:
+def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
     """Start a new run and serve it to its end; returns how it ended.
 
     Args:
         config: What to run.
-        watcher: Hears what happens.
-        begun: Gets the run before anything does.
+        watcher: Sees what happens.
+        least_devices: Devices that a round needs once a step is done; None: config.min_devices.
     """
     keys = load_key_pair(config.secret_key)
     model = ServerModel(config)
@@ -50,9 +49,8 @@ def serve(
             folder.write_text(CONFIG, dump_config(config))
             folder.write_text("env.json", json.dumps(environment(), indent=2))
             run_id = f"{folder.name}-{secrets.token_hex(4)}"
-            run = Run(config, model, folder, gateway, watcher, run_id)
-            begun(run)
-            return _finish(run, watcher)
+            run = Run(config, model, folder, gateway, watcher, run_id, least_devices)
+            return _finish(run)
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
@@ -70,7 +68,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
             raise StorageError(
                 f"{path}: its checkpoint does not fit its config: {error}"
             ) from error
-        return _finish(run, watcher)
+        return _finish(run)
 
 
 @contextmanager
@@ -95,8 +93,8 @@ def _gateway(config: ServeConfig, keys: Any) -> ZmqGateway:
     )
 
 
-def _finish(run: Run, watcher: Watcher) -> str:
-    watcher.note(f"run {run.folder.path}: listening at {run.gateway.address}")
+def _finish(run: Run) -> str:
+    run.watcher.see(Listening(run.folder.path, run.gateway.address))
     coordinator = Coordinator(run)
     with stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
@@ -104,10 +102,9 @@ def _finish(run: Run, watcher: Watcher) -> str:
         learned = run.ledger.global_factors()
         target = run.folder.path / ADAPTER
         difference = export_adapter(run.model.source, learned, run.ledger.head, target)
-        run.reporting.event("adapter.exported", difference=difference)
-        watcher.note(f"adapter: {target} (read back, logits differ by {difference:.0e} at most)")
+        run.watcher.see(Exported(ADAPTER, difference, target))
     else:
-        watcher.note(f"stopped; go on with: coordinator resume {run.folder.path}")
+        run.watcher.see(RunPaused(run.folder.path))
     return outcome
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 
 from coordinator.engine.compute_thread import Worker
+from coordinator.results.events import RunFinished, RunStarted, StopAsked
 from coordinator.rounds.executor import COMPLETED, RoundExecutor
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
@@ -43,7 +44,7 @@ class Coordinator:
         if not run.folder.checkpoints():
             executor.end_row({}, executor.measure(0))
             run.save()
-        run.reporting.event("run.started", run=run.id, step=run.state.step)
+        run.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:
                 for event in run.gateway.events(POLL_S):
@@ -55,16 +56,16 @@ class Coordinator:
         finally:
             self._worker.close()
             run.model.graphs.close()
-        run.reporting.event("run.ended", outcome=executor.outcome)
+        run.watcher.see(RunFinished(executor.outcome))
         if executor.outcome == COMPLETED:
             self._say_goodbye()
         return executor.outcome
 
     def _tell_of_stop(self) -> None:
-        """Say once that a stop was asked for: a step may take long, or wait for a frozen device."""
+        """Say once that a stop was asked for."""
         if self._executor.stop_asked and not self._has_told:
             self._has_told = True
-            self._run.watcher.note("stopping after this step; a second Ctrl-C leaves at once")
+            self._run.watcher.see(StopAsked())
 
     def _say_goodbye(self) -> None:
         """End all sessions, once everybody knows that the run is over.

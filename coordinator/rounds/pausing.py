@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from coordinator.results.events import StopBegun
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
@@ -44,7 +45,7 @@ class Pausing:
             return True
         self._handlers.paused = set()
         self._until_s = time.monotonic() + PAUSE_PATIENCE_S
-        self._run.watcher.note(f"stopping at step {state.step}; devices save their state")
+        self._run.watcher.see(StopBegun(state.step))
         return False
 
     def finish(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.aggregation.ledger import Ledger, Report
@@ -14,8 +13,10 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from coordinator.planning.run_planner import Planner
-from coordinator.results.metrics import Reporting, Watcher
+from coordinator.results.events import DeviceLeft
+from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.results.watchers import RunFiles, Watcher, Watchers
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.state import RunState
 from edge_sdk.lora.adapter_state import under
@@ -60,16 +61,17 @@ class Run:
         gateway: Gateway,
         watcher: Watcher,
         run_id: str,
-        make_reporting: Callable[[RunFolder, Watcher, bool], Reporting] = Reporting,
+        least_devices: int | None = None,
     ) -> None:
         self.id = run_id
         self.config, self.model, self.folder = config, model, folder
-        self.gateway, self.watcher = gateway, watcher
+        self.gateway, self.watcher = gateway, Watchers([RunFiles(folder), watcher])
         self.state = RunState(
             total_rounds=config.rounds,
             steps_per_round=config.steps_per_round,
             min_devices=config.min_devices,
             labels_on_device=config.labels == "device",
+            least_devices=least_devices,
         )
         self.planner = Planner(config, model.facts, problem(config, model))
         self.engine: Engine = model.planned_engine()
@@ -79,7 +81,7 @@ class Run:
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
         self.admission = Admission(config, model, gateway, self.planner, run_id)
         self.round_start = RoundStartBuilder(self.ledger, model.facts)
-        self.reporting = make_reporting(folder, watcher, bool(config.label_names))
+        self.reporting = Reporting(self.watcher, bool(config.label_names), gateway)
         self.inputs = PendingInputs()
         self.must_rewind = False
         """The round was given up: everything must be as at the last checkpoint."""
@@ -167,8 +169,7 @@ class Run:
         self.round_start.forget(device)
         self.inputs.forget(device)
         if was_ready and reason:
-            self.reporting.event("device.left", device=device, reason=reason)
-            self.watcher.device(device, f"left: {reason}")
+            self.watcher.see(DeviceLeft(device, reason))
 
 
 def problem(config: ServeConfig, model: ServerModel) -> PlanningProblem | None:

@@ -45,6 +45,8 @@ class RunState:
     steps_per_round: int
     min_devices: int
     labels_on_device: bool
+    least_devices: int | None = None
+    """Devices that a round needs once a step of the run is done; None: as many as before."""
     phase: Phase = Phase.GATHERING
     round: int = 0
     step: int = 0
@@ -148,6 +150,10 @@ class RunState:
     def num_steps(self, name: str) -> int:
         """Steps of the round that a member trains."""
         return self.end_step - self.begins.get(name, self.first_step)
+
+    def report_step(self) -> None:
+        """A member has trained a step: the run has begun with everybody that it waited for."""
+        self.min_devices = self.min_devices if self.least_devices is None else self.least_devices
 
     def upload(self, name: str) -> None:
         """A member's factors of the round are here."""

@@ -15,7 +15,7 @@ from coordinator.engine.interface import EngineMaker
 from coordinator.engine.server_model import ENGINES, ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
-from coordinator.results.metrics import Silence
+from coordinator.results.events import RoundDone, RunEvent, StepDone
 from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.run import Run
@@ -77,7 +77,7 @@ def classified(seed: int, count: int = 24) -> list[dict[str, Any]]:
     return [{"text": f"{WORDS[n]} {draw.choice(WORDS)}", "label": WORDS[n]} for n in numbers]
 
 
-class Trap(Silence):
+class Trap:
     """A watcher that acts when something happens; it may raise, as a crash would."""
 
     def __init__(self) -> None:
@@ -86,22 +86,14 @@ class Trap(Silence):
         self.on_step: Callable[[str, StepReport], None] = lambda _device, _report: None
         self.on_row: Callable[[dict[str, Any]], None] = lambda _row: None
 
-    def note(self, text: str) -> None:
-        """Keep it."""
-        self.notes.append(text)
-
-    def device(self, name: str, text: str) -> None:
-        """Keep it."""
-        self.notes.append(f"{name}: {text}")
-
-    def step(self, device: str, report: StepReport, end_step: int) -> None:
-        """Let the trap decide."""
-        self.on_step(device, report)
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Let the trap decide."""
-        self.rows.append(row)
-        self.on_row(row)
+    def see(self, event: RunEvent) -> None:
+        """Keep what has a text; let the trap decide at steps and rows."""
+        self.notes.extend(event.text.splitlines())
+        if isinstance(event, StepDone):
+            self.on_step(event.device, event.report)
+        elif isinstance(event, RoundDone):
+            self.rows.append(dict(event.row))
+            self.on_row(dict(event.row))
 
 
 class Crash(Exception):  # noqa: N818 - not an error: what a test does to a coordinator

@@ -23,9 +23,11 @@ from coordinator.lab.centralised.trainer import (
     make_runtime,
     plan_pooled,
 )
+from coordinator.results.events import Exported, RunFinished, RunPaused, RunStarted
 from coordinator.results.export import export_adapter, export_merged
-from coordinator.results.metrics import Reporting, Silence, Watcher
+from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
+from coordinator.results.watchers import RunFiles, Watcher, Watchers
 from coordinator.rounds.executor import COMPLETED, PAUSED
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from edge_sdk.command import stopping_on_signals
@@ -71,7 +73,7 @@ def train_pooled(
         DataError: something is wrong with the data.
         NumericError: a gradient was NaN or infinite.
     """
-    with _new_run(config, dataset, watcher or Silence(), durable=durable) as run:
+    with _new_run(config, dataset, watcher or Watchers(), durable=durable) as run:
         run.train()
         return run.result()
 
@@ -168,9 +170,9 @@ class PooledRun:
         durable: bool = True,
     ) -> None:
         self.config, self.trainer, self.folder = config, trainer, folder
-        self._watcher, self._durable = watcher, durable
+        self._watcher, self._durable = Watchers([RunFiles(folder), watcher]), durable
         self._id = f"{folder.name}-{secrets.token_hex(4)}"
-        self._reporting = Reporting(folder, watcher, bool(config.label_names))
+        self._reporting = Reporting(self._watcher, bool(config.label_names))
         self._step = 0
         self._stop_asked = False
 
@@ -180,18 +182,18 @@ class PooledRun:
 
     def train(self) -> str:
         """Train to the end, or until `stop` was called; returns how it ended."""
-        reporting, config = self._reporting, self.config
+        config = self.config
         if not self.folder.rows("metrics.jsonl"):
             self._end_round(0, {})
-        reporting.event("run.started", run=self._id, step=self._step)
-        reporting.begin_round()
+        self._watcher.see(RunStarted(self._id, self._step))
+        self._reporting.begin_round()
         while self._step < config.total_steps:
             if self._stop_asked:
                 return self._pause()
             self._train_step()
             if self._step % config.steps_per_round == 0:
                 self._close_round()
-        reporting.event("run.ended", outcome=COMPLETED)
+        self._watcher.see(RunFinished(COMPLETED))
         if self._durable:
             self._write_result()
         return COMPLETED
@@ -252,8 +254,8 @@ class PooledRun:
 
     def _pause(self) -> str:
         self._save()
-        self._reporting.event("run.ended", outcome=PAUSED)
-        self._watcher.note(f"stopped; go on with: coordinator resume {self.folder.path}")
+        self._watcher.see(RunFinished(PAUSED))
+        self._watcher.see(RunPaused(self.folder.path))
         return PAUSED
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -270,7 +272,4 @@ class PooledRun:
         what = MODEL if self.config.pooled.trains == "all" else ADAPTER
         target = self.folder.path / what
         difference = write_result(self.config, trainer.model, trainer.runtime, target, merged=False)
-        self._reporting.event(f"{what}.exported", difference=difference)
-        self._watcher.note(
-            f"{what}: {target} (read back, logits differ by {difference:.0e} at most)"
-        )
+        self._watcher.see(Exported(what, difference, target))

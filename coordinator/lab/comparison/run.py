@@ -40,7 +40,7 @@ from coordinator.lab.simulation.data import deal
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.lab.simulation.run import simulate
-from coordinator.results.metrics import Silence
+from coordinator.results.events import ImportanceMeasured, RunEvent
 from coordinator.results.run_folder import RunFolder, digest_of
 from coordinator.rounds.executor import COMPLETED
 from edge_sdk.errors import ConfigError
@@ -155,9 +155,8 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     fleet = fitted.config.simulation
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
     config = replace(fitted.config, simulation=replace(fleet, devices=devices))
-    watcher = ImportanceWatcher(RunFolder(config.runs / str(config.name)))
+    watcher = ImportanceWatcher()
     result = simulate(config, watcher)
-    watcher.look()
     folder = result.folder
     if result.outcome != COMPLETED:
         raise KeyboardInterrupt
@@ -172,23 +171,16 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     }
 
 
-class ImportanceWatcher(Silence):
-    """Keeps the importance of every round, which a run has in its newest checkpoint only."""
+class ImportanceWatcher:
+    """Keeps the importance of every round."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self.found: dict[int, dict[str, float]] = {}
+    def __init__(self) -> None:
+        self.found: dict[int, Mapping[str, float]] = {}
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Look at the newest checkpoint: that of this row or of the one before."""
-        self.look()
-
-    def look(self) -> None:
-        """Take what the newest checkpoint holds."""
-        for checkpoint in self._folder.checkpoints()[-1:]:
-            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            if importance := state["planner"]["importance"]:
-                self.found[state["round"]] = importance
+    def see(self, event: RunEvent) -> None:
+        """Keep what a round has measured."""
+        if isinstance(event, ImportanceMeasured):
+            self.found[event.round] = event.importance
 
 
 def _held(round_: SimulatedRound) -> dict[str, Held]:

@@ -8,34 +8,25 @@ counts for the start only: afterwards the run goes on with MIN_DEVICES.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coordinator.config.presets import load_serve_config
+from coordinator.results.events import Listening, RoundDone, RoundStarted, RunEvent, StepDone
 from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.launch import serve
-from coordinator.rounds.run import Run
 from edge_sdk.command import quiet_libraries
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, PeerGone, one_line
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 from edge_sdk.protocol.messages import StepReport
 
 
 class JsonWatcher:
-    """A `Watcher` that writes a line of JSON for everything."""
-
-    def __init__(self, min_devices: int) -> None:
-        self._min_devices = min_devices
-        self.run: Run | None = None
-
-    def attend(self, run: Run) -> None:
-        """Know the run that is told about."""
-        self.run = run
+    """Writes a line of JSON for what it sees; telemetry.jsonl has the rest."""
 
     def say(self, **what: Any) -> None:
         """Write a line; `time` is the machine's clock, `cpu_s` what we have computed so far."""
@@ -43,23 +34,21 @@ class JsonWatcher:
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
 
-    def note(self, text: str) -> None:
-        """Say it."""
-        address = None if self.run is None else self.run.gateway.address
-        self.say(note=text, address=address)
+    def see(self, event: RunEvent) -> None:
+        """Say it; the clock begins with the first round."""
+        if isinstance(event, RoundStarted):
+            self.say(begins=True, energy_j=_energy_j(event.boards))
+        elif isinstance(event, RoundDone):
+            self.say(row=event.row, energy_j=_energy_j(event.boards))
+        elif isinstance(event, StepDone):
+            self._step(event.device, event.report)
+        elif isinstance(event, Listening):
+            self.say(note=event.text, address=event.address)
+        else:
+            for line in event.text.splitlines():
+                self.say(note=line)
 
-    def device(self, name: str, text: str) -> None:
-        """Say it."""
-        self.say(device=name, text=text)
-
-    def begin_round(self) -> None:
-        """Say it: with the first one the clock begins."""
-        self.say(begins=True, energy_j=self._energy_j())
-
-    def step(self, device: str, report: StepReport, end_step: int) -> None:
-        """Say it; with the first one the run has begun with everybody."""
-        if self.run is not None:
-            self.run.state.min_devices = self._min_devices
+    def _step(self, device: str, report: StepReport) -> None:
         self.say(
             device=device,
             step=report.stamp.step + 1,
@@ -70,30 +59,20 @@ class JsonWatcher:
             peak_bytes=report.peak_bytes,
         )
 
-    def traffic(self, device: str, bytes_up: int, bytes_down: int) -> None:
-        """Nothing: telemetry.jsonl has it."""
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Say it, and how much energy each board has measured by its last sign of life."""
-        self.say(row=row, energy_j=self._energy_j())
-
-    def _energy_j(self) -> dict[str, float]:
-        assert self.run is not None, "rows are the run's"
-        gateway, found = self.run.gateway, {}
-        for name in gateway.devices():
-            with contextlib.suppress(PeerGone, KeyError):
-                found[name] = gateway.stats(name).telemetry["energy"]
-        return found
+def _energy_j(boards: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Energy that each board has measured by its last sign of life."""
+    return {name: board["energy"] for name, board in boards.items() if "energy" in board}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s %(message)s")
     quiet_libraries()
-    watcher = JsonWatcher(int(arguments[1]))
+    watcher = JsonWatcher()
     try:
         config = load_serve_config(Path(arguments[0]), env={})
-        outcome = serve(config, watcher, watcher.attend)
+        outcome = serve(config, watcher, int(arguments[1]))
     except EdgeError as error:
         watcher.say(error=one_line(error))
         return error.exit_code

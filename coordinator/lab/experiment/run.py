@@ -169,7 +169,7 @@ class ExperimentRun:
     def _take(self, line: str) -> None:
         try:
             said = json.loads(line)
-            kind = {"note", "text", "begins", "step", "row", "error"} & said.keys()
+            kind = {"note", "begins", "step", "row", "error"} & said.keys()
         except (ValueError, AttributeError):  # not ours: a warning, a traceback
             self._log("coordinator", line)
             return
@@ -186,8 +186,7 @@ class ExperimentRun:
             if said["row"]["round"]:  # before the first round there is no clock yet
                 self._mark(said, said["row"]["round"])
         else:
-            text = said.get("note") or f"{said.get('device')}: {said.get('text')}"
-            self._log("coordinator", text)
+            self._log("coordinator", said.get("note", line))
             if said.get("address"):
                 self._where = here(said["address"])
 

@@ -1,6 +1,6 @@
 """Many devices in one process, trained for real, with a modelled clock.
 
-    result = simulate(config, Silence())
+    result = simulate(config, Watchers())
 
 The coordinator and the participants are those of a deployment. What is not there: the network
 (`gateway.py`), time (`clock.py`), and things that happen at the same moment. Equal
@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice
 from coordinator.lab.simulation.fleet import Fleet, make_fleet
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
-from coordinator.lab.simulation.timing import ClockedReporting, ClockTap, TimedEngine
+from coordinator.lab.simulation.timing import ClockTap, ClockWatcher, TimedEngine
+from coordinator.results.events import Exported, RunEvent
 from coordinator.results.export import export_adapter
-from coordinator.results.metrics import Watcher
 from coordinator.results.run_folder import CONFIG, RunFolder
+from coordinator.results.watchers import Watcher, Watchers
 from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.rounds.loop import Coordinator
@@ -47,6 +48,19 @@ from profiler.profile import DeviceProfile
 SIMULATION = "simulation.yaml"
 # In every message, so that times do not depend on the name of a folder.
 RUN_ID = "simulation"
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationStarted(RunEvent):
+    """The devices of a simulation are made."""
+
+    folder: Path
+    num_devices: int
+
+    @property
+    def text(self) -> str:
+        """The run's folder and the size of its fleet."""
+        return f"run {self.folder}: {self.num_devices} simulated devices"
 
 
 def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
@@ -85,24 +99,25 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             for name, profile in fleet.profiles.items()
         }
         with SimulatedGateway(devices, listener) as gateway:
-            clocked = partial(ClockedReporting, listener)
-            run = Run(serve_config, model, folder, gateway, watcher, RUN_ID, clocked)
-            return _serve(run, shared, listener)
+            clock = ClockWatcher(folder, listener)
+            watchers = Watchers([clock, watcher])
+            run = Run(serve_config, model, folder, gateway, watchers, RUN_ID)
+            run.watcher.see(SimulationStarted(folder.path, len(devices)))
+            return _serve(run, shared, clock)
 
 
-def _serve(run: Run, shared: SharedCompute, listener: ClockTap) -> SimulationResult:
+def _serve(run: Run, shared: SharedCompute, clock: ClockWatcher) -> SimulationResult:
     coordinator = Coordinator(run, shared)
-    run.watcher.note(f"run {run.folder.path}: {len(listener.machines)} simulated devices")
     with _stopping(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         target = run.folder.path / ADAPTER
         learned = run.ledger.global_factors()
         difference = export_adapter(run.model.source, learned, run.ledger.head, target)
-        run.reporting.event("adapter.exported", difference=difference)
+        run.watcher.see(Exported(ADAPTER, difference))
     else:
         run.reporting.flush()
-    return read_result(outcome, run.folder, listener.rounds)
+    return read_result(outcome, run.folder, clock.plans)
 
 
 def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:

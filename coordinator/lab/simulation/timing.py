@@ -12,10 +12,10 @@ from typing import Any
 
 from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
-from coordinator.gateway.interface import Gateway
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
 from coordinator.lab.simulation.device import SimulationListener
-from coordinator.results.metrics import Reporting
+from coordinator.results.events import RunEvent, Telemetry
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
     Activation,
@@ -44,8 +44,6 @@ class ClockTap(SimulationListener):
         self.machines, self.coordinator = dict(devices), coordinator
         self.plans: dict[str, Plan] = {}
         """What each device runs."""
-        self.rounds: list[dict[str, Plan]] = []
-        """What each device ran, round by round."""
         self.costs: Costs | None = None
         """Set once the model is known, before any device computes."""
         self._held: dict[str, set[str]] = {name: set() for name in devices}
@@ -187,18 +185,19 @@ class TimedEngine(LocalEngine):
         return super().backward(grads)
 
 
-class ClockedReporting(Reporting):
-    """Writes a row of the clock with each round."""
+class ClockWatcher:
+    """Writes a row of the clock when a round has cost what it costs."""
 
-    def __init__(self, listener: ClockTap, *args: Any) -> None:
-        super().__init__(*args)
-        self.listener = listener
+    def __init__(self, folder: RunFolder, listener: ClockTap) -> None:
+        self._folder, self._listener = folder, listener
+        self.plans: list[dict[str, Plan]] = []
+        """What each device ran, round by round."""
 
-    def telemetry(self, round_: int, gateway: Gateway | None = None) -> None:
-        """Write what the round cost, and what it would have cost."""
-        super().telemetry(round_, gateway)
-        self.listener.rounds.append(dict(sorted(self.listener.plans.items())))
-        self.folder.append(CLOCK, clock_row(round_ + 1, self.listener))
+    def see(self, event: RunEvent) -> None:
+        """Write what the round would have cost."""
+        if isinstance(event, Telemetry):
+            self.plans.append(dict(sorted(self._listener.plans.items())))
+            self._folder.append(CLOCK, clock_row(event.round + 1, self._listener))
 
 
 def clock_row(round_: int, listener: ClockTap) -> dict[str, Any]:

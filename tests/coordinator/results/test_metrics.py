@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.results.metrics import Reporting, Silence
+from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.watchers import RunFiles
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, Stamp, StepReport
 from edge_sdk.runtime.interface import TailSums
@@ -18,6 +19,10 @@ from edge_sdk.runtime.interface import TailSums
 
 class Traffic:
     """A gateway of which only the counters matter."""
+
+    def devices(self) -> list[str]:
+        """Who is connected."""
+        return ["a"]
 
     def stats(self, device: str) -> Any:
         """Bytes of a session."""
@@ -30,9 +35,15 @@ GATEWAY: Any = Traffic()
 
 
 @pytest.fixture
-def reporting(tmp_path: Path) -> Reporting:
+def folder(tmp_path: Path) -> RunFolder:
+    """Where rows are written."""
+    return RunFolder.create(tmp_path, "run")
+
+
+@pytest.fixture
+def reporting(folder: RunFolder) -> Reporting:
     """Reports of a language model's run."""
-    return Reporting(RunFolder.create(tmp_path, "run"), Silence(), is_classifier=False)
+    return Reporting(RunFiles(folder), is_classifier=False, gateway=GATEWAY)
 
 
 def step(loss: float, targets: int) -> StepReport:
@@ -54,14 +65,14 @@ def evaluation(loss_sum: float, targets: int, correct: int = 0) -> EvalReport:
     return EvalReport(stamp=Stamp(), loss_sum=loss_sum, num_targets=targets, num_correct=correct)
 
 
-def test_losses_are_means_over_targets(reporting: Reporting) -> None:
+def test_losses_are_means_over_targets(reporting: Reporting, folder: RunFolder) -> None:
     """Every target counts once, whatever the size of its step and its device."""
     for name, loss, targets in (("b", 3.0, 10), ("a", 1.0, 30), ("a", 2.0, 10)):
-        reporting.step(name, step(loss, targets), 20, GATEWAY)
+        reporting.step(name, step(loss, targets), 20)
     reporting.end_round(1, 20, {"samples": 6}, TailSums(8.0, 4, 1))
     reporting.flush()
 
-    (row,) = reporting.folder.rows("metrics.jsonl")
+    (row,) = folder.rows("metrics.jsonl")
     assert row["train_loss"] == pytest.approx((30 + 30 + 20) / 50)
     assert row["train_loss_by_device"] == {"a": 50 / 40, "b": 3.0}
     assert row["eval"] == {
@@ -73,7 +84,7 @@ def test_losses_are_means_over_targets(reporting: Reporting) -> None:
     assert (row["round"], row["step"], row["samples"]) == (1, 20, 6)
 
 
-def test_a_row_waits_for_evaluations_in_any_order(reporting: Reporting) -> None:
+def test_a_row_waits_for_evaluations_in_any_order(reporting: Reporting, folder: RunFolder) -> None:
     """The row is the same bytes whoever evaluates first; who has no data is left out."""
     lines = []
     for order in ("ab", "ba"):
@@ -82,16 +93,18 @@ def test_a_row_waits_for_evaluations_in_any_order(reporting: Reporting) -> None:
             reporting.evaluation(name, evaluation(2.0 if name == "a" else 6.0, 2))
         reporting.evaluation("c", evaluation(0.0, 0))
         reporting.end_round(1, 20, {}, None)
-        lines.append((reporting.folder.path / "metrics.jsonl").read_bytes())
+        lines.append((folder.path / "metrics.jsonl").read_bytes())
         reporting.pending = None
-        (reporting.folder.path / "metrics.jsonl").unlink()
+        (folder.path / "metrics.jsonl").unlink()
 
     assert lines[0] == lines[1]
     assert b'"a": {"accuracy": 0.0, "loss": 1.0' in lines[0]
     assert b'"c"' not in lines[0]
 
 
-def test_a_row_does_not_wait_for_devices_without_validation_data(reporting: Reporting) -> None:
+def test_a_row_does_not_wait_for_devices_without_validation_data(
+    reporting: Reporting, folder: RunFolder
+) -> None:
     """They have reported, too: the row is complete, and its time is that of the round."""
     reporting.end_round(0, 0, {}, TailSums(8.0, 4, 1))
     reporting.evaluation("a", evaluation(0.0, 0))
@@ -102,37 +115,39 @@ def test_a_row_does_not_wait_for_devices_without_validation_data(reporting: Repo
     reporting.flush_if_complete(["a", "b"])
 
     assert reporting.pending is None
-    (row,) = reporting.folder.rows("metrics.jsonl")
+    (row,) = folder.rows("metrics.jsonl")
     assert row["eval_by_device"].keys() == {"b"}
 
 
-def test_an_overflowing_loss_is_still_a_number(reporting: Reporting) -> None:
+def test_an_overflowing_loss_is_still_a_number(reporting: Reporting, folder: RunFolder) -> None:
     """A run that has diverged writes a huge perplexity, not a traceback."""
     reporting.end_round(1, 20, {}, TailSums(1e9, 1, 0))
     reporting.flush()
 
-    (row,) = reporting.folder.rows("metrics.jsonl")
+    (row,) = folder.rows("metrics.jsonl")
     assert row["eval"]["perplexity"] == math.exp(700.0)
 
 
-def test_a_classifier_has_no_perplexity(tmp_path: Path) -> None:
+def test_a_classifier_has_no_perplexity(folder: RunFolder) -> None:
     """Accuracy is what counts there."""
-    reporting = Reporting(RunFolder.create(tmp_path, "run"), Silence(), is_classifier=True)
+    reporting = Reporting(RunFiles(folder), is_classifier=True)
     reporting.end_round(1, 20, {}, TailSums(2.0, 4, 3))
     reporting.flush()
 
-    (row,) = reporting.folder.rows("metrics.jsonl")
+    (row,) = folder.rows("metrics.jsonl")
     assert row["eval"] == {"loss": 0.5, "targets": 4, "accuracy": 0.75}
 
 
-def test_telemetry_holds_what_the_seed_does_not_decide(reporting: Reporting) -> None:
+def test_telemetry_holds_what_the_seed_does_not_decide(
+    reporting: Reporting, folder: RunFolder
+) -> None:
     """Times, bytes and memory by device; a device that has left has no bytes."""
     reporting.begin_round()
     for name in ("gone", "a", "a"):
-        reporting.step(name, step(1.0, 5), 20, GATEWAY)
-    reporting.telemetry(0, GATEWAY)
+        reporting.step(name, step(1.0, 5), 20)
+    reporting.telemetry(0)
 
-    (row,) = reporting.folder.rows("telemetry.jsonl")
+    (row,) = folder.rows("telemetry.jsonl")
     assert row["devices"]["a"] == {
         "tokens": 20,
         "compute_s": 1.0,
@@ -146,22 +161,13 @@ def test_telemetry_holds_what_the_seed_does_not_decide(reporting: Reporting) -> 
 
 def test_progress_survives_a_restart(reporting: Reporting) -> None:
     """Steps before a checkpoint still count after it."""
-    reporting.step("a", step(1.0, 5), 20, GATEWAY)
+    reporting.step("a", step(1.0, 5), 20)
     saved = reporting.progress()
-    reporting.step("a", step(9.0, 5), 20, GATEWAY)
+    reporting.step("a", step(9.0, 5), 20)
 
     reporting.load_progress(saved)
-    reporting.step("a", step(3.0, 5), 20, GATEWAY)
+    reporting.step("a", step(3.0, 5), 20)
     reporting.end_round(1, 20, {}, None)
 
     assert reporting.pending is not None
     assert reporting.pending["train_loss"] == 2.0
-
-
-def test_events_carry_the_time(reporting: Reporting) -> None:
-    """What happened stands with its details and a clock time."""
-    reporting.event("device.joined", device="a")
-
-    (row,) = reporting.folder.rows("events.jsonl")
-    assert (row["event"], row["device"]) == ("device.joined", "a")
-    assert row["time"]

@@ -338,3 +338,19 @@ def test_a_member_trains_the_steps_that_are_left() -> None:
     state.begins = {"b": 1}
 
     assert (state.num_steps("a"), state.num_steps("b")) == (2, 1)
+
+
+def test_a_run_may_go_on_with_fewer_than_it_began_with() -> None:
+    """Until a step is done a lost device gives the round up; afterwards the others are enough."""
+    state = make_state(min_devices=2, least_devices=1)
+    for name in ("a", "b"):
+        state.join(member(name))
+    state.start_round()
+    assert state.leave("b")
+    state.join(member("b"))
+    state.start_round()
+
+    state.report_step()
+
+    assert not state.leave("b")
+    assert (state.phase, state.min_devices) == (Phase.TRAINING, 1)

@@ -19,11 +19,11 @@ from coordinator.config.run import EvaluationConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import resume_pooled, serve_pooled, train_pooled
 from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
-from coordinator.results.metrics import Silence
+from coordinator.results.events import RunEvent, StepDone
+from coordinator.results.watchers import Watchers
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.protocol.messages import StepReport
 from tests.coordinator.lab.centralised.centralised_runs import make_config, shard_files, tokenized
 from tests.e2e.cluster import Crash, save_model, sentences, write_rows
 
@@ -63,19 +63,20 @@ def test_rows_are_those_of_any_run(llama: Path, tmp_path: Path) -> None:
     assert "pooled data" in (result.folder / "adapter" / "README.md").read_text()
 
 
-class Interrupted(Silence):
+class Interrupted:
     """Presses Ctrl-C, or lets the program die, after so many steps."""
 
     def __init__(self, after: int, *, crashes: bool) -> None:
         self.left, self.crashes = after, crashes
 
-    def step(self, device: str, report: StepReport, end_step: int) -> None:
-        """Count."""
-        self.left -= 1
-        if not self.left and self.crashes:
+    def see(self, event: RunEvent) -> None:
+        """Count steps."""
+        self.left -= isinstance(event, StepDone)
+        if self.left or not isinstance(event, StepDone):
+            return
+        if self.crashes:
             raise Crash
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     config = make_config(llama, tmp_path, pooled=pooled, lora=lora)
     whole = replace(config, name="whole")
 
-    assert serve_pooled(whole, Silence()) == "completed"
+    assert serve_pooled(whole, Watchers()) == "completed"
     with nullcontext() if not crashes else pytest.raises(Crash):
         assert serve_pooled(config, Interrupted(after, crashes=crashes)) == "paused"
-    assert resume_pooled(config.runs / "run", Silence(), []) == "completed"
+    assert resume_pooled(config.runs / "run", Watchers(), []) == "completed"
 
     names = ["metrics.jsonl", "adapter/adapter_model.safetensors"]
     if trains == "all":
@@ -123,7 +124,7 @@ def test_what_cannot_be_trained_is_one_line(llama: Path, tmp_path: Path) -> None
     train_pooled(make_config(llama, tmp_path), sentences(1))
     file = f"pooled.data.path={write_rows(tmp_path / 'x.jsonl', sentences(1))}"
     with pytest.raises(StorageError, match="its checkpoint does not fit its config"):
-        resume_pooled(tmp_path / "runs" / "run", Silence(), [file, "pooled.trains=all"])
+        resume_pooled(tmp_path / "runs" / "run", Watchers(), [file, "pooled.trains=all"])
 
 
 def test_the_command_trains_resumes_and_exports(

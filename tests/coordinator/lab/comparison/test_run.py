@@ -29,8 +29,8 @@ from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.run import simulate
-from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.watchers import Watchers
 from edge_sdk.errors import ConfigError
 from tests.e2e.cluster import save_model, sentences, write_rows
 from tests.tiny import BLOCKS
@@ -108,7 +108,7 @@ def test_a_cell_is_the_simulation_it_names(
     method = "hsplitlora"
     ours = run_folder(folder, method)
 
-    alone = simulate(replace(loaded[1][method], runs=tmp_path, name="alone"), Silence())
+    alone = simulate(replace(loaded[1][method], runs=tmp_path, name="alone"), Watchers())
 
     for name in ("metrics.jsonl", "clock.jsonl"):
         assert (ours.path / name).read_bytes() == (alone.folder.path / name).read_bytes()

@@ -22,9 +22,10 @@ from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig
 from coordinator.lab.simulation.device import InstrumentedRuntime, SharedCompute
 from coordinator.lab.simulation.result import SimulationResult
 from coordinator.lab.simulation.run import simulate
+from coordinator.results.events import RunEvent, StepDone
 from coordinator.results.export import export_run
-from coordinator.results.metrics import Silence
 from coordinator.results.run_folder import CONFIG
+from coordinator.results.watchers import Watchers
 from edge_sdk.config.loader import load_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
@@ -32,7 +33,6 @@ from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
 from edge_sdk.model.weights import ModelSource
-from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
 from profiler.estimate.flops import FlopsEstimate
 from tests.e2e.cluster import (
@@ -101,7 +101,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: Path) -> 
 @pytest.fixture(scope="module")
 def plain(make: Any) -> SimulationResult:
     """A simulation of which several tests look at something else."""
-    return simulate(make(), Silence())
+    return simulate(make(), Watchers())
 
 
 def file_of(result: SimulationResult, name: str) -> bytes:
@@ -130,7 +130,7 @@ def test_a_simulation_learns_what_a_deployment_learns(
     devices = {name: SimulatedDeviceConfig(data=str(path)) for name, path in files.items()}
     fleet = FleetConfig(devices=devices, cache=parts)
     result = simulate(
-        SimulationConfig(**values | {"name": "simulated"}, simulation=fleet), Silence()
+        SimulationConfig(**values | {"name": "simulated"}, simulation=fleet), Watchers()
     )
 
     assert file_of(result, "metrics.jsonl") == serving.metrics
@@ -142,7 +142,7 @@ def test_equal_simulations_are_equal(make: Any, plain: SimulationResult) -> None
     devices = {"x": DeviceSettings(split="all")}
 
     first, second = (
-        simulate(make(lora=lora, devices=devices, steps_per_round=1), Silence()) for _ in range(2)
+        simulate(make(lora=lora, devices=devices, steps_per_round=1), Watchers()) for _ in range(2)
     )
 
     assert file_of(first, "metrics.jsonl") == file_of(second, "metrics.jsonl")
@@ -192,12 +192,13 @@ def worked(
     operations a second; there are 2 steps of 2 micro-batches.
     """
 
-    class Lengths(Silence):
+    class Lengths:
         tokens: list[int] = []
 
-        def step(self, device: str, report: StepReport, end_step: int) -> None:
-            assert report.num_tokens % report.num_sequences == 0
-            self.tokens.append(report.num_tokens // report.num_sequences)
+        def see(self, event: RunEvent) -> None:
+            if isinstance(event, StepDone):
+                assert event.report.num_tokens % event.report.num_sequences == 0
+                self.tokens.append(event.report.num_tokens // event.report.num_sequences)
 
     board = Board(memory_gib=1, tflops=1e-6, watts=1)
     fleet = {
@@ -258,7 +259,7 @@ def test_every_aggregation_can_be_simulated(make: Any, aggregation: Any, split: 
 
     result = simulate(
         make(aggregation=aggregation, labels="server", default=default, devices=devices, rounds=1),
-        Silence(),
+        Watchers(),
     )
 
     before, after = (r.loss for r in result.rounds)
@@ -286,7 +287,7 @@ def test_a_classifier_can_be_simulated(make: Any, tmp_path: Path) -> None:
             fleet={"data": data, "shards": "dirichlet", "alpha": 100.0},
             rounds=1,
         ),
-        Silence(),
+        Watchers(),
     )
 
     last = result.rounds[-1]
@@ -314,7 +315,7 @@ def test_frozen_weights_are_held_once_and_never_written(
 
     monkeypatch.setattr(simulation, "SharedCompute", Seen)
     monkeypatch.setattr(simulated_device, "InstrumentedRuntime", SeenRuntime)
-    simulate(make(rounds=1), Silence())
+    simulate(make(rounds=1), Watchers())
 
     source = ModelSource(str(llama), "causal-lm")
     kept = {name: value for part in shops[0].parts.values() for name, value in part.items()}
@@ -333,7 +334,7 @@ def test_a_scaled_simulation_trains_the_same_and_takes_longer(
     make: Any, plain: SimulationResult
 ) -> None:
     """Factors change times and what planning sees, never what is computed."""
-    scaled = simulate(make(fleet={"scale": Scale(flops=1e4, bytes=50)}), Silence())
+    scaled = simulate(make(fleet={"scale": Scale(flops=1e4, bytes=50)}), Watchers())
 
     assert file_of(plain, "metrics.jsonl") == file_of(scaled, "metrics.jsonl")
     before, after = (r.rounds[-1].clock["devices"]["x"] for r in (plain, scaled))
@@ -349,7 +350,7 @@ def test_a_device_that_fails_ends_the_simulation(make: Any, tmp_path: Path) -> N
     )
 
     with pytest.raises(DataError, match=r"device 'b': .*bad\.jsonl:2: text is empty"):
-        simulate(config, Silence())
+        simulate(config, Watchers())
 
 
 def test_a_simulation_needs_devices(make: Any) -> None:
@@ -357,7 +358,7 @@ def test_a_simulation_needs_devices(make: Any) -> None:
     with pytest.raises(ValueError, match=r"simulation\.devices must name at least 1 device"):
         make(fleet={"devices": {}})
     with pytest.raises(ConfigError, match="trained_by"):
-        simulate(replace(make(), trained_by="coordinator"), Silence())
+        simulate(replace(make(), trained_by="coordinator"), Watchers())
 
 
 def test_a_file_and_overrides_make_a_simulation(tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_planning_sees_the_boards(make: Any) -> None:
     )
 
     result = simulate(
-        make(fleet=fleet, planning=planning, default=DeviceSettings(batch_size=4)), Silence()
+        make(fleet=fleet, planning=planning, default=DeviceSettings(batch_size=4)), Watchers()
     )
 
     assert result.outcome == "completed"

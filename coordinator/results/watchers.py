@@ -1,0 +1,109 @@
+"""Who looks on while a run goes on: files, a terminal, a laboratory. They can change nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from coordinator.results.events import (
+    DeviceJoined,
+    DeviceLeft,
+    Exported,
+    MessageRejected,
+    PlanMade,
+    RoundDone,
+    RoundStarted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    StepSkipped,
+    Telemetry,
+)
+from coordinator.results.run_folder import RunFolder
+
+
+class Watcher(Protocol):
+    """Somebody who looks on."""
+
+    def see(self, event: RunEvent) -> None:
+        """Take notice of *event*; called in the run's own thread, in the order of events."""
+
+
+class Watchers:
+    """Several watchers as one; none at all is a watcher who ignores everything.
+
+    Each sees an event before the next one does. What a watcher raises is not caught: it ends the
+    run as an error of the run itself would, and later watchers do not see that event. The run's
+    files come first, so that what they hold is whole.
+    """
+
+    def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
+        self._watchers = tuple(watchers)
+
+    def see(self, event: RunEvent) -> None:
+        """Show *event* to everybody, in order."""
+        for watcher in self._watchers:
+            watcher.see(event)
+
+
+class RunFiles:
+    """Writes events, metrics, telemetry and plans into the folder of a run."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def see(self, event: RunEvent) -> None:
+        """Append the line of *event*, where it has one.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        match event:
+            case RoundDone(row):
+                self._folder.append("metrics.jsonl", row)
+            case Telemetry(round_, seconds, devices):
+                row = {"round": round_, "seconds": round(seconds, 3), "devices": devices}
+                self._folder.append("telemetry.jsonl", row)
+            case PlanMade():
+                self._folder.append("plans.jsonl", _plan_row(event))
+            case _ if (line := _event_row(event)) is not None:
+                clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                self._folder.append("events.jsonl", {"time": clock, **line})
+
+
+def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
+    """Return the line of events.jsonl, less its time; None for what does not stand there."""
+    match event:
+        case RunStarted(run, step):
+            return {"event": "run.started", "run": run, "step": step}
+        case RunFinished(outcome):
+            return {"event": "run.ended", "outcome": outcome}
+        case Exported(what, difference):
+            return {"event": f"{what}.exported", "difference": difference}
+        case RoundStarted(round_, attempt, devices):
+            names = list(devices)
+            return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
+        case StepSkipped(step):
+            return {"event": "step.skipped", "step": step, "reason": "gradient not finite"}
+        case DeviceJoined(device, split, samples):
+            return {"event": "device.joined", "device": device, "split": split, "samples": samples}
+        case DeviceLeft(device, reason):
+            return {"event": "device.left", "device": device, "reason": reason}
+        case MessageRejected(device, error):
+            return {"event": "message.rejected", "device": device, "error": error}
+    return None
+
+
+def _plan_row(event: PlanMade) -> Mapping[str, Any]:
+    found = event.plans
+    return {
+        "round": event.round,
+        "reasons": list(event.reasons),
+        "plans": {d: {"split": p.split, "ranks": p.ranks} for d, p in found.plans.items()},
+        "server_ranks": found.server_ranks,
+        "wave_s": found.wave_s,
+        "utility": found.utility,
+        "refused": found.refused,
+        "importance": dict(event.importance),
+    }

@@ -1,0 +1,105 @@
+"""Whoever looks on sees every event, and the files of a run hold it as they always did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coordinator.results.events import (
+    DeviceJoined,
+    DeviceLeft,
+    Exported,
+    ImportanceMeasured,
+    MessageRejected,
+    RoundAbandoned,
+    RoundDone,
+    RoundStarted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    StepSkipped,
+    Telemetry,
+)
+from coordinator.results.run_folder import RunFolder
+from coordinator.results.watchers import RunFiles, Watchers
+
+LINES: dict[str, RunEvent] = {
+    '{"event": "run.started", "run": "r", "step": 20}': RunStarted("r", 20),
+    '{"event": "run.ended", "outcome": "paused"}': RunFinished("paused"),
+    '{"difference": 1e-07, "event": "model.exported"}': Exported("model", 1e-7, Path("x")),
+    '{"attempt": 2, "devices": ["a", "b"], "event": "round.started", "round": 1}': (
+        RoundStarted(1, 2, ["a", "b"], {"a": {"energy": 1.0}})
+    ),
+    '{"event": "step.skipped", "reason": "gradient not finite", "step": 3}': StepSkipped(3),
+    '{"device": "a", "event": "device.joined", "samples": 9, "split": 2}': DeviceJoined("a", 2, 9),
+    '{"device": "a", "event": "device.left", "reason": "gone"}': DeviceLeft("a", "gone"),
+    '{"device": "a", "error": "bad", "event": "message.rejected"}': MessageRejected("a", "bad"),
+}
+
+
+@pytest.mark.parametrize(("line", "event"), LINES.items(), ids=lambda value: type(value).__name__)
+def test_an_event_is_a_line_with_the_time(tmp_path: Path, line: str, event: RunEvent) -> None:
+    """events.jsonl holds the event's name, its details and a clock time."""
+    folder = RunFolder.create(tmp_path, "run")
+
+    RunFiles(folder).see(event)
+
+    (row,) = folder.rows("events.jsonl")
+    assert row.pop("time")
+    assert json.dumps(row, sort_keys=True) == line
+
+
+def test_rows_go_to_their_files(tmp_path: Path) -> None:
+    """Metrics and telemetry have files of their own; what only people read is in none."""
+    folder = RunFolder.create(tmp_path, "run")
+    files = RunFiles(folder)
+
+    for event in (RoundAbandoned(1), ImportanceMeasured(1, {"w": 1.0})):
+        files.see(event)
+    assert not list(folder.path.iterdir())
+    files.see(RoundDone({"round": 1}, {"a": {"energy": 2.0}}))
+    files.see(Telemetry(0, 1.23456, {"a": {"tokens": 3}}))
+
+    assert folder.rows("metrics.jsonl") == [{"round": 1}]
+    assert folder.rows("telemetry.jsonl") == [
+        {"round": 0, "seconds": 1.235, "devices": {"a": {"tokens": 3}}}
+    ]
+
+
+class Witness:
+    """Keeps what it sees in a list that others write to, too."""
+
+    def __init__(self, name: str, seen: list[str], *, fails: bool = False) -> None:
+        self._name, self._seen, self._fails = name, seen, fails
+
+    def see(self, event: RunEvent) -> None:
+        """Keep it, and fail after that."""
+        self._seen.append(f"{self._name} {type(event).__name__}")
+        if self._fails:
+            raise OSError(self._name)
+
+
+def test_everybody_sees_an_event_before_the_next_one() -> None:
+    """Watchers are told in order; nobody at all is a watcher, too."""
+    seen: list[str] = []
+    both = Watchers([Witness("one", seen), Watchers(), Witness("two", seen)])
+
+    both.see(RunStarted("r", 0))
+    both.see(RunFinished("completed"))
+
+    assert seen == ["one RunStarted", "two RunStarted", "one RunFinished", "two RunFinished"]
+
+
+def test_what_a_watcher_raises_is_the_run_s_error() -> None:
+    """Nothing is hidden: who stands before it has seen the event, who stands behind it has not."""
+    seen: list[str] = []
+    watchers = Watchers(
+        [Witness("one", seen), Witness("two", seen, fails=True), Witness("3", seen)]
+    )
+
+    with pytest.raises(OSError, match="two"):
+        watchers.see(RunStarted("r", 0))
+
+    assert seen == ["one RunStarted", "two RunStarted"]
