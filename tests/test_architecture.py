@@ -71,7 +71,7 @@ STRANGERS = {
 # A third-party library enters through one door, so that replacing it touches one file.
 DOORS = {
     "msgpack": ["edge_sdk/protocol/headers.py"],
-    "msgspec": ["edge_sdk/protocol/headers.py", "edge_sdk/config/values.py"],
+    "msgspec": ["edge_sdk/protocol/headers.py"],
     "zmq": ["edge_sdk/transport/*.py", "coordinator/gateway/*.py"],
     "pynvml": ["profiler/sensors/sources.py"],
     "onnxruntime": ["edge_sdk/runtime/onnx_session.py"],

@@ -19,10 +19,9 @@ from edge_sdk.config.sources import (
     Node,
     Origin,
     Text,
-    from_environment,
     from_overrides,
     parse_text,
-    read_file,
+    read_layers,
 )
 from edge_sdk.config.values import Spot, build
 from edge_sdk.errors import ConfigError
@@ -80,9 +79,7 @@ def load_with_preset(
     Raises:
         ConfigError: as `load_config`; or a setting contradicts the preset.
     """
-    layers: list[Node] = [read_file(Path(file))] if file is not None else []
-    layers += from_environment(env, ENV_PREFIX, ())
-    layers += from_overrides(overrides)
+    layers = read_layers(file, overrides, env, ENV_PREFIX)
     if preset is not None:
         layers += from_overrides([f"preset={preset}"])
     name = _chosen(layers)

@@ -17,9 +17,9 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from edge_sdk.config.sources import Node, from_environment, from_overrides, read_file
+from edge_sdk.config.sources import read_layers
 from edge_sdk.config.values import Spot, build
 
 SECRET: Mapping[str, object] = MappingProxyType({"secret": True})
@@ -50,7 +50,5 @@ def load_config(
     Raises:
         ConfigError: In one line: where, which key, which value, and what is allowed.
     """
-    layers: list[Node] = [read_file(Path(file))] if file is not None else []
-    layers += from_environment(env, env_prefix, ignore)
-    layers += from_overrides(overrides)
-    return cast(T, build(cls, layers, Spot("")))
+    config: T = build(cls, read_layers(file, overrides, env, env_prefix, ignore), Spot(""))
+    return config

@@ -94,6 +94,18 @@ def teach_scalars(kind: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
 teach_scalars(_Loader)
 
 
+def read_layers(
+    file: str | Path | None,
+    overrides: Iterable[str],
+    env: Mapping[str, str],
+    env_prefix: str,
+    ignore: Collection[str] = (),
+) -> list[Node]:
+    """Return the settings of every source, the weakest first."""
+    layers = [read_file(Path(file))] if file is not None else []
+    return layers + from_environment(env, env_prefix, ignore) + from_overrides(overrides)
+
+
 def read_file(file: Path) -> Node:
     """Read a YAML file into a tree of settings; an empty file gives none."""
     folder = file.absolute().parent

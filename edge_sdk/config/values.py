@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,8 +103,10 @@ def convert(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object = N
     """Return the value of one key: *nodes* as an *annotation*."""
     if dataclasses.is_dataclass(annotation):
         return build(annotation, nodes, spot, base)
-    if annotation in _CONVERTERS:
-        return _CONVERTERS[annotation](nodes[-1], spot)
+    if annotation is Path:
+        return _convert_path(nodes[-1], spot)
+    if annotation in _WORDS:
+        return _convert_scalar(annotation, nodes[-1], spot)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if _is_union(origin):
         return _convert_union(annotation, nodes, spot, base)
@@ -189,10 +191,25 @@ def _convert_union(annotation: Any, nodes: Sequence[Node], spot: Spot, base: obj
 
 def _convert_literal(annotation: Any, node: Node, spot: Spot) -> Any:
     for choice in typing.get_args(annotation):
-        value = _text(node) if isinstance(choice, str) else _raw(_parsed(node))
-        if value == choice and type(value) is type(choice):
+        if _scalar(type(choice), node) == choice:
             return choice
     raise spot.wrong(annotation, node)
+
+
+def _convert_scalar(kind: type, node: Node, spot: Spot) -> Any:
+    value = _scalar(kind, node)
+    if value is None:
+        raise spot.wrong(kind, node)
+    return value
+
+
+def _scalar(kind: type, node: Node) -> Any:
+    """Return *node* as a *kind*, or None where it is something else; an integer is a float too."""
+    value: Any = _text(node) if kind is str else _raw(_parsed(node))
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    is_kind = type(value) is kind and value == value  # nan is no number
+    return value if is_kind else None
 
 
 def _convert_items(annotation: Any, node: Node, spot: Spot) -> tuple[Any, ...]:
@@ -206,58 +223,15 @@ def _convert_items(annotation: Any, node: Node, spot: Spot) -> tuple[Any, ...]:
     )
 
 
-def _convert_str(node: Node, spot: Spot) -> str:
-    value = _text(node)
-    if isinstance(value, str):
-        return value
-    raise spot.wrong(str, node)
-
-
-def _convert_int(node: Node, spot: Spot) -> int:
-    value = _raw(_parsed(node))
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise spot.wrong(int, node)
-
-
-def _convert_float(node: Node, spot: Spot) -> float:
-    value = _raw(_parsed(node))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise spot.wrong(float, node)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise spot.wrong(float, node) from None
-    if math.isnan(number):
-        raise spot.wrong(float, node)
-    return number
-
-
-def _convert_bool(node: Node, spot: Spot) -> bool:
-    value = _raw(_parsed(node))
-    if isinstance(value, bool):
-        return value
-    raise spot.wrong(bool, node)
-
-
 def _convert_path(node: Node, spot: Spot) -> Path:
-    value = _text(node)
-    if not isinstance(value, str) or not value:
+    value = _scalar(str, node)
+    if not value:
         raise spot.wrong(Path, node)
     try:
         path = Path(value).expanduser()
     except RuntimeError:
         raise spot.wrong(Path, node) from None  # ~ of somebody this machine does not know
     return node.origin.folder / path if node.origin.folder is not None else path
-
-
-_CONVERTERS: dict[Any, Callable[[Node, Spot], Any]] = {
-    str: _convert_str,
-    int: _convert_int,
-    float: _convert_float,
-    bool: _convert_bool,
-    Path: _convert_path,
-}
 
 
 def _parsed(node: Node) -> Node:

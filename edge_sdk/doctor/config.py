@@ -13,8 +13,8 @@ from pathlib import Path
 
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
-from edge_sdk.config.sources import Entries, Node, from_environment, from_overrides, read_file
-from edge_sdk.config.values import Spot, build, by_key, field_types, type_words
+from edge_sdk.config.sources import Entries, Node, from_overrides, read_layers
+from edge_sdk.config.values import Spot, build, by_key, default_of, field_types, type_words
 from edge_sdk.data.rows import DataConfig, load_data
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
@@ -33,9 +33,7 @@ def read_config(
         config = load_config(ClientConfig, file, overrides, env, env_prefix)
     except ConfigError as error:
         try:
-            layers = [read_file(file)] if file is not None else []
-            layers += from_environment(env, env_prefix, ()) + from_overrides(overrides)
-            wrong = _all_wrong(layers)
+            wrong = _all_wrong(read_layers(file, overrides, env, env_prefix))
         except ConfigError:
             wrong = []
         text = "; ".join(wrong) or one_line(error)
@@ -45,7 +43,7 @@ def read_config(
 
 def _all_wrong(layers: list[Node]) -> list[str]:
     """Return what is wrong with each key by itself; `load_config` stops at the first."""
-    needed = [one.name for one in fields(ClientConfig) if _is_needed(one.name)]
+    needed = [one.name for one in fields(ClientConfig) if default_of(one) is MISSING]
     stand_ins = from_overrides([f"{name}=x" for name in needed])
     given = by_key(ClientConfig, layers, Spot(""))
     wrong = []
@@ -58,11 +56,6 @@ def _all_wrong(layers: list[Node]) -> list[str]:
     types = field_types(ClientConfig)
     missing = [f"{n} is missing; it must be {type_words(types[n])}" for n in needed]
     return wrong + [text for name, text in zip(needed, missing, strict=True) if name not in given]
-
-
-def _is_needed(name: str) -> bool:
-    known = ClientConfig.__dataclass_fields__[name]
-    return known.default is MISSING and known.default_factory is MISSING
 
 
 def check_keys(secret_key: Path, server_key: str) -> Finding:
