@@ -27,7 +27,7 @@ from report import header, save, table
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Received
-from edge_sdk.protocol.messages import Activation, Stamp
+from edge_sdk.protocol.messages import AdapterUpload, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair, make_key_pair
 from edge_sdk.transport.link import LinkConfig
@@ -151,8 +151,10 @@ def our_sender(
     arrays = tensors(size)
     with ZmqLink(config) as link:
         for step in range(warm_up(size) + count):
-            message = Activation(stamp=Stamp(step=step), micro=0, num_micro=1, num_targets=1)
-            link.send(message, {"hidden": (arrays[step % len(arrays)], "float32")})
+            link.send(
+                AdapterUpload(stamp=Stamp(step=step)),
+                {"hidden": (arrays[step % len(arrays)], "float32")},
+            )
         done.wait()
 
 

@@ -19,6 +19,7 @@ from edge_sdk.config.describe import describe, field_docs
 from edge_sdk.protocol.codecs import CODECS
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
 from edge_sdk.protocol.plan import Part, Plan
+from edge_sdk.protocol.tensors import TENSORS, Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +40,8 @@ else; the source is [`edge_sdk/protocol/messages.py`](../edge_sdk/protocol/messa
 
 Every message carries a `stamp`, so that it may be sent twice and is applied once. Tensors travel \
 beside a message, by name. In their shapes B is sequences, T positions of the longest of them, D \
-hidden size, R rank, I inputs, O outputs, S the rank of the frozen residual.
+hidden size, R rank, I inputs, O outputs, S the rank of the frozen residual, N bytes. A message \
+that lacks a tensor it needs, or brings another or one of another dtype or shape, is refused.
 """
 
 CODECS_INTRO = """\
@@ -139,11 +141,22 @@ def section(kind: type, where: str) -> Iterator[str]:
     yield f"{summary}{f' *{where}*' if where else ''}\n"
     for text in more:
         yield f"{text}\n"
+    if kind in TENSORS:
+        yield from table(
+            ("tensor", "dtype", "dimensions", "meaning"), map(tensor_row, TENSORS[kind])
+        )
     rows = [row for row in field_rows(kind) if row[0] != "`stamp`"]
     if rows:
         yield from table(("field", "type", "default", "meaning"), rows)
     else:
         yield "No fields besides the stamp.\n"
+
+
+def tensor_row(tensor: Tensor) -> tuple[str, ...]:
+    dtype, _, dims = tensor.text.partition(" ")
+    needed = "" if tensor.is_required else " May be absent."
+    together = f" Never without `{tensor.partner}`." if tensor.partner else ""
+    return f"`{tensor.name}`", dtype, dims, f"{tensor.doc}{needed}{together}".strip()
 
 
 def paragraphs(kind: type) -> list[str]:

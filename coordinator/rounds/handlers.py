@@ -219,8 +219,8 @@ class MessageHandler:
             return
         if not state.is_forward_done or device not in self.run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
-        grad = envelope.tensors.get("grad")
-        self.run.inputs.grads[device] = check_gradient(grad, self.run.inputs.jobs[device])
+        job = self.run.inputs.jobs[device]
+        self.run.inputs.grads[device] = check_gradient(message, envelope.tensors, job)
         state.arrive(device)
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
@@ -236,7 +236,7 @@ class MessageHandler:
             return
         plan, tensors = self.run.admission.plans[device], envelope.tensors
         shapes = self._upload_shapes(plan.ranks, tail=plan.tail)
-        check_upload(plan, tensors, shapes)
+        check_upload(envelope.message, tensors, shapes)
         check_importance(plan, envelope.message.importance)
         self.run.inputs.reports[device] = Report(
             split=plan.split,

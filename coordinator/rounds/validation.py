@@ -1,10 +1,11 @@
-"""Judge what a device sends for a wave before it touches the model. Pure."""
+"""Judge what a device sends before it touches the model: what depends on run and plan. Pure.
+
+That the tensors are those of the message, the protocol has checked on arrival.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import numpy as np
 
 from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
@@ -12,8 +13,15 @@ from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED
 from edge_sdk.protocol.codecs import require_finite
-from edge_sdk.protocol.messages import Activation, EvalReport, StepReport
+from edge_sdk.protocol.messages import (
+    Activation,
+    AdapterUpload,
+    EvalReport,
+    StepReport,
+    TopGradient,
+)
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.tensors import Shape, check_shapes
 
 # Loss times relative change: tiny models show about 1. Far above, yet a sum of them stays finite.
 MAX_IMPORTANCE = 1e9
@@ -35,24 +43,24 @@ class WaveInput:
         """Return the job that *message* asks for.
 
         Raises:
-            RemoteProtocolError: a tensor is missing, of a wrong dtype or shape, or out of range.
+            RemoteProtocolError: labels are missing or unwanted, or a tensor is too large, not of
+                the model's size, or out of range.
             NumericError: it holds NaN or infinity.
         """
-        wanted = {"hidden", "lengths", *(["labels"] if self._wants_labels else [])}
-        if tensors.keys() != wanted:
-            raise RemoteProtocolError(f"tensors {sorted(tensors)}, expected {sorted(wanted)}")
         hidden_BTD, lengths_B = tensors["hidden"], tensors["lengths"]
         self._check_hidden(hidden_BTD, plan)
         rows, longest = hidden_BTD.shape[:2]
-        if lengths_B.dtype != np.int32 or lengths_B.shape != (rows,):
-            raise RemoteProtocolError(f"lengths: {lengths_B.dtype} {lengths_B.shape}, not int32 B")
+        shapes: dict[str, Shape] = {"hidden": hidden_BTD.shape, "lengths": (rows,)}
+        if self._wants_labels:
+            shapes["labels"] = (rows,) if self._num_labels else (rows, longest)
+        check_shapes(message, tensors, shapes)
         if lengths_B.min() < 1 or lengths_B.max() > longest:
             raise RemoteProtocolError(f"lengths outside 1..{longest}")
         if message.num_targets < 1:
             raise RemoteProtocolError(f"num_targets: {message.num_targets}, at least 1 is needed")
         labels = tensors["labels"] if self._wants_labels else None
         if labels is not None:
-            self._check_labels(labels, rows, longest)
+            self._check_labels(labels)
         return Job(
             device=member.name,
             split=plan.split,
@@ -64,8 +72,6 @@ class WaveInput:
         )
 
     def _check_hidden(self, hidden_BTD: Array, plan: Plan) -> None:
-        if hidden_BTD.ndim != 3 or hidden_BTD.dtype != np.float32:
-            raise RemoteProtocolError(f"hidden: {hidden_BTD.dtype} {hidden_BTD.shape}, not (B,T,D)")
         rows, longest, size = hidden_BTD.shape
         if size != self._hidden_size:
             raise RemoteProtocolError(f"hidden: size {size}, the model has {self._hidden_size}")
@@ -76,10 +82,7 @@ class WaveInput:
             )
         require_finite(hidden_BTD, "hidden")
 
-    def _check_labels(self, labels: Array, rows: int, longest: int) -> None:
-        shape = (rows,) if self._num_labels else (rows, longest)
-        if labels.dtype != np.int32 or labels.shape != shape:
-            raise RemoteProtocolError(f"labels: {labels.dtype} {labels.shape}, not int32 {shape}")
+    def _check_labels(self, labels: Array) -> None:
         top = self._num_labels or self._vocab_size
         is_known = (labels >= 0) & (labels < top)
         if not self._num_labels:
@@ -88,13 +91,11 @@ class WaveInput:
             raise RemoteProtocolError(f"labels outside 0..{top - 1}")
 
 
-def check_gradient(grad: Array | None, job: Job) -> Array:
-    """Refuse a gradient that does not fit the hidden state it belongs to."""
-    if grad is None or grad.dtype != np.float32 or grad.shape != job.hidden_BTD.shape:
-        found = None if grad is None else f"{grad.dtype} {grad.shape}"
-        raise RemoteProtocolError(f"grad: {found}, expected float32 {job.hidden_BTD.shape}")
-    require_finite(grad, "grad")
-    return grad
+def check_gradient(message: TopGradient, tensors: Mapping[str, Array], job: Job) -> Array:
+    """Return the gradient, refusing one that does not fit the hidden state it belongs to."""
+    check_shapes(message, tensors, {"grad": job.hidden_BTD.shape})
+    require_finite(tensors["grad"], "grad")
+    return tensors["grad"]
 
 
 def check_report(report: StepReport) -> None:
@@ -124,13 +125,9 @@ def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
 
 
 def check_upload(
-    plan: Plan, tensors: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+    message: AdapterUpload, tensors: Mapping[str, Array], shapes: Mapping[str, Shape]
 ) -> None:
-    """Refuse an upload that does not hold exactly what the plan says, in float32 and finite."""
-    if tensors.keys() != shapes.keys():
-        odd = sorted(tensors.keys() ^ shapes.keys())
-        raise RemoteProtocolError(f"upload: {odd[0]!r} is missing or not in the plan")
-    for name, shape in shapes.items():
-        if tensors[name].dtype != np.float32 or tensors[name].shape != shape:
-            raise RemoteProtocolError(f"upload {name!r}: {tensors[name].shape}, not {shape}")
-        require_finite(tensors[name], f"upload {name!r}")
+    """Refuse an upload that does not hold exactly what the plan says, and finite."""
+    check_shapes(message, tensors, shapes)
+    for name, tensor in tensors.items():
+        require_finite(tensor, f"upload {name!r}")

@@ -44,6 +44,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import fingerprint
+from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
@@ -226,6 +227,7 @@ class Participant:
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""
         runtime, _ = self._ready()
+        self._check(start, tensors)
         if start.restarts:
             runtime.load_moments({})
         elif start.is_full:
@@ -240,6 +242,16 @@ class Participant:
         else:
             runtime.merge_change(residual)
         runtime.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+
+    def _check(self, start: RoundStart, tensors: dict[str, Array]) -> None:
+        """Refuse factors and parameters of another size than ours; the residual's rank is free."""
+        runtime, _ = self._ready()
+        factors: dict[str, Shape] = {}
+        for name, pair in runtime.pairs().items():
+            factors |= {f"{name}.A": pair.a_RI.shape, f"{name}.B": pair.b_OR.shape}
+        head = {name: value.shape for name, value in runtime.head().items()}
+        own = {n: v for n, v in tensors.items() if not n.endswith((".U", ".V"))}
+        check_shapes(start, own, factors | head, factors if start.is_full else ())
 
     def _save(self, step: int) -> None:
         assert self._runtime is not None

@@ -15,7 +15,6 @@ from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.setup import as_int32
 from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.tokenize import Example
-from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -31,6 +30,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.runtime.interface import Micro, Runtime, TailSums
 from edge_sdk.transport.link import Link
 
@@ -107,14 +107,14 @@ class Steps:
         runtime, sums = self._runtime, None
         if self._keeps_labels:
             top = self._wait(TopHidden, index)  # the coordinator's blocks
-            top_BTD = _checked(top.tensors["hidden"], shape)
+            top_BTD = _checked(top, "hidden", shape)
             sums, grad_BTD = runtime.tail(top_BTD, _plain(batch), step.num_targets)
             self._link.send(
                 TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
             )
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
         if not self._plan.is_forward_only:
-            runtime.backward(_checked(answer.tensors["grad"], shape))
+            runtime.backward(_checked(answer, "grad", shape))
         return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
 
     def _send_activation(
@@ -175,9 +175,8 @@ class Steps:
             return runtime.tail_eval(hidden_BTD, micro)
         self._send_activation(hidden_BTD, micro, index, 1, batch.num_targets, is_eval=True)
         if self._keeps_labels:
-            return runtime.tail_eval(
-                self._inbox.answer(TopHidden, self._stamp, index).tensors["hidden"], micro
-            )
+            top = self._inbox.answer(TopHidden, self._stamp, index)
+            return runtime.tail_eval(_checked(top, "hidden", hidden_BTD.shape), micro)
         result: EvalResult = self._inbox.answer(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
@@ -189,9 +188,8 @@ def _plain(batch: MicroBatch) -> Micro:
     return Micro(batch.input_ids, batch.lengths, batch.labels)
 
 
-def _checked(array: Array, shape: tuple[int, ...]) -> Array:
-    """What came back must have the shape of what was sent, and be finite."""
-    if array.shape != shape:
-        raise RemoteProtocolError(f"a tensor of shape {array.shape} came back, not {shape}")
-    require_finite(array, "tensor from the coordinator")
-    return array
+def _checked(answer: Envelope, name: str, shape: Shape) -> Array:
+    """Return tensor *name*, which must have the shape of what was sent, and be finite."""
+    check_shapes(answer.message, answer.tensors, {name: shape})
+    require_finite(answer.tensors[name], f"{name} from the coordinator")
+    return answer.tensors[name]

@@ -18,6 +18,7 @@ from edge_sdk.protocol import codecs
 from edge_sdk.protocol import headers as wire
 from edge_sdk.protocol.codecs import Array, Bytes, Memories
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Kind, Lane, Packet, first_head, split_first
+from edge_sdk.protocol.tensors import check_tensors
 
 # One cache line; also keeps every chunk border on a whole number of the plain codecs.
 ALIGN_BYTES = 64
@@ -197,6 +198,7 @@ class Reassembler:
             raise RemoteProtocolError(
                 f"{kind} announces {total} bytes, at most {self.max_message_bytes} are allowed"
             )
+        check_tensors(message, {spec.name: spec for spec in specs})
         self._is_skipping = False
         opened = _Open(message, specs, starts, lengths, total, len(header))
         return self._fill(opened, 0, chunk)

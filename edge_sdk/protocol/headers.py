@@ -44,6 +44,11 @@ class TensorSpec(NamedTuple):
     codec: str
     shape: tuple[int, ...]
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array that this becomes."""
+        return codecs.CODECS[self.codec].array
+
 
 # ---- bytes ---------------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
 """Every message that a device and the coordinator exchange; the protocol's dictionary.
 
 Frozen dataclasses without behaviour. How they become bytes is `headers.py`, how they are delivered
-in order and exactly once is `channel.py`. Tensors travel beside a message, by name.
+in order and exactly once is `channel.py`. Tensors travel beside a message, by name: `carries` says
+which.
 
-Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs.
+Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs,
+S rank of the frozen residual, N bytes.
 """
 
 from __future__ import annotations
@@ -12,9 +14,20 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from edge_sdk.protocol.plan import Part, Plan
+from edge_sdk.protocol.tensors import Tensor, carries
 from profiler.profile import DeviceProfile
 
 PROTOCOL_VERSION = 1
+
+FACTORS = (
+    Tensor("<weight>.A", "R I", "A factor of an adapted weight.", partner=".B"),
+    Tensor("<weight>.B", "O R", "The other one.", partner=".A"),
+)
+RESIDUAL = (
+    Tensor("<weight>.U", "O S", "A factor of the weight's frozen residual.", partner=".V"),
+    Tensor("<weight>.V", "S I", "The other one.", partner=".U"),
+)
+HEAD = Tensor("<parameter>", "...", "A parameter of a trainable head, under its own name.")
 
 
 # ---- both ways -----------------------------------------------------------------------------------
@@ -47,12 +60,10 @@ class Failure:
     is_fatal: bool = True
 
 
+@carries(Tensor("data", "N", "Bytes that mean nothing.", dtype="uint8", is_required=False))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Bytes by which a device measures its link; the answer brings as many as were asked for.
-
-    Tensors: `data`, uint8, meaning nothing; absent where there are none.
-    """
+    """Bytes by which a device measures its link; the answer brings as many as were asked for."""
 
     stamp: Stamp
     answer_bytes: int = 0
@@ -113,14 +124,20 @@ class Ready:
     """Steps of the run at which this device holds a checkpoint of its own."""
 
 
+@carries(
+    Tensor("hidden", "B T D"),
+    Tensor("lengths", "B", "Real positions; sequences are padded on the right.", dtype="int32"),
+    Tensor(
+        "labels",
+        "B T | B",
+        "With `labels: server`: -100 where no loss is taken; (B) are class numbers.",
+        dtype="int32",
+        is_required=False,
+    ),
+)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """Output of the device's last block for one micro-batch. Device -> coordinator.
-
-    Tensors: `hidden` (B, T, D); `lengths` (B,) int32, sequences are padded on the right;
-    with `labels: server` also `labels`, (B, T) int32 with -100 where no loss is taken, or (B,)
-    class numbers.
-    """
+    """Output of the device's last block for one micro-batch. Device -> coordinator."""
 
     stamp: Stamp
     micro: int
@@ -131,11 +148,12 @@ class Activation:
     is_eval: bool = False
 
 
+@carries(Tensor("grad", "B T D"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopGradient:
     """Gradient of the device's loss by the top hidden state. Device -> coordinator.
 
-    Only with `labels: device`. Tensors: `grad` (B, T, D).
+    Only with `labels: device`.
     """
 
     stamp: Stamp
@@ -158,13 +176,10 @@ class StepReport:
     peak_bytes: int
 
 
+@carries(*FACTORS, HEAD)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUpload:
-    """The device's own factors at the end of a round. Device -> coordinator.
-
-    Tensors, float32: `<weight>.A` (R, I) and `<weight>.B` (O, R) of each adapted weight; a
-    trainable head's parameters under their own names.
-    """
+    """The device's own factors at the end of a round. Device -> coordinator."""
 
     stamp: Stamp
     importance: dict[str, float] = field(default_factory=dict)
@@ -255,12 +270,10 @@ class PlanAssigned:
     parts: tuple[Part, ...]
 
 
+@carries(Tensor("data", "N", "The bytes from `offset` on.", dtype="uint8"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartData:
-    """A stretch of a part. Coordinator -> device.
-
-    Tensors: `data`, uint8.
-    """
+    """A stretch of a part. Coordinator -> device."""
 
     stamp: Stamp
     sha256: str
@@ -268,15 +281,15 @@ class PartData:
     total_bytes: int
 
 
+@carries(*FACTORS, *RESIDUAL, HEAD)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStart:
     """Train steps `stamp.step` .. `end_step` - 1, then upload. Coordinator -> device.
 
     Without steps (`end_step` = `stamp.step`) there is nothing to train and nothing to upload.
 
-    Tensors, float32: for a device that starts or restarts (`is_full`), `<weight>.A`, `<weight>.B`
-    and the frozen residual `<weight>.U` (O, S), `<weight>.V` (S, I) of every weight; otherwise
-    only what the aggregation changed, with the *change* of the residual in U and V.
+    A device that starts or restarts (`is_full`) gets factors and frozen residual of every weight;
+    the others get what the aggregation changed, with the *change* of the residual in U and V.
     """
 
     stamp: Stamp
@@ -291,12 +304,17 @@ class RoundStart:
     """Go through the private validation data before training, and report."""
 
 
+@carries(
+    Tensor(
+        "grad",
+        "B T D",
+        "None for a device whose ranks are all 0: its blocks are frozen.",
+        is_required=False,
+    )
+)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """Gradient of the device's loss by the hidden state it sent. Coordinator -> device.
-
-    Tensors: `grad` (B, T, D); none for a device whose ranks are all 0: its blocks are frozen.
-    """
+    """Gradient of the device's loss by the hidden state it sent. Coordinator -> device."""
 
     stamp: Stamp
     micro: int
@@ -304,12 +322,10 @@ class Gradient:
     """Sum of the losses of this micro-batch's targets; 0 when the device computed them itself."""
 
 
+@carries(Tensor("hidden", "B T D"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopHidden:
-    """Hidden state after the server's last block; `labels: device`. Coordinator -> device.
-
-    Tensors: `hidden` (B, T, D).
-    """
+    """Hidden state after the server's last block; `labels: device`. Coordinator -> device."""
 
     stamp: Stamp
     micro: int

@@ -78,6 +78,16 @@ def hidden(*shape: int, value: float = 1.0, dtype: str = "float32") -> TensorOut
     return np.full(shape, value, np.float32), dtype
 
 
+def five_rows() -> dict[str, TensorOut]:
+    """Tensors of one sequence more than the plan allows."""
+    lengths, labels = np.full(5, 6, np.int32), np.full((5, 6), 5, np.int32)
+    return {
+        "hidden": hidden(5, 6, HIDDEN),
+        "lengths": (lengths, "int32"),
+        "labels": (labels, "int32"),
+    }
+
+
 def upload(value: float) -> Callable[[Stamp, Plan], Said]:
     """Factors filled with *value*."""
 
@@ -118,10 +128,12 @@ CASES: dict[str, Case] = {
     "huge": Case(NUMERIC, "gradient", activation(hidden=hidden(4, 6, HIDDEN, value=3.3e38))),
     "width": Case(REMOTE, "size 31", activation(hidden=hidden(4, 6, 31))),
     "flat": Case(REMOTE, "hidden", activation(hidden=hidden(4, HIDDEN))),
-    "rows": Case(REMOTE, "the plan allows 4", activation(hidden=hidden(5, 6, HIDDEN))),
+    "rows": Case(REMOTE, "the plan allows 4", activation(**five_rows())),
     "dtype": Case(REMOTE, "int32", activation(hidden=(np.ones((4, 6, HIDDEN), np.int32), "int32"))),
     "too-much": Case(REMOTE, "bytes", activation(hidden=hidden(4, 6000, HIDDEN))),
-    "no-lengths": Case(REMOTE, "tensors", activation(lengths=(np.ones(4, np.int32), ""))),
+    "no-lengths": Case(
+        REMOTE, "'lengths': missing", activation(lengths=(np.ones(4, np.int32), ""))
+    ),
     "lengths": Case(REMOTE, "lengths", activation(lengths=(np.full(4, 7, np.int32), "int32"))),
     "labels": Case(
         REMOTE, "labels", activation(labels=(np.full((4, 6), VOCAB, np.int32), "int32"))

@@ -18,7 +18,7 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
-from edge_sdk.protocol.messages import Failure, Pause, Paused, Refused, Stamp
+from edge_sdk.protocol.messages import AdapterUpload, Failure, Pause, Paused, Refused, Stamp
 from edge_sdk.protocol.packets import Attach, Kind, Lane
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.keys import KeyPair, make_key_pair
@@ -116,7 +116,9 @@ class RawDevice:
 
 def good_head() -> bytes:
     """Return header and padding of a message with one tensor of 12 bytes."""
-    return OutgoingMessage(PAUSED, {"x": (np.zeros(3, np.float32), "float32")}).head
+    return OutgoingMessage(
+        AdapterUpload(stamp=Stamp(step=1)), {"x": (np.zeros(3, np.float32), "float32")}
+    ).head
 
 
 GARBAGE = {

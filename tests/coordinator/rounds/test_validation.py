@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
 from coordinator.rounds.validation import WaveInput, check_gradient, check_upload
 from edge_sdk.errors import NumericError, RemoteProtocolError
-from edge_sdk.protocol.messages import Activation, Stamp
+from edge_sdk.protocol.messages import Activation, AdapterUpload, Stamp, TopGradient
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.tensors import check_tensors
 
 PLAN = Plan(split=2, ranks={}, alphas={}, batch_size=8, micro_batch=4)
 MEMBER = Member("a", 2, 8, 2, is_local=False)
@@ -35,6 +37,24 @@ def tensors(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**honest, **changes}.items() if value is not None}
 
 
+def judge(sent: dict[str, Any]) -> Job:
+    """What becomes of *sent* on its way in: first the protocol looks, then the run."""
+    check_tensors(MESSAGE, sent)
+    return make_input().job(MEMBER, PLAN, MESSAGE, sent)
+
+
+def judge_gradient(sent: dict[str, Any], job: Job) -> None:
+    """The same for a gradient."""
+    check_tensors(GRADIENT, sent)
+    check_gradient(GRADIENT, sent, job)
+
+
+def judge_upload(sent: dict[str, Any]) -> None:
+    """The same for an upload."""
+    check_tensors(UPLOAD, sent)
+    check_upload(UPLOAD, sent, SHAPES)
+
+
 def test_an_honest_message_becomes_a_job() -> None:
     """Tensors arrive as they are, with the plan's split and the step's samples."""
     sent = tensors()
@@ -52,7 +72,7 @@ def test_labels_that_stay_on_the_device_are_not_taken() -> None:
     job = make_input("device").job(MEMBER, PLAN, MESSAGE, tensors(labels=None))
 
     assert job.labels is None
-    with pytest.raises(RemoteProtocolError, match=r"expected \['hidden', 'lengths'\]"):
+    with pytest.raises(RemoteProtocolError, match="'labels': not expected; .* hidden, lengths"):
         make_input("device").job(MEMBER, PLAN, MESSAGE, tensors())
 
 
@@ -73,32 +93,41 @@ def hidden(*shape: int, dtype: Any = np.float32) -> Any:
     return np.zeros(shape, dtype)
 
 
+def sized(rows: int, longest: int) -> dict[str, Any]:
+    """Tensors of another size that fit each other."""
+    return {
+        "hidden": hidden(rows, longest, HIDDEN),
+        "lengths": np.full(rows, longest, np.int32),
+        "labels": np.full((rows, longest), -100, np.int32),
+    }
+
+
 MALFORMED = [
-    ({"hidden": None}, "expected"),
-    ({"lengths": None}, "expected"),
-    ({"labels": None}, "expected"),
-    ({"extra": np.zeros(1)}, "expected"),
-    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.float64)}, "hidden: float64"),
-    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.int32)}, "hidden: int32"),
-    ({"hidden": hidden(3, 5)}, "hidden: float32"),
-    ({"hidden": hidden()}, "hidden: float32"),
-    ({"hidden": hidden(3, 5, HIDDEN, 1)}, "hidden: float32"),
+    ({"hidden": None}, r"Activation: tensor 'hidden': missing; due: float32 \(B, T, D\)"),
+    ({"lengths": None}, r"Activation: tensor 'lengths': missing; due: int32 \(B\)"),
+    ({"labels": None}, r"Activation: tensor 'labels': missing; due: \(3, 5\)"),
+    ({"extra": np.zeros(1)}, "'extra': not expected; allowed: 'hidden', 'lengths', 'labels'"),
+    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.float64)}, "'hidden': float64"),
+    ({"hidden": hidden(3, 5, HIDDEN, dtype=np.int32)}, "'hidden': int32"),
+    ({"hidden": hidden(3, 5)}, r"'hidden': float32 \(3, 5\), allowed: float32 \(B, T, D\)"),
+    ({"hidden": hidden()}, r"'hidden': float32 \(\), allowed"),
+    ({"hidden": hidden(3, 5, HIDDEN, 1)}, r"'hidden': float32 \(3, 5, 8, 1\), allowed"),
     ({"hidden": hidden(3, 5, HIDDEN + 1)}, "size 9, the model has 8"),
     ({"hidden": hidden(3, 5, 0)}, "size 0"),
-    ({"hidden": hidden(0, 5, HIDDEN)}, "the plan allows 4 x 6"),
-    ({"hidden": hidden(5, 5, HIDDEN)}, "5 x 5, the plan allows 4 x 6"),
-    ({"hidden": hidden(3, 7, HIDDEN)}, "3 x 7, the plan allows 4 x 6"),
-    ({"hidden": hidden(3, 0, HIDDEN)}, "the plan allows"),
-    ({"lengths": np.array([5, 1, 3], np.int64)}, "lengths: int64"),
-    ({"lengths": np.array([5.0, 1, 3], np.float32)}, "lengths: float32"),
-    ({"lengths": np.array([5, 1], np.int32)}, "lengths"),
-    ({"lengths": np.array([[5, 1, 3]], np.int32)}, "lengths"),
+    (sized(0, 5), "0 x 5, the plan allows 4 x 6"),
+    (sized(5, 5), "5 x 5, the plan allows 4 x 6"),
+    (sized(3, 7), "3 x 7, the plan allows 4 x 6"),
+    (sized(3, 0), "3 x 0, the plan allows 4 x 6"),
+    ({"lengths": np.array([5, 1, 3], np.int64)}, "'lengths': int64"),
+    ({"lengths": np.array([5.0, 1, 3], np.float32)}, "'lengths': float32"),
+    ({"lengths": np.array([5, 1], np.int32)}, r"'lengths': int32 \(2,\), .* with B = 3"),
+    ({"lengths": np.array([[5, 1, 3]], np.int32)}, r"'lengths': int32 \(1, 3\)"),
     ({"lengths": np.array([5, 0, 3], np.int32)}, r"lengths outside 1\.\.5"),
     ({"lengths": np.array([5, -1, 3], np.int32)}, r"lengths outside 1\.\.5"),
     ({"lengths": np.array([6, 1, 3], np.int32)}, r"lengths outside 1\.\.5"),
-    ({"labels": np.zeros((3, 5), np.int64)}, "labels: int64"),
-    ({"labels": np.zeros((3, 4), np.int32)}, "labels: int32"),
-    ({"labels": np.zeros(3, np.int32)}, "labels: int32"),
+    ({"labels": np.zeros((3, 5), np.int64)}, "'labels': int64"),
+    ({"labels": np.zeros((3, 4), np.int32)}, r"'labels': int32 \(3, 4\), .* T = 5"),
+    ({"labels": np.zeros(3, np.int32)}, r"'labels': \(3,\), allowed: \(3, 5\)"),
     ({"labels": np.full((3, 5), VOCAB, np.int32)}, r"labels outside 0\.\.49"),
     ({"labels": np.full((3, 5), -1, np.int32)}, r"labels outside 0\.\.49"),
     ({"labels": np.full((3, 5), -101, np.int32)}, r"labels outside 0\.\.49"),
@@ -109,7 +138,7 @@ MALFORMED = [
 def test_a_malformed_tensor_is_refused(changes: dict[str, Any], message: str) -> None:
     """Missing, surplus, wrong dtype, wrong shape, out of range: each by its name."""
     with pytest.raises(RemoteProtocolError, match=message):
-        make_input().job(MEMBER, PLAN, MESSAGE, tensors(**changes))
+        judge(tensors(**changes))
 
 
 @pytest.mark.parametrize("num_targets", [0, -1])
@@ -121,6 +150,7 @@ def test_a_step_without_targets_is_refused(num_targets: int) -> None:
         make_input().job(MEMBER, PLAN, message, tensors())
 
 
+GRADIENT, UPLOAD = TopGradient(stamp=Stamp(), micro=0), AdapterUpload(stamp=Stamp())
 BAD = [float("nan"), float("inf"), float("-inf")]
 
 
@@ -134,9 +164,9 @@ def test_numbers_must_be_finite(bad: float) -> None:
     with pytest.raises(NumericError, match="hidden: 1 of 120 numbers"):
         make_input().job(MEMBER, PLAN, MESSAGE, tensors(hidden=values))
     with pytest.raises(NumericError, match="grad: 1 of 120"):
-        check_gradient(values, job)
+        check_gradient(GRADIENT, {"grad": values}, job)
     with pytest.raises(NumericError, match="upload 'w.A': 1 of 120"):
-        check_upload(PLAN, {"w.A": values}, {"w.A": values.shape})
+        check_upload(UPLOAD, {"w.A": values}, {"w.A": values.shape})
 
 
 @pytest.mark.parametrize(
@@ -146,10 +176,13 @@ def test_a_gradient_fits_its_hidden_state(grad: Any) -> None:
     """A gradient of another dtype or shape than the hidden state is refused."""
     job = make_input().job(MEMBER, PLAN, MESSAGE, tensors())
 
-    with pytest.raises(RemoteProtocolError, match=r"grad: .* expected float32 \(3, 5, 8\)"):
-        check_gradient(grad, job)
+    sent = {} if grad is None else {"grad": grad}
+    with pytest.raises(
+        RemoteProtocolError, match="TopGradient: tensor 'grad': .*(float32|3, 5, 8)"
+    ):
+        judge_gradient(sent, job)
     good = hidden(3, 5, HIDDEN)
-    assert check_gradient(good, job) is good
+    assert check_gradient(GRADIENT, {"grad": good}, job) is good
 
 
 SHAPES = {"w.A": (2, 3), "w.B": (4, 2)}
@@ -158,17 +191,20 @@ SHAPES = {"w.A": (2, 3), "w.B": (4, 2)}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w.A": None}, "'w.A' is missing or not in the plan"),
-        ({"v.A": hidden(2, 3)}, "'v.A' is missing or not in the plan"),
-        ({"w.A": hidden(3, 2)}, r"'w.A': \(3, 2\), not \(2, 3\)"),
-        ({"w.B": hidden(4, 2, dtype=np.float64)}, "upload 'w.B'"),
+        ({"w.A": None}, "'w.A': missing beside 'w.B'"),
+        ({"w.A": None, "w.B": None}, r"'w.A': missing; due: \(2, 3\)"),
+        ({"v.A": hidden(2, 3)}, "'v.B': missing beside 'v.A'"),
+        ({"v.A": hidden(2, 3), "v.B": hidden(4, 2)}, "'v.A': not expected; allowed: w.A, w.B"),
+        ({"w.A": hidden(3, 2)}, r"'w.B': float32 \(4, 2\), .* R = 3, I = 2"),
+        ({"w.A": hidden(2, 2)}, r"'w.A': \(2, 2\), allowed: \(2, 3\)"),
+        ({"w.B": hidden(4, 2, dtype=np.float64)}, "'w.B': float64"),
     ],
 )
 def test_an_upload_is_what_the_plan_says(changes: dict[str, Any], message: str) -> None:
     """Every planned factor, nothing else, in the planned shape and in float32."""
     sent = {"w.A": hidden(2, 3), "w.B": hidden(4, 2)}
-    check_upload(PLAN, sent, SHAPES)
+    check_upload(UPLOAD, sent, SHAPES)
 
     wrong = {name: value for name, value in {**sent, **changes}.items() if value is not None}
     with pytest.raises(RemoteProtocolError, match=message):
-        check_upload(PLAN, wrong, SHAPES)
+        judge_upload(wrong)

@@ -12,7 +12,7 @@ from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.channel import Receiver, Sender
 from edge_sdk.protocol.fragments import BULK_FROM_BYTES, Envelope, OutgoingMessage
-from edge_sdk.protocol.messages import PartData, Paused, Stamp
+from edge_sdk.protocol.messages import Paused, Probe, Stamp
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.protocol.session import BadMessage, Conversation
 
@@ -110,7 +110,7 @@ def test_peer_may_not_ack_what_was_not_sent_or_send_without_credit() -> None:
 
 def message(number: int, size: int) -> tuple[Any, OutgoingMessage]:
     """Return a message that knows its number, with *size* bytes of tensor."""
-    sent = PartData(stamp=Stamp(step=number), sha256="", offset=0, total_bytes=size)
+    sent = Probe(stamp=Stamp(step=number))
     array = np.full(size, number % 251, np.uint8)
     return sent, OutgoingMessage(sent, {"data": (array, "uint8")} if size else {}, 1024)
 

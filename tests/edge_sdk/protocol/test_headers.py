@@ -15,10 +15,20 @@ from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.protocol import headers as wire
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
-from edge_sdk.protocol.messages import MESSAGES, Activation, Hello, Paused, RoundStart, Stamp
+from edge_sdk.protocol.messages import (
+    MESSAGES,
+    Activation,
+    AdapterUpload,
+    Hello,
+    Paused,
+    RoundStart,
+    Stamp,
+)
 from edge_sdk.protocol.packets import PREFIX_BYTES, Kind, Packet
 
 PAUSED = Paused(stamp=Stamp(run="r", device="d", step=3))
+# A trainable head's parameters may have any name and shape.
+UPLOAD = AdapterUpload(stamp=Stamp(run="r", device="d", step=3))
 
 
 def header(**changes: Any) -> dict[str, Any]:
@@ -137,7 +147,7 @@ def test_random_bytes_raise_nothing_but_our_error(data: bytes) -> None:
 def test_damaged_frames_raise_nothing_but_our_error(data: st.DataObject) -> None:
     """A good frame with some bytes changed or cut off is read, or refused with our error."""
     tensors = {"a": (np.ones((2, 3), np.float32), "bfloat16")}
-    head = OutgoingMessage(PAUSED, tensors).head
+    head = OutgoingMessage(UPLOAD, tensors).head
     frame = bytearray(packets.prefix(Kind.FIRST, 0, 1, 0, 0, len(head) + 12) + head + bytes(12))
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
@@ -182,10 +192,10 @@ def test_tensors_survive_any_cut(sizes: list[int], chunk: int, codec: str) -> No
     """Whatever the tensors and the size of the chunks, every number arrives in its place."""
     arrays = {f"t{i}": np.arange(size, dtype=np.float32) + i for i, size in enumerate(sizes)}
 
-    envelope = through(OutgoingMessage(PAUSED, {n: (a, codec) for n, a in arrays.items()}, chunk))
+    envelope = through(OutgoingMessage(UPLOAD, {n: (a, codec) for n, a in arrays.items()}, chunk))
 
     assert envelope is not None
-    assert envelope.message == PAUSED
+    assert envelope.message == UPLOAD
     assert list(envelope.tensors) == list(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(envelope.tensors[name], array)
@@ -193,7 +203,7 @@ def test_tensors_survive_any_cut(sizes: list[int], chunk: int, codec: str) -> No
 
 def test_too_large_a_message_is_refused_before_memory_is_taken() -> None:
     """A header that announces more than allowed is refused, and its chunks are skipped."""
-    big = OutgoingMessage(PAUSED, {"a": (np.zeros(10_000, np.uint8), "uint8")}, 1024)
+    big = OutgoingMessage(UPLOAD, {"a": (np.zeros(10_000, np.uint8), "uint8")}, 1024)
     assembler = Reassembler(5_000)
     chunk = bytes(1024)
 

@@ -25,7 +25,15 @@ from edge_sdk.errors import (
     RemoteProtocolError,
     SessionLost,
 )
-from edge_sdk.protocol.messages import PartData, Pause, Paused, Stamp, TopHidden
+from edge_sdk.protocol.messages import (
+    AdapterUpload,
+    PartData,
+    Pause,
+    Paused,
+    Probe,
+    Stamp,
+    TopHidden,
+)
 from edge_sdk.transport.keys import KeyPair, make_key_pair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.memory_link import memory_pair
@@ -147,10 +155,10 @@ def paused(step: int) -> Paused:
 
 def test_messages_and_tensors_go_both_ways(gateway: ZmqGateway) -> None:
     """Messages of both sizes arrive in order with equal tensors, up and down."""
-    array = np.random.default_rng(0).standard_normal((50, 1000), np.float32)
+    array = np.random.default_rng(0).standard_normal((5, 10, 1000), np.float32)
     with open_link(gateway.address) as link:
         link.send(paused(0))
-        link.send(paused(1), {"x": (array, "float32")})
+        link.send(AdapterUpload(stamp=Stamp(step=1)), {"x": (array, "float32")})
         link.send(paused(2))
         events = collect(gateway, 3, Received)
         assert isinstance(events[0], Joined)
@@ -168,7 +176,7 @@ def test_messages_and_tensors_go_both_ways(gateway: ZmqGateway) -> None:
 def test_close_flushes_and_says_goodbye(gateway: ZmqGateway) -> None:
     """What was sent before close arrives, then the device has left."""
     with open_link(gateway.address) as link:
-        link.send(paused(7), {"x": (np.ones(1 << 20, np.uint8), "uint8")})
+        link.send(Probe(stamp=Stamp()), {"data": (np.ones(1 << 20, np.uint8), "uint8")})
 
     events = collect(gateway, 1, Left)
 
@@ -222,15 +230,14 @@ def test_nobody_there_is_told() -> None:
 def test_cut_connections_lose_and_double_nothing(gateway: ZmqGateway) -> None:
     """TCP cut again and again in mid-message: every message arrives once, in order, both ways."""
     relay = Relay(gateway.address)
-    count, array = 60, np.arange(400_000, dtype=np.int32)
+    count, array = 60, np.arange(1_600_000).astype(np.uint8)
     try:
         with open_link(relay.address) as link:
             collect(gateway, 1, Joined)
             for step in range(count):
-                tensors = {"x": (array + step, "int32")} if step % 3 == 0 else {}
-                link.send(paused(step), tensors)
-                down = PartData(stamp=Stamp(step=step), sha256="", offset=0, total_bytes=1)
-                gateway.send("d1", down, tensors)
+                tensors = {"data": (array + step, "uint8")} if step % 3 == 0 else {}
+                link.send(Probe(stamp=Stamp(step=step)), tensors)
+                gateway.send("d1", Probe(stamp=Stamp(step=step)), tensors)
             up, down_steps = [], []
             deadline, seen = Deadline.after(20), 0
             while len(up) < count or len(down_steps) < count:
@@ -250,7 +257,7 @@ def test_cut_connections_lose_and_double_nothing(gateway: ZmqGateway) -> None:
     assert down_steps == list(range(count))
     for event in up[::3]:
         step = event.envelope.message.stamp.step
-        np.testing.assert_array_equal(event.envelope.tensors["x"], array + step)
+        np.testing.assert_array_equal(event.envelope.tensors["data"], array + step)
 
 
 def test_restarted_coordinator_is_noticed(tmp_path: Path) -> None:
@@ -324,7 +331,7 @@ def test_slow_reader_stops_the_sender(gateway: ZmqGateway) -> None:
     with open_link(gateway.address) as link:
         collect(gateway, 1, Joined)
         for step in range(90):
-            link.send(paused(step), {"x": (chunk, "uint8")})
+            link.send(Probe(stamp=Stamp(step=step)), {"data": (chunk, "uint8")})
         time.sleep(1.0)
         sent_bytes = link.stats().bytes_up
         events = collect(gateway, 90, Received)
@@ -338,9 +345,9 @@ def test_memory_pair_checks_like_the_wire() -> None:
     device, coordinator = memory_pair(max_message_bytes=3_000_000)
     array = np.arange(600_000, dtype=np.float32)
 
-    device.send(paused(1), {"x": (array, "float32")})
+    device.send(AdapterUpload(stamp=Stamp()), {"x": (array, "float32")})
     got = coordinator.receive(Deadline.after(1))
-    device.send(paused(2), {"x": (np.zeros(3_000_001, np.uint8), "uint8")})
+    device.send(Probe(stamp=Stamp()), {"data": (np.zeros(3_000_001, np.uint8), "uint8")})
     device.send(paused(3))
 
     np.testing.assert_array_equal(got.tensors["x"], array)
