@@ -124,10 +124,6 @@ class Batches:
         """Sequences of every step."""
         return self._batch_size
 
-    def epoch_at(self, step: int) -> int:
-        """Return the epoch, from 0, that the first sample of *step* belongs to."""
-        return step * self._batch_size // len(self)
-
     def at(self, step: int) -> StepBatch:
         """Return the batch of *step*, counted from 0; the same on every call.
 

@@ -222,11 +222,6 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
 # ---- arithmetic on what was measured -------------------------------------------------------------
 
 
-def normalised(values: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
-    """Theta(W): each value divided by C(W), the bytes that tuning W costs."""
-    return {name: values[name] / costs[name] for name in sorted(values)}
-
-
 def combine(reports: Mapping[str, tuple[Share, Mapping[str, float]]]) -> dict[str, float]:
     """The global importance: mean over those who held a weight, by their shares p.
 

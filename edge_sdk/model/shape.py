@@ -53,13 +53,11 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
     for slice_ in slices:
         _add_zeros(slice_, block)
     linears = _linears(slices[0], block)
-    heads = text.num_attention_heads
     return ModelShape(
         num_blocks=layout.num_blocks,
         hidden_size=text.hidden_size,
         intermediate_size=max(linear.num_inputs for linear in linears),
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        num_heads=text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or 0,
         vocab_size=text.vocab_size,
         linears=linears,

@@ -200,7 +200,6 @@ class Receiver:
         self._has_opened = False
         self.next_seq = 0
         self.has_gap = False
-        self.num_dropped = 0
 
     def accept(self, seq: int, size: int) -> bool:
         """Return whether packet *seq* is the expected one; others are dropped.
@@ -210,7 +209,6 @@ class Receiver:
         """
         self._unacked_packets += 1
         if seq != self.next_seq:
-            self.num_dropped += 1
             self.has_gap = self.has_gap or seq > self.next_seq
             return False
         if self._received_bytes + size > self._granted:

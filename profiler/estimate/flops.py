@@ -46,11 +46,6 @@ def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
     return FlopsEstimate(forward=forward, backward=backward + again)
 
 
-def estimate_seconds(flops: FlopsEstimate, flops_per_s: float) -> float:
-    """Return how long *flops* take at a measured speed."""
-    return flops.total / flops_per_s
-
-
 def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) -> FlopsEstimate:
     """Both passes of one block; *is_lowest*: nobody asks for the gradient of its input."""
     prefix = f"{model.blocks_path}.{block}."

@@ -69,7 +69,6 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int
     num_heads: int
-    num_kv_heads: int
     vocab_size: int
     linears: tuple[Linear, ...]
     """All linear layers of one block, in the order in which they run."""

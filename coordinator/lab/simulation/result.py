@@ -51,11 +51,6 @@ class SimulationResult:
     folder: RunFolder
     rounds: list[SimulatedRound]
 
-    def time_to(self, loss: float) -> float | None:
-        """Modelled seconds until *loss* was reached; None if it never was."""
-        reached = (r.seconds for r in self.rounds if r.loss is not None and r.loss <= loss)
-        return next(reached, None)
-
 
 def read_result(
     outcome: str, folder: RunFolder, plans: Sequence[Mapping[str, Plan]]

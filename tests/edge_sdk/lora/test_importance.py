@@ -14,7 +14,7 @@ from torch import nn
 
 from coordinator.rounds.validation import check_importance
 from edge_sdk.errors import ConfigError, RemoteProtocolError
-from edge_sdk.lora.importance import ImportanceMeter, Smoothing, combine, normalised
+from edge_sdk.lora.importance import ImportanceMeter, Smoothing, combine
 from edge_sdk.protocol.plan import Plan
 from tests.edge_sdk.lora.measured import (
     FORMS,
@@ -132,11 +132,6 @@ def test_a_coordinator_takes_honest_importance_only() -> None:
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
-
-
-def test_values_are_divided_by_their_costs() -> None:
-    """Theta is the value per byte."""
-    assert normalised({"b": 6.0, "a": 1.0}, {"a": 4.0, "b": 3.0, "c": 1.0}) == {"a": 0.25, "b": 2.0}
 
 
 def test_combining_is_a_weighted_mean_over_the_holders() -> None:

@@ -136,7 +136,6 @@ def test_sizes_are_the_config_s(family: str) -> None:
     assert found.num_blocks == BLOCKS
     assert found.hidden_size == 32
     assert found.num_heads == 4
-    assert found.num_kv_heads == (getattr(config, "num_key_value_heads", None) or 4)
     assert found.vocab_size == config.vocab_size
     assert found.num_labels == (0 if task_of(family) == "causal-lm" else CLASSES)
     assert found.attention_size == 32
