@@ -82,7 +82,7 @@ def test_the_coordinator_keeps_its_values_through_a_restart() -> None:
     jobs, _, _ = wave("llama")
     engine, restored = make_engine("llama", 1), make_engine("llama", 1)
     for one in (engine, restored):
-        one.begin_round()
+        one.begin(one.learned().pairs)
         one.measure_importance("free", 1)
     engine.train(jobs, 0, 0)
     engine.finish_step(0)
@@ -90,7 +90,7 @@ def test_the_coordinator_keeps_its_values_through_a_restart() -> None:
     restored.load_state(engine.state())
 
     found = engine.learned().importance
-    assert found == restored.take_importance()
+    assert found == restored.learned().importance
     assert found
 
 
