@@ -1,9 +1,9 @@
 """A board of an experiment: what lies on it, how its program is started, how it is left clean.
 
-    site = make_site(config, "kitchen", folder, "20260101-120000")
-    site.prepare(...)       interpreter, keys, data
-    site.start(...)         a kept `edge-sdk run`
-    site.clean()
+    host = make_host(config, "kitchen", folder, "20260101-120000")
+    host.prepare(...)       interpreter, keys, data
+    host.start(...)         a supervised `edge-sdk run`
+    host.clean()
 
 Real and emulated boards differ in their shell and in their environment, and in nothing else.
 """
@@ -30,7 +30,7 @@ from edge_sdk.errors import ConfigError, DeviceError
 INSTALL_S = 3600.0
 KEY, DATA, CONFIG = "device.key", "data", "device.yaml"
 RUN = "import sys; from edge_sdk.cli import main; sys.exit(main(sys.argv[1:]))"
-# One thread: that is what the share of a core stands for.
+# One thread, as a share of one core stands for the board.
 EMULATED = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Makes the environment once for each wheel; `$1` work folder, `$2` mark, `$3` wheel, then packages.
 INSTALL = """
@@ -43,20 +43,20 @@ venv/bin/python -m pip install --quiet --disable-pip-version-check "$wheel" "$@"
 
 @dataclass
 class BoardHost:
-    """One board."""
+    """One board: its shell, and its folders there."""
 
     name: str
     config: BoardConfig
     shell: Shell
     home: str
     """Folder of this experiment on the board."""
-    kept: str
-    """Folder that outlives it there: environment and parts of models."""
+    workdir: str
+    """Folder on the board that outlives the experiment: environment and parts of models."""
     environment: dict[str, str] = field(default_factory=dict)
     address: str = ""
-    """Under which name or number it reaches this machine; empty: found out in `prepare`."""
+    """Name or number under which it reaches this machine; empty until `prepare` finds it out."""
     enter: tuple[str, ...] = ()
-    """Words before its program."""
+    """Words of a command line that precede its program."""
 
     def prepare(self, key: Path, wheel: Callable[[], Path], stop: threading.Event) -> None:
         """Bring everything that does not change from run to run.
@@ -67,10 +67,10 @@ class BoardHost:
         """
         tell, bring = partial(ask, self.shell, stop=stop), partial(put, self.shell, stop=stop)
         self.address = self.address or self._address_of_ours()
-        tell(["mkdir", "-p", self.kept])
+        tell(["mkdir", "-p", self.workdir])
         if isinstance(self.shell, SshShell):
-            root = tell(["sh", "-c", 'cd "$1" && pwd', "sh", self.kept]).strip()
-            self.home, self.kept = self.home.replace(self.kept, root, 1), root
+            root = tell(["sh", "-c", 'cd "$1" && pwd', "sh", self.workdir]).strip()
+            self.home, self.workdir = self.home.replace(self.workdir, root, 1), root
             self._find_python(wheel, stop)
         tell(["sh", "-c", 'umask 077 && mkdir -p "$1"', "sh", self.home])
         bring(key, f"{self.home}/{KEY}")
@@ -92,23 +92,23 @@ class BoardHost:
     def _install(self, wheel: Path, stop: threading.Event) -> None:
         board = self.config
         wanted = f"{wheel.name}[{','.join(board.extras)}]" if board.extras else wheel.name
-        told = repr((wanted, board.packages)).encode()
-        content = hashlib.sha256(wheel.read_bytes() + told)
+        packages = repr((wanted, board.packages)).encode()
+        content = hashlib.sha256(wheel.read_bytes() + packages)
         mark = f".edgesplit-{content.hexdigest()[:16]}"
-        put(self.shell, wheel, f"{self.kept}/{wheel.name}", stop=stop)
-        words = ["sh", "-c", INSTALL, "sh", self.kept, mark, f"./{wanted}", *board.packages]
+        put(self.shell, wheel, f"{self.workdir}/{wheel.name}", stop=stop)
+        words = ["sh", "-c", INSTALL, "sh", self.workdir, mark, f"./{wanted}", *board.packages]
         ask(self.shell, words, timeout_s=INSTALL_S, stop=stop)
-        self.shell.python = f"{self.kept}/venv/bin/python"
+        self.shell.python = f"{self.workdir}/venv/bin/python"
 
     @property
     def data_name(self) -> str:
-        """Its data file on the board; the ending says what it is."""
+        """Name of its data file on the board; the ending says which format it has."""
         return DATA + "".join(Path(self.config.data or "").suffixes)
 
     def settings(
         self, config: ExperimentConfig, address: str, server_key: str, label: str
     ) -> dict[str, Any]:
-        """What `edge-sdk run` reads in the run *label*."""
+        """Return what `edge-sdk run` reads in the run *label*."""
         data = {k: v for k, v in asdict(config.experiment.data).items() if v is not None}
         if self.config.data is not None:
             data["path"] = self.data_name
@@ -117,7 +117,7 @@ class BoardHost:
             "server_key": server_key,
             "secret_key": KEY,
             "data": data,
-            "cache": f"{self.kept}/parts",
+            "cache": f"{self.workdir}/parts",
             "state": f"state/{label}",
         }
         if isinstance(self.shell, LocalShell):
@@ -135,9 +135,9 @@ class BoardHost:
 
         Args:
             settings: As `settings` returned them.
-            folder: On this machine, for a copy of them.
+            folder: Folder of this machine for a copy of the settings.
             groups: Control groups to enter.
-            on_line: Gets what the program says.
+            on_line: Gets each line that the program writes.
         """
         copy = folder / f"{self.name}.yaml"
         copy.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +157,10 @@ class BoardHost:
         ask(self.shell, ["rm", "-rf", self.home])
 
     def _address_of_ours(self) -> str:
-        """Once: later the board may be out of reach, and its name unknown, for a while."""
+        """Return the address under which the board reaches this machine.
+
+        It is looked up once: later the board may be out of reach for a while, and its name unknown.
+        """
         if not isinstance(self.shell, SshShell):
             return "127.0.0.1"
         words = ["ssh", "-G", *self.shell.options, self.shell.host]
@@ -174,14 +177,13 @@ class BoardHost:
             return str(probe.getsockname()[0])
 
 
-def make_site(config: ExperimentConfig, name: str, workspace: Path, label: str) -> BoardHost:
-    """Return the site of one board; nothing is done there yet."""
+def make_host(config: ExperimentConfig, name: str, workspace: Path, label: str) -> BoardHost:
+    """Return the host of one board; nothing is done there yet."""
     board, address = config.boards[name], config.experiment.address or ""
     if board.ssh is None:
-        kept = str(workspace / "boards" / name)
-        return BoardHost(
-            name, board, LocalShell(), f"{kept}/{label}", kept, dict(EMULATED), address
-        )
+        workdir = str(workspace / "boards" / name)
+        home = f"{workdir}/{label}"
+        return BoardHost(name, board, LocalShell(), home, workdir, dict(EMULATED), address)
     options = [*board.ssh_options]
     options += ["-p", str(board.port)] if board.port else []
     options += ["-i", str(board.identity)] if board.identity else []

@@ -1,6 +1,6 @@
 """A board in one run: its program, its control groups, and how both ended.
 
-Decides nothing: when it starts and stops is `run.py`'s.
+Decides nothing: `run.py` says when it starts and stops.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from coordinator.lab.experiment.relay import LinkUsage, Relay
 from coordinator.lab.experiment.shell import Program
 from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
 
-# A program that has died is started again after so long; after twice as long when it dies again
+# Seconds until a program that has died is started again; twice as many each time that it dies
 # within the longest wait.
 RESTART_S, LONGEST_RESTART_S = 1.0, 60.0
-# Ends that another start would only repeat.
+# Exit codes that another start would only repeat.
 HOPELESS = {kind.exit_code for kind in (ConfigError, RefusedError, DataError, ModelError)}
 
 
@@ -31,35 +31,35 @@ HOPELESS = {kind.exit_code for kind in (ConfigError, RefusedError, DataError, Mo
 class BoardRun:
     """A board in this run."""
 
-    site: BoardHost
+    host: BoardHost
     relay: Relay | Namespace | None = None
     make_limits: Callable[[], CgroupLimits | None] = lambda: None
     cores: float = 0.0
-    """Of an emulated board."""
+    """Cores of an emulated board."""
     factor: float = 1.0
-    """Of them, while it is throttled; holds for programs that are started meanwhile, too."""
+    """Share of its cores that it has; below 1 while it is throttled."""
     program: Program | None = None
     limits: CgroupLimits | None = None
     starts: int = 0
     started_s: float = 0.0
-    """When its program was started the last time."""
+    """Time at which its program was last started, in seconds of the run."""
     wait_s: float = RESTART_S
-    """From its next end to its next start."""
+    """Seconds from its next end to its next start."""
     restart_at_s: float | None = None
-    """When it is to be started again; None if it is not."""
+    """Time at which it is to be started again; None if it is not."""
     exits: list[int | None] = field(default_factory=list)
-    """How its program ended, each time; None where nobody knows."""
+    """Exit code of each of its programs; None where it is unknown."""
     peak_bytes: int | None = None
-    """Most memory of its control group."""
+    """Most memory of its control group, in bytes."""
     num_killed: int = 0
-    """How often the kernel ended a process of it because of its memory limit."""
+    """Number of its processes that the kernel ended because of the memory limit."""
     used: LinkUsage | None = None
-    """Of its relay when the run began."""
+    """Usage of its relay when the run began."""
 
     @property
     def name(self) -> str:
-        """The board's."""
-        return self.site.name
+        """Name of the board."""
+        return self.host.name
 
     @property
     def is_there(self) -> bool:
@@ -82,9 +82,9 @@ class BoardRun:
             self.limits = self.make_limits()
             self._limit()
             groups = self.limits.folders if self.limits else ()
-            self.program = self.site.start(settings, folder, groups, log)
+            self.program = self.host.start(settings, folder, groups, log)
         except BaseException:
-            self.bury()
+            self.end_program()
             raise
 
     def _limit(self) -> None:
@@ -92,16 +92,16 @@ class BoardRun:
             self.limits.set_cores(self.cores * self.factor)
 
     def address(self, where: tuple[str, int]) -> str:
-        """Where its program finds a coordinator that is at *where* for this machine."""
+        """Return where its program finds a coordinator that this machine reaches at *where*."""
         port = where[1]
         if self.relay is not None:
             self.used = self.used or self.relay.usage()
             self.relay.aim(*where)
             port = self.relay.port
-        return f"tcp://{self.site.address}:{port}"
+        return f"tcp://{self.host.address}:{port}"
 
     def plan_restart(self, code: int | None, now_s: float, restarts: int) -> None:
-        """Have it started again if that may help; later each time that it dies soon."""
+        """Plan another start if that may help; wait longer each time that it dies soon."""
         if self.starts > restarts or code in (0, *HOPELESS) or self.restart_at_s is not None:
             return
         if now_s - self.started_s > LONGEST_RESTART_S:
@@ -109,8 +109,8 @@ class BoardRun:
         self.restart_at_s = now_s + self.wait_s
         self.wait_s = min(2 * self.wait_s, LONGEST_RESTART_S)
 
-    def bury(self) -> int | None:
-        """End its program, note how it ended, and remove its groups; returns the exit code."""
+    def end_program(self) -> int | None:
+        """End its program, note how it ended, and remove its groups; return the exit code."""
         program, limits, self.program, self.limits = self.program, self.limits, None, None
         if limits is not None:
             self.peak_bytes = max(self.peak_bytes or 0, limits.peak_bytes() or 0)
@@ -124,7 +124,7 @@ class BoardRun:
         return self.exits[-1]
 
     def facts(self) -> dict[str, Any]:
-        """What became of it, for the report."""
+        """Return what became of it, for the report."""
         found: dict[str, Any] = {
             "starts": self.starts,
             "exits": self.exits,
@@ -140,7 +140,7 @@ class BoardRun:
     # ---- faults ----
 
     def switch_off(self, *, quietly: bool) -> None:
-        """Kill its program; *quietly*: without anybody being told, as when the power fails."""
+        """Kill its program; *quietly*: nobody notices, as when the power fails."""
         try:
             if quietly:
                 assert self.relay is not None
@@ -150,21 +150,21 @@ class BoardRun:
                 self.program.signal(signal.SIGKILL)
 
     def reconnect(self) -> None:
-        """End connections of a former life."""
+        """End the connections of its former program, and its cuts."""
         if self.relay is not None:
             self.relay.drop()
             self.relay.mend()
 
     def slow_down(self, factor: float) -> None:
-        """Have *factor* of the speed from now on."""
+        """Give it *factor* of its speed from now on, also in programs that are started later."""
         self.factor = factor
         with contextlib.suppress(OSError):  # its program has just ended and its groups are gone
             self._limit()
 
     def change_link(self, config: ExperimentConfig, fault: FaultConfig, *, begins: bool) -> None:
-        """Be cut, or behind another link, or behind the own one again."""
+        """Cut its link, or change it to another one, or back to its own."""
         assert self.relay is not None
-        board = self.site.config
+        board = self.host.config
         if fault.do == "cut":
             self.relay.cut(fault.seconds)
         else:

@@ -1,4 +1,4 @@
-"""Control groups of emulated boards: so much memory, so many cores.
+"""Control groups that limit emulated boards in memory and cores.
 
 Versions 1 and 2, as root or in a delegated subtree. Knows no board; the processes enter by
 themselves (`supervisor.py`).
@@ -18,19 +18,19 @@ from profiler.sensors.cgroup import groups
 PERIODS_US = (20_000, 100_000)
 LEAST_QUOTA_US = 1000
 LEAST_CORES = LEAST_QUOTA_US / PERIODS_US[-1]
-# The kernel needs a moment after the last process has gone.
+# Seconds that the kernel may need after the last process has gone.
 REMOVE_S = 3.0
 _MARKS = {"memory": "memory.usage_in_bytes", "cpu": "cpu.shares"}
 
 
 class CgroupLimits:
-    """The groups of one board. Without rights to make them: `DeviceError`.
+    """The groups of one board. Raises DeviceError without the rights to make them.
 
     Args:
-        name: Of the groups, unique on this machine.
-        memory_bytes: Limit of memory, swap included where the kernel counts it.
-        cores: Share of one CPU, or more than one.
-        root: Where /proc and /sys are.
+        name: Name of the groups, unique on this machine.
+        memory_bytes: Limit of memory in bytes, swap included where the kernel counts it.
+        cores: Cores that they may use; may be below 1.
+        root: Folder of /proc and /sys, for tests.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CgroupLimits:
             raise
 
     def _make_groups(self, name: str, root: Path) -> tuple[Path, Path]:
-        """Make what memory and CPU time are limited in."""
+        """Make the groups that limit memory and CPU time; they may be one."""
         memory, cpu = (_parents(controller, root) for controller in _MARKS)
         if memory and cpu and all(_has_v2_files(parent) for parent in (*memory, *cpu)):
             # A process is in one group of version 2: both limits stand there.
@@ -60,7 +60,7 @@ class CgroupLimits:
         return self._make(("memory",), name, memory), self._make(("cpu",), name, cpu)
 
     def _make(self, controllers: tuple[str, ...], name: str, parents: Sequence[Path]) -> Path:
-        """Make a group below our own, or below the nearest of its parents that lets us."""
+        """Make a group below our own, or below its nearest parent where we may."""
         what, reasons = " and ".join(controllers), []
         for parent in parents:
             folder = parent / name
@@ -100,14 +100,14 @@ class CgroupLimits:
         _write(self._cpu / "cpu.cfs_quota_us", quota_us)
 
     def peak_bytes(self) -> int | None:
-        """Most memory that its processes held together, their page cache included."""
+        """Return the most memory that its processes held together, page cache included."""
         for name in ("memory.peak", "memory.max_usage_in_bytes"):
             with contextlib.suppress(OSError, ValueError):
                 return int((self._memory / name).read_text())
         return None
 
     def num_killed(self) -> int:
-        """How many processes the kernel has ended because of the memory limit."""
+        """Return how many processes the kernel has ended because of the memory limit."""
         for name in ("memory.events", "memory.oom_control"):
             with contextlib.suppress(OSError, ValueError):
                 pairs = (line.split() for line in (self._memory / name).read_text().splitlines())
@@ -129,7 +129,7 @@ class CgroupLimits:
 
 
 def _parents(controller: str, root: Path) -> list[Path]:
-    """Groups that we are in and below which others may have *controller*, innermost first."""
+    """Return our groups below which others may have *controller*, innermost first."""
     return [folder for folder in groups(controller, root) if _is_group(folder, controller)]
 
 
@@ -138,7 +138,7 @@ def _has_v2_files(folder: Path) -> bool:
 
 
 def _is_group(folder: Path, controller: str) -> bool:
-    """Whether groups of *controller* can lie below *folder*."""
+    """Return whether groups of *controller* can lie below *folder*."""
     if (folder / _MARKS[controller]).exists():
         return True
     with contextlib.suppress(OSError):
@@ -147,7 +147,7 @@ def _is_group(folder: Path, controller: str) -> bool:
 
 
 def _delegate(parent: Path, controller: str) -> None:
-    """Let groups below *parent* have *controller*; refused where *parent* holds processes."""
+    """Let groups below *parent* have *controller*; the kernel refuses if it holds processes."""
     below = parent / "cgroup.subtree_control"
     if controller not in below.read_text().split():
         _write(below, f"+{controller}")

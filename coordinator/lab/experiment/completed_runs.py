@@ -19,15 +19,15 @@ from edge_sdk.files import storage_errors
 
 FACTS = "boards.json"
 COMPLETED, INTERRUPTED, NOT_RUN = "completed", "interrupted", "not run"
-# Until a run has ended, so that its folder is known as ours even if we are killed.
+# Outcome until a run has ended, so that its folder is known as ours even if we are killed.
 UNFINISHED = "unfinished"
 
 
 def digest(config: ExperimentConfig) -> str:
-    """Equal for runs that are configured alike and read the same bytes of data.
+    """Return a digest that is equal for runs with the same configuration and the same data.
 
     Args:
-        config: Of one run. Which other methods and seeds there are makes no difference to it.
+        config: Configuration of one run; other methods and seeds make no difference.
     """
     section = replace(config.experiment, presets=(), methods={}, seeds=(), target=None)
     own = replace(config, name=None, runs=Path(), experiment=section)
@@ -36,16 +36,16 @@ def digest(config: ExperimentConfig) -> str:
 
 
 def is_complete(folder: Path, config: ExperimentConfig) -> bool:
-    """Whether *folder* holds the run of *config*, from beginning to end."""
+    """Return whether *folder* holds the whole run of *config*."""
     facts = _facts(folder)
     return facts.get("outcome") == COMPLETED and facts.get("digest") == digest(config)
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Find out before anything is started whether *folder* may be written anew.
+    """Refuse a *folder* that must not be replaced, before anything is started.
 
     Raises:
-        ConfigError: there is something that is not a run of an experiment.
+        ConfigError: it holds something that is not a run of an experiment.
     """
     if folder.is_symlink() or (folder.exists() and not (folder / FACTS).is_file()):
         raise ConfigError(
@@ -55,7 +55,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """Remove a former run.
+    """Remove a former run, if *folder* holds one.
 
     Raises:
         ConfigError: as `refuse_foreign`.

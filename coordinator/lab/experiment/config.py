@@ -343,8 +343,8 @@ def load_experiment(
     for name in names:
         own = config.experiment.methods.get(name)
         preset, settings = (own.preset, own.settings) if own else (name, ())
-        told = [*overrides, *settings]
-        methods[name] = load_with_preset(ExperimentConfig, file, told, env, preset=preset)
+        own_settings = [*overrides, *settings]
+        methods[name] = load_with_preset(ExperimentConfig, file, own_settings, env, preset=preset)
         if methods[name].trained_by == "coordinator":
             raise ConfigError(f"experiment.presets: {name} trains without boards; remove it")
         for key in OF_ALL_METHODS:

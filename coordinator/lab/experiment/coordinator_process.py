@@ -1,9 +1,9 @@
-"""The coordinator of an experiment as a program of its own, which tells on stdout what happens.
+"""The coordinator of an experiment as a program of its own, which reports on stdout.
 
     python -m coordinator.lab.experiment.coordinator_process CONFIG MIN_DEVICES
 
-It is `coordinator serve` with two differences: the lines are JSON, and `min_devices` of the config
-counts for the start only: afterwards the run goes on with MIN_DEVICES.
+It is `coordinator serve` with two differences: its lines are JSON, and `min_devices` of the config
+counts for the start only; afterwards the run goes on with MIN_DEVICES.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class JsonWatcher:
     """Writes a line of JSON for what it sees; telemetry.jsonl has the rest."""
 
     def say(self, **what: Any) -> None:
-        """Write a line; `time` is the machine's clock, `cpu_s` what we have computed so far."""
+        """Write a line; `time` is the machine's clock, `cpu_s` our CPU time so far."""
         what |= {"time": time.time(), "cpu_s": time.process_time()}
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
 
     def see(self, event: RunEvent) -> None:
-        """Say it; the clock begins with the first round."""
+        """Say it; the first round starts the clock."""
         if isinstance(event, RoundStarted):
             self.say(begins=True, energy_j=_energy_j(event.boards))
         elif isinstance(event, RoundDone):
@@ -61,7 +61,7 @@ class JsonWatcher:
 
 
 def _energy_j(boards: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Energy that each board has measured by its last sign of life."""
+    """Return the energy that each board had measured at its last sign of life."""
     return {name: board["energy"] for name, board in boards.items() if "energy" in board}
 
 

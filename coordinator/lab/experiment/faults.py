@@ -1,6 +1,6 @@
-"""When which fault begins and ends. Pure: the clock is an argument.
+"""Which fault begins and ends when. Pure: the clock is an argument.
 
-What a fault does to a board is `run.py`.
+`run.py` does to a board what a fault says.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FaultSchedule:
         return found
 
     def brings_back(self, board: str) -> bool:
-        """Whether the board's program will be started again by a fault that ends."""
+        """Return whether a fault that ends will start the board's program again."""
         return any(f.board == board and f.do in ("kill", "power-cut") for _, f in self._ends)
 
 

@@ -1,7 +1,7 @@
 """A board's own network: a namespace of the kernel, behind a link that `tc` shapes. As root.
 
-Stands where a `Relay` could stand. Nothing of ours is between board and coordinator, so that the
-kernel's own TCP meets rate, queue and losses. Delays need the kernel's netem.
+Takes the place of a `Relay`. Nothing of ours is between board and coordinator, so that the kernel's
+own TCP meets rate, queue and losses. Delays need the kernel's netem.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import psutil
 from coordinator.lab.experiment.relay import LinkShape, LinkUsage
 from edge_sdk.errors import DeviceError
 
-# Of four addresses for each board; the third byte is of the process.
+# Each board has four addresses in a network whose third byte depends on the process.
 NETWORK, BOARDS, EXPERIMENTS = "10.213", 64, 256
 FOLDER, PREFIX = Path("/run/netns"), "edgesplit-"
-# What a link carries at once after it was idle, and what waits before it: then packets are lost.
+# What a link carries at once after it was idle, and what may wait for it; more packets are lost.
 BURST_S, LEAST_BURST_BYTES = 0.004, 16 * 1024
 QUEUE_S, LEAST_QUEUE_PACKETS = 0.2, 64
 PACKET_BYTES = 1500
-# Of a link without a limit: with a rate netem keeps packets in order, whatever their delay.
+# Rate of a link without a limit: with a rate, netem keeps packets in order, whatever their delay.
 UNLIMITED_BYTES_PER_S = 1.25e9
 TOOL_S = 30.0
 
 
 class Namespace(AbstractContextManager["Namespace"]):
-    """The network of one board. Without rights or tools to make it: `DeviceError`.
+    """The network of one board. Raises DeviceError without the rights or tools to make it.
 
     Args:
-        number: Of the board on this machine, from 0.
+        number: Number of the board on this machine, from 0.
         shape: How its link behaves.
     """
 
@@ -47,19 +47,19 @@ class Namespace(AbstractContextManager["Namespace"]):
         self._near, self._far = (f"es{os.getpid()}{end}{number}" for end in "hb")
         network = f"{NETWORK}.{os.getpid() % EXPERIMENTS}"
         self.host = f"{network}.{4 * number + 1}"
-        """This machine as the board sees it."""
+        """Address of this machine as the board sees it."""
         self._board = f"{network}.{4 * number + 2}"
         self.port = 0
-        """Of the coordinator."""
+        """Port of the coordinator."""
         self.enter = ("nsenter", f"--net={FOLDER / self.name}")
-        """Words before a program that is to run there."""
+        """Words of a command line that precede a program that is to run there."""
         self._lock = threading.Lock()
         self._timers: list[threading.Timer] = []
         self._cuts = 0
         self._before = (0, 0, 0.0, 0.0)
-        """Bytes and busy time of links that this one has been, up and down."""
+        """Bytes and busy seconds, up and down, of the links that this one was before."""
         self._then = (0, 0)
-        """Where the kernel's counters stood when it became what it is now."""
+        """The kernel's counters when it became the link that it is now."""
         _sweep()
         try:
             self._make()
@@ -85,21 +85,21 @@ class Namespace(AbstractContextManager["Namespace"]):
         _limit((), self._near, shape.down_bytes_per_s, *late)
         _limit(("-n", self.name), self._far, shape.up_bytes_per_s, *late)
 
-    # ---- as a relay has them ----
+    # ---- the same as in a relay ----
 
     def aim(self, _host: str, port: int) -> None:
-        """The coordinator listens at *port*, at every address of this machine."""
+        """Note that the coordinator listens at *port*, at every address of this machine."""
         self.port = port
 
     def reshape(self, shape: LinkShape) -> None:
-        """Be another link from now on; what waits before the old one is lost."""
+        """Become another link; what waits for the old one is lost."""
         with self._lock:
             self._settle()
             self._shape = shape
             self._limit()
 
     def cut(self, seconds: float | None = None) -> None:
-        """Let nothing pass, and nobody know: for *seconds*, or until `mend`."""
+        """Let nothing pass for *seconds*, or until `mend`; neither side is told."""
         with self._lock:
             self._cuts += 1
             _run("ip", "link", "set", self._near, "down")
@@ -163,7 +163,7 @@ class Namespace(AbstractContextManager["Namespace"]):
         self._before, self._then = self._totals(), self._counters()
 
     def _counters(self) -> tuple[int, int]:
-        """Bytes from and to the board, by our end of its link."""
+        """Return the bytes from and to the board, as our end of its link counts them."""
         folder = Path("/sys/class/net") / self._near / "statistics"
         try:
             up, down = (int((folder / f"{way}_bytes").read_text()) for way in ("rx", "tx"))
@@ -177,7 +177,7 @@ class Namespace(AbstractContextManager["Namespace"]):
         self._timers.clear()
 
     def _remove(self) -> None:
-        """At once: a namespace alone would stay as long as its connections do."""
+        """Remove it at once: without its link gone, it would stay as long as its connections do."""
         try:
             _call("ip", "link", "del", self._near)
         finally:
@@ -217,7 +217,7 @@ def _add(tc: Sequence[str], device: str, shape: Sequence[str]) -> None:
 
 
 def _late(rate: float, delay_s: float, jitter_s: float) -> tuple[str, ...]:
-    """Words for netem: its jitter goes both ways, ours is later only."""
+    """Return words for netem, whose jitter goes both ways while ours only adds delay."""
     late = (f"{(delay_s + jitter_s / 2) * 1e6:.0f}us", f"{jitter_s / 2 * 1e6:.0f}us")
     waiting = rate * (QUEUE_S + delay_s + jitter_s) / PACKET_BYTES  # what is under way included
     most = str(max(LEAST_QUEUE_PACKETS, round(waiting)))
@@ -229,7 +229,7 @@ def _bits(bytes_per_s: float) -> str:
 
 
 def _run(*words: str) -> str:
-    """Return what a tool says; `DeviceError` if it fails."""
+    """Return what a tool says; raise DeviceError if it fails."""
     done = _call(*words)
     if done.returncode:
         lines = done.stderr.strip().splitlines()

@@ -1,4 +1,4 @@
-"""A TCP relay that behaves like a link: rates, delay, jitter, cuts. In user space, without rights.
+"""A TCP relay that behaves like a link: rates, delay, jitter, cuts. It needs no rights.
 
     device --> Relay.port --> [rate] --> [delay] --> coordinator      and the same way back
 
@@ -24,14 +24,14 @@ from dataclasses import dataclass
 # that a new rate is felt at once. The least is an Ethernet frame, the most what is read at once.
 PIECE_S = 0.01
 LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1460, 64 * 1024
-# A link that was idle carries what so many seconds would have carried at once. A thread that woke
-# late, as they do on a busy machine, catches up on all of it, so that the rate holds.
+# A link that was idle carries at once what it would have carried in so many seconds. A thread that
+# woke late, as threads do on a busy machine, catches up on all of it, so that the rate holds.
 BURST_S = 0.003
-# Shorter sleeps last longer than they should; the debt is slept off with the next piece.
+# Shorter sleeps last longer than they should, so they are added to that of the next piece.
 LEAST_SLEEP_S = 0.001
-# Pieces on their way; 10 ms each are 10 s. Beyond that the sender has to wait.
+# Most pieces on their way: at 10 ms each they are 10 s. With more the sender has to wait.
 MOST_PIECES = 1000
-# Less than the kernel would buffer by itself: data that waits should wait at the sender.
+# Less than the kernel's default, as data should wait at the sender.
 SOCKET_BUFFER_BYTES = 256 * 1024
 DIAL_S = 10.0
 
@@ -43,12 +43,12 @@ class LinkShape:
     """How a link behaves; without arguments, as if it were not there."""
 
     up_bytes_per_s: float = math.inf
-    """To the coordinator."""
+    """Rate to the coordinator."""
     down_bytes_per_s: float = math.inf
     delay_s: float = 0.0
-    """One way, half a round trip."""
+    """Delay one way, in seconds: half a round trip."""
     jitter_s: float = 0.0
-    """Up to so many seconds more for each piece; order is kept."""
+    """Most seconds that a piece is delayed in addition; the order stays."""
 
     def __post_init__(self) -> None:
         for name in ("up_bytes_per_s", "down_bytes_per_s"):
@@ -66,7 +66,7 @@ class LinkUsage:
     bytes_up: int
     bytes_down: int
     up_s: float
-    """Time in which the way up was busy, at the rates of its time."""
+    """Seconds in which the way up was busy, at the rates that it had then."""
     down_s: float
     num_connections: int
 
@@ -79,7 +79,7 @@ class _Lane:
         self._turn = asyncio.Lock()  # first come, first served: one piece each
         self._free_s = 0.0
         self._late_s = 0.0
-        """By how much the last sleep was too long, less what has been caught up on."""
+        """Seconds by which the last sleep was too long and that have not been caught up on."""
         self.num_bytes = 0
         self.busy_s = 0.0
 
@@ -88,7 +88,7 @@ class _Lane:
         return int(min(max(piece, LEAST_PIECE_BYTES), MOST_PIECE_BYTES))
 
     async def carry(self, num_bytes: int) -> None:
-        """Return when the link has carried so many bytes."""
+        """Wait until the link has carried so many bytes."""
         async with self._turn:
             now_s = time.monotonic()
             seconds = num_bytes / self._rate()
@@ -105,13 +105,13 @@ class _Lane:
 class Relay(contextlib.AbstractContextManager["Relay"]):
     """Listens at `port` and passes everything on to where it is aimed, in a thread of its own.
 
-    Any thread may call any method. Without an aim, and while the other side cannot be reached,
-    connections are closed at once, as a host without a listener does.
+    Any thread may call any method. Without an aim, or while the other side cannot be reached,
+    connections are closed at once, as by a host where nobody listens.
 
     Args:
         shape: How the link behaves.
         host: Address to listen at.
-        seed: Of the jitter.
+        seed: Seed of the jitter.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
         self._connections: set[asyncio.Future[None]] = set()
         self._num_connections = 0
         self._cuts = 0
-        """Cuts that have not ended; they may overlap."""
+        """Number of cuts that have not ended; they may overlap."""
         self._timers: list[asyncio.TimerHandle] = []
-        """They end cuts."""
+        """Timers that end cuts."""
         self._loop = asyncio.new_event_loop()
         self._up = _Lane(lambda: self._shape.up_bytes_per_s)
         self._down = _Lane(lambda: self._shape.down_bytes_per_s)
@@ -142,23 +142,23 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
     # ---- from any thread ----
 
     def aim(self, host: str, port: int) -> None:
-        """Connect whoever comes from now on to *host*:*port*."""
+        """Connect new connections to *host*:*port* from now on."""
         self._target = (host, port)
 
     def reshape(self, shape: LinkShape) -> None:
-        """Be another link from now on; what is under way keeps its delay."""
+        """Become another link; what is under way keeps its delay."""
         self._shape = shape
 
     def cut(self, seconds: float | None = None) -> None:
-        """Let nothing pass, and nobody know: for *seconds*, or until `mend`."""
+        """Let nothing pass for *seconds*, or until `mend`; neither side is told."""
         self._call(lambda: self._cut(seconds))
 
     def mend(self) -> None:
-        """End all cuts; connections go on where they stood."""
+        """End all cuts; connections go on where they stopped."""
         self._call(self._mend)
 
     def drop(self) -> None:
-        """Reset all connections and forget what was under way."""
+        """Reset all connections; what was under way is lost."""
         self._call(self._drop)
 
     def usage(self) -> LinkUsage:
@@ -172,7 +172,7 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
         self.close()
 
     def close(self) -> None:
-        """Reset all connections and listen no longer."""
+        """Reset all connections and stop listening."""
         if self._thread.is_alive():
             self._call(self._end.set)
             self._thread.join()
@@ -210,7 +210,7 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
         task = asyncio.ensure_future(self._serve(peer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
-        # For a task that is cancelled before it has begun; elsewhere it does nothing.
+        # Needed for a task that is cancelled before it has begun; otherwise it does nothing.
         task.add_done_callback(lambda _: peer.close())
 
     def _cut(self, seconds: float | None) -> None:
@@ -225,7 +225,7 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
             self._is_open.set()
 
     def _mend(self) -> None:
-        for timer in self._timers:  # or they would end cuts that come later
+        for timer in self._timers:  # else they would end later cuts
             timer.cancel()
         self._timers.clear()
         self._cuts = 0
@@ -248,7 +248,7 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
                 writer.close()
                 await writer.wait_closed()  # what is still buffered goes out first
         except (OSError, asyncio.TimeoutError):
-            pass  # of one side; the other one is told by a reset
+            pass  # one side has failed; a reset tells the other
         finally:
             for writer in writers:
                 _reset(writer)

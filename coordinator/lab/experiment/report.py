@@ -1,6 +1,6 @@
 """The report of an experiment: one table, pictures and facts, as Markdown and as a page.
 
-What is in it was measured, or is called estimated; reading it back is `result.py`.
+All of it was measured, or is called estimated. `result.py` reads the runs back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, markdown, score
 from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
-from coordinator.lab.experiment.result import BoardResult, TrialResult, kind_of, read_trial
+from coordinator.lab.experiment.result import BoardResult, ExperimentRunResult, kind_of, read_run
 from edge_sdk.config.describe import dump_config
 from edge_sdk.files import storage_errors
 
@@ -26,7 +26,7 @@ def write_report(
     out: Path,
     ended: Mapping[str, str],
 ) -> str:
-    """Write report.html, table.md, pictures and results.json to *out*; returns the table.
+    """Write report.html, table.md, pictures and results.json to *out*; return the table.
 
     Args:
         config: The experiment.
@@ -35,22 +35,22 @@ def write_report(
         ended: How each run ended, by folder.
     """
     found = [
-        read_trial(out / label, methods[_method(label, methods)], _method(label, methods))
+        read_run(out / label, methods[_method(label, methods)], _method(label, methods))
         for label, how in ended.items()
         if how != NOT_RUN and (out / label / FACTS).is_file()
     ]
     if not found:
         return ""
     is_classifier = config.task == "sequence-classification"
-    cells = [trial.cell for trial in found if trial.cell is not None]
+    cells = [run.cell for run in found if run.cell is not None]
     target = config.experiment.target
     if target is None and cells:
         target = common_target(cells)
     titles = _titles(target, is_classifier=is_classifier)
-    rows = [row for trial in found for row in _rows(trial, target, is_classifier=is_classifier)]
+    rows = [row for run in found for row in _rows(run, target, is_classifier=is_classifier)]
     table = markdown(titles, rows)
     with storage_errors(out):
-        results = [asdict(trial) | {"shares": trial.shares()} for trial in found]
+        results = [asdict(run) | {"shares": run.shares()} for run in found]
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (out / "table.md").write_text(table + "\n", encoding="utf-8")
         _write_page(config, found, cells, target, titles, rows, out)
@@ -58,7 +58,7 @@ def write_report(
 
 
 def _method(label: str, methods: Mapping[str, ExperimentConfig]) -> str:
-    """The method of a run's folder: `NAME`, or `NAME-SEED`."""
+    """Return the method of a run's folder, which is called `NAME` or `NAME-SEED`."""
     return label if label in methods else label.rpartition("-")[0]
 
 
@@ -86,26 +86,26 @@ def _titles(target: float | None, *, is_classifier: bool) -> tuple[str, ...]:
 
 
 def _rows(
-    trial: TrialResult, target: float | None, *, is_classifier: bool
+    run: ExperimentRunResult, target: float | None, *, is_classifier: bool
 ) -> list[tuple[str, ...]]:
-    """A row for the whole run, and one for each board."""
-    energies = [board.energy_j for board in trial.boards if board.energy_j is not None]
-    is_estimated = any(board.energy_is_estimated for board in trial.boards)
+    """Return a row for the whole run, and one for each board."""
+    energies = [board.energy_j for board in run.boards if board.energy_j is not None]
+    is_estimated = any(board.energy_is_estimated for board in run.boards)
     whole = (
-        trial.label,
+        run.label,
         "all",
-        *_learned(trial.cell, target, is_classifier=is_classifier),
-        f"{trial.seconds:,.1f}",
+        *_learned(run.cell, target, is_classifier=is_classifier),
+        f"{run.seconds:,.1f}",
         NOTHING,
         NOTHING,
         NOTHING,
-        f"{sum(board.bytes_up for board in trial.boards) / MB:,.2f}",
-        f"{sum(board.bytes_down for board in trial.boards) / MB:,.2f}",
+        f"{sum(board.bytes_up for board in run.boards) / MB:,.2f}",
+        f"{sum(board.bytes_down for board in run.boards) / MB:,.2f}",
         NOTHING,
-        _energy(sum(energies) if len(energies) == len(trial.boards) else None, is_estimated),
-        str(sum(board.starts for board in trial.boards)),
+        _energy(sum(energies) if len(energies) == len(run.boards) else None, is_estimated),
+        str(sum(board.starts for board in run.boards)),
     )
-    return [whole, *(_board_row(trial, board) for board in trial.boards)]
+    return [whole, *(_board_row(run, board) for board in run.boards)]
 
 
 def _learned(
@@ -121,10 +121,10 @@ def _learned(
     )
 
 
-def _board_row(trial: TrialResult, board: BoardResult) -> tuple[str, ...]:
-    seconds = trial.seconds or float("inf")
+def _board_row(run: ExperimentRunResult, board: BoardResult) -> tuple[str, ...]:
+    seconds = run.seconds or float("inf")
     return (
-        trial.label,
+        run.label,
         board.name,
         NOTHING,
         NOTHING,
@@ -152,7 +152,7 @@ def _energy(joules: float | None, is_estimated: bool) -> str:
 
 def _write_page(
     config: ExperimentConfig,
-    found: Sequence[TrialResult],
+    found: Sequence[ExperimentRunResult],
     cells: Sequence[RunResult],
     target: float | None,
     titles: Sequence[str],
@@ -178,8 +178,8 @@ def _write_page(
     (out / "report.html").write_text(html, encoding="utf-8")
 
 
-def _facts(config: ExperimentConfig, found: Sequence[TrialResult]) -> list[str]:
-    """How it was measured, a sentence each."""
+def _facts(config: ExperimentConfig, found: Sequence[ExperimentRunResult]) -> list[str]:
+    """Return how it was measured, a sentence each."""
     facts = [
         f"Model {Path(config.model).name}, {len(config.boards)} boards. Times are of a real clock, "
         "from the evaluation before training to the last one; joining is not in them.",
@@ -193,29 +193,29 @@ def _facts(config: ExperimentConfig, found: Sequence[TrialResult]) -> list[str]:
             "link. Their energy is estimated: the board's highest power for the time in which it "
             "computed."
         )
-    for trial in found:
-        if slowest := trial.slowest():
+    for run in found:
+        if slowest := run.slowest():
             facts.append(
-                f"{trial.label}: {slowest[0]}, {100 * slowest[1]:.1f} % of the time: the "
+                f"{run.label}: {slowest[0]}, {100 * slowest[1]:.1f} % of the time: the "
                 "busiest of boards, links and coordinator."
             )
     return facts
 
 
-def _notes(found: Sequence[TrialResult]) -> list[str]:
+def _notes(found: Sequence[ExperimentRunResult]) -> list[str]:
     notes = []
-    for trial in found:
-        if trial.outcome != "completed":
-            notes.append(f"{trial.label} did not complete: {trial.outcome}")
-        for board in trial.boards:
+    for run in found:
+        if run.outcome != "completed":
+            notes.append(f"{run.label} did not complete: {run.outcome}")
+        for board in run.boards:
             if board.killed_for_memory:
                 notes.append(
-                    f"{trial.label}: {board.name} was ended {board.killed_for_memory} times by its "
+                    f"{run.label}: {board.name} was ended {board.killed_for_memory} times by its "
                     "memory limit"
                 )
         notes += [
-            f"{trial.label}, after {row['at_s']:.1f} s: {row['who']}: {row['text']}"
-            for row in trial.happenings
+            f"{run.label}, after {row['at_s']:.1f} s: {row['who']}: {row['text']}"
+            for row in run.happenings
             if row["text"] != "ended"
         ]
     return notes

@@ -1,8 +1,8 @@
-"""What a run of an experiment came to, read back from its folder: learning, clocks, bytes, energy.
+"""Results of a run of an experiment, read back from its folder: learning, clocks, bytes, energy.
 
-Every time is of a real clock. Energy is what boards measured themselves, by their last sign of life
-before each evaluation; for an emulated board it is estimated: the data sheet's power for the time
-in which it computed. Both are of the time from the first round to the last evaluation.
+Every time is of a real clock. Energy is what boards had measured themselves at their last sign of
+life before each evaluation; for an emulated board it is estimated as the data sheet's power times
+the time in which it computed. Both cover the time from the first round to the last evaluation.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class BoardResult:
 
     name: str
     splits: tuple[int | str, ...]
-    """Blocks that it held, in order."""
+    """Numbers of blocks that it held, in order of time."""
     compute_s: float
     bytes_up: int
     bytes_down: int
-    """Training and joining."""
+    """Bytes received, in training and joining."""
     link_s: float | None
-    """Time in which the busier way of its relay was busy; None without relay."""
+    """Seconds in which the busier way of its relay was busy; None without a relay."""
     peak_bytes: int
-    """Most resident memory of its program."""
+    """Most resident memory of its program, in bytes."""
     peak_group_bytes: int | None
-    """Most memory of its control group."""
+    """Most memory of its control group, in bytes."""
     killed_for_memory: int
     energy_j: float | None
     energy_is_estimated: bool
@@ -45,22 +45,22 @@ class BoardResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrialResult:
-    """A run."""
+class ExperimentRunResult:
+    """What one run measured."""
 
     label: str
     outcome: str
     seconds: float
-    """From the beginning of the first round to the last evaluation."""
+    """Seconds from the beginning of the first round to the last evaluation."""
     coordinator_s: float
-    """CPU time of the coordinator in them."""
+    """CPU seconds of the coordinator in this time."""
     boards: tuple[BoardResult, ...]
     cell: RunResult | None
-    """For the comparison; None if nothing was evaluated."""
+    """Its row in a comparison; None if nothing was evaluated."""
     happenings: tuple[dict[str, Any], ...] = field(default=())
 
     def shares(self) -> dict[str, float]:
-        """Busy share of every resource: boards, their links, the coordinator's CPU."""
+        """Return the busy share of every resource: boards, their links, the coordinator's CPU."""
         if not self.seconds:
             return {}
         found = {f"{b.name} computes": b.compute_s for b in self.boards}
@@ -69,29 +69,29 @@ class TrialResult:
         return {name: spent_s / self.seconds for name, spent_s in found.items()}
 
     def slowest(self) -> tuple[str, float] | None:
-        """The resource with the largest busy share, and that share."""
+        """Return the resource with the largest busy share, and that share."""
         return max(self.shares().items(), key=lambda item: item[1], default=None)
 
 
-def read_trial(folder: Path, config: ExperimentConfig, method: str) -> TrialResult:
+def read_run(folder: Path, config: ExperimentConfig, method: str) -> ExperimentRunResult:
     """Read the folder of one run.
 
     Args:
         folder: As `run_experiment` left it.
-        config: Of this run.
+        config: Configuration of this run.
         method: Its name in the report.
     """
     run = RunFolder(folder)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     marks = run.rows(MARKS)
     costs = run.rows("telemetry.jsonl")
-    # Without the round in which a run was stopped: no clock and no energy is known of its end.
+    # Without the round in which a run was stopped: clock and energy at its end are unknown.
     whole = [row for row in costs if marks and row["round"] < marks[-1]["round"]]
     boards = [
         _board(run, config, name, facts["boards"][name], marks, whole) for name in config.boards
     ]
     seconds = marks[-1]["time"] - marks[0]["time"] if marks else 0.0
-    return TrialResult(
+    return ExperimentRunResult(
         label=folder.name,
         outcome=facts["outcome"],
         seconds=seconds,
@@ -125,7 +125,7 @@ def _board(
         peak_bytes=max((row["peak_bytes"] for row in costs), default=0),
         peak_group_bytes=facts["peak_group_bytes"],
         killed_for_memory=facts["killed_for_memory"],
-        # This machine's own meter, if it has one, knows nothing of a board that it emulates.
+        # This machine's own meter cannot tell what an emulated board used.
         energy_j=_spent(measured) if sheet is None and len(measured) > 1 else estimated,
         energy_is_estimated=sheet is not None,
         starts=facts["starts"],
@@ -133,9 +133,9 @@ def _board(
 
 
 def _spent(joules: list[float]) -> float:
-    """Energy between readings of a counter that begins at 0 with every start of the program.
+    """Return the energy between readings of a counter that starts at 0 with the program.
 
-    What a program used between its last reading and its death is not in it.
+    It leaves out what a program used between its last reading and its death.
     """
     return sum(b - a if b >= a else b for a, b in zip(joules, joules[1:], strict=False))
 
@@ -194,7 +194,7 @@ def _cell(
 
 
 def _score(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Loss and accuracy on the coordinator's file, or over the boards', each target alike."""
+    """Return loss and accuracy on the coordinator's file, or over all targets of the boards."""
     scores = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
     targets = sum(score["targets"] for score in scores)
     if not targets:
@@ -207,7 +207,7 @@ def _score(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _traffic(costs: list[dict[str, Any]], way: str) -> dict[int, int]:
-    """Bytes of all boards since the start, by round."""
+    """Return the bytes of all boards since the start, by round."""
     found: dict[int, int] = {}
     seen: dict[str, list[int]] = {}
     for row in costs:
@@ -218,7 +218,7 @@ def _traffic(costs: list[dict[str, Any]], way: str) -> dict[int, int]:
 
 
 def _held(run: RunFolder, num_rounds: int) -> list[dict[str, Held]]:
-    """Plans round by round, where something planned."""
+    """Return the plans in force round by round, where something was planned."""
     plans = run.rows("plans.jsonl")
     found = []
     for round_ in range(num_rounds):
@@ -229,7 +229,7 @@ def _held(run: RunFolder, num_rounds: int) -> list[dict[str, Held]]:
 
 
 def _importance(run: RunFolder) -> Iterator[tuple[int, dict[str, float]]]:
-    """By weight, whenever something was planned from it."""
+    """Yield round and importance by weight, whenever a plan was made from it."""
     for row in run.rows("plans.jsonl"):
         if found := row.get("importance"):
             yield row["round"], found
@@ -241,6 +241,6 @@ def _holding(plan: Mapping[str, Any]) -> Held:
 
 
 def kind_of(config: ExperimentConfig) -> str:
-    """Which boards: `real`, `emulated`, or both."""
+    """Return which boards there are: `real`, `emulated`, or both."""
     kinds = {"real" if board.ssh else "emulated" for board in config.boards.values()}
     return " and ".join(sorted(kinds, reverse=True))

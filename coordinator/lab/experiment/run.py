@@ -1,7 +1,7 @@
-"""One run of an experiment: start it, let faults happen, look after whoever dies, leave nothing.
+"""One run of an experiment: start it, let faults happen, restart boards that die, leave nothing.
 
-What outlives a run (keys, folders, relays) is `testbed.py`'s; when a fault happens,
-`faults.py`'s.
+What outlives a run (keys, folders, relays) belongs to `testbed.py`; `faults.py` says when a fault
+happens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError
 
 TICK_S = 0.05
-# How long the coordinator may take to begin, to stop with a checkpoint, and boards to say goodbye.
+# Seconds for the coordinator to begin and to stop with a checkpoint, and for boards to leave.
 BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
 STEPS, MARKS = "steps.jsonl", "marks.jsonl"
 HAPPENINGS = "happenings.jsonl"
@@ -47,32 +47,32 @@ class ExperimentRun:
 
     Args:
         config: The experiment.
-        served: What the coordinator is told.
-        seats: The boards by name; their sites are prepared.
+        serve_config: Configuration of the coordinator.
+        boards: The boards by name; their hosts are prepared.
         server_key: The coordinator's public key.
         workspace: A folder for files that need not be kept.
-        told: Gets a line for a person.
-        stop: Set to end the run early.
+        progress: Gets a line for a person.
+        stop: Ends the run early when it is set.
     """
 
     def __init__(
         self,
         config: ExperimentConfig,
         serve_config: ServeConfig,
-        seats: dict[str, BoardRun],
+        boards: dict[str, BoardRun],
         *,
         server_key: str,
         workspace: Path,
-        told: Callable[[str], None],
+        progress: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
-        self._config, self._served, self._seats = config, serve_config, seats
+        self._config, self._serve_config, self._boards = config, serve_config, boards
         self._server_key, self._workspace = server_key, workspace
-        self._told, self._stop = told, stop
+        self._progress, self._stop = progress, stop
         assert serve_config.name is not None
         self.folder = RunFolder(serve_config.runs / serve_config.name)
         self._lines: queue.Queue[str] = queue.Queue()
-        self._script = FaultSchedule(config.faults)
+        self._schedule = FaultSchedule(config.faults)
         self._steps: dict[str, int] = {}
         self._has_begun = False
         self._began_s = time.monotonic()
@@ -89,13 +89,13 @@ class ExperimentRun:
         """Why the run was stopped; empty while it goes on."""
 
     def run(self) -> str:
-        """Run it to its end; returns `completed`, `interrupted`, or why it failed."""
+        """Run it to its end; return `completed`, `interrupted`, or why it failed."""
         try:
             self._start_coordinator()
             self._began_s = time.monotonic()
             self._keep_facts(UNFINISHED)
-            for seat in self._seats.values() if self._where else ():
-                self._start(seat)
+            for board in self._boards.values() if self._where else ():
+                self._start(board)
             while not self._of_coordinator().is_over:
                 self._turn()
             self._say_goodbye()
@@ -107,13 +107,13 @@ class ExperimentRun:
 
     def _turn(self) -> None:
         self._listen(TICK_S)
-        for fault, begins in self._script.due(self._now_s(), self._steps):
+        for fault, begins in self._schedule.due(self._now_s(), self._steps):
             try:
                 self._carry_out(fault, begins=begins)
             except (EdgeError, OSError) as error:
                 self._broken = f"{fault.board}: {fault.do} cannot be carried out: {error}"
-        for seat in self._seats.values():
-            self._look_after(seat)
+        for board in self._boards.values():
+            self._look_after(board)
         if not self._why and (why := self._reason_to_stop()):
             self._why = why
             self._happened("coordinator", f"stopping: {why}")
@@ -133,7 +133,7 @@ class ExperimentRun:
 
     def _start_coordinator(self) -> None:
         file = self._workspace / f"{self.folder.name}.yaml"
-        file.write_text(dump_config(self._served), encoding="utf-8")
+        file.write_text(dump_config(self._serve_config), encoding="utf-8")
         least = str(self._config.min_devices)
         self._coordinator = Program(
             LocalShell(),
@@ -182,8 +182,8 @@ class ExperimentRun:
         elif "begins" in kind:
             self._begin(said)
         elif "row" in kind:
-            self._told(f"{self.folder.name}: round {said['row']['round']}{_score(said['row'])}")
-            if said["row"]["round"]:  # before the first round there is no clock yet
+            self._progress(f"{self.folder.name}: round {said['row']['round']}{_score(said['row'])}")
+            if said["row"]["round"]:  # row 0 comes before the clock starts
                 self._mark(said, said["row"]["round"])
         else:
             self._log("coordinator", said.get("note", line))
@@ -191,56 +191,56 @@ class ExperimentRun:
                 self._where = here(said["address"])
 
     def _begin(self, said: dict[str, Any]) -> None:
-        """Start the clock with the first round: that devices load their blocks is not on it."""
+        """Start the clock with the first round: it does not count the loading of blocks."""
         if not self._has_begun:
             self._has_begun = True
             self._mark(said, 0)
 
     def _mark(self, said: dict[str, Any], round_: int) -> None:
-        """Keep what everything had been used for when so many rounds were done."""
-        relays = {name: seat.relay for name, seat in self._seats.items() if seat.relay}
+        """Write down what boards and links had used when so many rounds were done."""
+        relays = {name: board.relay for name, board in self._boards.items() if board.relay}
         links = {name: asdict(relay.usage()) for name, relay in relays.items()}
         found = {"round": round_, "time": said["time"], "cpu_s": said["cpu_s"]}
         self.folder.append(MARKS, {**found, "links": links, "energy_j": said["energy_j"]})
 
     # ---- the boards ----
 
-    def _start(self, seat: BoardRun) -> None:
-        """Start a board's program; what fails here counts as its death."""
+    def _start(self, board: BoardRun) -> None:
+        """Start a board's program; a failure to start counts as its death."""
         assert self._where is not None
         try:
-            settings = seat.site.settings(
-                self._config, seat.address(self._where), self._server_key, self.folder.name
+            settings = board.host.settings(
+                self._config, board.address(self._where), self._server_key, self.folder.name
             )
-            log = partial(self._log, seat.name)
-            seat.start(settings, self._workspace, log, self._now_s())
+            log = partial(self._log, board.name)
+            board.start(settings, self._workspace, log, self._now_s())
         except (EdgeError, OSError) as error:
-            self._happened(seat.name, f"cannot be started: {error}")
-            self._plan_restart(seat, None)
+            self._happened(board.name, f"cannot be started: {error}")
+            self._plan_restart(board, None)
 
-    def _look_after(self, seat: BoardRun) -> None:
-        if seat.program is not None and seat.program.is_over:
-            killed = seat.num_killed
-            code = self._bury(seat)
+    def _look_after(self, board: BoardRun) -> None:
+        if board.program is not None and board.program.is_over:
+            killed = board.num_killed
+            code = self._end_program(board)
             how = "out of reach" if code is None else _exit_text(code)
-            memory = ", out of memory" if seat.num_killed > killed else ""
-            self._happened(seat.name, how + memory)
-            self._plan_restart(seat, code)
-        if seat.restart_at_s is not None and self._now_s() >= seat.restart_at_s:
-            self._happened(seat.name, "started again")
-            self._start(seat)
+            memory = ", out of memory" if board.num_killed > killed else ""
+            self._happened(board.name, how + memory)
+            self._plan_restart(board, code)
+        if board.restart_at_s is not None and self._now_s() >= board.restart_at_s:
+            self._happened(board.name, "started again")
+            self._start(board)
 
-    def _bury(self, seat: BoardRun) -> int | None:
-        """What cannot be removed is told, and ends nothing."""
+    def _end_program(self, board: BoardRun) -> int | None:
+        """End a board's program; report what cannot be removed, and go on."""
         try:
-            return seat.bury()
+            return board.end_program()
         except (EdgeError, OSError) as error:
-            self._happened(seat.name, str(error))
-            return seat.exits[-1]
+            self._happened(board.name, str(error))
+            return board.exits[-1]
 
-    def _plan_restart(self, seat: BoardRun, code: int | None) -> None:
-        if seat.name not in self._dark and not self._script.brings_back(seat.name):
-            seat.plan_restart(code, self._now_s(), self._config.experiment.restarts)
+    def _plan_restart(self, board: BoardRun, code: int | None) -> None:
+        if board.name not in self._dark and not self._schedule.brings_back(board.name):
+            board.plan_restart(code, self._now_s(), self._config.experiment.restarts)
 
     def _reason_to_stop(self) -> str:
         if self._stop.is_set():
@@ -250,62 +250,64 @@ class ExperimentRun:
         limit_s = self._config.experiment.limit_s
         if limit_s is not None and self._now_s() > limit_s:
             return f"experiment.limit_s: {limit_s:g} s are over"
-        brings_back = self._script.brings_back
-        left = [n for n, seat in self._seats.items() if seat.is_there or brings_back(n)]
-        needed = self._config.min_devices if self._steps else len(self._seats)
+        brings_back = self._schedule.brings_back
+        left = [n for n, board in self._boards.items() if board.is_there or brings_back(n)]
+        needed = self._config.min_devices if self._steps else len(self._boards)
         if len(left) >= needed:
             return ""
-        gone = ", ".join(sorted(self._seats.keys() - left))
+        gone = ", ".join(sorted(self._boards.keys() - left))
         when = "" if self._steps else " before the run began"
         return f"{gone} died{when}, and {len(left)} of at least {needed} boards are left"
 
     def _carry_out(self, fault: FaultConfig, *, begins: bool) -> None:
-        seat = self._seats[fault.board]
+        board = self._boards[fault.board]
         self._happened(fault.board, f"{fault.do} {'begins' if begins else 'ends'}")
         if fault.do in ("link", "cut"):
-            seat.change_link(self._config, fault, begins=begins)
+            board.change_link(self._config, fault, begins=begins)
         elif fault.do == "throttle":
-            seat.slow_down(fault.factor if begins and fault.factor else 1.0)
+            board.slow_down(fault.factor if begins and fault.factor else 1.0)
         elif begins:
             if fault.do == "power-cut":
-                self._dark.add(seat.name)
-            seat.switch_off(quietly=fault.do == "power-cut")
+                self._dark.add(board.name)
+            board.switch_off(quietly=fault.do == "power-cut")
         else:
-            self._dark.discard(seat.name)
-            seat.reconnect()
-            if seat.program is not None:  # it has not been noticed yet that it is over
-                self._happened(seat.name, _exit_text(self._bury(seat)))
-            self._start(seat)
+            self._dark.discard(board.name)
+            board.reconnect()
+            if board.program is not None:  # its end has not been noticed yet
+                self._happened(board.name, _exit_text(self._end_program(board)))
+            self._start(board)
 
     # ---- the end ----
 
     def _say_goodbye(self) -> None:
-        """Give boards that know that the run is over time to end by themselves."""
+        """Give boards time to end by themselves, if they know that the run is over."""
         self._listen(TICK_S)
         deadline = Deadline.after(GOODBYE_S if self._of_coordinator().exit_code == 0 else 0.0)
-        for seat in self._seats.values():
-            if seat.program is not None:
-                seat.program.wait(deadline.left_s())
+        for board in self._boards.values():
+            if board.program is not None:
+                board.program.wait(deadline.left_s())
 
     def _end_everything(self) -> None:
         if self._coordinator is not None:
             self._coordinator.close()
-        for seat in self._seats.values():
-            seat.restart_at_s = None
+        for board in self._boards.values():
+            board.restart_at_s = None
             try:
-                seat.reconnect()
+                board.reconnect()
             except (EdgeError, OSError) as error:  # its program has to end all the same
-                self._happened(seat.name, str(error))
+                self._happened(board.name, str(error))
         # At the same time: each of them may need its grace.
-        ending = [threading.Thread(target=self._end, args=(seat,)) for seat in self._seats.values()]
+        ending = [
+            threading.Thread(target=self._end, args=(board,)) for board in self._boards.values()
+        ]
         for thread in ending:
             thread.start()
         for thread in ending:
             thread.join()
 
-    def _end(self, seat: BoardRun) -> None:
-        if seat.program is not None:
-            self._bury(seat)
+    def _end(self, board: BoardRun) -> None:
+        if board.program is not None:
+            self._end_program(board)
 
     def _outcome(self) -> str:
         code = self._of_coordinator().exit_code
@@ -314,28 +316,28 @@ class ExperimentRun:
         return self._why or f"the coordinator {_exit_text(code)}; see its log"
 
     def _keep_facts(self, outcome: str) -> None:
-        boards = {name: seat.facts() for name, seat in self._seats.items()}
+        facts_by_board = {name: board.facts() for name, board in self._boards.items()}
         facts = {
             "outcome": outcome,
             "digest": self._digest,
             "seconds": self._now_s(),
-            "boards": boards,
+            "boards": facts_by_board,
         }
         if self.folder.path.is_dir():
             self.folder.write_text(FACTS, json.dumps(facts, indent=2) + "\n")
 
-    # ---- telling ----
+    # ---- events and logs ----
 
     def _happened(self, who: str, text: str) -> None:
-        self._told(f"{self.folder.name}: {who}: {text}")
+        self._progress(f"{self.folder.name}: {who}: {text}")
         if self.folder.path.is_dir():
             row = {"time": time.time(), "at_s": round(self._now_s(), 3), "who": who, "text": text}
             self.folder.append(HAPPENINGS, row)
 
     def _log(self, who: str, line: str) -> None:
-        """Keep a line of somebody's; any thread."""
+        """Write a line of *who* to its log; any thread may call this."""
         if not self.folder.path.is_dir():  # the coordinator could not even begin
-            self._told(f"{who}: {line}")
+            self._progress(f"{who}: {line}")
             return
         logs = self.folder.path / "logs"
         logs.mkdir(exist_ok=True)
@@ -344,7 +346,7 @@ class ExperimentRun:
 
 
 def here(address: str) -> tuple[str, int]:
-    """Host and port at which this machine reaches whoever listens at *address*."""
+    """Return host and port at which this machine reaches whoever listens at *address*."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     return "127.0.0.1" if host in EVERYWHERE else host.strip("[]"), int(port)
 

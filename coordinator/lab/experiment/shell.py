@@ -1,7 +1,7 @@
-"""Where commands run: on this machine, or on a board behind ssh; and programs that are kept there.
+"""Where commands run: on this machine, or on a board behind ssh; and programs that run there.
 
-A program is kept by `supervisor.py`, which ends it when the connection to us ends, whatever
-the reason. Knows no run and no plan.
+A program runs under `supervisor.py`, which ends it when the connection to us ends, whatever the
+reason. Knows no run and no plan.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import IO, Protocol
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 
-KEEPER = Path(__file__).with_name("supervisor.py")
-# For short commands; installing packages takes longer.
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+# Seconds for a short command; installing packages takes longer.
 PATIENCE_S = 60.0
-# How often one looks whether a command is still wanted.
+# Seconds between looks whether a command is still wanted.
 POLL_S = 0.2
-# A board that does not answer for 4 x 5 s is gone.
+# ssh gives a board up that does not answer for 4 x 5 s.
 ALIVE_S, ALIVE_COUNT = 5, 4
 CONNECT_S = 15
 SSH_FAILED = 255
@@ -37,7 +37,7 @@ class Shell(Protocol):
     """A place where commands run."""
 
     python: str
-    """An interpreter that is there."""
+    """A Python interpreter that is there."""
 
     def words(self, command: Sequence[str]) -> list[str]:
         """Return what to execute here for *command* to run there."""
@@ -50,7 +50,7 @@ class LocalShell:
     python: str = sys.executable
 
     def words(self, command: Sequence[str]) -> list[str]:
-        """The command itself."""
+        """Return the command itself."""
         return list(command)
 
 
@@ -61,11 +61,11 @@ class SshShell:
     host: str
     """`user@host`, or a name of ssh's own configuration."""
     options: tuple[str, ...] = ()
-    """Further ones for ssh, such as `-p 2222`."""
+    """Further options of ssh, such as `-p 2222`."""
     python: str = "python3"
 
     def words(self, command: Sequence[str]) -> list[str]:
-        """Call ssh with the command quoted for a POSIX shell."""
+        """Return a call of ssh with the command quoted for a POSIX shell."""
         settings = (
             "BatchMode=yes",
             f"ConnectTimeout={CONNECT_S}",
@@ -138,15 +138,15 @@ def put(shell: Shell, source: Path, target: str, *, stop: threading.Event | None
 
 
 class Program:
-    """A program that is kept somewhere.
+    """A program that runs somewhere, under a supervisor.
 
     Args:
-        shell: Where.
+        shell: Where it runs.
         command: Its words.
         folder: Its working directory.
-        environment: Variables beside those that are there.
+        environment: Variables in addition to those that are there.
         groups: Control groups to enter; they are removed with the program.
-        on_line: Gets each line that it says; called from a thread of ours.
+        on_line: Gets each line that it writes; called from a thread of ours.
     """
 
     def __init__(
@@ -161,19 +161,19 @@ class Program:
     ) -> None:
         self._on_line = on_line
         self.pid: int | None = None
-        """Its number there, once it runs."""
+        """Its process id there, once it runs."""
         self.exit_code: int | None = None
-        """How it ended: below 0 is a signal; None while it runs, and if nobody knows."""
+        """How it ended, below 0 by a signal; None while it runs, and where it is unknown."""
         self._over = threading.Event()
-        # From a shell of our own settings only what does not configure a device.
+        # Without the variables of our own shell that configure a device.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGE_SDK_")}
-        self._keeper = subprocess.Popen(
-            shell.words([shell.python, "-u", "-c", KEEPER.read_text(encoding="utf-8")]),
+        self._supervisor = subprocess.Popen(
+            shell.words([shell.python, "-u", "-c", SUPERVISOR.read_text(encoding="utf-8")]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=inherited,
-            start_new_session=True,  # Ctrl-C is for us; what it means for boards we decide
+            start_new_session=True,  # Ctrl-C is for us, and we decide what it means for boards
         )
         self._order(
             command=list(command),
@@ -185,18 +185,18 @@ class Program:
         self._reader.start()
 
     def _order(self, **what: object) -> None:
-        assert self._keeper.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # over or out of reach: the reader knows
-            self._keeper.stdin.write(json.dumps(what).encode() + b"\n")
-            self._keeper.stdin.flush()
+        assert self._supervisor.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it is over: the reader finds out
+            self._supervisor.stdin.write(json.dumps(what).encode() + b"\n")
+            self._supervisor.stdin.flush()
 
     def _read(self) -> None:
-        assert self._keeper.stdout is not None
-        for raw in self._keeper.stdout:
+        assert self._supervisor.stdout is not None
+        for raw in self._supervisor.stdout:
             try:
                 said = json.loads(raw)
                 key, value = next(iter(said.items()))
-            except (ValueError, AttributeError, StopIteration):  # ssh has something to say itself
+            except (ValueError, AttributeError, StopIteration):  # a message of ssh's own
                 key, value = "line", raw.decode("utf-8", "replace").rstrip("\r\n")
             if key == "line":
                 self._on_line(value)
@@ -213,7 +213,7 @@ class Program:
         return self._over.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for its end; returns whether it has come."""
+        """Wait for its end; return whether it has come."""
         return self._over.wait(timeout_s)
 
     def signal(self, number: signal.Signals) -> None:
@@ -222,15 +222,15 @@ class Program:
 
     def close(self) -> None:
         """End it if it has not ended, and wait until nothing of it is left."""
-        assert self._keeper.stdin is not None
-        assert self._keeper.stdout is not None
+        assert self._supervisor.stdin is not None
+        assert self._supervisor.stdout is not None
         with contextlib.suppress(OSError):
-            self._keeper.stdin.close()
+            self._supervisor.stdin.close()
         try:
-            self._keeper.wait(PATIENCE_S)
+            self._supervisor.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:  # the board is out of reach; it will find out by itself
-            self._keeper.kill()
-            self._keeper.wait()
+            self._supervisor.kill()
+            self._supervisor.wait()
         self._over.wait(PATIENCE_S)
         self._reader.join()
-        self._keeper.stdout.close()
+        self._supervisor.stdout.close()

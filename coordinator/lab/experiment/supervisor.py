@@ -1,4 +1,4 @@
-"""Keeps one program on a board for somebody who may vanish.
+"""Supervises one program on a board for somebody who may vanish.
 
 Runs alone, on the board, so it imports nothing of ours.
 
@@ -6,8 +6,8 @@ Runs alone, on the board, so it imports nothing of ours.
     on stdout           {"started": pid}, {"line": "what the program says"}, {"exit": code}
 
 When stdin ends, because whoever started it closed it, crashed, or lost the connection, the program
-and all its children are ended, and the control groups made for it are removed. The keeper ends when
-stdin has ended.
+and all its children are ended, and the control groups made for it are removed. The supervisor ends
+when stdin has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# From the polite signal to the other one.
+# Seconds from the polite signal to the one that kills.
 GRACE_S = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -32,14 +32,14 @@ _lock = threading.Lock()
 
 
 def say(**what: Any) -> None:
-    """Write a line; nobody may be there to read it."""
+    """Write a line, even if nobody is there to read it."""
     with _lock, contextlib.suppress(OSError):
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
 
 
 def enter(groups: Sequence[str]) -> None:
-    """In the child: end with the keeper, and be in the groups before anything is allocated."""
+    """Make the child end with the supervisor, and enter the groups before it allocates anything."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for group in groups:
         with open(os.path.join(group, "cgroup.procs"), "w") as file:
@@ -63,18 +63,18 @@ def start(order: dict[str, Any]) -> subprocess.Popen[bytes]:
 def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
     """Signal the program and its children.
 
-    Their number cannot be somebody else's by now: the leader is not reaped before all are gone.
+    The number cannot be another program's by now: the leader is not reaped before all are gone.
     """
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, number)
 
 
-def watch(child: subprocess.Popen[bytes], told: threading.Thread) -> None:
+def watch(child: subprocess.Popen[bytes], telling: threading.Thread) -> None:
     """Wait for the end of the program, end what it leaves behind, and say how it ended."""
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     signal_group(child, signal.SIGKILL)
-    told.join()
+    telling.join()
     say(exit=child.wait())
 
 
@@ -95,7 +95,7 @@ def end(child: subprocess.Popen[bytes], watching: threading.Thread) -> None:
 
 
 def remove(groups: Sequence[str]) -> None:
-    """Remove control groups; the kernel needs a moment, on a busy machine seconds, to let go."""
+    """Remove control groups; the kernel needs a moment for it, or seconds on a busy machine."""
     for group in groups:
         for _ in range(500):
             try:
@@ -117,9 +117,9 @@ def main() -> None:
         say(exit=127)
         return
     say(started=child.pid)
-    told = threading.Thread(target=tell, args=(child,), daemon=True)
-    watching = threading.Thread(target=watch, args=(child, told), daemon=True)
-    told.start()
+    telling = threading.Thread(target=tell, args=(child,), daemon=True)
+    watching = threading.Thread(target=watch, args=(child, telling), daemon=True)
+    telling.start()
     watching.start()
     try:
         for line in sys.stdin:

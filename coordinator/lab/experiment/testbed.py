@@ -2,8 +2,8 @@
 
     run_experiment(config, methods, folder, print, stop)
 
-This file keeps what outlives single runs: keys, relays, and what lies on the boards. One run is
-`run.py`, what came out `report.py`.
+This file holds what outlives single runs: keys, relays, and what lies on the boards. One run is in
+`run.py`, its results are in `report.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
-from coordinator.lab.experiment.board_host import BoardHost, build_wheel, make_site
+from coordinator.lab.experiment.board_host import BoardHost, build_wheel, make_host
 from coordinator.lab.experiment.board_run import BoardRun
 from coordinator.lab.experiment.cgroup import LEAST_CORES, CgroupLimits
 from coordinator.lab.experiment.completed_runs import (
@@ -54,16 +54,16 @@ def run_experiment(
     config: ExperimentConfig,
     methods: Mapping[str, ExperimentConfig],
     out: Path,
-    told: Progress,
+    progress: Progress,
     stop: threading.Event,
 ) -> dict[str, str]:
-    """Run every method with every seed; returns how each run ended, by the name of its folder.
+    """Run every method with every seed; return how each run ended, by the name of its folder.
 
     Runs in *out* that are complete already, with the same config and data, are not run again.
 
     Raises:
-        EdgeError: the config is wrong, a board cannot be prepared, or something that is no run of
-            an experiment has the name of one in *out*.
+        EdgeError: the config is wrong, a board cannot be prepared, or something in *out* has the
+            name of a run and is none.
     """
     ended = {}
     with storage_errors(out):
@@ -73,14 +73,14 @@ def run_experiment(
     missing = {label: run for label, run in wanted.items() if not is_complete(out / label, run)}
     for label in missing:
         refuse_foreign(out / label)
-    with Testbed(config, told, stop) if missing else ExitStack() as testbed:
+    with Testbed(config, progress, stop) if missing else ExitStack() as testbed:
         for label, run in wanted.items():
             if label in missing and isinstance(testbed, Testbed) and not stop.is_set():
                 make_room(out / label)
                 ended[label] = testbed.run(run, out, label)
             else:
                 ended[label] = COMPLETED if label not in missing else NOT_RUN
-            told(f"{label}: {ended[label]}")
+            progress(f"{label}: {ended[label]}")
     return ended
 
 
@@ -96,13 +96,13 @@ def _runs(
 
 
 class Testbed:
-    """Boards, relays and keys of one experiment. Use as a context manager: it leaves nothing."""
+    """Boards, relays and keys of one experiment. A context manager, which leaves nothing behind."""
 
-    def __init__(self, config: ExperimentConfig, told: Progress, stop: threading.Event) -> None:
-        self._config, self._told, self._stop = config, told, stop
+    def __init__(self, config: ExperimentConfig, progress: Progress, stop: threading.Event) -> None:
+        self._config, self._progress, self._stop = config, progress, stop
         self._stack = ExitStack()
         self._id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self._sites: dict[str, BoardHost] = {}
+        self._hosts: dict[str, BoardHost] = {}
         self._relays: dict[str, Relay | Namespace] = {}
         self._cores = cores(config)
         self._is_limited = False
@@ -126,13 +126,13 @@ class Testbed:
         for name in self._config.boards:
             pair = create_key_pair(self._workspace / f"{name}.key")
             allowed.register(name, pair.public)
-            self._sites[name] = make_site(self._config, name, self._workspace, self._id)
+            self._hosts[name] = make_host(self._config, name, self._workspace, self._id)
             if needs_relay(self._config, name):
                 relay = self._relays[name] = self._make_relay(name)
                 stack.enter_context(relay)
                 if isinstance(relay, Namespace):
-                    site = self._sites[name]
-                    site.address, site.enter = relay.host, relay.enter
+                    host = self._hosts[name]
+                    host.address, host.enter = relay.host, relay.enter
         stack.enter_context(self._prepared())
 
     def _make_relay(self, name: str) -> Relay | Namespace:
@@ -149,7 +149,7 @@ class Testbed:
         return Relay(shape, host="127.0.0.1" if board.ssh is None else "")
 
     def _make_namespace(self, name: str, shape: LinkShape) -> Namespace:
-        """With every link that it is to be: which the kernel has is better known before a run."""
+        """Make a namespace; try each link that it will be, in case the kernel cannot make one."""
         jitter_ms = self._config.boards[name].jitter_ms
         later = [f.to for f in self._config.faults if f.board == name and f.to is not None]
         namespace = Namespace(len(self._relays), shape)
@@ -165,15 +165,15 @@ class Testbed:
     def _prepared(self) -> Iterator[None]:
         """Bring everything to all boards at the same time, and remove it in the end."""
         wheel = cache(partial(self._wheel, threading.Lock()))
-        with ThreadPoolExecutor(len(self._sites)) as pool:
+        with ThreadPoolExecutor(len(self._hosts)) as pool:
             try:
-                work = [pool.submit(self._prepare, wheel, site) for site in self._sites.values()]
-                wait(work)  # all of them: what one brings after it was cleaned would stay there
+                work = [pool.submit(self._prepare, wheel, host) for host in self._hosts.values()]
+                wait(work)  # for all of them: what one brings after the clean-up would stay there
                 for done in work if not self._stop.is_set() else ():
                     done.result()
                 yield
             finally:
-                list(pool.map(self._clean, self._sites.values()))
+                list(pool.map(self._clean, self._hosts.values()))
 
     def _wheel(self, lock: threading.Lock) -> Path:
         with lock:
@@ -181,35 +181,35 @@ class Testbed:
             given = self._config.experiment.wheel
             return given or (found[0] if found else build_wheel(self._workspace / "wheel"))
 
-    def _prepare(self, wheel: Callable[[], Path], site: BoardHost) -> None:
+    def _prepare(self, wheel: Callable[[], Path], host: BoardHost) -> None:
         try:
-            site.prepare(self._workspace / f"{site.name}.key", wheel, self._stop)
+            host.prepare(self._workspace / f"{host.name}.key", wheel, self._stop)
         except (DeviceError, OSError) as error:
-            raise DeviceError(f"board {site.name}: {error}") from error
-        self._told(f"{site.name}: prepared")
+            raise DeviceError(f"board {host.name}: {error}") from error
+        self._progress(f"{host.name}: prepared")
 
-    def _clean(self, site: BoardHost) -> None:
+    def _clean(self, host: BoardHost) -> None:
         try:
-            site.clean()
+            host.clean()
         except DeviceError as error:
-            self._told(f"{site.name}: {site.home} is still there: {error}")
+            self._progress(f"{host.name}: {host.home} is still there: {error}")
 
     # ---- limits ----
 
     def _can_limit(self) -> bool:
-        """Try whether emulated boards can have limits here."""
+        """Return whether emulated boards can have limits here."""
         if not self._cores:
             return False
         name = min(self._cores, key=lambda board: self._cores[board])
         try:
-            limits = self._make_cage(name)
+            limits = self._make_limits(name)
         except DeviceError as error:
             if self._config.experiment.must_limit:
                 raise ConfigError(
                     f"boards: {error}; run as root, or set experiment.must_limit=false to go on "
                     "without limits"
                 ) from error
-            self._told(f"emulated boards are NOT limited in memory and speed: {error}")
+            self._progress(f"emulated boards are NOT limited in memory and speed: {error}")
             return False
         limits.remove()
         self._warn_of_cores()
@@ -219,15 +219,15 @@ class Testbed:
         threads = self._config.experiment.coordinator_threads
         wanted, there = sum(self._cores.values()) + threads, allowed_cores().value
         if there is not None and wanted > there:
-            self._told(
+            self._progress(
                 f"emulated boards and coordinator want {wanted:.2f} cores at the same time and "
                 f"there are {there:g}: boards may be slower than meant; lower experiment.cores"
             )
         for name, share in self._cores.items():
             if share < LEAST_CORES:
-                self._told(f"{name}: {share:.4f} cores are too few, it gets {LEAST_CORES:g}")
+                self._progress(f"{name}: {share:.4f} cores are too few, it gets {LEAST_CORES:g}")
 
-    def _make_cage(self, name: str) -> CgroupLimits:
+    def _make_limits(self, name: str) -> CgroupLimits:
         # Each start has groups of its own: the peak of a program is not that of the one before.
         return CgroupLimits(
             f"edgesplit-{os.getpid()}-{name}-{time.monotonic_ns()}",
@@ -238,29 +238,32 @@ class Testbed:
     # ---- runs ----
 
     def run(self, config: ExperimentConfig, out: Path, label: str) -> str:
-        """Run once; returns how it ended."""
-        seats = {name: self._seat(name, site) for name, site in self._sites.items()}
-        trial = ExperimentRun(
+        """Run *config* once; return how it ended."""
+        boards = {name: self._board_run(name, host) for name, host in self._hosts.items()}
+        run = ExperimentRun(
             config,
-            self._served(config, out, label),
-            seats,
+            self._serve_config(config, out, label),
+            boards,
             server_key=self._public,
             workspace=self._workspace,
-            told=self._told,
+            progress=self._progress,
             stop=self._stop,
         )
-        return trial.run()
+        return run.run()
 
-    def _seat(self, name: str, site: BoardHost) -> BoardRun:
-        seat = BoardRun(site, self._relays.get(name))
+    def _board_run(self, name: str, host: BoardHost) -> BoardRun:
+        board_run = BoardRun(host, self._relays.get(name))
         if name in self._cores and self._is_limited:
-            seat.make_limits, seat.cores = partial(self._make_cage, name), self._cores[name]
-        if seat.relay is not None:
+            board_run.make_limits, board_run.cores = (
+                partial(self._make_limits, name),
+                self._cores[name],
+            )
+        if board_run.relay is not None:
             board = self._config.boards[name]
-            seat.relay.reshape(link_shape(self._config, board.link, board.jitter_ms))
-        return seat
+            board_run.relay.reshape(link_shape(self._config, board.link, board.jitter_ms))
+        return board_run
 
-    def _served(self, config: ExperimentConfig, out: Path, label: str) -> ServeConfig:
+    def _serve_config(self, config: ExperimentConfig, out: Path, label: str) -> ServeConfig:
         needs_door = any(board.ssh is not None for board in config.boards.values())
         alone = "tcp://*:*" if config.experiment.network == "namespaces" else "tcp://127.0.0.1:*"
         return replace(

@@ -41,25 +41,25 @@ class FakeLimits:
         """Do nothing."""
 
 
-class FakeSite(BoardHost):
+class FakeHost(BoardHost):
     """A board whose program is nothing."""
 
     def start(self, *_: Any) -> Any:
         """Do nothing."""
 
 
-def seat(told: list[float], **settings: Any) -> BoardRun:
+def board_run(told: list[float], **settings: Any) -> BoardRun:
     """A board with half a core."""
-    site = FakeSite("a", BoardConfig(emulated="x"), LocalShell(), "/", "/", address="127.0.0.1")
+    host = FakeHost("a", BoardConfig(emulated="x"), LocalShell(), "/", "/", address="127.0.0.1")
     return BoardRun(
-        site, make_limits=lambda: cast(CgroupLimits, FakeLimits(told)), cores=0.5, **settings
+        host, make_limits=lambda: cast(CgroupLimits, FakeLimits(told)), cores=0.5, **settings
     )
 
 
 def test_a_throttle_survives_a_restart() -> None:
     """Also one that began while no program ran; full speed comes with its end only."""
     told: list[float] = []
-    board = seat(told)
+    board = board_run(told)
     board.slow_down(0.5)
     for now_s in (0.0, 1.0):
         board.start({}, Path(), print, now_s)
@@ -69,9 +69,9 @@ def test_a_throttle_survives_a_restart() -> None:
 
 
 def test_a_throttle_of_groups_that_have_just_gone() -> None:
-    """The program has ended and its keeper was faster than we: nothing fails."""
+    """The program has ended and its supervisor was faster than we: nothing fails."""
     told: list[float] = []
-    board = seat(told, limits=cast(CgroupLimits, FakeLimits(told, is_gone=True)))
+    board = board_run(told, limits=cast(CgroupLimits, FakeLimits(told, is_gone=True)))
 
     board.slow_down(0.5)
 
@@ -80,7 +80,7 @@ def test_a_throttle_of_groups_that_have_just_gone() -> None:
 
 def test_restarts_back_off_and_begin_anew() -> None:
     """1 s, twice as long each time up to 60 s; after a life of more than that 1 s again."""
-    board, waits = seat([]), []
+    board, waits = board_run([]), []
 
     def die(lived_s: float, now_s: float) -> float:
         board.start({}, Path(), print, now_s)
@@ -99,7 +99,7 @@ def test_restarts_back_off_and_begin_anew() -> None:
 
 def test_a_start_without_limits_counts_as_a_death() -> None:
     """No group, no program, and an end that nobody knows."""
-    board = seat([])
+    board = board_run([])
 
     def refuse() -> CgroupLimits:
         raise DeviceError("no rights")
@@ -129,7 +129,7 @@ def test_where_the_coordinator_is_for_this_machine(address: str, expected: tuple
 def test_a_relay_is_aimed_at_the_coordinator() -> None:
     """The board is told the relay's port."""
     with Relay() as relay:
-        board = seat([], relay=relay)
+        board = board_run([], relay=relay)
 
         assert board.address(("10.0.0.2", 7070)) == f"tcp://127.0.0.1:{relay.port}"
         assert relay._target == ("10.0.0.2", 7070)

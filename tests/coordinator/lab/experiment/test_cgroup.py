@@ -99,7 +99,7 @@ def test_a_program_that_takes_more_memory_is_ended_and_counted(limits: CgroupLim
 
 
 def test_the_groups_go_with_the_program(limits: CgroupLimits) -> None:
-    """Its keeper removes them, also when nobody asks; removing them again does nothing."""
+    """Its supervisor removes them, also when nobody asks; removing them again does nothing."""
     folders = list(limits.folders)
     with running("pass", limits):
         assert [folder.is_dir() for folder in folders] == [True] * len(folders)

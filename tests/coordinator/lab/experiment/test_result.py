@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
 from coordinator.lab.experiment.report import write_report
-from coordinator.lab.experiment.result import read_trial
+from coordinator.lab.experiment.result import read_run
 from coordinator.lab.simulation.boards import catalogue
 from coordinator.results.run_folder import RunFolder
 
@@ -56,7 +56,7 @@ def test_costs_and_shares(tmp_path: Path) -> None:
     """Sums over rounds and starts, shares of the real clock, energy measured or estimated."""
     write_run(tmp_path / "run")
 
-    found = read_trial(tmp_path / "run", config(), "ours")
+    found = read_run(tmp_path / "run", config(), "ours")
     a, b = found.boards
 
     assert (found.seconds, found.coordinator_s) == (20.0, 14.0)
@@ -79,7 +79,7 @@ def test_the_clock_of_a_cell_is_real(tmp_path: Path) -> None:
     """Times are between evaluations, and a target is reached on the straight line."""
     write_run(tmp_path / "run")
 
-    cell = read_trial(tmp_path / "run", config(), "ours").cell
+    cell = read_run(tmp_path / "run", config(), "ours").cell
 
     assert cell is not None
     assert [(p.samples, p.real_s, p.bytes_up, p.loss) for p in cell.points] == [
@@ -118,7 +118,7 @@ def test_a_round_that_was_not_evaluated_costs_nothing(tmp_path: Path) -> None:
     """Clock, energy and computing are all of the time between the evaluations."""
     write_run(tmp_path / "run", losses=(4.0, 3.0))
 
-    a, b = read_trial(tmp_path / "run", config(), "ours").boards
+    a, b = read_run(tmp_path / "run", config(), "ours").boards
 
     assert (a.compute_s, b.energy_j) == (4.0, 25.0)
     assert a.energy_j == pytest.approx(catalogue().boards["orin-nano-8gb"].watts * 4.0)

@@ -122,15 +122,15 @@ said = []
 program = Program(LocalShell(), [sys.executable, "-c", code], folder="/", on_line=said.append)
 while not said:
     time.sleep(0.01)
-print(said[0], program._keeper.pid, flush=True)
+print(said[0], program._supervisor.pid, flush=True)
 os.kill({victim}, signal.SIGKILL)
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("victim", ["os.getpid()", "program._keeper.pid"])
+@pytest.mark.parametrize("victim", ["os.getpid()", "program._supervisor.pid"])
 def test_nothing_outlives_whoever_wanted_it(victim: str) -> None:
-    """When the owner is killed, or the keeper, the program ends all the same."""
+    """When the owner is killed, or the supervisor, the program ends all the same."""
     command = [sys.executable, "-c", OWNER.format(victim=victim)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None

@@ -15,7 +15,7 @@ from coordinator.lab.experiment.testbed import run_experiment
 from edge_sdk.errors import DeviceError
 
 
-class FakeSite:
+class FakeHost:
     """A board that says what happens to it."""
 
     def __init__(self, name: str, said: list[str]) -> None:
@@ -40,7 +40,7 @@ class FakeSite:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What boards say; none of them is real."""
     found: list[str] = []
-    monkeypatch.setattr(under_test, "make_site", lambda _c, name, *_: FakeSite(name, found))
+    monkeypatch.setattr(under_test, "make_host", lambda _c, name, *_: FakeHost(name, found))
     return found
 
 
