@@ -26,6 +26,8 @@ from typing import Any
 
 from report import header, save, table
 
+from coordinator.results.run_folder import RunFolder
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "base"
 SHARED = ROOT.parent / "shared" / "data" / "e2e"
@@ -153,7 +155,7 @@ def split(folder: Path, options: argparse.Namespace, rate: float, rule: str) -> 
         (out / f"d{index}.json").write_text(json.dumps(device))
         processes.append(spawn("edge-sdk", "run", "--config", str(out / f"d{index}.json")))
     wait_for(processes)
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = RunFolder(out / "run").rows("metrics.jsonl")
     return {"start": rows[0]["eval"]["loss"], "nll": rows[-1]["eval"]["loss"]}
 
 

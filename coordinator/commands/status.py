@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator.commands.parser import add_command
 from coordinator.config.run import ServeConfig
+from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import CONFIG, RunFolder
 from edge_sdk.config.loader import load_config
 
@@ -24,20 +25,20 @@ def _status(options: argparse.Namespace) -> int:
 
     folder = RunFolder.open(options.folder)
     config = load_config(ServeConfig, options.folder / CONFIG, env={})
-    rows, events = folder.rows("metrics.jsonl"), folder.rows("events.jsonl")
+    history = RunHistory(folder)
+    last = history.events[-1] if history.events else None
     facts = {
         "run": folder.name,
         "rounds": config.rounds,
-        "rounds_done": rows[-1]["round"] if rows else 0,
-        "last_event": events[-1] if events else None,
+        "rounds_done": history.rounds_done,
+        "last_event": last,
         "checkpoints": [path.name for path in folder.checkpoints()],
-        "metrics": rows[-1] if rows else None,
+        "metrics": history.metrics[-1] if history.metrics else None,
     }
     if options.format == "json":
         print(json.dumps(facts, indent=2))
         return 0
-    last = facts["last_event"]
-    print(f"run {folder.name}: {facts['rounds_done']} of {config.rounds} rounds", end="")
-    print(f"; {last['event']} at {last['time']}" if isinstance(last, dict) else "")
-    RichConsole(highlight=False).print(summary(folder))
+    print(f"run {folder.name}: {history.rounds_done} of {config.rounds} rounds", end="")
+    print(f"; {last['event']} at {last['time']}" if last else "")
+    RichConsole(highlight=False).print(summary(history))
     return 0

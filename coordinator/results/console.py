@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Column, Table
 
 from coordinator.results.events import DeviceEvent, DeviceLeft, RoundDone, RunEvent, StepDone
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.history import RunHistory, scores
 
 # A rate over so many steps: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
@@ -101,11 +101,9 @@ class Console:
         parts = [f"round {row['round']:>2}"]
         if "train_loss" in row:
             parts.append(f"train loss {row['train_loss']:.3f}")
-        scores = {"file": row["eval"]} if "eval" in row else {}
-        scores |= row.get("eval_by_device", {})
-        if scores:
-            named = "  ".join(f"{name} {_score(score)}" for name, score in scores.items())
-            parts.append(f"{_measure(scores.values())}: {named}")
+        if found := scores(row):
+            named = "  ".join(f"{name} {_score(score)}" for name, score in found.items())
+            parts.append(f"{_measure(found.values())}: {named}")
         if len(parts) > 1:
             self.note("  ".join(parts))
 
@@ -154,20 +152,19 @@ def _rate(ends: deque[tuple[float, int]]) -> float:
     return sum(tokens for _, tokens in list(ends)[1:]) / max(1e-9, ends[-1][0] - ends[0][0])
 
 
-def _measure(scores: Iterable[dict[str, float]]) -> str:
-    return "perplexity" if all("perplexity" in score for score in scores) else "accuracy"
+def _measure(found: Iterable[Mapping[str, float]]) -> str:
+    return "perplexity" if all("perplexity" in score for score in found) else "accuracy"
 
 
-def _score(score: dict[str, float]) -> str:
+def _score(score: Mapping[str, float]) -> str:
     if "perplexity" in score:
         return f"{score['perplexity']:.2f}"
     return f"{score['accuracy']:.1%}"
 
 
-def summary(folder: RunFolder) -> Table:
+def summary(history: RunHistory) -> Table:
     """What a run cost and what it brought, device by device."""
-    rows, costs = folder.rows("metrics.jsonl"), folder.rows("telemetry.jsonl")
-    first, last = _scores(rows[:1]), _scores(rows)
+    first, last = history.first_scores(), history.last_scores()
     measure = _measure(first.values()) if first else "score"
     table = Table(box=box.SIMPLE_HEAD)
     headings = ("validation data", f"{measure} before", "after", "up MiB", "down MiB", "peak MiB")
@@ -175,33 +172,12 @@ def summary(folder: RunFolder) -> Table:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
     if "file" in first:
         table.add_row("file", _score(first["file"]), _score(last["file"]), "", "", "")
-    names = {name for row in costs for name in row["devices"]} | last.keys() - {"file"}
-    for name in sorted(names):
-        own = [row["devices"][name] for row in costs if name in row["devices"]]
-        table.add_row(
-            name,
-            _score(first[name]) if name in first else "-",
-            _score(last[name]) if name in last else "-",
-            _mib(total_over_sessions([row.get("bytes_up", 0) for row in own])),
-            _mib(total_over_sessions([row.get("bytes_down", 0) for row in own])),
-            _mib(max((row["peak_bytes"] for row in own), default=0)),
-        )
+    for name in sorted({*history.devices(), *last.keys()} - {"file"}):
+        cost = history.cost(name)
+        values = [_score(s[name]) if name in s else "-" for s in (first, last)]
+        values += map(_mib, (cost.bytes_up, cost.bytes_down, cost.peak_bytes))
+        table.add_row(name, *values)
     return table
-
-
-def _scores(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The newest score of the file and of each device in *rows*."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        found |= {"file": row["eval"]} if "eval" in row else {}
-        found |= row.get("eval_by_device", {})
-    return found
-
-
-def total_over_sessions(counts: list[int]) -> int:
-    """Sum a counter that begins at 0 with every session: what it held before each fall, and now."""
-    falls = [before for before, now in zip(counts, counts[1:], strict=False) if now < before]
-    return sum(falls) + (counts[-1] if counts else 0)
 
 
 def _mib(num_bytes: float) -> str:

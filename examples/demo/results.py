@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from shards import Shards
 
-from coordinator.results.console import total_over_sessions
+from coordinator.results.history import RunHistory
+from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.launch import ADAPTER
 from edge_sdk.command import quiet_libraries
 
@@ -27,10 +27,10 @@ def print_results(
     # Piped, a table has no width of its own to keep to.
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     run = out / "runs" / "demo"
-    rows, costs = read(run / "metrics.jsonl"), read(run / "telemetry.jsonl")
+    history = RunHistory(RunFolder(run))
     console.print()
-    console.print(learned(rows, splits))
-    console.print(cost(costs, splits, memory))
+    console.print(learned(history.metrics, splits))
+    console.print(cost(history, splits, memory))
     paragraph(
         console,
         f"Above imports: the peak less what python, torch, transformers and PEFT take before "
@@ -51,11 +51,6 @@ def paragraph(console: Console, text: str, indent: int = 0) -> None:
     """Write *text* wrapped, its further lines indented."""
     for line in textwrap.wrap(text, console.width - 1, subsequent_indent=" " * indent):
         console.print(line, markup=False, soft_wrap=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table(title: str, *headings: str) -> Table:
@@ -85,22 +80,21 @@ def score(found: dict[str, float]) -> str:
     return f"{found['accuracy']:.1%}"
 
 
-def cost(costs: list[dict[str, Any]], splits: dict[str, int], memory: dict[str, Any]) -> Table:
+def cost(history: RunHistory, splits: dict[str, int], memory: dict[str, Any]) -> Table:
     """Bytes and memory of every device, and memory of the whole model beside them."""
     headings = ("", "blocks", "tokens/s", "up MiB", "down MiB", "peak MiB", "above imports MiB")
     made = table("What it cost", *headings)
-    seconds = sum(row["seconds"] for row in costs)
+    seconds = sum(row["seconds"] for row in history.costs)
     for name, split in splits.items():
-        own = [row["devices"][name] for row in costs]
-        peak = max(row["peak_bytes"] for row in own)
+        own = history.cost(name)
         made.add_row(
             name,
             str(split),
-            f"{sum(row['tokens'] for row in own) / seconds:.0f}",
-            mib(total_over_sessions([row["bytes_up"] for row in own]), 1),
-            mib(total_over_sessions([row["bytes_down"] for row in own]), 1),
-            mib(peak),
-            mib(peak - memory["device_floor"]),
+            f"{own.tokens / seconds:.0f}",
+            mib(own.bytes_up, 1),
+            mib(own.bytes_down, 1),
+            mib(own.peak_bytes),
+            mib(own.peak_bytes - memory["device_floor"]),
         )
     made.add_section()
     above = memory["peak"] - memory["floor"]

@@ -41,6 +41,7 @@ from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.events import ImportanceMeasured, RunEvent
+from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder, digest_of
 from coordinator.rounds.executor import COMPLETED
 from edge_sdk.errors import ConfigError
@@ -163,7 +164,7 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
         shutil.rmtree(checkpoint)
     return {
-        "points": _points(result.rounds, _real_seconds(folder)),
+        "points": _points(result.rounds, RunHistory(folder).seconds()),
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
         "importance": tuple(sorted(watcher.found.items())),
         "notes": fitted.notes,
@@ -220,15 +221,6 @@ def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[
     return found
 
 
-def _real_seconds(folder: RunFolder) -> dict[int, float]:
-    """Seconds since the start of training, by round."""
-    found, seconds = {0: 0.0}, 0.0
-    for row in folder.rows("telemetry.jsonl"):
-        seconds += row["seconds"]
-        found[row["round"] + 1] = seconds
-    return found
-
-
 # ---- without devices ----
 
 
@@ -246,7 +238,7 @@ def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any
     rounds = read_result("completed", folder, [{}] * config.rounds).rounds
     ends = _modelled_ends(config, result.shapes)
     timed = [replace(round_, seconds=ends[round_.round]) for round_ in rounds]
-    return {"points": _points(timed, _real_seconds(folder))}
+    return {"points": _points(timed, RunHistory(folder).seconds())}
 
 
 def _modelled_ends(config: SimulationConfig, steps: list[tuple[MicroShape, ...]]) -> list[float]:

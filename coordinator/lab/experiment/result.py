@@ -8,7 +8,7 @@ the time in which it computed. Both cover the time from the first round to the l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from coordinator.lab.comparison.table import Held, Point, RunResult
 from coordinator.lab.experiment.completed_runs import FACTS
 from coordinator.lab.experiment.config import ExperimentConfig, data_sheet
 from coordinator.lab.experiment.run import HAPPENINGS, MARKS
-from coordinator.results.console import total_over_sessions
+from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
 
 
@@ -84,12 +84,8 @@ def read_run(folder: Path, config: ExperimentConfig, method: str) -> ExperimentR
     run = RunFolder(folder)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     marks = run.rows(MARKS)
-    costs = run.rows("telemetry.jsonl")
-    # Without the round in which a run was stopped: clock and energy at its end are unknown.
-    whole = [row for row in costs if marks and row["round"] < marks[-1]["round"]]
-    boards = [
-        _board(run, config, name, facts["boards"][name], marks, whole) for name in config.boards
-    ]
+    history = RunHistory(run)
+    boards = [_board(history, config, name, facts["boards"][name], marks) for name in config.boards]
     seconds = marks[-1]["time"] - marks[0]["time"] if marks else 0.0
     return ExperimentRunResult(
         label=folder.name,
@@ -97,32 +93,31 @@ def read_run(folder: Path, config: ExperimentConfig, method: str) -> ExperimentR
         seconds=seconds,
         coordinator_s=marks[-1]["cpu_s"] - marks[0]["cpu_s"] if marks else 0.0,
         boards=tuple(boards),
-        cell=_cell(run, config, method, marks, costs) if marks and costs else None,
+        cell=_cell(history, config, method, marks) if marks and history.costs else None,
         happenings=tuple(run.rows(HAPPENINGS)),
     )
 
 
 def _board(
-    run: RunFolder,
+    history: RunHistory,
     config: ExperimentConfig,
     name: str,
     facts: Mapping[str, Any],
     marks: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
 ) -> BoardResult:
-    costs = [row["devices"][name] for row in rows if name in row["devices"]]
-    compute_s = sum(row["compute_s"] for row in costs)
+    # Without the round in which a run was stopped: clock and energy at its end are unknown.
+    cost = history.cost(name, marks[-1]["round"] if marks else 0)
     measured = [mark["energy_j"][name] for mark in marks if name in mark["energy_j"]]
     sheet = data_sheet(config, name)
-    estimated = None if sheet is None else sheet.watts * compute_s
+    estimated = None if sheet is None else sheet.watts * cost.compute_s
     return BoardResult(
         name=name,
-        splits=_splits(run, config, name),
-        compute_s=compute_s,
-        bytes_up=total_over_sessions([row.get("bytes_up", 0) for row in costs]),
-        bytes_down=total_over_sessions([row.get("bytes_down", 0) for row in costs]),
+        splits=_splits(history, config, name),
+        compute_s=cost.compute_s,
+        bytes_up=cost.bytes_up,
+        bytes_down=cost.bytes_down,
         link_s=_link_s(marks, name),
-        peak_bytes=max((row["peak_bytes"] for row in costs), default=0),
+        peak_bytes=cost.peak_bytes,
         peak_group_bytes=facts["peak_group_bytes"],
         killed_for_memory=facts["killed_for_memory"],
         # This machine's own meter cannot tell what an emulated board used.
@@ -147,10 +142,8 @@ def _link_s(marks: list[dict[str, Any]], name: str) -> float | None:
     return float(max(found[-1][way] - found[0][way] for way in ("up_s", "down_s")))
 
 
-def _splits(run: RunFolder, config: ExperimentConfig, name: str) -> tuple[int | str, ...]:
-    planned = [
-        row["plans"][name]["split"] for row in run.rows("plans.jsonl") if name in row["plans"]
-    ]
+def _splits(history: RunHistory, config: ExperimentConfig, name: str) -> tuple[int | str, ...]:
+    planned = [row["plans"][name]["split"] for row in history.plans if name in row["plans"]]
     fixed = config.settings(name).split
     return tuple(dict.fromkeys(planned)) or (() if fixed is None else (fixed,))
 
@@ -159,26 +152,14 @@ def _splits(run: RunFolder, config: ExperimentConfig, name: str) -> tuple[int | 
 
 
 def _cell(
-    run: RunFolder,
-    config: ExperimentConfig,
-    method: str,
-    marks: list[dict[str, Any]],
-    costs: list[dict[str, Any]],
+    history: RunHistory, config: ExperimentConfig, method: str, marks: list[dict[str, Any]]
 ) -> RunResult | None:
     times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
-    traffic = {way: _traffic(costs, way) for way in ("bytes_up", "bytes_down")}
-    rows = run.rows("metrics.jsonl")
+    samples, traffic = history.samples(), history.traffic()
     points = tuple(
-        Point(
-            sum(other.get("samples", 0) for other in rows if other["round"] <= row["round"]),
-            times[row["round"]],
-            times[row["round"]],
-            traffic["bytes_up"].get(row["round"], 0),
-            traffic["bytes_down"].get(row["round"], 0),
-            *score,
-        )
-        for row in rows
-        if (score := _score(row)) is not None and row["round"] in times
+        Point(samples[done], times[done], times[done], *traffic.get(done, (0, 0)), *score)
+        for row in history.metrics
+        if (score := overall(row)) is not None and (done := row["round"]) in times
     )
     if not points:
         return None
@@ -188,51 +169,17 @@ def _cell(
         seed=config.training.seed,
         rate=config.training.learning_rate,
         points=points,
-        held=tuple(_held(run, len(rows) - 1)),
-        importance=tuple(_importance(run)),
+        held=tuple(_held(history)),
+        importance=tuple(
+            (r["round"], r["importance"]) for r in history.plans if r.get("importance")
+        ),
     )
 
 
-def _score(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return loss and accuracy on the coordinator's file, or over all targets of the boards."""
-    scores = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
-    targets = sum(score["targets"] for score in scores)
-    if not targets:
-        return None
-    loss, accuracy = (
-        sum(score[key] * score["targets"] for score in scores) / targets
-        for key in ("loss", "accuracy")
-    )
-    return loss, accuracy
-
-
-def _traffic(costs: list[dict[str, Any]], way: str) -> dict[int, int]:
-    """Return the bytes of all boards since the start, by round."""
-    found: dict[int, int] = {}
-    seen: dict[str, list[int]] = {}
-    for row in costs:
-        for name, board in row["devices"].items():
-            seen.setdefault(name, []).append(board.get(way, 0))
-        found[row["round"] + 1] = sum(total_over_sessions(counts) for counts in seen.values())
-    return found
-
-
-def _held(run: RunFolder, num_rounds: int) -> list[dict[str, Held]]:
+def _held(history: RunHistory) -> list[dict[str, Held]]:
     """Return the plans in force round by round, where something was planned."""
-    plans = run.rows("plans.jsonl")
-    found = []
-    for round_ in range(num_rounds):
-        current = [row["plans"] for row in plans if row["round"] <= round_]
-        if current:
-            found.append({name: _holding(plan) for name, plan in current[-1].items()})
-    return found
-
-
-def _importance(run: RunFolder) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield round and importance by weight, whenever a plan was made from it."""
-    for row in run.rows("plans.jsonl"):
-        if found := row.get("importance"):
-            yield row["round"], found
+    rounds = map(history.plans_in, range(len(history.metrics) - 1))
+    return [{name: _holding(plan) for name, plan in plans.items()} for plans in rounds if plans]
 
 
 def _holding(plan: Mapping[str, Any]) -> Held:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.lab.simulation.timing import CLOCK
+from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.protocol.plan import Plan
 
@@ -56,43 +57,30 @@ def read_result(
     outcome: str, folder: RunFolder, plans: Sequence[Mapping[str, Plan]]
 ) -> SimulationResult:
     """Join the rows of a run folder; *plans* are those of round 1, 2, ..."""
-    times = {row["round"]: row for row in folder.rows(CLOCK)}
-    samples = up = down = 0
+    history, times = RunHistory(folder), {row["round"]: row for row in folder.rows(CLOCK)}
+    samples, up, down = history.samples(), 0, 0
     seconds, rounds = 0.0, []
-    for metrics in folder.rows("metrics.jsonl"):
+    for metrics in history.metrics:
         number = metrics["round"]
         clock = times.get(number, {})
-        samples += metrics.get("samples", 0)
         traffic = clock.get("devices", {}).values()
         up += sum(device["bytes_up"] for device in traffic)
         down += sum(device["bytes_down"] for device in traffic)
         seconds = clock.get("seconds", seconds)
-        loss, accuracy = _score(metrics)
+        score = overall(metrics)
         rounds.append(
             SimulatedRound(
                 round=number,
-                samples=samples,
+                samples=samples[number],
                 seconds=seconds,
                 bytes_up=up,
                 bytes_down=down,
                 train_loss=metrics.get("train_loss"),
-                loss=loss,
-                accuracy=accuracy,
+                loss=None if score is None else score.loss,
+                accuracy=None if score is None else score.accuracy,
                 plans=dict(plans[number - 1]) if number else {},
                 metrics=metrics,
                 clock=clock,
             )
         )
     return SimulationResult(outcome, folder, rounds)
-
-
-def _score(metrics: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Loss and accuracy on the coordinator's file, or over the devices', each target alike."""
-    scores = (
-        [metrics["eval"]] if "eval" in metrics else [*metrics.get("eval_by_device", {}).values()]
-    )
-    targets = sum(score["targets"] for score in scores)
-    if not targets:
-        return None, None
-    loss = sum(score["loss"] * score["targets"] for score in scores) / targets
-    return loss, sum(score["accuracy"] * score["targets"] for score in scores) / targets

@@ -1,0 +1,133 @@
+"""The one reader of a run's folder: what was measured, what it cost, what was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from coordinator.results.run_folder import RunFolder
+
+Row = Mapping[str, Any]
+
+
+class LossAccuracy(NamedTuple):
+    """How well a model does on some data."""
+
+    loss: float
+    """Mean over targets."""
+    accuracy: float
+
+
+class DeviceCosts(NamedTuple):
+    """What a device has done in a run, or in its first rounds."""
+
+    tokens: int
+    compute_s: float
+    bytes_up: int
+    bytes_down: int
+    peak_bytes: int
+    """Most memory of its program."""
+
+
+class RunHistory:
+    """What a run has left behind; files are read when they are first asked for."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl: row 0 is what was there before training."""
+        return self._folder.rows("metrics.jsonl")
+
+    @cached_property
+    def costs(self) -> list[dict[str, Any]]:
+        """Rows of telemetry.jsonl, one a round."""
+        return self._folder.rows("telemetry.jsonl")
+
+    @cached_property
+    def plans(self) -> list[dict[str, Any]]:
+        """Rows of plans.jsonl, one whenever something was planned."""
+        return self._folder.rows("plans.jsonl")
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """Rows of events.jsonl, oldest first."""
+        return self._folder.rows("events.jsonl")
+
+    @property
+    def rounds_done(self) -> int:
+        """Aggregations of which the row is complete."""
+        return self.metrics[-1]["round"] if self.metrics else 0
+
+    def samples(self) -> dict[int, int]:
+        """Samples trained on since the start, by rounds done."""
+        counts = accumulate(row.get("samples", 0) for row in self.metrics)
+        return {row["round"]: count for row, count in zip(self.metrics, counts, strict=True)}
+
+    def seconds(self) -> dict[int, float]:
+        """Seconds that training took on this machine since the start, by rounds done."""
+        ends = accumulate((row["seconds"] for row in self.costs), initial=0.0)
+        return dict(zip([0, *(row["round"] + 1 for row in self.costs)], ends, strict=True))
+
+    def traffic(self) -> dict[int, tuple[int, int]]:
+        """Bytes up and down of all devices since the start, by rounds done."""
+        found = {}
+        for done in (row["round"] + 1 for row in self.costs):
+            costs = [self.cost(name, done) for name in self.devices()]
+            found[done] = sum(c.bytes_up for c in costs), sum(c.bytes_down for c in costs)
+        return found
+
+    def devices(self) -> list[str]:
+        """Names of all devices that have trained, sorted."""
+        return sorted({name for row in self.costs for name in row["devices"]})
+
+    def cost(self, device: str, rounds: int | None = None) -> DeviceCosts:
+        """What *device* has done before *rounds* rounds were over; None: in the whole run."""
+        rows = (row for row in self.costs if rounds is None or row["round"] < rounds)
+        own = [row["devices"][device] for row in rows if device in row["devices"]]
+        return DeviceCosts(
+            tokens=sum(row.get("tokens", 0) for row in own),
+            compute_s=sum(row.get("compute_s", 0.0) for row in own),
+            bytes_up=_total([row.get("bytes_up", 0) for row in own]),
+            bytes_down=_total([row.get("bytes_down", 0) for row in own]),
+            peak_bytes=max((row["peak_bytes"] for row in own), default=0),
+        )
+
+    def plans_in(self, round_: int) -> Mapping[str, Row]:
+        """The plan of each device in a round; empty where nothing was planned for it."""
+        return next((r["plans"] for r in reversed(self.plans) if r["round"] <= round_), {})
+
+    def first_scores(self) -> dict[str, Row]:
+        """Scores before training: of the coordinator's `file`, and by device."""
+        return scores(self.metrics[0]) if self.metrics else {}
+
+    def last_scores(self) -> dict[str, Row]:
+        """The newest score of the coordinator's `file` and of each device."""
+        return {who: score for row in self.metrics for who, score in scores(row).items()}
+
+
+def scores(row: Row) -> dict[str, Row]:
+    """Return the scores in a row of metrics: of the coordinator's `file`, and by device."""
+    return {**({"file": row["eval"]} if "eval" in row else {}), **row.get("eval_by_device", {})}
+
+
+def overall(row: Row) -> LossAccuracy | None:
+    """Return the score on the coordinator's file, or over the devices' data, each target alike."""
+    found = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
+    targets = sum(score["targets"] for score in found)
+    if not targets:
+        return None
+    loss, accuracy = (
+        sum(score[key] * score["targets"] for score in found) / targets
+        for key in ("loss", "accuracy")
+    )
+    return LossAccuracy(loss, accuracy)
+
+
+def _total(counts: list[int]) -> int:
+    """Sum a counter that begins at 0 with every session: what it held before each fall, and now."""
+    falls = [before for before, now in zip(counts, counts[1:], strict=False) if now < before]
+    return sum(falls) + (counts[-1] if counts else 0)
