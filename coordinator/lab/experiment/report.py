@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, markdown, score
+from coordinator.lab.comparison.plots import COSTS, Cost, Picture, draw_losses, draw_plans
+from coordinator.lab.comparison.report import Page
+from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, score
 from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.lab.experiment.result import BoardResult, ExperimentRunResult, kind_of, read_run
@@ -46,15 +48,19 @@ def write_report(
     target = config.experiment.target
     if target is None and cells:
         target = common_target(cells)
-    titles = _titles(target, is_classifier=is_classifier)
-    rows = [row for run in found for row in _rows(run, target, is_classifier=is_classifier)]
-    table = markdown(titles, rows)
     with storage_errors(out):
         results = [asdict(run) | {"shares": run.shares()} for run in found]
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (out / "table.md").write_text(table + "\n", encoding="utf-8")
-        _write_page(config, found, cells, target, titles, rows, out)
-    return table
+    page = Page(
+        title=f"Experiment on {kind_of(config)} boards",
+        facts=_facts(config, found),
+        column_titles=_titles(target, is_classifier=is_classifier),
+        rows=[row for run in found for row in _rows(run, target, is_classifier=is_classifier)],
+        notes=_notes(found),
+        pictures=_pictures(cells, target),
+        config=dump_config(config),
+    )
+    return page.write(out)
 
 
 def _method(label: str, methods: Mapping[str, ExperimentConfig]) -> str:
@@ -150,32 +156,14 @@ def _energy(joules: float | None, is_estimated: bool) -> str:
 # ---- the page ----
 
 
-def _write_page(
-    config: ExperimentConfig,
-    found: Sequence[ExperimentRunResult],
-    cells: Sequence[RunResult],
-    target: float | None,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    out: Path,
-) -> None:
-    from coordinator.lab.comparison.plots import COSTS, Cost, Picture, draw_losses, draw_plans
-    from coordinator.lab.comparison.report import page
-
+def _pictures(cells: Sequence[RunResult], target: float | None) -> list[Picture]:
     clock = Cost("loss-clock", "Loss against time", "seconds, real clock", lambda p: p.real_s)
     costs = (clock, *(cost for cost in COSTS if cost.name != "loss-time"))
     drawn = [cell for cell in cells if len(cell.points) > 1]
-    pictures: list[Picture] = []
-    if drawn and target is not None:
-        pictures = [draw_losses(drawn, cost, target) for cost in costs]
-    pictures += draw_plans(cells)
-    for picture in pictures:
-        (out / f"{picture.name}.png").write_bytes(picture.png)
-    title = f"Experiment on {kind_of(config)} boards"
-    html = page(
-        title, _facts(config, found), titles, rows, _notes(found), pictures, dump_config(config)
+    losses = (
+        [draw_losses(drawn, cost, target) for cost in costs] if drawn and target is not None else []
     )
-    (out / "report.html").write_text(html, encoding="utf-8")
+    return [*losses, *draw_plans(cells)]
 
 
 def _facts(config: ExperimentConfig, found: Sequence[ExperimentRunResult]) -> list[str]:
