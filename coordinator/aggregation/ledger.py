@@ -1,7 +1,7 @@
 """Who holds which factors, and what all of them together have learned.
 
 The ledger is the coordinator's memory between rounds: with it any device can be told what to hold,
-be it new, back from a crash, or just one round further. Knows no network and no engine.
+be it new, back from a crash, or just one round further. It knows no network and no engine.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Report:
     """What one participant brings to an aggregation."""
 
     split: int
-    """First block it does not train; for the coordinator, the first that it does."""
+    """First block that the device does not train; for the coordinator, the first that it does."""
     num_samples: int
-    """Samples it trained on in the round; not used for the coordinator."""
+    """Samples that the device trained on in the round; not used for the coordinator."""
     pairs: Mapping[str, Pair]
     head: Mapping[str, Array] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
@@ -46,19 +46,19 @@ class RoundResult:
     """What an aggregation hands out."""
 
     changes: dict[str, Factors]
-    """Change of dW by weight; the participants subtract their own progress themselves."""
+    """Changes of dW by weight; the participants subtract their own progress themselves."""
     replaced: dict[str, dict[str, Pair]]
     """New own factors by participant and weight, where the rule replaces them."""
     head: dict[str, Array]
     cut_error: float
     """Largest relative error that a rank cap caused."""
     restarts: bool = False
-    """Whether the optimizers begin anew, too."""
+    """Whether the optimizers begin anew as well."""
     keeps_residuals: bool = True
-    """Whether own factors are made up to dW by a residual; else they stand for dW themselves."""
+    """Whether a residual completes own factors to dW; else they stand for dW themselves."""
 
     def changes_for(self, participant: str) -> dict[str, Factors]:
-        """The changes that *participant* is to add to its residuals, by weight."""
+        """Return the changes that *participant* is to add to its residuals, by weight."""
         own = {} if self.keeps_residuals else self.replaced.get(participant, {})
         return {weight: f for weight, f in self.changes.items() if weight not in own}
 
@@ -88,7 +88,7 @@ class Ledger:
         return self._rule.restarts
 
     def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
-        """Return the own factors that *participant* is to hold, cut or made where it has none."""
+        """Return the own factors that *participant* is to hold, resized or drawn where needed."""
         held = self.pairs.get(participant, {})
         self.pairs[participant] = {
             name: self._own(name, rank, held.get(name)) for name, rank in ranks.items() if rank
@@ -97,7 +97,7 @@ class Ledger:
 
     def _own(self, name: str, rank: int, held: Pair | None) -> Pair:
         redistribute = self._rule.redistribute
-        if redistribute is not None and name in self.totals:  # also for who has missed rounds
+        if redistribute is not None and name in self.totals:  # also for those who missed rounds
             scale = self._lora.scale(name, rank)
             return redistribute(self.totals[name], self._fresh(name, rank), scale)
         if held is None:
@@ -109,12 +109,12 @@ class Ledger:
         return resize_pair(held, self._fresh(name, rank), ratio)
 
     def _fresh(self, name: str, rank: int) -> Pair:
-        """Factors as they are drawn; where every round starts afresh, others in each."""
+        """Draw factors; a rule that restarts draws other ones in each round."""
         seed = self._seed + self.rounds * self._rule.restarts
         return initial_pair(name, rank, self._facts.targets[name], seed)
 
     def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
-        """Return dW less what the participant's own adapter already adds, by weight."""
+        """Return dW minus what the participant's own adapter already adds, by weight."""
         own = self.pairs.get(participant, {})
         if self._rule.redistribute is not None:
             return {n: self.totals[n] for n in weights if n in self.totals and n not in own}
@@ -155,7 +155,7 @@ class Ledger:
         return result
 
     def _contributions(self, weight: str, reports: Mapping[str, Report]) -> dict[str, Contribution]:
-        """Every sample once: a device's where it holds the block, else the coordinator's."""
+        """Count every sample once: for a device that holds the block, else for the coordinator."""
         block = self._facts.block_of(weight)
         found: dict[str, Contribution] = {}
         devices = {n: r for n, r in reports.items() if n != SERVER}
@@ -187,7 +187,7 @@ class Ledger:
             self.totals[weight] = compress(stack([old, update.change]))[0]
 
     def _join_heads(self, reports: Mapping[str, Report]) -> dict[str, Array]:
-        """p-weighted mean of a trained head over those who hold it."""
+        """Return the mean of a trained head over those who hold it, weighted by samples."""
         devices = {n: r for n, r in reports.items() if n != SERVER}
         holders = {n: r.head for n, r in reports.items() if r.head}
         if not holders:
@@ -205,7 +205,7 @@ class Ledger:
         return dict(self.totals)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything as flat arrays, for a checkpoint."""
+        """Return everything as flat arrays, for a checkpoint."""
         state: dict[str, np.ndarray] = {"rounds": np.array(self.rounds)}
         for who, pairs in self.pairs.items():
             for name, pair in pairs.items():

@@ -1,6 +1,6 @@
 """What each device is told to hold at the start of a round: everything, a change, or its own past.
 
-Pure but for the sending; knows the ledger and the last aggregation.
+Pure: it knows the ledger and the last aggregation, and sends nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_sdk.protocol.plan import Plan
 
 
 class RoundStartBuilder:
-    """Keeps who holds the state of the last aggregation, and what changed since."""
+    """Remembers who holds the state of the last aggregation, and what it changed."""
 
     def __init__(self, ledger: Ledger, facts: ModelFacts) -> None:
         self._ledger, self._facts = ledger, facts
@@ -26,11 +26,11 @@ class RoundStartBuilder:
         self._result: RoundResult | None = None
 
     def round_ended(self, result: RoundResult, members: set[str]) -> None:
-        """The round is aggregated; *members* were in it from beginning to end."""
+        """Take in the result of a round; *members* took part from its beginning to its end."""
         self._result, self.current = result, set(members)
 
     def forget(self, device: str | None = None) -> None:
-        """A device, or every device, no longer holds what we think."""
+        """Assume nothing any more about what a device, or every device, holds."""
         self.current = self.current - {device} if device is not None else set()
 
     def message(

@@ -39,7 +39,7 @@ class Update:
     """What the round does to one weight: a new dW, or what is added to it."""
 
     total: Factors | None = None
-    """The new dW, where the rule makes it anew; columns in the order of their importance."""
+    """The new dW, where the rule replaces it; its columns stand in the order of importance."""
     change: Factors | None = None
     """What is added to dW."""
     cut_error: float = 0.0
@@ -58,9 +58,9 @@ class Rule:
     join: Join
     redistribute: Callable[[Factors, Pair, float], Pair] | None = None
     """(dW, a fresh pair, its scale) -> what a participant of that rank holds next. None: everybody
-    keeps its own factors, and a frozen residual makes them up to dW."""
+    keeps their own factors, and a frozen residual completes them to dW."""
     restarts: bool = False
-    """Whether everybody begins the next round with fresh factors and an optimizer without past."""
+    """Whether everybody begins the next round with fresh factors and a fresh optimizer."""
     needs_equal_ranks: bool = False
     """Whether a weight must have the same rank wherever it is trained."""
     needs_whole_model: bool = False
@@ -77,7 +77,7 @@ class Rule:
 def fedavg(
     contributions: Mapping[str, Contribution], _shape: Shape, _max_rank: int | None
 ) -> Update:
-    """Mean of A and mean of B, apart (SplitLoRA eq. 8-9); needs equal ranks."""
+    """Take the mean of A and the mean of B separately, of equal ranks (SplitLoRA eq. 8-9)."""
     ranks = {name: c.after.a_RI.shape[0] for name, c in contributions.items()}
     if len(set(ranks.values())) > 1:
         raise ConfigError(
@@ -90,7 +90,7 @@ def fedavg(
 def zeropad(
     contributions: Mapping[str, Contribution], _shape: Shape, _max_rank: int | None
 ) -> Update:
-    """Pad to the largest rank, mean of A and mean of B apart (HetLoRA, arXiv 2401.06432, 3.2).
+    """Pad to the largest rank, then average A and B separately (HetLoRA, arXiv 2401.06432, 3.2).
 
     Weights are the paper's: |dW_k|_F / sum_j |dW_j|_F, so that sparse adapters count less; samples
     do not count. The scale is inside dW_k and B_k (the paper has none).
@@ -102,9 +102,9 @@ def zeropad(
 
 
 def svd(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int | None) -> Update:
-    """DW = sum_i p_i s_i B_i A_i, handed out as its best approximations of each rank.
+    """Make dW = sum_i p_i s_i B_i A_i, to be handed out as its best approximation of each rank.
 
-    HLoRA (arXiv 2503.00813) and FlexLoRA (2402.11505); QR and a small SVD, no dense matrix.
+    HLoRA (arXiv 2503.00813) and FlexLoRA (2402.11505); a QR and a small SVD, no dense matrix.
     """
     total, error = compress(_weighted_sum(contributions, shape), max_rank)
     return Update(total=total, cut_error=error)
@@ -113,8 +113,8 @@ def svd(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int |
 def exact(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int | None) -> Update:
     """Add everybody's progress to dW and leave the factors alone.
 
-    dW <- dW + sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), as stacked factors made small again. Also
-    `stack` (HSplitLoRA's NAA, FLoRA 2409.05976), where s_i B_i A_i = 0 at the start of each round.
+    dW <- dW + sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), as stacked factors that are compressed. It
+    serves `stack`, too (HSplitLoRA's NAA, FLoRA 2409.05976), where every round starts from B = 0.
     """
     weight = shares(contributions)
     terms = [_weighted_sum(contributions, shape)]
@@ -127,7 +127,7 @@ def exact(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int
 
 
 def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:
-    """The stacked factors of sum_i p_i s_i B_i A_i."""
+    """Return the stacked factors of sum_i p_i s_i B_i A_i."""
     weight = shares(contributions)
     ordered = [(weight[n], contributions[n]) for n in sorted(contributions)]
     return stack([zero(*shape), *(product(c.after, share * c.scale) for share, c in ordered)])
@@ -136,7 +136,7 @@ def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Fa
 def _mean_of_padded(
     contributions: Mapping[str, Contribution], weight: Mapping[str, float]
 ) -> Factors:
-    """Weighted means of all s B and of all A, each padded with zeros to the largest rank."""
+    """Return weighted means of all s B and of all A, padded with zeros to the largest rank."""
     rank = max(c.after.a_RI.shape[0] for c in contributions.values())
     rows, columns = {}, {}
     for name, c in contributions.items():
@@ -147,15 +147,15 @@ def _mean_of_padded(
 
 
 def truncate(total: Factors, fresh: Pair, scale: float) -> Pair:
-    """The first rows of A and columns of B; ranks that dW does not have are fresh."""
+    """Take the first rows of A and columns of B; ranks that dW does not have are fresh."""
     return _fill(total.a_RI, total.b_OR / scale, fresh)
 
 
 def svd_asymmetric(total: Factors, fresh: Pair, scale: float) -> Pair:
-    """The largest singular values of dW; A's rows as long as when they are drawn, the rest in B.
+    """Take the largest singular values of dW; rows of A keep the length they are drawn with.
 
-    With the norms shared equally, B and A are so small in the first rounds that AdamW's steps and
-    their own gradients do not fit them: measured, see docs/aggregation.md.
+    The rest is in B. With the norms shared equally, B and A are so small in the first rounds that
+    AdamW's steps and their own gradients do not fit them; docs/aggregation.md has measurements.
     """
     length_R = np.maximum(np.linalg.norm(total.a_RI, axis=1), np.finfo(np.float32).tiny)
     drawn = 1.0 / np.sqrt(3.0)  # expected norm of a row of `initial_pair`
@@ -165,13 +165,13 @@ def svd_asymmetric(total: Factors, fresh: Pair, scale: float) -> Pair:
 
 
 def balanced(total: Factors, fresh: Pair, scale: float) -> Pair:
-    """The largest singular values of dW; B and A have equal norms."""
+    """Take the largest singular values of dW; B and A have equal norms."""
     root = np.float32(np.sqrt(scale))
     return _fill(total.a_RI / root, total.b_OR / root, fresh)
 
 
 def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
-    """As many ranks as *fresh* has: the given ones, then fresh ones, whose B is 0."""
+    """Return as many ranks as *fresh* has: first the given ones, then fresh ones, whose B is 0."""
     rank = fresh.a_RI.shape[0]
     a = np.concatenate([a_RI[:rank], fresh.a_RI[a_RI.shape[0] :]]).astype(np.float32)
     b = np.concatenate([b_OR[:, :rank], fresh.b_OR[:, b_OR.shape[1] :]], axis=1)
@@ -189,27 +189,27 @@ RULES: dict[str, Rule] = {
 
 
 def shares(contributions: Mapping[str, Contribution]) -> dict[str, float]:
-    """The participants' shares, made to sum to 1 when some did not report."""
+    """Return the participants' shares, scaled to sum to 1 where some did not report."""
     total = sum(contributions[name].share for name in sorted(contributions))
     return {name: c.share / total for name, c in contributions.items()}
 
 
 def mean_of(values: Mapping[str, Array], weight: Mapping[str, float]) -> Array:
-    """Weighted mean in float64, summed in the order of the names."""
+    """Return the weighted mean, summed in float64 in the order of the names."""
     total = sum(values[name].astype(np.float64) * weight[name] for name in sorted(values))
     return np.asarray(total, dtype=np.float64).astype(np.float32)
 
 
 def product(pair: Pair, scale: float) -> Factors:
-    """The matrix s B A as factors."""
+    """Return the matrix s B A as factors."""
     return Factors(pair.b_OR * np.float32(scale), pair.a_RI)
 
 
 def resize_pair(pair: Pair, fresh: Pair, ratio: float) -> Pair:
-    """The same matrix s B A with as many ranks as *fresh*, where it has no fewer than *pair*.
+    """Return a pair of as many ranks as *fresh* has; if not fewer than before, s B A is the same.
 
-    The first ranks stay as they are, so that an optimizer's moments keep their meaning; what a
-    smaller rank loses is for the residual to hold.
+    The first ranks stay as they are, so that an optimizer's moments keep their meaning. The
+    residual holds what a smaller rank loses.
 
     Args:
         pair: The factors until now.
@@ -220,7 +220,7 @@ def resize_pair(pair: Pair, fresh: Pair, ratio: float) -> Pair:
 
 
 def residual(total: Factors, own: Factors | None) -> Factors:
-    """What a participant must add to its own adapter to have dW: dW - s B A."""
+    """Return what a participant must add to its own adapter to have dW: dW - s B A."""
     if own is None:
         return total
     return compress(stack([total, own.scaled(-1.0)]), cancels=True)[0]
