@@ -46,6 +46,11 @@ class PlanningConfig:
     """Device bytes for adapters, where they are to be the same whatever the device; None: what
     its memory leaves."""
 
+    @property
+    def measures_importance(self) -> bool:
+        """Whether ranks depend on the importance of weights, which devices then measure."""
+        return self.ranks == "rngwp"
+
     def __post_init__(self) -> None:
         ranks = self.rank_set
         if not ranks or any(rank < 1 for rank in ranks) or len(set(ranks)) < len(ranks):

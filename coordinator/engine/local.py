@@ -369,7 +369,7 @@ def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine)
         trains_head=config.labels == "server",
         compute=config.compute,
     )
-    if config.planning.ranks == "rngwp":
+    if config.planning.measures_importance:
         engine.measure_importance(config.planning.importance, config.planning.importance_every)
     return engine
 

@@ -139,7 +139,7 @@ class ServerModel:
             RefusedError: they cannot be made, or the run does what they cannot.
         """
         check_lora(self._config.lora)
-        part = self.graphs.find(plan, measures=self._config.planning.ranks == "rngwp")
+        part = self.graphs.find(plan, measures=self._config.planning.measures_importance)
         if part is not None:
             self._by_hash[part.sha256] = part
         return part

@@ -7,7 +7,7 @@ Pure: a situation in, plans with their reasons out. Split points come from `spli
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,14 +29,7 @@ from coordinator.planning.frozen_devices import cannot_train, in_time
 from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import choose_ranks, uniform_ranks
-from coordinator.planning.splits import (
-    Binding,
-    Option,
-    Splits,
-    choose_splits,
-    deepest_splits,
-    fitting,
-)
+from coordinator.planning.splits import SPLIT_RULES, Binding, Option, Splits, fitting
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import problems
@@ -164,9 +157,10 @@ def _tables(
 def _split(problem: PlanningProblem, tables: Mapping[str, list[Option]]) -> Splits:
     budgets = {device: problem.limit_bytes(device) for device in tables}
     pins = {d: pin for d in tables if (pin := problem.pinned_split(d)) is not None}
-    by_time = problem.config.planning.split == "armsc" and problem.server_speed is not None
-    rule = choose_splits if by_time else deepest_splits
-    return rule(tables, budgets, server_side(problem), pins)
+    rule = problem.split_rule
+    if rule.weighs_time and problem.server_speed is None:
+        rule = SPLIT_RULES["memory"]
+    return rule.choose(tables, budgets, server_side(problem), pins)
 
 
 # ---- ranks ----
@@ -195,11 +189,7 @@ def _choose(
     possible = {name: problem.ranks(device, name) for name in loads}
     if all(len(ranks) == 1 for ranks in possible.values()):
         return {name: ranks[0] for name, ranks in possible.items()}
-    if problem.config.planning.ranks == "uniform":
-        bytes_of = partial(adapters_bytes, problem, loads=loads)
-        found = uniform_ranks(possible, bytes_of, budget_bytes)
-    else:
-        found = choose_ranks(rank_tables(problem, device, loads), budget_bytes)
+    found = RANK_RULES[problem.config.planning.ranks](problem, device, loads, budget_bytes)
     cap = problem.config.planning.adapter_bytes
     if device != SERVER and cap is not None and not any(found.values()):
         raise ConfigError(
@@ -207,6 +197,30 @@ def _choose(
             f"device {device!r}; raise it, or remove it"
         )
     return found
+
+
+def _uniform(
+    problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
+) -> dict[str, int]:
+    """The largest one rank that fits."""
+    possible = {name: problem.ranks(device, name) for name in loads}
+    return uniform_ranks(possible, partial(adapters_bytes, problem, loads=loads), budget_bytes)
+
+
+def _by_importance(
+    problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
+) -> dict[str, int]:
+    """The ranks of the largest value."""
+    return choose_ranks(rank_tables(problem, device, loads), budget_bytes)
+
+
+RankRule = Callable[[PlanningProblem, str, Mapping[str, Load], float], dict[str, int]]
+RANK_RULES: dict[str, RankRule] = {
+    "fixed": _by_importance,  # nearly all ranks are pinned
+    "uniform": _uniform,
+    "rngwp": _by_importance,
+}
+"""The choices of `planning.ranks`: what ranks the weights with loads get within a budget."""
 
 
 def _made_equal(
@@ -283,7 +297,7 @@ def _device_notes(problem: PlanningProblem, device: str, plan: Plan) -> tuple[st
         found.append("memory unknown: split and largest rank as in the config")
     elif profile.overhead_bytes is None:
         found.append("overhead_bytes unknown: counted as 0")
-    if problem.config.planning.split == "armsc":
+    if problem.split_rule.weighs_time:
         unknown = [
             name
             for name in ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
@@ -308,10 +322,10 @@ def _server_story(problem: PlanningProblem, splits: Splits, ranks: Ranks) -> Ser
 
 def _notes(problem: PlanningProblem) -> tuple[str, ...]:
     config, found = problem.config, [f"sequences of up to {problem.length} tokens"]
-    if config.planning.split == "armsc" and problem.server_speed is None:
+    if problem.split_rule.weighs_time and problem.server_speed is None:
         found.append("planning.server_flops_per_s unknown: only memory decides the splits")
     if not math.isfinite(problem.budget_bytes(SERVER)):
         found.append("planning.server_memory_bytes unknown: the coordinator holds everything")
-    if problem.importance is None and config.planning.ranks == "rngwp":
+    if problem.importance is None and config.planning.measures_importance:
         found.append("importance not measured yet: all weights alike")
     return tuple(found)

@@ -15,6 +15,7 @@ from pathlib import Path
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
+from coordinator.planning.splits import SPLIT_RULES, SplitRule
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from edge_sdk.lora.targets import ModelFacts
 from profiler.estimate.sizes import ModelShape
@@ -90,6 +91,11 @@ class PlanningProblem:
     def is_fixed(self) -> bool:
         """Whether the config leaves nothing to plan."""
         return self.config.planning.split == self.config.planning.ranks == "fixed"
+
+    @property
+    def split_rule(self) -> SplitRule:
+        """How split points are chosen."""
+        return SPLIT_RULES[self.config.planning.split]
 
     def importance_of(self, weight: str) -> float:
         """Importance of a weight; one that nobody measured is worth the mean of the others."""

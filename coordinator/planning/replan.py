@@ -76,7 +76,7 @@ def reasons_to_replan(current: PlanSet, before: PlanningProblem, now: PlanningPr
     found = _newcomers(before, now)
     for device in sorted(now.profiles.keys() & before.profiles.keys()):
         found += _changes(current, before, now, device)
-    if planning.ranks == "rngwp" and now.importance is not None:
+    if planning.measures_importance and now.importance is not None:
         if before.importance is None:
             found.append("importance was measured for the first time")
         elif (moved := drift(before.importance, now.importance)) > planning.drift:
@@ -105,7 +105,7 @@ def _changes(
             f"{device}: its plan takes {planned_bytes / 2**20:,.1f} MiB, "
             f"{budget / 2**20:,.1f} MiB are left to it"
         )
-    is_timed = planning.split == "armsc" or planning.deadline_s is not None
+    is_timed = now.split_rule.weighs_time or planning.deadline_s is not None
     for name in _SPEEDS if is_timed else ():
         was, now_is = getattr(old, name), getattr(new, name)
         if was is None or now_is is None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edge_sdk.errors import ConfigError
 
@@ -133,6 +133,25 @@ def deepest_splits(
     if server_bytes(server, chosen) > server.budget_bytes:
         raise _server_too_small(server, chosen)
     return _splits(options, budgets, server, pins or {}, chosen)
+
+
+class SplitRule(NamedTuple):
+    """One way to choose split points."""
+
+    choose: Callable[
+        [Mapping[str, Sequence[Option]], Mapping[str, float], Server, Mapping[str, int]], Splits
+    ]
+    """(options, budgets, server, pins) -> a split for every device, as `choose_splits`."""
+    weighs_time: bool = False
+    """Whether it needs speeds; where the coordinator's is unknown, `memory` decides instead."""
+
+
+SPLIT_RULES = {
+    "fixed": SplitRule(deepest_splits),  # all splits are pinned
+    "memory": SplitRule(deepest_splits),
+    "armsc": SplitRule(choose_splits, weighs_time=True),
+}
+"""The choices of `planning.split`."""
 
 
 def server_bytes(server: Server, chosen: Mapping[str, Option]) -> float:

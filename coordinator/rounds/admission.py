@@ -146,7 +146,7 @@ class Admission:
             lora=to_pairs(config.lora),
             wants_profile=not self._planner.is_fixed,
             importance=config.planning.importance,
-            importance_every=config.planning.importance_every * (config.planning.ranks == "rngwp"),
+            importance_every=config.planning.importance_every * config.planning.measures_importance,
         )
 
     def _largest_message(self, plan: Plan) -> int:

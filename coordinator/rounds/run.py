@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.aggregation.round_start import RoundStartBuilder
@@ -178,14 +178,15 @@ def problem(config: ServeConfig, model: ServerModel) -> PlanningProblem | None:
     if planning.split == planning.ranks == "fixed":
         return None
     memory = planning.server_memory_bytes or memory_info().available.value
-    speed = planning.server_flops_per_s
-    if speed is None and planning.split == "armsc":
-        speed = model.measured_speed()
-    return PlanningProblem(
+    found = PlanningProblem(
         config=config,
         facts=model.facts,
         model=model.shape,
         profiles={},
-        server=ServerProfile(memory_bytes=memory, flops_per_s=speed),
+        server=ServerProfile(memory_bytes=memory),
         length=planning_length(config, model.max_length),
     )
+    if found.split_rule.weighs_time and found.server_speed is None:
+        speed = model.measured_speed()
+        return replace(found, server=replace(found.server, flops_per_s=speed))
+    return found
