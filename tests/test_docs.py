@@ -77,6 +77,14 @@ def test_relative_links_resolve(name: str) -> None:
     assert [link for link in links if is_dead(link, page)] == []
 
 
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda p: p.name)
+def test_a_file_in_a_picture_exists(picture: Path) -> None:
+    """What a picture names with its folder is there."""
+    names = re.findall(r"[\w/]+/\w+\.py", picture.read_text(encoding="utf-8"))
+
+    assert [name for name in names if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_page_that_the_code_names_exists(name: str) -> None:
     """A page named in code is there, and so is the section after it: `docs/x.md, Section`."""
