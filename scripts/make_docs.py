@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from edge_sdk.client.states import ACTIONS, Action, State
 from edge_sdk.config.describe import describe, field_docs
 from edge_sdk.protocol.codecs import CODECS
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
@@ -42,6 +43,14 @@ Every message carries a `stamp`, so that it may be sent twice and is applied onc
 beside a message, by name. In their shapes B is sequences, T positions of the longest of them, D \
 hidden size, R rank, I inputs, O outputs, S the rank of the frozen residual, N bytes. A message \
 that lacks a tensor it needs, or brings another or one of another dtype or shape, is refused.
+"""
+
+STATES_INTRO = """\
+## What may come when
+
+A device does with a message what this table says, from \
+[`edge_sdk/client/states.py`](../edge_sdk/client/states.py). A message for which there is no \
+action (`-`) breaks the protocol: the device reports it and leaves.
 """
 
 CODECS_INTRO = """\
@@ -110,8 +119,18 @@ def protocol_page() -> Iterator[str]:
     yield "## What messages contain\n"
     for kind in (Stamp, Plan, Part):
         yield from section(kind, "")
+    yield STATES_INTRO
+    yield from table(("state", "the device ..."), ((f"`{s.name}`", s.value) for s in State))
+    yield from table(("action", "the message is ..."), ((f"`{a.name}`", a.value) for a in Action))
+    yield from table(("message", *(f"`{state.name}`" for state in State)), device_rows())
     yield CODECS_INTRO
     yield from table(("number", "codec", "array", "bytes per number"), codec_rows())
+
+
+def device_rows() -> Iterator[tuple[str, ...]]:
+    for kind in FROM_COORDINATOR:
+        actions = (ACTIONS[state].get(kind) for state in State)
+        yield f"`{kind.__name__}`", *(f"`{a.name}`" if a else "-" for a in actions)
 
 
 def codec_rows() -> Iterator[tuple[str, ...]]:

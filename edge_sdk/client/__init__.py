@@ -11,4 +11,5 @@ __all__ = [
     "participant",
     "profile",
     "setup",
+    "states",
 ]

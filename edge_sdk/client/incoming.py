@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from contextlib import suppress
 
 from edge_sdk import errors
+from edge_sdk.client.states import Action, State, action_on
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
 from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import (
-    Failure,
-    Pause,
-    PlanAssigned,
-    Refused,
-    RoundStart,
-    RunOver,
-    Stamp,
-)
+from edge_sdk.protocol.messages import Failure, Refused, RunOver, Stamp
 from edge_sdk.transport.link import Link
 
 log = logging.getLogger(__name__)
@@ -43,57 +36,36 @@ class Redirected(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Inbox:
-    """The receiving half of a link."""
+    """The receiving half of a link; what is done with a message is said in `states.py`."""
 
-    def __init__(self, link: Link, stop: threading.Event) -> None:
-        self._link, self._stop = link, stop
+    def __init__(self, link: Link, stop: threading.Event, state: State = State.GREETING) -> None:
+        self._link, self._stop, self._state = link, stop, state
 
-    def next(self) -> Envelope:
-        """Return the next message.
+    def enter(self, state: State) -> None:
+        """The device does something else from now on."""
+        self._state = state
+
+    def wait_for(self, *kinds: type, patience_s: float = 0.0) -> Envelope:
+        """Return the next message of *kinds*; without any, the next that the state waits for.
+
+        Args:
+            kinds: Messages that the state waits for.
+            patience_s: How long nobody may answer: the coordinator may be down.
 
         Raises:
+            Redirected: a new order came, and ends what is going on.
             Stopped: the application wants to leave.
             RunEnded: the coordinator has closed the run.
             RefusedError: it does not want this device.
-            EdgeError: it failed to do what it was asked, or the session is lost.
-        """
-        while True:
-            if self._stop.is_set():
-                raise Stopped
-            try:
-                return self._look(Deadline.after(POLL_S))
-            except ReceiveTimeout:
-                continue
-
-    def _look(self, deadline: Deadline) -> Envelope:
-        envelope = self._link.receive(deadline)
-        message = envelope.message
-        if isinstance(message, Refused):
-            raise RefusedError(message.reason)
-        if isinstance(message, RunOver):
-            raise RunEnded(message.reason)
-        if isinstance(message, Failure):
-            raise _their_error(message)
-        return envelope
-
-    def expect(self, kind: type[Any]) -> Envelope:
-        """Return the next message of *kind*."""
-        while True:
-            envelope = self.next()
-            if isinstance(envelope.message, kind):
-                return envelope
-            log.debug("message.ignored kind=%s", type(envelope.message).__name__)
-
-    def first(self, kind: type[Any], patience_s: float) -> Envelope:
-        """Return the first message of *kind* of a session, from a coordinator that may be down.
-
-        Raises:
-            PeerGone: nobody has answered for *patience_s* seconds.
+            PeerGone: nobody has answered for so long, or the session is lost.
+            EdgeError: it failed to do what it was asked, or sent what it must not send now.
         """
         deadline = Deadline.after(patience_s)
         while True:
             try:
-                return self.expect(kind)
+                envelope = self._take(Deadline.after(POLL_S))
+            except ReceiveTimeout:
+                continue
             except SessionLost:
                 raise
             except PeerGone as gone:
@@ -101,48 +73,48 @@ class Inbox:
                 if not left_s:
                     raise
                 log.warning("coordinator.absent reason=%s retrying_s=%.0f", gone, left_s)
+                continue
+            if envelope is not None and (not kinds or isinstance(envelope.message, kinds)):
+                return envelope
 
-    def answer(self, kind: type[Any], stamp: Stamp, micro: int) -> Envelope:
-        """Return the answer to what was just sent; older ones are stale.
+    def wait_for_reply(self, kind: type, stamp: Stamp, micro: int | None = None) -> Envelope:
+        """Return the answer to what was just sent, by its stamp; older ones are stale.
 
-        Raises:
-            Redirected: a new order came instead.
+        Raises as `wait_for` does.
         """
         while True:
-            envelope = _unless_order(self.next())
+            envelope = self.wait_for(kind)
             message = envelope.message
-            if isinstance(message, kind) and (message.stamp, message.micro) == (stamp, micro):
+            if message.stamp == stamp and (micro is None or message.micro == micro):
                 return envelope
-            log.debug("message.stale kind=%s step=%d", type(message).__name__, message.stamp.step)
-
-    def reply(self, kind: type[Any], stamp: Stamp, *, heeds_orders: bool) -> Envelope:
-        """Return the next message of *kind* with *stamp*; older ones are stale.
-
-        Raises:
-            Redirected: a new order came instead, and is heeded.
-        """
-        while True:
-            envelope = self.next()
-            if heeds_orders:
-                _unless_order(envelope)
-            if isinstance(envelope.message, kind) and envelope.message.stamp == stamp:
-                return envelope
-            log.debug("message.stale kind=%s", type(envelope.message).__name__)
+            log.debug("message.stale kind=%s step=%d", kind.__name__, message.stamp.step)
 
     def poll(self) -> None:
-        """Between two steps: raise if there is a new order."""
+        """Between two steps: raise if there is a new order, or an end."""
+        with suppress(ReceiveTimeout):
+            self._take(Deadline.after(0.0))
+
+    def _take(self, deadline: Deadline) -> Envelope | None:
+        """Return the next message if the state waits for such; None for one to be skipped."""
         if self._stop.is_set():
             raise Stopped
-        try:
-            _unless_order(self._look(Deadline.after(0.0)))
-        except ReceiveTimeout:
-            return
+        envelope = self._link.receive(deadline)
+        action = action_on(self._state, envelope.message)
+        if action is Action.END:
+            raise _end(envelope.message)
+        if action is Action.OBEY:
+            raise Redirected(envelope)
+        if action is Action.SKIP:
+            log.debug("message.skipped kind=%s", type(envelope.message).__name__)
+            return None
+        return envelope
 
 
-def _unless_order(envelope: Envelope) -> Envelope:
-    if isinstance(envelope.message, RoundStart | Pause | PlanAssigned):
-        raise Redirected(envelope)
-    return envelope
+def _end(message: Refused | RunOver | Failure) -> Exception:
+    """Return what the coordinator's last word is as an exception of ours."""
+    if isinstance(message, Refused):
+        return RefusedError(message.reason)
+    return RunEnded(message.reason) if isinstance(message, RunOver) else _their_error(message)
 
 
 def _their_error(failure: Failure) -> EdgeError:

@@ -46,27 +46,24 @@ def probe(
     inbox: Inbox,
     stamp: Stamp,
     clock: Clock = time.perf_counter,
-    *,
-    heeds_orders: bool = False,
 ) -> LinkSpeed:
     """Measure the link, after Welcome and while nothing else travels on it.
 
     Args:
         link: The connection.
-        inbox: What arrives on it.
+        inbox: What arrives on it; its state says whether a new order ends the measurement.
         stamp: The device's stamp.
         clock: Seconds, for tests.
-        heeds_orders: Whether a new order ends the measurement; otherwise the order is ignored.
 
     Raises:
         EdgeError: The coordinator refuses, or the session is lost.
-        Redirected: A new order came in between, and is heeded.
+        Redirected: A new order came in between.
     """
 
     def seconds(up_bytes: int, down_bytes: int) -> float:
         began = clock()
         _send(link, stamp, up_bytes, down_bytes)
-        answer = inbox.reply(Probe, stamp, heeds_orders=heeds_orders)
+        answer = inbox.wait_for_reply(Probe, stamp)
         _check(answer, down_bytes)
         return clock() - began
 

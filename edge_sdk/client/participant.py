@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from edge_sdk.client.incoming import Inbox, Redirected
 from edge_sdk.client.profile import changed_profile, device_profile, with_link
 from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
+from edge_sdk.client.states import State
 from edge_sdk.client.steps import Steps
 from edge_sdk.errors import EdgeError, public_name
 from edge_sdk.lora.adapters import Pair
@@ -95,7 +97,8 @@ class Participant:
     # ---- joining ----
 
     def join(self) -> None:
-        """Greet the coordinator and set up what it asks for; keeps what is there already."""
+        """Greet the coordinator and tell it what it wants to know."""
+        self._inbox.enter(State.GREETING)
         self._link.send(
             Hello(
                 stamp=self._stamp,
@@ -106,12 +109,13 @@ class Participant:
                 backend=self._setup.backend,
             )
         )
-        welcome: Welcome = self._inbox.first(Welcome, self._config.patience_s).message
+        patience_s = self._config.patience_s
+        welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
         self._enter(welcome)
         if welcome.wants_profile:
+            self._inbox.enter(State.PROFILING)
             self._link.send(Profiled(stamp=self._stamp, profile=self._profile(welcome)))
-        assigned: PlanAssigned = self._inbox.expect(PlanAssigned).message
-        self._adopt(assigned)
+        self._inbox.enter(State.WAITING)
 
     def _enter(self, welcome: Welcome) -> None:
         """Be in the run that *welcome* speaks of."""
@@ -131,8 +135,10 @@ class Participant:
         self._told = self._measured
         return self._measured
 
-    def _adopt(self, assigned: PlanAssigned) -> None:
-        """Run *assigned* from now on; says so when all is in place."""
+    def _adopt(self, envelope: Envelope) -> None:
+        """Run another plan from now on; says so when all is in place."""
+        self._inbox.enter(State.FETCHING)
+        assigned: PlanAssigned = envelope.message
         if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
             self._set_up(assigned)
@@ -169,7 +175,7 @@ class Participant:
     def _ask(self, request: PartRequest) -> Envelope:
         self._link.send(request)
         while True:
-            answer = self._inbox.expect(PartData)
+            answer = self._inbox.wait_for(PartData)
             if (answer.message.sha256, answer.message.offset) == (request.sha256, request.offset):
                 return answer
 
@@ -188,27 +194,30 @@ class Participant:
             Stopped: the application asked for it.
             SessionLost: the coordinator does not know this session any more; join again.
         """
-        envelope = self._inbox.next()
+        handlers: dict[type, Callable[[Envelope], None]] = {
+            PlanAssigned: self._adopt,
+            RoundStart: self._run_round,
+            Pause: self._pause,
+        }
+        envelope = self._inbox.wait_for()
         while True:
             try:
-                self._handle(envelope)
-                envelope = self._inbox.next()
+                handlers[type(envelope.message)](envelope)
+                self._inbox.enter(State.READY)
+                envelope = self._inbox.wait_for()
             except Redirected as redirected:
                 envelope = redirected.envelope
 
-    def _handle(self, envelope: Envelope) -> None:
-        message = envelope.message
-        if isinstance(message, RoundStart):
-            self._begin_round(message, envelope.tensors)
-            if message.end_step > message.stamp.step:
-                self._train_round(message)
-        elif isinstance(message, Pause):
-            self._save(self._stamp.step)
-            self._link.send(Paused(stamp=self._stamp))
-        elif isinstance(message, PlanAssigned) and self._welcome is not None:
-            self._adopt(message)
-        else:
-            log.debug("message.ignored kind=%s", type(message).__name__)
+    def _run_round(self, envelope: Envelope) -> None:
+        self._inbox.enter(State.TRAINING)
+        start: RoundStart = envelope.message
+        self._begin_round(start, envelope.tensors)
+        if start.end_step > start.stamp.step:
+            self._train_round(start)
+
+    def _pause(self, _envelope: Envelope) -> None:
+        self._save(self._stamp.step)
+        self._link.send(Paused(stamp=self._stamp))
 
     def _begin_round(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         runtime, steps = self._ready()
@@ -306,9 +315,8 @@ class Participant:
         # Kept at once: a new order may end the measurement of the link, which is then still due.
         by_hand = self._config.profile
         self._measured = changed_profile(self._measured, by_hand, factor, is_link_due=is_link_due)
-        self._measured = with_link(
-            self._measured, self._link, self._inbox, self._stamp, heeds_orders=True
-        )
+        self._inbox.enter(State.MEASURING)
+        self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
         if self._measured != self._told:
             self._told = self._measured
             self._link.send(Profiled(stamp=self._stamp, profile=self._measured))

@@ -105,13 +105,11 @@ def block_speed(model: Path, device: str, compute: str, max_length: int) -> floa
     return found.flops_per_s.value
 
 
-def with_link(
-    profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp, *, heeds_orders: bool = False
-) -> DeviceProfile:
+def with_link(profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp) -> DeviceProfile:
     """Return *profile* with what it does not say about the link, measured now; see `probe`."""
     if None not in (profile.up_bytes_per_s, profile.down_bytes_per_s, profile.round_trip_s):
         return profile
-    speed = probe(link, inbox, stamp, heeds_orders=heeds_orders)
+    speed = probe(link, inbox, stamp)
     found = DeviceProfile(
         up_bytes_per_s=speed.up_bytes_per_s,
         down_bytes_per_s=speed.down_bytes_per_s,

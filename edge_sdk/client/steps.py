@@ -147,7 +147,7 @@ class Steps:
 
     def _wait(self, kind: type[Any], micro: int) -> Envelope:
         began = time.monotonic()
-        envelope = self._inbox.answer(kind, self._stamp, micro)
+        envelope = self._inbox.wait_for_reply(kind, self._stamp, micro)
         self._waited_s += time.monotonic() - began
         return envelope
 
@@ -175,9 +175,9 @@ class Steps:
             return runtime.tail_eval(hidden_BTD, micro)
         self._send_activation(hidden_BTD, micro, index, 1, batch.num_targets, is_eval=True)
         if self._keeps_labels:
-            top = self._inbox.answer(TopHidden, self._stamp, index)
+            top = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
             return runtime.tail_eval(_checked(top, "hidden", hidden_BTD.shape), micro)
-        result: EvalResult = self._inbox.answer(EvalResult, self._stamp, index).message
+        result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
     def _coded(self, array: Array) -> TensorOut:

@@ -20,6 +20,7 @@ import psutil
 
 from edge_sdk.client.incoming import Inbox, RunEnded, Stopped
 from edge_sdk.client.link_speed import LinkSpeed, probe
+from edge_sdk.client.states import State
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
 from edge_sdk.protocol.codecs import float_codecs
@@ -253,7 +254,8 @@ def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION
             version = package_version()
             link.send(Hello(stamp=Stamp(), sdk_version=version, model_hash=model_hash, **hello))
             try:
-                welcome = inbox.expect(Welcome).message
+                welcome = inbox.wait_for(Welcome).message
+                inbox.enter(State.PROFILING)
                 speed = probe(link, inbox, welcome.stamp)
             finally:
                 stamp = Stamp() if welcome is None else welcome.stamp

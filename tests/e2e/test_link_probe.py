@@ -8,6 +8,7 @@ import pytest
 
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.link_speed import probe
+from edge_sdk.client.states import State
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.messages import MAX_PROBES, PROTOCOL_VERSION, Hello, Probe, Stamp, Welcome
 from edge_sdk.transport.zmq_link import ZmqLink
@@ -19,7 +20,9 @@ def welcomed(link: ZmqLink) -> tuple[Inbox, Stamp]:
     inbox = Inbox(link, threading.Event())
     blank = Stamp()
     link.send(Hello(stamp=blank, protocol=PROTOCOL_VERSION, sdk_version="0", codecs=("float32",)))
-    return inbox, inbox.expect(Welcome).message.stamp
+    stamp = inbox.wait_for(Welcome).message.stamp
+    inbox.enter(State.PROFILING)
+    return inbox, stamp
 
 
 def test_a_real_link_is_measured(cluster: Cluster) -> None:
@@ -46,10 +49,10 @@ def test_who_probes_without_end_is_expelled(cluster: Cluster) -> None:
     for _ in range(MAX_PROBES + 1):
         link.send(Probe(stamp=stamp))
     for _ in range(MAX_PROBES):
-        inbox.expect(Probe)
+        inbox.wait_for(Probe)
 
     with pytest.raises(EdgeError, match="more than 48 probes"):
-        inbox.expect(Probe)
+        inbox.wait_for(Probe)
 
     other = cluster.link("b")
     welcomed(other)
@@ -62,4 +65,4 @@ def test_a_probe_before_hello_is_refused(cluster: Cluster) -> None:
     link.send(Probe(stamp=Stamp(), answer_bytes=1))
 
     with pytest.raises(EdgeError, match="Probe before Hello"):
-        Inbox(link, threading.Event()).expect(Probe)
+        Inbox(link, threading.Event()).wait_for(Welcome)

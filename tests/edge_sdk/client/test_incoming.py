@@ -8,20 +8,50 @@ from typing import Any
 import pytest
 
 from edge_sdk.client.incoming import Inbox, Redirected, RunEnded, Stopped
-from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError
+from edge_sdk.client.states import ACTIONS, Action, State
+from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.protocol.messages import (
+    FROM_COORDINATOR,
+    EvalResult,
     Failure,
     Gradient,
     Pause,
+    PlanAssigned,
     Probe,
     Refused,
     RoundStart,
     RunOver,
     Stamp,
+    Welcome,
 )
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
 
 NOW = Stamp(run="r", round=1, step=7, attempt=2)
+PLAN = Plan(split=1, ranks={}, alphas={}, batch_size=1, micro_batch=1)
+RESULT = {"micro": 0, "loss_sum": 1.0, "num_targets": 1, "num_correct": 1}
+WELCOME = Welcome(
+    stamp=NOW,
+    protocol=1,
+    sdk_version="0",
+    model_hash="",
+    num_blocks=1,
+    files=Part(name="files", sha256="", num_bytes=0),
+    task="causal-lm",
+    labels="server",
+    codec="float32",
+    max_length=1,
+    num_labels=0,
+    vocab_size=1,
+    pad_id=0,
+    training={},
+    lora={},
+)
+MESSAGES = {
+    "Welcome": WELCOME,
+    "RoundStart": RoundStart(stamp=NOW, end_step=9, is_full=False),
+    "Pause": Pause(stamp=NOW),
+}
 
 
 @pytest.fixture
@@ -29,7 +59,7 @@ def ends() -> tuple[Inbox, MemoryLink, threading.Event]:
     """A device's inbox, the coordinator's end, and the application's stop."""
     device, coordinator = memory_pair()
     stop = threading.Event()
-    return Inbox(device, stop), coordinator, stop
+    return Inbox(device, stop, State.TRAINING), coordinator, stop
 
 
 def gradient(micro: int = 0, stamp: Stamp = NOW) -> Gradient:
@@ -44,7 +74,7 @@ def test_stale_answers_are_skipped(ends: Any) -> None:
     for message in (gradient(stamp=old), gradient(0), gradient(1)):
         coordinator.send(message)
 
-    assert inbox.answer(Gradient, NOW, 1).message == gradient(1)
+    assert inbox.wait_for_reply(Gradient, NOW, 1).message == gradient(1)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +86,7 @@ def test_a_new_order_ends_the_wait(ends: Any, order: Any) -> None:
 
     coordinator.send(order)
     with pytest.raises(Redirected) as caught:
-        inbox.answer(Gradient, NOW, 0)
+        inbox.wait_for_reply(Gradient, NOW, 0)
     coordinator.send(order)
     with pytest.raises(Redirected):
         inbox.poll()
@@ -64,27 +94,73 @@ def test_a_new_order_ends_the_wait(ends: Any, order: Any) -> None:
     assert caught.value.envelope.message == order
 
 
-def test_an_order_ends_a_measurement_of_the_link_that_heeds_it(ends: Any) -> None:
-    """Heeded it is handed up; overheard, the answer behind it counts, and no stale one."""
+def test_an_order_ends_a_measurement_between_two_rounds(ends: Any) -> None:
+    """It is handed up; before the first plan the answer behind it counts, and no stale one."""
     inbox, coordinator, _ = ends
-    old, new = Stamp(run="r", round=0, step=3, attempt=2), Pause(stamp=NOW)
+    old, new = (
+        Stamp(run="r", round=0, step=3, attempt=2),
+        PlanAssigned(stamp=NOW, plan=PLAN, parts=()),
+    )
 
+    inbox.enter(State.MEASURING)
     coordinator.send(new)
     with pytest.raises(Redirected):
-        inbox.reply(Probe, NOW, heeds_orders=True)
+        inbox.wait_for_reply(Probe, NOW)
+    inbox.enter(State.PROFILING)
     for message in (new, Probe(stamp=old), Probe(stamp=NOW)):
         coordinator.send(message)
 
-    assert inbox.reply(Probe, NOW, heeds_orders=False).message == Probe(stamp=NOW)
+    assert inbox.wait_for_reply(Probe, NOW).message == Probe(stamp=NOW)
 
 
-def test_an_expected_message_is_found_among_others(ends: Any) -> None:
-    """What is not of the kind is ignored."""
+def test_what_is_waited_for_is_found_among_what_is_late(ends: Any) -> None:
+    """Answers to what was given up are skipped, and so is another kind than the one asked for."""
     inbox, coordinator, _ = ends
-    coordinator.send(gradient())
-    coordinator.send(Pause(stamp=NOW))
+    for message in (gradient(), Probe(stamp=NOW), Pause(stamp=NOW)):
+        coordinator.send(message)
+    inbox.enter(State.READY)
+    assert inbox.wait_for().message == Pause(stamp=NOW)
 
-    assert inbox.expect(Pause).message == Pause(stamp=NOW)
+    inbox.enter(State.TRAINING)
+    for message in (gradient(), EvalResult(stamp=NOW, **RESULT)):
+        coordinator.send(message)
+
+    assert inbox.wait_for(EvalResult).message == EvalResult(stamp=NOW, **RESULT)
+
+
+@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("kind", FROM_COORDINATOR)
+def test_every_message_has_its_states(state: State, kind: type) -> None:
+    """Ends end in every state; only a Welcome, and orders before Ready, are bound to some."""
+    if kind in (Refused, RunOver, Failure):
+        assert ACTIONS[state][kind] is Action.END
+    elif kind is Welcome:
+        assert (kind in ACTIONS[state]) == (state is State.GREETING)
+    elif kind in (RoundStart, Pause):
+        is_before_ready = state in (State.PROFILING, State.WAITING, State.FETCHING)
+        assert (kind in ACTIONS[state]) != is_before_ready
+    else:
+        assert kind in ACTIONS[state]
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "text"),
+    [
+        (State.TRAINING, "Welcome", "Welcome came while the device trains a round"),
+        (State.FETCHING, "RoundStart", "RoundStart came while the device fetches what its plan"),
+        (State.WAITING, "Pause", "Pause came while the device waits for its first plan"),
+    ],
+)
+def test_what_must_not_come_now_is_an_error(
+    ends: Any, state: State, message: str, text: str
+) -> None:
+    """The error names the message and what the device is doing."""
+    inbox, coordinator, _ = ends
+    coordinator.send(MESSAGES[message])
+    inbox.enter(state)
+
+    with pytest.raises(RemoteProtocolError, match=text):
+        inbox.wait_for()
 
 
 def test_a_poll_does_not_wait(ends: Any) -> None:
@@ -92,7 +168,7 @@ def test_a_poll_does_not_wait(ends: Any) -> None:
     ends[0].poll()
 
 
-@pytest.mark.parametrize("look", ["next", "poll"])
+@pytest.mark.parametrize("look", ["wait_for", "poll"])
 def test_the_application_may_stop_at_any_time(ends: Any, look: str) -> None:
     """A stop is noticed while waiting and between two steps."""
     inbox, _, stop = ends
@@ -109,7 +185,7 @@ def test_a_stop_interrupts_a_wait(ends: Any) -> None:
     timer.start()
 
     with pytest.raises(Stopped):
-        inbox.next()
+        inbox.wait_for()
     timer.join()
 
 
@@ -124,7 +200,7 @@ def test_a_stop_interrupts_a_wait(ends: Any) -> None:
         (Failure(stamp=NOW, error="annotations", text="x"), EdgeError, "x"),
     ],
 )
-@pytest.mark.parametrize("look", ["next", "poll"])
+@pytest.mark.parametrize("look", ["wait_for", "poll"])
 def test_ends_are_exceptions(
     ends: Any, look: str, message: Any, error: type[Exception], text: str
 ) -> None:
@@ -142,4 +218,4 @@ def test_a_lost_link_is_raised(ends: Any) -> None:
     coordinator.close()
 
     with pytest.raises(PeerGone):
-        inbox.next()
+        inbox.wait_for()

@@ -12,6 +12,7 @@ import pytest
 from coordinator.gateway.link_probe import Probing
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.link_speed import LinkSpeed, probe
+from edge_sdk.client.states import State
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -83,7 +84,9 @@ class TimedLink:
 
 def measured(link: TimedLink) -> LinkSpeed:
     """What a device finds out about *link*."""
-    return probe(link, Inbox(link, threading.Event()), STAMP, clock=lambda: link.now_s)
+    return probe(
+        link, Inbox(link, threading.Event(), State.PROFILING), STAMP, clock=lambda: link.now_s
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_a_short_answer_is_the_coordinators_mistake() -> None:
         coordinator.send(Probe(stamp=STAMP), {"data": (np.zeros(3, np.uint8), "uint8")})
 
     with pytest.raises(RemoteProtocolError, match="3 bytes came back, 0 were asked for"):
-        probe(device, Inbox(device, threading.Event()), STAMP)
+        probe(device, Inbox(device, threading.Event(), State.PROFILING), STAMP)
 
 
 # ---- the other side ------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""What a device does with each message of the coordinator, by its state: one table. Pure.
+
+A pair that is not in the table breaks the protocol.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.protocol.messages import (
+    EvalResult,
+    Failure,
+    Gradient,
+    PartData,
+    Pause,
+    PlanAssigned,
+    Probe,
+    Refused,
+    RoundStart,
+    RunOver,
+    TopHidden,
+    Welcome,
+)
+
+
+class State(Enum):
+    """What a device is doing; the value goes on "the device ..."."""
+
+    GREETING = "has said Hello"
+    PROFILING = "finds out what it can offer"
+    WAITING = "waits for its first plan"
+    FETCHING = "fetches what its plan needs"
+    READY = "waits for a round"
+    TRAINING = "trains a round"
+    MEASURING = "measures its link between two rounds"
+
+
+class Action(Enum):
+    """What becomes of a message."""
+
+    TAKE = "what the device waits for"
+    OBEY = "a new order: what is going on is given up for it"
+    SKIP = "late: the answer to something that was given up, or overtaken by what comes"
+    END = "the end of the session or the run"
+
+
+ORDERS = (PlanAssigned, RoundStart, Pause)
+_ALWAYS = {
+    **dict.fromkeys((Refused, RunOver, Failure), Action.END),
+    **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), Action.SKIP),
+}
+ACTIONS: dict[State, dict[type, Action]] = {
+    State.GREETING: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.SKIP), Welcome: Action.TAKE},
+    # A plan that others made necessary is followed by one that knows what this device offers.
+    State.PROFILING: {
+        **_ALWAYS,
+        PlanAssigned: Action.SKIP,
+        **dict.fromkeys((PartData, Probe), Action.TAKE),
+    },
+    State.WAITING: {**_ALWAYS, PlanAssigned: Action.TAKE},
+    State.FETCHING: {**_ALWAYS, PlanAssigned: Action.OBEY, PartData: Action.TAKE},
+    State.READY: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.TAKE)},
+    State.TRAINING: {
+        **_ALWAYS,
+        **dict.fromkeys(ORDERS, Action.OBEY),
+        **dict.fromkeys((Gradient, TopHidden, EvalResult), Action.TAKE),
+    },
+    State.MEASURING: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.OBEY), Probe: Action.TAKE},
+}
+
+
+def action_on(state: State, message: object) -> Action:
+    """Return what a device in *state* does with *message*.
+
+    Raises:
+        RemoteProtocolError: the coordinator must not send it now.
+    """
+    action = ACTIONS[state].get(type(message))
+    if action is None:
+        raise RemoteProtocolError(f"{type(message).__name__} came while the device {state.value}")
+    return action
