@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import types
 import typing
@@ -127,6 +128,7 @@ def _strict(hint: Any) -> Any:
 def _reason(error: Exception, where: str) -> str:
     """Say what msgspec refused, with *where* as the root of its path."""
     text = str(error) if "`$" in str(error) else f"{error} - at `$`"
+    text = re.sub(r"`float` [<>]= -?1\.79\S*", "a finite number", text)  # the bounds of floats
     return text.replace("`$", f"`{where}")[:300]
 
 

@@ -242,7 +242,7 @@ def wait_all_after(serving: Serving, clients: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"memory_bytes": float("nan")}, "memory_bytes must be a finite number, got nan"),
+        ({"memory_bytes": float("nan")}, "a finite number - at `Profiled.profile.memory_bytes`"),
         ({"flops_per_s": -1.0}, "flops_per_s is -1.0"),
         ({"memory_bytes": 100 * MIB, "total_memory_bytes": 10 * MIB}, "10.0 x the device's"),
         ({"memory_bytes": 1000.0}, "memory|block"),
