@@ -1,6 +1,6 @@
 """What splits and ranks cost on one device and on the coordinator, by the profiler's estimates.
 
-Turns a situation into the tables from which `splits.py` and `ranks.py` choose.
+It turns a planning problem into the tables from which `splits.py` and `ranks.py` choose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
 
 Ranks = Mapping[str, int]
-# Of the ranks of weights that read the same input.
+# Combinations of the ranks of weights that read the same input: more are not listed.
 MOST_COMBINATIONS = 1000
 
 
@@ -28,17 +28,17 @@ class Load(NamedTuple):
     """What passes through a weight."""
 
     tokens: int
-    """Of a wave."""
+    """Tokens in one wave."""
     in_flight: int = 1
-    """Waves between their forward and their backward pass at the same time."""
+    """Waves that are between forward and backward pass at the same time."""
     base_bytes: int = 4
-    """Of a frozen parameter."""
+    """Bytes of one frozen parameter."""
     compute_bytes: int = 4
-    """Of an activation."""
+    """Bytes of one number in an activation."""
 
 
 def first_ranks(problem: PlanningProblem, device: str, first: int, stop: int) -> dict[str, int]:
-    """The ranks that a stretch of blocks is priced with."""
+    """Return the ranks that a stretch of blocks is priced with."""
     return {n: problem.first_rank(device, n) for n in problem.weights(first, stop)}
 
 
@@ -46,7 +46,7 @@ def first_ranks(problem: PlanningProblem, device: str, first: int, stop: int) ->
 
 
 def adapters_bytes(problem: PlanningProblem, ranks: Ranks, loads: Mapping[str, Load]) -> float:
-    """Memory that adapters of *ranks* add, with one of *loads* on each."""
+    """Return the bytes that adapters of *ranks* add, each weight under its load."""
     blocks: dict[tuple[int, Load], dict[str, int]] = {}
     for name, rank in ranks.items():
         block, inside = problem.place(name)
@@ -59,13 +59,13 @@ def adapters_bytes(problem: PlanningProblem, ranks: Ranks, loads: Mapping[str, L
 def _adapters_of_block(
     problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load
 ) -> float:
-    """Memory that adapters add to one block, by name inside the block."""
+    """Return the bytes that adapters add to one block; ranks are by name inside the block."""
     given = tuple((name, rank) for name, rank in ranks if rank > 0)
     return _block_bytes(problem, given, load) - _block_bytes(problem, (), load)
 
 
 def _block_bytes(problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load) -> int:
-    """Memory of one block in the middle of a stretch: only differences of it mean something."""
+    """Return the bytes of one block inside a stretch; only differences of it mean something."""
     known, key = problem.block_bytes, (ranks, load)
     if key not in known:
         config, path = problem.config, problem.model.blocks_path
@@ -88,7 +88,7 @@ def _block_bytes(problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], l
 
 
 def device_loads(problem: PlanningProblem, device: str, split: int) -> dict[str, Load]:
-    """What passes through each of a device's weights."""
+    """Return what passes through each of a device's weights."""
     load = Load(
         problem.tokens(device), _in_flight(problem, device, split), *_widths(problem, device)
     )
@@ -96,7 +96,7 @@ def device_loads(problem: PlanningProblem, device: str, split: int) -> dict[str,
 
 
 def _widths(problem: PlanningProblem, device: str) -> tuple[int, int]:
-    """Bytes of a device's frozen parameters and of its activations."""
+    """Return the bytes of one of a device's frozen parameters, and of one activation."""
     profile = problem.profile(device)
     return int(profile.base_bytes or 4), int(profile.compute_bytes or 4)
 
@@ -106,14 +106,14 @@ def _in_flight(problem: PlanningProblem, device: str, split: int) -> int:
 
 
 def device_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
-    """Peak memory of a device's process."""
+    """Return the peak bytes of a device's process."""
     overhead = int(problem.profile(device).overhead_bytes or 0)
     work = _device_work(problem, device, split, ranks)
     return estimate_memory(problem.model, work, overhead).total
 
 
 def device_base_bytes(problem: PlanningProblem, device: str, split: int) -> float:
-    """Peak memory of a device's process less all adapters."""
+    """Return the peak bytes of a device's process without any adapters."""
     ranks = first_ranks(problem, device, 0, split)
     total = device_bytes(problem, device, split, ranks)
     return total - adapters_bytes(problem, ranks, device_loads(problem, device, split))
@@ -145,7 +145,7 @@ def _device_work(problem: PlanningProblem, device: str, split: int, ranks: Ranks
 
 
 def server_base_bytes(problem: PlanningProblem, first: int, ranks: Ranks) -> float:
-    """Memory of the coordinator before any device's rows come, if its blocks begin at *first*.
+    """Return the coordinator's bytes before any device's rows come, with blocks from *first* on.
 
     With a file to evaluate it holds the whole model, whatever the devices hold.
     """
@@ -157,7 +157,7 @@ def server_base_bytes(problem: PlanningProblem, first: int, ranks: Ranks) -> flo
 
 
 def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
-    """Memory that a device's rows take on the coordinator."""
+    """Return the bytes that a device's rows take on the coordinator."""
     if split == problem.num_blocks:
         return 0.0
     model = problem.model
@@ -169,7 +169,7 @@ def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: 
 def _server_work(
     problem: PlanningProblem, device: str, split: int, ranks: Ranks, *, holds_all: bool = False
 ) -> Work:
-    """The coordinator's work for one device's rows; for `SERVER`, for none."""
+    """Return the coordinator's work for one device's rows; for `SERVER`, that without rows."""
     config = problem.config
     has_tail = config.labels == "server" or holds_all
     return Work(
@@ -192,7 +192,7 @@ def _server_work(
 
 
 def device_flops(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
-    """Floating-point operations of a device in a wave."""
+    """Return the floating-point operations of a device in a wave."""
     return estimate_flops(problem.model, _device_work(problem, device, split, ranks)).total
 
 
@@ -209,12 +209,12 @@ def device_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
 
 
 def link_seconds(problem: PlanningProblem, device: str, *, trains: bool) -> float | None:
-    """Time of a device's tensors on its link in a wave; None where the bandwidth is unknown.
+    """Return the seconds of a device's tensors on its link in a wave; None: bandwidth unknown.
 
     Args:
         problem: The situation.
         device: Whose link.
-        trains: Whether dL/dh comes back: not to a device that computes forward only.
+        trains: Whether dL/dh comes back; a device that computes forward only gets none.
     """
     profile = problem.profile(device)
     up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
@@ -251,7 +251,7 @@ def _codec_bytes(problem: PlanningProblem, device: str) -> float:
 
 
 def options(problem: PlanningProblem, device: str) -> list[Option]:
-    """What each split of a device costs, with the least ranks.
+    """Return what each split of a device costs, with the least ranks.
 
     Times are None throughout where the device's speed or link is unknown.
     """
@@ -278,7 +278,7 @@ def _option(problem: PlanningProblem, device: str, split: int) -> Option:
 
 
 def server_side(problem: PlanningProblem) -> Server:
-    """The coordinator as splits see it."""
+    """Return the coordinator as the choice of splits sees it."""
     last = problem.num_blocks
     base = [
         server_base_bytes(problem, first, first_ranks(problem, SERVER, first, last))
@@ -288,7 +288,7 @@ def server_side(problem: PlanningProblem) -> Server:
 
 
 def adapter_budget(problem: PlanningProblem, device: str, split: int) -> float:
-    """Memory that a device has left for adapters at a split."""
+    """Return the bytes that a device has left for adapters at a split."""
     left = problem.limit_bytes(device) - device_base_bytes(problem, device, split)
     return min(left, _cap(problem, device))
 
@@ -301,7 +301,7 @@ def _cap(problem: PlanningProblem, device: str) -> float:
 def rank_tables(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load]
 ) -> dict[Weights, tuple[Choice, ...]]:
-    """What ranks are worth and cost, on a device or on `SERVER`.
+    """Return what ranks are worth and cost, on a device or on `SERVER`.
 
     Args:
         problem: The situation.
@@ -328,7 +328,7 @@ def _price(
 
 
 def _items(problem: PlanningProblem, device: str, weights: Iterable[str]) -> list[Weights]:
-    """Weights that are chosen together: those of a block that read the same input."""
+    """Group weights that are chosen together: those of a block that read the same input."""
     inputs: dict[tuple[int, int | str], list[str]] = {}
     for name in weights:
         block, inside = problem.place(name)
@@ -337,6 +337,6 @@ def _items(problem: PlanningProblem, device: str, weights: Iterable[str]) -> lis
     found: list[Weights] = []
     for names in inputs.values():
         size = math.prod(len(problem.ranks(device, name)) for name in names)
-        # Too many combinations: each is charged for the input as if it alone kept it.
+        # Too many combinations: each weight is charged for the input as if no other kept it.
         found += [tuple(names)] if size <= MOST_COMBINATIONS else [(name,) for name in names]
     return found

@@ -80,7 +80,7 @@ def plan_server(config: ServeConfig, facts: ModelFacts, first: int) -> dict[str,
 def _check_ranks(
     config: ServeConfig, facts: ModelFacts, ranks: Mapping[str, int], key: str
 ) -> None:
-    """Refuse ranks that weights cannot have; *key* gave those that no pattern gives."""
+    """Refuse ranks that weights cannot have; *key* names the setting where no pattern does."""
     for name, rank in ranks.items():
         is_given = config.lora.rank_of(name, -1) >= 0
         check_rank(name, rank, facts.targets[name], "lora.rank_pattern" if is_given else key)
@@ -160,7 +160,7 @@ def check_planning(config: ServeConfig, facts: ModelFacts) -> None:
 
 
 def _fixed_ranks(config: ServeConfig) -> set[int]:
-    """Ranks that devices and coordinator get from the config, where no pattern says otherwise."""
+    """Return the ranks that the config gives to devices and coordinator, patterns aside."""
     if config.planning.ranks != "fixed":
         return set()
     ranks = {config.settings(name).r for name in ("", *config.devices)}

@@ -1,6 +1,6 @@
 """Which devices cannot train, and so compute forward only: frozen blocks, adapters elsewhere. Pure.
 
-A device whose memory cannot hold a backward pass, or that misses `planning.deadline_s` even at its
+Such a device has no memory for a backward pass, or misses `planning.deadline_s` even at its
 shallowest split. Its samples go on training the coordinator's blocks (SplitFrozen, arXiv
 2503.18986).
 """
@@ -47,7 +47,7 @@ def cannot_train(
 
 
 def _why(problem: PlanningProblem, device: str, table: Sequence[Option] | None) -> str | None:
-    """Why a device cannot train; None where it can, or is not to be judged."""
+    """Say why a device cannot train; None where it can, or is not to be judged."""
     if table is None:
         is_nonsense = problems(problem.profiles[device])
         return None if is_nonsense else "its memory cannot hold a backward pass"
@@ -61,10 +61,10 @@ def _why(problem: PlanningProblem, device: str, table: Sequence[Option] | None) 
 
 
 def _helps(problem: PlanningProblem, device: str, why: str) -> bool:
-    """Whether a device can take part without training, and its ranks are ours to choose."""
+    """Return whether a device can take part without training, and its ranks are free."""
     is_unknown = problem.profile(device).memory_bytes is None
     if is_unknown or problem.pinned_rank(device) is not None:
-        return False  # nothing about it is ours to choose
+        return False  # nothing about it is free to choose
     frozen = replace(problem, frozen={device: why})
     split = frozen.pinned_split(device)
     if split is None or split == problem.num_blocks:

@@ -1,6 +1,6 @@
 """Plan a whole run: split points and ranks of every device and of the coordinator (ARMSC).
 
-Pure: a situation in, plans with their reasons out. Split points come from `splits.py`, ranks from
+Pure: a problem in, plans with their reasons out. Split points come from `splits.py`, ranks from
 `ranks.py`, prices from `costs.py`. When to plan again is `replan.py`.
 """
 
@@ -37,7 +37,7 @@ from profiler.profile import problems
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceExplanation:
-    """The numbers behind one device's plan. Memory in bytes; infinite where nobody knows."""
+    """The numbers behind one device's plan. Memory is in bytes, infinite where unknown."""
 
     budget_bytes: float
     options: tuple[Option, ...]
@@ -45,13 +45,13 @@ class DeviceExplanation:
     binding: Binding
     """What keeps the device from going deeper."""
     planned_bytes: float
-    """Predicted peak with the chosen ranks."""
+    """Predicted peak bytes with the chosen ranks."""
     adapter_bytes: float
     adapter_budget_bytes: float
     device_s: float | None
-    """Its compute and link time in a wave; None where unknown."""
+    """Its compute and link seconds in a wave; None where unknown."""
     server_s: float | None
-    """What it costs the coordinator in a wave."""
+    """Seconds that it costs the coordinator in a wave."""
     notes: tuple[str, ...] = ()
 
 
@@ -60,13 +60,13 @@ class ServerExplanation:
     """The numbers behind the coordinator's share."""
 
     first: int
-    """Its first block; the number of blocks where it trains none."""
+    """First block that it trains; the number of blocks where it trains none."""
     budget_bytes: float
     planned_bytes: float
     adapter_bytes: float
     adapter_budget_bytes: float
     server_s: float | None
-    """Its time of a wave."""
+    """Seconds that a wave takes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +86,16 @@ class PlanSet:
     server_ranks: dict[str, int]
     """Rank of each of the coordinator's own adapters."""
     refused: dict[str, str]
-    """Devices that cannot take part, and why."""
+    """Devices that cannot take part, each with the reason."""
     wave_s: float | None
-    """The slower side's time of a wave; None where a speed or a link is unknown."""
+    """Seconds that a wave takes the slower side; None where a speed or link is unknown."""
     utility: float
-    """Importance times what its rank is worth, over all weights, in the mean over the devices."""
+    """Importance times the worth of the rank, summed over weights, averaged over devices."""
     explanation: Explanation
 
 
 def plan_all(problem: PlanningProblem) -> PlanSet:
-    """Return the best plans for a situation.
+    """Return the best plans for a problem.
 
     A device that cannot train computes forward only; one that cannot take part at all is refused by
     name, and the others are planned without it.
@@ -136,7 +136,7 @@ def plan_all(problem: PlanningProblem) -> PlanSet:
 def _tables(
     problem: PlanningProblem, devices: Iterable[str]
 ) -> tuple[dict[str, list[Option]], dict[str, str]]:
-    """The options of each of *devices* that is able, and why the others are not."""
+    """Return the options of each of *devices* that is able, and why the others are not."""
     tables, refused = {}, {}
     for device in sorted(devices):
         wrong = problems(problem.profile(device))
@@ -169,7 +169,7 @@ def _split(problem: PlanningProblem, tables: Mapping[str, list[Option]]) -> Spli
 def _ranks(
     problem: PlanningProblem, splits: Splits
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Ranks of every device and of the coordinator."""
+    """Return the ranks of every device and of the coordinator."""
     found: dict[str, dict[str, int]] = {}
     for device, option in splits.chosen.items():
         loads = device_loads(problem, device, option.split)
@@ -185,7 +185,7 @@ def _ranks(
 def _choose(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
-    """Ranks of a device, or of `SERVER`, on the weights that have *loads*."""
+    """Return the ranks of a device, or of `SERVER`, on the weights that have *loads*."""
     possible = {name: problem.ranks(device, name) for name in loads}
     if all(len(ranks) == 1 for ranks in possible.values()):
         return {name: ranks[0] for name, ranks in possible.items()}
@@ -226,7 +226,7 @@ RANK_RULES: dict[str, RankRule] = {
 def _made_equal(
     problem: PlanningProblem, ranks: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, int]]:
-    """One rank for everybody, that of who can hold least; weights whose rank is given keep it."""
+    """Give everybody the smallest rank of all; weights whose rank is given keep it."""
     free = {w for own in ranks.values() for w in own if problem.config.lora.rank_of(w, -1) < 0}
     own_most = [[r for w, r in own.items() if w in free] for own in ranks.values()]
     most = min((max(own) for own in own_most if own), default=0)
@@ -237,7 +237,7 @@ def _made_equal(
 
 
 def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
-    """What passes through each of the coordinator's weights."""
+    """Return what passes through each of the coordinator's weights."""
     found: dict[str, Load] = {}
     for block in range(_first(problem, splits), problem.num_blocks):
         tokens = sum(
@@ -254,7 +254,7 @@ def _first(problem: PlanningProblem, splits: Splits) -> int:
 
 
 def _server_adapter_budget(problem: PlanningProblem, splits: Splits) -> float:
-    """Memory that the coordinator has left for adapters."""
+    """Return the bytes that the coordinator has left for adapters."""
     loads = _server_loads(problem, splits)
     first = {name: problem.first_rank(SERVER, name) for name in loads}
     base = splits.server_bytes - adapters_bytes(problem, first, loads)

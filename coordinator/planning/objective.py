@@ -1,4 +1,4 @@
-"""What given plans come to in a situation: wave time, utility, memory of the coordinator.
+"""What given plans come to in a problem: wave time, utility, memory of the coordinator.
 
 Knows no rule by which plans are chosen.
 """
@@ -23,7 +23,7 @@ from edge_sdk.protocol.plan import Plan
 def wave_seconds(
     problem: PlanningProblem, plans: Mapping[str, Plan], server_ranks: Ranks
 ) -> float | None:
-    """The slower side's time of a wave; None where a speed or a link is unknown."""
+    """Return the seconds of a wave on the slower side; None where a speed or link is unknown."""
     own = [device_seconds(problem, d, p.split, p.ranks) for d, p in plans.items()]
     depths = {device: plan.split for device, plan in plans.items()}
     server_s = server_wave_seconds(problem, depths, server_ranks)
@@ -35,7 +35,7 @@ def wave_seconds(
 def server_wave_seconds(
     problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks
 ) -> float | None:
-    """The coordinator's time of a wave of devices at *splits*; None where its speed is unknown."""
+    """Return the coordinator's seconds of a wave at *splits*; None where its speed is unknown."""
     times = [
         server_seconds(problem, device, split, _above(problem, split, ranks))
         for device, split in splits.items()
@@ -45,7 +45,7 @@ def server_wave_seconds(
 
 
 def server_bytes(problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks) -> float:
-    """Peak memory of the coordinator with devices at *splits* and its own adapters at *ranks*."""
+    """Return the coordinator's peak bytes with devices at *splits* and adapters at *ranks*."""
     first = min(splits.values(), default=problem.num_blocks)
     rows = [
         server_rows_bytes(problem, device, split, _above(problem, split, ranks))
@@ -55,12 +55,12 @@ def server_bytes(problem: PlanningProblem, splits: Mapping[str, int], ranks: Ran
 
 
 def _above(problem: PlanningProblem, split: int, ranks: Ranks) -> dict[str, int]:
-    """Ranks of the weights that rows of a split pass through."""
+    """Return the ranks of the weights that rows of a split pass through."""
     return {n: ranks.get(n, 0) for n in problem.weights(split, problem.num_blocks)}
 
 
 def utility(problem: PlanningProblem, plans: Mapping[str, Plan], server_ranks: Ranks) -> float:
-    """Importance times what its rank is worth, over all weights, in the mean over the devices.
+    """Return importance times the worth of the rank, over all weights, averaged over devices.
 
     A weight has the rank of whoever trains it for that device's samples: device or coordinator.
     """

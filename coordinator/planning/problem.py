@@ -1,6 +1,6 @@
-"""All that plans are made from, and what of it is settled before anything is computed.
+"""What plans are made from, and what of it is settled before anything is computed.
 
-Knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`joint.py`).
+It knows no memory estimate (`costs.py`) and no rule by which plans are chosen (`joint.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile, problems
 from profiler.sensors.memory import memory_info
 
-# Positions of models reach 131,072; sequences of fine-tuning data rarely do.
+# Models take up to 131,072 positions; sequences of fine-tuning data are rarely that long.
 LONGEST = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerProfile:
-    """What a run may use of the coordinator's machine; None where nobody knows."""
+    """What a run may use of the coordinator's machine; None where it is unknown."""
 
     memory_bytes: float | None = None
     flops_per_s: float | None = None
@@ -36,7 +36,7 @@ class ServerProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningProblem:
-    """Everything a plan depends on; equal situations get equal plans."""
+    """Everything that plans depend on; equal problems get equal plans."""
 
     config: ServeConfig
     facts: ModelFacts
@@ -45,15 +45,15 @@ class PlanningProblem:
     """Devices to plan for, by name."""
     server: ServerProfile = ServerProfile()
     length: int
-    """Tokens of the sequences that plans must have room for."""
+    """Tokens in the longest sequence that plans must have room for."""
     importance: Mapping[str, float] | None = None
-    """Global importance of adapted weights; None: not measured yet, all alike."""
+    """Global importance of adapted weights; None: not measured yet, so all count alike."""
     frozen: Mapping[str, str] = field(default_factory=dict)
-    """Devices that compute forward only, and why they cannot train (`frozen_devices.py`)."""
+    """Devices that compute forward only, each with why it cannot train."""
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return self.facts.layout.num_blocks
 
     @cached_property
@@ -64,7 +64,7 @@ class PlanningProblem:
         return blocks
 
     def weights(self, first: int, stop: int) -> list[str]:
-        """Adapted weights of blocks first .. stop-1."""
+        """Return the adapted weights of blocks first .. stop-1."""
         return [name for block in self._by_block[first:stop] for name in block]
 
     @cached_property
@@ -79,7 +79,7 @@ class PlanningProblem:
         return {}
 
     def place(self, weight: str) -> tuple[int, str]:
-        """Block of an adapted weight, and its name inside the block."""
+        """Return the block of an adapted weight, and its name inside the block."""
         return self._places[weight]
 
     @cached_property
@@ -98,7 +98,7 @@ class PlanningProblem:
         return SPLIT_RULES[self.config.planning.split]
 
     def importance_of(self, weight: str) -> float:
-        """Importance of a weight; one that nobody measured is worth the mean of the others."""
+        """Return the importance of a weight; one not measured counts as the mean of the others."""
         if not self.importance:
             return 1.0
         return self.importance.get(weight, self._mean_importance)
@@ -110,12 +110,12 @@ class PlanningProblem:
     # ---- one device ----
 
     def profile(self, device: str) -> DeviceProfile:
-        """What a device says of itself; nonsense counts as nothing where nothing depends on it."""
+        """Return what a device says of itself, less nonsense on which nothing depends."""
         own = self.profiles[device]
         return DeviceProfile() if self.is_fixed and problems(own) else own
 
     def budget_bytes(self, device: str) -> float:
-        """Memory that a plan may use, of a device or of `SERVER`; infinite where unknown."""
+        """Return the bytes that a plan may use on a device or `SERVER`; infinite where unknown."""
         planning = self.config.planning
         if device == SERVER:
             memory = planning.server_memory_bytes or self.server.memory_bytes
@@ -124,11 +124,11 @@ class PlanningProblem:
         return math.inf if memory is None else memory * (1.0 - planning.memory_margin)
 
     def limit_bytes(self, device: str) -> float:
-        """The same as a limit: a fixed config is carried out whether it fits or not."""
+        """Return the budget as a limit: a fixed config has none, it runs whether it fits or not."""
         return math.inf if self.is_fixed else self.budget_bytes(device)
 
     def pinned_split(self, device: str) -> int | None:
-        """The split that is not ours to choose; None where it is.
+        """Return the split of a device that cannot be chosen; None where it can.
 
         Without a memory budget nothing can be chosen: such a device runs what the config says. So
         does one that computes forward only: a deeper split would be faster and learn less.
@@ -144,13 +144,13 @@ class PlanningProblem:
         return self.num_blocks if split == "all" else split
 
     def micro_batch(self, device: str) -> int:
-        """Sequences that pass through the model together."""
+        """Return how many sequences pass through the model together."""
         settings = self.config.settings(device)
         assert settings.batch_size is not None
         return settings.micro_batch or settings.batch_size
 
     def in_flight(self, device: str) -> int:
-        """Micro-batches under way at the same time."""
+        """Return how many micro-batches are under way at the same time."""
         settings = self.config.settings(device)
         assert settings.batch_size is not None
         assert settings.in_flight is not None
@@ -162,7 +162,7 @@ class PlanningProblem:
         return self.config.planning.server_flops_per_s or self.server.flops_per_s
 
     def tokens(self, device: str) -> int:
-        """Tokens of a device's micro-batch."""
+        """Return the tokens in a device's micro-batch."""
         return self.micro_batch(device) * self.length
 
     # ---- ranks ----
@@ -172,7 +172,7 @@ class PlanningProblem:
         return possible_ranks(self.config.planning.rank_set, self.facts.targets)
 
     def pinned_rank(self, device: str) -> int | None:
-        """The rank of a device, or of `SERVER`, that is not ours to choose; None where it is."""
+        """Return the rank of a device, or of `SERVER`, that cannot be chosen; None where it can."""
         config = self.config
         if device in self.frozen:
             return 0
@@ -183,7 +183,7 @@ class PlanningProblem:
         return rank
 
     def ranks(self, device: str, weight: str) -> list[int]:
-        """Ranks that a weight may have on a device, or on `SERVER`, the smallest first."""
+        """Return the ranks that a weight may have on a device or `SERVER`, the smallest first."""
         key = (device, weight)
         if key not in self._ranks:
             self._ranks[key] = self._find_ranks(device, weight)
@@ -207,7 +207,7 @@ class PlanningProblem:
         return allowed if len(allowed) > 1 else [min(most, *self.facts.targets[weight])]
 
     def first_rank(self, device: str, weight: str) -> int:
-        """The rank that a split is priced with: the least that lets the weight learn.
+        """Return the rank that a split is priced with: the least that lets the weight learn.
 
         A split that left no room for it would spare the coordinator work and train nothing.
         """
@@ -232,7 +232,7 @@ class PlanningProblem:
 
 
 def planning_length(config: ServeConfig, positions: int) -> int:
-    """Tokens to plan for: `max_length`, or what the model takes up to LONGEST."""
+    """Return the tokens to plan for: `max_length`, or what the model takes up to LONGEST."""
     return config.max_length or min(positions, LONGEST)
 
 
@@ -271,7 +271,7 @@ def read_problem(
 
 
 def _config_folder(config: ServeConfig) -> Path:
-    """A folder with the model's config.json; of a model that is not here nothing else is loaded."""
+    """Return a folder with the model's config.json; nothing else of a model is downloaded."""
     from edge_sdk.model.weights import locate
 
     path = Path(config.model).expanduser()

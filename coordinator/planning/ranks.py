@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 def worth(utility: Utility, rank: int) -> float:
-    """What a rank is worth to a weight of importance 1."""
+    """Return what a rank is worth to a weight of importance 1."""
     return _WORTH[utility](rank)
 
 
@@ -149,14 +149,14 @@ def _check(least_bytes: float, budget_bytes: float) -> None:
 
 
 def _gains(table: Table, spare: float) -> list[Choice]:
-    """An item's choices against its first one, without those that could never fit."""
+    """Compare an item's choices with its first one, without those that could never fit."""
     _, value, num_bytes = table[0]
     gains = [Choice(c.ranks, c.value - value, c.num_bytes - num_bytes) for c in table]
     return [c for c in gains if c.num_bytes <= spare]
 
 
 def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices of an item whose upgrades lose density one after the other."""
+    """Return the choices of an item whose upgrades fall in density one after the other."""
     kept = [choices[0]]
     for choice in choices[1:]:
         while kept and choice.num_bytes <= kept[-1].num_bytes and choice.value >= kept[-1].value:
@@ -170,7 +170,7 @@ def _hull(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _density(old: Choice, new: Choice) -> float:
-    """Value per byte of an upgrade."""
+    """Return the value per byte of an upgrade."""
     return (new.value - old.value) / max(new.num_bytes - old.num_bytes, 1e-300)
 
 
@@ -229,7 +229,7 @@ def _fill(
 def _dynamic(
     gains: Mapping[Weights, Sequence[Choice]], spare: float, bound: float
 ) -> dict[Weights, Choice]:
-    """The choice of the largest value after rounding values down: at most TOLERANCE is lost."""
+    """Find the choice of the largest value after rounding down: at most TOLERANCE is lost."""
     # The greedy choice or the single best upgrade is worth half of the bound at least (the greedy
     # value and the upgrade that did not fit make up the bound), so this unit is fine enough.
     unit = TOLERANCE * bound / 2 / len(gains)

@@ -34,10 +34,10 @@ class Decision:
 
 
 def drift(old: Mapping[str, float], new: Mapping[str, float]) -> float:
-    """Mean over the weights of the relative change of their share in all importance.
+    """Return the relative change of a weight's share in all importance, averaged over weights.
 
-    Shares: plans do not depend on the scale of importance, which falls as the loss does. A weight
-    that had none and has some now counts as a change of 1.
+    Shares count: plans do not depend on the scale of importance, which falls with the loss. A
+    weight that had none and has some now counts as a change of 1.
     """
     names = old.keys() & new.keys()
     total_old, total_new = (math.fsum(v[n] for n in names) for v in (old, new))
@@ -53,7 +53,7 @@ def drift(old: Mapping[str, float], new: Mapping[str, float]) -> float:
 def after_out_of_memory(
     profile: DeviceProfile, peak_bytes: float, margin: float = 0.0
 ) -> DeviceProfile:
-    """What to plan with for a device that ran out of memory under a plan of *peak_bytes*.
+    """Return the profile to plan with after a plan of *peak_bytes* did not fit its device.
 
     Its budget, which leaves *margin* of the memory alone, is then part of what the plan took.
     """
@@ -63,12 +63,12 @@ def after_out_of_memory(
 
 
 def reasons_to_replan(current: PlanSet, before: PlanningProblem, now: PlanningProblem) -> list[str]:
-    """Why a new plan is due; empty where none is.
+    """Say why a new plan is due; empty where none is.
 
     Args:
-        current: The plans in force, made in the situation *before*.
-        before: That situation.
-        now: The situation now.
+        current: The plans in force, made for the problem *before*.
+        before: That problem.
+        now: The problem now.
     """
     planning = now.config.planning
     if now.is_fixed or not planning.replan:
@@ -92,7 +92,7 @@ def _newcomers(before: PlanningProblem, now: PlanningProblem) -> list[str]:
 def _changes(
     current: PlanSet, before: PlanningProblem, now: PlanningProblem, device: str
 ) -> list[str]:
-    """What changed about one device."""
+    """Say what changed about one device."""
     planning, found = now.config.planning, []
     plan = current.plans.get(device)
     old, new = before.profiles[device], now.profiles[device]
@@ -122,7 +122,7 @@ def _number(value: float | None) -> str:
 
 
 def worth_changing(current: PlanSet, new: PlanSet, now: PlanningProblem) -> tuple[bool, str]:
-    """Whether *new* is better than *current* by enough, both seen in the situation *now*."""
+    """Return whether *new* is better than *current* by enough, both judged by *now*."""
     if missing := sorted(new.plans.keys() - current.plans.keys()):
         return True, f"{', '.join(missing)}: no plan until now"
     if lost := sorted(current.plans.keys() & new.refused.keys()):
@@ -147,7 +147,7 @@ def worth_changing(current: PlanSet, new: PlanSet, now: PlanningProblem) -> tupl
 
 
 def _other_part(plans: Mapping[str, Plan], new: PlanSet) -> str:
-    """Who is to compute forward only from now on, or to train again; empty if nobody is."""
+    """Say who computes forward only from now on, or trains again; empty if nobody does."""
     for device, plan in plans.items():
         is_frozen = new.plans[device].is_forward_only
         if is_frozen and not plan.is_forward_only:
@@ -158,7 +158,7 @@ def _other_part(plans: Mapping[str, Plan], new: PlanSet) -> str:
 
 
 def _is_unequal(current: PlanSet, plans: Mapping[str, Plan]) -> bool:
-    """Whether somebody's rank of a weight is not that of the others."""
+    """Return whether a weight has different ranks in different places."""
     found: dict[str, int] = dict(current.server_ranks)
     return any(
         found.setdefault(name, rank) != rank
@@ -168,7 +168,7 @@ def _is_unequal(current: PlanSet, plans: Mapping[str, Plan]) -> bool:
 
 
 def _fall(old: float | None, new: float | None) -> float:
-    """By what part of itself a number has fallen; 0 where nobody knows it."""
+    """Return by what part of itself a number has fallen; 0 where it is unknown."""
     if not old or new is None or not math.isfinite(old) or not math.isfinite(new):
         return 0.0
     return (old - new) / old

@@ -40,17 +40,17 @@ class Planner:
         self._config, self._facts = config, facts
         self._start = start
         self.profiles: dict[str, DeviceProfile] = {}
-        """What devices have told, by name."""
+        """Profiles that devices have sent, by name."""
         self._caps: dict[str, float] = {}
-        """Memory that devices which ran out of it are planned with, at most."""
+        """Most bytes that devices are planned with after they ran out of memory."""
         self._speeds: dict[str, float] = {}
-        """Speeds that rounds have shown, of devices that could not measure theirs."""
+        """Operations a second that rounds have shown, for devices that could not measure theirs."""
         self._rates: dict[str, list[float]] = {}
-        """Their tokens a second, step by step, since the last round or plan."""
+        """Tokens a second of these devices, step by step, since the last round or plan."""
         self.plans: PlanSet | None = None
         """The plans in force; None before the first, and for a fixed config."""
         self._before = start
-        """The situation that they were made in."""
+        """The problem that they were made for."""
         self._smoothing = Smoothing()
         self._pruned: dict[str, dict[str, int]] = {}
         """Ranks that devices have cut off themselves, by device and weight."""
@@ -62,7 +62,7 @@ class Planner:
 
     @property
     def _problem(self) -> PlanningProblem:
-        """All that plans are made from, as of now."""
+        """What plans are made from, as of now."""
         assert self._start is not None, "nothing is planned for a fixed config"
         importance = dict(self._smoothing.values) or None
         return replace(self._start, profiles=self.profiles, importance=importance)
@@ -88,7 +88,7 @@ class Planner:
     # ---- devices come ----
 
     def profiled(self, device: str, profile: DeviceProfile) -> None:
-        """A device has told what it offers.
+        """Take in what a device offers.
 
         Raises:
             RefusedError: that cannot be true, or is too little for any plan.
@@ -115,7 +115,7 @@ class Planner:
         self.profiles = dict(sorted(profiles.items()))
 
     def plan(self, device: str) -> Plan | None:
-        """The plan of a device; None where it has to wait for the others' profiles.
+        """Return the plan of a device; None where it has to wait for the others' profiles.
 
         Raises:
             RefusedError: it cannot take part.
@@ -131,11 +131,11 @@ class Planner:
         return self.plans.plans[device]
 
     def _is_outgrown(self, device: str) -> bool:
-        """Whether a device's plan takes more than it offers by now."""
+        """Return whether a device's plan takes more than it offers by now."""
         return self._planned_bytes(device) > self._problem.budget_bytes(device)
 
     def _planned_bytes(self, device: str) -> float:
-        """What the plan in force of a device takes, by what it says of itself now."""
+        """Return the bytes that a device's plan in force takes, by what it says of itself now."""
         assert self.plans is not None
         plan = self.plans.plans[device]
         return device_bytes(self._problem, device, plan.split, plan.ranks)
@@ -166,11 +166,11 @@ class Planner:
         return self.plans
 
     def is_known(self, device: str) -> bool:
-        """Whether a device has told what it offers."""
+        """Return whether a device has told what it offers."""
         return device in self.profiles
 
     def ran_out_of_memory(self, device: str) -> None:
-        """A device could not hold its plan; the next one is smaller."""
+        """Plan with less memory for a device that could not hold its plan."""
         if self.plans is None or device not in self.plans.plans or device not in self.profiles:
             return
         margin = self._config.planning.memory_margin
@@ -195,7 +195,7 @@ class Planner:
             self._rates.setdefault(device, []).append(num_tokens / compute_s)
 
     def _learn_speeds(self) -> None:
-        """From the median step of the round: the first ones of a plan may take far longer."""
+        """Take speeds from the round's median steps: a plan's first ones may take far longer."""
         rates, self._rates = self._rates, {}
         now = None if self.plans is None else self._problem
         for device, own in rates.items():
@@ -254,7 +254,7 @@ class Planner:
         return found
 
     def _shares(self, name: str, reports: Mapping[str, Report]) -> float | dict[str, float]:
-        """Samples by weight of the coordinator; of a device, all of its own."""
+        """Return samples by weight: for a device all of its own, for the coordinator the others."""
         if name != SERVER:
             return float(reports[name].num_samples)
         devices = [r for n, r in reports.items() if n != SERVER]
@@ -268,7 +268,7 @@ class Planner:
     # ---- checkpoints ----
 
     def state(self) -> dict[str, Any]:
-        """Everything that a restart needs, as JSON can hold it."""
+        """Return everything that a restart needs, as JSON can hold it."""
         state: dict[str, Any] = {
             "profiles": {d: asdict(p) for d, p in self.profiles.items()},
             "caps": self._caps,
@@ -312,5 +312,5 @@ def _plain(plans: Mapping[str, Plan]) -> dict[str, Any]:
 
 
 def changed(old: Mapping[str, Plan], new: Mapping[str, Plan]) -> list[str]:
-    """Devices whose plan is another one now."""
+    """Return the devices whose plan is another one now."""
     return sorted(d for d, plan in new.items() if d in old and old[d] != plan)

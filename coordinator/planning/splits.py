@@ -28,14 +28,14 @@ class Option:
 
     split: int
     device_bytes: float
-    """Memory of the device, its whole process."""
+    """Peak bytes of the device's whole process."""
     device_s: float | None
-    """Compute and link time of the device in a wave; None where its speed is unknown: then only
+    """Compute and link seconds of the device in a wave; None where its speed is unknown: then only
     memory decides."""
     server_bytes: float
-    """Memory that this device's rows take on the coordinator; never more at a deeper split."""
+    """Bytes that this device's rows take on the coordinator; never more at a deeper split."""
     server_s: float
-    """Time that they take there in a wave; never more at a deeper split."""
+    """Seconds that they take there in a wave; never more at a deeper split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Server:
     """The coordinator as splits see it."""
 
     budget_bytes: float
-    """Memory that the run may use; infinite where nobody knows."""
+    """Bytes that the run may use; infinite where unknown."""
     base_bytes: Sequence[float]
-    """Memory before any device's rows come, by the first block that it holds, 0 .. L; never more
+    """Bytes before any device's rows come, by the first block that it holds, 0 .. L; never more
     where it holds less."""
 
 
@@ -55,7 +55,7 @@ class Splits:
 
     chosen: dict[str, Option]
     wave_s: float
-    """The slower side's time of a wave."""
+    """Seconds of a wave on the slower side."""
     server_s: float
     server_bytes: float
     binding: dict[str, Binding]
@@ -101,7 +101,7 @@ def choose_splits(
         options: Each device's table, in any order.
         budgets: Each device's memory in bytes; infinite where nobody knows.
         server: The coordinator.
-        pins: Splits that are not ours to choose.
+        pins: Splits that cannot be chosen.
 
     Raises:
         ConfigError: a device fits no split, or the coordinator does not fit the rest.
@@ -155,7 +155,7 @@ SPLIT_RULES = {
 
 
 def server_bytes(server: Server, chosen: Mapping[str, Option]) -> float:
-    """Memory of the coordinator: its blocks from the shallowest split on, and everybody's rows."""
+    """Return the coordinator's bytes: blocks from the shallowest split on, everybody's rows."""
     num_blocks = len(server.base_bytes) - 1
     first = min((option.split for option in chosen.values()), default=num_blocks)
     return server.base_bytes[first] + math.fsum(o.server_bytes for o in chosen.values())
@@ -174,7 +174,7 @@ def _seconds(option: Option) -> float:
 
 
 def _at(table: Mapping[str, Sequence[Option]], time_s: float) -> dict[str, Option]:
-    """The deepest option of every device that keeps within *time_s*."""
+    """Return the deepest option of every device that keeps within *time_s*."""
     return {
         name: [option for option in own if _seconds(option) <= time_s][-1]
         for name, own in table.items()
