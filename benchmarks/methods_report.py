@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from report import table
 
-from coordinator.lab.comparison.table import RunResult, common_target, kept_cells, score, spread
+from coordinator.lab.comparison.table import (
+    RunResult,
+    at_chosen_rates,
+    common_target,
+    score,
+    spread,
+)
 
 HETERO, HOMO = "heterogeneous", "homogeneous"
 Cells = Sequence[RunResult]
@@ -15,7 +21,7 @@ Cells = Sequence[RunResult]
 
 def chosen(cells: Cells, method: str, kind: str = HETERO) -> list[RunResult]:
     """Runs of a method at its own rate, by seed."""
-    own = [c for c in kept_cells(cells) if (c.method, c.device_set) == (method, kind)]
+    own = [c for c in at_chosen_rates(cells) if (c.method, c.device_set) == (method, kind)]
     return sorted(own, key=lambda cell: cell.seed)
 
 
@@ -60,7 +66,7 @@ def _signed(values: Iterable[float], digits: int) -> str:
 
 def times(cells: Cells) -> str:
     """Modelled seconds to the loss that every method reached, on unequal devices."""
-    own = [cell for cell in kept_cells(cells) if cell.device_set == HETERO]
+    own = [cell for cell in at_chosen_rates(cells) if cell.device_set == HETERO]
     target = common_target(own)
     methods = dict.fromkeys(cell.method for cell in own)
     seconds = {
@@ -114,7 +120,7 @@ def importances(cells: Cells) -> str:
 def about(name: str, what: str, cells: Cells) -> str:
     """Rates that were kept, samples and what methods could not do."""
     lines = {}
-    for cell in kept_cells(cells):
+    for cell in at_chosen_rates(cells):
         key = f"{cell.method}, {cell.device_set}: rate {cell.rate:g}"
         lines.setdefault(key, (cell.last.samples, cell.notes))
     told = [

@@ -23,7 +23,7 @@ GROWTH = 4
 # A transfer of this length is long beside any round trip; a larger one would only cost time.
 ENOUGH_S = 0.5
 ROUND_TRIPS = 4
-# Of the largest size, because anything else on the link only ever makes a transfer slower.
+# Transfers of the largest size; the fastest counts, as other traffic only makes one slower.
 REPEATS = 3
 # Less of a transfer than this, beside its round trip, is noise and would be a speed without bound.
 LEAST_SHARE = 0.1

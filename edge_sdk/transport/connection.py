@@ -18,14 +18,14 @@ from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
 
-# A refused socket is dead to libzmq and is built anew, ever more rarely.
+# libzmq gives up a socket that was refused; it is built anew after ever longer pauses, in seconds.
 REBUILD_FIRST_S = 1.0
 REBUILD_MOST_S = 30.0
 
 
 @dataclass(slots=True)
 class Counters:
-    """What the I/O thread counts; others only read."""
+    """Counters of the I/O thread; others only read."""
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -76,11 +76,11 @@ class Line:
         self.socket.connect(config.address)
 
     def next_pause_s(self) -> float:
-        """Return how long the socket after this one waits when it is refused as well."""
+        """Return the seconds after which the next socket is replaced if it is refused, too."""
         return min(2 * self.rebuild_pause_s, REBUILD_MOST_S)
 
     def put(self, frame: Any) -> bool:
-        """Send a frame; returns whether there was a connection with room for it."""
+        """Send a frame; return whether there was a connection with room for it."""
         try:
             self.socket.send(frame, zmq.NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
         except zmq.Again:
@@ -88,17 +88,17 @@ class Line:
         return True
 
     def wait_for_room(self) -> None:
-        """Let the poller say when `put` is worth another try."""
+        """Ask the poller to report when `put` is worth another try."""
         self.is_full = True
         self._poller.modify(self.socket, zmq.POLLIN | zmq.POLLOUT)
 
     def has_room(self) -> None:
-        """The poller has said it."""
+        """Note that the poller has reported room."""
         self.is_full = False
         self._poller.modify(self.socket, zmq.POLLIN)
 
     def news(self) -> Iterator[tuple[int, int]]:
-        """Yield (event, value) of the monitor, and keep what they say about the connection."""
+        """Yield (event, value) of the monitor, and note what they mean for the connection."""
         for event, value in monitor_events(self.monitor):
             if event == zmq.EVENT_CONNECTED:
                 self.has_tcp = True
@@ -118,7 +118,7 @@ class Line:
 
 
 def no_contact(lines: Sequence[Line], config: LinkConfig) -> EdgeError:
-    """Return what to say when the first contact has not come about."""
+    """Return the error to report when the first contact has failed."""
     address = config.address
     if any(line.is_up for line in lines):
         return PeerGone(f"{address} took the connection but does not answer")
@@ -140,12 +140,12 @@ class Patience:
         self._next_s = now_s + config.first_contact_s
 
     def attached(self, now_s: float) -> None:
-        """The coordinator has taken us in."""
+        """Note that the coordinator has taken us in."""
         self._was_attached = True
         self._next_s = now_s + self._config.patience_s
 
     def complaint(self, now_s: float, lines: Sequence[Line]) -> EdgeError | None:
-        """Return what to report now, if anything."""
+        """Return the error to report now, if any."""
         if now_s < self._next_s:
             return None
         if not self._was_attached:

@@ -1,7 +1,7 @@
 """A CURVE handshake and nothing more: are both keys right, and does a coordinator answer?
 
-Opens no session, so one that this device's key has open elsewhere goes on undisturbed. Not here:
-what the outcome means for people (`doctor/link.py`).
+It opens no session, so that one which this device's key has open elsewhere goes on. Not here: what
+the outcome means for people (`doctor/link.py`).
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from edge_sdk.transport.connection import Line
 from edge_sdk.transport.link import LinkConfig, package_version
 from edge_sdk.transport.sockets import receive_frame
 
-# A coordinator with another key closes the connection each time; once may be chance.
+# A coordinator with another key closes every connection; a single drop may be chance.
 ENOUGH_DROPS = 2
-GLANCE_MS = 100
+POLL_MS = 100
 
 
 class Handshake(NamedTuple):
-    """How far two sides came."""
+    """Outcome of a handshake."""
 
     is_up: bool
     """Both keys were accepted."""
     refused: int | None
-    """Status with which the coordinator refused our key, 400 where it does not know it."""
+    """Status with which the coordinator refused our key; 400 if it does not know it."""
     drops: int
-    """Connections that ended before the keys were accepted."""
+    """Number of connections that ended before the keys were accepted."""
     round_trip_s: float | None
-    """Time that the coordinator took to answer a control frame; None where it did not."""
+    """Seconds until the coordinator answered a control frame; None if it did not."""
 
 
 def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
     """Connect with the keys of *config*, ask one question that changes nothing, and leave.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is not valid.
     """
     deadline, poller = Deadline.after(timeout_s), zmq.Poller()
     with zmq.Context() as context:
@@ -58,7 +58,7 @@ def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
 def _shake(line: Line, poller: zmq.Poller, deadline: Deadline) -> Handshake:
     session, drops, asked_s = secrets.token_hex(16), 0, 0.0
     while not deadline.has_passed() and drops < ENOUGH_DROPS:
-        ready = dict(poller.poll(GLANCE_MS))
+        ready = dict(poller.poll(POLL_MS))
         if line.monitor in ready:
             for event, value in line.news():
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -73,7 +73,7 @@ def _shake(line: Line, poller: zmq.Poller, deadline: Deadline) -> Handshake:
 
 
 def _question(session: str) -> bytes:
-    """Claim a session that the coordinator cannot know: it says so, and opens none."""
+    """Return an attach to a session that the coordinator cannot know: it opens none and says so."""
     nothing = Conversation(session, packets.MAX_FRAME_BYTES, FROM_COORDINATOR).ack()
     return packets.control_frame(
         packets.Attach(

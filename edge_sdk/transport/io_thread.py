@@ -31,7 +31,7 @@ from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
 
-# An ack may wait this long for company; well below any round trip that matters.
+# An ack may wait this long for others; it is well below any round trip that matters.
 ACK_DELAY_S = 0.002
 # One lane gets at most this many packets in a row before the other is looked at.
 TURN_PACKETS = 64
@@ -51,9 +51,9 @@ class DeviceIo:
     waker: Waker = field(default_factory=Waker)
     counters: Counters = field(default_factory=Counters)
     epoch: int = 0
-    """Sessions lost so far; what was queued in an earlier one is dropped."""
+    """Number of sessions lost so far; what was queued in an earlier one is dropped."""
     dead: EdgeError | None = None
-    """Why the link will never work again."""
+    """Error after which the link will never work again."""
     name: str = ""
     has_error_posted: bool = False
     _context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
@@ -78,7 +78,7 @@ class DeviceIo:
         self.waker.wake()
 
     def took(self, epoch: int, envelope: Envelope) -> None:
-        """The application has *envelope*; wakes the thread only when that opens the window."""
+        """Note that the application has *envelope*; wake the thread only if a window opens."""
         self.commands.append(("taken", epoch, envelope.lane, envelope.num_bytes))
         self._taken_bytes += envelope.num_bytes
         if self._taken_bytes >= ACK_EVERY_BYTES:
@@ -225,13 +225,13 @@ class DeviceIo:
 
     def _packet(self, line: Line, packet: packets.Packet, now_s: float) -> None:
         if packet.kind == Kind.CONTROL:
-            self._on_note(line, packets.read_control(packet), now_s)
+            self._on_control(line, packets.read_control(packet), now_s)
             return
         for item in self._talk.on_packet(packet):
             bad = isinstance(item, BadMessage)
             self.inbox.put((self.epoch, RemoteProtocolError(item.text) if bad else item))  # type: ignore[union-attr,arg-type]
 
-    def _on_note(self, line: Line, control: Any, now_s: float) -> None:
+    def _on_control(self, line: Line, control: Any, now_s: float) -> None:
         if isinstance(control, packets.Ack):
             self._talk.on_ack(control, now_s)
         elif isinstance(control, packets.HeartbeatAck):
@@ -272,7 +272,7 @@ class DeviceIo:
             line.is_attached = False
             self._attach(line, now_s)
 
-    # -- what we say of our own accord --
+    # -- what we send unasked --
 
     def _send_control(self, control: Any) -> bool:
         return self._raw(
@@ -307,7 +307,7 @@ class DeviceIo:
         elif self._ack_s is None:
             self._ack_s = now_s + ACK_DELAY_S
 
-    # -- what the monitors and the clock say --
+    # -- monitors and clock --
 
     def _watch(self, line: Line, now_s: float) -> None:
         for event, value in line.news():
@@ -326,7 +326,7 @@ class DeviceIo:
             self._report(RefusedError(f"{text}: register {self._keys.public}"))
 
     def _report(self, error: EdgeError) -> None:
-        """Tell the application, unless it has not yet looked at what it was told before."""
+        """Tell the application, unless an error that it was told before still waits for it."""
         if not self.has_error_posted:
             self.has_error_posted = True
             self.inbox.put((self.epoch, error))
@@ -340,7 +340,7 @@ class DeviceIo:
                 self._attach(line, now_s)
             elif line.is_attached and self._talk.senders[line.lane].is_stuck(now_s):
                 log.warning("link.stuck lane=%s", line.lane.name)
-                self._rebuild(line)  # the connection may be dead without anybody knowing
+                self._rebuild(line)  # the connection may be dead, and nobody was told
         self._beat_if_due(now_s)
         error = self._patience.complaint(now_s, self._lines)
         if error is not None:

@@ -47,7 +47,7 @@ def make_key_pair() -> KeyPair:
 
 
 def create_key_pair(path: str | Path) -> KeyPair:
-    """Make a key pair, write it to *path* and *path*.pub, and return it; never overwrites."""
+    """Make a key pair, write it to *path* and *path*.pub, and return it; overwrite nothing."""
     path = Path(path)
     pair = make_key_pair()
     public_path = _public_path(path)
@@ -55,14 +55,14 @@ def create_key_pair(path: str | Path) -> KeyPair:
         if file.exists():
             raise StorageError(f"{file} exists already; keys are never overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The mode is given at creation: written first and changed later, it could be read in between.
+    # The mode is set at creation: until a later change of mode, others could read the key.
     create_file(path, pair.secret + "\n", 0o600)
     create_file(public_path, pair.public + "\n", 0o644)
     return pair
 
 
 def load_key_pair(path: str | Path) -> KeyPair:
-    """Read the key pair at *path*; refuses a secret that others can read."""
+    """Read the key pair at *path*; refuse a secret that others can read."""
     path = Path(path)
     secret = _read(path, is_secret=True)
     try:
@@ -73,7 +73,7 @@ def load_key_pair(path: str | Path) -> KeyPair:
 
 
 def load_public_key(path_or_z85: str | Path) -> str:
-    """Return the public key that is given as Z85, or as a file that holds it."""
+    """Return a public key that is given as Z85, or as a file that holds it."""
     text = str(path_or_z85)
     if _Z85.fullmatch(text):
         return text

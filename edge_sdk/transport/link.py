@@ -1,6 +1,6 @@
-"""What a client needs of a connection, whichever it is: the `Link` interface.
+"""What a client needs of a connection to its coordinator: the `Link` interface.
 
-`zmq_link.py` and `memory_link.py` are the two there are.
+There are two: `ZmqLink` in `zmq_link.py`, and `MemoryLink` in `memory_link.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_sdk.transport.keys import KeyPair
 NO_TENSORS: Mapping[str, TensorOut] = MappingProxyType({})
 
 
-# How long `close` waits for the last acks.
+# Seconds that `close` waits for the last acks.
 FLUSH_S = 5.0
 
 
@@ -31,11 +31,11 @@ class LinkStats:
     bytes_down: int
     reconnects: int
     rtt_s: float | None
-    """Round trip of the last heartbeat; None before the first."""
+    """Round trip of the last heartbeat, in seconds; None before the first."""
 
 
 class Link(Protocol):
-    """What a client needs of a connection; `ZmqLink` and `MemoryLink` are two."""
+    """A connection of a client to its coordinator."""
 
     def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
         """Queue *message*; it arrives once, in order, unless the session is lost.
@@ -62,8 +62,8 @@ def no_telemetry() -> dict[str, float]:
 
 
 def package_version() -> str:
-    """Return the version of this package, or `0` where it runs without being installed."""
-    from importlib import metadata  # here: it loads the whole of `email`
+    """Return the version of this package, or `0` if it is not installed."""
+    from importlib import metadata  # imported here, as it loads all of `email`
 
     try:
         return metadata.version("edgesplit")
@@ -76,22 +76,22 @@ class LinkConfig:
     """Where the coordinator is and how patient the device is with it."""
 
     address: str
-    """As ZeroMQ writes it: tcp://host:port."""
+    """Address as ZeroMQ writes it: tcp://host:port."""
     server_key: str = ""
     """Public key of the coordinator; empty only for benchmarks without CURVE."""
     keys: KeyPair | None = None
     name: str = ""
-    """Believed only by a coordinator without CURVE."""
+    """Name of the device; only a coordinator without CURVE believes it."""
     max_message_bytes: int = 64 * 1024 * 1024
-    """Payload that one message may bring; the application raises it when it expects more."""
+    """Largest payload in bytes of a received message; the application raises it as needed."""
     chunk_bytes: int = MAX_CHUNK_BYTES
-    """Payload of one packet; 256 KiB on slow links."""
+    """Payload of one packet in bytes; 256 KiB on slow links."""
     first_contact_s: float = 10.0
     """Seconds until an unanswered first connect is reported."""
     patience_s: float = 600.0
-    """Seconds an unreachable coordinator is retried before PeerGone."""
+    """Seconds without an answer until PeerGone is reported."""
     beat_s: float = 5.0
     """Seconds between heartbeats."""
     reconnect_s: float = 0.5
-    """Pause before the first reconnect; doubles up to `reconnect_most_s`."""
+    """Seconds before the first reconnect; they double up to `reconnect_most_s`."""
     reconnect_most_s: float = 30.0

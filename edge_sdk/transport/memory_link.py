@@ -1,7 +1,7 @@
 """A link without a network, for tests and simulation: the same checks, limits and bytes.
 
-Every message is encoded, cut into packets, and decoded again, so what would fail on the wire fails
-here. Not here: loss and reconnects, which applications never see anyway.
+Every message is encoded, cut into packets, and decoded again, so that what would fail on the wire
+fails here, too. Not here: loss and reconnects, which applications never see.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MemoryLink:
     def __init__(self, sends: tuple[type, ...], receives: tuple[type, ...], limit: int) -> None:
         self._sends = sends
         self._peer: MemoryLink | None = None
-        # Big enough never to be full: flow control is not what is simulated here.
+        # Never full: flow control is not simulated.
         self._out = Conversation(_SESSION, limit, sends, window_bytes=2**62)
         self._in = Conversation(_SESSION, limit, receives, window_bytes=2**62)
         self._memories: Memories = {}
@@ -73,7 +73,7 @@ class MemoryLink:
             self._inbox.put(RemoteProtocolError(item.text) if is_bad else item)  # type: ignore[union-attr,arg-type]
 
     def receive(self, deadline: Deadline) -> Envelope:
-        """Return the next message; see `transport.Link.receive`."""
+        """Return the next message; see `Link.receive`."""
         try:
             item = self._inbox.get(timeout=deadline.left_s())
         except queue.Empty:
@@ -92,7 +92,7 @@ class MemoryLink:
         return LinkStats(self._bytes_up, self._bytes_down, 0, 0.0)
 
     def close(self, flush_s: float = FLUSH_S) -> None:
-        """Close this end; the other one finds out after it has read what was sent."""
+        """Close this end; the other end finds out after it has read what was sent."""
         if not self._is_closed:
             self._is_closed = True
             assert self._peer is not None

@@ -1,8 +1,7 @@
 """What both ends of the link do with libzmq: options, monitors, waking an I/O thread.
 
-Not here: who connects to whom (`io_thread.py`, the coordinator's
-`coordinator/gateway/io_thread.py`). The settings are those that were measured to be safe; the
-reason stands beside each.
+Not here: who connects to whom (`io_thread.py`, and `coordinator/gateway/io_thread.py`). Settings
+were measured to be safe; each has its reason beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import zmq
 
 from edge_sdk.protocol.packets import MAX_FRAME_BYTES, Lane
 
-# libzmq counts messages, not bytes: this bounds what an enrolled but hostile peer can pile up to
-# 128 frames per connection. `channel.MAX_PACKETS_IN_FLIGHT` keeps honest peers below it.
+# libzmq counts messages, not bytes. A registered but hostile peer can pile up so many frames on a
+# connection; `channel.MAX_PACKETS_IN_FLIGHT` keeps honest peers below.
 QUEUE_FRAMES = 128
 # Below this size a copy is cheaper than the bookkeeping of sending without one.
 ZERO_COPY_BYTES = 64 * 1024
-# A stranger may hold a half-open handshake, and with it a file descriptor, this long.
+# A stranger may hold a half-open handshake, which costs a file descriptor, for so long.
 HANDSHAKE_MS = 5_000
 # First frame of a monitor's message, zmq_socket_monitor(3): event and value. pyzmq's own parser
 # would load asyncio, a fifth of what importing this package takes.
@@ -29,8 +28,8 @@ EVENT = struct.Struct("=Hi")
 
 
 def tune(sock: zmq.Socket[bytes]) -> None:
-    """Set what every socket of ours has in common."""
-    sock.linger = 0  # what matters is acked; the rest may be lost
+    """Set the options that all our sockets share."""
+    sock.linger = 0  # what matters has been acked
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)  # else a stranger's length is allocated
     sock.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
     sock.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
@@ -46,20 +45,20 @@ def tune(sock: zmq.Socket[bytes]) -> None:
 
 
 def tune_dealer(sock: zmq.Socket[bytes], lane: Lane, reconnect_ms: int, most_ms: int) -> None:
-    """Set what a connecting socket needs besides."""
+    """Set the options of a connecting socket, those of `tune` included."""
     tune(sock)
     sock.setsockopt(zmq.IMMEDIATE, 1)  # else frames pile up for a peer that is not there
     sock.setsockopt(zmq.CONNECT_TIMEOUT, 10_000)
     sock.setsockopt(zmq.RECONNECT_IVL, reconnect_ms)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, most_ms)  # no back-off unless set
     if lane == Lane.CONTROL:
-        # Never on bulk: only complete frames count as life, so a slow chunk would kill the link.
+        # Never on bulk: only whole frames count as life, so a slow chunk would end the link.
         sock.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
         sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
 
 
 def monitor_events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield (event, value) for whatever the monitor holds; an undrained one blocks reconnects."""
+    """Yield (event, value) for all that the monitor holds; if it is full, it blocks reconnects."""
     while True:
         try:
             parts = monitor.recv_multipart(zmq.NOBLOCK)
@@ -70,7 +69,7 @@ def monitor_events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def receive_frame(sock: zmq.Socket[bytes]) -> zmq.Frame | None:
-    """Return the next message of one frame; None when it had several, which we never send."""
+    """Return the next message of one frame; None if it has several, which we never send."""
     frame = sock.recv(zmq.NOBLOCK, copy=False)
     assert isinstance(frame, zmq.Frame)
     if not frame.more:
@@ -94,14 +93,14 @@ class Waker:
         return self._inner.fileno()
 
     def wake(self) -> None:
-        """Make the poll return; cheap when it already will."""
+        """Make the poll return; this is cheap when it already will."""
         if not self._is_awake:
             self._is_awake = True
             with suppress(OSError):  # full means awake, closed means over
                 self._outer.send(b"w")
 
     def clear(self) -> None:
-        """Called by the I/O thread, before it looks at what was queued."""
+        """Forget calls of `wake`; the I/O thread does so before it looks at what was queued."""
         with suppress(OSError):
             self._inner.recv(64)
         self._is_awake = False

@@ -1,7 +1,7 @@
 """The link of a device to its coordinator, as an application sees it.
 
 Not here: sockets and reconnects (`io_thread.py`, `connection.py`), bytes (`protocol/headers.py`),
-the fake for tests and simulation (`memory_link.py`).
+the link for tests and simulation (`memory_link.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
         if not 0 < config.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ValueError(f"chunk_bytes must be 1 .. {MAX_CHUNK_BYTES}: {config.chunk_bytes}")
         self._io = DeviceIo(config, telemetry, package_version())
-        self._epoch = 0  # sessions the application knows to be lost
+        self._epoch = 0  # number of sessions that the application knows to be lost
         self._memories: Memories = {}
         self._is_closed = False
         self._thread = threading.Thread(target=self._io.run, name="edgesplit-link", daemon=True)

@@ -1,6 +1,6 @@
-"""A run without devices, from its folder to its result: for the command, and for programs.
+"""A run without devices, from its folder to its result, for the command and for programs.
 
-The folder is that of any run: config, events, metrics, telemetry, checkpoints, result.
+Its folder holds what that of any run does: config, events, metrics, telemetry, checkpoints, result.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 
 MODEL = "model"
-"""Folder of the result where all weights were trained; adapters go where every run's go."""
+"""Folder of the result where all weights were trained; adapters are where every run has them."""
 
 
 @dataclass(frozen=True)
 class PooledResult:
-    """What a run on pooled data brought."""
+    """Result of a run on pooled data."""
 
     folder: Path
     rows: list[dict[str, Any]]
-    """The rows of metrics.jsonl: 0 is what was there before training, n what n rounds made."""
+    """Rows of metrics.jsonl: row 0 is from before training, row n from after n rounds."""
     shapes: list[tuple[MicroShape, ...]]
-    """The micro-batches of every step, for a clock that models what they cost."""
+    """Micro-batches of every step, for a clock that models their cost."""
 
 
 def train_pooled(
@@ -60,13 +60,13 @@ def train_pooled(
     *,
     durable: bool = True,
 ) -> PooledResult:
-    """Train on pooled data and return what each evaluation found; the library's way in.
+    """Train on pooled data and return what each evaluation found; for programs.
 
     Args:
         config: The run; its rounds, steps, seed, optimizer and evaluation as with devices.
         dataset: Everybody's data in memory, as rows or tokenised; None: what `config.pooled` names.
-        watcher: Who looks on.
-        durable: Whether checkpoints and the result are written, beside metrics and config.
+        watcher: Who looks on; None: nobody.
+        durable: Whether checkpoints and the result are written, in addition to metrics and config.
 
     Raises:
         ConfigError: the config asks for what cannot be had, or the run's folder exists.
@@ -79,13 +79,13 @@ def train_pooled(
 
 
 def serve_pooled(config: ServeConfig, watcher: Watcher) -> str:
-    """Start a run without devices and train it to its end; returns how it ended."""
+    """Start a run without devices and train it to its end; return how it ended."""
     with _new_run(config, None, watcher) as run, stopping_on_signals(run.stop):
         return run.train()
 
 
 def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
-    """Go on with the run at *path* as if nothing had happened; returns how it ended."""
+    """Go on with the run at *path* as if nothing had happened; return how it ended."""
     folder = RunFolder.open(path)
     config = load_config(ServeConfig, path / CONFIG, overrides, env={})
     checkpoint = folder.load_checkpoint()
@@ -99,7 +99,7 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
 
 
 def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
-    """Export the newest checkpoint of *run*; returns the largest difference of a logit."""
+    """Export the newest checkpoint of *run*; return the largest difference of a logit."""
     config = load_config(ServeConfig, run.path / CONFIG, env={})
     checkpoint, model = run.load_checkpoint(), ServerModel(config)
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
@@ -111,7 +111,7 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
     """Take over what *checkpoint* holds.
 
     Raises:
-        KeyError: it is of something else: adapters of other weights, or all weights.
+        KeyError: it holds something else: adapters of other weights, or all weights.
         RuntimeError: its adapters have other ranks.
     """
     state = checkpoint.arrays["trainer"]
@@ -124,9 +124,9 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
 def write_result(
     config: ServeConfig, model: ServerModel, runtime: TorchRuntime, folder: Path, *, merged: bool
 ) -> float:
-    """Write an adapter, or the whole model; returns the largest difference of a logit, read back.
+    """Write an adapter, or the whole model; return the largest difference of a logit, read back.
 
-    After this *model* must not be used: checking may write into the weights that it has open.
+    *model* must not be used after this: checking may write into the weights that it has open.
     """
     learned, head = runtime.adapters.products(), runtime.head()
     if merged or config.pooled.trains == "all":
@@ -147,7 +147,7 @@ def write_result(
 def _new_run(
     config: ServeConfig, dataset: Dataset | None, watcher: Watcher, *, durable: bool = True
 ) -> Iterator[PooledRun]:
-    if config.trained_by != "coordinator":  # what is resumed must be what was begun
+    if config.trained_by != "coordinator":  # a run that is resumed must be the one that was begun
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
     trainer = PooledTrainer(config, ServerModel(config), dataset)
     folder = RunFolder.create(config.runs, config.name)
@@ -181,7 +181,7 @@ class PooledRun:
         self._stop_asked = True
 
     def train(self) -> str:
-        """Train to the end, or until `stop` was called; returns how it ended."""
+        """Train to the end, or until `stop` was called; return how it ended."""
         config = self.config
         if not self.folder.rows("metrics.jsonl"):
             self._end_round(0, {})
@@ -199,7 +199,7 @@ class PooledRun:
         return COMPLETED
 
     def result(self) -> PooledResult:
-        """What the run has brought so far."""
+        """Return the result so far."""
         shapes = [self.trainer.shapes(step) for step in range(self._step)]
         return PooledResult(self.folder.path, self.folder.rows("metrics.jsonl"), shapes)
 
@@ -222,14 +222,14 @@ class PooledRun:
         facts = {
             "samples": config.steps_per_round * plan.batch_size,
             "cut_error": 0.0,
-            # Of what is added to a weight; nothing bounds it where the weight itself is trained.
+            # Rank of what is added to a weight; unbounded where the weight itself is trained.
             "rank": max(plan.ranks.values()) if plan.ranks else None,
         }
         self._end_round(done, facts)
         self._reporting.begin_round()
 
     def _end_round(self, done: int, facts: dict[str, Any]) -> None:
-        """Write the row of *done* rounds, then a checkpoint: no crash in between loses a row."""
+        """Write the row of *done* rounds, then a checkpoint, so that no crash loses a row."""
         evaluation, trainer = self.config.evaluation, self.trainer
         is_due = done in (0, self.config.rounds) or done % evaluation.every_rounds == 0
         batches = trainer.model.eval_batches if is_due else []
@@ -259,7 +259,7 @@ class PooledRun:
         return PAUSED
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Be as at *checkpoint*; rows written after it are dropped."""
+        """Go back to *checkpoint*; rows written after it are dropped."""
         self._id, self._step = checkpoint.state["run"], checkpoint.state["step"]
         self._reporting.load_progress(checkpoint.state["progress"])
         load_trained(self.trainer.runtime, checkpoint)

@@ -1,6 +1,6 @@
 """The centralised baselines: the whole model and all data on one machine, adapters or all weights.
 
-A device that holds every block trains in just this way (`TorchRuntime.local`), so that comparisons
+A device that holds every block trains in this way, too (`TorchRuntime.local`), so that comparisons
 compare methods and not implementations. Knows no run folder and no network.
 
 Legend: B sequences, T positions.
@@ -31,21 +31,21 @@ from edge_sdk.runtime.training import Optimizer, TrainingConfig
 from profiler.sensors.memory import peak_rss
 
 POOLED = "pooled"
-"""The name that stands where a device's would, also for the order of its samples."""
+"""Name in place of a device's, which also decides the order of its samples."""
 
 Dataset = Iterable[Mapping[str, Any]] | Sequence[Example]
 """Rows as a device takes them, or what they are once tokenised."""
 
 
 class MicroShape(NamedTuple):
-    """Size of one micro-batch: what its computation costs."""
+    """Size of one micro-batch, which decides the cost of its computation."""
 
     num_sequences: int
-    """B."""
+    """B, the number of its sequences."""
     num_positions: int
-    """T, padding included."""
+    """T, its length in tokens, padding included."""
     num_tokens: int
-    """Without padding."""
+    """Number of its tokens without padding."""
 
 
 class WholeRuntime(TorchRuntime):
@@ -94,7 +94,7 @@ class PooledTrainer:
             pad_id=pad_id,
         )
         self.held_out: list[MicroBatch] = []
-        """What `validation` or `validation_fraction` keeps from training."""
+        """Batches that `validation` or `validation_fraction` holds back from training."""
         if held_out:
             size = config.evaluation.batch_size
             self.held_out = list(eval_batches(held_out, size, pad_id=pad_id))
@@ -102,7 +102,7 @@ class PooledTrainer:
         self._shapes: dict[int, tuple[MicroShape, ...]] = {}
 
     def train(self, stamp: Stamp) -> StepReport:
-        """One optimizer step, as a device with all blocks does it.
+        """Run one optimizer step, as a device with all blocks does it.
 
         Raises:
             NumericError: a gradient is NaN or infinite; nothing was changed.
@@ -126,7 +126,7 @@ class PooledTrainer:
         )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> TailSums:
-        """Loss over *batches*, without dropout."""
+        """Return the loss over *batches*, without dropout."""
         found = [
             self.runtime.tail_eval(self.runtime.forward_eval(micro), micro)
             for micro in map(_micro, batches)
@@ -138,7 +138,7 @@ class PooledTrainer:
         )
 
     def shapes(self, step: int) -> tuple[MicroShape, ...]:
-        """The micro-batches of *step*, in their order; the same on every call."""
+        """Return the micro-batches of *step*, in their order; the same on every call."""
         if step not in self._shapes:
             self._shapes[step] = _shapes(self.batches.at(step))
         return self._shapes[step]
@@ -151,7 +151,7 @@ def _shapes(step: StepBatch) -> tuple[MicroShape, ...]:
 
 
 def plan_pooled(config: ServeConfig, facts: ModelFacts) -> Plan:
-    """The plan of a device with all blocks, and a step as large as those of all devices together.
+    """Return the plan of a device with all blocks whose step is as large as all devices' together.
 
     Raises:
         ConfigError: a rank that the model cannot have, or a micro-batch that does not divide.
@@ -170,14 +170,14 @@ def plan_pooled(config: ServeConfig, facts: ModelFacts) -> Plan:
 
 
 def samples_of_a_step(config: ServeConfig) -> int:
-    """Sequences of one step of all devices: those with settings of their own, and any others."""
+    """Return the sequences of one step of all devices, with settings of their own or without."""
     named = [config.settings(name).batch_size or 0 for name in config.devices]
     others = max(0, config.min_devices - len(named))
     return sum(named) + others * (config.settings("").batch_size or 0)
 
 
 def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRuntime:
-    """The whole model, and adapters that begin as those of every device do."""
+    """Return a runtime of the whole model whose adapters begin as those of every device."""
     source = model.source
     kind = WholeRuntime if config.pooled.trains == "all" else TorchRuntime
     runtime = kind(
@@ -205,7 +205,7 @@ def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRu
 def load_pooled(
     config: ServeConfig, model: ServerModel, dataset: Dataset | None
 ) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, source after source, and those that are held out.
+    """Return the examples to train on, source after source, and those that are held out.
 
     Raises:
         ConfigError: nothing says where the data is.

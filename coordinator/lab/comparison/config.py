@@ -1,6 +1,6 @@
 """What `coordinator compare` compares: a simulation's configuration and the methods to run.
 
-Knows no training; how a method is fitted to a set of devices is `fit_devices.py`.
+Knows no training; `fit_devices.py` fits a method to a set of devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DeviceSet = Literal["homogeneous", "heterogeneous"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
-    """A method that is not just a preset."""
+    """A method that is more than a preset."""
 
     preset: Preset | None = None
     """The preset that lies under the file, if any."""
@@ -41,10 +41,10 @@ class CompareSection:
     """`heterogeneous`: the devices as they are configured; `homogeneous`: as many that are all
     like the one with the median memory."""
     seeds: tuple[int, ...] = (0,)
-    """Each decides initial adapters, who gets which samples, and their order."""
+    """Each seed decides initial adapters, who gets which samples, and their order."""
     learning_rates: tuple[float, ...] = ()
-    """Every method tries each on the first seed and keeps the one with the lowest final loss, for
-    each set of devices; empty: training.learning_rate alone."""
+    """Every method tries each rate on the first seed and keeps the one with the lowest final loss,
+    for each set of devices; empty: training.learning_rate alone."""
     target: float | None = None
     """Loss that times are measured to; None: the worst of all runs' best losses."""
 
@@ -69,9 +69,9 @@ class CompareConfig(SimulationConfig):
     """What is compared."""
 
     def simulation_config(self) -> SimulationConfig:
-        """What one of the runs is told."""
-        kept = {each.name: getattr(self, each.name) for each in fields(SimulationConfig)}
-        return SimulationConfig(**kept)
+        """Return the configuration of one of the runs."""
+        values = {each.name: getattr(self, each.name) for each in fields(SimulationConfig)}
+        return SimulationConfig(**values)
 
 
 def load_compare(

@@ -1,9 +1,9 @@
 """Fit a method to a set of devices: who takes part, with which split and rank, for how long.
 
-Every method gets the same devices, the same data and the same number of samples; what it cannot do
-on a device, it does as its published form would:
+Every method gets the same devices, the same data and the same number of samples. Where it cannot
+run on a device as configured, it does as its published form would:
 
-* `planning` chooses: nothing to fit, a device that no plan fits drops out;
+* `planning` chooses: there is nothing to fit, and a device that no plan fits drops out;
 * the whole model on each device (`split: all`): a device that cannot hold it drops out, with its
   data, and the others take more steps;
 * one cut for all: the deepest up to the configured one that the weakest device can hold;
@@ -27,7 +27,7 @@ from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import PlanningProblem, read_problem
 from edge_sdk.errors import ConfigError
 
-# Presets that hold the whole model and a rank for each device: as large as fits each.
+# Presets that hold the whole model and give each device the largest rank that fits it.
 OWN_RANKS = ("hlora", "hetlora")
 MIB = 2**20
 
@@ -38,16 +38,16 @@ class Fitted:
 
     config: SimulationConfig
     problem: PlanningProblem
-    """What plans and memory of its devices are worked out from."""
+    """The problem from which plans and memory of its devices are worked out."""
     notes: tuple[str, ...]
-    """What was changed, and who dropped out."""
+    """Sentences about what was changed, and who dropped out."""
 
     def peak_bytes(self, device: str, split: int, ranks: Mapping[str, int]) -> float:
-        """Predicted peak memory of a device's process."""
+        """Return the predicted peak memory of a device's process, in bytes."""
         return device_bytes(self.problem, device, split, ranks)
 
     def num_trained(self, ranks: Mapping[str, int]) -> int:
-        """Numbers in adapters of *ranks*."""
+        """Return how many numbers the adapters of *ranks* hold."""
         targets = self.problem.facts.targets
         return sum(rank * sum(targets[name]) for name, rank in ranks.items())
 
@@ -67,7 +67,7 @@ def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
 def _median(
     config: SimulationConfig, devices: Mapping[str, SimulatedDeviceConfig]
 ) -> SimulatedDeviceConfig:
-    """The device with the median memory, the smaller of two; of equal ones the slower."""
+    """Return the device with the median memory, the smaller of two; the slower of equal ones."""
     profiles = make_fleet(config.simulation, config.planning).profiles
 
     def budget(name: str) -> tuple[float, float, str]:
@@ -77,7 +77,7 @@ def _median(
 
 
 def samples_of_a_step(config: SimulationConfig) -> int:
-    """Sequences of one step of all devices, which are named singly."""
+    """Return the sequences of one step of all devices, which are named singly."""
     return sum(config.settings(name).batch_size or 0 for name in config.simulation.devices)
 
 
@@ -95,8 +95,8 @@ def fit(config: SimulationConfig) -> Fitted:
     if len(lost) == len(problem.profiles):
         raise ConfigError(f"it cannot run on any device: {next(iter(lost.values()))}")
     config = _without(config, lost)
-    kept = {name: p for name, p in problem.profiles.items() if name not in lost}
-    problem = replace(problem, profiles=kept)
+    remaining = {name: p for name, p in problem.profiles.items() if name not in lost}
+    problem = replace(problem, profiles=remaining)
     config, changes = _lowered(config, problem)
     a_round = samples_of_a_step(config) * config.steps_per_round
     config = replace(config, rounds=max(1, round(total / a_round)))
@@ -106,7 +106,7 @@ def fit(config: SimulationConfig) -> Fitted:
 
 
 def whole_situation(config: SimulationConfig) -> PlanningProblem:
-    """All devices, and the coordinator that is meant: what the simulation will plan from."""
+    """Return what the simulation will plan from: all devices, and the coordinator's board."""
     fleet = make_fleet(config.simulation, config.planning)
     planning = replace(
         config.planning,
@@ -120,7 +120,7 @@ def whole_situation(config: SimulationConfig) -> PlanningProblem:
 
 
 def _cannot_take_part(config: SimulationConfig, problem: PlanningProblem) -> dict[str, str]:
-    """Devices that can hold no part of the model under this method, and why."""
+    """Return devices that can hold no part of the model under this method, and why."""
     if not problem.is_fixed:
         return plan_all(problem).refused
     found, least = {}, problem
@@ -141,30 +141,30 @@ def _cannot_take_part(config: SimulationConfig, problem: PlanningProblem) -> dic
 
 def _without(config: SimulationConfig, lost: Mapping[str, str]) -> SimulationConfig:
     fleet = config.simulation
-    kept = {name: device for name, device in fleet.devices.items() if name not in lost}
+    remaining = {name: device for name, device in fleet.devices.items() if name not in lost}
     settings = {name: own for name, own in config.devices.items() if name not in lost}
-    return replace(config, simulation=replace(fleet, devices=kept), devices=settings)
+    return replace(config, simulation=replace(fleet, devices=remaining), devices=settings)
 
 
 # ---- one cut, one rank ----
 
 
 def _has_one_split(config: SimulationConfig) -> bool:
-    """Whether all devices are cut at one block, which leaves the coordinator some."""
+    """Return whether all devices are cut at one block that leaves the coordinator some."""
     if config.planning.split != "fixed" or config.settings("").split == "all":
         return False
     return all(device.split is None for device in config.devices.values())
 
 
 def _has_one_rank(config: SimulationConfig) -> bool:
-    """Whether neither planning nor the settings of single devices choose ranks."""
+    """Return whether neither planning nor the settings of single devices choose ranks."""
     return config.planning.ranks == "fixed" and all(d.r is None for d in config.devices.values())
 
 
 def _lowered(
     config: SimulationConfig, problem: PlanningProblem
 ) -> tuple[SimulationConfig, list[str]]:
-    """Bring the one cut and the one rank down to what the weakest device can hold."""
+    """Lower the one cut and the one rank to what the weakest device can hold."""
     default, ranks = config.settings(""), config.planning.rank_set
     split, rank = default.split, default.r
     assert split is not None
@@ -195,7 +195,7 @@ def _all_hold(problem: PlanningProblem, split: int, rank: int) -> bool:
 
 
 def _with_rank(problem: PlanningProblem, rank: int) -> PlanningProblem:
-    """The same with one rank for everybody: what others hold counts in the frozen residual."""
+    """Return the same with one rank for all: what others hold counts in the frozen residual."""
     config = problem.config
     lora, default = replace(config.lora, r=rank), replace(config.default, r=rank)
     return replace(problem, config=replace(config, lora=lora, default=default))

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coordinator.lab.comparison.table import Point, RunResult, kept_cells
+from coordinator.lab.comparison.table import Point, RunResult, at_chosen_rates
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito: told apart by people with any kind of colour vision, and in print by the markers.
+# The colours of Okabe and Ito, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 PANEL_INCHES = (4.6, 3.4)
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What loss is drawn against."""
+    """A quantity that loss is drawn against."""
 
     name: str
     title: str
@@ -62,7 +62,7 @@ HELD = {"split": "blocks on the device", "rank": "mean rank of its weights"}
 
 
 def require_matplotlib() -> None:
-    """Find out before hours of training that there will be no plots.
+    """Fail before hours of training where there could be no plots.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -77,8 +77,8 @@ def require_matplotlib() -> None:
 
 def draw(cells: Sequence[RunResult], target: float) -> list[Picture]:
     """Draw everything that *cells* have data for, each method at its own learning rate."""
-    kept = kept_cells(cells)
-    return [*(draw_losses(kept, cost, target) for cost in COSTS), *draw_plans(kept)]
+    chosen = at_chosen_rates(cells)
+    return [*(draw_losses(chosen, cost, target) for cost in COSTS), *draw_plans(chosen)]
 
 
 def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
@@ -94,7 +94,7 @@ def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
 
 
 def _first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
-    """One run of each method and device set."""
+    """Return one run of each method and device set."""
     found: dict[tuple[str, str], RunResult] = {}
     for cell in cells:
         found.setdefault((cell.method, cell.device_set), cell)
@@ -105,7 +105,7 @@ def _first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
 
 
 def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Picture:
-    """A panel for each set of devices, a line for each method."""
+    """Draw a panel for each set of devices, with a line for each method."""
     kinds = list(dict.fromkeys(cell.device_set for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))
     figure, panels = _panels(1, len(kinds), sharey=True, sharex=True)
@@ -128,11 +128,11 @@ def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Pictur
 
 
 def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
-    """One method; without traffic there is nothing to draw against bytes."""
+    """Draw one method; without traffic there is nothing to draw against bytes."""
     rows = list(zip(*(cell.points for cell in own), strict=False))
     if not rows or not any(cost.of(point) for point in rows[-1]):
         return
-    # Nothing has been spent before training, and a logarithmic axis has no 0.
+    # Before training the cost is 0, which a logarithmic axis does not have.
     rows = [row for row in rows if all(cost.of(point) > 0 for point in row)]
     x = [_mean([cost.of(point) for point in row]) for row in rows]
     y = [_mean([point.loss for point in row]) for row in rows]
@@ -147,7 +147,7 @@ def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
 
 
 def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> None:
-    """Leave room for what was learned, not for what was there before."""
+    """Fit the axis to the losses that training reached, not to those before it."""
     lowest = min(cell.best_loss for cell in cells)
     first = max(cell.points[min(1, len(cell.points) - 1)].loss for cell in cells)
     before = max(cell.points[0].loss for cell in cells)
@@ -161,7 +161,7 @@ def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> No
 
 
 def _legend_entries(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    """Each method once, also where a panel lacks it."""
+    """List each method once, also where a panel lacks it."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -177,7 +177,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _holdings(cells: Sequence[RunResult]) -> Picture:
-    """A row for each method: blocks and mean rank of each device, round by round."""
+    """Draw a row for each method: blocks and mean rank of each device, round by round."""
     last = cells[-1].device_set
     shown = [cell for cell in cells if cell.device_set == last]
     figure, panels = _panels(len(shown), 2, sharex="col", sharey="col", height=1.9)
@@ -205,7 +205,7 @@ def _holdings(cells: Sequence[RunResult]) -> Picture:
 
 
 def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, colour: str) -> None:
-    """What one device held in each round in which it took part."""
+    """Return what one device held in each round in which it took part."""
     from matplotlib.ticker import MaxNLocator
 
     found = [(n, held[device]) for n, held in enumerate(cell.held, start=1) if device in held]
@@ -220,7 +220,7 @@ def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, c
 
 
 def _heat_maps(cell: RunResult) -> Picture:
-    """Blocks by kinds of weight, at some of the rounds."""
+    """Draw blocks by kinds of weight, at some of the rounds."""
     rounds = _spread_out(cell.importance, MAX_HEAT_MAPS)
     tables = [_by_block(values) for _, values in rounds]
     kinds = list(dict.fromkeys(kind for _, kind in tables[0]))
@@ -244,14 +244,14 @@ def _heat_maps(cell: RunResult) -> Picture:
 
 
 def _spread_out(rows: Sequence[Any], most: int) -> list[Any]:
-    """The first, the last, and evenly chosen ones in between."""
+    """Return the first, the last, and evenly spaced ones in between."""
     if len(rows) <= most:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
 
 
 def _by_block(importance: dict[str, float]) -> dict[tuple[int, str], float]:
-    """Percent of the sum, by block and last part of the weight's name."""
+    """Return percent of the sum, by block and last part of the weight's name."""
     total = sum(importance.values()) or 1.0
     found: dict[tuple[int, str], float] = {}
     for name, value in importance.items():
@@ -267,7 +267,7 @@ def _by_block(importance: dict[str, float]) -> dict[tuple[int, str], float]:
 def _panels(
     rows: int, columns: int, *, width: float = 0.0, height: float = 0.0, **shared: Any
 ) -> tuple[Figure, Any]:
-    """An empty figure with room for a legend at its right."""
+    """Return an empty figure with room for a legend at its right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

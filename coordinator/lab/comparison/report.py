@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from coordinator.lab.comparison.plots import Picture, draw
 from coordinator.lab.comparison.table import (
     RunResult,
+    at_chosen_rates,
     column_titles,
     common_target,
-    kept_cells,
     make_rows,
     markdown,
     row_texts,
@@ -79,7 +79,7 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     is_classifier = config.task == "sequence-classification"
     target = config.compare.target
     if target is None:
-        target = common_target(kept_cells(cells))
+        target = common_target(at_chosen_rates(cells))
     rows = make_rows(cells, target, is_classifier=is_classifier)
     page = Page(
         title="Comparison of methods",

@@ -1,10 +1,10 @@
-"""Run methods on the same data, devices, seeds and number of samples; what they did, as cells.
+"""Run methods on the same data, devices, seeds and number of samples; each run is a cell.
 
     cells = compare(config, load_methods(config, file), folder, print)
 
 A method with devices is simulated; one that the coordinator trains gets the devices' shards joined,
-and the time of the coordinator's machine. Runs that have ended are kept in `cells.jsonl` and not
-run again. What cells come to is `table.py`.
+and the time of the coordinator's machine. Runs that have ended stay in `cells.jsonl` and are not
+run again. `table.py` summarises cells.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ Progress = Callable[[str], None]
 
 
 def compare(
-    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, told: Progress
+    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, progress: Progress
 ) -> list[RunResult]:
-    """Run everything that has not been run yet; returns all cells.
+    """Run everything that has not been run yet; return all cells.
 
     Args:
         config: What is compared.
         methods: The run of each method, as `load_methods` gives them.
         out: Folder of cells, runs and data.
-        told: Gets a line about each run.
+        progress: Gets a line about each run.
 
     Raises:
         EdgeError: a config, the data or the model is wrong.
@@ -69,7 +69,7 @@ def compare(
     wanted, cells = config.compare, []
     for kind in wanted.device_sets:
         for method, run in methods.items():
-            runner = ComparisonRunner(method, run, kind, out, told)
+            runner = ComparisonRunner(method, run, kind, out, progress)
             rates = wanted.learning_rates or (run.training.learning_rate,)
             try:
                 tried = [runner.cell(wanted.seeds[0], rate) for rate in rates]
@@ -84,9 +84,9 @@ class ComparisonRunner:
     """One method on one set of devices."""
 
     def __init__(
-        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, told: Progress
+        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, progress: Progress
     ) -> None:
-        self._method, self._kind, self._out, self._told = method, kind, out, told
+        self._method, self._kind, self._out, self._progress = method, kind, out, progress
         self._config = device_set(config, kind)
         self._folder = RunFolder(out)
 
@@ -107,12 +107,12 @@ class ComparisonRunner:
         parts = _pooled(config, files) if trained_here else _simulated(config, files)
         cell = RunResult(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
         self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
-        self._told(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
+        self._progress(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
         return cell
 
 
 def _digest(config: SimulationConfig) -> str:
-    """Equal for runs that are configured alike and read the same bytes of data.
+    """Return a digest that is equal for runs with the same configuration and the same data.
 
     To a method without devices all devices are alike: only their data and batches count.
     """
@@ -131,7 +131,7 @@ def _digest(config: SimulationConfig) -> str:
 
 
 def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
-    """Deal the data out and write each share to a file; returns the file of every device.
+    """Deal the data out and write each share to a file; return the file of every device.
 
     All methods of a seed read the same files, whoever takes part.
     """
@@ -151,7 +151,7 @@ def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
 
 
 def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
-    """Simulate a run and take from it what a cell holds."""
+    """Simulate a run and return what a cell holds of it."""
     fitted = fit(config)
     fleet = fitted.config.simulation
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
@@ -173,13 +173,13 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
 
 
 class ImportanceWatcher:
-    """Keeps the importance of every round."""
+    """Collects the importance of every round."""
 
     def __init__(self) -> None:
         self.found: dict[int, Mapping[str, float]] = {}
 
     def see(self, event: RunEvent) -> None:
-        """Keep what a round has measured."""
+        """Collect what a round has measured."""
         if isinstance(event, ImportanceMeasured):
             self.found[event.round] = event.importance
 
@@ -192,7 +192,7 @@ def _held(round_: SimulatedRound) -> dict[str, Held]:
 
 
 def _sizes(fitted: Fitted, rounds: list[SimulatedRound]) -> dict[str, Any]:
-    """Largest predicted memory and most trained numbers of each device."""
+    """Return the largest predicted memory and the most trained numbers of each device."""
     plans = {
         (name, plan.split, tuple(plan.ranks.items()))
         for round_ in rounds
@@ -207,7 +207,7 @@ def _sizes(fitted: Fitted, rounds: list[SimulatedRound]) -> dict[str, Any]:
 
 
 def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[Point, ...]:
-    """The evaluations of a run."""
+    """Return the evaluations of a run."""
     found = tuple(
         Point(r.samples, r.seconds, real_s[r.round], r.bytes_up, r.bytes_down, r.loss, r.accuracy)
         for r in rounds
@@ -225,7 +225,7 @@ def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[
 
 
 def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
-    """Train on the joined shards; the time is that of the coordinator's machine."""
+    """Train on the joined shards, in the time of the coordinator's machine."""
     data = replace(config.simulation.data, path=None, limit=None)
     pooled = replace(
         config.pooled,
@@ -242,7 +242,7 @@ def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any
 
 
 def _modelled_ends(config: SimulationConfig, steps: list[tuple[MicroShape, ...]]) -> list[float]:
-    """When each round ends, from 0 on."""
+    """Return when each round ends, in seconds from 0 on."""
     problem = whole_situation(config)
     machine = make_fleet(config.simulation, config.planning).coordinator
     costs = Costs(problem.model, problem.num_blocks)

@@ -1,6 +1,6 @@
-"""What compared runs come to: the rate that each method keeps, what everybody must reach, a table.
+"""The summary of compared runs: each method's learning rate, the loss to reach, a table.
 
-Pure: cells in, rows and text out. A cell is one run; knows no training, no plots and no HTML.
+Pure: cells in, rows and text out. A cell is one run. Knows no training, no plots and no HTML.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Key = tuple[str, str, int, float]
 
 
 class Point(NamedTuple):
-    """Where a run stood when it was evaluated; everything is counted since its start."""
+    """State of a run when it was evaluated; everything is counted since its start."""
 
     samples: float
     modelled_s: float
     real_s: float
-    """Of the machine that simulated."""
+    """Seconds on the clock of the machine that simulated."""
     bytes_up: float
     bytes_down: float
     loss: float
@@ -33,25 +33,25 @@ class Held(NamedTuple):
 
     split: int
     rank: float
-    """Mean over its weights; those without an adapter count as 0."""
+    """Mean rank over its weights; those without an adapter count as 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """One run that has ended; everything a report needs, as JSON can hold it."""
+    """One run that has ended: all that a report needs, in values that JSON can hold."""
 
     method: str
     device_set: str
     seed: int
     rate: float
     points: tuple[Point, ...]
-    """The first is what was there before training."""
+    """Its evaluations; the first is from before training."""
     held: tuple[dict[str, Held], ...] = ()
-    """Of each device, round by round; empty where there is none."""
+    """What each device held, round by round; empty without devices."""
     importance: tuple[tuple[int, dict[str, float]], ...] = ()
-    """Round, and importance by weight after it, where it was measured."""
+    """Round, and importance by weight after it, where that was measured."""
     peak_bytes: dict[str, float] | None = None
-    """Predicted peak memory of each device; None where there is none."""
+    """Predicted peak memory of each device, in bytes; None without devices."""
     trained: dict[str, int] | None = None
     """Most numbers in the adapters that each device held."""
     notes: tuple[str, ...] = ()
@@ -63,16 +63,16 @@ class RunResult:
 
     @property
     def last(self) -> Point:
-        """The end of the run."""
+        """The last evaluation of the run."""
         return self.points[-1]
 
     @property
     def best_loss(self) -> float:
-        """The lowest loss of any evaluation."""
+        """Lowest loss of any evaluation."""
         return min(point.loss for point in self.points)
 
     def reached(self, loss: float) -> Point | None:
-        """The moment at which *loss* was reached, on the straight line between two evaluations."""
+        """Return when *loss* was reached, on the straight line between two evaluations."""
         if self.points[0].loss <= loss:
             return self.points[0]
         for before, after in zip(self.points, self.points[1:], strict=False):
@@ -108,13 +108,13 @@ class Spread(NamedTuple):
     num_seeds: int
 
     def text(self, digits: int) -> str:
-        """`1.234 +- 0.005`; one seed has no deviation."""
+        """Return `1.234 +- 0.005`; one seed has no deviation."""
         mean = f"{self.mean:,.{digits}f}"
         return mean if self.num_seeds < 2 else f"{mean} \u00b1 {self.deviation:.{digits}f}"
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Mean and deviation of at least one value."""
+    """Return mean and deviation of at least one value."""
     found = list(values)
     deviation = statistics.stdev(found) if len(found) > 1 else 0.0
     return Spread(statistics.fmean(found), deviation, len(found))
@@ -124,7 +124,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def best_rates(cells: Sequence[RunResult]) -> dict[tuple[str, str], float]:
-    """The rate of each method on each device set with the lowest final loss on the first seed."""
+    """Return each method's rate with the lowest final loss on the first seed, by device set."""
     tried: dict[tuple[str, str], list[RunResult]] = {}
     for cell in cells:
         tried.setdefault((cell.method, cell.device_set), []).append(cell)
@@ -139,14 +139,14 @@ def _final(cell: RunResult) -> float:
     return cell.last.loss if math.isfinite(cell.last.loss) else math.inf
 
 
-def kept_cells(cells: Sequence[RunResult]) -> list[RunResult]:
-    """The runs at each method's own rate."""
+def at_chosen_rates(cells: Sequence[RunResult]) -> list[RunResult]:
+    """Return the runs at each method's chosen rate."""
     rates = best_rates(cells)
     return [cell for cell in cells if cell.rate == rates[cell.method, cell.device_set]]
 
 
 def common_target(cells: Sequence[RunResult]) -> float:
-    """The lowest loss that every one of *cells* reached."""
+    """Return the lowest loss that every one of *cells* reached."""
     return max(cell.best_loss for cell in cells)
 
 
@@ -161,20 +161,20 @@ class TableRow:
     device_set: str
     rate: float
     rate_is_extreme: bool
-    """Whether it is the smallest or largest of those that were tried: others might do better."""
+    """Whether its rate is the smallest or largest that was tried: others might do better."""
     samples: int
     loss: Spread
     score: Spread
     """Perplexity, or accuracy in percent."""
     modelled_s: Spread | None
-    """To the target, over the runs that reached it; None if none did."""
+    """Seconds to the target, over the runs that reached it; None if none did."""
     real_s: Spread | None
     num_reached: int
     bytes_up: float
-    """Per sample."""
+    """Bytes sent and received for a sample."""
     bytes_down: float
     peak_bytes: tuple[float, float] | None
-    """Of the smallest and of the largest device; None without devices."""
+    """Predicted peak memory of the smallest and of the largest device; None without devices."""
     trained: tuple[int, int] | None
     notes: tuple[str, ...]
 
@@ -182,7 +182,7 @@ class TableRow:
 def make_rows(cells: Sequence[RunResult], target: float, *, is_classifier: bool) -> list[TableRow]:
     """Return a row for each method and device set, in the order of the cells."""
     groups: dict[tuple[str, str], list[RunResult]] = {}
-    for cell in kept_cells(cells):
+    for cell in at_chosen_rates(cells):
         groups.setdefault((cell.method, cell.device_set), []).append(cell)
     tried: dict[tuple[str, str], set[float]] = {}
     for cell in cells:
@@ -233,7 +233,7 @@ NOTHING = "\u2013"
 
 
 def column_titles(target: float, *, is_classifier: bool) -> tuple[str, ...]:
-    """The titles of the table's columns."""
+    """Return the titles of the table's columns."""
     return (
         "method",
         "devices",
@@ -251,7 +251,7 @@ def column_titles(target: float, *, is_classifier: bool) -> tuple[str, ...]:
 
 
 def row_texts(row: TableRow, *, is_classifier: bool) -> tuple[str, ...]:
-    """One row as text."""
+    """Return one row as texts."""
     has_devices = row.peak_bytes is not None
     return (
         row.method,
@@ -284,6 +284,6 @@ def _span(values: tuple[float, float] | None, unit: float, digits: int) -> str:
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

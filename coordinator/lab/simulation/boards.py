@@ -1,6 +1,6 @@
 """Boards and links as data; the speeds and the profile of a device that has them.
 
-Knows facts (`data/boards.yaml`, `data/links.yaml`); how long anything takes is `clock.py`.
+Knows facts (`boards.yaml`, `links.yaml`); `clock.py` says how long anything takes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ BITS_PER_BYTE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """What a data sheet says of a computer."""
+    """The data sheet of a computer."""
 
     memory_gib: float
     """Nominal memory in GiB."""
     system_gib: float = 0.0
-    """What firmware and operating system keep of it, in GiB."""
+    """Memory that firmware and operating system take, in GiB."""
     tflops: float
     """Dense peak in half precision, 1e12 operations a second."""
     watts: float
-    """Power at the highest mode."""
+    """Power at the highest mode, in watts."""
 
     def __post_init__(self) -> None:
         _check_positive(self, at_least_zero=("system_gib",))
@@ -43,9 +43,9 @@ class Connection:
     """A link between a device and the coordinator."""
 
     down_mbit: float
-    """Mbit/s to the device."""
+    """Rate to the device, in Mbit/s."""
     up_mbit: float
-    """Mbit/s from the device."""
+    """Rate from the device, in Mbit/s."""
     rtt_ms: float
     """Time of a small message there and back, in milliseconds."""
 
@@ -55,9 +55,9 @@ class Connection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """By how much the model that is meant is larger than the model that is trained.
+    """Ratios between the model that a simulation stands for and the smaller one that is trained.
 
-    Every board and link becomes so much smaller instead, which gives the same ratios.
+    Every board and link becomes smaller by them instead, which gives the same ratios.
     """
 
     memory: float = 1.0
@@ -65,7 +65,7 @@ class Scale:
     flops: float = 1.0
     """Operations for a token in one block there over those here."""
     bytes: float = 1.0
-    """Hidden size there over hidden size here: what travels for a token."""
+    """Hidden size there over hidden size here, as hidden states travel."""
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -73,7 +73,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalogue:
-    """Everything that has a name."""
+    """Boards and links by name."""
 
     boards: dict[str, Board] = field(default_factory=dict)
     links: dict[str, Connection] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def catalogue() -> Catalogue:
 
 
 def known(boards: Mapping[str, Board], links: Mapping[str, Connection]) -> Catalogue:
-    """Return the catalogue with *boards* and *links* of somebody's own, which come first."""
+    """Return the catalogue with further *boards* and *links*, which come first."""
     ours = catalogue()
     return Catalogue(boards={**ours.boards, **boards}, links={**ours.links, **links})
 
@@ -106,8 +106,8 @@ def make_machine(
         board: Its data sheet.
         link: Its connection.
         utilisation: Share of the peak that training reaches.
-        scale: By how much the model that is meant is larger.
-        flops_per_s: Speed of training, unscaled, where the board's own is not meant.
+        scale: Ratios between the model that is meant and the one that is trained.
+        flops_per_s: Speed of training, unscaled, instead of the board's own.
     """
     speed = board.tflops * 1e12 * utilisation if flops_per_s is None else flops_per_s
     machine = Machine(flops_per_s=speed / scale.flops, watts=board.watts)
@@ -122,7 +122,7 @@ def make_machine(
 
 
 def free_bytes(board: Board, scale: Scale) -> float:
-    """Return the memory that *board* has for a run."""
+    """Return the memory that *board* has for a run, in bytes."""
     return (board.memory_gib - board.system_gib) * GIB / scale.memory
 
 
@@ -135,15 +135,15 @@ def make_profile(
     scale: Scale,
     memory_bytes: float | None = None,
 ) -> DeviceProfile:
-    """Return what a device would say of itself.
+    """Return the profile that a device would report.
 
     Args:
         name: Name of the board, for people.
         board: Its data sheet.
         machine: Its speeds, scaled.
-        overhead_bytes: What the process takes before any part of the model, unscaled.
-        scale: By how much the model that is meant is larger.
-        memory_bytes: Memory for the run, unscaled, where the board's own is not meant.
+        overhead_bytes: Memory of the process without any part of the model, unscaled.
+        scale: Ratios between the model that is meant and the one that is trained.
+        memory_bytes: Memory for the run, unscaled, instead of the board's own.
     """
     memory = free_bytes(board, scale) if memory_bytes is None else memory_bytes / scale.memory
     return DeviceProfile(

@@ -5,8 +5,8 @@ a time in each direction; the coordinator is one resource that serves one wave a
 
     device forward -> up -> coordinator forward and backward -> down -> device backward
 
-The caller says what happens in an order in which causes come before effects; this file adds up
-when. Waiting is free, energy is power times the time in which something is computed.
+The caller reports what happens, causes before effects; this file adds up the times. Waiting is
+free; energy is power times the time in which something is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Machine:
     flops_per_s: float
     watts: float = 0.0
     up_bytes_per_s: float = float("inf")
-    """From the device to the coordinator."""
+    """Rate from the device to the coordinator."""
     down_bytes_per_s: float = float("inf")
     round_trip_s: float = 0.0
 
@@ -37,7 +37,7 @@ class Usage:
 
     compute_s: float = 0.0
     up_s: float = 0.0
-    """Time in which its uplink was busy."""
+    """Seconds in which its uplink was busy."""
     down_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -45,18 +45,18 @@ class Usage:
 
 @dataclass(slots=True)
 class _Node:
-    """Where one machine stands in time."""
+    """State of one machine: its own time, and that of its messages."""
 
     machine: Machine
     now_s: float = 0.0
     up_free_s: float = 0.0
     down_free_s: float = 0.0
     arrived_s: float = 0.0
-    """When its last message reached the coordinator."""
+    """Time at which its last message reached the coordinator."""
     arrivals_s: dict[Hashable, float] = field(default_factory=dict)
-    """When messages that the coordinator will wait for reached it, by name."""
+    """Times at which messages reached the coordinator that will wait for them, by name."""
     answers_s: dict[Hashable, float] = field(default_factory=dict)
-    """When messages that it will wait for itself have reached it, by name."""
+    """Times at which messages reached the device that will wait for them, by name."""
     usage: Usage = field(default_factory=Usage)
 
     def compute(self, flops: float) -> None:
@@ -70,9 +70,9 @@ class ClockReading:
     """What a clock shows at the end of a round."""
 
     seconds: float
-    """Since the start."""
+    """Seconds since the start."""
     round_s: float
-    """Since the last reading."""
+    """Seconds since the last reading."""
     devices: dict[str, Usage]
     coordinator: Usage
 
@@ -86,15 +86,15 @@ class Clock:
         self._read_s = 0.0
 
     def compute(self, device: str, flops: float) -> None:
-        """*device* computes; nobody else waits for that."""
+        """Let *device* compute; nobody else waits for that."""
         self._devices[device].compute(flops)
 
     def upload(self, device: str, num_bytes: int, what: Hashable = None) -> None:
-        """*device* sends a message as soon as its uplink is free, and does not wait for it.
+        """Let *device* send a message as soon as its uplink is free; it does not wait for that.
 
         Args:
-            device: Who.
-            num_bytes: Of the message.
+            device: The sender.
+            num_bytes: Size of the message.
             what: Its name, if the coordinator will wait for this one and not for the last.
         """
         node = self._devices[device]
@@ -107,12 +107,12 @@ class Clock:
         node.usage.bytes_up += num_bytes
 
     def serve(self, devices: Iterable[str], flops: float = 0.0, what: Hashable = None) -> None:
-        """The coordinator computes what needs a message of each of *devices*.
+        """Let the coordinator compute what needs a message of each of *devices*.
 
         Args:
-            devices: Whose messages.
-            flops: What it computes.
-            what: Their name; None: the last of each.
+            devices: The senders of the messages.
+            flops: Operations that it computes.
+            what: Name of the messages; None: the last of each device.
         """
         node = self._coordinator
         senders = [self._devices[device] for device in devices]
@@ -121,11 +121,11 @@ class Clock:
         node.compute(flops)
 
     def download(self, device: str, num_bytes: int, what: Hashable = None) -> None:
-        """The coordinator sends what it has now; *device* waits for it.
+        """Let the coordinator send a message now; *device* waits for it.
 
         Args:
-            device: To whom.
-            num_bytes: Of the message.
+            device: The receiver.
+            num_bytes: Size of the message.
             what: Its name, if the device has other things to do until it calls `receive`.
         """
         node = self._devices[device]
@@ -140,12 +140,12 @@ class Clock:
         node.usage.bytes_down += num_bytes
 
     def receive(self, device: str, what: Hashable) -> None:
-        """*device* waits for the message of that name, if one was sent."""
+        """Let *device* wait for the message of that name, if one was sent."""
         node = self._devices[device]
         node.now_s = max(node.now_s, node.answers_s.pop(what, 0.0))
 
     def read(self) -> ClockReading:
-        """End a round: everything sent has arrived. Usage is counted from here anew."""
+        """End a round when all that was sent has arrived; usage then begins at 0 again."""
         self.serve(self._devices)
         now_s = self._coordinator.now_s
         reading = ClockReading(
@@ -161,12 +161,12 @@ class Clock:
 
 
 def central_step_s(flops: float, machine: Machine) -> float:
-    """Seconds of one step of centralised training, *flops* forward and backward, on *machine*."""
+    """Return the seconds of a centralised step, *flops* forward and backward, on *machine*."""
     return flops / machine.flops_per_s
 
 
 class Costs:
-    """Operations of stretches of one model."""
+    """Numbers of operations of stretches of one model."""
 
     def __init__(self, shape: ModelShape, num_blocks: int) -> None:
         self._shape, self.num_blocks = shape, num_blocks
@@ -183,14 +183,14 @@ class Costs:
         front: bool = False,
         tail: bool = False,
     ) -> FlopsEstimate:
-        """Operations of blocks first .. stop-1 for one micro-batch, forward and backward.
+        """Return the operations of blocks first .. stop-1 for a micro-batch, forward and backward.
 
         Args:
             first: First block.
             stop: The block after the last.
             ranks: Rank of each adapted weight.
             num_sequences: Sequences of the micro-batch.
-            num_positions: Tokens of its longest sequence: what is padded is computed too.
+            num_positions: Tokens of its longest sequence, as padding is computed too.
             front: Whether embeddings belong to it.
             tail: Whether final norm and head belong to it.
         """
@@ -215,6 +215,6 @@ class Costs:
             ranks=dict(ranks),
             micro_batch=num_sequences,
             length=num_positions,
-            trains_head=tail,  # where there is one that is trained
+            trains_head=tail,  # where a head is trained
         )
         return estimate_flops(self._shape, work)

@@ -1,4 +1,4 @@
-"""The configuration of a simulated run: a coordinator's, and the devices that are not there."""
+"""The configuration of a simulated run: that of a coordinator, and its devices."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class SimulationConfig(ServeConfig):
             raise ValueError("simulation.devices must name at least 1 device")
 
     def serve_config(self) -> ServeConfig:
-        """Return what the coordinator itself is told."""
+        """Return the configuration of the coordinator itself."""
         values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
         return ServeConfig(**values | {"min_devices": len(device_names(self.simulation))})
 

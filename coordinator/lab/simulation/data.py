@@ -21,7 +21,7 @@ from edge_sdk.data.readers import read_records
 from edge_sdk.data.rows import WORDS, DataConfig, Row, load_rows
 from edge_sdk.errors import ConfigError
 
-# Texts that have no class are sorted into so many by their length.
+# Texts without a class are sorted into so many classes by their length.
 LENGTH_CLASSES = 10
 
 Records = list[Mapping[str, Any]]
@@ -33,7 +33,7 @@ def deal(
     """Return the rows of each device that has no file of its own; a pure function of the seed.
 
     Raises:
-        ConfigError: there is nothing to deal out, or less than a row for each.
+        ConfigError: there is nothing to deal out, or less than one row for each.
         DataError: the file is malformed; the message names file and line.
     """
     names = [name for name, device in devices.items() if device.data is None]
@@ -43,7 +43,7 @@ def deal(
         raise ConfigError(
             "simulation.data.path: names no training data; give it, or `data` for each device"
         )
-    rows = load_rows(None, fleet.data)  # finds what is wrong with it while lines have numbers
+    rows = load_rows(None, fleet.data)  # finds errors while lines still have numbers
     if len(rows) < len(names):
         raise ConfigError(f"simulation.data: {len(rows)} rows for {len(names)} devices")
     wanted = set(fleet.data.columns.values()) or set(WORDS)
@@ -54,7 +54,7 @@ def deal(
 
 
 def own_data(fleet: FleetConfig, device: SimulatedDeviceConfig) -> DataConfig:
-    """How a device reads its data; rows that were dealt out have no path and no limit."""
+    """Return how a device reads its data; rows that were dealt out have no path and no limit."""
     limit = fleet.data.limit if device.data is not None else None
     return replace(fleet.data, path=device.data, limit=limit)
 
@@ -68,7 +68,7 @@ def _shards(fleet: FleetConfig, rows: Sequence[Row], count: int, seed: int) -> l
 
 
 def _classes(rows: Sequence[Row]) -> IntArray:
-    """The class of each row: its label, or how long it is beside the others."""
+    """Return the class of each row: its label, or its quantile of length."""
     if rows[0].schema == "label":
         labels = [str(row.label) for row in rows]
         return np.unique(labels, return_inverse=True)[1].astype(np.int64)

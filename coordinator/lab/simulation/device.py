@@ -1,8 +1,8 @@
 """One simulated device: a real participant in a thread of its own, which runs only when told to.
 
-One thread of the whole simulation runs at any time, so that equal simulations do the same things
-in the same order. What is computed goes through one thread for all devices: torch keeps threads of
-its own for every thread that calls it. Knows no rounds.
+Only one thread of the simulation runs at any time, so that equal simulations do the same things in
+the same order. One thread computes for all devices, as torch holds threads of its own for every
+thread that calls it. Knows no rounds.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FIRST_LIMIT_BYTES = 1024 * 1024
-"""Payload of a message from a device for which nothing else was set, as with the real gateway."""
+"""Largest payload of a device's message until another is set, as with the real gateway."""
 
 
 class SimulationListener:
-    """Hears what devices compute and what travels, in the order of causes; this one ignores it."""
+    """Hears what devices compute and what travels, causes before effects; this one ignores it."""
 
     def forward(self, device: str, plan: Plan, micro: Micro) -> None:
         """The device's blocks, forward."""
@@ -66,7 +66,7 @@ class SimulationListener:
 
 
 class SharedCompute(Executor):
-    """What all devices of one process share, and their coordinator: one thread that computes.
+    """The thread that computes for all devices of a process and their coordinator.
 
     Args:
         listener: Hears what is computed and what travels.
@@ -75,7 +75,7 @@ class SharedCompute(Executor):
     def __init__(self, listener: SimulationListener) -> None:
         self.listener = listener
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
-        """Frozen weights by the hash of their part: one copy, however many devices hold it."""
+        """Frozen weights by the hash of their part: one copy for all devices that hold it."""
         self._thread = ThreadPoolExecutor(1, "simulated-compute")
 
     def submit(self, what: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -121,7 +121,7 @@ class _Turn:
 
 
 class _TurnLink:
-    """A device's link; where a real one would wait for a message, the others have their turn."""
+    """A device's link; while it waits for a message, the others have their turn."""
 
     def __init__(
         self, link: MemoryLink, turn: _Turn, name: str, listener: SimulationListener
@@ -129,13 +129,13 @@ class _TurnLink:
         self._link, self._turn, self._name, self._listener = link, turn, name, listener
 
     def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
-        """Send a message; see `transport.Link`."""
+        """Send a message; see `Link`."""
         before = self._link.stats().bytes_up
         self._link.send(message, tensors)
         self._listener.up(self._name, message, self._link.stats().bytes_up - before)
 
     def receive(self, deadline: Deadline) -> Envelope:
-        """Return the next message; see `transport.Link`."""
+        """Return the next message; see `Link`."""
         try:
             envelope = self._link.receive(Deadline.after(0.0))
             self._listener.received(self._name, envelope.message)
@@ -215,7 +215,7 @@ class _SharingSetup(RuntimeSetup):
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice; see `RuntimeSetup`."""
-        for part in assigned.parts:  # first: whoever computes must not wait for messages
+        for part in assigned.parts:  # before computing, which must not wait for messages
             self._tensors(part, welcome, ask)
         runtime: Runtime = self._shared.run(super().runtime, welcome, assigned, ask)
         return cast(
@@ -223,7 +223,7 @@ class _SharingSetup(RuntimeSetup):
         )
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
-        """The tensors of *part*, as the slices hold them, so that none makes a copy."""
+        """Return the tensors of *part* as slices hold them, so that none makes a copy."""
         parts, device = self._shared.parts, pick_device(self._config.device)
         if part.sha256 not in parts:
             found = super()._tensors(part, welcome, ask)
@@ -246,7 +246,7 @@ class SimulatedDevice:
         self.error: BaseException | None = None
         self.is_over = False
         self.is_due = True
-        """Whether something may have happened that it waits for."""
+        """Whether something that it waits for may have happened."""
         self._turn, self._stop = _Turn(), threading.Event()
         self._own_link = _TurnLink(ours, self._turn, name, shared.listener)
         self._config, self._dataset, self._shared = config, dataset, shared
@@ -254,13 +254,13 @@ class SimulatedDevice:
         self._thread.start()
 
     def advance(self) -> None:
-        """Let the device do all that it can do without hearing anything new."""
+        """Let the device do all that it can do without another message."""
         if not self.is_over:
             self.is_due = False
             self._turn.give()
 
     def close(self) -> None:
-        """End the device wherever it is."""
+        """End the device, whatever it is doing."""
         self._stop.set()
         while not self.is_over:
             self._turn.give()

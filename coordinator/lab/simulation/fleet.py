@@ -1,4 +1,4 @@
-"""The machines that a simulation is meant to run on: every device's, and the coordinator's."""
+"""The machines that a simulation stands for: those of all devices, and the coordinator's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Fleet:
     """Who takes part, and how fast each is."""
 
     machines: dict[str, Machine]
-    """Devices by name, in order."""
+    """Speeds of the devices by name, in order."""
     profiles: dict[str, DeviceProfile]
-    """What each device says of itself."""
+    """Profile that each device reports."""
     coordinator: Machine
     coordinator_bytes: float
-    """Memory of the coordinator for the run."""
+    """Memory of the coordinator for the run, in bytes."""
 
 
 def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
@@ -65,7 +65,7 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
             board,
             utilisation=config.utilisation,
             scale=scale,
-            flops_per_s=None if speed is None else speed * scale.flops,  # is what it says
+            flops_per_s=None if speed is None else speed * scale.flops,  # it is not scaled
         ),
         free_bytes(board, scale) if memory is None else memory,
     )

@@ -1,4 +1,4 @@
-"""What a simulation found, round by round, read back from its folder."""
+"""The results of a simulation, round by round, read back from its folder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from edge_sdk.protocol.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRound:
-    """Where the run stood after so many rounds; row 0 is what was there before training."""
+    """State of the run after so many rounds; row 0 is from before training."""
 
     round: int
     samples: int
-    """Trained on since the start, all devices."""
+    """Samples that all devices have trained on since the start."""
     seconds: float
-    """Modelled, since the start."""
+    """Modelled seconds since the start."""
     bytes_up: int
-    """From all devices, since the start: training only."""
+    """Bytes from all devices since the start, in training only."""
     bytes_down: int
     train_loss: float | None
     """Mean loss per target over the round's steps."""
     loss: float | None
-    """On the coordinator's file, or else over all devices' validation data; None without any."""
+    """Loss on the coordinator's file, or else on all devices' validation data; None without any."""
     accuracy: float | None
     plans: dict[str, Plan]
-    """What each device ran in the round."""
+    """Plan of each device in the round."""
     metrics: dict[str, Any]
     """The line of metrics.jsonl."""
     clock: dict[str, Any]

@@ -2,9 +2,9 @@
 
     result = simulate(config, Watchers())
 
-The coordinator and the participants are those of a deployment. What is not there: the network
-(`gateway.py`), time (`clock.py`), and things that happen at the same moment. Equal
-configs on one machine give equal metrics and equal times.
+The coordinator and the participants are those of a deployment. There is no network (`gateway.py`),
+time is modelled (`clock.py`), and nothing happens at the same moment. Equal configs on one machine
+give equal metrics and equal times.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.model.weights import PartCache
 from profiler.profile import DeviceProfile
 
-# What was simulated, beside what the coordinator was told.
+# File of what was simulated, beside the configuration of the coordinator.
 SIMULATION = "simulation.yaml"
-# In every message, so that times do not depend on the name of a folder.
+# Fixed, as it is in every message: times must not depend on the name of a folder.
 RUN_ID = "simulation"
 
 
@@ -121,13 +121,13 @@ def _serve(run: Run, shared: SharedCompute, clock: ClockWatcher) -> SimulationRe
 
 
 def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
-    """Python hears signals in its main thread only."""
+    """Stop on signals, which Python takes in its main thread only."""
     is_main = threading.current_thread() is threading.main_thread()
     return stopping_on_signals(stop) if is_main else nullcontext()
 
 
 def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:
-    """What the coordinator is told; its planning knows the machine that it is meant to be."""
+    """Return the coordinator's configuration; its planning knows the machine that is simulated."""
     planning = replace(
         config.planning,
         server_memory_bytes=fleet.coordinator_bytes,

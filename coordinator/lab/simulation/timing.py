@@ -1,7 +1,7 @@
-"""What happens in a simulated run, told to the modelled clock; and the clock's rows.
+"""Reports to the modelled clock what happens in a simulated run, and writes the clock's rows.
 
 Training counts: computing, activations, gradients, adapters, and parts of the model that a new plan
-needs. Joining and evaluating do not: they cost every method the same, and a run without them too.
+needs. Joining and evaluating do not count, as they cost every method the same.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ClockTap(SimulationListener):
         self.clock = Clock(devices, coordinator)
         self.machines, self.coordinator = dict(devices), coordinator
         self.plans: dict[str, Plan] = {}
-        """What each device runs."""
+        """Plan of each device."""
         self.costs: Costs | None = None
-        """Set once the model is known, before any device computes."""
+        """Costs of the model; set before any device computes."""
         self._held: dict[str, set[str]] = {name: set() for name in devices}
         self._attempt = 0
 
@@ -92,7 +92,7 @@ class ClockTap(SimulationListener):
         if isinstance(message, PlanAssigned):
             self._assign(device, message)
         elif isinstance(message, RoundStart) and message.end_step > message.stamp.step:
-            if message.stamp.attempt > self._attempt:  # whatever ran before is over
+            if message.stamp.attempt > self._attempt:  # what ran before is over
                 self._attempt = message.stamp.attempt
                 self.clock.serve(self.machines)
             self.clock.download(device, num_bytes)
@@ -105,7 +105,7 @@ class ClockTap(SimulationListener):
             self.clock.receive(device, what)
 
     def _assign(self, device: str, assigned: PlanAssigned) -> None:
-        """Parts that a new plan needs travel once more; those of the first are there already."""
+        """Count the parts that a new plan needs; those of the first are there already."""
         self.plans[device] = assigned.plan
         missing = [part for part in assigned.parts if part.sha256 not in self._held[device]]
         self._held[device] |= {part.sha256 for part in missing}
@@ -124,18 +124,18 @@ class ClockTap(SimulationListener):
         down: bool,
         tail: bool,
     ) -> None:
-        """The coordinator runs its blocks for each of *jobs*: forward (up), backward (down).
+        """Run the coordinator's blocks for each of *jobs*: forward (up), backward (down).
 
         Args:
             jobs: The wave.
-            ranks: Of the coordinator's adapters.
-            what: The messages that it has waited for.
+            ranks: Ranks of the coordinator's adapters.
+            what: Name of the messages that it has waited for.
             up: Whether it runs forward.
             down: Whether it runs backward.
             tail: Whether the loss is its own.
         """
         total, last = 0.0, self._costs.num_blocks
-        # By name: a sum of floats depends on its order, and a set has none.
+        # By name, as a sum of floats depends on its order.
         for job in sorted(jobs, key=lambda job: job.device):
             flops = self._costs.flops(job.split, last, ranks, *job.hidden_BTD.shape[:2], tail=tail)
             total += up * flops.forward + down * flops.backward
@@ -143,7 +143,7 @@ class ClockTap(SimulationListener):
 
 
 def _name_of(message: Message) -> Hashable:
-    """The name of a message for which somebody waits who may have got later ones already."""
+    """Return the name of a message that may be waited for after later ones have come."""
     if isinstance(message, Activation | TopGradient | TopHidden | Gradient):
         return type(message), message.stamp.step, message.micro
     return None
@@ -162,10 +162,10 @@ class TimedEngine(LocalEngine):
         self._jobs: list[Job] = []
         """The wave between its forward and its backward."""
         self._where = (0, 0)
-        """Step and micro-batch of it."""
+        """Step and micro-batch of this wave."""
 
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
-        """Forward, loss and backward of a wave; see `Engine`."""
+        """Run forward, loss and backward of a wave; see `Engine`."""
         what = (Activation, step, micro)
         self._listener.serve(jobs, self.ranks, what, up=True, down=True, tail=True)
         return super().train(jobs, step, micro)
@@ -186,15 +186,15 @@ class TimedEngine(LocalEngine):
 
 
 class ClockWatcher:
-    """Writes a row of the clock when a round has cost what it costs."""
+    """Writes a row of the clock at the end of each round."""
 
     def __init__(self, folder: RunFolder, listener: ClockTap) -> None:
         self._folder, self._listener = folder, listener
         self.plans: list[dict[str, Plan]] = []
-        """What each device ran, round by round."""
+        """Plan of each device, round by round."""
 
     def see(self, event: RunEvent) -> None:
-        """Write what the round would have cost."""
+        """Write what the round would have cost on the modelled machines."""
         if isinstance(event, Telemetry):
             self.plans.append(dict(sorted(self._listener.plans.items())))
             self._folder.append(CLOCK, clock_row(event.round + 1, self._listener))

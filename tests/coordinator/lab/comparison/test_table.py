@@ -15,12 +15,12 @@ from coordinator.lab.comparison.table import (
     Held,
     Point,
     RunResult,
+    at_chosen_rates,
     best_rates,
     cell_from_row,
     cell_to_row,
     column_titles,
     common_target,
-    kept_cells,
     make_rows,
     markdown,
     row_texts,
@@ -70,7 +70,7 @@ def test_each_method_keeps_its_best_rate_on_the_first_seed() -> None:
     ]
 
     assert best_rates(cells) == {("m", "heterogeneous"): 0.2, ("m", "homogeneous"): 0.1}
-    assert [cell.last.loss for cell in kept_cells(cells)] == [0.5, 0.9, 0.8]
+    assert [cell.last.loss for cell in at_chosen_rates(cells)] == [0.5, 0.9, 0.8]
 
 
 def test_everybody_reaches_the_common_target() -> None:
