@@ -27,6 +27,9 @@ SOURCES = sorted(
 # Pages that the product itself writes.
 WRITTEN = {"table.md"}
 NAMED = re.compile(r"(?<![\w./*-])([\w./-]*\w\.md)\b(?:, ([A-Z][\w ]*\w))?")
+# Pages that speak of what is there today, and not of what was.
+TODAY = [name for name in PAGES if not name.startswith(("benchmarks/", "CHANGELOG"))]
+MODULE = re.compile(r"\b(profiler|edge_sdk|coordinator)\.([a-z][a-z_.]*[a-z])\b(?<!key|pub|aml|.md)")
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 
 
@@ -83,6 +86,24 @@ def test_a_file_in_a_picture_exists(picture: Path) -> None:
     names = re.findall(r"[\w/]+/\w+\.py", picture.read_text(encoding="utf-8"))
 
     assert [name for name in names if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_a_page_names_what_is_there(name: str) -> None:
+    """A file on a page is one of ours, by the end of its path, and so is a module with dots."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    tails = [f"/{source}" for source in SOURCES]
+    files = set(re.findall(r"`([\w/]*\w\.py)`", text))
+    modules = {".".join(match) for match in MODULE.findall(text)}
+
+    assert [file for file in files if not any(tail.endswith(f"/{file}") for tail in tails)] == []
+    assert [module for module in modules if not is_ours(module)] == []
+
+
+def is_ours(module: str) -> bool:
+    """Whether a dotted name is a module, or something that may stand in one."""
+    paths = [ROOT.joinpath(*module.split(".")), ROOT.joinpath(*module.split(".")[:-1])]
+    return any(path.with_suffix(".py").is_file() for path in paths) or paths[0].is_dir()
 
 
 @pytest.mark.parametrize("name", SOURCES)
