@@ -29,7 +29,8 @@ WRITTEN = {"table.md"}
 NAMED = re.compile(r"(?<![\w./*-])([\w./-]*\w\.md)\b(?:, ([A-Z][\w ]*\w))?")
 # Pages that speak of what is there today, and not of what was.
 TODAY = [name for name in PAGES if not name.startswith(("benchmarks/", "CHANGELOG"))]
-MODULE = re.compile(r"\b(profiler|edge_sdk|coordinator)\.([a-z][a-z_.]*[a-z])\b(?<!key|pub|aml|.md)")
+NO_FILE = r"(?<!\.key)(?<!\.pub)(?<!\.yaml)(?<!\.md)"
+MODULE = re.compile(r"\b(profiler|edge_sdk|coordinator)\.([a-z][a-z_.]*[a-z])\b" + NO_FILE)
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 
 
