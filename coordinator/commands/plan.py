@@ -1,6 +1,6 @@
 """`coordinator plan`: what the planner would decide for given devices, and why. Runs nothing.
 
-Reads the model's config, never its weights. Knows no network and no run.
+It reads the model's config, never its weights, and knows no network and no run.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
 
 
 def _as_json(found: PlanSet) -> Any:  # noqa: ANN401 - plain lists, objects and numbers
-    """The whole plan with its explanation; what nobody knows is null."""
+    """Return the whole plan with its explanation; what is unknown is null."""
     return _finite(dataclasses.asdict(found))
 
 
@@ -117,7 +117,7 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
 
 
 def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
-    """One row per device and one for the coordinator."""
+    """Make a row for each device and one for the coordinator."""
     headings = ("", "blocks", "bound by", "needs MiB", "budget", "adapters", "wave s")
     table = _table(headings, num_text=3)
     for device, story in found.explanation.devices.items():
@@ -145,7 +145,7 @@ def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
 
 
 def _options_table(story: DeviceExplanation, split: int, wave_s: float | None) -> Table:
-    """Every split of a device, and what rules it out."""
+    """List every split of a device, and what rules it out."""
     headings = ("split", "", "device MiB", "device s", "coordinator MiB", "coordinator s")
     table = _table(headings, num_text=2)
     for option in story.options:
@@ -173,7 +173,7 @@ def _table(headings: Sequence[str], num_text: int) -> Table:
 
 
 def _rank_lines(problem: PlanningProblem, ranks: Mapping[str, int]) -> list[str]:
-    """`attn.q_proj  0-3: 8, 4: 2`: ranks by kind of weight and block, one line if equal."""
+    """Write `attn.q_proj  0-3: 8, 4: 2`: ranks by kind of weight and block, one line if equal."""
     kinds: dict[str, list[tuple[int, int]]] = {}
     for name, rank in ranks.items():
         block = problem.facts.block_of(name)
@@ -187,7 +187,7 @@ def _rank_lines(problem: PlanningProblem, ranks: Mapping[str, int]) -> list[str]
 
 
 def _stretches(ranks: Iterable[tuple[int, int]]) -> str:
-    """`0-3: 8, 4: 2` for (block, rank) pairs."""
+    """Write (block, rank) pairs as `0-3: 8, 4: 2`."""
     runs = []
     for rank, group in itertools.groupby(sorted(ranks), key=lambda pair: pair[1]):
         blocks = [block for block, _ in group]

@@ -22,9 +22,9 @@ class PlanningConfig:
     """What rank r is worth: log2(1 + r), sqrt(r) or r, times the importance (ours: the paper's
     is unknown)."""
     server_memory_bytes: float | None = None
-    """Memory of the coordinator for this run; None: what its machine has available."""
+    """Bytes of memory of the coordinator for this run; None: what its machine has available."""
     server_flops_per_s: float | None = None
-    """Speed of the coordinator; None: measured when the run starts."""
+    """Speed of the coordinator in operations a second; None: measured when the run starts."""
     importance: Literal["free", "reference", "signed"] = "free"
     """`free`: sum_t |<d_t, W x_t>|; `reference`: sum_j |w_j g_j|; `signed`: |sum_j w_j g_j|,
     the other reading of the paper's formula."""

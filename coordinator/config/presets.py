@@ -33,7 +33,7 @@ C = TypeVar("C", bound=ServeConfig)
 
 _FOLDER = Path(__file__).with_name("presets")
 
-# Other readings of the same method.
+# Values that are other readings of the same method.
 _ALSO: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("hsplitlora", "planning.split"): ("memory",),
     ("hsplitlora", "aggregation"): ("stack",),
@@ -41,7 +41,7 @@ _ALSO: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("hlora", "aggregation"): ("svd-balanced",),
     ("hetlora", "planning.ranks"): ("uniform",),
 }
-# What the method leaves open, and the values that still are another method.
+# What a method leaves open, and the values that would still make it another method.
 _OPEN: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("splitlora", "default.split"): ("all",),
     ("ft", "training.learning_rate"): (),
@@ -114,7 +114,7 @@ def _build(cls: type[C], layers: list[Node]) -> C:
 
 
 def _chosen(layers: list[Node]) -> str:
-    """The name that the last layer with a `preset` gives; empty if none does."""
+    """Return the name that the last layer with a `preset` gives; empty if none does."""
     node = _last(layers, ("preset",))
     if isinstance(node, Text):
         node = parse_text(node)
@@ -122,7 +122,7 @@ def _chosen(layers: list[Node]) -> str:
 
 
 def _last(layers: Iterable[Node], path: tuple[str, ...]) -> Node | None:
-    """The strongest layer's setting at *path*."""
+    """Return the strongest layer's setting at *path*."""
     found = [node for layer in layers if (node := _at(layer, path)) is not None]
     return found[-1] if found else None
 
@@ -165,7 +165,7 @@ def _demand(name: str, key: str, wanted: object) -> str:
 
 
 def _settings(config: ServeConfig, key: str) -> Iterator[tuple[str, object]]:
-    """The setting of *key*; and where it is a default, what single devices have instead."""
+    """Return the setting of *key*; where it is a default, also what single devices have."""
     yield key, _value(config, key)
     group, _, field = key.partition(".")
     for device, own in config.devices.items() if group == "default" else ():
@@ -174,7 +174,7 @@ def _settings(config: ServeConfig, key: str) -> Iterator[tuple[str, object]]:
 
 
 def _keys(node: Node, path: str = "") -> Iterator[str]:
-    """The dotted keys of all single values below *node*."""
+    """Return the dotted keys of all single values below *node*."""
     if not isinstance(node, Entries):
         yield path
         return

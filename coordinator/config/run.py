@@ -1,6 +1,6 @@
 """The configuration of a run: what `coordinator serve --config run.yaml` reads.
 
-Knows no model and no device; what only these can tell is checked in `planning/fixed.py`.
+It knows no model and no device; what only these can tell is checked in `planning/fixed.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DeviceSettings:
     in_flight: int | None = None
     """Micro-batches under way at the same time, at most 4: with 2, a device computes the next one
     while the coordinator has this one, and keeps what both need for their backward pass; more of
-    them make up for delays now and then."""
+    them help where delays vary."""
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device."""
 
@@ -55,7 +55,7 @@ class EvaluationConfig:
     batch_size: int = 16
     """Sequences that are evaluated together."""
     every_rounds: int = 1
-    """Evaluate after every so many rounds; the last round is always evaluated."""
+    """Rounds between two evaluations; the last round is always evaluated."""
     on_devices: bool = True
     """Whether devices go through their private validation data, where they have some."""
 
@@ -107,7 +107,7 @@ class ServeConfig:
     pooled: PooledConfig = field(default_factory=PooledConfig)
     """What a coordinator without devices trains on, and what it trains."""
     max_rank: int | None = None
-    """Keep at most so many ranks of each round's update; None loses nothing."""
+    """Most ranks of each round's update that are kept; None loses nothing."""
     min_devices: int = 1
     """Devices that a round needs; the run waits for them."""
     patience_s: float = 120.0
@@ -155,7 +155,7 @@ class ServeConfig:
         return self.rounds * self.steps_per_round
 
     def settings(self, device: str) -> DeviceSettings:
-        """What *device* runs: its own fields over those of `default`."""
+        """Return what *device* runs: its own fields over those of `default`."""
         own = self.devices.get(device, DeviceSettings())
         first = DeviceSettings(split=1, batch_size=8, codec="bfloat16", r=self.lora.r, in_flight=2)
         merged = {

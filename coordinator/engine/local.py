@@ -1,7 +1,7 @@
 """The coordinator's share of the model: many devices, cut anywhere, one forward and one backward.
 
-`LocalEngine` runs in this process; what it is asked for stands in `interface.py`. Knows no network
-and no rounds.
+`LocalEngine` runs in this process; what it is asked for stands in `interface.py`. It knows no
+network and no rounds.
 
 A wave's rows enter at their own block: devices sorted by split, each joins the batch where its own
 blocks end. The loss that is differentiated is sum_i n_i L_i, with L_i device i's own mean token
@@ -64,7 +64,7 @@ class _Wave:
     jobs: list[Job]
     leaves: list[torch.Tensor]
     final_hidden: torch.Tensor
-    """Or logits, where the labels are here."""
+    """Hidden states after the last block; logits where the labels are here."""
     lengths_B: torch.Tensor
 
 
@@ -99,18 +99,18 @@ class LocalEngine:
         self._meter = ImportanceMeter(slice_.model, self._weights)
         self._wave: _Wave | None = None
         self.served: dict[str, Job] = {}
-        """Who was served in the step that is being gathered."""
+        """Jobs of the devices that were served in the current step, by device."""
         self._before: dict[str, Factors] = {}
 
     # ---- training ----
 
     def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
-        """Forward, loss and backward of a wave; see `Engine`.
+        """Run forward, loss and backward of a wave; see `Engine`.
 
         Raises:
             DeviceFault: a device's loss is not finite; nothing was accumulated.
         """
-        if not jobs:  # who had this micro-batch has left
+        if not jobs:  # the devices of this micro-batch have left
             return []
         wave = self._forward(jobs, step, micro, to_logits=True)
         with autocast(self._compute, self._device):
@@ -159,7 +159,7 @@ class LocalEngine:
         return is_done
 
     def _samples(self, name: str, served: Iterable[Job]) -> float:
-        """Samples whose gradients the weight *name* has seen."""
+        """Count the samples whose gradients the weight *name* has seen."""
         block = self.block_of(name)
         return sum(job.weight for job in served if block is None or job.split <= block)
 
@@ -172,7 +172,7 @@ class LocalEngine:
         self._meter = ImportanceMeter(self.slice.model, self._weights, form, every)
 
     def block_of(self, name: str) -> int | None:
-        """The block that a weight belongs to; None outside the blocks."""
+        """Return the block that a weight belongs to; None outside the blocks."""
         prefix = f"{self._layout.blocks_path}."
         if not name.startswith(prefix):
             return None
@@ -226,7 +226,7 @@ class LocalEngine:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
 
     def _losses(self, wave: _Wave) -> list[LossSums]:
-        """The wave's losses in one go, so that no job's logits are sliced, then told apart."""
+        """Compute a wave's losses at once, so that no logits are sliced; return them by job."""
         longest = max(job.hidden_BTD.shape[1] for job in wave.jobs)
         labels = []
         for job in wave.jobs:
@@ -322,15 +322,15 @@ class LocalEngine:
         self._begin_round()
 
     def _head_values(self) -> dict[str, Array]:
-        """The trained head, where it is trained here."""
+        """Return the trained head, where it is trained here."""
         return {n: to_numpy(p) for n, p in self.head.items()}
 
     def is_present(self, name: str) -> bool:
-        """Whether the block of weight *name* is here."""
+        """Return whether the block of weight *name* is here."""
         return f"block.{self.block_of(name)}" in self.slice.present
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that a restart needs."""
+        """Return everything that a restart needs."""
         return {
             "first": np.array(self.first),
             **adapter_state(self.adapters),

@@ -96,7 +96,7 @@ class ServerModel:
         return model_shape(self.source.config, self._config.task, self.facts.layout)
 
     def measured_speed(self) -> float | None:
-        """Operations a second of a block on the coordinator, measured as a device does."""
+        """Measure a block's operations a second on the coordinator, as a device does."""
         device = pick_device(self._config.device)
         compute = compute_name(self._config.compute, device)
         return block_speed(self.source.folder, device.type, compute, self.max_length)
@@ -107,7 +107,7 @@ class ServerModel:
         return load_tokenizer(self.source.folder)
 
     def _check_tokenizer(self) -> None:
-        """Devices use this tokenizer: better refused now than by each of them."""
+        """Refuse a tokenizer that does not fit now, before each device does."""
         rows, tokens = self.text_config.vocab_size, len(self.tokenizer)
         if tokens > rows:
             raise ModelError(
@@ -128,12 +128,12 @@ class ServerModel:
     # ---- parts ----
 
     def parts_for(self, plan: Plan) -> tuple[Part, ...]:
-        """The parts that a device needs for *plan*."""
+        """Return the parts that a device needs for *plan*."""
         names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
         return tuple(self.parts[name] for name in names)
 
     def graphs_for(self, plan: Plan) -> Part | None:
-        """The graphs that a device without torch needs for *plan*; None while they are being made.
+        """Return the graphs that a device without torch needs; None while they are being made.
 
         Raises:
             RefusedError: they cannot be made, or the run does what they cannot.
@@ -166,11 +166,11 @@ class ServerModel:
         return self.make_engine(self.first, plan_server(self._config, self.facts, self.first))
 
     def make_engine(self, first: int, ranks: Mapping[str, int]) -> Engine:
-        """Build the blocks that some device leaves to us, or all if there is a file to evaluate.
+        """Build the blocks that some device leaves to the coordinator; all if a file is evaluated.
 
         Args:
-            first: First block that is ours to train.
-            ranks: Rank of each of our own adapters.
+            first: First block that the coordinator trains.
+            ranks: Rank of each of its own adapters.
         """
         layout = self.facts.layout
         present = 0 if self.eval_batches else first

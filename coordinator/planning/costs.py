@@ -197,7 +197,7 @@ def device_flops(problem: PlanningProblem, device: str, split: int, ranks: Ranks
 
 
 def device_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
-    """Compute and link time of a device in a wave; None where its speed or link is unknown."""
+    """Return a device's seconds in a wave, compute and link; None where one of both is unknown."""
     profile = problem.profile(device)
     if profile.flops_per_s is None:
         return None
@@ -233,7 +233,7 @@ def link_seconds(problem: PlanningProblem, device: str, *, trains: bool) -> floa
 
 
 def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
-    """Compute time of the coordinator for a device's rows; None where its speed is unknown."""
+    """Return the coordinator's seconds for a device's rows; None where its speed is unknown."""
     if split == problem.num_blocks:
         return 0.0
     speed = problem.server_speed

@@ -17,9 +17,9 @@ from rich.table import Column, Table
 from coordinator.results.events import DeviceEvent, DeviceLeft, RoundDone, RunEvent, StepDone
 from coordinator.results.history import RunHistory, scores
 
-# A rate over so many steps: what the device does now, not what it did an hour ago.
+# Steps over which a rate is taken: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
-# Below this width the memory column is left out, and then the bar.
+# Widths in columns below which the memory is left out, and then the bar.
 WIDE, NARROW = 96, 80
 NAME_WIDTH = 14
 
@@ -28,7 +28,7 @@ NAME_WIDTH = 14
 class _Device:
     task: TaskID | None
     ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
-    """When its last steps ended, and their tokens."""
+    """When its last steps ended, in seconds, and their tokens."""
     up: int = 0
     down: int = 0
 
@@ -123,7 +123,7 @@ class Console:
 
 
 def _columns(width: int, total_steps: int) -> list[ProgressColumn]:
-    """The columns of a bar that fit into *width*."""
+    """Return the columns of a bar that fit into *width*."""
     digits = len(str(total_steps))
     steps = f"{{task.completed:>{digits}.0f}}/{{task.total:.0f}}"
     columns: list[ProgressColumn] = [
@@ -146,7 +146,7 @@ def _fixed(name: str, width: int) -> TextColumn:
 
 
 def _rate(ends: deque[tuple[float, int]]) -> float:
-    """Tokens a second since the first of the steps that we remember."""
+    """Return the tokens a second since the first of the remembered steps."""
     if len(ends) < 2:
         return 0.0
     return sum(tokens for _, tokens in list(ends)[1:]) / max(1e-9, ends[-1][0] - ends[0][0])
@@ -163,7 +163,7 @@ def _score(score: Mapping[str, float]) -> str:
 
 
 def summary(history: RunHistory) -> Table:
-    """What a run cost and what it brought, device by device."""
+    """Return a table of what a run cost and what it brought, device by device."""
     first, last = history.first_scores(), history.last_scores()
     measure = _measure(first.values()) if first else "score"
     table = Table(box=box.SIMPLE_HEAD)

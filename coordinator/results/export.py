@@ -42,7 +42,7 @@ class ExportError(EdgeError):
 def export_adapter(
     source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
 ) -> float:
-    """Write *learned* as a PEFT adapter; returns the largest difference of a logit.
+    """Write *learned* as a PEFT adapter; return the largest difference of a logit.
 
     The ranks are those of dW, weight by weight (`rank_pattern`), with scale 1.
 
@@ -87,7 +87,7 @@ def export_adapter(
 def export_merged(
     source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
 ) -> float:
-    """Write the whole model with *learned* added to its weights; returns as `export_adapter`."""
+    """Write the whole model, *learned* added to its weights; return what `export_adapter` does."""
     from transformers import AutoTokenizer
 
     model: Any = load_base(source)
@@ -107,7 +107,7 @@ def export_merged(
 
 
 def load_base(source: ModelSource) -> nn.Module:
-    """The whole model in float32, as transformers loads it."""
+    """Load the whole model in float32, as transformers does."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory: Any = AutoModelForCausalLM
@@ -122,7 +122,7 @@ def load_base(source: ModelSource) -> nn.Module:
 def trained_slice(
     source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array]
 ) -> Slice:
-    """The whole model as the coordinator computes it: base, and dW as factors beside it."""
+    """Load the whole model as the coordinator computes it: the base, and dW as factors."""
     slice_ = Slice(source.config, source.task, source.layout, torch.float32)
     for part in source.layout.part_names():
         slice_.add(part, source.tensors(part))
@@ -159,7 +159,7 @@ def _verify(
 
 
 def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:
-    """A zero adapter of rank 1, for a run that has learned nothing."""
+    """Make a zero adapter of rank 1, for a run that has learned nothing."""
     name, factors = next(iter(learned.items()))
     b_OR, a_RI = np.zeros((factors.b_OR.shape[0], 1)), np.zeros((1, factors.a_RI.shape[1]))
     return {name: Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))}
@@ -184,7 +184,7 @@ def _card(source: ModelSource, ranks: Mapping[str, int]) -> str:
 
 
 def export_run(run: RunFolder, folder: Path, *, merged: bool) -> float:
-    """Export the newest checkpoint of *run*; returns the largest difference of a logit.
+    """Export the newest checkpoint of *run*; return the largest difference of a logit.
 
     Raises:
         ConfigError: the run has not finished a round yet.

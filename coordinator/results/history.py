@@ -63,17 +63,17 @@ class RunHistory:
         return self.metrics[-1]["round"] if self.metrics else 0
 
     def samples(self) -> dict[int, int]:
-        """Samples trained on since the start, by rounds done."""
+        """Count the samples trained on since the start, by rounds done."""
         counts = accumulate(row.get("samples", 0) for row in self.metrics)
         return {row["round"]: count for row, count in zip(self.metrics, counts, strict=True)}
 
     def seconds(self) -> dict[int, float]:
-        """Seconds that training took on this machine since the start, by rounds done."""
+        """Sum the seconds of training on this machine since the start, by rounds done."""
         ends = accumulate((row["seconds"] for row in self.costs), initial=0.0)
         return dict(zip([0, *(row["round"] + 1 for row in self.costs)], ends, strict=True))
 
     def traffic(self) -> dict[int, tuple[int, int]]:
-        """Bytes up and down of all devices since the start, by rounds done."""
+        """Sum the bytes up and down of all devices since the start, by rounds done."""
         found = {}
         for done in (row["round"] + 1 for row in self.costs):
             costs = [self.cost(name, done) for name in self.devices()]
@@ -81,11 +81,11 @@ class RunHistory:
         return found
 
     def devices(self) -> list[str]:
-        """Names of all devices that have trained, sorted."""
+        """Return the names of all devices that have trained, sorted."""
         return sorted({name for row in self.costs for name in row["devices"]})
 
     def cost(self, device: str, rounds: int | None = None) -> DeviceCosts:
-        """What *device* has done before *rounds* rounds were over; None: in the whole run."""
+        """Sum what *device* did before *rounds* rounds were over; None: in the whole run."""
         rows = (row for row in self.costs if rounds is None or row["round"] < rounds)
         own = [row["devices"][device] for row in rows if device in row["devices"]]
         return DeviceCosts(
@@ -97,15 +97,15 @@ class RunHistory:
         )
 
     def plans_in(self, round_: int) -> Mapping[str, Row]:
-        """The plan of each device in a round; empty where nothing was planned for it."""
+        """Return the plan of each device in a round; empty where nothing was planned for it."""
         return next((r["plans"] for r in reversed(self.plans) if r["round"] <= round_), {})
 
     def first_scores(self) -> dict[str, Row]:
-        """Scores before training: of the coordinator's `file`, and by device."""
+        """Return the scores before training: of the coordinator's `file`, and by device."""
         return scores(self.metrics[0]) if self.metrics else {}
 
     def last_scores(self) -> dict[str, Row]:
-        """The newest score of the coordinator's `file` and of each device."""
+        """Return the newest score of the coordinator's `file` and of each device."""
         return {who: score for row in self.metrics for who, score in scores(row).items()}
 
 

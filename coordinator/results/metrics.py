@@ -42,7 +42,7 @@ class Reporting:
     pending: dict[str, Any] | None = None
     """The row that still waits for the devices' evaluations."""
     _heard: set[str] = field(default_factory=set)
-    """Devices that have evaluated for that row, those without validation data too."""
+    """Devices that have evaluated for that row, also those without validation data."""
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _began_s: float = field(default_factory=time.monotonic)
 
@@ -51,7 +51,7 @@ class Reporting:
         self._began_s = time.monotonic()
 
     def progress(self) -> dict[str, dict[str, float]]:
-        """What devices have reported in the current round, for a checkpoint."""
+        """Return what devices have reported in the current round, for a checkpoint."""
         return {name: asdict(mine) for name, mine in self._progress.items()}
 
     def load_progress(self, progress: Mapping[str, dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ class Reporting:
         return score
 
     def evaluation(self, device: str, report: EvalReport) -> None:
-        """A device went through its private validation data."""
+        """Take in what a device found on its private validation data."""
         self._heard.add(device)
         if self.pending is not None and report.num_targets:
             scores = self.pending.setdefault("eval_by_device", {})
@@ -136,7 +136,7 @@ class Reporting:
         self.watcher.see(Telemetry(round_, time.monotonic() - self._began_s, devices))
 
     def boards(self) -> dict[str, Mapping[str, Any]]:
-        """What each board said of itself with its last sign of life, by device."""
+        """Return what each board said of itself with its last sign of life, by device."""
         names = [] if self.gateway is None else self.gateway.devices()
         return {name: board for name in names if (board := self._telemetry_of(name))}
 
@@ -149,7 +149,7 @@ class Reporting:
         return None if stats is None else (stats.bytes_up, stats.bytes_down)
 
     def _stats(self, device: str) -> DeviceStats | None:
-        """What is known of the connection of *device*; None without one."""
+        """Return what is known of the connection of *device*; None without one."""
         try:
             return None if self.gateway is None else self.gateway.stats(device)
         except PeerGone:

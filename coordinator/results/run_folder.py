@@ -1,7 +1,7 @@
 """The folder of a run: resolved config, events, metrics, checkpoints.
 
 A checkpoint is written under a temporary name, fsynced and renamed: what carries its final name is
-whole. Knows no network and no model.
+whole. It knows no network and no model.
 
     runs/<name>/
       config.resolved.yaml  env.json
@@ -38,7 +38,7 @@ class Checkpoint:
     """A run as it can be continued."""
 
     state: dict[str, Any]
-    """Round, step, attempt, who held what; see `Coordinator`."""
+    """Round, step, attempt, and who held what; `Run` writes and reads it."""
     arrays: dict[str, dict[str, np.ndarray]]
     """`engine` and `ledger`."""
 
