@@ -70,13 +70,13 @@ def make_step(runtime: Any) -> Callable[[str | None], tuple[float, float]]:
     grad_BTD = generator.normal(0, 1e-4, (ROWS, LENGTH, 768)).astype(np.float32)
 
     def step(form: str | None) -> tuple[float, float]:
-        runtime.measure_importance(form or "free", 1 if form else 0)
+        runtime.state.meter.measure(form or "free", 1 if form else 0)
         wall, cpu = time.perf_counter(), time.process_time()
         runtime.forward(micro, 0, 0)
         runtime.backward(grad_BTD)
         runtime.step(0)
         found = time.perf_counter() - wall, time.process_time() - cpu
-        assert bool(runtime.take_importance()) == bool(form)
+        assert bool(runtime.state.meter.take()) == bool(form)
         return found
 
     return step

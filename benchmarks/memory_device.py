@@ -29,7 +29,7 @@ def train(case: Case, folder: Path, facts: dict[str, Any], steps: int) -> dict[s
     make = torch_runtime if is_torch else onnx_runtime
     runtime = make(case, folder, facts, steps)
     set_residual(runtime, case)
-    runtime.begin_round()
+    runtime.state.begin_round()
     seconds = [train_step(runtime, case, facts, i, steps) for i in range(steps)]
     peak = (peak_rss().value or 0) - floor
     return {"peak": peak, "floor": floor, "seconds": statistics.median(seconds)}
@@ -103,12 +103,12 @@ def set_residual(runtime: Any, case: Case) -> None:
 
     generator = np.random.default_rng(0)
     residual = {}
-    for name, pair in runtime.pairs().items() if case.residual else ():
+    for name, pair in runtime.state.adapters.pairs().items() if case.residual else ():
         outputs, inputs = pair.b_OR.shape[0], pair.a_RI.shape[1]
         b_OS = generator.normal(0, 1e-3, (outputs, case.residual)).astype(np.float32)
         a_SI = generator.normal(0, 1e-3, (case.residual, inputs)).astype(np.float32)
         residual[name] = Factors(b_OS, a_SI)
-    runtime.set_residual(residual)
+    runtime.state.set_residual(residual)
 
 
 def train_step(runtime: Any, case: Case, facts: dict[str, Any], step: int, steps: int) -> float:

@@ -83,7 +83,9 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
         device="cpu",
         base=base,
     )
-    runtime.load_pairs({n: initial_pair(n, RANK, s, seed) for n, s in targets.items()})
+    runtime.state.adapters.load_pairs(
+        {n: initial_pair(n, RANK, s, seed) for n, s in targets.items()}
+    )
     pad = source.config.pad_token_id or 0
     dev = [plain(batch) for batch in eval_batches(examples("devset.csv", DEV), 32)]
 

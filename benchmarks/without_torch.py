@@ -145,10 +145,10 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
     runtime = make_runtime(backend, folder, facts)
     draw = np.random.default_rng(SEED)
     new = {}
-    for name, pair in sorted(runtime.pairs().items()):
+    for name, pair in sorted(runtime.state.adapters.pairs().items()):
         a, b = (draw.normal(0, 0.02, x.shape).astype(np.float32) for x in pair)
         new[name] = Pair(a, b)
-    runtime.load_pairs(new)
+    runtime.state.adapters.load_pairs(new)
     lengths = np.full(rows, length, np.int32)
     lengths[0] -= length // 4
     ids = draw.integers(0, 50000, (rows, length))
@@ -168,7 +168,7 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
         wall.append(time.perf_counter() - began)
         cpu.append(time.process_time() - used)
     memory = {**watch.stop(), "peak": field("VmHWM"), "settled": field("RssAnon")}
-    learned = [x for _, pair in sorted(runtime.pairs().items()) for x in pair]
+    learned = [x for _, pair in sorted(runtime.state.adapters.pairs().items()) for x in pair]
     learned_norm = float(np.sqrt(sum(float((x.astype(np.float64) ** 2).sum()) for x in learned)))
     return {"wall": wall, "cpu": cpu, "memory": memory, "hidden": norm, "learned": learned_norm}
 

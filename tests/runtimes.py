@@ -133,7 +133,7 @@ def random_pairs(runtime: Runtime, seed: int = 0) -> dict[str, Pair]:
     def like(array: np.ndarray) -> np.ndarray:
         return draw.normal(0, 0.1, array.shape).astype(np.float32)
 
-    return {n: Pair(like(p.a_RI), like(p.b_OR)) for n, p in runtime.pairs().items()}
+    return {n: Pair(like(p.a_RI), like(p.b_OR)) for n, p in runtime.state.adapters.pairs().items()}
 
 
 def random_change(family: str, seed: int = 0, rank: int = 2) -> dict[str, Factors]:

@@ -15,7 +15,7 @@ Legend: B sequences, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,18 +30,9 @@ from coordinator.engine.interface import (
     Job,
     Learned,
 )
-from edge_sdk.lora.adapter_state import (
-    adapter_state,
-    before_state,
-    load_adapter_state,
-    load_before_state,
-    merge_change,
-    under,
-)
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, ImportanceMeter
-from edge_sdk.lora.optimizer_state import fitted
+from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
@@ -49,6 +40,7 @@ from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.torch_runtime import (
+    TorchTrainingState,
     load_parameters,
     pick_device,
     to_numpy,
@@ -66,6 +58,20 @@ class _Wave:
     final_hidden: torch.Tensor
     """Hidden states after the last block; logits where the labels are here."""
     lengths_B: torch.Tensor
+
+
+@dataclass
+class _OpenStep:
+    """What is there between the first forward pass of a step and its update."""
+
+    wave: _Wave | None = None
+    """The wave that awaits its gradients."""
+    served: dict[str, Job] = field(default_factory=dict)
+    """Who was served in the step, by device."""
+
+    def clear(self) -> None:
+        """Drop all of it."""
+        self.wave, self.served = None, {}
 
 
 class LocalEngine:
@@ -89,18 +95,13 @@ class LocalEngine:
         self._device = slice_.device
         self._training = training
         self._compute = resolve_compute(compute, slice_.device)
-        self.adapters = Adapters(slice_, ranks, {}, lora)
-        self.head = named_parameters(slice_, head_names(slice_) if trains_head else ())
-        for parameter in self.head.values():
-            parameter.requires_grad_(True)
-        trained = {**self.adapters.parameters(), **self.head}
-        self.optimizer = Optimizer(trained, training, total_steps, self._compute)
-        self._weights = tuple(ranks)
-        self._meter = ImportanceMeter(slice_.model, self._weights)
-        self._wave: _Wave | None = None
-        self.served: dict[str, Job] = {}
-        """Jobs of the devices that were served in the current step, by device."""
-        self._before: dict[str, Factors] = {}
+        self.open_step = _OpenStep()
+        adapters = Adapters(slice_, ranks, {}, lora)
+        head = named_parameters(slice_, head_names(slice_) if trains_head else ())
+        parameters = {**adapters.parameters(), **head}
+        optimizer = Optimizer(parameters, training, total_steps, self._compute)
+        meter = ImportanceMeter(slice_.model, ranks)
+        self.trained = TorchTrainingState(adapters, optimizer, meter, head, self.open_step)
 
     # ---- training ----
 
@@ -121,17 +122,18 @@ class LocalEngine:
             if not torch.isfinite(loss):
                 raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
             total = total + (job.weight / job.num_targets) * loss
-        torch.autograd.backward(total * self.optimizer.loss_scale)
+        torch.autograd.backward(total * self.trained.optimizer.loss_scale)
         return self._answers(wave, sums, {job.device for job in jobs})
 
     def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
-        self._wave = self._forward(jobs, step, micro, to_logits=False) if jobs else None
-        return _unstack(self._wave) if self._wave else {}
+        wave = self._forward(jobs, step, micro, to_logits=False) if jobs else None
+        self.open_step.wave = wave
+        return _unstack(wave) if wave else {}
 
     def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
         """Go back through the last `forward`; a device without a gradient counts nothing."""
-        wave, self._wave = self._wave, None
+        wave, self.open_step.wave = self.open_step.wave, None
         if not grads:
             return []
         assert wave is not None, "backward without forward"
@@ -141,7 +143,7 @@ class LocalEngine:
             rows, length = job.hidden_BTD.shape[:2]
             if job.device in grads:
                 own = torch.from_numpy(grads[job.device]).to(self._device)
-                scale = job.weight * self.optimizer.loss_scale
+                scale = job.weight * self.trained.optimizer.loss_scale
                 grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
             start += rows
         torch.autograd.backward(wave.final_hidden, grad_BTD)
@@ -149,27 +151,19 @@ class LocalEngine:
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
-        served, self.served = list(self.served.values()), {}
-        scale = self.optimizer.loss_scale
-        for name, parameter in self.optimizer.parameters.items():
+        served, self.open_step.served = list(self.open_step.served.values()), {}
+        scale = self.trained.optimizer.loss_scale
+        for name, parameter in self.trained.optimizer.parameters.items():
             if parameter.grad is not None:
                 parameter.grad /= self._samples(name, served)
-        is_done = self.optimizer.step(step)
-        self._meter.close_step(lambda name: scale * self._samples(name, served))
+        is_done = self.trained.optimizer.step(step)
+        self.trained.meter.close_step(step, lambda name: scale * self._samples(name, served))
         return is_done
 
     def _samples(self, name: str, served: Iterable[Job]) -> float:
         """Count the samples whose gradients the weight *name* has seen."""
         block = self.block_of(name)
         return sum(job.weight for job in served if block is None or job.split <= block)
-
-    def measure_importance(self, form: Form, every: int) -> None:
-        """Measure the importance of our weights at every *every*-th step; 0 never does.
-
-        A value is that of the mean loss of the devices served in the weight's block, weighted by
-        their samples.
-        """
-        self._meter = ImportanceMeter(self.slice.model, self._weights, form, every)
 
     def block_of(self, name: str) -> int | None:
         """Return the block that a weight belongs to; None outside the blocks."""
@@ -184,7 +178,7 @@ class LocalEngine:
         # By name within a split: the same wave gives the same bits whoever answered first.
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
-        with autocast(self._compute, self._device), self._meter.watching(step):
+        with autocast(self._compute, self._device), self.trained.meter.watching(step):
             final_hidden, lengths_B = self._run_blocks(ordered, leaves, to_logits=to_logits)
         return _Wave(ordered, leaves, final_hidden, lengths_B)
 
@@ -248,10 +242,10 @@ class LocalEngine:
             if job.device not in devices:
                 continue
             assert leaf.grad is not None
-            grad = leaf.grad / (job.weight * self.optimizer.loss_scale)
+            grad = leaf.grad / (job.weight * self.trained.optimizer.loss_scale)
             found = None if own is None else totals(own)
             answers.append(Answer(job.device, to_numpy(grad), found))
-            self.served[job.device] = job
+            self.open_step.served[job.device] = job
         return answers
 
     def evaluate_whole(self, micro: Micro) -> TailSums:
@@ -267,7 +261,7 @@ class LocalEngine:
     @property
     def ranks(self) -> Mapping[str, int]:
         """Rank of each of our own adapters, by weight."""
-        return self.adapters.ranks
+        return self.trained.adapters.ranks
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the head's parameters; see `Engine`."""
@@ -276,7 +270,9 @@ class LocalEngine:
 
     def learned(self) -> Learned:
         """Return what this round has made of our own weights; see `Engine`."""
-        return Learned(self.adapters.pairs(), self._head_values(), self._meter.take())
+        return Learned(
+            self.trained.adapters.pairs(), self.trained.head(), self.trained.meter.take()
+        )
 
     def begin(
         self,
@@ -285,22 +281,17 @@ class LocalEngine:
         carried: Carried | None = None,
     ) -> None:
         """Hold what a new engine of this run has to; see `Engine`."""
-        self.adapters.load_pairs(pairs)
-        self.adapters.set_residual({n: f for n, f in residuals.items() if self.is_present(n)})
+        own = self.trained
+        own.adapters.load_pairs(pairs)
+        own.set_residual({n: f for n, f in residuals.items() if self.is_present(n)})
         if carried is not None:
-            own = fitted(carried.moments, self.adapters.ranks, self.adapters.scale)
-            self.optimizer.load_state(own)
-            load_parameters(self.head, {n: v for n, v in carried.head.items() if n in self.head})
-        self._begin_round()
+            own.load_moments(carried.moments)
+            own.load_head(carried.head)
+        own.begin_round()
 
     def carried(self) -> Carried:
         """Return what the next engine goes on with; see `Engine`."""
-        return Carried(self._head_values(), self.optimizer.state())
-
-    def _begin_round(self) -> None:
-        """Remember the factors of the round's start."""
-        self._before = self.adapters.products()
-        self._meter.forget()
+        return Carried(self.trained.head(), self.trained.moments())
 
     def take(
         self,
@@ -311,44 +302,27 @@ class LocalEngine:
         restarts: bool = False,
     ) -> None:
         """Take over what an aggregation hands out, as a device does; see `Engine`."""
-        self.adapters.load_pairs(replaced)
-        present = {n: c for n, c in changes.items() if self.is_present(n)}
-        merge_change(self.adapters, present, self._before)
+        own = self.trained
+        own.adapters.load_pairs(replaced)
+        own.merge_change({n: c for n, c in changes.items() if self.is_present(n)})
         if restarts:
-            self.optimizer.load_state({})
+            own.load_moments({})
         if "tail" in self.slice.present:
             names = head_names(self.slice)
             load_parameters(named_parameters(self.slice, names), {n: head[n] for n in head})
-        self._begin_round()
-
-    def _head_values(self) -> dict[str, Array]:
-        """Return the trained head, where it is trained here."""
-        return {n: to_numpy(p) for n, p in self.head.items()}
+        own.begin_round()
 
     def is_present(self, name: str) -> bool:
         """Return whether the block of weight *name* is here."""
         return f"block.{self.block_of(name)}" in self.slice.present
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return everything that a restart needs."""
-        return {
-            "first": np.array(self.first),
-            **adapter_state(self.adapters),
-            **{f"head:{n}": value for n, value in self._head_values().items()},
-            **before_state(self._before),
-            **{f"importance:{n}": v for n, v in self._meter.state().items()},
-            **{f"optimizer:{n}": v for n, v in self.optimizer.state().items()},
-        }
+        """Return everything that a restart needs; see `Engine`."""
+        return {"first": np.array(self.first), **self.trained.checkpoint()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
-        load_adapter_state(self.adapters, state)
-        load_parameters(self.head, under("head:", state))
-        self._before = load_before_state(state)
-        self.optimizer.load_state(under("optimizer:", state))
-        self._meter.load_state(under("importance:", state))
-        self.optimizer.forget_gradients()
-        self._wave, self.served = None, {}
+        self.trained.restore(state)
 
 
 def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine) -> LocalEngine:
@@ -369,8 +343,9 @@ def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine)
         trains_head=config.labels == "server",
         compute=config.compute,
     )
-    if config.planning.measures_importance:
-        engine.measure_importance(config.planning.importance, config.planning.importance_every)
+    planning = config.planning
+    if planning.measures_importance:
+        engine.trained.meter.measure(planning.importance, planning.importance_every)
     return engine
 
 

@@ -19,10 +19,10 @@ from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watcher, Watchers
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.state import RunState
-from edge_sdk.lora.adapter_state import under
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Activation
+from edge_sdk.runtime.training_state import under
 from profiler.sensors.memory import memory_info
 
 

@@ -223,10 +223,10 @@ class Participant:
         runtime, steps = self._ready()
         self._stamp = start.stamp
         if start.restore_step >= 0:
-            runtime.load_state(self._state.load(start.restore_step))
+            runtime.state.restore(self._state.load(start.restore_step))
         else:
             self._apply(start, tensors)
-            runtime.begin_round()
+            runtime.state.begin_round()
             self._save(start.stamp.step)
         if start.evaluate:
             assert self._data is not None
@@ -235,36 +235,36 @@ class Participant:
 
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""
-        runtime, _ = self._ready()
+        state = self._ready()[0].state
         self._check(start, tensors)
         if start.restarts:
-            runtime.load_moments({})
+            state.load_moments({})
         elif start.is_full:
             # Factors and residual come with the message; moments are best where they were left.
-            runtime.load_moments(self._state.moments(start.stamp.step))
+            state.load_moments(self._state.moments(start.stamp.step))
         own = {name[:-2] for name in tensors if name.endswith(".A")}
         changed = {name[:-2] for name in tensors if name.endswith(".V")}
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
-        runtime.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
+        state.adapters.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
         if start.is_full:
-            runtime.set_residual(residual)
+            state.set_residual(residual)
         else:
-            runtime.merge_change(residual)
-        runtime.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+            state.merge_change(residual)
+        state.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
 
     def _check(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Refuse factors and parameters of another size than ours; the residual's rank is free."""
-        runtime, _ = self._ready()
+        state = self._ready()[0].state
         factors: dict[str, Shape] = {}
-        for name, pair in runtime.pairs().items():
+        for name, pair in state.adapters.pairs().items():
             factors |= {f"{name}.A": pair.a_RI.shape, f"{name}.B": pair.b_OR.shape}
-        head = {name: value.shape for name, value in runtime.head().items()}
+        head = {name: value.shape for name, value in state.head().items()}
         own = {n: v for n, v in tensors.items() if not n.endswith((".U", ".V"))}
         check_shapes(start, own, factors | head, factors if start.is_full else ())
 
     def _save(self, step: int) -> None:
         assert self._runtime is not None
-        self._state.save(step, self._runtime.state())
+        self._state.save(step, self._runtime.state.checkpoint())
 
     # ---- training ----
 
@@ -284,7 +284,7 @@ class Participant:
             self._link.send(report)
             self._callback.on_step_end(report)
             self._inbox.poll()
-        self._state.save_moments(start.end_step, self._ready()[0].moments())
+        self._state.save_moments(start.end_step, self._ready()[0].state.moments())
         self._look_at_pace()
         self._upload()
         stats = self._link.stats()
@@ -322,12 +322,12 @@ class Participant:
             self._link.send(Profiled(stamp=self._stamp, profile=self._measured))
 
     def _upload(self) -> None:
-        runtime, _ = self._ready()
+        state = self._ready()[0].state
         tensors: dict[str, TensorOut] = {}
-        for name, pair in runtime.pairs().items():
+        for name, pair in state.adapters.pairs().items():
             tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
-        tensors |= {name: (value, "float32") for name, value in runtime.head().items()}
-        importance = runtime.take_importance()
+        tensors |= {name: (value, "float32") for name, value in state.head().items()}
+        importance = state.meter.take()
         self._link.send(AdapterUpload(stamp=self._stamp, importance=importance), tensors)
 
     # ---- small things ----

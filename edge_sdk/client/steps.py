@@ -45,7 +45,7 @@ class Steps:
         form: Any = welcome.importance
         # Without a backward pass there is nothing to measure.
         every = 0 if plan.is_forward_only else welcome.importance_every
-        runtime.measure_importance(form, every)
+        runtime.state.meter.measure(form, every)
         self._link, self._inbox = link, inbox
         self._codec = welcome.codec
         self._keeps_labels = welcome.labels == "device"
@@ -106,9 +106,9 @@ class Steps:
         """Go on with what comes back for a micro-batch that was sent."""
         runtime, sums = self._runtime, None
         if self._keeps_labels:
-            top = self._wait(TopHidden, index)  # the coordinator's blocks
-            top_BTD = _checked(top, "hidden", shape)
-            sums, grad_BTD = runtime.tail(top_BTD, _plain(batch), step.num_targets)
+            answer = self._wait(TopHidden, index)  # the coordinator's blocks
+            final_hidden_BTD = _checked(answer, "hidden", shape)
+            sums, grad_BTD = runtime.tail(final_hidden_BTD, _plain(batch), step.num_targets)
             self._link.send(
                 TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
             )

@@ -1,7 +1,6 @@
 """Adapters on the frozen weights: which weights, which factors, and how important each is."""
 
 __all__ = [
-    "adapter_state",
     "adapters",
     "factors",
     "importance",

@@ -50,16 +50,20 @@ REFERENCE_PERIODS = 2
 CHUNK = 1 << 18
 
 
-class ImportanceMeter:
-    """Measures the importance of linear layers at every K-th step of a model that trains.
+class ImportanceAccumulator:
+    """Importance of each weight: added up over a step's micro-batches, averaged over steps."""
 
-    The form `reference` is measured at every second of these steps.
-    """
+    def __init__(self, weights: Iterable[str], form: Form = "free", every: int = 0) -> None:
+        """Count for *weights*, adapted or not, by module name; see `measure`."""
+        self.weights = tuple(weights)
+        self._raw: dict[str, Any] = {}
+        self._found: dict[str, tuple[float, int]] = {}
+        self.measure(form, every)
 
-    def __init__(
-        self, model: nn.Module, weights: Iterable[str], form: Form = "free", every: int = 0
-    ) -> None:
-        """Take the layers to measure, adapted or not, by module name; *every* = 0 never does.
+    def measure(self, form: Form, every: int) -> None:
+        """Measure at every *every*-th step from now on; 0 never does.
+
+        The form `reference` is measured at every second of these steps.
 
         Raises:
             ConfigError: there is no such form, or *every* is negative.
@@ -69,46 +73,28 @@ class ImportanceMeter:
                 f"importance: {form!r} every {every} steps is not possible; "
                 f"choose one of {', '.join(get_args(Form))}, and 0 or more steps"
             )
-        self._model, self.weights = model, tuple(weights)
-        self._form = form
+        self.form = form
         self._every = every * (REFERENCE_PERIODS if form == "reference" else 1)
-        self._step: int | None = None
-        self._raw: dict[str, torch.Tensor] = {}
-        self._found: dict[str, tuple[float, int]] = {}
+        self.forget()
 
-    @contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Follow a forward pass of *step*, if one is due; its backward pass then measures.
+    def is_due(self, step: int) -> bool:
+        """Return whether *step* is measured."""
+        return bool(self._every) and step % self._every == 0
 
-        Several micro-batches of a step add up: exactly in the forms `free` and `signed`; in
-        `reference` each is a gradient of its own.
-        """
-        if not self._every or step % self._every:
-            yield
-            return
-        if step != self._step:
-            self._step, self._raw = step, {}
-        with ExitStack() as hooks:
-            for name in self.weights:
-                layer = base_of(self._model.get_submodule(name))
-                watch = _Watch(layer, self._form, partial(self._add, name))
-                hooks.enter_context(layer.register_forward_pre_hook(watch.before))
-                hooks.enter_context(layer.register_forward_hook(watch.after))
-            yield
-
-    def _add(self, name: str, value: torch.Tensor) -> None:
+    def add(self, name: str, value: Any) -> None:
+        """Take in one micro-batch's share of a weight's importance, a number or a scalar tensor."""
         self._raw[name] = self._raw[name] + value if name in self._raw else value
 
-    def close_step(self, divisor: Callable[[str], float]) -> None:
-        """Take the measured step in; call it when all its backward passes are done.
+    def close_step(self, step: int, divisor: Callable[[str], float] = lambda _: 1.0) -> None:
+        """Take *step* in, if it was measured; call it when all its backward passes are done.
 
         Args:
+            step: The step that is over.
             divisor: What the gradients of a weight were multiplied by: a loss scale, samples; 0
                 for a weight that nobody's tokens went through.
         """
-        step, raw = self._step, self._raw
-        self._step, self._raw = None, {}
-        if step is None:
+        raw, self._raw = self._raw, {}
+        if not self.is_due(step):
             return
         values = {}
         for name in self.weights:
@@ -120,22 +106,60 @@ class ImportanceMeter:
                 self._found[name] = (total + value, count + 1)
 
     def take(self) -> dict[str, float]:
-        """Mean importance per measured step since the last call, not divided by any cost."""
+        """Return the mean per measured step since the last call, not divided by any cost."""
         found, self._found = self._found, {}
         return {name: total / count for name, (total, count) in found.items()}
 
     def forget(self) -> None:
         """Drop what has been measured; the steps since the last `take` count nothing."""
-        self._step, self._raw, self._found = None, {}, {}
+        self._raw, self._found = {}, {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `take` would give, as sum and count, for a checkpoint between two steps."""
+        """Return what `take` would give, as sum and count, for a checkpoint between two steps."""
         return {name: np.array(found, np.float64) for name, found in self._found.items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
         self.forget()
         self._found = {n: (float(s[0]), int(s[1])) for n, s in state.items() if n in self.weights}
+
+
+class ImportanceMeter(ImportanceAccumulator):
+    """Measures the importance of linear layers at every K-th step of a torch model that trains."""
+
+    def __init__(
+        self, model: nn.Module, weights: Iterable[str], form: Form = "free", every: int = 0
+    ) -> None:
+        """Take the layers of *model* to measure; see `ImportanceAccumulator`."""
+        super().__init__(weights, form, every)
+        self._model = model
+        self._watched: int | None = None
+        """The step whose forward passes were followed last."""
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Follow a forward pass of *step*, if one is due; its backward pass then measures.
+
+        Several micro-batches of a step add up: exactly in the forms `free` and `signed`; in
+        `reference` each is a gradient of its own.
+        """
+        if not self.is_due(step):
+            yield
+            return
+        if step != self._watched:
+            self._watched, self._raw = step, {}
+        with ExitStack() as hooks:
+            for name in self.weights:
+                layer = base_of(self._model.get_submodule(name))
+                watch = _Watch(layer, self.form, partial(self.add, name))
+                hooks.enter_context(layer.register_forward_pre_hook(watch.before))
+                hooks.enter_context(layer.register_forward_hook(watch.after))
+            yield
+
+    def close_step(self, step: int, divisor: Callable[[str], float] = lambda _: 1.0) -> None:
+        """Take *step* in, if it was followed; see `ImportanceAccumulator`."""
+        if step == self._watched:
+            super().close_step(step, divisor)
 
 
 class _Watch:
@@ -282,55 +306,3 @@ class Smoothing:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
         self.values = {name: float(state[name]) for name in sorted(state)}
-
-
-class ImportanceAccumulator:
-    """Importance of each weight: added up over a step's micro-batches, averaged over steps."""
-
-    def __init__(self, weights: Iterable[str], form: Form = "free", every: int = 0) -> None:
-        """Count for *weights* at every *every*-th step, `reference` at every second of these.
-
-        Raises:
-            ConfigError: there is no such form, or *every* is negative.
-        """
-        if form not in get_args(Form) or every < 0:
-            raise ConfigError(f"importance: {form!r} every {every} steps is not possible")
-        self.weights, self.form = tuple(weights), form
-        self._every = every * (REFERENCE_PERIODS if form == "reference" else 1)
-        self._raw: dict[str, float] = {}
-        self._found: dict[str, tuple[float, int]] = {}
-
-    def is_due(self, step: int) -> bool:
-        """Whether *step* is measured."""
-        return bool(self._every) and step % self._every == 0
-
-    def add(self, name: str, value: float) -> None:
-        """Take in one micro-batch's share of a weight's importance."""
-        self._raw[name] = self._raw.get(name, 0.0) + value
-
-    def close_step(self, step: int) -> None:
-        """Take the step in, if it was measured; one that is not finite is no measurement."""
-        raw, self._raw = self._raw, {}
-        if not self.is_due(step) or not all(map(math.isfinite, raw.values())):
-            return
-        for name in self.weights:
-            total, count = self._found.get(name, (0.0, 0))
-            self._found[name] = (total + abs(raw.get(name, 0.0)), count + 1)
-
-    def take(self) -> dict[str, float]:
-        """Mean importance per measured step since the last call."""
-        found, self._found = self._found, {}
-        return {name: total / count for name, (total, count) in found.items()}
-
-    def forget(self) -> None:
-        """Drop what has been measured."""
-        self._raw, self._found = {}, {}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What `take` would give, as sum and count."""
-        return {name: np.array(found, np.float64) for name, found in self._found.items()}
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
-        self.forget()
-        self._found = {n: (float(s[0]), int(s[1])) for n, s in state.items() if n in self.weights}

@@ -1,3 +1,11 @@
 """What computes a device's blocks: torch, or onnxruntime with numpy."""
 
-__all__ = ["interface", "onnx_graphs", "onnx_runtime", "onnx_session", "torch_runtime", "training"]
+__all__ = [
+    "interface",
+    "onnx_graphs",
+    "onnx_runtime",
+    "onnx_session",
+    "torch_runtime",
+    "training",
+    "training_state",
+]

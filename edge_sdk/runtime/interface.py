@@ -1,21 +1,19 @@
 """What a device can do with its slice, whatever computes it: the `Runtime` interface.
 
-Knows no network. `torch_runtime.py` is the torch implementation; arrays cross this border as numpy,
-so that a runtime without torch can stand beside it.
+Knows no network. `torch_runtime.py` and `onnx_runtime.py` implement it; arrays cross this border as
+numpy, so that a runtime without torch can stand beside one with it.
 
 Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form
+from edge_sdk.lora.factors import Array
+from edge_sdk.runtime.training_state import TrainingState
 from profiler.sensors.memory import peak_rss, rss
 
 
@@ -54,7 +52,12 @@ def process_memory() -> MemoryUse:
 
 
 class Runtime(Protocol):
-    """The device's blocks, its adapters and their optimizer."""
+    """The device's blocks, and what is trained of them."""
+
+    @property
+    def state(self) -> TrainingState:
+        """Adapters, optimizer, trainable head and importance meter."""
+        ...
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph.
@@ -64,8 +67,10 @@ class Runtime(Protocol):
         """
         ...
 
-    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
-        """Loss of the top hidden state and dL/dtop; a trainable head gets its gradient here.
+    def tail(
+        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+    ) -> tuple[TailSums, Array]:
+        """Return loss and dL/dh of the final hidden state; a trainable head gets its gradient here.
 
         L is the sum over the micro-batch divided by the *num_targets* of the whole step.
         """
@@ -87,73 +92,18 @@ class Runtime(Protocol):
         """
         ...
 
-    def measure_importance(self, form: Form, every: int) -> None:
-        """Measure the importance of the plan's weights at every *every*-th step; 0 never does."""
-        ...
-
-    def take_importance(self) -> dict[str, float]:
-        """Mean importance by weight of the steps measured since the last call, or this round's.
-
-        That of the device's own mean token loss; empty where no step was due.
-        """
-        ...
-
     def forward_eval(self, micro: Micro) -> Array:
         """Run the device's blocks without a graph and without dropout."""
         ...
 
-    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
-        """Loss of the top hidden state without gradients."""
-        ...
-
-    def pairs(self) -> dict[str, Pair]:
-        """Copies of the adapters' own factors."""
-        ...
-
-    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
-        """Overwrite the adapters' own factors; the optimizer state stays."""
-        ...
-
-    def begin_round(self) -> None:
-        """Remember the factors, so that the round's progress is known at its end."""
-        ...
-
-    def set_residual(self, residual: Mapping[str, Factors]) -> None:
-        """Replace the frozen residuals; weights that are not named have none."""
-        ...
-
-    def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Add the round's change of dW, less our own progress, to the residuals."""
-        ...
-
-    def head(self) -> dict[str, Array]:
-        """A trainable head's parameters; empty where the head is elsewhere."""
-        ...
-
-    def load_head(self, head: Mapping[str, Array]) -> None:
-        """Overwrite a trainable head's parameters."""
+    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+        """Return the loss of the final hidden state, without gradients."""
         ...
 
     def most_bytes(self) -> int:
-        """Upper bound for the bytes of all factors and residuals together."""
+        """Return an upper bound for the bytes of all factors and residuals together."""
         ...
 
     def memory_in_use(self) -> MemoryUse:
-        """Memory now, and the most since the process began."""
-        ...
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that a restart needs: factors, residuals, head, optimizer moments."""
-        ...
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
-        ...
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's part of `state`."""
-        ...
-
-    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer moments of `state` or `moments`, wherever they still fit."""
+        """Return memory now, and the most since the process began."""
         ...

@@ -17,19 +17,8 @@ import numpy as np
 
 from edge_sdk.data.tokenize import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
-from edge_sdk.lora.adapter_state import (
-    adapter_state,
-    before_state,
-    load_adapter_state,
-    load_before_state,
-    merge_change,
-    under,
-)
-from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, ImportanceAccumulator
+from edge_sdk.lora.factors import Array
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
-from edge_sdk.lora.optimizer_state import fitted
 from edge_sdk.lora.rank_pruning import penalty_gradients
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import Stored
@@ -39,6 +28,7 @@ from edge_sdk.runtime.numpy_optimizer import NumpyOptimizer
 from edge_sdk.runtime.onnx_graphs import Graphs
 from edge_sdk.runtime.onnx_session import OnnxModel
 from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.runtime.training_state import NumpyTrainingState
 from profiler.estimate.sizes import TAIL_TARGETS
 
 
@@ -56,10 +46,10 @@ class OnnxRuntime:
 
     Args:
         graphs: The slice's graphs.
-        parts: The tensors of each part, as `part_map.map_part` gives them.
+        parts: The tensors of each part, as `safetensors_files.map_part` gives them.
         plan: What to run.
-        lora: Of the run.
-        training: Of the run.
+        lora: How the run's adapters are made.
+        training: How the run trains them.
         total_steps: Steps of the whole run.
         threads: CPU threads; None leaves onnxruntime's own choice.
 
@@ -89,26 +79,28 @@ class OnnxRuntime:
         self._model = OnnxModel(graphs, weights, threads)
         self._matrices = [t.array.shape for t in weights.values() if t.array.ndim == 2]
         targets = self._model.targets()
-        self.adapters = NumpyAdapters(targets, plan.ranks, plan.alphas, lora, training.seed)
+        self._adapters = NumpyAdapters(targets, plan.ranks, plan.alphas, lora, training.seed)
         head = graphs.about.head if plan.tail else ()
         self._head: dict[str, Array] = {name: weights[name].float32() for name in head}
         for name, array in self._head.items():
             self._model.replace(name, array)
-        trained = {**self.adapters.parameters, **self._head}
+        trained = {**self._adapters.parameters, **self._head}
         self._optimizer = NumpyOptimizer(trained, training, total_steps)
-        self._importance = ImportanceAccumulator(plan.ranks)
-        self._before: dict[str, Factors] = {}
         self._open: deque[_Open] = deque()
+        self.state = NumpyTrainingState(
+            self._adapters, self._optimizer, plan.ranks, self._head, self._open
+        )
+        self._importance = self.state.meter
 
     # ---- training ----
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        *entered, top = self._run_blocks(micro)
+        *entered, hidden = self._run_blocks(micro)
         lengths_B = micro.lengths.astype(np.int64)
         if not self._plan.is_forward_only:
             self._open.append(_Open(entered, lengths_B, self._importance.is_due(step)))
-        hidden_BTD: Array = top.numpy()
+        hidden_BTD: Array = hidden.numpy()
         return hidden_BTD
 
     def _run_blocks(self, micro: Micro) -> list[Any]:
@@ -116,7 +108,7 @@ class OnnxRuntime:
         lengths_B = micro.lengths.astype(np.int64)
         hidden = [self._model.enter(micro.input_ids, lengths_B)]
         for block in range(self._plan.split):
-            output = self._model.block(block, hidden[-1], lengths_B, self.adapters.factors)
+            output = self._model.block(block, hidden[-1], lengths_B, self._adapters.factors)
             hidden.append(output)
         return hidden
 
@@ -135,23 +127,23 @@ class OnnxRuntime:
     def _lowest_trained(self) -> int:
         """The first block that has an adapter."""
         prefixes = [self._model.prefix(block) for block in range(self._plan.split)]
-        is_trained = [any(n.startswith(p) for n in self.adapters.ranks) for p in prefixes]
+        is_trained = [any(n.startswith(p) for n in self._adapters.ranks) for p in prefixes]
         return is_trained.index(True) if any(is_trained) else self._plan.split
 
     def _pull(self, block: int, given: dict[str, Any], *, goes_on: bool, measures: bool) -> Any:
         """One block's backward pass; returns the gradient of what entered it, if that is needed."""
         prefix = self._model.prefix(block)
         inside = [n.removeprefix(prefix) for n in self._plan.ranks if n.startswith(prefix)]
-        trained = [n for n in inside if prefix + n in self.adapters.ranks]
+        trained = [n for n in inside if prefix + n in self._adapters.ranks]
         wanted = [f"grad:{n}.{factor}" for n in trained for factor in "AB"]
         wanted += [f"{self._importance.form}:{n}" for n in inside] if measures else []
         wanted += ["grad:hidden"] if goes_on else []
-        found = self._model.pull(block, given, self.adapters.factors, wanted, measures=measures)
+        found = self._model.pull(block, given, self._adapters.factors, wanted, measures=measures)
         for name in trained:
             full = prefix + name
             self._optimizer.add_gradient(f"{full}.A", found[f"grad:{name}.A"].numpy())
             # The graph knows s B: dL/dB = s dL/d(s B).
-            grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self.adapters.scale(full))
+            grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self._adapters.scale(full))
             self._optimizer.add_gradient(f"{full}.B", grad_OR)
         for name in inside if measures else ():
             self._importance.add(
@@ -159,14 +151,16 @@ class OnnxRuntime:
             )
         return found.get("grad:hidden")
 
-    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
-        """Loss and dL/dtop; see `Runtime`."""
-        sums, grad_BTD = self._tail(top_BTD, micro, 1.0 / num_targets)
+    def tail(
+        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+    ) -> tuple[TailSums, Array]:
+        """Return loss and dL/dh of the final hidden state; see `Runtime`."""
+        sums, grad_BTD = self._tail(final_hidden_BTD, micro, 1.0 / num_targets)
         assert grad_BTD is not None
         return sums, grad_BTD
 
     def _tail(
-        self, top_BTD: Array, micro: Micro, share: float | None
+        self, final_hidden_BTD: Array, micro: Micro, share: float | None
     ) -> tuple[TailSums, Array | None]:
         """Loss, and unless *share* is None, gradients times that."""
         wanted = ["loss", "hits"]
@@ -175,11 +169,11 @@ class OnnxRuntime:
         if not self._is_causal:
             labels_B = micro.labels.astype(np.int64)
             lengths_B = micro.lengths.astype(np.int64)
-            found = self._model.tail(top_BTD, lengths_B, labels_B, wanted)
+            found = self._model.tail(final_hidden_BTD, lengths_B, labels_B, wanted)
             loss_sum, hits = float(found["loss"].numpy()), int(found["hits"].numpy())
             sums = TailSums(loss_sum, len(labels_B), hits)
             return sums, self._tail_gradients(found, share)
-        return self._tail_of_targets(top_BTD, micro, wanted, share)
+        return self._tail_of_targets(final_hidden_BTD, micro, wanted, share)
 
     def _tail_gradients(self, found: Mapping[str, Any], share: float | None) -> Array | None:
         if share is None:
@@ -190,19 +184,19 @@ class OnnxRuntime:
         return grad
 
     def _tail_of_targets(
-        self, top_BTD: Array, micro: Micro, wanted: list[str], share: float | None
+        self, final_hidden_BTD: Array, micro: Micro, wanted: list[str], share: float | None
     ) -> tuple[TailSums, Array | None]:
         """A causal LM's loss, some targets at a time: no logits where there is none."""
         labels_BT = np.full_like(micro.labels, IGNORE)
         labels_BT[:, :-1] = micro.labels[:, 1:]
         rows_N, positions_N = np.nonzero(labels_BT != IGNORE)
-        grad_BTD = None if share is None else np.zeros_like(top_BTD)
+        grad_BTD = None if share is None else np.zeros_like(final_hidden_BTD)
         loss_sum, hits = 0.0, 0
         for first in range(0, len(rows_N), TAIL_TARGETS):
             where = rows_N[first : first + TAIL_TARGETS], positions_N[first : first + TAIL_TARGETS]
             labels_N = labels_BT[where].astype(np.int64)
             lengths = np.array([len(labels_N)])
-            found = self._model.tail(top_BTD[where][None], lengths, labels_N, wanted)
+            found = self._model.tail(final_hidden_BTD[where][None], lengths, labels_N, wanted)
             if grad_BTD is not None:
                 grad_BTD[where] = self._tail_gradients(found, share)
             loss_sum += float(found["loss"].numpy())
@@ -225,21 +219,10 @@ class OnnxRuntime:
 
     def _add_penalty(self) -> None:
         weight = np.float32(self._training.rank_penalty)
-        for name, pair in self.adapters.pairs().items():
+        for name, pair in self._adapters.pairs().items():
             grads = penalty_gradients(pair, self._training.rank_kept)
             self._optimizer.add_to_gradient(f"{name}.A", weight * grads.a_RI)
             self._optimizer.add_to_gradient(f"{name}.B", weight * grads.b_OR)
-
-    # ---- importance ----
-
-    def measure_importance(self, form: Form, every: int) -> None:
-        """Measure at every *every*-th step from now on; see `Runtime`."""
-        self._importance = ImportanceAccumulator(self._plan.ranks, form, every)
-        self._model.close_measuring()
-
-    def take_importance(self) -> dict[str, float]:
-        """Mean importance by weight since the last call; see `Runtime`."""
-        return self._importance.take()
 
     # ---- evaluation ----
 
@@ -248,50 +231,15 @@ class OnnxRuntime:
         lengths_B = micro.lengths.astype(np.int64)
         hidden = self._model.enter(micro.input_ids, lengths_B)
         for block in range(self._plan.split):
-            hidden = self._model.block(block, hidden, lengths_B, self.adapters.factors)
+            hidden = self._model.block(block, hidden, lengths_B, self._adapters.factors)
         hidden_BTD: Array = hidden.numpy()
         return hidden_BTD
 
-    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
         """Loss without gradients; see `Runtime`."""
-        return self._tail(top_BTD, micro, None)[0]
+        return self._tail(final_hidden_BTD, micro, None)[0]
 
-    # ---- adapters ----
-
-    def pairs(self) -> dict[str, Pair]:
-        """Copies of the own factors."""
-        return self.adapters.pairs()
-
-    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
-        """Overwrite the own factors."""
-        self.adapters.load_pairs(pairs)
-
-    def begin_round(self) -> None:
-        """Remember the factors of the round's start; a step that was given up leaves nothing."""
-        self._before = self.adapters.products()
-        self._importance.forget()
-        self._forget_step()
-
-    def _forget_step(self) -> None:
-        self._optimizer.forget_gradients()
-        self._open.clear()
-
-    def set_residual(self, residual: Mapping[str, Factors]) -> None:
-        """Replace the frozen residuals."""
-        self.adapters.set_residual({**self.adapters.zero_residual(), **residual})
-
-    def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Res <- Res + change + s B A - s B' A'; see `Runtime`."""
-        merge_change(self.adapters, changes, self._before)
-
-    def head(self) -> dict[str, Array]:
-        """The trainable head."""
-        return {name: array.copy() for name, array in self._head.items()}
-
-    def load_head(self, head: Mapping[str, Array]) -> None:
-        """Overwrite the trainable head."""
-        for name, array in head.items():
-            self._head[name][...] = array
+    # ---- memory ----
 
     def most_bytes(self) -> int:
         """Upper bound for the bytes of all factors and residuals together."""
@@ -300,31 +248,3 @@ class OnnxRuntime:
     def memory_in_use(self) -> MemoryUse:
         """Memory now, and the most since the process began."""
         return process_memory()
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that a restart needs."""
-        return {
-            **adapter_state(self.adapters),
-            **{f"head:{n}": v for n, v in self.head().items()},
-            **before_state(self._before),
-            **{f"importance:{n}": v for n, v in self._importance.state().items()},
-            **self.moments(),
-        }
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
-        load_adapter_state(self.adapters, state)
-        self.load_head(under("head:", state))
-        self._before = load_before_state(state)
-        self.load_moments(state)
-        self._importance.load_state(under("importance:", state))
-        self._forget_step()
-
-    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer moments of what `state` or `moments` returned."""
-        moments = under("optimizer:", state)
-        self._optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's part of `state`."""
-        return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}

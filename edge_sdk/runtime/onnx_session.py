@@ -45,11 +45,6 @@ class OnnxModel:
         self._weights = {name: _mapped(stored) for name, stored in weights.items()}
         self._sessions: dict[str, Any] = {}
 
-    def close_measuring(self) -> None:
-        """Let go of what only measuring needs."""
-        for name in [n for n in self._sessions if n.startswith("measure.")]:
-            del self._sessions[name]
-
     def replace(self, name: str, array: np.ndarray) -> None:
         """Let *array*, which may change in place, stand for a weight."""
         self._weights[name] = ort.OrtValue.ortvalue_from_numpy(array)

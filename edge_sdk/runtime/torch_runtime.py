@@ -11,18 +11,9 @@ import numpy as np
 import torch
 
 from edge_sdk.errors import NumericError
-from edge_sdk.lora.adapter_state import (
-    adapter_state,
-    before_state,
-    load_adapter_state,
-    load_before_state,
-    merge_change,
-    under,
-)
-from edge_sdk.lora.adapters import Adapters, Pair
-from edge_sdk.lora.factors import Array, Factors
-from edge_sdk.lora.importance import Form, ImportanceMeter
-from edge_sdk.lora.optimizer_state import fitted
+from edge_sdk.lora.adapters import Adapters
+from edge_sdk.lora.factors import Array
+from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout, Task
@@ -33,6 +24,7 @@ from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
+from edge_sdk.runtime.training_state import Pending, TrainingState
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,19 +61,21 @@ class TorchRuntime:
             self._slice.add(name, tensors)
         self._plan = plan
         self._training = training
-        self.adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
-        head = head_names(self._slice) if plan.tail else ()
-        self._head = named_parameters(self._slice, head)
-        for parameter in self._head.values():
-            parameter.requires_grad_(True)
-        trained = {**self.adapters.parameters(), **self._head}
-        self._optimizer = Optimizer(trained, training, total_steps, self._compute)
-        self._meter = ImportanceMeter(self._slice.model, plan.ranks)
         self._recompute = recompute
         self._open: deque[torch.Tensor | tuple[Micro, int, int]] = deque()
         """Hidden states whose gradient is awaited, the oldest first; or, where the backward pass
         is to compute them again, what `forward` was given."""
-        self._before: dict[str, Factors] = {}
+        adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
+        head = self._trained_head()
+        trained = {**adapters.parameters(), **head}
+        optimizer = Optimizer(trained, training, total_steps, self._compute)
+        meter = ImportanceMeter(self._slice.model, plan.ranks)
+        self.state = TorchTrainingState(adapters, optimizer, meter, head, self._open)
+
+    def _trained_head(self) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained beside the adapters, by whole-model name."""
+        names = head_names(self._slice) if self._plan.tail else ()
+        return named_parameters(self._slice, names)
 
     # ---- training ----
 
@@ -100,19 +94,21 @@ class TorchRuntime:
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, _ = self._tensors(micro)
         # A pass without a graph has nothing to measure.
-        watched = self._meter.watching(step) if torch.is_grad_enabled() else nullcontext()
+        watched = self.state.meter.watching(step) if torch.is_grad_enabled() else nullcontext()
         with autocast(self._compute, self._device), watched:
             return self._slice.front(ids_BT, lengths_B, self._plan.split)
 
-    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
-        """Loss and dL/dtop; see `Runtime`."""
+    def tail(
+        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+    ) -> tuple[TailSums, Array]:
+        """Return loss and dL/dh of the final hidden state; see `Runtime`."""
         self._slice.model.train()
-        top = torch.from_numpy(top_BTD).to(self._device).requires_grad_(True)
-        sums = self._sums(top, micro)
-        scale = self._optimizer.loss_scale
+        final_hidden = torch.from_numpy(final_hidden_BTD).to(self._device).requires_grad_(True)
+        sums = self._sums(final_hidden, micro)
+        scale = self.state.optimizer.loss_scale
         torch.autograd.backward(sums.loss_B.sum() * (scale / num_targets))
-        assert top.grad is not None
-        return totals(sums), to_numpy(top.grad / scale)
+        assert final_hidden.grad is not None
+        return totals(sums), to_numpy(final_hidden.grad / scale)
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
@@ -123,7 +119,7 @@ class TorchRuntime:
         hidden = oldest if isinstance(oldest, torch.Tensor) else self._run_blocks(*oldest)
         del oldest
         if hidden.requires_grad:
-            grad = torch.from_numpy(grad_BTD).to(self._device) * self._optimizer.loss_scale
+            grad = torch.from_numpy(grad_BTD).to(self._device) * self.state.optimizer.loss_scale
             torch.autograd.backward(hidden, grad.to(hidden.dtype))
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
@@ -131,31 +127,21 @@ class TorchRuntime:
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, labels = self._tensors(micro)
-        with autocast(self._compute, self._device), self._meter.watching(step):
+        with autocast(self._compute, self._device), self.state.meter.watching(step):
             sums = loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
-        torch.autograd.backward(sums.loss_B.sum() * (self._optimizer.loss_scale / num_targets))
+        torch.autograd.backward(sums.loss_B.sum() * (self.state.optimizer.loss_scale / num_targets))
         return totals(sums)
 
     def step(self, step: int) -> None:
         """Update the adapters; see `Runtime`."""
         if self._training.rank_penalty:
-            weight = self._training.rank_penalty * self._optimizer.loss_scale
-            own = self.adapters
+            weight = self._training.rank_penalty * self.state.optimizer.loss_scale
+            own = self.state.adapters
             add_penalty(own.parameters(), own.ranks, weight, self._training.rank_kept)
-        scale = self._optimizer.loss_scale
-        if not self._optimizer.step(step):
+        scale = self.state.optimizer.loss_scale
+        if not self.state.optimizer.step(step):
             raise NumericError(f"step {step}: a gradient of the device's adapters is not finite")
-        self._meter.close_step(lambda _: scale)
-
-    # ---- importance ----
-
-    def measure_importance(self, form: Form, every: int) -> None:
-        """Measure at every *every*-th step from now on; see `Runtime`."""
-        self._meter = ImportanceMeter(self._slice.model, self._plan.ranks, form, every)
-
-    def take_importance(self) -> dict[str, float]:
-        """Mean importance by weight since the last call; see `Runtime`."""
-        return self._meter.take()
+        self.state.meter.close_step(step, lambda _: scale)
 
     # ---- evaluation ----
 
@@ -166,16 +152,16 @@ class TorchRuntime:
         with torch.no_grad(), autocast(self._compute, self._device):
             return to_numpy(self._slice.front(ids_BT, lengths_B, self._plan.split))
 
-    def tail_eval(self, top_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
         """Loss without gradients; see `Runtime`."""
         self._slice.model.eval()
         with torch.no_grad():
-            return totals(self._sums(torch.from_numpy(top_BTD).to(self._device), micro))
+            return totals(self._sums(torch.from_numpy(final_hidden_BTD).to(self._device), micro))
 
-    def _sums(self, top: torch.Tensor, micro: Micro) -> LossSums:
+    def _sums(self, final_hidden: torch.Tensor, micro: Micro) -> LossSums:
         _, lengths_B, labels = self._tensors(micro)
         with autocast(self._compute, self._device):
-            logits = self._slice.logits(top, lengths_B, self._slice.layout.num_blocks)
+            logits = self._slice.logits(final_hidden, lengths_B, self._slice.layout.num_blocks)
             return loss_sums(logits, labels)
 
     def _tensors(self, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,42 +169,11 @@ class TorchRuntime:
         device = self._device
         return ids_BT.to(device), lengths_B.to(device), labels.to(device)
 
-    # ---- adapters ----
-
-    def pairs(self) -> dict[str, Pair]:
-        """Copies of the own factors."""
-        return self.adapters.pairs()
-
-    def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
-        """Overwrite the own factors."""
-        self.adapters.load_pairs(pairs)
-
-    def begin_round(self) -> None:
-        """Remember the factors of the round's start; a step that was given up leaves nothing."""
-        self._before = self.adapters.products()
-        self._optimizer.forget_gradients()
-        self._meter.forget()
-        self._open.clear()
-
-    def set_residual(self, residual: Mapping[str, Factors]) -> None:
-        """Replace the frozen residuals."""
-        self.adapters.set_residual({**self.adapters.zero_residual(), **residual})
+    # ---- memory ----
 
     def most_bytes(self) -> int:
-        """Upper bound for the bytes of all factors and residuals together."""
-        return self.adapters.most_bytes()
-
-    def merge_change(self, changes: Mapping[str, Factors]) -> None:
-        """Res <- Res + change + s B A - s B' A' with the factors held now; see `Runtime`."""
-        merge_change(self.adapters, changes, self._before)
-
-    def head(self) -> dict[str, Array]:
-        """The trainable head."""
-        return {n: to_numpy(p) for n, p in self._head.items()}
-
-    def load_head(self, head: Mapping[str, Array]) -> None:
-        """Overwrite the trainable head."""
-        load_parameters(self._head, head)
+        """Return an upper bound for the bytes of all factors and residuals; see `Runtime`."""
+        return self.state.adapters.most_bytes()
 
     def memory_in_use(self) -> MemoryUse:
         """Memory now, and the most since the process began."""
@@ -230,34 +185,35 @@ class TorchRuntime:
         peak = torch.cuda.max_memory_reserved(self._device)
         return MemoryUse(here.now_bytes + now, here.peak_bytes + peak)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that a restart needs."""
-        return {
-            **adapter_state(self.adapters),
-            **{f"head:{n}": v for n, v in self.head().items()},
-            **before_state(self._before),
-            **{f"importance:{n}": v for n, v in self._meter.state().items()},
-            **self.moments(),
-        }
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
-        load_adapter_state(self.adapters, state)
-        self.load_head(under("head:", state))
-        self._before = load_before_state(state)
-        self.load_moments(state)
-        self._meter.load_state(under("importance:", state))
-        self._optimizer.forget_gradients()
-        self._open.clear()
+class TorchTrainingState(TrainingState):
+    """A training state of torch parameters, on either side of the cut."""
 
-    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the optimizer moments of what `state` or `moments` returned."""
-        moments = under("optimizer:", state)
-        self._optimizer.load_state(fitted(moments, self.adapters.ranks, self.adapters.scale))
+    adapters: Adapters
+    optimizer: Optimizer
+    meter: ImportanceMeter
 
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's part of `state`."""
-        return {f"optimizer:{n}": v for n, v in self._optimizer.state().items()}
+    def __init__(
+        self,
+        adapters: Adapters,
+        optimizer: Optimizer,
+        meter: ImportanceMeter,
+        head: Mapping[str, torch.nn.Parameter],
+        pending: Pending,
+    ) -> None:
+        """Hold what is trained together; *head* is trained from now on. See `TrainingState`."""
+        super().__init__(adapters, optimizer, meter, pending)
+        self._head = head
+        for parameter in head.values():
+            parameter.requires_grad_(True)
+
+    def head(self) -> dict[str, Array]:
+        """Return the trainable head's parameters; see `TrainingState`."""
+        return {name: to_numpy(parameter) for name, parameter in self._head.items()}
+
+    def load_head(self, head: Mapping[str, Array]) -> None:
+        """Overwrite the trainable head; see `TrainingState`."""
+        load_parameters(self._head, head)
 
 
 def load_parameters(

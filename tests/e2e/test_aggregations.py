@@ -57,8 +57,10 @@ def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
     run, engine = serving.run, serving.run.engine
     assert isinstance(engine, LocalEngine)
     for weight, total in run.ledger.totals.items():
-        own = engine.adapters.products().get(weight)
-        held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]
+        own = engine.trained.adapters.products().get(weight)
+        held = [
+            f.dense() for f in (own, engine.trained.adapters.residual.get(weight)) if f is not None
+        ]
         expected = total.dense()
         if run.ledger.pairs[SERVER].get(weight) is not None and rule == "svd":
             expected = own.dense() if own is not None else expected  # its best of rank 4

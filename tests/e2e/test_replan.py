@@ -103,8 +103,10 @@ def check_global(serving: Serving) -> None:
     run, engine = serving.run, serving.run.engine
     assert isinstance(engine, LocalEngine)
     for weight, total in run.ledger.totals.items():
-        own = engine.adapters.products().get(weight)
-        held = [f.dense() for f in (own, engine.adapters.residual.get(weight)) if f is not None]
+        own = engine.trained.adapters.products().get(weight)
+        held = [
+            f.dense() for f in (own, engine.trained.adapters.residual.get(weight)) if f is not None
+        ]
         error = np.linalg.norm(sum(held) - total.dense())
         assert error <= 3e-5 * max(1e-3, float(np.linalg.norm(total.dense()))), weight
 

@@ -68,7 +68,7 @@ class Halves:
         runtime = TorchRuntime(
             self.config, self.task, self.layout, parts, plan, LORA, TRAINING, 10, device="cpu"
         )
-        runtime.load_pairs({n: self.start[n] for n in plan.ranks})
+        runtime.state.adapters.load_pairs({n: self.start[n] for n in plan.ranks})
         return runtime
 
     def _make_engine(self) -> LocalEngine:
@@ -107,9 +107,12 @@ class Halves:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of all adapters (and head) on both sides, by whole-model name."""
-        both = {**self.device._optimizer.parameters, **self.engine.optimizer.parameters}
+        both = {
+            **self.device.state.optimizer.parameters,
+            **self.engine.trained.optimizer.parameters,
+        }
         return {
-            n: p.grad / (WEIGHT if n in self.engine.optimizer.parameters else 1.0)
+            n: p.grad / (WEIGHT if n in self.engine.trained.optimizer.parameters else 1.0)
             for n, p in both.items()
             if p.grad is not None
         }
@@ -133,7 +136,7 @@ def whole_step(halves: Halves, micros: list[Micro]) -> tuple[float, dict[str, to
     model = make_model(halves.config, halves.task)
     model = peft.inject_adapter_in_model(config, model).train()
     parameters = dict(model.named_parameters())
-    head = set(halves.device._head) | set(halves.engine.head)
+    head = set(halves.device.state.head()) | set(halves.engine.trained.head())
     trained: dict[str, torch.Tensor] = {n: parameters[n].requires_grad_(True) for n in head}
     with torch.no_grad():
         for name, pair in halves.start.items():

@@ -115,10 +115,10 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
         RuntimeError: its adapters have other ranks.
     """
     state = checkpoint.arrays["trainer"]
-    names = {name for name in runtime.state() if not name.startswith("optimizer:")}
+    names = {name for name in runtime.state.checkpoint() if not name.startswith("optimizer:")}
     if lost := names ^ {name for name in state if not name.startswith("optimizer:")}:
         raise KeyError(min(lost))
-    runtime.load_state(state)
+    runtime.state.restore(state)
 
 
 def write_result(
@@ -128,7 +128,7 @@ def write_result(
 
     *model* must not be used after this: checking may write into the weights that it has open.
     """
-    learned, head = runtime.adapters.products(), runtime.head()
+    learned, head = runtime.state.adapters.products(), runtime.state.head()
     if merged or config.pooled.trains == "all":
         return export_merged(model.source, learned, head, folder)
     difference = export_adapter(model.source, learned, head, folder)
@@ -249,7 +249,7 @@ class PooledRun:
             return
         progress = self._reporting.progress()
         state = {"run": self._id, "step": self._step, "progress": progress}
-        checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state()})
+        checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state.checkpoint()})
         self.folder.save_checkpoint(self._step, checkpoint, self.config.save_total_limit)
 
     def _pause(self) -> str:

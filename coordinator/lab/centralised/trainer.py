@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
@@ -27,7 +29,6 @@ from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import Micro, TailSums
 from edge_sdk.runtime.torch_runtime import TorchRuntime
-from edge_sdk.runtime.training import Optimizer, TrainingConfig
 from profiler.sensors.memory import peak_rss
 
 POOLED = "pooled"
@@ -51,17 +52,16 @@ class MicroShape(NamedTuple):
 class WholeRuntime(TorchRuntime):
     """The whole model with all of its weights trained; no adapters."""
 
-    def __init__(self, *, training: TrainingConfig, total_steps: int, **settings: Any) -> None:
-        super().__init__(training=training, total_steps=total_steps, **settings)
+    def _trained_head(self) -> dict[str, nn.Parameter]:
+        """Return all weights of the model; see `TorchRuntime`."""
         layout = self._slice.layout
         ours = {name for part in layout.part_names() for name in layout.part(part)}
         # Tied weights are named once. What no forward uses belongs to no part and stays as it was.
         named = self._slice.model.named_parameters()
-        self._head = {name: p for name, p in named if name in ours}
-        for parameter in self._head.values():
+        found = {name: p for name, p in named if name in ours}
+        for parameter in found.values():
             parameter.data = parameter.data.clone()  # never train in the model's memory-mapped file
-            parameter.requires_grad_(True)
-        self._optimizer = Optimizer(self._head, training, total_steps, self._compute)
+        return found
 
 
 class PooledTrainer:
@@ -192,7 +192,7 @@ def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRu
         device=config.device,
         compute=config.compute,
     )
-    runtime.load_pairs(
+    runtime.state.adapters.load_pairs(
         {
             name: initial_pair(name, rank, model.facts.targets[name], config.training.seed)
             for name, rank in plan.ranks.items()

@@ -8,12 +8,10 @@ thread that calls it. Knows no rounds.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -28,8 +26,9 @@ from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.runtime.interface import Micro, Runtime, TailSums
+from edge_sdk.runtime.interface import MemoryUse, Micro, Runtime, TailSums
 from edge_sdk.runtime.torch_runtime import pick_device
+from edge_sdk.runtime.training_state import TrainingState
 from edge_sdk.transport.link import NO_TENSORS, LinkStats
 from edge_sdk.transport.memory_link import MemoryLink, memory_pair
 
@@ -46,7 +45,7 @@ class SimulationListener:
     def forward(self, device: str, plan: Plan, micro: Micro) -> None:
         """The device's blocks, forward."""
 
-    def backward(self, device: str, plan: Plan, micro: Micro) -> None:
+    def backward(self, device: str, plan: Plan, grad_BTD: Array) -> None:
         """The same blocks, backward."""
 
     def tail(self, device: str, plan: Plan, micro: Micro) -> None:
@@ -162,46 +161,55 @@ class InstrumentedRuntime:
     """A runtime whose work is heard and computed in the thread of all devices."""
 
     def __init__(self, runtime: Runtime, device: str, plan: Plan, shared: SharedCompute) -> None:
-        self._runtime, self._shared = runtime, shared
-        self._device, self._plan = device, plan
-        self._open: deque[Micro] = deque()
+        self._runtime, self._device, self._plan = runtime, device, plan
+        self._listener, self._run = shared.listener, shared.run
+
+    @property
+    def state(self) -> TrainingState:
+        """What is trained; whatever happens to it between steps takes no modelled time."""
+        return self._runtime.state
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
-        if not self._plan.is_forward_only:
-            self._open.append(micro)
-        self._shared.listener.forward(self._device, self._plan, micro)
-        hidden: Array = self._shared.run(self._runtime.forward, micro, step, index)
-        return hidden
+        self._listener.forward(self._device, self._plan, micro)
+        return self._run(self._runtime.forward, micro, step, index)
 
-    def tail(self, top_BTD: Array, micro: Micro, num_targets: int) -> tuple[TailSums, Array]:
-        """Loss and dL/dtop; see `Runtime`."""
-        self._shared.listener.tail(self._device, self._plan, micro)
-        found: tuple[TailSums, Array] = self._shared.run(
-            self._runtime.tail, top_BTD, micro, num_targets
-        )
-        return found
+    def tail(
+        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+    ) -> tuple[TailSums, Array]:
+        """Return loss and dL/dh of the final hidden state; see `Runtime`."""
+        self._listener.tail(self._device, self._plan, micro)
+        return self._run(self._runtime.tail, final_hidden_BTD, micro, num_targets)
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass; see `Runtime`."""
-        self._shared.listener.backward(self._device, self._plan, self._open.popleft())
-        self._shared.run(self._runtime.backward, grad_BTD)
-
-    def begin_round(self) -> None:
-        """Forget what is under way; see `Runtime`."""
-        self._open.clear()
-        self._shared.run(self._runtime.begin_round)
+        self._listener.backward(self._device, self._plan, grad_BTD)
+        self._run(self._runtime.backward, grad_BTD)
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
-        """The whole model, both ways; see `Runtime`."""
-        self._shared.listener.local(self._device, self._plan, micro)
-        sums: TailSums = self._shared.run(self._runtime.local, micro, num_targets, step, index)
-        return sums
+        """Run the whole model, both ways; see `Runtime`."""
+        self._listener.local(self._device, self._plan, micro)
+        return self._run(self._runtime.local, micro, num_targets, step, index)
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else a runtime can do takes no modelled time."""
-        found = getattr(self._runtime, name)
-        return partial(self._shared.run, found) if callable(found) else found
+    def step(self, step: int) -> None:
+        """Update the adapters; see `Runtime`."""
+        self._run(self._runtime.step, step)
+
+    def forward_eval(self, micro: Micro) -> Array:
+        """Run the device's blocks without a graph; see `Runtime`."""
+        return self._run(self._runtime.forward_eval, micro)
+
+    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+        """Return the loss of the final hidden state; see `Runtime`."""
+        return self._run(self._runtime.tail_eval, final_hidden_BTD, micro)
+
+    def most_bytes(self) -> int:
+        """Return an upper bound for the bytes of all factors; see `Runtime`."""
+        return self._runtime.most_bytes()
+
+    def memory_in_use(self) -> MemoryUse:
+        """Return memory now, and the most since the process began."""
+        return self._runtime.memory_in_use()
 
 
 class _SharingSetup(RuntimeSetup):
@@ -217,10 +225,8 @@ class _SharingSetup(RuntimeSetup):
         """Build the device's slice; see `RuntimeSetup`."""
         for part in assigned.parts:  # before computing, which must not wait for messages
             self._tensors(part, welcome, ask)
-        runtime: Runtime = self._shared.run(super().runtime, welcome, assigned, ask)
-        return cast(
-            "Runtime", InstrumentedRuntime(runtime, self._name, assigned.plan, self._shared)
-        )
+        runtime = self._shared.run(super().runtime, welcome, assigned, ask)
+        return InstrumentedRuntime(runtime, self._name, assigned.plan, self._shared)
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """Return the tensors of *part* as slices hold them, so that none makes a copy."""

@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
@@ -53,11 +55,11 @@ class ClockTap(SimulationListener):
 
     def forward(self, device: str, plan: Plan, micro: Micro) -> None:
         """The device's blocks, forward."""
-        self.clock.compute(device, self._own(plan, micro).forward)
+        self.clock.compute(device, self._own(plan, micro.input_ids).forward)
 
-    def backward(self, device: str, plan: Plan, micro: Micro) -> None:
+    def backward(self, device: str, plan: Plan, grad_BTD: Array) -> None:
         """The device's blocks, backward."""
-        self.clock.compute(device, self._own(plan, micro).backward)
+        self.clock.compute(device, self._own(plan, grad_BTD).backward)
 
     def tail(self, device: str, plan: Plan, micro: Micro) -> None:
         """Final norm and head, both ways."""
@@ -74,8 +76,9 @@ class ClockTap(SimulationListener):
         assert self.costs is not None, "a device computes before the model is known"
         return self.costs
 
-    def _own(self, plan: Plan, micro: Micro) -> FlopsEstimate:
-        return self._costs.flops(0, plan.split, plan.ranks, *micro.input_ids.shape, front=True)
+    def _own(self, plan: Plan, batch: np.ndarray) -> FlopsEstimate:
+        """The device's blocks for a *batch* (B, T) or (B, T, D)."""
+        return self._costs.flops(0, plan.split, plan.ranks, *batch.shape[:2], front=True)
 
     def _both(self, device: str, flops: FlopsEstimate) -> None:
         self.clock.compute(device, flops.total)

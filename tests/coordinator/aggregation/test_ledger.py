@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.rules import SERVER
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.adapter_state import merge_change
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape
 from edge_sdk.model.layout import Layout
+from edge_sdk.runtime.training_state import merge_change
 
 BLOCKS = 5
 LORA = LoraConfig(r=4, lora_alpha=8.0)

@@ -96,15 +96,15 @@ def make_jobs(family: str) -> list[Job]:
 
 def gradients(engine: LocalEngine) -> dict[str, np.ndarray]:
     """What one step of SGD with rate 1 subtracts: the gradients after `finish_step`."""
-    before = {n: p.detach().numpy().copy() for n, p in engine.optimizer.parameters.items()}
+    before = {n: p.detach().numpy().copy() for n, p in engine.trained.optimizer.parameters.items()}
     assert engine.finish_step(0)
-    after = {n: p.detach().numpy() for n, p in engine.optimizer.parameters.items()}
+    after = {n: p.detach().numpy() for n, p in engine.trained.optimizer.parameters.items()}
     return {n: before[n].astype(np.float64) - after[n] for n in before}
 
 
 def raw_gradients(engine: LocalEngine) -> dict[str, np.ndarray]:
     """The gradients that have been accumulated, unweighted by samples."""
-    found = engine.optimizer.parameters.items()
+    found = engine.trained.optimizer.parameters.items()
     return {n: p.grad.numpy().astype(np.float64) for n, p in found if p.grad is not None}
 
 
@@ -144,7 +144,7 @@ def test_an_adapter_gets_the_mean_over_who_is_served(family: str) -> None:
     engine = make_engine(family)
 
     engine.train(jobs, 0, 0)
-    for name, parameter in engine.optimizer.parameters.items():
+    for name, parameter in engine.trained.optimizer.parameters.items():
         assert parameter.grad is not None, name
     found = {}
     served = jobs

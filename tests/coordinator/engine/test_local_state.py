@@ -73,7 +73,7 @@ def test_a_mean_of_blocks_that_are_only_evaluated_is_a_residual() -> None:
 
     engine.take({name: product(pair, 2.0)}, {}, {})
 
-    held = engine.adapters.residual[name]
+    held = engine.trained.adapters.residual[name]
     expected = 2.0 * pair.b_OR @ pair.a_RI
     np.testing.assert_allclose(held.dense(), expected, rtol=1e-5, atol=1e-6)
 

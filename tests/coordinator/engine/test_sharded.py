@@ -57,9 +57,10 @@ class ShardedEngine:
 
     def finish_step(self, step: int) -> bool:
         """Add up the gradients, and who was served."""
-        self._one.served = self._two.served = {**self._one.served, **self._two.served}
-        for name, mine in self._one.optimizer.parameters.items():
-            other = self._two.optimizer.parameters[name]
+        one, two = self._one.open_step, self._two.open_step
+        one.served = two.served = {**one.served, **two.served}
+        for name, mine in self._one.trained.optimizer.parameters.items():
+            other = self._two.trained.optimizer.parameters[name]
             if grads := [p.grad for p in (mine, other) if p.grad is not None]:
                 mine.grad, other.grad = (torch.stack(grads).sum(0) for _ in range(2))
         return all([self._one.finish_step(step), self._two.finish_step(step)])

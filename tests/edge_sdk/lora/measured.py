@@ -108,8 +108,8 @@ def make_runtime(
     runtime = TorchRuntime(
         k.config, k.task, k.layout, parts, plan, LORA, training, 10, device="cpu", **options
     )
-    runtime.load_pairs({n: k.pairs[n] for n in here if n in k.pairs})
-    runtime.set_residual({n: k.residual[n] for n in here if n in k.residual})
+    runtime.state.adapters.load_pairs({n: k.pairs[n] for n in here if n in k.pairs})
+    runtime.state.set_residual({n: k.residual[n] for n in here if n in k.residual})
     return runtime
 
 
@@ -259,7 +259,7 @@ def wave(family: str) -> tuple[list[Job], dict[str, dict[str, Record]], dict[str
         micro = make_micro(task_of(family), seed, rows=2 + seed, longest=5 + seed)
         targets = num_targets(micro)
         runtimes[name] = make_runtime(family, split)
-        runtimes[name].measure_importance("free", 1)
+        runtimes[name].state.meter.measure("free", 1)
         hidden = runtimes[name].forward(micro, 0, 0)
         jobs.append(make_job(name, split, micro, hidden, WEIGHTS[name], targets))
         records[name] = dense(family, micro, targets)

@@ -35,8 +35,8 @@ def test_values_are_means_of_the_measured_steps_and_survive_a_restart() -> None:
     values = []
     runtimes = [make_runtime("llama", 2) for _ in range(2)]
     for runtime in runtimes:
-        runtime.begin_round()
-        runtime.measure_importance("free", 2)
+        runtime.state.begin_round()
+        runtime.state.meter.measure("free", 2)
 
     def one(runtime: Any, step: int) -> None:
         hidden = runtime.forward(make_micro("causal-lm", step), step, 0)
@@ -46,18 +46,18 @@ def test_values_are_means_of_the_measured_steps_and_survive_a_restart() -> None:
     for step in range(4):
         one(runtimes[0], step)
         if step == 1:
-            runtimes[1].load_state(runtimes[0].state())
+            runtimes[1].state.restore(runtimes[0].state.checkpoint())
         if step > 1:
             one(runtimes[1], step)
         single = make_runtime("llama", 2)
-        single.measure_importance("free", 1)
+        single.state.meter.measure("free", 1)
         one(single, step)
-        values.append(single.take_importance())
-    straight, restored = (runtime.take_importance() for runtime in runtimes)
+        values.append(single.state.meter.take())
+    straight, restored = (runtime.state.meter.take() for runtime in runtimes)
 
     assert straight == restored
     check(straight, {n: (values[0][n] + values[2][n]) / 2 for n in values[0]})
-    assert runtimes[0].take_importance() == {}
+    assert runtimes[0].state.meter.take() == {}
 
 
 def test_a_round_that_starts_again_forgets_what_was_measured() -> None:
@@ -65,16 +65,16 @@ def test_a_round_that_starts_again_forgets_what_was_measured() -> None:
     micro = make_micro("causal-lm", 0)
     for is_complete in (True, False):
         runtime = make_runtime("llama", 2)
-        runtime.measure_importance("free", 1)
+        runtime.state.meter.measure("free", 1)
         hidden = runtime.forward(micro, 0, 0)
         runtime.backward(np.ones_like(hidden))
         if is_complete:
             runtime.step(0)
 
-        runtime.begin_round()
+        runtime.state.begin_round()
         runtime.step(1)
 
-        assert runtime.take_importance() == {}
+        assert runtime.state.meter.take() == {}
 
 
 def test_the_coordinator_keeps_its_values_through_a_restart() -> None:
@@ -83,7 +83,7 @@ def test_the_coordinator_keeps_its_values_through_a_restart() -> None:
     engine, restored = make_engine("llama", 1), make_engine("llama", 1)
     for one in (engine, restored):
         one.begin(one.learned().pairs)
-        one.measure_importance("free", 1)
+        one.trained.meter.measure("free", 1)
     engine.train(jobs, 0, 0)
     engine.finish_step(0)
 
@@ -104,7 +104,7 @@ def test_the_reference_form_is_measured_half_as_often() -> None:
             with meter.watching(step):
                 y = model(torch.ones(1, 3))
             y.sum().backward()
-            meter.close_step(lambda _: 1.0)
+            meter.close_step(step)
         counts[form] = int(meter.state()["1"][1])
 
     assert counts == {"free": 4, "reference": 2, "signed": 4}

@@ -48,7 +48,7 @@ def tensors() -> Iterator[torch.Tensor]:
 def test_nothing_is_left_and_nothing_hangs_on_other_steps(form: Form) -> None:
     """After a measured step no hook and no tensor remains; between two of them there is none."""
     runtime, micro = make_runtime("gpt2", 2), make_micro("causal-lm", 0)
-    runtime.measure_importance(form, 2)
+    runtime.state.meter.measure(form, 2)
     model = runtime._slice.model
 
     def one(step: int) -> int:
@@ -65,9 +65,9 @@ def test_nothing_is_left_and_nothing_hangs_on_other_steps(form: Form) -> None:
     after = one(4)
 
     assert after == before
-    assert runtime.take_importance().keys() == set(known("gpt2").names(0, 2))
+    assert runtime.state.meter.take().keys() == set(known("gpt2").names(0, 2))
     one(5)
-    assert runtime.take_importance() == {}
+    assert runtime.state.meter.take() == {}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -77,14 +77,14 @@ def test_measuring_changes_no_bit_of_the_training(family: str, form: Form) -> No
     training, found = TrainingConfig(learning_rate=1e-2), []
     for every in (0, 1):
         runtime = make_runtime(family, BLOCKS, training)
-        runtime.measure_importance(form, every)
+        runtime.state.meter.measure(form, every)
         losses = []
         for step in range(2):
             micro = make_micro(task_of(family), step)
             losses.append(runtime.local(micro, num_targets(micro), step, 0))
             runtime.step(step)
-        runtime.take_importance()
-        found.append((losses, runtime.state()))
+        runtime.state.meter.take()
+        found.append((losses, runtime.state.checkpoint()))
 
     (losses, state), (others, other) = found
     assert losses == others
@@ -119,7 +119,7 @@ class Census(TorchDispatchMode):
 def test_the_reference_form_holds_one_dense_gradient_at_a_time() -> None:
     """Of all tensors of a weight's size that a backward pass makes, at most one is alive."""
     runtime, micro = make_runtime("llama", BLOCKS), make_micro("causal-lm", 0, rows=3, longest=7)
-    runtime.measure_importance("reference", 1)
+    runtime.state.meter.measure("reference", 1)
     shapes = {tuple(shape) for shape in known("llama").shapes.values()}
     hidden = runtime.forward(micro, 0, 0)
 
@@ -138,7 +138,7 @@ def test_the_free_form_keeps_what_autograd_keeps_anyway() -> None:
     extra = []
     for every in (0, 1):
         runtime = make_runtime("llama", 2)
-        runtime.measure_importance("free", every)
+        runtime.state.meter.measure("free", every)
         saved: set[int] = set()
 
         def pack(tensor: torch.Tensor, saved: set[int] = saved) -> torch.Tensor:

@@ -46,14 +46,14 @@ def test_a_device_with_the_whole_model_equals_the_dense_reference(family: str, f
     """Padded micro-batches, adapted weights and bare ones, beside adapters and residuals."""
     micros, targets = two_micros(family)
     runtime = make_runtime(family, BLOCKS)
-    runtime.measure_importance(form, 1)
+    runtime.state.meter.measure(form, 1)
 
     for index, micro in enumerate(micros):
         runtime.local(micro, targets, 0, index)
     runtime.step(0)
 
     steps = [[(1.0, dense(family, micro, targets))] for micro in micros]
-    check(runtime.take_importance(), {n: expected(form, steps, n) for n in known(family).shapes})
+    check(runtime.state.meter.take(), {n: expected(form, steps, n) for n in known(family).shapes})
 
 
 @pytest.mark.parametrize("family", sorted({**FAMILIES, **OTHERS}.keys() - set(MAIN)))
@@ -64,13 +64,13 @@ def test_every_family_is_measured_by_the_same_code(family: str) -> None:
     runtime = make_runtime(family, BLOCKS)
 
     for form in FORMS:
-        runtime.measure_importance(form, 1)
+        runtime.state.meter.measure(form, 1)
         runtime.local(micro, targets, 0, 0)
         runtime.step(0)
 
         steps = [[(1.0, dense(family, micro, targets))]]
         due = {n: expected(form, steps, n) for n in known(family).shapes}
-        check(runtime.take_importance(), due)
+        check(runtime.state.meter.take(), due)
 
 
 @pytest.mark.parametrize("labels", ["server", "device"])
@@ -83,8 +83,8 @@ def test_device_and_coordinator_together_equal_the_whole(
     micros, targets = two_micros(family)
     runtime = make_runtime(family, 2)
     engine = make_engine(family, 2, trains_head=labels == "server")
-    for side in (runtime, engine):
-        side.measure_importance(form, 1)
+    for meter in (runtime.state.meter, engine.trained.meter):
+        meter.measure(form, 1)
 
     for index, micro in enumerate(micros):
         job = make_job("a", 2, micro, runtime.forward(micro, 0, index), 6.0, targets)
@@ -98,7 +98,7 @@ def test_device_and_coordinator_together_equal_the_whole(
     engine.finish_step(0)
 
     steps = [[(1.0, dense(family, micro, targets))] for micro in micros]
-    found = {**runtime.take_importance(), **engine.learned().importance}
+    found = {**runtime.state.meter.take(), **engine.learned().importance}
     check(found, {n: expected(form, steps, n) for n in known(family).shapes})
 
 
@@ -108,7 +108,7 @@ def test_a_wave_is_measured_for_the_weighted_mean_loss(family: str, form: Form) 
     """Each block's value is that of the mean over the devices served there, by their samples."""
     jobs, records, _ = wave(family)
     engine = make_engine(family, 1)
-    engine.measure_importance(form, 1)
+    engine.trained.meter.measure(form, 1)
 
     engine.train(jobs, 0, 0)
     engine.finish_step(0)
@@ -126,7 +126,7 @@ def test_combined_reports_equal_the_pooled_loss() -> None:
     """Free form: devices and coordinator joined by shares give sum_i p_i L_i on one machine."""
     jobs, records, runtimes = wave("llama")
     engine, k = make_engine("llama", 1), known("llama")
-    engine.measure_importance("free", 1)
+    engine.trained.meter.measure("free", 1)
     for answer in engine.train(jobs, 0, 0):
         runtimes[answer.device].backward(answer.grad_BTD)
         runtimes[answer.device].step(0)
@@ -140,7 +140,7 @@ def test_combined_reports_equal_the_pooled_loss() -> None:
     found = combine(
         {
             "": (left, engine.learned().importance),
-            **{n: (WEIGHTS[n] / total, r.take_importance()) for n, r in runtimes.items()},
+            **{n: (WEIGHTS[n] / total, r.state.meter.take()) for n, r in runtimes.items()},
         }
     )
 
@@ -152,7 +152,7 @@ def test_a_device_that_left_counts_nothing() -> None:
     """Who sends no gradient is in no value; a block that served nobody reports nothing."""
     jobs, records, runtimes = wave("llama")
     engine = make_engine("llama", 1, trains_head=False)
-    engine.measure_importance("free", 1)
+    engine.trained.meter.measure("free", 1)
     tops = engine.forward(jobs, 0, 0)
     micro = make_micro("causal-lm", 1, rows=3, longest=6)
 
@@ -174,10 +174,10 @@ def test_the_loss_scale_of_float16_is_divided_out(form: Form) -> None:
     found = []
     for compute in ("float32", "float16"):
         runtime = make_runtime("llama", BLOCKS, compute=compute)
-        runtime.measure_importance(form, 1)
+        runtime.state.meter.measure(form, 1)
         runtime.local(micro, num_targets(micro), 0, 0)
         runtime.step(0)
-        found.append(runtime.take_importance())
+        found.append(runtime.state.meter.take())
 
     check_rounded(*found)
 
@@ -189,8 +189,10 @@ def test_the_coordinator_divides_its_loss_scale_out(form: Form) -> None:
     found = []
     for compute in ("float32", "float16"):
         engine = make_engine("llama", 1, compute=compute)
-        engine.optimizer.loss_scale = min(256.0, engine.optimizer.loss_scale)  # as if found
-        engine.measure_importance(form, 1)
+        engine.trained.optimizer.loss_scale = min(
+            256.0, engine.trained.optimizer.loss_scale
+        )  # as if found
+        engine.trained.meter.measure(form, 1)
         engine.train(jobs, 0, 0)
         engine.finish_step(0)
         found.append(engine.learned().importance)
@@ -209,13 +211,13 @@ def check_rounded(full: Mapping[str, float], half: Mapping[str, float]) -> None:
 def test_what_is_not_finite_is_no_measurement() -> None:
     """A step that overflows leaves the values of the others alone."""
     micro, runtime = make_micro("causal-lm", 0), make_runtime("llama", 2, compute="float16")
-    runtime.measure_importance("free", 1)
+    runtime.state.meter.measure("free", 1)
     for step, value in enumerate((1e-3, math.inf)):
         hidden = runtime.forward(micro, step, 0)
         runtime.backward(np.full_like(hidden, value))
         runtime.step(step)
 
-    found = runtime.take_importance()
+    found = runtime.state.meter.take()
 
     assert found.keys() == set(known("llama").names(0, 2))
     assert all(math.isfinite(value) for value in found.values())
@@ -262,7 +264,7 @@ def test_a_quantised_base_is_measured_by_what_it_stands_for(form: Form) -> None:
         with meter.watching(0):
             loss = mean_loss(model, micro, num_targets(micro))
         loss.backward()
-        meter.close_step(lambda _: 1.0)
+        meter.close_step(0)
         found.append(meter.take())
 
     check(found[0], found[1])

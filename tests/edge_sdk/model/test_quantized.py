@@ -460,7 +460,7 @@ def test_adapters_learn_as_on_the_dense_weights(family: str, kind: Quantized) ->
     losses, expected = (train(r, family, range(4)) for r in (runtime, dense))
 
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    found, wanted = runtime.pairs(), dense.pairs()
+    found, wanted = runtime.state.adapters.pairs(), dense.state.adapters.pairs()
     for name in wanted:
         assert np.linalg.norm(wanted[name].b_OR) > 0
         np.testing.assert_allclose(found[name].a_RI, wanted[name].a_RI, atol=1e-3)
@@ -493,7 +493,7 @@ def test_a_residual_joins_a_weight_without_an_adapter(kind: Quantized) -> None:
     train(trained, "gpt2", range(2))
     micro = make_micro("causal-lm", 5)
 
-    runtime.set_residual(trained.adapters.products())
+    runtime.state.set_residual(trained.state.adapters.products())
 
     np.testing.assert_allclose(runtime.forward_eval(micro), trained.forward_eval(micro), atol=1e-5)
 
@@ -508,14 +508,14 @@ def test_adapters_leave_for_other_bases(kind: Quantized, tmp_path: Path) -> None
     make_model(make_config("llama"), "causal-lm").save_pretrained(tmp_path / "base")  # type: ignore[operator]
     source = ModelSource(str(tmp_path / "base"), "causal-lm")
 
-    other.load_pairs(trained.pairs())
-    difference = export_adapter(source, trained.adapters.products(), {}, tmp_path / "out")
+    other.state.adapters.load_pairs(trained.state.adapters.pairs())
+    difference = export_adapter(source, trained.state.adapters.products(), {}, tmp_path / "out")
 
-    for name, pair in trained.pairs().items():
-        assert np.array_equal(other.pairs()[name].b_OR, pair.b_OR)
+    for name, pair in trained.state.adapters.pairs().items():
+        assert np.array_equal(other.state.adapters.pairs()[name].b_OR, pair.b_OR)
     assert difference < 1e-5
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert set(written["target_modules"]) == set(trained.pairs())
+    assert set(written["target_modules"]) == set(trained.state.adapters.pairs())
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "int4"), ("bert", "int8")])
@@ -523,14 +523,16 @@ def test_a_restored_device_goes_on_bit_for_bit(family: str, kind: Quantized) -> 
     """Two steps, saved, loaded into a fresh device and two more: as four in one go."""
     straight, stopped = make_runtime(family, kind), make_runtime(family, kind)
     for runtime in (straight, stopped):
-        runtime.begin_round()
+        runtime.state.begin_round()
         train(runtime, family, range(2))
     restored = make_runtime(family, kind)
 
-    restored.load_state({name: value.copy() for name, value in stopped.state().items()})
+    restored.state.restore(
+        {name: value.copy() for name, value in stopped.state.checkpoint().items()}
+    )
 
     assert train(straight, family, range(2, 4)) == train(restored, family, range(2, 4))
-    first, second = straight.state(), restored.state()
+    first, second = straight.state.checkpoint(), restored.state.checkpoint()
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -541,9 +543,9 @@ def test_importance_is_that_of_the_dense_weights(family: str, form: Form, kind: 
     """Every form measures on a quantised base what it measures on its dequantised weights."""
     found = []
     for runtime in (make_runtime(family, kind), twin(family, kind)):
-        runtime.measure_importance(form, 1)
+        runtime.state.meter.measure(form, 1)
         train(runtime, family, range(1))
-        found.append(runtime.take_importance())
+        found.append(runtime.state.meter.take())
 
     assert all(value > 0 for value in found[0].values())
     assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -167,14 +167,14 @@ def test_a_runtime_holds_what_is_estimated(family: str, optimizer: Any) -> None:
     runtime = TorchRuntime(config, task, layout, parts, plan, LoraConfig(), training, 9)
     micro = make_micro(task, 0)
     runtime.local(micro, num_targets(micro), 0, 0)
-    trained = [*runtime.adapters.parameters().values(), *runtime._head.values()]
+    trained = [*runtime.state.adapters.parameters().values(), *runtime.state._head.values()]
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
 
     runtime.step(0)
 
     found = estimate_memory(shape_of(family), work)
-    moments = {n: m for n, m in runtime.moments().items() if not n.endswith(".step")}
-    assert found.adapters == sum(p.nbytes for p in runtime.adapters.parameters().values())
+    moments = {n: m for n, m in runtime.state.moments().items() if not n.endswith(".step")}
+    assert found.adapters == sum(p.nbytes for p in runtime.state.adapters.parameters().values())
     assert found.gradients == gradients
     assert found.optimizer == sum(np.asarray(m).nbytes for m in moments.values())
 

@@ -52,8 +52,8 @@ def train(runtime: Runtime, family: str, steps: range) -> list[float]:
 
 def learned(runtime: Runtime) -> Array:
     """All trained numbers in one vector."""
-    arrays = [array for pair in runtime.pairs().values() for array in pair]
-    return np.concatenate([a.ravel() for a in (*arrays, *runtime.head().values())])
+    arrays = [array for pair in runtime.state.adapters.pairs().values() for array in pair]
+    return np.concatenate([a.ravel() for a in (*arrays, *runtime.state.head().values())])
 
 
 def relative(found: Array, wanted: Array) -> float:
@@ -65,8 +65,8 @@ def both(family: str, **options: Any) -> tuple[Runtime, Runtime]:
     """Torch's runtime and onnxruntime's, with the same factors and residuals."""
     pair = tuple(make_runtime(backend, family, ranks, **options) for backend in BACKENDS)
     for runtime in pair:
-        runtime.load_pairs(random_pairs(pair[0]))
-        runtime.set_residual(random_change(family))
+        runtime.state.adapters.load_pairs(random_pairs(pair[0]))
+        runtime.state.set_residual(random_change(family))
     return pair  # type: ignore[return-value]
 
 
@@ -97,7 +97,10 @@ def test_backends_compute_the_same(family: str) -> None:
     # SGD so fast that what moved is the gradient, not the rounding of what it was taken from.
     settings: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e3}
     reference, runtime = both(family, max_grad_norm=0.0, lr_scheduler_type="constant", **settings)
-    before = reference.pairs(), {n: v.copy() for n, v in reference.head().items()}
+    before = (
+        reference.state.adapters.pairs(),
+        {n: v.copy() for n, v in reference.state.head().items()},
+    )
     for step in range(4):
         micro = micro_of(family, step)
         wanted, hidden = reference.forward(micro, step, 0), runtime.forward(micro, step, 0)
@@ -113,15 +116,17 @@ def test_backends_compute_the_same(family: str) -> None:
         for each in (reference, runtime):
             each.backward(grad)
             each.step(0)
-        for name, pair in reference.pairs().items():
-            for old, new, own in zip(before[0][name], pair, runtime.pairs()[name], strict=True):
+        for name, pair in reference.state.adapters.pairs().items():
+            for old, new, own in zip(
+                before[0][name], pair, runtime.state.adapters.pairs()[name], strict=True
+            ):
                 assert relative(own - old, new - old) < GRADIENT_TOLERANCE
-        for name, value in reference.head().items():
+        for name, value in reference.state.head().items():
             old = before[1][name]
-            assert relative(runtime.head()[name] - old, value - old) < GRADIENT_TOLERANCE
+            assert relative(runtime.state.head()[name] - old, value - old) < GRADIENT_TOLERANCE
         for each in (reference, runtime):
-            each.load_pairs(before[0])
-            each.load_head(before[1])
+            each.state.adapters.load_pairs(before[0])
+            each.state.load_head(before[1])
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -141,9 +146,9 @@ def test_backends_measure_the_same_importance(form: Any) -> None:
     """Every form, weights without an adapter included, over the steps that are due."""
     found = []
     for runtime in both("llama"):
-        runtime.measure_importance(form, 2)
+        runtime.state.meter.measure(form, 2)
         train(runtime, "llama", range(5))
-        found.append(runtime.take_importance())
+        found.append(runtime.state.meter.take())
     wanted, own = found
 
     assert own.keys() == wanted.keys() == known("llama").targets.keys()
@@ -175,13 +180,13 @@ def test_backends_read_each_others_checkpoints() -> None:
     """What one has saved the other goes on from, moments and residuals included."""
     reference, runtime = both("llama")
     for each in (reference, runtime):
-        each.begin_round()
+        each.state.begin_round()
     train(reference, "llama", range(3))
-    runtime.load_state(reference.state())
+    runtime.state.restore(reference.state.checkpoint())
 
     losses, own_losses = (train(r, "llama", range(3, 6)) for r in (reference, runtime))
 
-    assert reference.state().keys() == runtime.state().keys()
+    assert reference.state.checkpoint().keys() == runtime.state.checkpoint().keys()
     np.testing.assert_allclose(own_losses, losses, rtol=1e-5)
 
 
@@ -198,18 +203,20 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_a_restored_device_goes_on_bit_for_bit(backend: str, family: str) -> None:
     """Factors, residuals, head and moments continue as if never stopped."""
     straight, stopped = (make_runtime(backend, family, ranks) for _ in range(2))
-    stopped.load_pairs(straight.pairs())
+    stopped.state.adapters.load_pairs(straight.state.adapters.pairs())
     for runtime in (straight, stopped):
-        runtime.begin_round()
+        runtime.state.begin_round()
         train(runtime, family, range(2))
-        runtime.merge_change(random_change(family))
-        runtime.begin_round()
+        runtime.state.merge_change(random_change(family))
+        runtime.state.begin_round()
     restored = make_runtime(backend, family, ranks)
 
-    restored.load_state({name: value.copy() for name, value in stopped.state().items()})
+    restored.state.restore(
+        {name: value.copy() for name, value in stopped.state.checkpoint().items()}
+    )
 
     assert train(straight, family, range(2, 4)) == train(restored, family, range(2, 4))
-    first, second = straight.state(), restored.state()
+    first, second = straight.state.checkpoint(), restored.state.checkpoint()
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -217,14 +224,14 @@ def test_a_restored_device_goes_on_bit_for_bit(backend: str, family: str) -> Non
 def test_a_change_is_dw_less_what_was_learned_here(backend: str) -> None:
     """Own factors moved and the change merged: the function is the old one plus the change."""
     runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 2)
-    runtime.load_pairs(random_pairs(runtime))
-    runtime.begin_round()
+    runtime.state.adapters.load_pairs(random_pairs(runtime))
+    runtime.state.begin_round()
     twin = make_runtime(backend, "llama")
-    twin.load_pairs(runtime.pairs())
-    twin.set_residual(random_change("llama"))
+    twin.state.adapters.load_pairs(runtime.state.adapters.pairs())
+    twin.state.set_residual(random_change("llama"))
 
     train(runtime, "llama", range(3))
-    runtime.merge_change(random_change("llama"))
+    runtime.state.merge_change(random_change("llama"))
 
     np.testing.assert_allclose(runtime.forward_eval(micro), twin.forward_eval(micro), atol=2e-5)
 
@@ -236,7 +243,7 @@ def test_micro_batches_add_up(backend: str) -> None:
     moved = []
     for chosen in ([0, 1], [0], [1]):
         runtime = make_runtime(backend, "llama", **options)
-        runtime.load_pairs(random_pairs(runtime))
+        runtime.state.adapters.load_pairs(random_pairs(runtime))
         before = learned(runtime)
         for index in chosen:
             top = runtime.forward(micros[index], 0, index)
@@ -263,13 +270,15 @@ def test_evaluation_changes_nothing(backend: str) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
     """The step is named, and factors and moments stay."""
     runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
-    before = {name: value.copy() for name, value in runtime.state().items()}
+    before = {name: value.copy() for name, value in runtime.state.checkpoint().items()}
     runtime.backward(np.full_like(runtime.forward(micro, 3, 0), np.nan))
 
     with pytest.raises(NumericError, match="step 3: a gradient"):
         runtime.step(3)
 
-    assert all(np.array_equal(value, before[name]) for name, value in runtime.state().items())
+    assert all(
+        np.array_equal(value, before[name]) for name, value in runtime.state.checkpoint().items()
+    )
 
 
 def test_a_round_begins_without_leftovers(backend: str) -> None:
@@ -278,7 +287,7 @@ def test_a_round_begins_without_leftovers(backend: str) -> None:
     before = learned(runtime)
     runtime.backward(np.ones_like(runtime.forward(micro, 0, 0)))
 
-    runtime.begin_round()
+    runtime.state.begin_round()
     runtime.step(0)
 
     assert np.array_equal(learned(runtime), before)
@@ -291,7 +300,7 @@ def test_a_device_without_adapters_passes_gradients_by(backend: str) -> None:
     runtime.backward(np.ones_like(runtime.forward(micro, 0, 0)))
     runtime.step(0)
 
-    assert runtime.pairs() == {}
+    assert runtime.state.adapters.pairs() == {}
 
 
 def test_a_micro_batch_without_targets_costs_nothing(backend: str) -> None:
@@ -317,9 +326,9 @@ def test_pruning_pulls_at_the_tail_ranks(backend: str) -> None:
             rank_penalty=penalty,
             rank_kept=0.5,
         )
-        runtime.load_pairs(random_pairs(runtime))
+        runtime.state.adapters.load_pairs(random_pairs(runtime))
         train(runtime, "llama", range(1))
-        norms.append([np.linalg.norm(p.a_RI[2:]) for p in runtime.pairs().values()])
+        norms.append([np.linalg.norm(p.a_RI[2:]) for p in runtime.state.adapters.pairs().values()])
 
     assert all(with_ < without for without, with_ in zip(*norms, strict=True))
 

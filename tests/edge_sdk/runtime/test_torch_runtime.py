@@ -71,16 +71,18 @@ def test_a_restored_device_goes_on_bit_for_bit(family: str) -> None:
     """Factors, residuals, head, moments and dropout continue as if never stopped."""
     straight, stopped = make_runtime(family), make_runtime(family)
     for runtime in (straight, stopped):
-        runtime.begin_round()
+        runtime.state.begin_round()
         train(runtime, family, range(2))
-        runtime.merge_change(random_change(family))
-        runtime.begin_round()
+        runtime.state.merge_change(random_change(family))
+        runtime.state.begin_round()
     restored = make_runtime(family)
 
-    restored.load_state({name: value.copy() for name, value in stopped.state().items()})
+    restored.state.restore(
+        {name: value.copy() for name, value in stopped.state.checkpoint().items()}
+    )
 
     assert train(straight, family, range(2, 4)) == train(restored, family, range(2, 4))
-    first, second = straight.state(), restored.state()
+    first, second = straight.state.checkpoint(), restored.state.checkpoint()
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -90,16 +92,16 @@ def test_a_change_is_dw_less_what_was_learned_here() -> None:
     runtime, change = make_runtime("llama"), random_change("llama")
 
     def held(name: str) -> Any:
-        total = runtime.adapters.products()[name].dense().astype(np.float64)
-        if name in runtime.adapters.residual:
-            total = total + runtime.adapters.residual[name].dense()
+        total = runtime.state.adapters.products()[name].dense().astype(np.float64)
+        if name in runtime.state.adapters.residual:
+            total = total + runtime.state.adapters.residual[name].dense()
         return total
 
     for round_ in range(3):
-        runtime.begin_round()
+        runtime.state.begin_round()
         before = {name: held(name) for name in change}
         train(runtime, "llama", range(2 * round_, 2 * round_ + 2))
-        runtime.merge_change(change)
+        runtime.state.merge_change(change)
         for name, factors in change.items():
             np.testing.assert_allclose(held(name), before[name] + factors.dense(), atol=2e-6)
 
@@ -115,20 +117,22 @@ def test_forward_and_tail_evaluate_without_dropout(split: int) -> None:
     assert np.array_equal(first, second)
     assert sums == runtime.tail_eval(second, micro)
     assert sums.num_targets == num_targets(micro)
-    assert not [p for p in runtime.adapters.parameters().values() if p.grad is not None]
+    assert not [p for p in runtime.state.adapters.parameters().values() if p.grad is not None]
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_and_changes_nothing() -> None:
     """The step is named, and factors and moments stay."""
     runtime, micro = make_runtime("llama", 2), make_micro("causal-lm", 0)
-    before = {name: value.copy() for name, value in runtime.state().items()}
+    before = {name: value.copy() for name, value in runtime.state.checkpoint().items()}
     hidden = runtime.forward(micro, 3, 0)
     runtime.backward(np.full_like(hidden, np.nan))
 
     with pytest.raises(NumericError, match="step 3: a gradient"):
         runtime.step(3)
 
-    assert all(np.array_equal(value, before[name]) for name, value in runtime.state().items())
+    assert all(
+        np.array_equal(value, before[name]) for name, value in runtime.state.checkpoint().items()
+    )
 
 
 def test_a_device_without_adapters_passes_gradients_by() -> None:
@@ -138,7 +142,7 @@ def test_a_device_without_adapters_passes_gradients_by() -> None:
     runtime.backward(np.ones_like(runtime.forward(micro, 0, 0)))
     runtime.step(0)
 
-    assert runtime.pairs() == {}
+    assert runtime.state.adapters.pairs() == {}
 
 
 def test_a_base_in_half_precision_trains_in_full() -> None:
@@ -151,7 +155,7 @@ def test_a_base_in_half_precision_trains_in_full() -> None:
     runtime.step(0)
 
     assert hidden.dtype == np.float32
-    assert {p.dtype for p in runtime.adapters.parameters().values()} == {torch.float32}
+    assert {p.dtype for p in runtime.state.adapters.parameters().values()} == {torch.float32}
 
 
 def test_a_device_is_picked_by_name() -> None:
@@ -166,8 +170,8 @@ def test_blocks_that_are_computed_again_give_the_same_bits(family: str) -> None:
     found = []
     for recompute in (False, True):
         runtime = make_runtime(family, split=2, recompute=recompute)
-        runtime.begin_round()
-        runtime.measure_importance("free", 2)
+        runtime.state.begin_round()
+        runtime.state.meter.measure("free", 2)
         hidden = []
         for step in range(4):
             for index in range(2):
@@ -177,7 +181,7 @@ def test_blocks_that_are_computed_again_give_the_same_bits(family: str) -> None:
                 torch.manual_seed(99)  # whatever has drawn numbers in between
                 runtime.backward(grad_BTD)
             runtime.step(step)
-        found.append((hidden, runtime.state(), runtime.take_importance()))
+        found.append((hidden, runtime.state.checkpoint(), runtime.state.meter.take()))
     (hidden, state, importance), (again, state_again, importance_again) = found
 
     assert all(np.array_equal(a, b) for a, b in zip(hidden, again, strict=True))
@@ -200,6 +204,6 @@ def test_a_device_that_computes_again_keeps_no_graph_while_it_waits() -> None:
     before = graphs()
     hidden = runtime.forward(micro, 0, 0)
     assert graphs() == before
-    runtime.begin_round()
+    runtime.state.begin_round()
     with pytest.raises(AssertionError, match="backward without forward"):
         runtime.backward(np.zeros_like(hidden))

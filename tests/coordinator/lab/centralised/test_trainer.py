@@ -54,8 +54,8 @@ def trained(config: ServeConfig, dataset: Any) -> tuple[PooledTrainer, dict[str,
     trainer = PooledTrainer(config, ServerModel(config), dataset)
     for step in range(config.total_steps):
         trainer.train(Stamp(step=step))
-    found = dict(trainer.runtime.head())
-    for name, pair in trainer.runtime.pairs().items():
+    found = dict(trainer.runtime.state.head())
+    for name, pair in trainer.runtime.state.adapters.pairs().items():
         found |= {f"{name}.A": pair.a_RI, f"{name}.B": pair.b_OR}
     return trainer, found
 
