@@ -168,7 +168,7 @@ class StepSkipped(RunEvent):
     @property
     def text(self) -> str:
         """Which step."""
-        return f"step {self.step}: a gradient was not finite; our adapters wait"
+        return f"step {self.step}: a gradient was not finite; the coordinator's adapters wait"
 
 
 @dataclass(frozen=True, slots=True)

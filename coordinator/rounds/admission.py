@@ -1,7 +1,6 @@
 """Who may take part, with which plan; and the parts of the model that they fetch.
 
-Answers Hello, Ready and PartRequest. Everything refused is refused with a reason that a person can
-act on.
+It answers Hello, Ready and PartRequest, and refuses with a reason that a person can act on.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from edge_sdk.transport.link import package_version
 
 log = logging.getLogger(__name__)
 
-# One answer to a PartRequest: large enough to hide the round trip, small beside a device's memory.
+# Bytes of one answer to a PartRequest: enough to hide the round trip, little for a device's memory.
 PART_DATA_BYTES = 4 * 1024 * 1024
-# Headers and alignment of a message, beside its tensors.
+# Bytes for headers and alignment of a message, beside its tensors.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 BACKENDS = ("torch", "onnxruntime")
 
 
 class Admission:
-    """The coordinator's front desk."""
+    """Decides who may take part, and tells every device its plan."""
 
     def __init__(
         self,
@@ -60,10 +59,10 @@ class Admission:
         self.held_steps: dict[str, tuple[int, ...]] = {}
         self._backends: dict[str, str] = {}
         self.waiting: set[str] = set()
-        """Devices whose plan is known, and whose graphs are still being made."""
+        """Devices whose plan is known while their graphs are still being made."""
 
     def greet(self, device: str, hello: Hello) -> None:
-        """Answer a Hello with a welcome, and a plan where none has to be thought of.
+        """Answer a Hello with a welcome, and with a plan where nothing is to be planned.
 
         Raises:
             RefusedError: the device cannot take part.
@@ -113,7 +112,7 @@ class Admission:
         return True
 
     def stamp(self, device: str, round_: int = 0, step: int = 0, attempt: int = 0) -> Stamp:
-        """A stamp of this run."""
+        """Return a stamp of this run."""
         return Stamp(run=self._run_id, device=device, round=round_, step=step, attempt=attempt)
 
     def _codec(self, device: str, hello: Hello) -> str:
@@ -150,7 +149,7 @@ class Admission:
         )
 
     def _largest_message(self, plan: Plan) -> int:
-        """Bytes of the largest message that the plan can make a device send."""
+        """Return the bytes of the largest message that the plan can make a device send."""
         tokens = plan.micro_batch * self._model.max_length
         activation: int = 4 * tokens * (self._model.text_config.hidden_size + 2)
         targets = self._model.facts.targets
@@ -184,7 +183,7 @@ class Admission:
         )
 
     def holds(self, device: str, step: int) -> None:
-        """*device* has been sent a round that starts at *step*: it keeps a checkpoint of that."""
+        """Remember that *device* keeps a checkpoint of *step*, where its round starts."""
         held = self.held_steps.get(device, ())
         if step not in held:
             self.held_steps[device] = (*held, step)[-KEPT:]
@@ -204,7 +203,7 @@ class Admission:
         )
 
     def refuse(self, device: str, error: EdgeError) -> None:
-        """Tell a device why it is out, and end its session."""
+        """Tell a device why it cannot take part, and end its session."""
         log.warning("device.refused device=%s reason=%s", device, error)
         stamp = self.stamp(device)
         if isinstance(error, RefusedError):

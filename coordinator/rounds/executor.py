@@ -53,7 +53,7 @@ class RoundExecutor:
         self._await_until_s = time.monotonic() + run.config.patience_s
 
     def collect(self) -> None:
-        """Take results of computations; a device that spoilt one is expelled, the rest goes on."""
+        """Take results of computations; a device that spoilt one is expelled, the others go on."""
         try:
             self._worker.collect()
         except DeviceFault as fault:
@@ -65,7 +65,7 @@ class RoundExecutor:
             pass
 
     def _advance_once(self) -> bool:
-        """Do the next thing; returns whether there was one."""
+        """Do the next thing; return whether there was one."""
         run = self.run
         if run.must_rewind:
             run.watcher.see(RoundAbandoned(run.state.round))
@@ -144,7 +144,7 @@ class RoundExecutor:
             state.begins[device] = step
 
     def _held(self, device: str) -> tuple[int, ...]:
-        """Steps of this round at which the device could go on by itself."""
+        """Return the steps of this round at which the device could go on by itself."""
         state = self.run.state
         held = self.run.admission.held_steps.get(device, ())
         return tuple(step for step in held if state.first_step <= step <= state.end_step)
@@ -161,7 +161,7 @@ class RoundExecutor:
         self._worker.start(partial(self._join, reports), partial(self._round_done, reports))
 
     def _join(self, reports: dict[str, Report]) -> tuple[RoundResult, TailSums | None]:
-        """Aggregate and evaluate; runs in the worker's thread."""
+        """Join the reports and evaluate; this runs in the worker's thread."""
         engine, ledger = self.run.engine, self.run.ledger
         reports[SERVER] = Report(0, 0, *engine.learned())
         self._pruned = self.run.planner.prune(ledger.pairs, reports)
@@ -171,7 +171,7 @@ class RoundExecutor:
         return result, self.measure(self.run.state.round + 1)
 
     def end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
-        """Open the row of what is done so far; it waits for devices that are to evaluate, too."""
+        """Open the row of what is done so far; it waits for devices that evaluate as well."""
         run, state = self.run, self.run.state
         run.reporting.end_round(state.round, state.step, facts, evaluated)
         if not (run.config.evaluation.on_devices and self._is_due(state.round)):
@@ -219,7 +219,7 @@ class RoundExecutor:
             self._await_until_s = time.monotonic() + run.config.patience_s
 
     def _plan_again(self, reports: dict[str, Report]) -> list[str]:
-        """Let the planner see the round; returns devices that are to run something else."""
+        """Let the planner see the round; return the devices that are to run something else."""
         run, state = self.run, self.run.state
         old = {} if run.planner.plans is None else run.planner.plans.plans
         decision = run.planner.round_ended(state.round, reports, run.gateway.devices())
@@ -264,13 +264,13 @@ class RoundExecutor:
         self._worker.start(compute, partial(self._answer_wave, state.attempt))
 
     def _answer_wave(self, attempt: int, answers: list[Answer]) -> None:
-        """Gradients go out first; then, behind the devices' own backward, our optimizer."""
+        """Send gradients first: while devices go backward, the engine updates its adapters."""
         state = self.run.state
         if attempt != state.attempt or state.phase is not Phase.TRAINING:
             return
         for answer in answers:
             if not np.isfinite(answer.grad_BTD).all():
-                # Our own is not finite either: `finish_step` leaves our adapters alone, once.
+                # Nor is the engine's own: `finish_step` leaves its adapters alone, once.
                 fault = NumericError("the gradient of what it sent is not finite")
                 self._handlers.expel(answer.device, fault)
             elif answer.device in state.members:
@@ -335,7 +335,7 @@ class RoundExecutor:
         return is_paused or not self._pausing.is_begun
 
     def _hand_out(self) -> None:
-        """Give the last aggregation to everybody who was in it, to be evaluated."""
+        """Send the last aggregation to everybody who was in it, to be evaluated."""
         state = self.run.state
         state.is_handed_out = True
         for name in list(state.awaiting_eval):

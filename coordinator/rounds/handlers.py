@@ -1,4 +1,4 @@
-"""What devices send, judged and put where it belongs; nothing is computed and nothing decided."""
+"""What devices send is checked and put where it belongs; nothing is computed or decided here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MessageHandler:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.paused: set[str] = set()
-        """Devices that have checkpointed themselves."""
+        """Devices that have saved their state."""
         self._probing = Probing(run.gateway)
         self._input = WaveInput(
             run.model.text_config.hidden_size,
@@ -58,7 +58,7 @@ class MessageHandler:
         )
 
     def handle(self, event: Event) -> None:
-        """Take an event in; a mistake of one device ends that device's part and nothing else."""
+        """Take an event in; a mistake of one device ends its own part and nothing else."""
         device = event.device
         try:
             if isinstance(event, Received):
@@ -102,7 +102,7 @@ class MessageHandler:
         self.run.watcher.see(DeviceStatus(device, "fetching its blocks"))
 
     def _on_profiled(self, device: str, envelope: Envelope) -> None:
-        """Plan for the device at once, or with the others when all that the run needs are here."""
+        """Plan for the device at once, or with the others once enough of them are here."""
         run, admission = self.run, self.run.admission
         if device not in admission.codecs:
             raise RemoteProtocolError("Profiled before Hello")
@@ -110,7 +110,7 @@ class MessageHandler:
         if device in run.state.ready:  # it has changed; what that means is decided between rounds
             run.watcher.see(DeviceStatus(device, "reports another speed"))
             return
-        run.watcher.see(DeviceStatus(device, "told what it offers"))
+        run.watcher.see(DeviceStatus(device, "has told what it offers"))
         if admission.assign(device) or run.planner.plans is not None:
             return
         waiting = [d for d in run.gateway.devices() if run.planner.is_known(d)]
@@ -141,7 +141,7 @@ class MessageHandler:
             self.expel(device, error)
 
     def move_outdated(self) -> None:
-        """After a rewind: whoever runs another plan than the planner has for it gets that one."""
+        """Give devices the planner's plan where they run another one, as after a rewind."""
         run = self.run
         for device in sorted(run.state.ready):
             try:
@@ -272,7 +272,7 @@ class MessageHandler:
         self.paused.add(device)
 
     def expel(self, device: str, error: EdgeError) -> None:
-        """A device did what it must not; it is told, and the others go on."""
+        """End the part of a device that did what it must not, and tell it; the others go on."""
         self.run.lose(device, f"{type(error).__name__}: {error}")
         try:
             self.run.admission.refuse(device, error)

@@ -34,7 +34,7 @@ ADAPTER = "adapter"
 
 
 def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
-    """Start a new run and serve it to its end; returns how it ended.
+    """Start a new run and serve it to its end; return how it ended.
 
     Args:
         config: What to run.
@@ -54,7 +54,7 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
-    """Go on with the run at *path* as if nothing had happened; returns how it ended."""
+    """Go on with the run at *path* as if nothing had happened; return how it ended."""
     folder = RunFolder.open(path)
     config = load_config(ServeConfig, path / CONFIG, overrides, env={})
     checkpoint = folder.load_checkpoint()
@@ -109,7 +109,7 @@ def _finish(run: Run) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what a result depends on, by package; "absent" for one that is not here."""
+    """Return versions of what a result depends on, by package; "absent" where it is not here."""
     versions = {}
     for name in PACKAGES:
         try:

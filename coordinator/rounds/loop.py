@@ -17,7 +17,7 @@ from coordinator.rounds.run import Run
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 
-# The loop comes round at least so often, to notice silence and Ctrl-C.
+# Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
 # Seconds for the last words to all devices.
 GOODBYE_S = 10.0
@@ -39,7 +39,7 @@ class Coordinator:
         self._has_told = False
 
     def serve(self) -> str:
-        """Serve until the run is over or `stop` was called; returns how it ended."""
+        """Serve until the run is over or `stop` was called; return how it ended."""
         run, executor = self._run, self._executor
         if not run.folder.checkpoints():
             executor.end_row({}, executor.measure(0))

@@ -1,4 +1,4 @@
-"""How a run is left so that it can go on: at which moment, and with what saved."""
+"""How a run is left so that it can go on later: at which moment, and what is saved."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
 
-# Seconds that devices get to checkpoint themselves when the coordinator is about to leave.
+# Seconds that devices get to save their state when the coordinator is about to leave.
 PAUSE_PATIENCE_S = 15.0
 
 
 class Pausing:
-    """The way from stop to a run that is saved."""
+    """The way from a wish to stop to a run that is saved."""
 
     def __init__(self, run: Run, handlers: MessageHandler) -> None:
         self._run, self._handlers = run, handlers
@@ -26,20 +26,20 @@ class Pausing:
         return self._until_s is not None
 
     def can_begin(self, action: Action) -> bool:
-        """Between two steps, or where there is nothing else to do."""
+        """Return whether the run may stop here: between two steps, or with nothing else to do."""
         state = self._run.state
         if state.phase in (Phase.GATHERING, Phase.CLOSING):
-            # A round that can start does: devices then save what the last one has taught them.
+            # A round that can start does, so that devices save what the last one has taught them.
             return action is Action.WAIT
         is_between = state.micro == 0 and not state.is_forward_done
         return is_between if state.phase is Phase.TRAINING else self._has_local()
 
     def _has_local(self) -> bool:
-        """Whether a member trains steps of its own, that nobody else can stop at."""
+        """Return whether a member trains steps of its own, at which nobody else can stop."""
         return any(member.is_local for member in self._run.state.members.values())
 
     def begin(self) -> bool:
-        """The members have been asked to save themselves; returns whether there are none."""
+        """Wait for members that have been asked to save; return whether there are none."""
         state = self._run.state
         if not state.members:
             return True

@@ -1,4 +1,4 @@
-"""Everything that a run consists of, in one place, and how it is saved and brought back."""
+"""What a run consists of, in one place, and how it is saved and brought back."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Run:
         self.must_rewind = False
 
     def _restore_engine(self, state: dict[str, Array]) -> None:
-        """An engine as it was saved, whatever has been planned since."""
+        """Make the engine as it was saved, whatever has been planned since."""
         own = {n: v for n, v in under("own:", state).items() if n.endswith(".A")}
         ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
         first = int(state["first"])
@@ -163,7 +163,7 @@ class Run:
         self.folder.drop_rows_from("telemetry.jsonl", done)
 
     def lose(self, device: str, reason: str) -> None:
-        """A device is gone, or begins anew (no reason)."""
+        """Forget a device that is gone or, without a *reason*, begins anew."""
         was_ready = device in self.state.ready
         self.must_rewind |= self.state.leave(device)
         self.round_start.forget(device)
@@ -173,7 +173,7 @@ class Run:
 
 
 def problem(config: ServeConfig, model: ServerModel) -> PlanningProblem | None:
-    """What is to be planned before any device has come; None where the config plans nothing."""
+    """Return what is to be planned without any device; None where the config plans nothing."""
     planning = config.planning
     if planning.split == planning.ranks == "fixed":
         return None

@@ -8,9 +8,9 @@ backward.
         ^                            |                        |                  or CLOSING
         +------- too few are left ---+------------------------+
 
-Members of a round are fixed at its start; who joins later waits for the next one. Who leaves is
-forgotten, and the round goes on with the others while there are enough of them; else it is started
-again from its beginning, under a new attempt number, as soon as there are.
+Members of a round are fixed at its start; a device that joins later waits for the next one. One
+that leaves is forgotten, and the round goes on with the others while there are enough of them; else
+it starts again from its beginning, under a new attempt number, as soon as there are.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Action = Enum("Action", "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE AGGREGATE HA
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What the coordinator's planning knows of a device that is ready to train."""
+    """What the state of a run knows of a device that is ready to train."""
 
     name: str
     split: int
     batch_size: int
     num_micro: int
     is_local: bool
-    """Holds the whole model: takes no part in waves."""
+    """Whether it holds the whole model and takes no part in waves."""
 
 
 @dataclass
 class RunState:
-    """A run between two events."""
+    """Where a run stands between two events."""
 
     total_rounds: int
     steps_per_round: int
@@ -82,13 +82,13 @@ class RunState:
     # ---- what happens ----
 
     def join(self, member: Member) -> None:
-        """A device is ready; it takes part from the next round on."""
+        """Add a device that is ready; it takes part from the next round on."""
         self.leave(member.name)
         self.ready[member.name] = member
         self.awaited.discard(member.name)
 
     def leave(self, name: str) -> bool:
-        """A device is gone; returns whether the round had to be given up."""
+        """Forget a device that is gone; return whether the round had to be given up."""
         self.ready.pop(name, None)
         if name not in self.awaited:
             self.awaiting_eval.discard(name)
@@ -107,7 +107,7 @@ class RunState:
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
 
     def stop_waiting(self) -> None:
-        """Those who are not back yet are not waited for any longer."""
+        """Wait no longer for devices that are not back yet."""
         self.awaiting_eval -= self.awaited
         self.awaited = set()
 
@@ -119,7 +119,7 @@ class RunState:
         self.members, self.uploaded = {}, set()
 
     def start_round(self) -> None:
-        """All that are ready train together from now on."""
+        """Let all that are ready train together from now on."""
         self._expect(Phase.GATHERING)
         self.members = dict(sorted(self.ready.items()))
         self.uploaded = set()
@@ -129,16 +129,16 @@ class RunState:
         self._skip_empty()
 
     def arrive(self, name: str) -> None:
-        """A member's part of the current half-wave is here."""
+        """Note that a member's part of the current half-wave is here."""
         self.arrived.add(name)
 
     def finish_forward(self) -> None:
-        """The wave's forward half is done; the members compute their losses."""
+        """End the wave's forward half; the members compute their losses."""
         self.is_forward_done = True
         self.arrived = set()
 
     def finish_wave(self) -> bool:
-        """The wave is done; returns whether that completed the step."""
+        """End the wave; return whether that completed the step."""
         self._begin_wave(self.micro + 1)
         if self.expected():
             return False
@@ -148,19 +148,19 @@ class RunState:
         return True
 
     def num_steps(self, name: str) -> int:
-        """Steps of the round that a member trains."""
+        """Count the steps of the round that a member trains."""
         return self.end_step - self.begins.get(name, self.first_step)
 
     def report_step(self) -> None:
-        """A member has trained a step: the run has begun with everybody that it waited for."""
+        """Note that a member has trained a step: from now on fewer devices may be enough."""
         self.min_devices = self.min_devices if self.least_devices is None else self.least_devices
 
     def upload(self, name: str) -> None:
-        """A member's factors of the round are here."""
+        """Note that a member's factors of the round are here."""
         self.uploaded.add(name)
 
     def finish_round(self, *, evaluating: set[str]) -> None:
-        """The round is aggregated. *evaluating* members have yet to report on the last one."""
+        """End the aggregated round; after the last one *evaluating* devices have yet to report."""
         self._expect(Phase.COLLECTING)
         self.round += 1
         self.step = self.round * self.steps_per_round
@@ -170,14 +170,14 @@ class RunState:
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
 
     def report_eval(self, name: str) -> None:
-        """A device has gone through its validation data."""
+        """Note that a device has gone through its validation data."""
         self.awaiting_eval.discard(name)
 
     def _begin_wave(self, micro: int) -> None:
         self.micro, self.arrived, self.is_forward_done = micro, set(), False
 
     def _skip_empty(self) -> None:
-        """Steps in which nobody needs the coordinator pass by themselves."""
+        """Pass steps in which nobody needs the coordinator."""
         if self.phase is Phase.TRAINING and (self.step >= self.end_step or not self.expected()):
             self.step = self.end_step
             self.phase = Phase.COLLECTING
@@ -189,15 +189,15 @@ class RunState:
     # ---- what to do ----
 
     def expected(self) -> set[str]:
-        """Members that take part in the current wave."""
+        """Return the members that take part in the current wave."""
         return {
             name for name, m in self.members.items() if not m.is_local and m.num_micro > self.micro
         }
 
     def soon(self) -> set[tuple[int, int]]:
-        """Waves, by step and micro-batch, whose input devices may send before their turn.
+        """Return the waves, by step and micro-batch, whose input may come before their turn.
 
-        In this step or, where others have more micro-batches, in the next.
+        They are of this step or, where others have more micro-batches, of the next.
         """
         here = {(self.step, self.micro + ahead) for ahead in range(1, MOST_IN_FLIGHT)}
         return here | {(self.step + 1, micro) for micro in range(MOST_IN_FLIGHT)}

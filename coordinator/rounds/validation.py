@@ -23,7 +23,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.protocol.tensors import Shape, check_shapes
 
-# Loss times relative change: tiny models show about 1. Far above, yet a sum of them stays finite.
+# Importance is loss times relative change, about 1 in tiny models; sums of this bound are finite.
 MAX_IMPORTANCE = 1e9
 
 
@@ -92,14 +92,14 @@ class WaveInput:
 
 
 def check_gradient(message: TopGradient, tensors: Mapping[str, Array], job: Job) -> Array:
-    """Return the gradient, refusing one that does not fit the hidden state it belongs to."""
+    """Return the gradient; refuse one that does not fit the hidden state it belongs to."""
     check_shapes(message, tensors, {"grad": job.hidden_BTD.shape})
     require_finite(tensors["grad"], "grad")
     return tensors["grad"]
 
 
 def check_report(report: StepReport) -> None:
-    """Refuse counts that no step can have; numbers are finite, or they had not come this far."""
+    """Refuse counts that no step can have; that numbers are finite is checked on arrival."""
     counts = (report.num_targets, report.num_sequences, report.num_tokens, report.peak_bytes)
     if min(counts) < 0:
         raise RemoteProtocolError(f"step report: a negative count among {counts}")
