@@ -95,16 +95,13 @@ class Engine(Protocol):
     @property
     def first(self) -> int:
         """First block that it trains."""
-        ...
 
     @property
     def ranks(self) -> Mapping[str, int]:
         """Rank of each of its own adapters, by weight."""
-        ...
 
     def head_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes of the head's parameters, whoever trains them."""
-        ...
 
     # ---- waves ----
 
@@ -114,35 +111,28 @@ class Engine(Protocol):
         Raises:
             DeviceFault: a device's loss is not finite; nothing was accumulated.
         """
-        ...
 
     def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
         """Return the final hidden states of a wave whose labels stay on the devices, by device."""
-        ...
 
     def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
         """Go back through the last `forward` from each device's gradient of its own loss."""
-        ...
 
     def finish_step(self, step: int) -> bool:
         """Update the adapters; False when a gradient was not finite and nothing was changed."""
-        ...
 
     # ---- evaluation ----
 
     def evaluate(self, job: Job) -> TailSums | Array:
         """Return an evaluation micro-batch's loss; without labels, its final hidden state."""
-        ...
 
     def evaluate_whole(self, micro: Micro) -> TailSums:
         """Return the loss of a micro-batch through the whole model, whose blocks are all here."""
-        ...
 
     # ---- between rounds ----
 
     def learned(self) -> Learned:
         """Return what this round has made of its own weights; its importance begins anew."""
-        ...
 
     def take(
         self,
@@ -160,7 +150,6 @@ class Engine(Protocol):
             head: The trained head.
             restarts: Whether the optimizer begins anew.
         """
-        ...
 
     def begin(
         self,
@@ -175,11 +164,9 @@ class Engine(Protocol):
             residuals: What else the run has added to a weight; those of absent blocks are ignored.
             carried: What the engine before it had, of other blocks or ranks; None for the first.
         """
-        ...
 
     def carried(self) -> Carried:
         """Return what the next engine, of other blocks or ranks, goes on with."""
-        ...
 
     # ---- checkpoint ----
 
@@ -189,11 +176,9 @@ class Engine(Protocol):
         Among it are `first` and its own factors, as `own:<weight>.A` and `own:<weight>.B`: they say
         which engine can take it over.
         """
-        ...
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
-        ...
 
 
 EngineMaker = Callable[[EngineSpec], Engine]

@@ -27,11 +27,9 @@ class Indexable(Protocol):
 
     def __len__(self) -> int:
         """Return the number of items."""
-        ...
 
     def __getitem__(self, index: int, /) -> Any:
         """Return item *index*, a dictionary."""
-        ...
 
 
 RowSource = str | Path | Indexable | Iterable[Mapping[str, Any]]

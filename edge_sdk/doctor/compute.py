@@ -49,7 +49,6 @@ class CommandRunner(Protocol):
 
     def __call__(self, arguments: Sequence[str], timeout_s: float) -> Attempt:
         """Return how it ended; never raises because of what it did."""
-        ...
 
 
 def run_python(arguments: Sequence[str], timeout_s: float) -> Attempt:

@@ -57,7 +57,6 @@ class Runtime(Protocol):
     @property
     def state(self) -> TrainingState:
         """Adapters, optimizer, trainable head and importance meter."""
-        ...
 
     def forward(self, micro: Micro, step: int, index: int) -> Array:
         """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph.
@@ -65,7 +64,6 @@ class Runtime(Protocol):
         Several may be open at the same time; `backward` takes the oldest. With ranks of 0 only,
         nothing is kept.
         """
-        ...
 
     def tail(
         self, final_hidden_BTD: Array, micro: Micro, num_targets: int
@@ -74,15 +72,12 @@ class Runtime(Protocol):
 
         L is the sum over the micro-batch divided by the *num_targets* of the whole step.
         """
-        ...
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass of the oldest open `forward` from dL/dh."""
-        ...
 
     def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; only where the device holds all of it."""
-        ...
 
     def step(self, step: int) -> None:
         """Update the adapters with the gradients gathered since the last update.
@@ -90,20 +85,15 @@ class Runtime(Protocol):
         Raises:
             NumericError: a gradient is NaN or infinite; nothing was changed.
         """
-        ...
 
     def forward_eval(self, micro: Micro) -> Array:
         """Run the device's blocks without a graph and without dropout."""
-        ...
 
     def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
         """Return the loss of the final hidden state, without gradients."""
-        ...
 
     def most_bytes(self) -> int:
         """Return an upper bound for the bytes of all factors and residuals together."""
-        ...
 
     def memory_in_use(self) -> MemoryUse:
         """Return memory now, and the most since the process began."""
-        ...

@@ -29,27 +29,21 @@ class Adapted(Protocol):
 
     def scale(self, name: str, rank: int | None = None) -> float:
         """Return the factor in front of the B A of weight *name*, if it had *rank*."""
-        ...
 
     def pairs(self) -> dict[str, Pair]:
         """Return copies of the trained factors."""
-        ...
 
     def load_pairs(self, pairs: Mapping[str, Pair]) -> None:
         """Overwrite trained factors; the optimizer keeps its hold on them."""
-        ...
 
     def products(self) -> dict[str, Factors]:
         """Return what the trained factors add to their weights, scale inside."""
-        ...
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the residual of the named weights; absent names keep theirs."""
-        ...
 
     def zero_residual(self) -> dict[str, Factors]:
         """Return a residual of rank 0 for every weight that has one now."""
-        ...
 
 
 class Moments(Protocol):
@@ -57,15 +51,12 @@ class Moments(Protocol):
 
     def forget_gradients(self) -> None:
         """Drop what backward passes have left."""
-        ...
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of the moments, as `<parameter>.<moment>`."""
-        ...
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take moments over wherever name and shape still fit; the rest start fresh."""
-        ...
 
 
 class Pending(Protocol):
@@ -73,7 +64,6 @@ class Pending(Protocol):
 
     def clear(self) -> None:
         """Drop all of it."""
-        ...
 
 
 class TrainingState(ABC):
