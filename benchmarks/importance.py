@@ -62,11 +62,11 @@ def make_step(runtime: Any) -> Callable[[str | None], tuple[float, float]]:
     """Return a function that runs one step, measured in a form or not, and its two times."""
     import numpy as np
 
-    from edge_sdk.runtime.interface import Micro
+    from edge_sdk.data.batches import MicroBatch
 
     generator = np.random.default_rng(SEED)
     ids = generator.integers(0, 50000, (ROWS, LENGTH))
-    micro = Micro(ids, np.full(ROWS, LENGTH, np.int32), ids)
+    micro = MicroBatch(ids, np.full(ROWS, LENGTH, np.int32), ids)
     grad_BTD = generator.normal(0, 1e-4, (ROWS, LENGTH, 768)).astype(np.float32)
 
     def step(form: str | None) -> tuple[float, float]:

@@ -140,7 +140,7 @@ def make_micro(case: Case, vocab_size: int, step: int, steps: int) -> tuple[Any,
     """Rows of tokens that are spread over the vocabulary, the last one padded, and its targets."""
     import numpy as np
 
-    from edge_sdk.runtime.interface import Micro
+    from edge_sdk.data.batches import MicroBatch
 
     tokens = case.rows * case.length
     spread = np.arange(tokens) * steps + step
@@ -150,7 +150,7 @@ def make_micro(case: Case, vocab_size: int, step: int, steps: int) -> tuple[Any,
     ids[-1, -5:] = 0
     if case.task == "sequence-classification":
         labels = np.arange(case.rows, dtype=np.int64) % 2
-        return Micro(ids, lengths, labels), case.rows
+        return MicroBatch(ids, lengths, labels), case.rows
     labels = ids.copy()
     labels[-1, -5:] = -100
-    return Micro(ids, lengths, labels), int((labels[:, 1:] != -100).sum())
+    return MicroBatch(ids, lengths, labels), int((labels[:, 1:] != -100).sum())

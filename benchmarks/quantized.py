@@ -43,7 +43,6 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.weights import ModelSource, load_tokenizer
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime.interface import Micro
     from edge_sdk.runtime.torch_runtime import TorchRuntime
     from edge_sdk.runtime.training import TrainingConfig
 
@@ -55,9 +54,6 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
         columns = {"prompt": "mr", "completion": "ref"}
         config = DataConfig(path=str(E2E / name), columns=columns, limit=limit)
         return tokenize_rows(load_rows(None, config), tokenizer, config, limits)
-
-    def plain(batch: Any) -> Micro:
-        return Micro(batch.input_ids, batch.lengths, batch.labels)
 
     lora = LoraConfig(r=RANK)
     targets = find_targets(source.config, "causal-lm", layout, lora)
@@ -87,7 +83,7 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
         {n: initial_pair(n, RANK, s, seed) for n, s in targets.items()}
     )
     pad = source.config.pad_token_id or 0
-    dev = [plain(batch) for batch in eval_batches(examples("devset.csv", DEV), 32)]
+    dev = list(eval_batches(examples("devset.csv", DEV), 32))
 
     def nll() -> float:
         sums = [runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in dev]
@@ -98,7 +94,7 @@ def loss(base: str, steps: int, seed: int) -> dict[str, Any]:
     for step in range(steps):
         batch = stream.at(step)
         for index, micro in enumerate(batch.micro_batches):
-            runtime.local(plain(micro), batch.num_targets, step, index)
+            runtime.local(micro, batch.num_targets, step, index)
         runtime.step(step)
     return {"before": before, "after": nll()}
 

@@ -55,11 +55,11 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     import peft  # noqa: F401 - part of the import floor
     import torch
 
+    from edge_sdk.data.batches import MicroBatch
     from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import find_layout
     from edge_sdk.model.weights import open_part
     from edge_sdk.protocol.plan import Plan
-    from edge_sdk.runtime.interface import Micro
     from edge_sdk.runtime.torch_runtime import TorchRuntime
     from edge_sdk.runtime.training import TrainingConfig
     from profiler.sensors.memory import peak_rss, reset_peak_rss, rss
@@ -90,7 +90,7 @@ def memory(folder: Path, base: str, blocks: int) -> dict[str, Any]:
     built_s, loaded = time.perf_counter() - began, (peak_rss().value or 0) - floor
     del parts
     ids = np.random.default_rng(0).integers(0, 4096, (1, LENGTH))
-    micro = Micro(ids, np.full(1, LENGTH, np.int32), ids)
+    micro = MicroBatch(ids, np.full(1, LENGTH, np.int32), ids)
     cpu, wall = [], []
     for step in range(SKIPPED + TIMED):
         began, spent = time.perf_counter(), time.process_time()

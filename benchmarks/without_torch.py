@@ -138,8 +138,8 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
     """Train *steps* steps and return times and memory."""
     import numpy as np
 
+    from edge_sdk.data.batches import MicroBatch
     from edge_sdk.lora.adapters import Pair
-    from edge_sdk.runtime.interface import Micro
 
     facts = json.loads((folder / "facts.json").read_text())
     runtime = make_runtime(backend, folder, facts)
@@ -152,7 +152,7 @@ def measure(backend: str, folder: Path, steps: int, rows: int, length: int) -> d
     lengths = np.full(rows, length, np.int32)
     lengths[0] -= length // 4
     ids = draw.integers(0, 50000, (rows, length))
-    micro = Micro(ids, lengths, ids)
+    micro = MicroBatch(ids, lengths, ids)
     wall, cpu, norm = [], [], 0.0
     watch = AnonymousPeak()
     for step in range(steps):

@@ -47,7 +47,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks to stop, the second leaves at once."""
+    """Ask to stop at the first Ctrl-C or SIGTERM, and leave at once at the second."""
     asked = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

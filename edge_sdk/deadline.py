@@ -18,9 +18,9 @@ class Deadline:
         return cls(time.monotonic() + seconds)
 
     def left_s(self) -> float:
-        """Seconds left, 0.0 once it has passed."""
+        """Return the seconds left, 0.0 once it has passed."""
         return max(0.0, self.at_s - time.monotonic())
 
     def has_passed(self) -> bool:
-        """Whether nothing is left of it."""
+        """Return whether nothing is left of it."""
         return time.monotonic() >= self.at_s

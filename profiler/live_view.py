@@ -84,7 +84,7 @@ def _lines(found: dict[str, Reading], ranges: dict[str, Range]) -> Iterator[str]
 
 
 def _share(name: str, found: dict[str, Reading]) -> float | None:
-    """How full the bar of a reading is; None for one without an end."""
+    """Return how full the bar of a reading is; None for one without an end."""
     value = found[name].value
     if value is None:
         return None

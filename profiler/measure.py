@@ -98,10 +98,10 @@ def _rate(flops: float, seconds: Reading) -> Reading:
 
 
 def gemm_rates(device: str = "cpu", sources: Sources = HERE) -> dict[str, Reading]:
-    """Speed of square matrix products in FLOP/s for each dtype; None where it is not real.
+    """Return the speed of square products in FLOP/s by dtype; None where it is not real.
 
     Args:
-        device: As torch calls it.
+        device: Name of the device, as torch calls it.
         sources: What tells whether bfloat16 is emulated by the GPU.
     """
     rates = {}
@@ -153,8 +153,8 @@ def measure_block(
         model: Folder with the model's `config.json`; its weights are not needed.
         rows: Sequences (B).
         length: Positions (T).
-        dtype: Of weights and activations.
-        device: As torch calls it.
+        dtype: Dtype of weights and activations.
+        device: Name of the device, as torch calls it.
 
     Raises:
         ValueError: The folder holds no config that transformers can build, or *length* is more
@@ -271,7 +271,7 @@ def measure_profile(
 
     Args:
         sources: Where to look.
-        device: Where the run computes, as torch calls it.
+        device: Name of the device that computes, as torch calls it.
         memory_bytes: A budget set by hand instead of what is free now.
         overhead_bytes: What the process takes without a model; None: what it takes now.
         flops_per_s: What `measure_step` or `measure_block` has found.

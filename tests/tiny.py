@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.model.layout import Layout, Task, find_layout
-from edge_sdk.runtime.interface import Micro
 
 VOCAB = 97
 BLOCKS = 5
@@ -134,7 +134,7 @@ def layout_of(family: str) -> Layout:
     return find_layout(make_config(family), task_of(family))
 
 
-def make_micro(task: Task, seed: int, rows: int = 4, longest: int = 9) -> Micro:
+def make_micro(task: Task, seed: int, rows: int = 4, longest: int = 9) -> MicroBatch:
     """A random micro-batch, padded on the right."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(3, longest, rows).astype(np.int32)
@@ -143,13 +143,13 @@ def make_micro(task: Task, seed: int, rows: int = 4, longest: int = 9) -> Micro:
     is_real = np.arange(longest)[None, :] < lengths[:, None]
     ids[~is_real] = 1
     if task == "sequence-classification":
-        return Micro(ids, lengths, generator.integers(0, CLASSES, rows).astype(np.int64))
+        return MicroBatch(ids, lengths, generator.integers(0, CLASSES, rows).astype(np.int64))
     labels = np.where(is_real, ids, -100)
     labels[0, :2] = -100
-    return Micro(ids, lengths, labels)
+    return MicroBatch(ids, lengths, labels)
 
 
-def num_targets(micro: Micro) -> int:
+def num_targets(micro: MicroBatch) -> int:
     """Targets of a micro-batch."""
     if micro.labels.ndim == 1:
         return len(micro.labels)

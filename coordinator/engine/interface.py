@@ -10,11 +10,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from coordinator.config.run import ServeConfig
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.weights import ModelSource
-from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.interface import TailSums
 
 NOTHING: Mapping[str, Factors] = MappingProxyType({})
 
@@ -126,7 +127,7 @@ class Engine(Protocol):
     def evaluate(self, job: Job) -> TailSums | Array:
         """Return an evaluation micro-batch's loss; without labels, its final hidden state."""
 
-    def evaluate_whole(self, micro: Micro) -> TailSums:
+    def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of a micro-batch through the whole model, whose blocks are all here."""
 
     # ---- between rounds ----

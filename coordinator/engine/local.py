@@ -30,6 +30,7 @@ from coordinator.engine.interface import (
     Job,
     Learned,
 )
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import ImportanceMeter
@@ -38,7 +39,7 @@ from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
-from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
     TorchTrainingState,
     load_parameters,
@@ -248,7 +249,7 @@ class LocalEngine:
             self.open_step.served[job.device] = job
         return answers
 
-    def evaluate_whole(self, micro: Micro) -> TailSums:
+    def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of one micro-batch through the whole model; see `Engine`."""
         self.slice.model.eval()
         ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])

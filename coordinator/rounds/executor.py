@@ -32,7 +32,7 @@ from edge_sdk.errors import NumericError, PeerGone
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import EvalResult, Gradient, Message, Pause, RunOver, TopHidden
-from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.interface import TailSums
 
 log = logging.getLogger(__name__)
 
@@ -182,9 +182,7 @@ class RoundExecutor:
         batches = self.run.model.eval_batches
         if not batches or not self._is_due(rounds_done):
             return None
-        sums = [
-            self.run.engine.evaluate_whole(Micro(b.input_ids, b.lengths, b.labels)) for b in batches
-        ]
+        sums = [self.run.engine.evaluate_whole(batch) for batch in batches]
         return TailSums(
             sum(s.loss_sum for s in sums),
             sum(s.num_targets for s in sums),

@@ -31,10 +31,10 @@ class SpeedDrift:
         self._waits.append(wait_s)
 
     def begin_anew(self) -> None:
-        """The board throttles or no longer, or has another power mode: measure from here on.
+        """Measure from here on: the board began or ended throttling, or changed its power mode.
 
-        Nothing is told where nothing is known of the time before, nor when such a board is as it
-        was when its speed was measured.
+        No change is reported if no earlier speed is known, or if the board is back in the state in
+        which its speed was measured.
         """
         if self._first is None and self._rates:
             self._first = median(self._rates), median(self._waits)

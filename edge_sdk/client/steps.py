@@ -31,7 +31,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.protocol.tensors import Shape, check_shapes
-from edge_sdk.runtime.interface import Micro, Runtime, TailSums
+from edge_sdk.runtime.interface import Runtime, TailSums
 from edge_sdk.transport.link import Link
 
 
@@ -76,7 +76,7 @@ class Steps:
     def _train_alone(self, step: StepBatch) -> float:
         """Every block is here; returns the sum of the losses."""
         return sum(
-            self._runtime.local(_plain(batch), step.num_targets, step.step, index).loss_sum
+            self._runtime.local(batch, step.num_targets, step.step, index).loss_sum
             for index, batch in enumerate(step.micro_batches)
         )
 
@@ -95,9 +95,8 @@ class Steps:
 
     def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
         """Send a micro-batch on its way; returns the shape of its hidden state."""
-        micro = _plain(batch)
-        hidden_BTD = self._runtime.forward(micro, step.step, index)  # the device's blocks
-        self._send_activation(hidden_BTD, micro, index, len(step.micro_batches), step.num_targets)
+        hidden_BTD = self._runtime.forward(batch, step.step, index)  # the device's blocks
+        self._send_activation(hidden_BTD, batch, index, len(step.micro_batches), step.num_targets)
         return hidden_BTD.shape
 
     def _end_micro(
@@ -108,7 +107,7 @@ class Steps:
         if self._keeps_labels:
             answer = self._wait(TopHidden, index)  # the coordinator's blocks
             final_hidden_BTD = _checked(answer, "hidden", shape)
-            sums, grad_BTD = runtime.tail(final_hidden_BTD, _plain(batch), step.num_targets)
+            sums, grad_BTD = runtime.tail(final_hidden_BTD, batch, step.num_targets)
             self._link.send(
                 TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
             )
@@ -120,7 +119,7 @@ class Steps:
     def _send_activation(
         self,
         hidden_BTD: Array,
-        micro: Micro,
+        batch: MicroBatch,
         index: int,
         num_micro: int,
         targets: int,
@@ -130,10 +129,10 @@ class Steps:
         require_finite(hidden_BTD, f"activation of step {self._stamp.step}")
         tensors: dict[str, TensorOut] = {
             "hidden": self._coded(hidden_BTD),
-            "lengths": (as_int32(micro.lengths), "int32"),
+            "lengths": (as_int32(batch.lengths), "int32"),
         }
         if not self._keeps_labels:
-            tensors["labels"] = (as_int32(micro.labels), "int32")
+            tensors["labels"] = (as_int32(batch.labels), "int32")
         self._link.send(
             Activation(
                 stamp=self._stamp,
@@ -169,23 +168,18 @@ class Steps:
 
     def _evaluate_micro(self, batch: MicroBatch, index: int) -> TailSums:
         runtime = self._runtime
-        micro = _plain(batch)
-        hidden_BTD = runtime.forward_eval(micro)
+        hidden_BTD = runtime.forward_eval(batch)
         if self._is_whole:
-            return runtime.tail_eval(hidden_BTD, micro)
-        self._send_activation(hidden_BTD, micro, index, 1, batch.num_targets, is_eval=True)
+            return runtime.tail_eval(hidden_BTD, batch)
+        self._send_activation(hidden_BTD, batch, index, 1, batch.num_targets, is_eval=True)
         if self._keeps_labels:
             top = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
-            return runtime.tail_eval(_checked(top, "hidden", hidden_BTD.shape), micro)
+            return runtime.tail_eval(_checked(top, "hidden", hidden_BTD.shape), batch)
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
     def _coded(self, array: Array) -> TensorOut:
         return array, self._codec
-
-
-def _plain(batch: MicroBatch) -> Micro:
-    return Micro(batch.input_ids, batch.lengths, batch.labels)
 
 
 def _checked(answer: Envelope, name: str, shape: Shape) -> Array:

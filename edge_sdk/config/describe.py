@@ -117,7 +117,7 @@ def _field_rows(
 
 
 def _rows_below(annotation: Any, key: str) -> list[ConfigRow]:
-    """Rows of the dataclasses inside an optional value, a mapping or a list."""
+    """Return the rows of the dataclasses inside an optional value, a mapping or a list."""
     suffix = {dict: ".<name>", tuple: "[]"}.get(typing.get_origin(annotation), "")
     rows = []
     for argument in typing.get_args(annotation):

@@ -129,7 +129,7 @@ def parse_text(text: Text) -> Node:
 
 
 def from_environment(env: Mapping[str, str], prefix: str, ignore: Collection[str]) -> list[Node]:
-    """One tree per variable that starts with *prefix*; `__` descends into a nested setting."""
+    """Return a tree per variable that begins with *prefix*; `__` descends into a nested setting."""
     names = sorted(name for name in env if name.startswith(prefix) and name not in ignore)
     trees = []
     for name in names:
@@ -140,7 +140,7 @@ def from_environment(env: Mapping[str, str], prefix: str, ignore: Collection[str
 
 
 def from_overrides(overrides: Iterable[str]) -> list[Node]:
-    """One tree per `dotted.key=value`."""
+    """Return a tree per `dotted.key=value`."""
     trees = []
     for override in overrides:
         key, equals, value = override.partition("=")

@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,7 @@ BATCHES_PER_BUCKET = 50
 KEPT_EPOCHS = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Sequences that pass through the model together, padded on the right."""
 
     input_ids: IntArray
@@ -36,9 +36,7 @@ class MicroBatch:
     lengths: npt.NDArray[np.int32]
     """(B,) tokens of each sequence before padding."""
     labels: IntArray
-    """(B, T) not shifted, IGNORE where there is no loss; or (B,) numbers of classes."""
-    samples: IntArray
-    """(B,) positions in the list of examples."""
+    """(B, T) not shifted, IGNORE where there is no loss; or (B,) class numbers."""
 
     @property
     def num_targets(self) -> int:
@@ -134,7 +132,7 @@ class Batches:
         longest_first = chosen[np.argsort(-self._lengths[chosen], kind="stable")]
         size = self._micro_batch
         micro_batches = tuple(
-            pad([self._examples[i] for i in part], part, self._pad_id)
+            pad([self._examples[i] for i in part], self._pad_id)
             for part in np.split(longest_first, range(size, len(longest_first), size))
         )
         return StepBatch(
@@ -212,10 +210,10 @@ def eval_batches(
     _check_examples(examples)
     order = np.argsort(-_lengths(examples), kind="stable").astype(np.int64)
     parts = np.split(order, range(batch_size, len(order), batch_size))
-    return (pad([examples[i] for i in part], part, pad_id) for part in parts)
+    return (pad([examples[i] for i in part], pad_id) for part in parts)
 
 
-def pad(examples: Sequence[Example], samples: IntArray, pad_id: int) -> MicroBatch:
+def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:
     """Join examples to one micro-batch, padded on the right to the longest of them."""
     lengths = _lengths(examples)
     input_ids_BT = np.full((len(examples), int(lengths.max())), pad_id, dtype=np.int64)
@@ -228,7 +226,7 @@ def pad(examples: Sequence[Example], samples: IntArray, pad_id: int) -> MicroBat
         else:
             labels_BT[row, : lengths[row]] = example.labels
     labels = np.array(classes, dtype=np.int64) if classes else labels_BT
-    return MicroBatch(input_ids_BT, lengths, labels, np.asarray(samples, dtype=np.int64))
+    return MicroBatch(input_ids_BT, lengths, labels)
 
 
 def _check_examples(examples: Sequence[Example]) -> None:

@@ -104,7 +104,7 @@ class PlainTokenizer:
 
 
 def _jinja() -> Any:
-    """An environment with what transformers gives to chat templates."""
+    """Return an environment with what transformers gives to chat templates."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -146,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    """A token as it is written, whether it stands alone or with its settings."""
+    """Return a token as it is written, whether it stands alone or with its settings."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 

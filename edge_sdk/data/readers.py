@@ -1,6 +1,6 @@
 """Records of any source - JSON Lines, CSV, Parquet, the Hugging Face hub, memory - with origins.
 
-Knows formats and line numbers; what a record must hold is decided in data.py.
+Knows formats and line numbers; what a record must hold is decided in rows.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training data of one device, from any source to checked rows.
 
-Knows schemas; knows no file format (records.py), no tokenizer and no tensor. Messages name file,
+Knows schemas; knows no file format (readers.py), no tokenizer and no tensor. Messages name file,
 line and column, and never quote a sample: the data is private and errors travel.
 """
 
@@ -43,8 +43,8 @@ class DataConfig:
     split: str = "train"
     """Split of a Hugging Face data set; slices such as `train[:1000]` work."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our word -> their column, e.g. {"prompt": "mr", "completion": "ref"}; other columns are
-    ignored then. Empty: the columns have our names."""
+    """Our word -> their column, e.g. {"prompt": "mr", "completion": "ref"}; then other columns
+    are ignored. Empty: the columns have our names."""
     labels: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers; needed where labels are strings."""
     max_length: int | None = None
@@ -58,11 +58,11 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Share of the rows held out for validation, below 1; rows of one prompt stay together."""
     separator: str = "\n"
-    """Stands between prompt and completion; belongs to the prompt, so it carries no loss."""
+    """Text between prompt and completion; part of the prompt, so it carries no loss."""
     append_eos: bool = True
     """Whether the end-of-text token follows text and completions, so that generation ends."""
     limit: int | None = None
-    """Use only the first so many rows; None: all."""
+    """Number of rows to use, from the first; None: all."""
 
     def __post_init__(self) -> None:
         """Check every field."""

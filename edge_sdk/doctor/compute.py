@@ -1,7 +1,7 @@
 """Checks of what computes: torch and onnxruntime run real kernels in a process of their own.
 
-That process may be killed, hang or raise; here stands what each of it means and what mends it. What
-it runs is `kernels.py`.
+That process may be killed, hang or raise; this file says what each of these means and what mends
+it. What the process runs is `kernels.py`.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def check_torch(
     sources: Sources = HERE,
     versions: Versions = version_of,
 ) -> Finding:
-    """Whether torch loads, and whether it was built for this machine."""
+    """Check whether torch loads, and whether it was built for this machine."""
     name = f"torch {versions('torch')}"
     if outcome.found is None:
         return failure(*_told("torch", name, outcome.trouble, sources, versions))
@@ -220,7 +220,7 @@ def check_torch(
 def check_kernel(
     outcome: Outcome, place: str, sources: Sources = HERE, versions: Versions = version_of
 ) -> Finding:
-    """Whether a weight with an adapter runs forward and backward, and to the right result."""
+    """Check whether a weight with an adapter runs forward and backward, and correctly."""
     name = f"LoRA forward and backward on {place}"
     if outcome.found is None:
         return failure(*_told("kernel", name, outcome.trouble, sources, versions))
@@ -233,7 +233,7 @@ def check_kernel(
 def check_dtype(
     dtype: str, outcome: Outcome, place: str, compute: str = "auto", sources: Sources = HERE
 ) -> Finding:
-    """Whether products in *dtype* work, and whether the hardware itself makes them.
+    """Check whether products in *dtype* work, and whether the hardware itself makes them.
 
     Args:
         dtype: `bfloat16` or `float16`.
@@ -268,7 +268,7 @@ def check_quantised(
     sources: Sources = HERE,
     versions: Versions = version_of,
 ) -> Finding:
-    """Whether frozen weights in 8 and 4 bits work: our own form, and libraries that are there.
+    """Check whether frozen weights in 8 and 4 bits work: our form, and installed libraries.
 
     Args:
         outcomes: By stage; libraries that are not installed are absent.
@@ -305,7 +305,7 @@ def check_onnxruntime(
     sources: Sources = HERE,
     versions: Versions = version_of,
 ) -> Finding:
-    """Whether onnxruntime loads and multiplies; where torch computes, a run does without."""
+    """Check whether onnxruntime loads and multiplies; where torch computes, none is needed."""
     bad = failure if is_needed else warning
     if outcome.found is None:
         meaning, _ = explain(outcome.trouble, sources, versions)

@@ -59,7 +59,7 @@ def _all_wrong(layers: list[Node]) -> list[str]:
 
 
 def check_keys(secret_key: Path, server_key: str) -> Finding:
-    """Whether both keys are there, are keys, and the secret one is secret."""
+    """Check whether both keys are there, are keys, and the secret one is secret."""
     try:
         mode = stat.S_IMODE(secret_key.stat().st_mode)
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def check_keys(secret_key: Path, server_key: str) -> Finding:
 
 
 def check_data(config: DataConfig) -> Finding:
-    """Whether the private data can be read, by its first rows; nothing of it is shown."""
+    """Check by its first rows whether the private data can be read; nothing of it is shown."""
     if config.path is None:
         return skipped("data", "data.path is empty: the application hands its own rows over")
     # A name without a suffix that is no folder either is that of a data set.

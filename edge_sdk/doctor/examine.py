@@ -1,6 +1,6 @@
 """`edge-sdk doctor`: what breaks on real boards, looked at before a run does.
 
-Decides which checks there are and in which order; each stands in a `doctor_*.py` beside this file.
+Decides which checks there are and in which order; each stands in a file beside this one.
 Takes part in no run.
 """
 
@@ -80,7 +80,7 @@ def examine(
 
 
 def check_backend(config: ClientConfig | None, sources: Sources = HERE) -> Finding:
-    """Whether there is something to compute with, and it is what the config needs."""
+    """Check whether there is something to compute with, and it is what the config needs."""
     found = packages.check_backend(sources)
     if config is None or found.status == "failure":
         return found
@@ -171,7 +171,7 @@ def look_at_machine(
 def look_at_link(
     config: ClientConfig, sources: Sources = HERE, *, session: bool = False
 ) -> Iterator[Finding]:
-    """Go the way to the coordinator, a step at a time, as far as it leads."""
+    """Check the way to the coordinator step by step, as far as it works."""
     later = ["name", "reach", "mtu", "handshake", "session", "link"]
 
     def rest(after: str) -> Iterator[Finding]:

@@ -33,22 +33,22 @@ class Finding:
 
 
 def ok(check: str, text: str) -> Finding:
-    """All is well; *text* says what was found."""
+    """Return the finding that all is well; *text* says what was found."""
     return Finding(check, "ok", text)
 
 
 def warning(check: str, text: str, cure: str = "") -> Finding:
-    """A run may work, but not as it should."""
+    """Return the finding that a run may work, but not as it should."""
     return Finding(check, "warning", text, cure)
 
 
 def failure(check: str, text: str, cure: str = "") -> Finding:
-    """A run cannot work."""
+    """Return the finding that a run cannot work."""
     return Finding(check, "failure", text, cure)
 
 
 def skipped(check: str, text: str, cure: str = "") -> Finding:
-    """It was not looked at, for the reason given."""
+    """Return the finding that something was not looked at, for the reason given."""
     return Finding(check, "skipped", text, cure)
 
 

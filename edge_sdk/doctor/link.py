@@ -85,7 +85,7 @@ def resolve(host: str, port: int) -> list[str]:
 def check_name(
     coordinator: str, resolver: Resolver = resolve
 ) -> tuple[Finding, tuple[str, int, list[str]] | None]:
-    """Whether the coordinator's name means an address; returns host, port and addresses as well."""
+    """Check whether the coordinator's name means an address; also returns host, port, addresses."""
     where = parse_address(coordinator)
     if where is None:
         text = f"coordinator is {coordinator!r}, not tcp://HOST:PORT"
@@ -141,7 +141,7 @@ def reach(address: str, port: int) -> Reached:
 def check_reach(
     addresses: Sequence[str], port: int, connect: Callable[[str, int], Reached] = reach
 ) -> tuple[Finding, Reached | None]:
-    """Whether a coordinator listens there: one that speaks ZeroMQ, and with keys."""
+    """Check whether a coordinator listens there: one that speaks ZeroMQ, and with keys."""
     trouble = failure("reach", "the name means no address")
     for address in addresses:
         try:
@@ -191,7 +191,7 @@ def check_mtu(
     root: Path = ROOT,
     interfaces: Callable[[], Mapping[str, Sequence[str]]] = _addresses,
 ) -> Finding:
-    """Through which interface the way leads, and how large its packets may be."""
+    """Find the interface through which the way leads, and how large its packets may be."""
     local = found.local.split("%")[0]
     name = next((name for name, ours in interfaces().items() if local in ours), None)
     mtu = None if name is None else read_number(root / "sys/class/net" / name / "mtu")
@@ -208,7 +208,7 @@ def check_mtu(
 
 
 def check_handshake(found: Handshake, public: str) -> Finding:
-    """Whether each side takes the other's key."""
+    """Check whether each side takes the other's key."""
     if found.refused == 400:
         text = "the coordinator does not know this device's key"
         return failure("handshake", text, f"there: coordinator client register NAME '{public}'")
@@ -272,7 +272,7 @@ def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION
 
 
 def check_session(found: Session, chunk_bytes: int) -> list[Finding]:
-    """Whether the coordinator would take this device in; versions, round trip and bandwidth."""
+    """Check whether the coordinator would take this device in, and measure the link."""
     if found.welcome is None:
         return [_unwelcome(found), skipped("link", "there was no session to measure in")]
     ours, theirs = package_version(), found.welcome.sdk_version

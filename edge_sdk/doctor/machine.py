@@ -49,7 +49,7 @@ Hogs = Callable[[], Sequence[tuple[str, int]]]
 def check_python(
     *, bits: int = 64 if sys.maxsize > 2**32 else 32, machine: str = platform.machine()
 ) -> Finding:
-    """Which Python this is, and whether it is one for which compute libraries exist."""
+    """Check which Python this is, and whether there are compute libraries for it."""
     text = f"{platform.python_version()}, {machine}, {bits} bit, {sys.executable}"
     if bits == 32:
         return failure(
@@ -61,7 +61,7 @@ def check_python(
 
 
 def check_board(sources: Sources = HERE) -> Finding:
-    """Which board this is, its JetPack and its power mode."""
+    """Find out which board this is, its JetPack and its power mode."""
     name, release = board_name(sources).value, jetpack(sources).value
     mode = power_mode(sources).value
     parts = [
@@ -80,7 +80,7 @@ def check_board(sources: Sources = HERE) -> Finding:
 
 
 def check_heat(sources: Sources = HERE) -> Finding:
-    """Whether the machine slows itself down, and how hot it is."""
+    """Check whether the machine slows itself down, and how hot it is."""
     slow, hottest = throttling(sources), temperature(temperatures(sources))
     degrees = "" if hottest.value is None else f"{hottest.value:.0f} C"
     if slow.now:
@@ -114,7 +114,7 @@ def check_memory(
     by_hand: float | None = None,
     hogs: Hogs = biggest_processes,
 ) -> Finding:
-    """What a run may take, and who has the rest."""
+    """Check what a run may take, and who has the rest."""
     try:
         left = budget(sources, on_gpu=on_gpu, by_hand=by_hand)
     except ValueError as error:
@@ -151,7 +151,7 @@ def _free() -> str:
 
 
 def check_swap(sources: Sources = HERE) -> Finding:
-    """Swap and zram, and whether the machine lives on them already."""
+    """Check swap and zram, and whether the machine lives on them already."""
     sizes = {name: reading.value for name, reading in swap(sources).items()}
     size, zram = sizes["swap"], sizes["zram"]
     if size is None or zram is None:
@@ -167,7 +167,7 @@ def check_swap(sources: Sources = HERE) -> Finding:
 
 
 def check_disk(name: str, folder: Path, free_bytes: Callable[[Path], int] | None = None) -> Finding:
-    """Whether *folder*, or the one in which it would be made, can be written and has room.
+    """Check whether *folder*, made where it is missing, could be written and has room.
 
     Args:
         name: Key of the config that says where the folder is: `cache` or `state`.
@@ -212,7 +212,7 @@ def read_limits() -> dict[str, int | None]:
 
 
 def check_limits(limits: dict[str, int | None] | None = None) -> Finding:
-    """What the shell or the service allows this process: open files, memory."""
+    """Check what the shell or the service allows this process: open files, memory."""
     found = read_limits() if limits is None else limits
     files, locked, space = (found.get(name) for name in ("files", "locked", "address space"))
     text = f"{files or 'any number of'} open files, {_limit(locked)} of locked memory"
@@ -235,7 +235,7 @@ def _limit(limit: int | None) -> str:
 
 
 def check_clock(now_s: float | None = None) -> Finding:
-    """Whether the clock can be right; boards without a battery wake up in 1970."""
+    """Check whether the clock can be right; boards without a battery wake up in 1970."""
     now = time.gmtime(time.time() if now_s is None else now_s)
     text = time.strftime("%Y-%m-%d %H:%M UTC", now)
     if now.tm_year < EARLIEST_YEAR:

@@ -55,7 +55,7 @@ def our_requirements() -> list[str]:
 def check_packages(
     requirements: Sequence[str] | None = None, versions: Versions = version_of
 ) -> Finding:
-    """Whether everything that the SDK itself needs is there, and new enough."""
+    """Check whether everything that the SDK itself needs is there, and new enough."""
     wanted = our_requirements() if requirements is None else requirements
     ours = versions("edgesplit")
     if ours is None:
@@ -122,7 +122,7 @@ def check_origins(
     found: Mapping[str, Path | None] | None = None,
     owners: Callable[[], Mapping[str, Sequence[str]]] = metadata.packages_distributions,
 ) -> Finding:
-    """Whether our three packages are ours: other wheels of the same names exist."""
+    """Check whether our three packages are ours: other wheels of the same names exist."""
     folders = origins() if found is None else found
     home = folders["edge_sdk"]
     base = None if home is None else home.parent
@@ -168,7 +168,7 @@ def check_backend(
     requirements: Sequence[str] | None = None,
     versions: Versions = version_of,
 ) -> Finding:
-    """Whether torch with its companions, or onnxruntime, is installed."""
+    """Check whether torch with its companions, or onnxruntime, is installed."""
     wanted = our_requirements() if requirements is None else requirements
     several = [name for name in ONNXRUNTIMES if versions(name) is not None]
     if len(several) > 1:

@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def initial_pair(name: str, rank: int, shape: Shape, seed: int) -> Pair:
-    """A as `nn.Linear` draws it, B = 0; a smaller rank has the first rows of a larger one."""
+    """Draw A as `nn.Linear` does, B = 0; a smaller rank has the first rows of a larger one."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     bound = 1.0 / math.sqrt(shape.num_inputs)
@@ -87,7 +87,7 @@ class Adapters:
         return {n: m for n, m in self._model.named_modules() if isinstance(m, LoraLayer)}
 
     def _activate(self) -> None:
-        """Both adapters compute; only our own is trained, and in float32 whatever the base is."""
+        """Let both adapters compute; only ours is trained, in float32 whatever the base is."""
         for layer in self._layers().values():
             layer.set_adapter([a for a in (OWN, RESIDUAL) if a in layer.lora_A])
             for adapter in layer.lora_A:
@@ -96,16 +96,16 @@ class Adapters:
                     linear.weight.requires_grad_(adapter == OWN)
 
     def scale(self, name: str, rank: int | None = None) -> float:
-        """The factor in front of the B A of weight *name*, if it had *rank*."""
+        """Return the factor in front of the B A of weight *name*, if it had *rank*."""
         rank, alpha = rank or self.ranks[name], self.alphas[name]
         return alpha / math.sqrt(rank) if self._lora.use_rslora else alpha / rank
 
     def product(self, name: str, pair: Pair) -> Factors:
-        """The matrix s B A of a pair for weight *name*, with the run's alpha."""
+        """Return the matrix s B A of a pair for weight *name*, with the run's alpha."""
         return Factors(pair.b_OR * self._lora.scale(name, pair.a_RI.shape[0]), pair.a_RI)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained factors, as `<weight>.A` and `<weight>.B`, in model order."""
+        """Return the trained factors, as `<weight>.A` and `<weight>.B`, in model order."""
         layers = self._layers()
         return {
             f"{name}.{factor}": getattr(layers[name], f"lora_{factor}")[OWN].weight
@@ -114,7 +114,7 @@ class Adapters:
         }
 
     def pairs(self) -> dict[str, Pair]:
-        """Copies of the trained factors."""
+        """Return copies of the trained factors."""
         values = {n: p.detach().cpu().numpy().copy() for n, p in self.parameters().items()}
         return {n: Pair(values[f"{n}.A"], values[f"{n}.B"]) for n in self.ranks}
 
@@ -126,7 +126,7 @@ class Adapters:
             _overwrite(parameters[f"{name}.B"], pair.b_OR)
 
     def products(self) -> dict[str, Factors]:
-        """What the trained adapters add to their weights: s B A, scale inside."""
+        """Return what the trained adapters add to their weights: s B A, scale inside."""
         return {n: Factors(p.b_OR * self.scale(n), p.a_RI) for n, p in self.pairs().items()}
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
@@ -154,11 +154,11 @@ class Adapters:
         self.residual.update(new)
 
     def zero_residual(self) -> dict[str, Factors]:
-        """A residual of rank 0 for every weight that has one now."""
+        """Return a residual of rank 0 for every weight that has one now."""
         return {n: zero(f.b_OR.shape[0], f.a_RI.shape[1]) for n, f in self.residual.items()}
 
     def most_bytes(self) -> int:
-        """Upper bound for the float32 bytes of all factors and residuals of the present weights."""
+        """Return an upper bound for the float32 bytes of all present factors and residuals."""
         weights = (p for p in self._model.parameters() if p.dim() == 2 and not p.is_meta)
         return 4 * 4 * sum(sum(w.shape) * min(w.shape) for w in weights)
 

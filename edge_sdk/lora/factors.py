@@ -31,21 +31,21 @@ class Factors(NamedTuple):
         return int(self.a_RI.shape[0])
 
     def scaled(self, weight: float) -> Factors:
-        """The same matrix times *weight*."""
+        """Return the same matrix times *weight*."""
         return Factors(self.b_OR * weight, self.a_RI)
 
     def dense(self) -> Array:
-        """The matrix itself, (O, I); for tests and for small matrices."""
+        """Return the matrix itself, (O, I); for tests and for small matrices."""
         return self.b_OR @ self.a_RI
 
 
 def zero(num_outputs: int, num_inputs: int) -> Factors:
-    """The zero matrix, of rank 0."""
+    """Return the zero matrix, of rank 0."""
     return Factors(np.zeros((num_outputs, 0), np.float32), np.zeros((0, num_inputs), np.float32))
 
 
 def stack(terms: Sequence[Factors]) -> Factors:
-    """The exact sum of *terms*, of rank S."""
+    """Return the exact sum of *terms*, of rank S."""
     return Factors(
         np.concatenate([term.b_OR for term in terms], axis=1),
         np.concatenate([term.a_RI for term in terms], axis=0),
@@ -53,7 +53,7 @@ def stack(terms: Sequence[Factors]) -> Factors:
 
 
 def norm(term: Factors) -> float:
-    """Frobenius norm of the matrix: |R_left R_right^T| of the two QR decompositions."""
+    """Return the Frobenius norm of the matrix: |R_left R_right^T| of the two QR decompositions."""
     if term.rank == 0:
         return 0.0
     r_left_SS = np.asarray(np.linalg.qr(term.b_OR.astype(np.float64), mode="r"))
@@ -103,7 +103,7 @@ def compress(
 def _decomposed(
     term: Factors,
 ) -> tuple[Array | None, Array, Array, Array, Array | None]:
-    """(left, U, sigma, V^T, right) with left U sigma V^T right = the matrix; None is the identity.
+    """Return (left, U, sigma, V^T, right) whose product is the matrix; None is the identity.
 
     A stack with more ranks than the matrix has rows or columns is larger than the matrix itself:
     then there is nothing to gain from QR.

@@ -23,8 +23,8 @@ class NumpyAdapters:
         shapes: Every weight that may have an adapter or a residual.
         ranks: Rank of each; 0 stands for none.
         alphas: LoRA alpha of each; the config's where it is not named.
-        lora: Of the run.
-        seed: Of the initial factors.
+        lora: LoRA configuration of the run.
+        seed: Seed of the initial factors.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class NumpyAdapters:
             self.parameters |= {f"{name}.A": pair.a_RI, f"{name}.B": pair.b_OR}
 
     def scale(self, name: str, rank: int | None = None) -> float:
-        """The factor in front of the B A of weight *name*, if it had *rank*."""
+        """Return the factor in front of the B A of weight *name*, if it had *rank*."""
         rank, alpha = rank or self.ranks[name], self.alphas[name]
         return alpha / float(np.sqrt(rank)) if self._lora.use_rslora else alpha / rank
 
     def pairs(self) -> dict[str, Pair]:
-        """Copies of the trained factors."""
+        """Return copies of the trained factors."""
         values = self.parameters
         return {n: Pair(values[f"{n}.A"].copy(), values[f"{n}.B"].copy()) for n in self.ranks}
 
@@ -62,12 +62,12 @@ class NumpyAdapters:
             self.parameters[f"{name}.B"][...] = pair.b_OR
 
     def product(self, name: str) -> Factors:
-        """What the trained adapter adds to its weight: s B A, scale inside."""
+        """Return what the trained adapter adds to its weight: s B A, scale inside."""
         a_RI, b_OR = self.parameters[f"{name}.A"], self.parameters[f"{name}.B"]
         return Factors(b_OR * np.float32(self.scale(name)), a_RI.copy())
 
     def products(self) -> dict[str, Factors]:
-        """The same for all of them."""
+        """Return what every trained adapter adds to its weight."""
         return {name: self.product(name) for name in self.ranks}
 
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
@@ -76,11 +76,11 @@ class NumpyAdapters:
         self.residual |= {n: Factors(*map(_float32, f)) for n, f in new.items()}
 
     def zero_residual(self) -> dict[str, Factors]:
-        """A residual of rank 0 for every weight that has one now."""
+        """Return a residual of rank 0 for every weight that has one now."""
         return {n: zero(f.b_OR.shape[0], f.a_RI.shape[1]) for n, f in self.residual.items()}
 
     def factors(self, name: str) -> dict[str, Array]:
-        """What weight *name* computes with: A, s B, V and U; a rank of 0 becomes one of zeros.
+        """Return what weight *name* computes with: A, s B, V, U; a rank of 0 becomes one of zeros.
 
         Zeros change nothing, and not every kernel takes a matrix without rows.
         """

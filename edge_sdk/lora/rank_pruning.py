@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def kept_rank(rank: int, gamma: float) -> int:
-    """The r' of a rank; at least 1, so that no weight is lost for good."""
+    """Return the r' of a rank; at least 1, so that no weight is lost for good."""
     return max(1, round(gamma * rank))
 
 
@@ -51,7 +51,7 @@ def add_penalty(
 
 
 def penalty_gradients(pair: Pair, gamma: float) -> Pair:
-    """What `add_penalty` adds to the gradients of A and B for lambda = 1; numpy only."""
+    """Return what `add_penalty` adds to the gradients of A and B for lambda = 1; numpy only."""
     kept = kept_rank(pair.a_RI.shape[0], gamma)
     grad_a, grad_b = np.zeros_like(pair.a_RI), np.zeros_like(pair.b_OR)
     tail_a, tail_b = pair.a_RI[kept:], pair.b_OR[:, kept:]
@@ -63,7 +63,7 @@ def penalty_gradients(pair: Pair, gamma: float) -> Pair:
 
 
 def pruned_rank(before: Pair, after: Pair, gamma: float) -> int:
-    """The rank of an adapter after a round of training with the penalty."""
+    """Return the rank of an adapter after a round of training with the penalty."""
     rank = after.a_RI.shape[0]
     kept = kept_rank(rank, gamma)
     return kept if 0.0 < _tail(after, kept) < _tail(before, kept) else rank

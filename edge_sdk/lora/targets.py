@@ -37,7 +37,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """The same for lora_alpha."""
     use_rslora: bool = False
-    """Scale by the square root of the rank."""
+    """Whether to scale by the square root of the rank (rsLoRA)."""
     lora_dropout: float = 0.0
     """Dropout before the adapter, while training."""
 
@@ -50,15 +50,15 @@ class LoraConfig:
             raise ValueError("target_modules is empty; name modules or use 'all-linear'")
 
     def rank_of(self, weight: str, default: int) -> int:
-        """The rank of *weight*: that of the first pattern that fits, or *default*."""
+        """Return the rank of *weight*: that of the first pattern that fits, or *default*."""
         return _first_fit(self.rank_pattern, weight, default)
 
     def alpha_of(self, weight: str) -> float:
-        """The alpha of *weight*."""
+        """Return the alpha of *weight*."""
         return _first_fit(self.alpha_pattern, weight, self.lora_alpha)
 
     def scale(self, weight: str, rank: int) -> float:
-        """The factor in front of the B A of *weight*."""
+        """Return the factor in front of the B A of *weight*."""
         alpha = self.alpha_of(weight)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -121,7 +121,7 @@ def _ends(name: str, pattern: str) -> bool:
 
 
 def _shape(module: nn.Module) -> Shape | None:
-    """(O, I) of a linear layer, whatever its class calls them."""
+    """Return (O, I) of a linear layer, whatever its class calls them."""
     from edge_sdk.model.layout import is_transposed
 
     weight = getattr(module, "weight", None)
@@ -159,9 +159,9 @@ class ModelFacts:
     """Adapted weights of all blocks, in model order."""
 
     def block_of(self, weight: str) -> int:
-        """The block that a weight belongs to."""
+        """Return the block that a weight belongs to."""
         return int(weight.removeprefix(f"{self.layout.blocks_path}.").split(".", 1)[0])
 
     def weights(self, first: int, stop: int) -> list[str]:
-        """Adapted weights of blocks first .. stop-1."""
+        """Return the adapted weights of blocks first .. stop-1."""
         return [name for name in self.targets if first <= self.block_of(name) < stop]

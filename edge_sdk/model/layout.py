@@ -198,7 +198,7 @@ def _shape_only(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and persistent buffers that sit directly on *module*."""
+    """Return parameters and persistent buffers that sit directly on *module*."""
     buffers = {
         n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set
     }
@@ -207,14 +207,14 @@ def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the layer keeps its weight as (I, O)."""
+    """Return whether the layer keeps its weight as (I, O)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
 
 
 def usable_positions(model_config: Any, task: Task) -> int:
-    """Tokens of the longest sequence the model can take.
+    """Return the tokens of the longest sequence the model can take.
 
     A position table with a padding row starts counting behind it, so that fewer are usable.
     """

@@ -24,7 +24,7 @@ class LossSums(NamedTuple):
 
 
 def loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> LossSums:
-    """Cross-entropy of *logits* (B, T, V) by the next label, or (B, V) by the class.
+    """Return the cross-entropy of *logits* (B, T, V) by next label, or (B, V) by class.
 
     Args:
         logits: What the model predicts.

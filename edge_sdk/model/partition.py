@@ -75,7 +75,7 @@ class Slice:
     def add(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make *part* present from *tensors*, by whole-model name; floats become `self.dtype`.
 
-        Of a quantised slice's weights one at a time is asked for, and none is kept.
+        A quantised slice asks for one weight at a time and keeps none of them.
 
         Raises:
             ModelError: a tensor is missing or has another shape than the config says.
@@ -164,7 +164,7 @@ class Slice:
         return logits
 
     def _stand_in_ids(self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Token ids that say nothing but where the padding is: some heads pool by that."""
+        """Return token ids that tell only where the padding is: some heads pool by that."""
         pad = self._config.pad_token_id or 0
         other = pad + 1 if pad + 1 < self._config.vocab_size else 0
         positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
@@ -230,20 +230,20 @@ class Slice:
 
 
 def _per_block_settings(config: Any, num_blocks: int) -> dict[str, list[Any]]:
-    """Settings of *config* that have one entry per block, such as `layer_types`."""
+    """Return settings of *config* that have one entry per block, such as `layer_types`."""
     entries = {n: v for n, v in vars(config).items() if isinstance(v, list | tuple)}
     return {n: list(v) for n, v in entries.items() if len(v) == num_blocks > 1}
 
 
 def _hollow(model: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the right shape that takes one number of memory."""
+    """Return a tensor of the right shape that takes the memory of one number."""
     wanted = _get_tensor(model, name)
     kind = dtype if wanted.is_floating_point() else wanted.dtype
     return torch.zeros((), dtype=kind).expand(wanted.shape)
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
-    """The module at *path*; inside an adapter layer, the base layer that owns the weight."""
+    """Return the module at *path*; inside an adapter layer, the base layer with the weight."""
     module = model.get_submodule(path)
     base = getattr(module, "base_layer", module)
     return base if isinstance(base, nn.Module) else module
@@ -265,7 +265,7 @@ def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def head_names(slice_: Slice) -> tuple[str, ...]:
-    """Parameters of a classifier's head, trained in full; empty for a causal LM."""
+    """Return the parameters of a classifier's head, trained in full; none for a causal LM."""
     if slice_.task == "causal-lm":
         return ()
     base = f"{getattr(slice_.model, 'base_model_prefix', '')}."
@@ -273,5 +273,5 @@ def head_names(slice_: Slice) -> tuple[str, ...]:
 
 
 def named_parameters(slice_: Slice, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of a slice by whole-model name."""
+    """Return the parameters of a slice by whole-model name."""
     return {name: slice_.model.get_parameter(name) for name in names}

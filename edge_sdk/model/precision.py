@@ -30,7 +30,7 @@ LINEAR_BYTES: Mapping[Base, float] = {
 
 
 def resolve_compute(compute: Compute, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; `auto` is bfloat16 where the hardware itself has it."""
+    """Return the dtype of matrix products; `auto` is bfloat16 where the hardware has it."""
     import torch
 
     if compute != "auto":
@@ -42,7 +42,7 @@ def resolve_compute(compute: Compute, device: torch.device) -> torch.dtype:
 
 
 def compute_name(compute: Compute, device: torch.device) -> str:
-    """The name of that dtype, as configs have it."""
+    """Return the name of a dtype of matrix products, as configs have it."""
     return str(resolve_compute(compute, device)).removeprefix("torch.")
 
 

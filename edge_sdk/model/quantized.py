@@ -27,17 +27,18 @@ from edge_sdk.model.precision import Base
 
 Quantized = Literal["int8", "int4"]
 
-# Of 32, 64 and 128, and of several ways to choose s, the best for its size (docs/quantized.md).
+# The best of 32, 64 and 128 for its size, with the best of several ways to choose s
+# (docs/quantized.md).
 GROUP = 32
 # A scale is rounded to bfloat16, by 2^-8 at most: what it divides then stays below 7.5.
 MOST_UP, MOST_DOWN = 7.47, 8.0
-# Weights that are made at a time: 4 MiB of float32 stay in a processor's cache; a GPU would rather
-# have few launches.
+# Weights that are dequantised at a time: 4 MiB of float32 stay in a processor's cache; a GPU would
+# rather have few launches.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def resolve_base(base: Base, compute: torch.dtype) -> tuple[torch.dtype, Quantized | None]:
-    """The dtype of whatever is not quantised, and how linear layers are, if they are.
+    """Return the dtype of what is not quantised, and the form of linear layers that are.
 
     Raises:
         ConfigError: products in *compute* cannot be had from such weights.
@@ -62,7 +63,7 @@ def quantize_linears(block: nn.Module, kind: Quantized) -> None:
 
 
 def take_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> bool:
-    """Let a quantised *layer* take *weight* over; False: it is none."""
+    """Let a quantised *layer* take *weight* over; returns False if *layer* is not quantised."""
     if isinstance(layer, _Packed):
         layer.take(weight, device)
     return isinstance(layer, _Packed)
@@ -91,7 +92,7 @@ def pack(w_RI: torch.Tensor, kind: Quantized) -> tuple[torch.Tensor, torch.Tenso
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of its own."""
+    """Return memory of its own."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -128,7 +129,7 @@ class _Scratch(threading.local):
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Memory until the next call with this dtype."""
+        """Return memory that holds until the next call with this dtype."""
         held, size = self._held.get((dtype, device)), math.prod(shape)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # what is made in it cannot be written to later
@@ -144,7 +145,7 @@ def _grouped(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _not_zero(scales: torch.Tensor) -> torch.Tensor:
-    """Rows or groups of zeros only have no scale of their own."""
+    """Replace scales of 0, which rows or groups of zeros have, by one that divides."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
@@ -152,7 +153,7 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """`x W^T + b` with a W that is made when it is needed: kept for the backward pass is none."""
+    """`x W^T + b` with a W that is made when it is needed and not kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: _Packed) -> torch.Tensor:
@@ -172,7 +173,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """dL/dx = dL/dy W; stretches add up in float32."""
+        """Return dL/dx = dL/dy W; stretches add up in float32."""
         layer: _Packed = ctx.layer
         grad_NO = grad.reshape(-1, layer.num_outputs)
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -221,21 +222,21 @@ class _Packed(nn.Module):
             self.codes[rows], self.scales[rows] = codes, scales
 
     def stretches(self, parts: int = 1) -> Iterator[slice]:
-        """Outputs that are computed together, or a share of so many."""
+        """Yield the outputs that are computed together, or a share of so many."""
         chunk = CHUNK.get(self.codes.device.type, CHUNK["cuda"]) // parts
         rows = max(1, chunk // self.num_inputs)
         for first in range(0, self.num_outputs, rows):
             yield slice(first, min(first + rows, self.num_outputs))
 
     def rows(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """The weights of some outputs, (R, I), until this thread asks for others."""
+        """Return the weights of some outputs, (R, I), valid until this thread asks for others."""
         w_RI = unpack(self.codes[rows], self.scales[rows], self.num_inputs, _scratch)
         if dtype == torch.float32:
             return w_RI
         return _scratch(tuple(w_RI.shape), dtype, w_RI.device).copy_(w_RI)
 
     def dequantize(self) -> torch.Tensor:
-        """A dense copy of the weight as it is computed with, the way the checkpoint holds it."""
+        """Return a dense copy of the weight as it is computed with, in the checkpoint's layout."""
         w_OI = unpack(self.codes, self.scales, self.num_inputs).to(self.dtype)
         return w_OI.T if self.is_transposed else w_OI
 
@@ -248,7 +249,7 @@ class _Packed(nn.Module):
         return _Promise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O)."""
+        """Map (..., I) to (..., O)."""
         y: torch.Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 

@@ -24,7 +24,7 @@ class _Mapped(Mapping[str, "torch.Tensor"]):
     """Tensors of safetensors files, read when asked for."""
 
     def __init__(self, files: dict[str, Any], paths: dict[str, Path]) -> None:
-        """Take by tensor its file, open, or else the path to open for this tensor alone."""
+        """Remember for each tensor its open file, or else the path to open for it alone."""
         self._files, self._paths = files, paths
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Stored(NamedTuple):
     """A key of `DTYPES`."""
 
     def float32(self) -> np.ndarray:
-        """A copy in float32."""
+        """Return a copy in float32."""
         if self.dtype == "BF16":
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         return self.array.astype(np.float32)

@@ -30,7 +30,7 @@ _WIDTHS = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
 )
-# Of two rows one is padded, as in most batches: only then does a model make a mask.
+# One of two rows is padded, as in most batches: only then does a model make a mask.
 _ROWS = 2
 # Three lengths tell apart what grows with T^2, with T and not at all.
 _LENGTHS = (8, 16, 24)
@@ -40,7 +40,7 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
     """Return the sizes of the model of *config*; its largest block stands for all of them.
 
     Args:
-        config: As transformers reads it.
+        config: The model's configuration, as transformers reads it.
         task: What the model is used for.
         layout: Where its parts are.
     """
@@ -76,12 +76,12 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
 
 
 def _total(sizes: dict[str, int], names: Iterable[str]) -> int:
-    """Parameters among the named tensors; buffers count for nothing."""
+    """Count the parameters among the named tensors; buffers count for nothing."""
     return sum(sizes.get(name, 0) for name in names)
 
 
 def _routed_params(block: nn.Module, text_config: Any) -> int:
-    """Parameters of the experts that one token passes through; experts are stacked in 3-D."""
+    """Count the parameters of the experts that one token passes; experts are stacked in 3-D."""
     per_token: int = getattr(text_config, "num_experts_per_tok", None) or 0
     stacked = (p.shape for p in block.parameters() if p.dim() == 3)
     return per_token * sum(shape[1] * shape[2] for shape in stacked)
@@ -141,15 +141,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_inside = True
 
     def leave_block(self, *_: object) -> None:
-        """Whatever is made from here on is not the block's."""
+        """Count whatever is made from here on as not the block's."""
         self._is_inside = False
 
     def kept(self) -> dict[int, int]:
-        """What the block itself keeps, by its place."""
+        """Return what the block itself keeps, by its place."""
         return {place: size for place, size in self.saved.items() if place not in self.shared}
 
     def num_bytes(self) -> tuple[int, int]:
-        """How much the block keeps, and how much it made and does not keep."""
+        """Return how much the block keeps, and how much it made and does not keep."""
         kept = self.kept()
         stays = kept.keys() | self.shared
         freed = (size for place, size in self.made.items() if place not in stays)
@@ -182,13 +182,13 @@ def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Wat
 
 
 def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Every module of *block* that multiplies by a matrix of its own."""
+    """Return every module of *block* that multiplies by a matrix of its own."""
     owners = {n: m for n, m in block.named_modules() if "weight" in m._parameters}
     return {n: m for n, m in owners.items() if m.get_parameter("weight").dim() == 2}
 
 
 def _linears(slice_: Slice, block: int) -> tuple[Linear, ...]:
-    """The linear layers of a block as they run, and which of their inputs are there anyway."""
+    """Return a block's linear layers as they run, and which of their inputs are there anyway."""
     watch = _watch(slice_, block, _LENGTHS[0], torch.float32)
     layers, kept = _linear_layers(slice_.blocks[block]), watch.kept()
     readers = Counter(watch.inputs.values())
@@ -204,7 +204,7 @@ def _linears(slice_: Slice, block: int) -> tuple[Linear, ...]:
 
 
 def _kept(slice_: Slice, block: int, base: torch.dtype, compute: torch.dtype) -> Kept:
-    """What a block keeps and frees, by the growth from one length to the next."""
+    """Return what a block keeps and frees, by the growth from one length to the next."""
     seen = [_watch(slice_, block, length, compute).num_bytes() for length in _LENGTHS]
     per_block, per_token, per_pair = _fit([kept for kept, _ in seen])
     _, freed_per_token, freed_per_pair = _fit([freed for _, freed in seen])
@@ -220,7 +220,7 @@ def _kept(slice_: Slice, block: int, base: torch.dtype, compute: torch.dtype) ->
 
 
 def _fit(sizes: Sequence[int]) -> tuple[float, float, float]:
-    """Bytes whatever the length, for each token and for each pair, of those at `_LENGTHS`."""
+    """Return bytes whatever the length, for each token and for each pair, from `_LENGTHS`."""
     first, step = _LENGTHS[0], _LENGTHS[1] - _LENGTHS[0]
     square = (sizes[2] - 2 * sizes[1] + sizes[0]) / (2 * step**2)
     line = (sizes[1] - sizes[0]) / step - square * (2 * first + step)

@@ -190,7 +190,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
 
 
 def model_hash(parts: Mapping[str, Part]) -> str:
-    """One hash for a whole model: that of its parts' hashes, in the order of their names."""
+    """Return one hash for a whole model: that of its parts' hashes, in order of their names."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(f"{name} {parts[name].sha256}\n".encode())
@@ -226,16 +226,16 @@ class PartCache:
         self.folder = folder or Path(root) / "edgesplit" / "parts"
 
     def path(self, part: Part) -> Path:
-        """Where *part* lies once it is complete."""
+        """Return where *part* lies once it is complete."""
         return self.folder / f"{part.sha256}.safetensors"
 
     def has(self, part: Part) -> bool:
-        """Whether *part* is complete; its hash was checked when it was stored."""
+        """Return whether *part* is complete; its hash was checked when it was stored."""
         path = self.path(part)
         return path.is_file() and path.stat().st_size == part.num_bytes
 
     def received(self, part: Part) -> int:
-        """Bytes of *part* that an interrupted download has left."""
+        """Return the bytes of *part* that an interrupted download has left."""
         partial = self._partial(part)
         return partial.stat().st_size if partial.is_file() else 0
 

@@ -10,22 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Array
 from edge_sdk.runtime.training_state import TrainingState
 from profiler.sensors.memory import peak_rss, rss
-
-
-class Micro(NamedTuple):
-    """One micro-batch, padded on the right."""
-
-    input_ids: np.ndarray
-    """(B, T) int64."""
-    lengths: np.ndarray
-    """(B,) int32."""
-    labels: np.ndarray
-    """(B, T) int64 with -100 where no loss is taken, or (B,) classes."""
 
 
 class TailSums(NamedTuple):
@@ -58,7 +46,7 @@ class Runtime(Protocol):
     def state(self) -> TrainingState:
         """Adapters, optimizer, trainable head and importance meter."""
 
-    def forward(self, micro: Micro, step: int, index: int) -> Array:
+    def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph.
 
         Several may be open at the same time; `backward` takes the oldest. With ranks of 0 only,
@@ -66,7 +54,7 @@ class Runtime(Protocol):
         """
 
     def tail(
-        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+        self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; a trainable head gets its gradient here.
 
@@ -76,7 +64,7 @@ class Runtime(Protocol):
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass of the oldest open `forward` from dL/dh."""
 
-    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+    def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; only where the device holds all of it."""
 
     def step(self, step: int) -> None:
@@ -86,10 +74,10 @@ class Runtime(Protocol):
             NumericError: a gradient is NaN or infinite; nothing was changed.
         """
 
-    def forward_eval(self, micro: Micro) -> Array:
+    def forward_eval(self, micro: MicroBatch) -> Array:
         """Run the device's blocks without a graph and without dropout."""
 
-    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Return the loss of the final hidden state, without gradients."""
 
     def most_bytes(self) -> int:

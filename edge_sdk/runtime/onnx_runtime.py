@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.data.tokenize import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.factors import Array
@@ -23,7 +24,7 @@ from edge_sdk.lora.rank_pruning import penalty_gradients
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import Stored
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
+from edge_sdk.runtime.interface import MemoryUse, TailSums, process_memory
 from edge_sdk.runtime.numpy_optimizer import NumpyOptimizer
 from edge_sdk.runtime.onnx_graphs import Graphs
 from edge_sdk.runtime.onnx_session import OnnxModel
@@ -94,7 +95,7 @@ class OnnxRuntime:
 
     # ---- training ----
 
-    def forward(self, micro: Micro, step: int, index: int) -> Array:
+    def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         *entered, hidden = self._run_blocks(micro)
         lengths_B = micro.lengths.astype(np.int64)
@@ -103,7 +104,7 @@ class OnnxRuntime:
         hidden_BTD: Array = hidden.numpy()
         return hidden_BTD
 
-    def _run_blocks(self, micro: Micro) -> list[Any]:
+    def _run_blocks(self, micro: MicroBatch) -> list[Any]:
         """What enters each block, and what leaves the last one."""
         lengths_B = micro.lengths.astype(np.int64)
         hidden = [self._model.enter(micro.input_ids, lengths_B)]
@@ -152,7 +153,7 @@ class OnnxRuntime:
         return found.get("grad:hidden")
 
     def tail(
-        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+        self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; see `Runtime`."""
         sums, grad_BTD = self._tail(final_hidden_BTD, micro, 1.0 / num_targets)
@@ -160,7 +161,7 @@ class OnnxRuntime:
         return sums, grad_BTD
 
     def _tail(
-        self, final_hidden_BTD: Array, micro: Micro, share: float | None
+        self, final_hidden_BTD: Array, micro: MicroBatch, share: float | None
     ) -> tuple[TailSums, Array | None]:
         """Loss, and unless *share* is None, gradients times that."""
         wanted = ["loss", "hits"]
@@ -184,7 +185,7 @@ class OnnxRuntime:
         return grad
 
     def _tail_of_targets(
-        self, final_hidden_BTD: Array, micro: Micro, wanted: list[str], share: float | None
+        self, final_hidden_BTD: Array, micro: MicroBatch, wanted: list[str], share: float | None
     ) -> tuple[TailSums, Array | None]:
         """A causal LM's loss, some targets at a time: no logits where there is none."""
         labels_BT = np.full_like(micro.labels, IGNORE)
@@ -203,7 +204,7 @@ class OnnxRuntime:
             hits += int(found["hits"].numpy())
         return TailSums(loss_sum, len(rows_N), hits), grad_BTD
 
-    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+    def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; see `Runtime`."""
         sums, grad_BTD = self.tail(self.forward(micro, step, index), micro, num_targets)
         self.backward(grad_BTD)
@@ -226,7 +227,7 @@ class OnnxRuntime:
 
     # ---- evaluation ----
 
-    def forward_eval(self, micro: Micro) -> Array:
+    def forward_eval(self, micro: MicroBatch) -> Array:
         """Run the device's blocks; see `Runtime`."""
         lengths_B = micro.lengths.astype(np.int64)
         hidden = self._model.enter(micro.input_ids, lengths_B)
@@ -235,7 +236,7 @@ class OnnxRuntime:
         hidden_BTD: Array = hidden.numpy()
         return hidden_BTD
 
-    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Loss without gradients; see `Runtime`."""
         return self._tail(final_hidden_BTD, micro, None)[0]
 

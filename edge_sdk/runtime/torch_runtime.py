@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.factors import Array
@@ -22,7 +23,7 @@ from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Base, Compute, autocast, resolve_compute
 from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import MemoryUse, Micro, TailSums, process_memory
+from edge_sdk.runtime.interface import MemoryUse, TailSums, process_memory
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 from edge_sdk.runtime.training_state import Pending, TrainingState
 
@@ -62,7 +63,7 @@ class TorchRuntime:
         self._plan = plan
         self._training = training
         self._recompute = recompute
-        self._open: deque[torch.Tensor | tuple[Micro, int, int]] = deque()
+        self._open: deque[torch.Tensor | tuple[MicroBatch, int, int]] = deque()
         """Hidden states whose gradient is awaited, the oldest first; or, where the backward pass
         is to compute them again, what `forward` was given."""
         adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
@@ -79,7 +80,7 @@ class TorchRuntime:
 
     # ---- training ----
 
-    def forward(self, micro: Micro, step: int, index: int) -> Array:
+    def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         keeps_graph = not (self._recompute or self._plan.is_forward_only)
         with torch.set_grad_enabled(keeps_graph):
@@ -88,7 +89,7 @@ class TorchRuntime:
             self._open.append(hidden if keeps_graph else (micro, step, index))
         return to_numpy(hidden)
 
-    def _run_blocks(self, micro: Micro, step: int, index: int) -> torch.Tensor:
+    def _run_blocks(self, micro: MicroBatch, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
@@ -99,7 +100,7 @@ class TorchRuntime:
             return self._slice.front(ids_BT, lengths_B, self._plan.split)
 
     def tail(
-        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+        self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; see `Runtime`."""
         self._slice.model.train()
@@ -122,7 +123,7 @@ class TorchRuntime:
             grad = torch.from_numpy(grad_BTD).to(self._device) * self.state.optimizer.loss_scale
             torch.autograd.backward(hidden, grad.to(hidden.dtype))
 
-    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+    def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Forward and backward of the whole model; see `Runtime`."""
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
@@ -145,26 +146,26 @@ class TorchRuntime:
 
     # ---- evaluation ----
 
-    def forward_eval(self, micro: Micro) -> Array:
+    def forward_eval(self, micro: MicroBatch) -> Array:
         """Run the device's blocks without a graph; see `Runtime`."""
         self._slice.model.eval()
         ids_BT, lengths_B, _ = self._tensors(micro)
         with torch.no_grad(), autocast(self._compute, self._device):
             return to_numpy(self._slice.front(ids_BT, lengths_B, self._plan.split))
 
-    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Loss without gradients; see `Runtime`."""
         self._slice.model.eval()
         with torch.no_grad():
             return totals(self._sums(torch.from_numpy(final_hidden_BTD).to(self._device), micro))
 
-    def _sums(self, final_hidden: torch.Tensor, micro: Micro) -> LossSums:
+    def _sums(self, final_hidden: torch.Tensor, micro: MicroBatch) -> LossSums:
         _, lengths_B, labels = self._tensors(micro)
         with autocast(self._compute, self._device):
             logits = self._slice.logits(final_hidden, lengths_B, self._slice.layout.num_blocks)
             return loss_sums(logits, labels)
 
-    def _tensors(self, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _tensors(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro)
         device = self._device
         return ids_BT.to(device), lengths_B.to(device), labels.to(device)

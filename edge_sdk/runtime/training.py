@@ -54,7 +54,7 @@ class TrainingConfig:
     rank_kept: float = 0.99
     """HetLoRA's gamma: ranks before gamma r are not in the tail."""
     seed: int = 0
-    """Of adapter initialisation, data order and dropout."""
+    """Seed of adapter initialisation, data order and dropout."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "adam_epsilon"):

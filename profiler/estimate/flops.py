@@ -47,7 +47,7 @@ def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
 
 
 def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) -> FlopsEstimate:
-    """Both passes of one block; *is_lowest*: nobody asks for the gradient of its input."""
+    """Return both passes of one block; *is_lowest*: nobody asks for its input's gradient."""
     prefix = f"{model.blocks_path}.{block}."
     tokens = work.tokens
     attention = 4.0 * tokens * work.length * model.attention_size  # Q K^T and P V
@@ -71,7 +71,7 @@ def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) 
 
 
 def _head_flops(model: ModelShape, work: Work) -> float:
-    """One pass through the head: of every token, or of one pooled state of each sequence."""
+    """Return one pass through the head: every token, or one pooled state of each sequence."""
     if model.num_labels:
         return 2.0 * work.micro_batch * model.tail_params
     return 2.0 * work.tokens * model.hidden_size * model.vocab_size

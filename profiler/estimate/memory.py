@@ -87,7 +87,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
 
 
 def _between(model: ModelShape, work: Work, activations: int) -> int:
-    """What is kept while the device waits for its gradient."""
+    """Return what is kept while the device waits for its gradient."""
     if work.recompute == "none":
         return work.in_flight * activations
     num_kept = 2 if work.recompute == "slice" else work.stop - work.first + 1
@@ -166,14 +166,14 @@ def _residual_params(model: ModelShape, work: Work) -> int:
 
 
 def _with_residual(model: ModelShape, work: Work, block: int) -> list[Linear]:
-    """The linear layers of a block that have a frozen residual."""
+    """Return the linear layers of a block that have a frozen residual."""
     prefix = f"{model.blocks_path}.{block}."
     has_any = work.residual_rank > 0
     return [li for li in model.linears if has_any and prefix + li.name in work.ranks]
 
 
 def _activations(model: ModelShape, work: Work) -> int:
-    """Kept by all blocks that the backward pass reaches, and by their adapters on top.
+    """Return what all blocks keep that the backward pass reaches, and their adapters on top.
 
     The lowest block counts as a whole, although it keeps nothing that lies below its adapters.
     """
@@ -183,7 +183,7 @@ def _activations(model: ModelShape, work: Work) -> int:
 
 
 def _kept_of(model: ModelShape, work: Work) -> Kept:
-    """What is known of a block of these widths."""
+    """Return what is known of a block of these widths."""
     widths = work.base_bytes, work.compute_bytes
     for kept in model.kept:
         if (kept.base_bytes, kept.compute_bytes) == widths:
@@ -201,14 +201,14 @@ def _kept_of(model: ModelShape, work: Work) -> Kept:
 
 
 def _kept_frozen(model: ModelShape, work: Work) -> float:
-    """What a block without adapters keeps."""
+    """Return what a block without adapters keeps."""
     kept, tokens = _kept_of(model, work), work.tokens
     per_block = kept.per_block if tokens else 0.0
     return per_block + tokens * (kept.per_token + work.length * kept.per_pair)
 
 
 def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
-    """What the adapters of a block keep on top: their inputs and A x."""
+    """Return what the adapters of a block keep on top: their inputs and A x."""
     width, tokens = work.compute_bytes, work.tokens
     kept = sum(width * tokens * rank for _, rank in adapted)
     if work.shares_inputs:
@@ -228,7 +228,7 @@ def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
 
 
 def _workspace(model: ModelShape, work: Work, again: int) -> int:
-    """The larger of head and block, whose backward passes follow each other, and fragments.
+    """Return the larger of head and block, whose backward passes alternate, and fragments.
 
     Args:
         model: Sizes of the model.
@@ -243,7 +243,7 @@ def _workspace(model: ModelShape, work: Work, again: int) -> int:
 
 
 def _arena(model: ModelShape, work: Work) -> int:
-    """What onnxruntime takes for the largest block and for the tail, and never gives back."""
+    """Return what onnxruntime takes for the largest block and the tail, and never gives back."""
     reached = range(lowest_block(model, work), work.stop)
     own = [_kept_adapters(adapted_linears(model, work, block), work) for block in reached]
     factor = ARENA_FACTOR if own else 1.0  # forward only
@@ -255,7 +255,7 @@ def _arena(model: ModelShape, work: Work) -> int:
 
 
 def _freed(model: ModelShape, work: Work) -> float:
-    """What the forward pass makes between activations and frees, as far as it is in the heap."""
+    """Return what the forward pass frees between activations, as far as it is in the heap."""
     kept, width = _kept_of(model, work), work.tokens * work.compute_bytes
     sides = [n for li in model.linears for n in (li.num_outputs, li.num_inputs)]
     in_heap = sum(n for n in sides if n * width <= MAX_HEAP_BYTES) / sum(sides)
@@ -269,13 +269,13 @@ def _freed(model: ModelShape, work: Work) -> float:
 
 
 def _freed_beside(linear: Linear, width: int) -> int:
-    """What an adapter or a residual frees beside a weight: B A x, its multiple, the old sum."""
+    """Return what an adapter or residual frees beside a weight: B A x, its multiple, the sum."""
     output = linear.num_outputs * width
     return 3 * output if output <= MAX_HEAP_BYTES else 0
 
 
 def _block_workspace(model: ModelShape, work: Work) -> int:
-    """Gradients in flight in a block: at its widest place by weight and by adapter, at its end."""
+    """Return a block's gradients in flight: at its widest weight and adapter, at its end."""
     if work.first == work.stop:
         return 0
     widest = max(max(li.num_outputs, li.num_inputs) for li in model.linears)
@@ -289,7 +289,7 @@ def _head_workspace(model: ModelShape, work: Work) -> int:
 
 
 def _wire(model: ModelShape, work: Work) -> int:
-    """Both h and dL/dh coded, one decoded; again for the ends of a tail that is here."""
+    """Return bytes of h and dL/dh coded, one decoded; again for the ends of a tail that is here."""
     if work.has_front and work.has_tail and work.stop == model.num_blocks:
         return 0
     ends = 2 if work.has_front and work.has_tail else 1

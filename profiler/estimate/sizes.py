@@ -30,7 +30,7 @@ class Linear:
     num_outputs: int
     num_inputs: int
     input_id: int = -1
-    """Same number, same input tensor, as q, k and v have; -1: nobody else reads it."""
+    """Number of the input tensor, the same for q, k and v; -1: nobody else reads it."""
     num_sharing: int = 1
     """Linear layers of the block that read this input, this one included."""
     input_is_kept: bool = False
@@ -51,13 +51,13 @@ class Kept:
     compute_bytes: int
     """Width of activations that this holds for."""
     per_block: float = 0.0
-    """Whatever the input: copies of weights in the width of the computation."""
+    """Bytes whatever the input: copies of weights in the width of the computation."""
     per_token: float = 0.0
-    """For each of the B T tokens."""
+    """Bytes for each of the B T tokens."""
     per_pair: float = 0.0
-    """For each of the B T T pairs of positions: masks, or scores where attention keeps them."""
+    """Bytes for each of the B T T pairs of positions: masks, or scores that attention keeps."""
     freed_per_token: float = 0.0
-    """What comes and goes in the forward pass, in the same way."""
+    """Bytes that come and go in the forward pass, for each token."""
     freed_per_pair: float = 0.0
 
 
@@ -115,13 +115,13 @@ class Work:
     length: int
     """Tokens of the longest of them: padding is computed too."""
     base_bytes: int = 4
-    """Per frozen parameter."""
+    """Bytes of a frozen parameter."""
     linear_bytes: float | None = None
-    """Per weight of a block's linear layers, where these are quantised; None: as the others."""
+    """Bytes of a weight of a block's linear layers if they are quantised; None: as the others."""
     compute_bytes: int = 4
-    """Per activation; 2 stands for autocast."""
+    """Bytes of an activation; 2 stands for autocast."""
     codec_bytes: float = 2
-    """Per number on the wire."""
+    """Bytes of a number on the wire."""
     optimizer: str = "adamw"
     """`adamw` or `sgd`."""
     trains_head: bool = False
@@ -149,14 +149,14 @@ class Work:
 
 
 def adapted_linears(model: ModelShape, work: Work, block: int) -> list[tuple[Linear, int]]:
-    """The adapted linear layers of a block and their ranks."""
+    """Return the adapted linear layers of a block and their ranks."""
     prefix = f"{model.blocks_path}.{block}."
     found = ((linear, work.ranks.get(prefix + linear.name, 0)) for linear in model.linears)
     return [(linear, rank) for linear, rank in found if rank > 0]
 
 
 def lowest_block(model: ModelShape, work: Work) -> int:
-    """The first block that the backward pass reaches: without a front, it must leave at the top."""
+    """Return the first block that the backward pass reaches: the very first without a front."""
     if not work.has_front:
         return work.first
     blocks = range(work.first, work.stop)

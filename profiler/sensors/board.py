@@ -53,7 +53,7 @@ THOR_MODULES = {"0008": "T5000", "0000": "T4000"}
 
 
 def board(sources: Sources = HERE) -> Fact:
-    """Name of the board, from the device tree or, on a PC, from its maker."""
+    """Return the name of the board, from the device tree or, on a PC, from its maker."""
     model = read_text(sources.root / "proc/device-tree/model")
     if model is not None:
         version, where = _thor_version(sources), "/proc/device-tree/model"
@@ -73,7 +73,7 @@ def _thor_version(sources: Sources) -> str | None:
 
 
 def soc(sources: Sources = HERE) -> Fact:
-    """The chip: `tegra234`, `bcm2712`; on a PC the name of its processor."""
+    """Find the chip: `tegra234`, `bcm2712`; on a PC the name of its processor."""
     compatible = read_words(sources.root / "proc/device-tree/compatible")
     # From the special to the general: the board first, its chip last, or before its family.
     chips = [name.split(",")[-1] for name in compatible]
@@ -85,12 +85,12 @@ def soc(sources: Sources = HERE) -> Fact:
 
 
 def is_tegra(sources: Sources = HERE) -> bool:
-    """Whether this is a Jetson: one memory for both, CPU and GPU."""
+    """Return whether this is a Jetson: one memory for both, CPU and GPU."""
     return str(soc(sources).value).startswith("tegra")
 
 
 def l4t(sources: Sources = HERE) -> Fact:
-    """Release of Linux for Tegra, such as `36.4.3`."""
+    """Return the release of Linux for Tegra, such as `36.4.3`."""
     release = read_text(sources.root / "etc/nv_tegra_release") or ""
     match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
     if match:
@@ -103,7 +103,7 @@ def l4t(sources: Sources = HERE) -> Fact:
 
 
 def jetpack(sources: Sources = HERE) -> Fact:
-    """Version of JetPack, by its release of Linux for Tegra."""
+    """Return the version of JetPack, by its release of Linux for Tegra."""
     release = l4t(sources).value
     if not isinstance(release, str):
         return no_fact()
@@ -116,7 +116,7 @@ def jetpack(sources: Sources = HERE) -> Fact:
 
 
 def power_mode(sources: Sources = HERE) -> Fact:
-    """Name of the power mode; its number is not ordered by speed, and means nothing elsewhere."""
+    """Return the name of the power mode; its number says nothing about speed or other boards."""
     status = read_text(sources.root / "var/lib/nvpmodel/status") or ""
     number = re.search(r"pmode:(\d+)", status)
     if number is None:
@@ -129,7 +129,7 @@ def power_mode(sources: Sources = HERE) -> Fact:
 
 
 def gpu(sources: Sources = HERE) -> Fact:
-    """Name of the GPU."""
+    """Return the name of the GPU."""
     name = sources.nvml.ask("nvmlDeviceGetName")
     if name:
         return Fact(name.decode() if isinstance(name, bytes) else str(name), "NVML")
@@ -140,7 +140,7 @@ def gpu(sources: Sources = HERE) -> Fact:
 
 
 def compute_capability(sources: Sources = HERE) -> Fact:
-    """CUDA compute capability, such as `8.7`; None without an NVIDIA GPU."""
+    """Return CUDA compute capability, such as `8.7`; None without an NVIDIA GPU."""
     found = sources.nvml.ask("nvmlDeviceGetCudaComputeCapability")
     if found:
         return Fact(f"{found[0]}.{found[1]}", "NVML")
@@ -154,7 +154,7 @@ def compute_capability(sources: Sources = HERE) -> Fact:
 
 
 def unified_memory(sources: Sources = HERE) -> Fact:
-    """Whether CPU and GPU share one memory; None without a GPU."""
+    """Tell whether CPU and GPU share one memory; None without a GPU."""
     if is_tegra(sources):
         return Fact(True, f"SoC {soc(sources).value}")
     cuda = sources.loaded_cuda()
@@ -168,7 +168,7 @@ def unified_memory(sources: Sources = HERE) -> Fact:
 
 
 def native_bf16(sources: Sources = HERE) -> Fact:
-    """Whether the hardware itself multiplies bfloat16: the GPU where there is one, else the CPU."""
+    """Tell whether the hardware itself multiplies bfloat16: the GPU if any, else the CPU."""
     capability = compute_capability(sources).value
     if isinstance(capability, str):
         major, _, minor = capability.partition(".")
@@ -178,7 +178,7 @@ def native_bf16(sources: Sources = HERE) -> Fact:
 
 
 def cpu_bf16(sources: Sources = HERE) -> Fact:
-    """Whether the CPU has instructions for bfloat16; otherwise it converts, and is slower."""
+    """Tell whether the CPU has instructions for bfloat16; else it converts, and is slower."""
     for field in ("flags", "Features"):
         flags = (_cpuinfo(sources, field) or "").split()
         if flags:

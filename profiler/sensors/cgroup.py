@@ -1,7 +1,7 @@
 """Control groups: the limits of a container or a systemd unit, versions 1 and 2.
 
-psutil and /proc/meminfo speak of the host, whatever limit stands around this process. Only finds
-their folders; what stands there is read in `memory.py` and `cgroup.py`.
+psutil and /proc/meminfo speak of the host, whatever limit stands around this process. Finds
+their folders, and the cores they allow; memory limits are read in `memory.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _upwards(mount: Path, path: str) -> list[Path]:
 
 
 def allowed_cores(root: Path = Path("/")) -> Reading:
-    """Cores that this process may keep busy; a quota can be a fraction of one."""
+    """Return the cores that this process may keep busy; a quota can be a fraction of one."""
     readings = [_affinity()]
     for folder in groups("cpu", root):
         quota = _quota(folder)

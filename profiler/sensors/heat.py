@@ -23,7 +23,7 @@ NVML_REASONS = {
     0x40: "GPU temperature (hardware)",
     0x80: "GPU power brake",
 }
-# `vcgencmd get_throttled`; 16 bits higher stands what has happened since boot.
+# Bits of `vcgencmd get_throttled`; 16 bits higher they tell what has happened since boot.
 FIRMWARE_BITS = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}
 # Counters of Orin and Thor that mean trouble. The third, for current peaks, goes up by tens of
 # thousands at full power and means nothing.
@@ -45,7 +45,7 @@ class Throttling(NamedTuple):
 
 
 def temperatures(sources: Sources = HERE) -> dict[str, Reading]:
-    """Temperature in C of each sensor that answers, by a short name."""
+    """Read the temperature in C of each sensor that answers, by a short name."""
     found: dict[str, Reading] = {}
     degrees = _nvml_temperature(sources)
     if degrees is not None:
@@ -69,7 +69,7 @@ def _nvml_temperature(sources: Sources) -> float | None:
 
 
 def temperature(found: dict[str, Reading]) -> Reading:
-    """The temperature that decides over throttling, of all *found* by `temperatures`."""
+    """Return the temperature that decides over throttling, of *found* by `temperatures`."""
     for name in DECISIVE:
         if name in found:
             return found[name]
@@ -77,7 +77,7 @@ def temperature(found: dict[str, Reading]) -> Reading:
 
 
 def throttling(sources: Sources = HERE) -> Throttling:
-    """What slows this machine down, from every source that can tell."""
+    """Return what slows this machine down, from every source that can tell."""
     found = [
         one
         for one in (_nvml(sources), _alerts(sources), _firmware(sources), _counters(sources))
@@ -131,7 +131,7 @@ def _firmware(sources: Sources) -> Throttling | None:
 
 
 def _counters(sources: Sources) -> Throttling | None:
-    """Counters of Tegra's over-current unit, or of an x86 processor's own throttling."""
+    """Read the counters of Tegra's over-current unit, or of an x86 processor's throttling."""
     counts: dict[str, int] = {}
     for file in find(sources.root, "sys/class/hwmon/hwmon*/oc*_event_cnt"):
         count = read_number(file)

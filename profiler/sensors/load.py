@@ -38,7 +38,7 @@ class CpuTimes(NamedTuple):
 
 
 def cpu_times(sources: Sources = HERE) -> CpuTimes | None:
-    """Ticks until now; the difference of two of them is a load."""
+    """Read the ticks until now; the difference of two of them is a load."""
     words = (read_text(sources.root / "proc/stat") or "").split("\n")[0].split()
     if len(words) < 6 or words[0] != "cpu":
         return None
@@ -48,7 +48,7 @@ def cpu_times(sources: Sources = HERE) -> CpuTimes | None:
 
 
 def cpu_load(before: CpuTimes | None, after: CpuTimes | None) -> Reading:
-    """Busy share of all cores between two moments, in %."""
+    """Return the busy share of all cores between two moments, in %."""
     if before is None or after is None or after.total <= before.total:
         return unknown("%")
     busy = (after.busy - before.busy) / (after.total - before.total)
@@ -56,7 +56,7 @@ def cpu_load(before: CpuTimes | None, after: CpuTimes | None) -> Reading:
 
 
 def cpu_clock(sources: Sources = HERE) -> Reading:
-    """Clock of the fastest core now."""
+    """Read the clock of the fastest core now."""
     reading = _fastest(sources, "scaling_cur_freq")
     if reading.value is not None:
         return reading
@@ -66,7 +66,7 @@ def cpu_clock(sources: Sources = HERE) -> Reading:
 
 
 def cpu_clock_max(sources: Sources = HERE) -> Reading:
-    """Highest clock that power mode and governor permit now."""
+    """Read the highest clock that power mode and governor permit now."""
     return _fastest(sources, "scaling_max_freq")
 
 
@@ -84,7 +84,7 @@ def _highest(found: Iterable[tuple[Path, int | None]], root: Path) -> Reading:
 
 
 def gpu_load(sources: Sources = HERE) -> Reading:
-    """Busy share of the GPU in %."""
+    """Read the busy share of the GPU in %."""
     rates = sources.nvml.ask("nvmlDeviceGetUtilizationRates")
     if rates is not None:
         return Reading(float(rates.gpu), "NVML", "%")
@@ -97,12 +97,12 @@ def gpu_load(sources: Sources = HERE) -> Reading:
 
 
 def gpu_clock(sources: Sources = HERE) -> Reading:
-    """Clock of the GPU now."""
+    """Read the clock of the GPU now."""
     return _gpu_clock(sources, "nvmlDeviceGetClockInfo", "cur_freq")
 
 
 def gpu_clock_max(sources: Sources = HERE) -> Reading:
-    """Highest clock of the GPU that the power mode permits now."""
+    """Read the highest clock of the GPU that the power mode permits now."""
     return _gpu_clock(sources, "nvmlDeviceGetMaxClockInfo", "max_freq")
 
 

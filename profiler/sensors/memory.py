@@ -24,7 +24,7 @@ _NO_LIMIT_BYTES = 1 << 62
 
 
 def rss(root: Path = ROOT) -> Reading:
-    """Resident memory of this process now."""
+    """Read the resident memory of this process now."""
     value = field_bytes(root / "proc/self/status", "VmRSS")
     if value is not None:
         return Reading(value, "/proc/self/status VmRSS", "B")
@@ -34,7 +34,7 @@ def rss(root: Path = ROOT) -> Reading:
 
 
 def peak_rss(root: Path = ROOT) -> Reading:
-    """Most resident memory of this process since it began, or since `reset_peak_rss`."""
+    """Read the most resident memory of this process since its start or `reset_peak_rss`."""
     value = field_bytes(root / "proc/self/status", "VmHWM")
     if value is not None:
         return Reading(value, "/proc/self/status VmHWM", "B")
@@ -59,7 +59,7 @@ def reset_peak_rss(root: Path = ROOT) -> bool:
 
 
 def memory_info(root: Path = ROOT) -> MemoryInfo:
-    """Memory that this process could have: the machine's, or less where a group limits it."""
+    """Read the memory that this process could have: the machine's, or a lower group limit."""
     meminfo = root / "proc/meminfo"
     total = _host(meminfo, "MemTotal", "total", root)
     available = _host(meminfo, "MemAvailable", "available", root)

@@ -22,7 +22,7 @@ MOST_RESERVE_BYTES = 1024 * MIB
 
 
 def gpu_memory(sources: Sources = HERE) -> MemoryInfo:
-    """Memory of a GPU that has its own; unknown for one that shares the CPU's."""
+    """Read the memory of a GPU that has its own; unknown for one that shares the CPU's."""
     info = sources.nvml.ask("nvmlDeviceGetMemoryInfo")
     if info is not None and not unified_memory(sources).value:
         return MemoryInfo(Reading(info.total, "NVML", "B"), Reading(info.free, "NVML", "B"))
@@ -34,7 +34,7 @@ def gpu_memory(sources: Sources = HERE) -> MemoryInfo:
 
 
 def gpu_memory_used(sources: Sources = HERE) -> Reading:
-    """Memory that the GPU's programs hold, in the GPU's own memory or in the shared one."""
+    """Read the memory that the GPU's programs hold, its own or the shared one."""
     total, free = gpu_memory(sources)
     if total.value is not None and free.value is not None:
         return Reading(total.value - free.value, total.source, "B")
@@ -43,7 +43,7 @@ def gpu_memory_used(sources: Sources = HERE) -> Reading:
 
 
 def swap(sources: Sources = HERE) -> dict[str, Reading]:
-    """Size and use of swap on disk and of zram, apart: zram takes memory to give memory."""
+    """Read size and use of swap on disk and of zram, apart: zram takes memory to give memory."""
     sizes = {"swap": 0, "swap_used": 0, "zram": 0, "zram_used": 0}
     text = read_text(sources.root / "proc/swaps")
     if text is None:
@@ -57,13 +57,13 @@ def swap(sources: Sources = HERE) -> dict[str, Reading]:
 
 
 def pool(sources: Sources = HERE, *, on_gpu: bool = False) -> MemoryInfo:
-    """Memory for the computation: the GPU's where it has its own, else this process's share."""
+    """Return the memory for the computation: the GPU's own, else this process's share."""
     own = gpu_memory(sources)
     return own if on_gpu and own.total.value is not None else memory_info(sources.root)
 
 
 def held(sources: Sources = HERE, *, on_gpu: bool = False) -> Reading:
-    """What this process holds of the pool already."""
+    """Return what this process holds of the pool already."""
     cuda = sources.loaded_cuda() if on_gpu else None
     on_card = 0.0 if cuda is None else float(cuda.memory_reserved(0))
     if on_gpu and gpu_memory(sources).total.value is not None:
@@ -76,7 +76,7 @@ def held(sources: Sources = HERE, *, on_gpu: bool = False) -> Reading:
 
 
 def others(sources: Sources = HERE) -> Reading:
-    """What everybody else holds of the memory that this process could use."""
+    """Return what everybody else holds of the memory that this process could use."""
     total, available = memory_info(sources.root)
     mine = rss(sources.root)
     if total.value is None or available.value is None or mine.value is None:
@@ -86,14 +86,14 @@ def others(sources: Sources = HERE) -> Reading:
 
 
 def reserve_bytes(total_bytes: float) -> float:
-    """Memory that a run leaves alone on a machine of *total_bytes*."""
+    """Return the memory that a run leaves alone on a machine of *total_bytes*."""
     return min(max(RESERVE_SHARE * total_bytes, LEAST_RESERVE_BYTES), MOST_RESERVE_BYTES)
 
 
 def budget(
     sources: Sources = HERE, *, on_gpu: bool = False, by_hand: float | None = None
 ) -> Reading:
-    """Memory that this process may have in all, what it holds now included.
+    """Return the memory that this process may have in all, what it holds now included.
 
     Args:
         sources: Where to look.

@@ -45,7 +45,7 @@ def overview(sources: Sources = HERE, since: CpuTimes | None = None) -> dict[str
 
 
 def memory(sources: Sources = HERE) -> Group:
-    """Memory of the machine, of this process, of the GPU, and swap."""
+    """Read memory of the machine, of this process, of the GPU, and swap."""
     host, card = memory_info(sources.root), gpu_memory(sources)
     return {
         "memory_total": host.total,
@@ -62,7 +62,7 @@ def memory(sources: Sources = HERE) -> Group:
 
 
 def compute(sources: Sources = HERE, since: CpuTimes | None = None) -> Group:
-    """Cores, loads and clocks."""
+    """Read cores, loads and clocks."""
     return {
         "cores": allowed_cores(sources.root),
         "cpu_load": cpu_load(since, cpu_times(sources)),
@@ -75,14 +75,14 @@ def compute(sources: Sources = HERE, since: CpuTimes | None = None) -> Group:
 
 
 def draw(sources: Sources = HERE) -> Group:
-    """Power as a whole, of the GPU, and of each rail."""
+    """Read power as a whole, of the GPU, and of each rail."""
     found = rails(sources)
     each = {f"rail_{name}": reading for name, reading in found.items()}
     return {"power": power(sources, found), "gpu_power": gpu_power(sources, found), **each}
 
 
 def heat(sources: Sources = HERE) -> Group:
-    """Temperatures, and evidence of throttling."""
+    """Read temperatures, and evidence of throttling."""
     found, slow = temperatures(sources), throttling(sources)
     group: Group = {"temperature": temperature(found)}
     group |= {f"temperature_{name}": reading for name, reading in found.items()}

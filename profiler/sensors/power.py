@@ -31,7 +31,7 @@ class Counter(NamedTuple):
 
 
 def rails(sources: Sources = HERE) -> dict[str, Reading]:
-    """Power of each supply rail that is measured, in W."""
+    """Read the power of each supply rail that is measured, in W."""
     found: dict[str, Reading] = {}
     for chip in find(sources.root, "sys/class/hwmon/hwmon*"):
         name = read_text(chip / "name")
@@ -59,7 +59,7 @@ def _ina3221(chip: Path, root: Path) -> dict[str, Reading]:
 
 
 def _iio(root: Path) -> dict[str, Reading]:
-    """The same chip under JetPack 4, which has a driver of its own for it."""
+    """Read the same chip under JetPack 4, which has a driver of its own for it."""
     found = {}
     pattern = "iio:device*/in_power*_input"
     for file in find(
@@ -73,7 +73,7 @@ def _iio(root: Path) -> dict[str, Reading]:
 
 
 def _pmic(sources: Sources) -> dict[str, Reading]:
-    """Raspberry Pi 5; older ones have no such chip and no rails."""
+    """Read the rails of a Raspberry Pi 5; older ones have no such chip and no rails."""
     answer = sources.vcgencmd("pmic_read_adc") or ""
     values = dict(re.findall(r"(\w+_[AV]) (?:current|volt)\(\d+\)=([\d.]+)[AV]", answer))
     return {
@@ -86,7 +86,7 @@ def _pmic(sources: Sources) -> dict[str, Reading]:
 
 
 def power(sources: Sources = HERE, found: dict[str, Reading] | None = None) -> Reading:
-    """What the machine draws in W; `estimated` where only a part of it is measured.
+    """Return what the machine draws in W; `estimated` where only a part of it is measured.
 
     Args:
         sources: Where to look.
@@ -104,7 +104,7 @@ def power(sources: Sources = HERE, found: dict[str, Reading] | None = None) -> R
 
 
 def gpu_power(sources: Sources = HERE, found: dict[str, Reading] | None = None) -> Reading:
-    """What the GPU alone draws in W."""
+    """Return what the GPU alone draws in W."""
     milliwatts = sources.nvml.ask("nvmlDeviceGetPowerUsage")
     if milliwatts is not None:
         return Reading(milliwatts / 1000, "NVML", "W")
@@ -113,7 +113,7 @@ def gpu_power(sources: Sources = HERE, found: dict[str, Reading] | None = None) 
 
 
 def counters(sources: Sources = HERE) -> dict[str, Counter]:
-    """Energy counters of the hardware, by what they count."""
+    """Read the energy counters of the hardware, by what they count."""
     found = {}
     millijoules = sources.nvml.ask("nvmlDeviceGetTotalEnergyConsumption")
     if millijoules is not None:

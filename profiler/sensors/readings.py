@@ -18,11 +18,11 @@ class Reading(NamedTuple):
     unit: str
     """`B`, `s`, `W`, `J`, `Hz`, `C`, `%`, `cores`, `FLOP/s` ..."""
     estimated: bool = False
-    """Whether it stands for something that it is not quite: a sum of some of the rails, say."""
+    """Whether the value is only close to what it is called, such as the sum of some rails."""
 
 
 class Fact(NamedTuple):
-    """One thing that is so or is called so, and where that stands."""
+    """One fact or name, and where it was read."""
 
     value: str | bool | None
     """None where no source knows."""

@@ -11,12 +11,12 @@ import torch
 
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import Micro
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import (
@@ -85,7 +85,7 @@ class Halves:
         engine.begin({n: self.start[n] for n in ranks})
         return engine
 
-    def step(self, micros: list[Micro]) -> float:
+    def step(self, micros: list[MicroBatch]) -> float:
         """Accumulate all micro-batches of a step; returns its loss."""
         targets = sum(num_targets(micro) for micro in micros)
         loss = 0.0
@@ -125,7 +125,7 @@ def _warm_pair(name: str, shape: Any) -> Pair:
     return Pair(pair.a_RI, b_OR.astype(np.float32))
 
 
-def whole_step(halves: Halves, micros: list[Micro]) -> tuple[float, dict[str, torch.Tensor]]:
+def whole_step(halves: Halves, micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor]]:
     """The same step by PEFT alone on the unsplit model."""
     config = peft.LoraConfig(
         target_modules=list(halves.shapes),

@@ -27,7 +27,7 @@ from edge_sdk.lora.adapters import initial_pair
 from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from profiler.sensors.memory import peak_rss
 
@@ -111,7 +111,7 @@ class PooledTrainer:
         step = self.batches.at(stamp.step)
         self._shapes[stamp.step] = _shapes(step)
         for index, micro in enumerate(step.micro_batches):
-            sums = self.runtime.local(_micro(micro), step.num_targets, stamp.step, index)
+            sums = self.runtime.local(micro, step.num_targets, stamp.step, index)
             loss_sum += sums.loss_sum
         self.runtime.step(stamp.step)
         return StepReport(
@@ -127,10 +127,8 @@ class PooledTrainer:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> TailSums:
         """Return the loss over *batches*, without dropout."""
-        found = [
-            self.runtime.tail_eval(self.runtime.forward_eval(micro), micro)
-            for micro in map(_micro, batches)
-        ]
+        runtime = self.runtime
+        found = [runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches]
         return TailSums(
             sum(s.loss_sum for s in found),
             sum(s.num_targets for s in found),
@@ -236,7 +234,3 @@ def _limits(config: ServeConfig, model: ServerModel) -> ModelLimits:
         max_positions=model.max_length,
         num_labels=len(config.label_names) or None,
     )
-
-
-def _micro(batch: MicroBatch) -> Micro:
-    return Micro(batch.input_ids, batch.lengths, batch.labels)

@@ -20,13 +20,14 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import RunEnded, Stopped
 from edge_sdk.client.participant import Participant
 from edge_sdk.client.setup import Ask, Dataset, RuntimeSetup
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, ReceiveTimeout
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Message, PlanAssigned, Welcome
 from edge_sdk.protocol.plan import Part, Plan
-from edge_sdk.runtime.interface import MemoryUse, Micro, Runtime, TailSums
+from edge_sdk.runtime.interface import MemoryUse, Runtime, TailSums
 from edge_sdk.runtime.torch_runtime import pick_device
 from edge_sdk.runtime.training_state import TrainingState
 from edge_sdk.transport.link import NO_TENSORS, LinkStats
@@ -42,16 +43,16 @@ FIRST_LIMIT_BYTES = 1024 * 1024
 class SimulationListener:
     """Hears what devices compute and what travels, causes before effects; this one ignores it."""
 
-    def forward(self, device: str, plan: Plan, micro: Micro) -> None:
+    def forward(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """The device's blocks, forward."""
 
     def backward(self, device: str, plan: Plan, grad_BTD: Array) -> None:
         """The same blocks, backward."""
 
-    def tail(self, device: str, plan: Plan, micro: Micro) -> None:
+    def tail(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """Final norm and head, both ways."""
 
-    def local(self, device: str, plan: Plan, micro: Micro) -> None:
+    def local(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """The whole model, both ways."""
 
     def up(self, device: str, message: Message, num_bytes: int) -> None:
@@ -169,13 +170,13 @@ class InstrumentedRuntime:
         """What is trained; whatever happens to it between steps takes no modelled time."""
         return self._runtime.state
 
-    def forward(self, micro: Micro, step: int, index: int) -> Array:
+    def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         self._listener.forward(self._device, self._plan, micro)
         return self._run(self._runtime.forward, micro, step, index)
 
     def tail(
-        self, final_hidden_BTD: Array, micro: Micro, num_targets: int
+        self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; see `Runtime`."""
         self._listener.tail(self._device, self._plan, micro)
@@ -186,7 +187,7 @@ class InstrumentedRuntime:
         self._listener.backward(self._device, self._plan, grad_BTD)
         self._run(self._runtime.backward, grad_BTD)
 
-    def local(self, micro: Micro, num_targets: int, step: int, index: int) -> TailSums:
+    def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Run the whole model, both ways; see `Runtime`."""
         self._listener.local(self._device, self._plan, micro)
         return self._run(self._runtime.local, micro, num_targets, step, index)
@@ -195,11 +196,11 @@ class InstrumentedRuntime:
         """Update the adapters; see `Runtime`."""
         self._run(self._runtime.step, step)
 
-    def forward_eval(self, micro: Micro) -> Array:
+    def forward_eval(self, micro: MicroBatch) -> Array:
         """Run the device's blocks without a graph; see `Runtime`."""
         return self._run(self._runtime.forward_eval, micro)
 
-    def tail_eval(self, final_hidden_BTD: Array, micro: Micro) -> TailSums:
+    def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Return the loss of the final hidden state; see `Runtime`."""
         return self._run(self._runtime.tail_eval, final_hidden_BTD, micro)
 

@@ -18,6 +18,7 @@ from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
 from coordinator.lab.simulation.device import SimulationListener
 from coordinator.results.events import RunEvent, Telemetry
 from coordinator.results.run_folder import RunFolder
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.messages import (
     Activation,
@@ -31,7 +32,6 @@ from edge_sdk.protocol.messages import (
     TopHidden,
 )
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import Micro
 from profiler.estimate.flops import FlopsEstimate
 
 CLOCK = "clock.jsonl"
@@ -53,7 +53,7 @@ class ClockTap(SimulationListener):
 
     # ---- devices ----
 
-    def forward(self, device: str, plan: Plan, micro: Micro) -> None:
+    def forward(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """The device's blocks, forward."""
         self.clock.compute(device, self._own(plan, micro.input_ids).forward)
 
@@ -61,12 +61,12 @@ class ClockTap(SimulationListener):
         """The device's blocks, backward."""
         self.clock.compute(device, self._own(plan, grad_BTD).backward)
 
-    def tail(self, device: str, plan: Plan, micro: Micro) -> None:
+    def tail(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """Final norm and head, both ways."""
         last = self._costs.num_blocks
         self._both(device, self._costs.flops(last, last, {}, *micro.input_ids.shape, tail=True))
 
-    def local(self, device: str, plan: Plan, micro: Micro) -> None:
+    def local(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """The whole model, both ways."""
         shape, last = micro.input_ids.shape, self._costs.num_blocks
         self._both(device, self._costs.flops(0, last, plan.ranks, *shape, front=True, tail=True))

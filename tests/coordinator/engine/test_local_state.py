@@ -7,9 +7,10 @@ import torch
 
 from coordinator.aggregation.rules import product
 from coordinator.engine.interface import Job
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.runtime.interface import Micro, TailSums
+from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.training import TrainingConfig
 from tests.coordinator.engine.test_local import known, make_engine, make_jobs, warm_pair
 from tests.tiny import VOCAB
@@ -55,7 +56,7 @@ def test_evaluation_equals_the_whole_model() -> None:
         engine.slice.model.eval()
         hidden = engine.slice.front(torch.from_numpy(ids), torch.from_numpy(lengths), 2).numpy()
 
-    whole = engine.evaluate_whole(Micro(ids, lengths, labels))
+    whole = engine.evaluate_whole(MicroBatch(ids, lengths, labels))
     found = engine.evaluate(Job("a", 2, 2.0, 8, hidden, lengths, labels))
     top = engine.evaluate(Job("a", 2, 2.0, 8, hidden, lengths, None))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.importance import Form
@@ -21,7 +22,6 @@ from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import Micro
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import (
@@ -128,7 +128,9 @@ def make_engine(family: str, first: int, **options: Any) -> LocalEngine:
     return engine
 
 
-def make_job(name: str, split: int, micro: Micro, hidden: Any, weight: float, targets: int) -> Job:
+def make_job(
+    name: str, split: int, micro: MicroBatch, hidden: Any, weight: float, targets: int
+) -> Job:
     """What a device sends."""
     labels = micro.labels.astype(np.int32)
     return Job(name, split, weight, targets, np.asarray(hidden), micro.lengths, labels)
@@ -149,7 +151,7 @@ class Record:
     """<d_t, W x_t> by token."""
 
 
-def dense(family: str, micro: Micro, targets: int) -> dict[str, Record]:
+def dense(family: str, micro: MicroBatch, targets: int) -> dict[str, Record]:
     """What float64 says of all weights; the same micro-batch is computed once."""
     key = (family, micro.input_ids.tobytes(), micro.labels.tobytes(), targets)
     if key not in DENSE:
@@ -160,7 +162,7 @@ def dense(family: str, micro: Micro, targets: int) -> dict[str, Record]:
 DENSE: dict[Any, dict[str, Record]] = {}
 
 
-def compute_dense(family: str, micro: Micro, targets: int) -> dict[str, Record]:
+def compute_dense(family: str, micro: MicroBatch, targets: int) -> dict[str, Record]:
     """Run the whole model in float64 with all adapters merged into its weights."""
     k = known(family)
     model = make_model(k.config, k.task)
@@ -210,7 +212,7 @@ def keep(seen: dict[str, Any], name: str) -> Any:
     return hook
 
 
-def mean_loss(model: nn.Module, micro: Micro, targets: int) -> torch.Tensor:
+def mean_loss(model: nn.Module, micro: MicroBatch, targets: int) -> torch.Tensor:
     """Sum of the micro-batch's losses over the targets of the step."""
     ids, lengths, labels = (torch.from_numpy(x) for x in micro)
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
@@ -242,7 +244,7 @@ def check(found: Mapping[str, float], due: Mapping[str, float]) -> None:
         np.testing.assert_allclose(found[name], value, **CLOSE, err_msg=name)  # type: ignore[arg-type]
 
 
-def two_micros(family: str) -> tuple[list[Micro], int]:
+def two_micros(family: str) -> tuple[list[MicroBatch], int]:
     """A step in two micro-batches of different lengths, and its targets."""
     micros = [make_micro(task_of(family), 3), make_micro(task_of(family), 4, rows=2, longest=6)]
     return micros, sum(map(num_targets, micros))

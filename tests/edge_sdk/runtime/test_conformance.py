@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, ModelError, NumericError
 from edge_sdk.lora.factors import Array
-from edge_sdk.runtime.interface import Micro, Runtime
+from edge_sdk.runtime.interface import Runtime
 from tests.runtimes import (
     BACKENDS,
     LORA,
@@ -32,7 +33,7 @@ def ranks(index: int) -> int:
     return index % 5
 
 
-def micro_of(family: str, step: int) -> Micro:
+def micro_of(family: str, step: int) -> MicroBatch:
     """Batches of other sizes and lengths at each step, padded on the right."""
     return make_micro(known(family).task, step, rows=1 + step % 4, longest=4 + 3 * (step % 3))
 
