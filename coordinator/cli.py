@@ -16,6 +16,20 @@ from coordinator.commands.simulate import add_simulate
 from coordinator.commands.status import add_status
 from edge_sdk.command import add_log_level, run_command
 
+COMMANDS = (
+    add_serve,
+    add_resume,
+    add_plan,
+    add_simulate,
+    add_compare,
+    add_experiment,
+    add_status,
+    add_export,
+    add_presets,
+    add_keygen,
+    add_client,
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `coordinator` command and return its exit code."""
@@ -30,18 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_log_level(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        add_serve,
-        add_resume,
-        add_plan,
-        add_simulate,
-        add_compare,
-        add_experiment,
-        add_status,
-        add_export,
-        add_presets,
-        add_keygen,
-        add_client,
-    ):
+    for add in COMMANDS:
         add(commands)
     return parser
