@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ask to stop at the first Ctrl-C or SIGTERM, and leave at once at the second."""
+    """Ask to stop at the first Ctrl-C or SIGTERM, and leave at once at the second.
+
+    Python hears signals in its main thread only: elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     asked = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

@@ -91,6 +91,7 @@ MANY_PARAMETERS = {
     "edge_sdk/runtime/torch_runtime.py:__init__": "Shrinks with the registry of backends.",
 }
 MANY_METHODS = {
+    "coordinator/rounds/state.py:RunState": "A short method for each thing that can happen.",
     "edge_sdk/runtime/interface.py:Runtime": "Shrinks with the state of training.",
     "edge_sdk/runtime/onnx_runtime.py:OnnxRuntime": "Shrinks with the state of training.",
     "edge_sdk/runtime/torch_runtime.py:TorchRuntime": "Shrinks with the state of training.",

@@ -53,7 +53,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     from coordinator.results.console import Console
-    from coordinator.rounds.executor import COMPLETED
+    from coordinator.results.lifecycle import COMPLETED
 
     with Console(total_steps) as console:
         outcome = run(console)

@@ -39,7 +39,7 @@ def load_simulation(
 def _simulate(options: argparse.Namespace) -> int:
     from coordinator.lab.simulation.run import simulate
     from coordinator.results.console import Console
-    from coordinator.rounds.executor import COMPLETED
+    from coordinator.results.lifecycle import COMPLETED
 
     config = load_simulation(options.config, options.overrides, options.preset)
     with Console(config.total_steps) as console:

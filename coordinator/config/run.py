@@ -154,6 +154,11 @@ class ServeConfig:
         """Optimizer steps of the whole run."""
         return self.rounds * self.steps_per_round
 
+    def evaluates_after(self, rounds_done: int) -> bool:
+        """Whether the model is evaluated after so many rounds; before the first, too."""
+        is_end = rounds_done in (0, self.rounds)
+        return is_end or rounds_done % self.evaluation.every_rounds == 0
+
     def settings(self, device: str) -> DeviceSettings:
         """Return what *device* runs: its own fields over those of `default`."""
         own = self.devices.get(device, DeviceSettings())

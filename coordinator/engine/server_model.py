@@ -6,6 +6,7 @@ Knows no network and no rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
 from coordinator.engine.local import make_local
 from coordinator.onnx_export.cache import GraphCache, check_lora
 from coordinator.planning.fixed import check_config, plan_server
+from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
@@ -26,6 +28,7 @@ from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.sizes import ModelShape
+from profiler.sensors.memory import memory_info
 
 ENGINES: dict[str, EngineMaker] = {"local": make_local}
 
@@ -94,6 +97,25 @@ class ServerModel:
         from edge_sdk.model.shape import model_shape
 
         return model_shape(self.source.config, self._config.task, self.facts.layout)
+
+    def planning_problem(self) -> PlanningProblem | None:
+        """Return what is to be planned before any device has come; None where that is nothing."""
+        planning = self._config.planning
+        if planning.split == planning.ranks == "fixed":
+            return None
+        memory = planning.server_memory_bytes or memory_info().available.value
+        found = PlanningProblem(
+            config=self._config,
+            facts=self.facts,
+            model=self.shape,
+            profiles={},
+            server=ServerProfile(memory_bytes=memory),
+            length=planning_length(self._config, self.max_length),
+        )
+        if found.split_rule.weighs_time and found.server_speed is None:
+            server = replace(found.server, flops_per_s=self.measured_speed())
+            return replace(found, server=server)
+        return found
 
     def measured_speed(self) -> float | None:
         """Measure a block's operations a second on the coordinator, as a device does."""

@@ -1,3 +1,3 @@
 """Steps, rounds and runs: what must happen next, and who carries it out."""
 
-__all__ = ["executor", "launch", "loop", "run"]
+__all__ = ["launch", "loop"]

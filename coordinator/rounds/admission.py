@@ -1,36 +1,53 @@
 """Who may take part, with which plan; and the parts of the model that they fetch.
 
-It answers Hello, Ready and PartRequest, and refuses with a reason that a person can act on.
+Answers Hello, Ready and PartRequest. Everything refused is refused with a reason that a person can
+act on.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 
+from coordinator.aggregation.ledger import Report
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
-from coordinator.planning.run_planner import Planner
+from coordinator.planning.run_planner import Planner, changed
+from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade
+from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.checkpoints import KEPT
-from edge_sdk.errors import EdgeError, RefusedError, public_name
+from edge_sdk.errors import (
+    EdgeError,
+    OutOfMemory,
+    PeerGone,
+    RefusedError,
+    RemoteProtocolError,
+    public_name,
+)
+from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     Failure,
     Hello,
+    Message,
     PartData,
     PartRequest,
     PlanAssigned,
     Ready,
     Refused,
+    RunOver,
     Stamp,
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import to_pairs
-from edge_sdk.transport.link import package_version
+from edge_sdk.transport.link import NO_TENSORS, package_version
+from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +67,16 @@ class Admission:
         model: ServerModel,
         gateway: Gateway,
         planner: Planner,
-        run_id: str,
+        run: Run,
     ) -> None:
         self._config, self._model, self._gateway = config, model, gateway
-        self._planner, self._run_id = planner, run_id
+        self._planner, self._run = planner, run
         self.plans: dict[str, Plan] = {}
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
+        """Steps of which a device has a checkpoint of its own."""
         self._backends: dict[str, str] = {}
-        self.waiting: set[str] = set()
+        self._waiting: set[str] = set()
         """Devices whose plan is known while their graphs are still being made."""
 
     def greet(self, device: str, hello: Hello) -> None:
@@ -101,19 +119,20 @@ class Admission:
         self.plans[device] = plan
         self._gateway.set_limits(device, self._largest_message(plan))
         parts = self._model.parts_for(plan)
-        self.waiting.discard(device)
+        self._waiting.discard(device)
         if self._backends.get(device) == "onnxruntime":
             graphs = self._model.graphs_for(plan)
             if graphs is None:
-                self.waiting.add(device)
+                self._waiting.add(device)
                 return True
             parts = (*parts, graphs)
-        self._gateway.send(device, PlanAssigned(stamp=self.stamp(device), plan=plan, parts=parts))
+        assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts)
+        self._gateway.send(device, assigned)
         return True
 
-    def stamp(self, device: str, round_: int = 0, step: int = 0, attempt: int = 0) -> Stamp:
-        """Return a stamp of this run."""
-        return Stamp(run=self._run_id, device=device, round=round_, step=step, attempt=attempt)
+    def _stamp(self, device: str) -> Stamp:
+        """Return a stamp of what belongs to no round."""
+        return Stamp(run=self._run.id, device=device)
 
     def _codec(self, device: str, hello: Hello) -> str:
         wanted = self._config.settings(device).codec
@@ -128,7 +147,7 @@ class Admission:
         config, model = self._config, self._model
         training = to_pairs(config.training) | {"total_steps": str(config.total_steps)}
         return Welcome(
-            stamp=self.stamp(device),
+            stamp=self._stamp(device),
             protocol=PROTOCOL_VERSION,
             sdk_version=package_version(),
             model_hash=model.hash,
@@ -202,13 +221,137 @@ class Admission:
             {"data": (np.frombuffer(data, np.uint8), "uint8")},
         )
 
-    def refuse(self, device: str, error: EdgeError) -> None:
-        """Tell a device why it cannot take part, and end its session."""
+    # ---- plans change ----
+
+    def profiled(self, device: str, profile: DeviceProfile) -> None:
+        """Plan for a device at once, or with the others once enough of them are here.
+
+        Raises:
+            RemoteProtocolError: it never said Hello.
+            RefusedError: it cannot take part.
+            ConfigError: the config asks for what nobody can do.
+        """
+        if device not in self.codecs:
+            raise RemoteProtocolError("Profiled before Hello")
+        self._planner.profiled(device, profile)
+        watcher = self._run.watcher
+        if device in self._run.state.ready:  # what the change means is decided between rounds
+            watcher.see(DeviceStatus(device, "reports another speed"))
+            return
+        watcher.see(DeviceStatus(device, "has told what it offers"))
+        if self.assign(device) or self._planner.plans is not None:
+            return
+        waiting = [d for d in self._gateway.devices() if self._planner.is_known(d)]
+        if len(waiting) >= self._config.min_devices:
+            self._first_plans(waiting)
+
+    def _first_plans(self, devices: list[str]) -> None:
+        found = self._planner.begin(devices)
+        self._run.watcher.see(PlanMade(self._run.state.round, found, ["first plans"], {}))
+        for name in devices:
+            if name in found.refused:
+                self.expel(name, RefusedError(found.refused[name]))
+            else:
+                self.assign(name)
+
+    def assign_waiting(self) -> None:
+        """Send their plans to devices whose graphs are there by now."""
+        for device in sorted(self._waiting):
+            try:
+                self.assign(device)
+            except PeerGone as gone:
+                self._run.lose(device, str(gone))
+            except EdgeError as error:
+                self.expel(device, error)
+
+    def plan_again(self, reports: Mapping[str, Report], pruned: list[str]) -> list[str]:
+        """Let the planner see a round; return devices that are to run something else.
+
+        Args:
+            reports: What everybody brought, the coordinator among them.
+            pruned: Devices that have cut ranks off themselves.
+        """
+        planner, state = self._planner, self._run.state
+        old = {} if planner.plans is None else planner.plans.plans
+        decision = planner.round_ended(state.round, reports, self._gateway.devices())
+        is_last = state.round == state.total_rounds
+        if decision is None:
+            return [] if is_last else pruned
+        made = PlanMade(state.round, decision.plans, decision.reasons, planner.importance)
+        self._run.watcher.see(made)
+        return [] if is_last else changed(old, decision.plans.plans)
+
+    def tell_importance(self) -> None:
+        """Show how much each weight matters by now, where that is measured."""
+        if importance := self._planner.importance:
+            self._run.watcher.see(ImportanceMeasured(self._run.state.round, dict(importance)))
+
+    def move(self, device: str) -> None:
+        """Let a device run its new plan; the next round waits until it is ready again."""
+        try:
+            self._run.wait_for(device)
+            self.held_steps[device] = ()
+            self.assign(device)
+            self._run.watcher.see(DeviceStatus(device, "has a new plan"))
+        except PeerGone as gone:
+            self._run.lose(device, str(gone))
+        except EdgeError as error:
+            self.expel(device, error)
+
+    def move_outdated(self) -> None:
+        """Give those that run another plan than the planner has for them that one."""
+        for device in sorted(self._run.state.ready):
+            try:
+                is_outdated = self._planner.plan(device) != self.plans[device]
+            except EdgeError as error:
+                self.expel(device, error)
+                continue
+            if is_outdated:
+                self.move(device)
+
+    # ---- devices go ----
+
+    def is_here(self, device: str) -> bool:
+        """Whether a device has a session."""
+        return device in self._gateway.devices()
+
+    def failed(self, device: str, message: Failure) -> None:
+        """Let go of a device that could not go on; one that ran out of memory gets less to do."""
+        if message.error == OutOfMemory.__name__:
+            self._planner.ran_out_of_memory(device)
+        self._run.lose(device, f"{message.error}: {message.text}")
+
+    def silent(self, device: str, seconds: float) -> None:
+        """Let go of a device that nothing has been heard of for longer than the run is patient."""
+        if seconds >= self._config.patience_s:
+            self._run.lose(device, f"silent for {seconds:.0f} s")
+
+    def expel(self, device: str, error: EdgeError) -> None:
+        """Let go of a device that did what it must not; it is told, and the others go on."""
+        self._run.lose(device, f"{type(error).__name__}: {error}")
+        with suppress(PeerGone):
+            self._refuse(device, error)
+
+    def _refuse(self, device: str, error: EdgeError) -> None:
         log.warning("device.refused device=%s reason=%s", device, error)
-        stamp = self.stamp(device)
+        stamp = self._stamp(device)
         if isinstance(error, RefusedError):
             self._gateway.send(device, Refused(stamp=stamp, reason=str(error)))
         else:
             failure = Failure(stamp=stamp, error=public_name(error), text=str(error))
             self._gateway.send(device, failure)
         self._gateway.drop(device, str(error))
+
+    def send(
+        self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
+    ) -> None:
+        """Send a message to a device; one whose session is over is lost."""
+        try:
+            self._gateway.send(device, message, tensors)
+        except PeerGone as gone:
+            self._run.lose(device, str(gone))
+
+    def end(self, reason: str) -> None:
+        """Tell every device that the run is over, and why."""
+        for name in self._gateway.devices():
+            self.send(name, RunOver(stamp=self._run.stamp(name), reason=reason))

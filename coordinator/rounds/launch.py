@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.results.events import Exported, Listening, RunPaused
-from coordinator.results.export import export_adapter
-from coordinator.results.run_folder import CONFIG, RunFolder
+from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder, reopen, restoring
 from coordinator.results.watchers import Watcher
-from coordinator.rounds.executor import COMPLETED
 from coordinator.rounds.loop import Coordinator
-from coordinator.rounds.run import Run
 from edge_sdk.command import stopping_on_signals
-from edge_sdk.config.describe import dump_config
-from edge_sdk.config.loader import load_config
-from edge_sdk.errors import StorageError
-from edge_sdk.transport.keys import load_key_pair
-
-PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
-ADAPTER = "adapter"
+from edge_sdk.transport.keys import KeyPair, load_key_pair
 
 
 def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
@@ -43,46 +27,28 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     """
     keys = load_key_pair(config.secret_key)
     model = ServerModel(config)
-    with _gateway(config, keys) as gateway:
-        folder = RunFolder.create(config.runs, config.name)
-        with removed_if_it_never_began(folder):
-            folder.write_text(CONFIG, dump_config(config))
-            folder.write_text("env.json", json.dumps(environment(), indent=2))
-            run_id = f"{folder.name}-{secrets.token_hex(4)}"
-            run = Run(config, model, folder, gateway, watcher, run_id, least_devices)
-            return _finish(run)
+    with _gateway(config, keys) as gateway, new_folder(config) as folder:
+        run_id = f"{folder.name}-{secrets.token_hex(4)}"
+        coordinator = Coordinator(
+            config, model, folder, gateway, watcher, run_id, least_devices=least_devices
+        )
+        return _finish(coordinator)
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     """Go on with the run at *path* as if nothing had happened; return how it ended."""
-    folder = RunFolder.open(path)
-    config = load_config(ServeConfig, path / CONFIG, overrides, env={})
-    checkpoint = folder.load_checkpoint()
+    folder, config, checkpoint = reopen(path, overrides)
     keys = load_key_pair(config.secret_key)
     model = ServerModel(config)
     with _gateway(config, keys) as gateway:
-        run = Run(config, model, folder, gateway, watcher, checkpoint.state["run"])
-        try:
-            run.resume(checkpoint)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise StorageError(
-                f"{path}: its checkpoint does not fit its config: {error}"
-            ) from error
-        return _finish(run)
+        run_id = checkpoint.state["run"]
+        coordinator = Coordinator(config, model, folder, gateway, watcher, run_id)
+        with restoring(folder):
+            coordinator.resume(checkpoint)
+        return _finish(coordinator)
 
 
-@contextmanager
-def removed_if_it_never_began(folder: RunFolder) -> Iterator[None]:
-    """Leave no half-started run behind: without a checkpoint there is nothing to resume."""
-    try:
-        yield
-    except BaseException:
-        if not folder.checkpoints():
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
-
-
-def _gateway(config: ServeConfig, keys: Any) -> ZmqGateway:
+def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:
     return ZmqGateway(
         GatewayConfig(
             address=config.listen,
@@ -93,27 +59,14 @@ def _gateway(config: ServeConfig, keys: Any) -> ZmqGateway:
     )
 
 
-def _finish(run: Run) -> str:
-    run.watcher.see(Listening(run.folder.path, run.gateway.address))
-    coordinator = Coordinator(run)
+def _finish(coordinator: Coordinator) -> str:
+    path, watcher = coordinator.folder.path, coordinator.watcher
+    watcher.see(Listening(path, coordinator.gateway.address))
     with stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
-        learned = run.ledger.global_factors()
-        target = run.folder.path / ADAPTER
-        difference = export_adapter(run.model.source, learned, run.ledger.head, target)
-        run.watcher.see(Exported(ADAPTER, difference, target))
+        target = path / ADAPTER
+        watcher.see(Exported(ADAPTER, coordinator.learned.export(target), target))
     else:
-        run.watcher.see(RunPaused(run.folder.path))
+        watcher.see(RunPaused(path))
     return outcome
-
-
-def environment() -> dict[str, str]:
-    """Return versions of what a result depends on, by package; "absent" where it is not here."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return {"python": platform.python_version(), "platform": platform.platform(), **versions}

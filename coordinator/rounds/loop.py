@@ -1,7 +1,8 @@
-"""The event loop of a run: messages in (`handlers.py`), decisions carried out (`executor.py`).
+"""One run: its parts put together, and the event loop that moves it on.
 
-What to do next is decided in `state.py`, who may take part in `admission.py`, what is computed in
-`engine/local.py` (in a thread of its own), what is joined in `aggregation/ledger.py`.
+Messages come in (`handlers.py`), `state.py` decides what to do next, and that is carried out
+(`executor.py`, `waves.py`). Who may take part is decided in `admission.py`; what is computed runs
+in a thread of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,27 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from contextlib import suppress
 
+from coordinator.aggregation.round_start import RoundStartBuilder
+from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
+from coordinator.engine.server_model import ServerModel
+from coordinator.gateway.interface import Gateway
+from coordinator.gateway.link_probe import Probing
+from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked
-from coordinator.rounds.executor import COMPLETED, RoundExecutor
+from coordinator.results.lifecycle import COMPLETED
+from coordinator.results.metrics import Reporting
+from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.results.watchers import RunFiles, Watcher, Watchers
+from coordinator.rounds.admission import Admission
+from coordinator.rounds.checkpoints import Checkpoints
+from coordinator.rounds.executor import RoundExecutor
+from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.run import Run
+from coordinator.rounds.state import RunState
+from coordinator.rounds.validation import WaveInput
+from coordinator.rounds.waves import WaveRunner
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 
@@ -24,39 +41,78 @@ GOODBYE_S = 10.0
 
 
 class Coordinator:
-    """One run, from its first device to its last round.
+    """One run, from its first device to its last round."""
 
-    Args:
-        run: What it consists of.
-        pool: Where it computes; None: in a thread of its own.
-    """
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: ServerModel,
+        folder: RunFolder,
+        gateway: Gateway,
+        watcher: Watcher,
+        run_id: str,
+        *,
+        pool: Executor | None = None,
+        least_devices: int | None = None,
+    ) -> None:
+        """Put a run together.
 
-    def __init__(self, run: Run, pool: Executor | None = None) -> None:
-        self._run = run
-        self._worker = Worker(run.gateway.wake, pool)
-        self._handlers = MessageHandler(run)
-        self._executor = RoundExecutor(run, self._handlers, self._worker)
+        Args:
+            config: What to run.
+            model: What is trained.
+            folder: Where the run leaves what it finds.
+            gateway: How to reach the devices; whoever opened it closes it.
+            watcher: Sees what happens, after the folder's files.
+            run_id: Stands in every message.
+            pool: Where the coordinator computes; None: in a thread of its own.
+            least_devices: Devices that a round needs once a step is done; None: config.min_devices.
+        """
+        self.model, self.folder, self.gateway = model, folder, gateway
+        self.watcher = Watchers([RunFiles(folder), watcher])
+        reporting = Reporting(self.watcher, bool(config.label_names), gateway)
+        self.planner = Planner(config, model.facts, model.planning_problem())
+        self.learned = GlobalModel(config, model, self.planner)
+        round_start = RoundStartBuilder(self.learned.ledger, model.facts)
+        self.run = Run(run_id, _beginning(config, least_devices), round_start, reporting)
+        self.admission = Admission(config, model, gateway, self.planner, self.run)
+        handlers = self._handlers = MessageHandler(
+            self.run,
+            self.admission,
+            self.planner,
+            self.learned,
+            _limits(config, model),
+            Probing(gateway),
+        )
+        self._worker = Worker(gateway.wake, pool)
+        self._checkpoints = Checkpoints(
+            folder, config.save_total_limit, self.run, self.learned, self.planner
+        )
+        parts = self.run, self.admission, self.learned
+        waves = WaveRunner(*parts, self._worker, handlers.handle)
+        self._executor = RoundExecutor(config, *parts, self._checkpoints, waves, self._worker)
         self._has_told = False
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        self._checkpoints.resume(checkpoint)
 
     def serve(self) -> str:
         """Serve until the run is over or `stop` was called; return how it ended."""
-        run, executor = self._run, self._executor
-        if not run.folder.checkpoints():
-            executor.end_row({}, executor.measure(0))
-            run.save()
-        run.watcher.see(RunStarted(run.id, run.state.step))
+        run, executor = self.run, self._executor
+        executor.begin()
+        self.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:
-                for event in run.gateway.events(POLL_S):
+                for event in self.gateway.events(POLL_S):
                     self._handlers.handle(event)
-                self._handlers.assign_waiting()
+                self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()
                 executor.advance()
         finally:
             self._worker.close()
-            run.model.graphs.close()
-        run.watcher.see(RunFinished(executor.outcome))
+            self.model.graphs.close()
+        self.watcher.see(RunFinished(executor.outcome))
         if executor.outcome == COMPLETED:
             self._say_goodbye()
         return executor.outcome
@@ -65,14 +121,14 @@ class Coordinator:
         """Say once that a stop was asked for."""
         if self._executor.stop_asked and not self._has_told:
             self._has_told = True
-            self._run.watcher.see(StopAsked())
+            self.watcher.see(StopAsked())
 
     def _say_goodbye(self) -> None:
         """End all sessions, once everybody knows that the run is over.
 
         After a pause there is no goodbye: devices keep trying, and join the run that is resumed.
         """
-        gateway, deadline = self._run.gateway, Deadline.after(GOODBYE_S)
+        gateway, deadline = self.gateway, Deadline.after(GOODBYE_S)
         names = gateway.devices()
         for name in names:
             with suppress(PeerGone):
@@ -83,4 +139,24 @@ class Coordinator:
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
         self._executor.stop_asked = True
-        self._run.gateway.wake()
+        self.gateway.wake()
+
+
+def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
+    return WaveInput(
+        model.text_config.hidden_size,
+        model.text_config.vocab_size,
+        len(config.label_names),
+        model.max_length,
+        config.labels,
+    )
+
+
+def _beginning(config: ServeConfig, least_devices: int | None) -> RunState:
+    return RunState(
+        total_rounds=config.rounds,
+        steps_per_round=config.steps_per_round,
+        min_devices=config.min_devices,
+        labels_on_device=config.labels == "device",
+        least_devices=least_devices,
+    )

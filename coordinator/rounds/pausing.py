@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from coordinator.results.events import StopBegun
-from coordinator.rounds.handlers import MessageHandler
+from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
 
@@ -16,8 +16,8 @@ PAUSE_PATIENCE_S = 15.0
 class Pausing:
     """The way from a wish to stop to a run that is saved."""
 
-    def __init__(self, run: Run, handlers: MessageHandler) -> None:
-        self._run, self._handlers = run, handlers
+    def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
+        self._run, self._checkpoints = run, checkpoints
         self._until_s: float | None = None
 
     @property
@@ -43,7 +43,7 @@ class Pausing:
         state = self._run.state
         if not state.members:
             return True
-        self._handlers.paused = set()
+        self._run.paused.clear()
         self._until_s = time.monotonic() + PAUSE_PATIENCE_S
         self._run.watcher.see(StopBegun(state.step))
         return False
@@ -56,9 +56,9 @@ class Pausing:
         """
         assert self._until_s is not None
         state = self._run.state
-        is_complete = self._handlers.paused >= state.members.keys()
+        is_complete = self._run.paused >= state.members.keys()
         if not is_complete and time.monotonic() < self._until_s:
             return False
         if state.step > state.safe_step and not self._has_local():
-            self._run.save()
+            self._checkpoints.save()
         return True

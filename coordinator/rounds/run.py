@@ -1,29 +1,26 @@
-"""What a run consists of, in one place, and how it is saved and brought back."""
+"""Where a run stands and what its devices have sent: here, and only here, `RunState` changes.
+
+Whoever acts for the run says what has happened; what that means for the round, for what is pending
+and for those who look on is known here. Knows no network, no engine and no planner.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from coordinator.aggregation.ledger import Ledger, Report
+from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.round_start import RoundStartBuilder
-from coordinator.aggregation.rules import SERVER
-from coordinator.config.run import ServeConfig
-from coordinator.engine.interface import Engine, Job
-from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.interface import Gateway
-from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
-from coordinator.planning.run_planner import Planner
-from coordinator.results.events import DeviceLeft
+from coordinator.engine.interface import Job
+from coordinator.gateway.interface import Received
+from coordinator.results.events import DeviceJoined, DeviceLeft, RoundStarted, WaitEnded
 from coordinator.results.metrics import Reporting
-from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.results.watchers import RunFiles, Watcher, Watchers
-from coordinator.rounds.admission import Admission
-from coordinator.rounds.state import RunState
+from coordinator.rounds.state import Member, RunState
 from edge_sdk.lora.factors import Array
-from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import Activation
-from edge_sdk.runtime.training_state import under
-from profiler.sensors.memory import memory_info
+from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.messages import Activation, EvalReport, RoundStart, Stamp, StepReport
+from edge_sdk.protocol.plan import Plan
 
 
 @dataclass
@@ -41,6 +38,19 @@ class PendingInputs:
     evals: list[tuple[Activation, Job]] = field(default_factory=list)
     """Micro-batches to evaluate, in the order of their arrival."""
 
+    def keep_early(self, device: str, where: tuple[int, int], envelope: Envelope) -> None:
+        """Keep an activation until its wave, by step and micro-batch, has its turn."""
+        self.early.setdefault(device, {})[where] = envelope
+
+    def use_up(self) -> None:
+        """Drop the inputs of the current wave, which is computed."""
+        self.jobs, self.grads = {}, {}
+
+    def take_evals(self) -> list[tuple[Activation, Job]]:
+        """Return the micro-batches to evaluate, which then wait no longer."""
+        evals, self.evals = self.evals, []
+        return evals
+
     def forget(self, device: str) -> None:
         """Drop everything from one device."""
         self.jobs.pop(device, None)
@@ -51,142 +61,182 @@ class PendingInputs:
 
 
 class Run:
-    """One run: configuration, model, what was learned, where it stands."""
+    """One run between two events."""
 
     def __init__(
-        self,
-        config: ServeConfig,
-        model: ServerModel,
-        folder: RunFolder,
-        gateway: Gateway,
-        watcher: Watcher,
-        run_id: str,
-        least_devices: int | None = None,
+        self, run_id: str, state: RunState, round_start: RoundStartBuilder, reporting: Reporting
     ) -> None:
-        self.id = run_id
-        self.config, self.model, self.folder = config, model, folder
-        self.gateway, self.watcher = gateway, Watchers([RunFiles(folder), watcher])
-        self.state = RunState(
-            total_rounds=config.rounds,
-            steps_per_round=config.steps_per_round,
-            min_devices=config.min_devices,
-            labels_on_device=config.labels == "device",
-            least_devices=least_devices,
-        )
-        self.planner = Planner(config, model.facts, problem(config, model))
-        self.engine: Engine = model.planned_engine()
-        self.ledger = Ledger(
-            model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
-        )
-        self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
-        self.admission = Admission(config, model, gateway, self.planner, run_id)
-        self.round_start = RoundStartBuilder(self.ledger, model.facts)
-        self.reporting = Reporting(self.watcher, bool(config.label_names), gateway)
-        self.inputs = PendingInputs()
+        self.id, self.state = run_id, state
+        self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
         """The round was given up: everything must be as at the last checkpoint."""
-
-    def save(self) -> None:
-        """Write a checkpoint of this very moment; steps are whole."""
-        state = {
-            "run": self.id,
-            "round": self.state.round,
-            "step": self.state.step,
-            "attempt": self.state.attempt,
-            "devices": sorted(set(self.state.members) | self.round_start.current),
-            "begins": self.state.begins,
-            "unevaluated": sorted(self.state.awaiting_eval),
-            "row": self.reporting.pending,
-            "progress": self.reporting.progress(),
-            "planner": self.planner.state(),
-        }
-        arrays = {"engine": self.engine.state(), "ledger": self.ledger.state()}
-        self.folder.save_checkpoint(
-            self.state.step, Checkpoint(state, arrays), self.config.save_total_limit
-        )
-        self.state.safe_step = self.state.step
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Be as at *checkpoint*."""
-        state = checkpoint.state
-        attempt = max(state["attempt"], self.state.attempt)
-        self.state.restore(state["round"], state["step"], attempt)
-        self.ledger.load_state(checkpoint.arrays["ledger"])
-        self.planner.load_state(state["planner"])
-        self._restore_engine(checkpoint.arrays["engine"])
-        self.round_start.forget()
-        self.reporting.load_progress(state["progress"])
-        self.state.begins = dict(state["begins"])
+        self.paused: set[str] = set()
+        """Devices that have saved their state."""
         self.inputs = PendingInputs()
-        self.must_rewind = False
+        self._round_start = round_start
 
-    def _restore_engine(self, state: dict[str, Array]) -> None:
-        """Make the engine as it was saved, whatever has been planned since."""
-        own = {n: v for n, v in under("own:", state).items() if n.endswith(".A")}
-        ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
-        first = int(state["first"])
-        if (first, ranks) != (self.engine.first, self.engine.ranks):
-            self.engine = self.model.make_engine(first, ranks)
-        self.engine.load_state(state)
+    def stamp(self, device: str) -> Stamp:
+        """Return a stamp of this moment for a message to *device*."""
+        state = self.state
+        return Stamp(
+            run=self.id,
+            device=device,
+            round=state.round,
+            step=state.step,
+            attempt=state.attempt,
+        )
 
-    @property
-    def is_engine_outdated(self) -> bool:
-        """Whether our own blocks or ranks are not what the plans in force leave to us."""
-        first, ranks = self.planner.first, self.planner.server_ranks
-        if first is None or ranks is None:
-            return False
-        wanted = {name: rank for name, rank in ranks.items() if rank}
-        return (first, wanted) != (self.engine.first, self.engine.ranks)
+    def is_current(self, stamp: Stamp) -> bool:
+        """Whether a message belongs to this attempt at this round."""
+        now = self.state.round, self.state.attempt
+        return stamp.run == self.id and (stamp.round, stamp.attempt) == now
 
-    def renew_engine(self) -> None:
-        """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
-        first, ranks = self.planner.first, self.planner.server_ranks
-        assert first is not None
-        assert ranks is not None
-        carried = self.engine.carried()
-        del self.engine  # two would need twice the memory
-        self.engine = self.model.make_engine(first, ranks)
-        pairs = self.ledger.enrol(SERVER, ranks)
-        residuals = self.ledger.residuals(SERVER, self.model.facts.targets)
-        self.engine.begin(pairs, residuals, carried)
+    # ---- devices come and go ----
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from *checkpoint* in a new process: rows written after it are dropped."""
-        self.restore(checkpoint)
-        row = self.reporting.pending = checkpoint.state["row"]
-        self.state.awaited = set(checkpoint.state["devices"])
-        evaluated = set((row or {}).get("eval_by_device", {}))
-        self.state.awaiting_eval = set(checkpoint.state["unevaluated"]) - evaluated
-        done = self.state.round
-        first_open = done if self.reporting.pending else done + 1
-        self.folder.drop_rows_from("metrics.jsonl", first_open)
-        self.folder.drop_rows_from("telemetry.jsonl", done)
+    def join(self, member: Member, num_samples: int) -> None:
+        """Take in a device that is ready; what it held of a round before is gone."""
+        self.lose(member.name, "")
+        self.state.join(member)
+        self.watcher.see(DeviceJoined(member.name, member.split, num_samples))
 
     def lose(self, device: str, reason: str) -> None:
-        """Forget a device that is gone or, without a *reason*, begins anew."""
+        """Let go of a device that is gone, or that begins anew (no reason)."""
         was_ready = device in self.state.ready
         self.must_rewind |= self.state.leave(device)
-        self.round_start.forget(device)
+        self._round_start.forget(device)
         self.inputs.forget(device)
         if was_ready and reason:
             self.watcher.see(DeviceLeft(device, reason))
 
+    def wait_for(self, device: str) -> None:
+        """Let a device begin anew; the next round waits until it is ready again."""
+        self.lose(device, "")
+        self.state.wait_for({device})
 
-def problem(config: ServeConfig, model: ServerModel) -> PlanningProblem | None:
-    """Return what is to be planned without any device; None where the config plans nothing."""
-    planning = config.planning
-    if planning.split == planning.ranks == "fixed":
-        return None
-    memory = planning.server_memory_bytes or memory_info().available.value
-    found = PlanningProblem(
-        config=config,
-        facts=model.facts,
-        model=model.shape,
-        profiles={},
-        server=ServerProfile(memory_bytes=memory),
-        length=planning_length(config, model.max_length),
-    )
-    if found.split_rule.weighs_time and found.server_speed is None:
-        speed = model.measured_speed()
-        return replace(found, server=replace(found.server, flops_per_s=speed))
-    return found
+    def stop_waiting(self) -> None:
+        """Go on without the devices that are not back yet."""
+        self.watcher.see(WaitEnded(sorted(self.state.awaited)))
+        self.state.stop_waiting()
+
+    # ---- what they send ----
+
+    def take_input(self, job: Job) -> None:
+        """Take a member's input of the current wave."""
+        self.inputs.jobs[job.device] = job
+        self.state.arrive(job.device)
+
+    def take_gradient(self, device: str, grad: Array) -> None:
+        """Take the gradient of a member's final hidden states."""
+        self.inputs.grads[device] = grad
+        self.state.arrive(device)
+
+    def take_step(self, device: str, report: StepReport) -> None:
+        """Take a member's report of a step."""
+        self.state.report_step()
+        self.reporting.step(device, report, self.state.end_step)
+
+    def take_upload(self, device: str, report: Report) -> None:
+        """Take what a member has learned in the round."""
+        self.inputs.reports[device] = report
+        self.state.upload(device)
+
+    def take_evaluation(self, device: str, report: EvalReport) -> None:
+        """Take what a device has found on its own validation data."""
+        if report.stamp.round == self.state.round:
+            self.reporting.evaluation(device, report)
+            self.reporting.flush_if_complete(self.state.members)
+        self.state.report_eval(device)
+
+    # ---- waves ----
+
+    def finish_forward(self) -> None:
+        """Await the members' gradients."""
+        self.state.finish_forward()
+
+    def finish_wave(self) -> list[Received]:
+        """Go on to the next wave; return what has been kept for later ones."""
+        self.state.finish_wave()
+        early, self.inputs.early = self.inputs.early, {}
+        return [
+            Received(name, envelopes[where])
+            for name, envelopes in early.items()
+            for where in sorted(envelopes)
+        ]
+
+    # ---- rounds ----
+
+    def start_round(self) -> None:
+        """Begin a round with all that are ready."""
+        self.state.start_round()
+        self.inputs = PendingInputs(evals=self.inputs.evals)
+        self.reporting.begin_round()
+        state, boards = self.state, self.reporting.boards()
+        started = RoundStarted(state.round, state.attempt, sorted(state.members), boards)
+        self.watcher.see(started)
+
+    def round_start(
+        self, stamp: Stamp, end_step: int, plan: Plan, held: Iterable[int], *, evaluate: bool
+    ) -> tuple[RoundStart, Mapping[str, TensorOut]]:
+        """Return the message that lets a device begin a round, with its tensors.
+
+        Args:
+            stamp: Whom it is for, and the step at which the round begins.
+            end_step: First step after the round.
+            plan: What the device runs.
+            held: Steps of which it has a checkpoint.
+            evaluate: Whether it is to evaluate first, where it has not done so already.
+        """
+        state, row = self.state, self.reporting.pending
+        own = tuple(step for step in held if state.first_step <= step <= state.end_step)
+        has_evaluated = row is None or stamp.device in row.get("eval_by_device", {})
+        start, tensors = self._round_start.message(
+            stamp, end_step, plan, own, evaluate=evaluate and not has_evaluated
+        )
+        if start.restore_step < 0:
+            state.begin_at(stamp.device, stamp.step)
+        return start, tensors
+
+    def finish_round(self, result: RoundResult, *, evaluating: bool) -> None:
+        """Take note that the round is aggregated; members may have yet to report on it."""
+        members = set(self.state.members)
+        self._round_start.round_ended(result, members)
+        self.reporting.telemetry(self.state.round)
+        self.state.finish_round(evaluating=members if evaluating else set())
+        self.inputs.reports = {}
+
+    def hand_out(self) -> list[str]:
+        """Return the devices that are to evaluate the last aggregation."""
+        self.state.hand_out()
+        return list(self.state.awaiting_eval)
+
+    # ---- checkpoints ----
+
+    def facts(self) -> dict[str, Any]:
+        """Return where the run stands, for a checkpoint; steps are whole."""
+        return {
+            "run": self.id,
+            "round": self.state.round,
+            "step": self.state.step,
+            "attempt": self.state.attempt,
+            "devices": sorted(set(self.state.members) | self._round_start.current),
+            "begins": self.state.begins,
+            "unevaluated": sorted(self.state.awaiting_eval),
+            "row": self.reporting.pending,
+            "progress": self.reporting.progress(),
+        }
+
+    def saved(self) -> None:
+        """Rewind to this step from now on."""
+        self.state.saved()
+
+    def restore(self, facts: Mapping[str, Any], *, in_new_process: bool) -> None:
+        """Stand where `facts` has found the run; in a new process, wait for its devices."""
+        self.state.restore(facts["round"], facts["step"], facts["attempt"], facts["begins"])
+        self._round_start.forget()
+        self.reporting.load_progress(facts["progress"])
+        self.inputs = PendingInputs()
+        self.must_rewind = False
+        if in_new_process:
+            row = self.reporting.pending = facts["row"]
+            evaluated = set((row or {}).get("eval_by_device", {}))
+            self.state.wait_for(facts["devices"], set(facts["unevaluated"]) - evaluated)

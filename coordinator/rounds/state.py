@@ -15,12 +15,15 @@ it starts again from its beginning, under a new attempt number, as soon as there
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 
 from edge_sdk.errors import LocalProtocolError
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT
 
+NOBODY: Mapping[str, int] = MappingProxyType({})
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
 Action = Enum("Action", "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE AGGREGATE HAND_OUT CLOSE")
 
@@ -96,22 +99,35 @@ class RunState:
         self.arrived.discard(name)
         self.uploaded.discard(name)
         if was_member and len(self.members) < self.min_devices and self.phase in _IN_ROUND:
-            self.rewind()
+            self._rewind()
             return True
         return False
 
-    def restore(self, round_: int, step: int, attempt: int) -> None:
-        """Go on from a checkpoint."""
-        self.round, self.step, self.attempt, self.safe_step = round_, step, attempt, step
+    def restore(
+        self, round_: int, step: int, attempt: int, begins: Mapping[str, int] = NOBODY
+    ) -> None:
+        """Go on from a checkpoint; attempts since then keep their numbers."""
+        self.round, self.step, self.safe_step = round_, step, step
+        self.attempt = max(attempt, self.attempt)
+        self.begins = dict(begins)
         is_last = round_ == self.total_rounds
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
+
+    def saved(self) -> None:
+        """There is a checkpoint of this step."""
+        self.safe_step = self.step
+
+    def wait_for(self, names: Iterable[str], unevaluated: Iterable[str] = ()) -> None:
+        """Devices that are not ready are on their way back; some of them have yet to evaluate."""
+        self.awaited |= set(names)
+        self.awaiting_eval |= set(unevaluated)
 
     def stop_waiting(self) -> None:
         """Wait no longer for devices that are not back yet."""
         self.awaiting_eval -= self.awaited
         self.awaited = set()
 
-    def rewind(self) -> None:
+    def _rewind(self) -> None:
         """Give the round up and gather devices for another attempt at it."""
         self.phase = Phase.GATHERING
         self.step = self.safe_step
@@ -127,6 +143,10 @@ class RunState:
         self._begin_wave(0)
         self.phase = Phase.TRAINING
         self._skip_empty()
+
+    def begin_at(self, name: str, step: int) -> None:
+        """A member trains the round from *step* on."""
+        self.begins[name] = step
 
     def arrive(self, name: str) -> None:
         """Note that a member's part of the current half-wave is here."""
@@ -168,6 +188,10 @@ class RunState:
         is_last = self.round == self.total_rounds
         self.awaiting_eval = evaluating if is_last else set()
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
+
+    def hand_out(self) -> None:
+        """The last aggregation is on its way to everybody who was in it."""
+        self.is_handed_out = True
 
     def report_eval(self, name: str) -> None:
         """Note that a device has gone through its validation data."""

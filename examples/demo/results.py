@@ -13,8 +13,8 @@ from rich.table import Table
 from shards import Shards
 
 from coordinator.results.history import RunHistory
+from coordinator.results.lifecycle import ADAPTER
 from coordinator.results.run_folder import RunFolder
-from coordinator.rounds.launch import ADAPTER
 from edge_sdk.command import quiet_libraries
 
 MAX_NEW_TOKENS = 60

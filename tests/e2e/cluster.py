@@ -18,7 +18,6 @@ from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.results.events import RoundDone, RunEvent, StepDone
 from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.loop import Coordinator
-from coordinator.rounds.run import Run
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.client.config import ClientConfig
@@ -103,9 +102,12 @@ class Crash(Exception):  # noqa: N818 - not an error: what a test does to a coor
 class Serving:
     """A coordinator in a thread of its own."""
 
-    def __init__(self, run: Run, trap: Trap) -> None:
-        self.run, self.trap = run, trap
-        self.coordinator = Coordinator(run)
+    def __init__(self, config: ServeConfig, coordinator: Coordinator, trap: Trap) -> None:
+        self.config, self.coordinator, self.trap = config, coordinator, trap
+        self.model, self.gateway = coordinator.model, coordinator.gateway
+        self.folder, self.ledger = coordinator.folder, coordinator.learned.ledger
+        self.planner, self.admission = coordinator.planner, coordinator.admission
+        self.state = coordinator.run.state
         self.outcome = ""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
@@ -123,12 +125,12 @@ class Serving:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._error = error
         finally:
-            self.run.gateway.close()
+            self.gateway.close()
 
     def wait(self, timeout_s: float = PATIENCE_S) -> str:
         """Wait for the end; returns how it came."""
         self._thread.join(timeout_s)
-        assert not self._thread.is_alive(), f"still serving: {self.run.state}; {self.trap.notes}"
+        assert not self._thread.is_alive(), f"still serving: {self.state}; {self.trap.notes}"
         if self._error is not None:
             raise self._error
         return self.outcome
@@ -156,17 +158,17 @@ class Serving:
     @property
     def metrics(self) -> bytes:
         """The bytes of metrics.jsonl."""
-        return (self.run.folder.path / "metrics.jsonl").read_bytes()
+        return (self.folder.path / "metrics.jsonl").read_bytes()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
-        return self.run.folder.rows("metrics.jsonl")
+        return self.folder.rows("metrics.jsonl")
 
     @property
     def events(self) -> list[dict[str, Any]]:
         """The rows of events.jsonl."""
-        return self.run.folder.rows("events.jsonl")
+        return self.folder.rows("events.jsonl")
 
 
 class Cluster:
@@ -234,10 +236,10 @@ class Cluster:
         path = config.runs / config.name
         is_new = not path.exists()
         folder = RunFolder.create(config.runs, config.name) if is_new else RunFolder(path)
-        run = Run(config, model, folder, gateway, trap, "run-1")
+        coordinator = Coordinator(config, model, folder, gateway, trap, "run-1")
         if not is_new:
-            run.resume(folder.load_checkpoint())
-        serving = Serving(run, trap)
+            coordinator.resume(folder.load_checkpoint())
+        serving = Serving(config, coordinator, trap)
         self._served.append(serving)
         return serving
 

@@ -54,15 +54,15 @@ def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
 
     losses = [row["eval"]["loss"] for row in serving.rows]
     assert losses[-1] < 0.97 * losses[0]
-    run, engine = serving.run, serving.run.engine
+    engine = serving.coordinator.learned.engine
     assert isinstance(engine, LocalEngine)
-    for weight, total in run.ledger.totals.items():
+    for weight, total in serving.ledger.totals.items():
         own = engine.trained.adapters.products().get(weight)
         held = [
             f.dense() for f in (own, engine.trained.adapters.residual.get(weight)) if f is not None
         ]
         expected = total.dense()
-        if run.ledger.pairs[SERVER].get(weight) is not None and rule == "svd":
+        if serving.ledger.pairs[SERVER].get(weight) is not None and rule == "svd":
             expected = own.dense() if own is not None else expected  # its best of rank 4
         size = max(1e-3, float(np.linalg.norm(expected)))
         assert np.linalg.norm(sum(held) - expected) <= 3e-5 * size, weight
@@ -93,7 +93,7 @@ def test_a_rule_with_momentum_survives_a_stop(
     assert resumed.wait() == "completed"
     wait_all(clients)
     assert resumed.metrics == whole.metrics
-    expected, found = whole.run.ledger.state(), resumed.run.ledger.state()
+    expected, found = whole.serving.ledger.state(), resumed.serving.ledger.state()
     assert any(key.startswith("memory:") for key in expected)
     assert {n: v.tobytes() for n, v in found.items()} == {
         n: v.tobytes() for n, v in expected.items()
@@ -124,12 +124,12 @@ def test_hetlora_prunes_ranks(cluster: Cluster) -> None:
 
     serving = train(cluster, "zeropad", (BLOCKS,) * 3, training=training, rounds=4)
 
-    ranks = {n: max(p.ranks.values()) for n, p in serving.run.admission.plans.items()}
-    smallest = {n: min(p.ranks.values()) for n, p in serving.run.admission.plans.items()}
+    ranks = {n: max(p.ranks.values()) for n, p in serving.admission.plans.items()}
+    smallest = {n: min(p.ranks.values()) for n, p in serving.admission.plans.items()}
     assert max(ranks.values()) <= 8
     assert any(smallest[n] < RANKS[n] for n in "abc")
-    held = {n: p.a_RI.shape[0] for n, p in serving.run.ledger.pairs["c"].items()}
-    assert held.keys() == serving.run.admission.plans["c"].ranks.keys()
+    held = {n: p.a_RI.shape[0] for n, p in serving.ledger.pairs["c"].items()}
+    assert held.keys() == serving.admission.plans["c"].ranks.keys()
     losses = [row["eval"]["loss"] for row in serving.rows]
     assert losses[-1] < losses[0]
 

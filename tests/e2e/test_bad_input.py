@@ -155,7 +155,7 @@ def test_a_port_that_is_taken(
     assert cluster.address in line
     assert "in use" in line
     assert not (cluster.folder / "runs" / "run" / "adapter").exists()
-    serving.run.gateway.close()
+    serving.gateway.close()
 
 
 def test_a_run_folder_that_cannot_be_written(

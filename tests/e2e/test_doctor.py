@@ -120,7 +120,7 @@ def test_a_coordinator_that_hangs_is_not_waited_for_without_end(
     )
 
     found = doctor_link.open_session(config, "", 0.5)
-    serving.run.gateway.close()
+    serving.gateway.close()
 
     assert found == (None, None, None)
     assert "no welcome within" in doctor_link.check_session(found, 1)[0].text

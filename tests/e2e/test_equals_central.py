@@ -104,7 +104,7 @@ def test_three_cuts_are_one_machine(cluster: Cluster, labels: str) -> None:
     wait_all(clients)
 
     assert outcome == "completed"
-    ledger = serving.run.ledger
+    ledger = serving.ledger
     joined = {weight: pair for own in ledger.pairs.values() for weight, pair in own.items()}
     assert joined.keys() == ledger.totals.keys() == central.targets.keys()
     moved = {"A": 0.0, "B": 0.0}
@@ -127,7 +127,7 @@ def test_exact_adds_everybodys_progress(cluster: Cluster) -> None:
         rounds=1, steps_per_round=4, server_rank=6, training=SGD, devices=devices
     )
     serving = cluster.serve(config)
-    ledger = serving.run.ledger
+    ledger = serving.ledger
     kept: dict[str, Any] = {}
     aggregate = ledger.aggregate
 
@@ -146,9 +146,9 @@ def test_exact_adds_everybodys_progress(cluster: Cluster) -> None:
     moved = 0.0
     sizes = {n: s.batch_size or 0 for n, s in devices.items()}
     splits = {n: s.split or 0 for n, s in devices.items()}
-    assert learned.keys() == serving.run.model.facts.targets.keys()
-    for weight, shape in serving.run.model.facts.targets.items():
-        block = serving.run.model.facts.block_of(weight)
+    assert learned.keys() == serving.model.facts.targets.keys()
+    for weight, shape in serving.model.facts.targets.items():
+        block = serving.model.facts.block_of(weight)
         here = {n: s for n, s in sizes.items() if splits[n] > block}
         shares = here | {"": sum(s for n, s in sizes.items() if splits[n] <= block)}
         expected = np.zeros(shape)

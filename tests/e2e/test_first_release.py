@@ -40,7 +40,7 @@ def test_a_run_of_the_first_release_goes_on(stopped: Path, parts: Path) -> None:
     assert [row["round"] for row in resumed.rows] == [0, 1, 2]
     # All three steps of each device count: none of them came without its state.
     assert resumed.rows[2]["samples"] == 3 * 4 + 3 * 6 + 3 * 4
-    found = resumed.run.ledger.state()
+    found = resumed.ledger.state()
     assert found.keys() == expected.ledger.keys()
     for name, value in found.items():
         # Another processor than that of the archive rounds differently.

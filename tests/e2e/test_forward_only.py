@@ -30,7 +30,7 @@ def test_it_trains_the_upper_blocks_as_one_machine_would(cluster: Cluster, label
     central = Central(config)  # alone: all threads draw from one source of random numbers
     serving = cluster.serve(config).start()
     clients = cluster.start("a")
-    block_of = serving.run.model.facts.block_of
+    block_of = serving.model.facts.block_of
     lower = {name for name in central.targets if block_of(name) < SPLIT}
     for name, factor in central.factors.items():
         factor.requires_grad_(name.rpartition(".")[0] not in lower)
@@ -42,9 +42,9 @@ def test_it_trains_the_upper_blocks_as_one_machine_would(cluster: Cluster, label
     wait_all(clients)
 
     assert outcome == "completed"
-    assert serving.run.ledger.totals.keys() == central.targets.keys() - lower
+    assert serving.ledger.totals.keys() == central.targets.keys() - lower
     moved = 0.0
-    for name, pair in serving.run.ledger.pairs[""].items():
+    for name, pair in serving.ledger.pairs[""].items():
         np.testing.assert_allclose(pair.a_RI, central.factor(f"{name}.A"), atol=1e-5)
         np.testing.assert_allclose(pair.b_OR, central.factor(f"{name}.B"), atol=1e-5)
         moved = max(moved, np.abs(pair.b_OR - start[f"{name}.B"]).max())
@@ -61,14 +61,14 @@ def test_no_gradient_travels_to_it(cluster: Cluster) -> None:
     )
     serving = cluster.serve(config)
     sent: dict[str, set[tuple[str, ...]]] = {}
-    send = serving.run.gateway.send
+    send = serving.gateway.send
 
     def spy(device: str, message: Any, tensors: Any = ()) -> None:
         if type(message).__name__ == "Gradient":
             sent.setdefault(device, set()).add(tuple(tensors))
         send(device, message, tensors or {})
 
-    serving.run.gateway.send = spy  # type: ignore[method-assign]
+    serving.gateway.send = spy  # type: ignore[method-assign]
     serving.start()
     clients = cluster.start()
     assert serving.wait() == "completed"
@@ -87,7 +87,7 @@ def test_its_frozen_blocks_are_what_the_others_have_learned(cluster: Cluster) ->
     }
     config = cluster.config(training=training, devices=devices, rounds=2)
     serving = cluster.serve(config)
-    ledger = serving.run.ledger
+    ledger = serving.ledger
     kept: list[tuple[Any, Any]] = []
     aggregate = ledger.aggregate
 
@@ -104,7 +104,7 @@ def test_its_frozen_blocks_are_what_the_others_have_learned(cluster: Cluster) ->
     wait_all(clients)
 
     assert ledger.pairs["a"] == ledger.pairs["c"] == {}
-    block_of = serving.run.model.facts.block_of
+    block_of = serving.model.facts.block_of
     scale = config.lora.scale("", 4)
     lowest = [name for name in ledger.totals if block_of(name) == 0]
     assert lowest

@@ -171,7 +171,7 @@ def test_each_is_expelled_and_the_others_finish(cluster: Cluster) -> None:
     """NaN, wrong shapes, sizes, dtypes, numbers and times: eighteen bad devices, two good ones."""
     cluster.register(*CASES)
     serving = cluster.serve(cluster.config(min_devices=2))
-    serving.run.state.awaited = {"a", "b", *CASES}
+    serving.state.wait_for({"a", "b", *CASES})
     serving.start()
     clients = cluster.start("a", "b")
     links = {name: cluster.link(name) for name in CASES}
@@ -226,7 +226,7 @@ def test_spoilt_gradients_of_kept_labels(cluster: Cluster) -> None:
     """With labels on the device, a NaN gradient or a hidden state that overflows is expelled."""
     cluster.register("spoilt", "vast")
     serving = cluster.serve(cluster.config(labels="device", min_devices=2))
-    serving.run.state.awaited = {"a", "b", "spoilt", "vast"}
+    serving.state.wait_for({"a", "b", "spoilt", "vast"})
     serving.start()
     clients = cluster.start("a", "b")
     links = {name: cluster.link(name) for name in ("spoilt", "vast")}

@@ -33,7 +33,7 @@ from tests.tiny import BLOCKS, CLASSES
 def train(cluster: Cluster, **settings: Any) -> Serving:
     """Serve a run to its end."""
     serving = cluster.serve(cluster.config(**settings)).start()
-    state = cluster.folder / f"state-{serving.run.folder.name}"
+    state = cluster.folder / f"state-{serving.folder.name}"
     clients = cluster.start(data=held_out(), state=state)
     assert serving.wait() == "completed"
     wait_all(clients)
@@ -42,7 +42,7 @@ def train(cluster: Cluster, **settings: Any) -> Serving:
 
 def learned(serving: Serving) -> dict[str, np.ndarray]:
     """The dense dW of every weight."""
-    return {n: f.dense() for n, f in serving.run.ledger.global_factors().items()}
+    return {n: f.dense() for n, f in serving.ledger.global_factors().items()}
 
 
 @pytest.mark.parametrize("splits", [(5, 5, 5), (1, 3, 5)], ids=["alone", "mixed"])

@@ -75,7 +75,7 @@ def test_a_mixed_run_learns_what_a_torch_run_learns(pair: Cluster) -> None:
         if lean is not None:
             out, _ = lean.communicate(timeout=PATIENCE_S)
             assert json.loads(out) == ["the run is complete", ["onnxruntime"]]
-        found[kind] = losses(serving), serving.run.ledger.global_factors()
+        found[kind] = losses(serving), serving.ledger.global_factors()
 
     (torch_losses, torch_learned), (mixed_losses, mixed_learned) = found.values()
     np.testing.assert_allclose(mixed_losses, torch_losses, rtol=LOSS_TOLERANCE)

@@ -12,7 +12,6 @@ from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.engine.local import LocalEngine
 from coordinator.planning.costs import options
-from coordinator.rounds.run import problem
 from edge_sdk.client.board_monitor import BoardMonitor
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.speed_drift import SpeedDrift
@@ -100,9 +99,9 @@ def take_part(
 
 def check_global(serving: Serving) -> None:
     """What the coordinator evaluates is dW, own adapter and residual together."""
-    run, engine = serving.run, serving.run.engine
+    engine = serving.coordinator.learned.engine
     assert isinstance(engine, LocalEngine)
-    for weight, total in run.ledger.totals.items():
+    for weight, total in serving.ledger.totals.items():
         own = engine.trained.adapters.products().get(weight)
         held = [
             f.dense() for f in (own, engine.trained.adapters.residual.get(weight)) if f is not None
@@ -121,7 +120,7 @@ def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str)
     assert serving.wait(LONG_S) == "completed"
 
     wait_all(clients, LONG_S)
-    rows = serving.run.folder.rows("plans.jsonl")
+    rows = serving.folder.rows("plans.jsonl")
     assert rows[0]["reasons"] == ["first plans"]
     assert len(rows) >= 2
     assert any("importance" in reason for reason in rows[1]["reasons"])
@@ -155,7 +154,7 @@ def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Clus
     default = DeviceSettings(split=2, batch_size=24, codec="float32")
     planning = replace(PLANNING, rank_set=(2,))
     serving = serve(cluster, planning, default=default, patience_s=20.0)
-    start = problem(serving.run.config, serving.run.model)
+    start = serving.model.planning_problem()
     assert start is not None
     known = replace(start, profiles={"c": PROFILES["c"]})
     needed = min(option.device_bytes for option in options(known, "c"))
@@ -171,7 +170,7 @@ def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Clus
     first, *_, last = told["c"].plans
     assert (first.split, first.is_forward_only) == (1, False)
     assert (last.split, last.is_forward_only) == (1, True)
-    assert serving.run.ledger.pairs["c"] == {}
+    assert serving.ledger.pairs["c"] == {}
     losses = [row["eval"]["loss"] for row in serving.rows]
     assert losses[-1] < 0.97 * losses[0]
     check_global(serving)
@@ -185,7 +184,7 @@ def test_a_board_that_has_changed_is_measured_again(
     monkeypatch.setattr(BoardMonitor, "take_change", lambda _: not next(changed, True))
     by_hand = replace(PROFILES["c"], flops_per_s=None)
     serving = serve(cluster, PLANNING, min_devices=1)
-    planner, told = serving.run.planner, list[DeviceProfile]()
+    planner, told = serving.planner, list[DeviceProfile]()
     profiled = planner.profiled
 
     def spy(device: str, profile: DeviceProfile) -> None:

@@ -65,7 +65,7 @@ def complete(cluster: Cluster, config: ServeConfig, **settings: Any) -> Whole:
 
 def whole_of(serving: Serving) -> Whole:
     """What a run has measured and learned."""
-    return Whole(serving.metrics, serving.run.ledger.state())
+    return Whole(serving.metrics, serving.ledger.state())
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_round_goes_on_without_a_device_that_left(cluster: Cluster, config: Se
     serving = cluster.serve(replace(config, min_devices=2)).start()
     staying = [cluster.client(n, sentences(ord(n))) for n in "ac"]
     leaving = leave_at(cluster.client("b", sentences(1)), step=1)
-    serving.run.state.awaited = {"a", "b", "c"}  # all three begin together
+    serving.state.wait_for({"a", "b", "c"})  # all three begin together
     clients = [client.start() for client in (*staying, leaving)]
 
     assert serving.wait() == "completed"
@@ -248,7 +248,7 @@ def test_a_late_joiner_gets_the_whole_state(cluster: Cluster, config: ServeConfi
 
     def invite(row: dict[str, Any]) -> None:
         if row["round"] == 1:
-            serving.run.state.awaited = {"c"}
+            serving.state.wait_for({"c"})
             late.extend(cluster.start("c", data=held_out()))
 
     serving.trap.on_row = invite

@@ -5,7 +5,6 @@ Its folder holds what that of any run does: config, events, metrics, telemetry, 
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,15 +24,19 @@ from coordinator.lab.centralised.trainer import (
 )
 from coordinator.results.events import Exported, RunFinished, RunPaused, RunStarted
 from coordinator.results.export import export_adapter, export_merged
+from coordinator.results.lifecycle import (
+    ADAPTER,
+    COMPLETED,
+    PAUSED,
+    new_folder,
+    reopen,
+    restoring,
+)
 from coordinator.results.metrics import Reporting
-from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
+from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watcher, Watchers
-from coordinator.rounds.executor import COMPLETED, PAUSED
-from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from edge_sdk.command import stopping_on_signals
-from edge_sdk.config.describe import dump_config
-from edge_sdk.config.loader import load_config
-from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
@@ -86,22 +89,18 @@ def serve_pooled(config: ServeConfig, watcher: Watcher) -> str:
 
 def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     """Go on with the run at *path* as if nothing had happened; return how it ended."""
-    folder = RunFolder.open(path)
-    config = load_config(ServeConfig, path / CONFIG, overrides, env={})
-    checkpoint = folder.load_checkpoint()
+    folder, config, checkpoint = reopen(path, overrides)
     run = PooledRun(config, PooledTrainer(config, ServerModel(config)), folder, watcher)
-    try:
+    with restoring(folder):
         run.restore(checkpoint)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise StorageError(f"{path}: its checkpoint does not fit its config: {error}") from error
     with stopping_on_signals(run.stop):
         return run.train()
 
 
 def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
     """Export the newest checkpoint of *run*; return the largest difference of a logit."""
-    config = load_config(ServeConfig, run.path / CONFIG, env={})
-    checkpoint, model = run.load_checkpoint(), ServerModel(config)
+    _, config, checkpoint = reopen(run.path, [])
+    model = ServerModel(config)
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
     return write_result(config, model, runtime, folder, merged=merged)
@@ -150,10 +149,7 @@ def _new_run(
     if config.trained_by != "coordinator":  # a run that is resumed must be the one that was begun
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
     trainer = PooledTrainer(config, ServerModel(config), dataset)
-    folder = RunFolder.create(config.runs, config.name)
-    with removed_if_it_never_began(folder):
-        folder.write_text(CONFIG, dump_config(config))
-        folder.write_text("env.json", json.dumps(environment(), indent=2))
+    with new_folder(config) as folder:
         yield PooledRun(config, trainer, folder, watcher, durable=durable)
 
 
@@ -231,7 +227,7 @@ class PooledRun:
     def _end_round(self, done: int, facts: dict[str, Any]) -> None:
         """Write the row of *done* rounds, then a checkpoint, so that no crash loses a row."""
         evaluation, trainer = self.config.evaluation, self.trainer
-        is_due = done in (0, self.config.rounds) or done % evaluation.every_rounds == 0
+        is_due = self.config.evaluates_after(done)
         batches = trainer.model.eval_batches if is_due else []
         found = trainer.evaluate(batches) if batches else None
         self._reporting.end_round(done, self._step, facts, found)

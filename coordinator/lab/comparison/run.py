@@ -42,8 +42,8 @@ from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.events import ImportanceMeasured, RunEvent
 from coordinator.results.history import RunHistory
+from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.run_folder import RunFolder, digest_of
-from coordinator.rounds.executor import COMPLETED
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from coordinator.config.presets import load_serve_config
 from coordinator.results.events import Listening, RoundDone, RoundStarted, RunEvent, StepDone
-from coordinator.rounds.executor import COMPLETED
+from coordinator.results.lifecycle import COMPLETED
 from coordinator.rounds.launch import serve
 from edge_sdk.command import quiet_libraries
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line

@@ -9,11 +9,7 @@ give equal metrics and equal times.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +26,9 @@ from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
 from coordinator.lab.simulation.timing import ClockTap, ClockWatcher, TimedEngine
 from coordinator.results.events import Exported, RunEvent
-from coordinator.results.export import export_adapter
-from coordinator.results.run_folder import CONFIG, RunFolder
+from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder
 from coordinator.results.watchers import Watcher, Watchers
-from coordinator.rounds.executor import COMPLETED
-from coordinator.rounds.launch import ADAPTER, environment, removed_if_it_never_began
 from coordinator.rounds.loop import Coordinator
-from coordinator.rounds.run import Run
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
@@ -83,15 +75,12 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     cache = PartCache(config.simulation.cache)
     model = ServerModel(serve_config, cache, partial(make_local, kind=timed))
     listener.costs = Costs(model.shape, model.facts.layout.num_blocks)
-    folder = RunFolder.create(config.runs, config.name)
     with (
-        removed_if_it_never_began(folder),
+        new_folder(serve_config) as folder,
         tempfile.TemporaryDirectory(prefix="edgesplit-") as state,
         SharedCompute(listener) as shared,
     ):
-        folder.write_text(CONFIG, dump_config(serve_config))
         folder.write_text(SIMULATION, dump_config(config))
-        folder.write_text("env.json", json.dumps(environment(), indent=2))
         devices = {
             name: SimulatedDevice(
                 name, _client_config(config, name, profile, Path(state)), shards.get(name), shared
@@ -100,30 +89,28 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
         }
         with SimulatedGateway(devices, listener) as gateway:
             clock = ClockWatcher(folder, listener)
-            watchers = Watchers([clock, watcher])
-            run = Run(serve_config, model, folder, gateway, watchers, RUN_ID)
-            run.watcher.see(SimulationStarted(folder.path, len(devices)))
-            return _serve(run, shared, clock)
+            coordinator = Coordinator(
+                serve_config,
+                model,
+                folder,
+                gateway,
+                Watchers([clock, watcher]),
+                RUN_ID,
+                pool=shared,
+            )
+            coordinator.watcher.see(SimulationStarted(folder.path, len(devices)))
+            return read_result(_serve(coordinator), folder, clock.plans)
 
 
-def _serve(run: Run, shared: SharedCompute, clock: ClockWatcher) -> SimulationResult:
-    coordinator = Coordinator(run, shared)
-    with _stopping(coordinator.stop):
+def _serve(coordinator: Coordinator) -> str:
+    with stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
-        target = run.folder.path / ADAPTER
-        learned = run.ledger.global_factors()
-        difference = export_adapter(run.model.source, learned, run.ledger.head, target)
-        run.watcher.see(Exported(ADAPTER, difference))
+        difference = coordinator.learned.export(coordinator.folder.path / ADAPTER)
+        coordinator.watcher.see(Exported(ADAPTER, difference))
     else:
-        run.reporting.flush()
-    return read_result(outcome, run.folder, clock.plans)
-
-
-def _stopping(stop: Callable[[], None]) -> AbstractContextManager[None]:
-    """Stop on signals, which Python takes in its main thread only."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return stopping_on_signals(stop) if is_main else nullcontext()
+        coordinator.run.reporting.flush()
+    return outcome
 
 
 def _served(config: SimulationConfig, fleet: Fleet) -> ServeConfig:

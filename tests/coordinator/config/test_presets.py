@@ -192,9 +192,8 @@ def test_split_all_needs_no_coordinator_s_compute(tmp_path: Path) -> None:
     finally:
         cluster.close()
 
-    run = serving.run
-    assert {n: p.split for n, p in run.admission.plans.items()} == {"a": BLOCKS, "b": BLOCKS}
-    assert {r for p in run.admission.plans.values() for r in p.ranks.values()} == {2, 4}
-    assert not run.engine.ranks
-    assert run.ledger.global_factors().keys() == run.model.facts.targets.keys()
+    assert {n: p.split for n, p in serving.admission.plans.items()} == {"a": BLOCKS, "b": BLOCKS}
+    assert {r for p in serving.admission.plans.values() for r in p.ranks.values()} == {2, 4}
+    assert not serving.coordinator.learned.engine.ranks
+    assert serving.ledger.global_factors().keys() == serving.model.facts.targets.keys()
     assert serving.rows[-1]["train_loss"] < serving.rows[1]["train_loss"]

@@ -16,7 +16,6 @@ from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.replan import replan
 from coordinator.planning.run_planner import Planner
-from coordinator.rounds.run import problem as starting_situation
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
@@ -197,7 +196,7 @@ def test_the_coordinator_measures_its_own_speed(
     model = save_model("llama", tmp_path / "model")
     config = ServeConfig(model=str(model), planning=PlanningConfig(**planning), device="cpu")
 
-    found = starting_situation(config, ServerModel(config, PartCache(tmp_path / "parts")))
+    found = ServerModel(config, PartCache(tmp_path / "parts")).planning_problem()
 
     assert found is not None
     assert (found.server_speed is not None) == is_known

@@ -53,7 +53,7 @@ def play(state: RunState, *names: str) -> list[Action]:
 
 
 def act(state: RunState, action: Action) -> None:
-    """Carry an action out, as the conductor does when all goes well."""
+    """Carry an action out, as the executor does when all goes well."""
     if action is Action.START_ROUND:
         state.start_round()
     elif action is Action.FORWARD:
@@ -62,9 +62,9 @@ def act(state: RunState, action: Action) -> None:
         state.finish_wave()
     elif action is Action.AGGREGATE:
         state.finish_round(evaluating=set(state.members))
-        state.safe_step = state.step  # as saving a checkpoint does
+        state.saved()
     elif action is Action.HAND_OUT:
-        state.is_handed_out = True
+        state.hand_out()
         for name in list(state.awaiting_eval):
             state.report_eval(name)
 
@@ -299,7 +299,7 @@ def test_closing_waits_for_evaluations() -> None:
     state.finish_round(evaluating={"a", "b"})
 
     first = state.decide()
-    state.is_handed_out = True
+    state.hand_out()
     waiting = state.decide()
     state.report_eval("a")
     state.leave("b")
@@ -323,7 +323,7 @@ def test_after_a_restart_the_round_waits_for_its_devices() -> None:
     """Who took part before a restart is waited for, until it is back or patience ends."""
     state = make_state()
     state.restore(1, 2, attempt=1)
-    state.awaited = {"a", "b"}
+    state.wait_for({"a", "b"})
 
     state.join(member("a"))
     without_b = state.decide()
@@ -335,7 +335,7 @@ def test_after_a_restart_the_round_waits_for_its_devices() -> None:
 def test_a_member_trains_the_steps_that_are_left() -> None:
     """Steps count from where a member began the round."""
     state = make_state()
-    state.begins = {"b": 1}
+    state.begin_at("b", 1)
 
     assert (state.num_steps("a"), state.num_steps("b")) == (2, 1)
 

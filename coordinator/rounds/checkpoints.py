@@ -1,0 +1,45 @@
+"""How a run is saved and brought back, in this process or in another one."""
+
+from __future__ import annotations
+
+from coordinator.planning.run_planner import Planner
+from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.rounds.global_model import GlobalModel
+from coordinator.rounds.run import Run
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder."""
+
+    def __init__(
+        self, folder: RunFolder, keep: int, run: Run, learned: GlobalModel, planner: Planner
+    ) -> None:
+        self._folder, self._keep = folder, keep
+        self._run, self._learned, self._planner = run, learned, planner
+
+    def __bool__(self) -> bool:
+        return bool(self._folder.checkpoints())
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment."""
+        step, facts = self._run.state.step, self._run.facts()
+        state = {**facts, "planner": self._planner.state()}
+        self._folder.save_checkpoint(step, Checkpoint(state, self._learned.state()), self._keep)
+        self._run.saved()
+
+    def rewind(self) -> None:
+        """Be as at the newest checkpoint."""
+        self._restore(self._folder.load_checkpoint(), in_new_process=False)
+
+    def _restore(self, checkpoint: Checkpoint, *, in_new_process: bool) -> None:
+        self._planner.load_state(checkpoint.state["planner"])
+        self._learned.load_state(checkpoint.arrays)
+        self._run.restore(checkpoint.state, in_new_process=in_new_process)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        self._restore(checkpoint, in_new_process=True)
+        done = self._run.state.round
+        has_row = checkpoint.state["row"] is not None
+        self._folder.drop_rows_from("metrics.jsonl", done if has_row else done + 1)
+        self._folder.drop_rows_from("telemetry.jsonl", done)

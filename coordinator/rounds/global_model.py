@@ -1,0 +1,122 @@
+"""What the run has learned: the ledger, and the coordinator's own blocks, which follow it.
+
+Knows no network and no devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from coordinator.aggregation.ledger import Ledger, Report, RoundResult
+from coordinator.aggregation.rules import SERVER
+from coordinator.config.run import ServeConfig
+from coordinator.engine.interface import Engine
+from coordinator.engine.server_model import ServerModel
+from coordinator.planning.run_planner import Planner
+from coordinator.results.export import export_adapter
+from edge_sdk.protocol.plan import Plan
+from edge_sdk.runtime.interface import TailSums
+from edge_sdk.runtime.training_state import under
+
+
+class Aggregated(NamedTuple):
+    """What has come of a round."""
+
+    result: RoundResult
+    pruned: list[str]
+    """Devices that have cut ranks off."""
+    evaluated: TailSums | None
+    """Loss on the coordinator's own file, where that was due."""
+
+
+class GlobalModel:
+    """The run's dW and head, in the ledger and in the coordinator's own blocks."""
+
+    def __init__(self, config: ServeConfig, model: ServerModel, planner: Planner) -> None:
+        self._config, self._model, self._planner = config, model, planner
+        self.engine: Engine = model.planned_engine()
+        self.ledger = Ledger(
+            model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
+        )
+        self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
+
+    def upload_shapes(self, plan: Plan) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Return the shapes of all that a device of *plan* uploads, and the names of the head."""
+        shapes = dict(self.engine.head_shapes()) if plan.tail else {}
+        head = set(shapes)
+        for name, rank in plan.ranks.items():
+            if rank:
+                size = self._model.facts.targets[name]
+                shapes[f"{name}.A"] = (rank, size.num_inputs)
+                shapes[f"{name}.B"] = (size.num_outputs, rank)
+        return shapes, head
+
+    def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
+        """Join what devices have learned with what we have; *reports* gets ours, too."""
+        reports[SERVER] = Report(0, 0, *self.engine.learned())
+        pruned = self._planner.prune(self.ledger.pairs, reports)
+        result = self.ledger.aggregate(reports)
+        replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
+        self.engine.take(changes, replaced, result.head, restarts=result.restarts)
+        return Aggregated(result, pruned, self.evaluate(rounds_done))
+
+    def evaluate(self, rounds_done: int) -> TailSums | None:
+        """Evaluate on the coordinator's own file, if that is due."""
+        batches = self._model.eval_batches
+        if not batches or not self._config.evaluates_after(rounds_done):
+            return None
+        sums = [self.engine.evaluate_whole(batch) for batch in batches]
+        return TailSums(
+            sum(s.loss_sum for s in sums),
+            sum(s.num_targets for s in sums),
+            sum(s.num_correct for s in sums),
+        )
+
+    # ---- the engine follows the plans ----
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether our own blocks or ranks are not what the plans in force leave to us."""
+        first, ranks = self._planner.first, self._planner.server_ranks
+        if first is None or ranks is None:
+            return False
+        wanted = {name: rank for name, rank in ranks.items() if rank}
+        return (first, wanted) != (self.engine.first, self.engine.ranks)
+
+    def renew(self) -> None:
+        """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
+        first, ranks = self._planner.first, self._planner.server_ranks
+        assert first is not None
+        assert ranks is not None
+        carried = self.engine.carried()
+        del self.engine  # two would need twice the memory
+        self.engine = self._model.make_engine(first, ranks)
+        pairs = self.ledger.enrol(SERVER, ranks)
+        residuals = self.ledger.residuals(SERVER, self._model.facts.targets)
+        self.engine.begin(pairs, residuals, carried)
+
+    # ---- result and checkpoints ----
+
+    def export(self, folder: Path) -> float:
+        """Write what was learned as an adapter; return the largest difference of a logit."""
+        learned, head = self.ledger.global_factors(), self.ledger.head
+        return export_adapter(self._model.source, learned, head, folder)
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return everything that a restart needs."""
+        return {"engine": self.engine.state(), "ledger": self.ledger.state()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Take over what `state` returned, with an engine like the one of then."""
+        self.ledger.load_state(state["ledger"])
+        engine = state["engine"]
+        own = {n: v for n, v in under("own:", engine).items() if n.endswith(".A")}
+        ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
+        first = int(engine["first"])
+        if (first, ranks) != (self.engine.first, self.engine.ranks):
+            self.engine = self._model.make_engine(first, ranks)
+        self.engine.load_state(engine)

@@ -1,0 +1,151 @@
+"""Run waves and evaluations on the coordinator's own blocks, and send out what comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from coordinator.engine.compute_thread import Worker
+from coordinator.engine.interface import Answer, Job
+from coordinator.gateway.interface import Event
+from coordinator.results.events import StepSkipped
+from coordinator.rounds.admission import Admission
+from coordinator.rounds.global_model import GlobalModel
+from coordinator.rounds.run import Run
+from coordinator.rounds.state import Phase
+from edge_sdk.errors import NumericError
+from edge_sdk.lora.factors import Array
+from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.messages import Activation, EvalResult, Gradient, TopHidden
+from edge_sdk.runtime.interface import TailSums
+
+
+class WaveRunner:
+    """What is computed between two aggregations, in the worker's thread."""
+
+    def __init__(
+        self,
+        run: Run,
+        admission: Admission,
+        learned: GlobalModel,
+        worker: Worker,
+        handle: Callable[[Event], None],
+    ) -> None:
+        """Compute for *run*.
+
+        Args:
+            run: Where the run stands.
+            admission: Whom to send to.
+            learned: Whose engine computes.
+            worker: Its thread.
+            handle: Takes in what devices have sent before its wave had its turn.
+        """
+        self._run, self._admission, self._learned = run, admission, learned
+        self._worker, self._handle = worker, handle
+
+    # ---- waves ----
+
+    def run_wave(self) -> None:
+        """Run a wave whose labels are here, forward and backward."""
+        state = self._run.state
+        compute = partial(self._learned.engine.train, self._jobs(), state.step, state.micro)
+        self._worker.start(compute, partial(self._answer_wave, state.attempt))
+
+    def forward(self) -> None:
+        """Run the forward half of a wave whose labels stay on the devices."""
+        state = self._run.state
+        compute = partial(self._learned.engine.forward, self._jobs(), state.step, state.micro)
+        self._worker.start(compute, partial(self._send_final_hidden, state.attempt))
+
+    def _jobs(self) -> list[Job]:
+        return [self._run.inputs.jobs[name] for name in self._run.state.expected()]
+
+    def _is_over(self, attempt: int) -> bool:
+        """Whether what was computed for a wave comes too late for it."""
+        return attempt != self._run.state.attempt or self._run.state.phase is not Phase.TRAINING
+
+    def _send_final_hidden(self, attempt: int, final_hidden: dict[str, Array]) -> None:
+        if self._is_over(attempt):
+            return
+        self._run.finish_forward()
+        for name, hidden_BTD in final_hidden.items():
+            if not np.isfinite(hidden_BTD).all():
+                fault = NumericError("the blocks cannot take what it sent: not finite")
+                self._admission.expel(name, fault)
+            elif name in self._run.state.members:
+                message = TopHidden(stamp=self._run.stamp(name), micro=self._run.state.micro)
+                self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD)})
+
+    def backward(self) -> None:
+        """Run the backward half of it."""
+        state = self._run.state
+        grads = {name: self._run.inputs.grads[name] for name in state.expected()}
+        compute = partial(self._learned.engine.backward, grads)
+        self._worker.start(compute, partial(self._answer_wave, state.attempt))
+
+    def _answer_wave(self, attempt: int, answers: list[Answer]) -> None:
+        """Send gradients first: while devices go backward, the engine updates its adapters."""
+        state = self._run.state
+        if self._is_over(attempt):
+            return
+        for answer in answers:
+            if not np.isfinite(answer.grad_BTD).all():
+                # Nor is the engine's own: `finish_step` leaves its adapters alone, once.
+                fault = NumericError("the gradient of what it sent is not finite")
+                self._admission.expel(answer.device, fault)
+            elif answer.device in state.members:
+                self._answer(answer)
+        if state.phase is not Phase.TRAINING:
+            return
+        self._run.inputs.use_up()
+        is_last = not any(m.num_micro > state.micro + 1 for m in state.members.values())
+        if is_last:
+            compute = partial(self._learned.engine.finish_step, state.step)
+            self._worker.start(compute, partial(self._wave_done, attempt))
+        else:
+            self._wave_done(attempt, True)
+
+    def _answer(self, answer: Answer) -> None:
+        message = Gradient(
+            stamp=self._run.stamp(answer.device),
+            micro=self._run.state.micro,
+            loss_sum=answer.sums.loss_sum if answer.sums else 0.0,
+        )
+        grad = {"grad": self._coded(answer.device, answer.grad_BTD)}
+        is_frozen = self._admission.plans[answer.device].is_forward_only
+        self._admission.send(answer.device, message, {} if is_frozen else grad)
+
+    def _wave_done(self, attempt: int, was_finite: bool) -> None:
+        if not was_finite:
+            self._run.watcher.see(StepSkipped(self._run.state.step))
+        if self._is_over(attempt):
+            return
+        for event in self._run.finish_wave():
+            self._handle(event)
+
+    def _coded(self, device: str, array: Array) -> TensorOut:
+        return array, self._admission.codecs[device]
+
+    # ---- evaluation ----
+
+    def evaluate(self) -> None:
+        """Run all micro-batches that devices want to have evaluated."""
+        evals = self._run.inputs.take_evals()
+        compute = partial(self._evaluate_all, [job for _, job in evals])
+        self._worker.start(compute, partial(self._answer_evals, [m for m, _ in evals]))
+
+    def _evaluate_all(self, jobs: list[Job]) -> list[tuple[str, TailSums | Array]]:
+        return [(job.device, self._learned.engine.evaluate(job)) for job in jobs]
+
+    def _answer_evals(
+        self, messages: list[Activation], results: list[tuple[str, TailSums | Array]]
+    ) -> None:
+        for message, (device, found) in zip(messages, results, strict=True):
+            if isinstance(found, TailSums):
+                answer = EvalResult(stamp=message.stamp, micro=message.micro, **found._asdict())
+                self._admission.send(device, answer)
+            else:
+                top = TopHidden(stamp=message.stamp, micro=message.micro, is_eval=True)
+                self._admission.send(device, top, {"hidden": self._coded(device, found)})
