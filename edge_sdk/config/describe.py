@@ -107,9 +107,9 @@ def _field_rows(
     cls: type, field: dataclasses.Field[Any], key: str, default: object
 ) -> list[ConfigRow]:
     annotation = field_types(cls)[field.name]
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         base = None if default is dataclasses.MISSING else default
-        return _rows(typing.cast(type, annotation), f"{key}.", base)
+        return _rows(annotation, f"{key}.", base)
     words, doc = type_words(annotation), field_docs(cls).get(field.name, "")
     is_hidden = default and field.metadata.get("secret")
     row = ConfigRow(key, words, "(secret)" if is_hidden else _default_text(default), doc)
@@ -121,8 +121,8 @@ def _rows_below(annotation: Any, key: str) -> list[ConfigRow]:
     suffix = {dict: ".<name>", tuple: "[]"}.get(typing.get_origin(annotation), "")
     rows = []
     for argument in typing.get_args(annotation):
-        if dataclasses.is_dataclass(argument):
-            rows += _rows(typing.cast(type, argument), f"{key}{suffix}.", None)
+        if isinstance(argument, type) and dataclasses.is_dataclass(argument):
+            rows += _rows(argument, f"{key}{suffix}.", None)
         elif typing.get_origin(argument) in (dict, tuple):
             rows += _rows_below(argument, f"{key}{suffix}")
     return rows
@@ -142,9 +142,9 @@ def _own_field_docs(cls: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # a class typed into a prompt, a frozen program
         return {}
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    docs = {}
-    for field, below in zip(body, body[1:], strict=False):
+    parsed, docs = ast.parse(source).body[0], {}
+    assert isinstance(parsed, ast.ClassDef)
+    for field, below in zip(parsed.body, parsed.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value.value if _is_text(below) else ""  # type: ignore[attr-defined]
             docs[field.target.id] = " ".join(text.split())

@@ -23,7 +23,7 @@ from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Kind, Lane
-from edge_sdk.protocol.session import BadMessage, Conversation
+from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, Patience
 from edge_sdk.transport.keys import KeyPair, make_key_pair
 from edge_sdk.transport.link import LinkConfig
@@ -228,8 +228,8 @@ class DeviceIo:
             self._on_control(line, packets.read_control(packet), now_s)
             return
         for item in self._talk.on_packet(packet):
-            bad = isinstance(item, BadMessage)
-            self.inbox.put((self.epoch, RemoteProtocolError(item.text) if bad else item))  # type: ignore[union-attr,arg-type]
+            found = item if isinstance(item, Envelope) else RemoteProtocolError(item.text)
+            self.inbox.put((self.epoch, found))
 
     def _on_control(self, line: Line, control: Any, now_s: float) -> None:
         if isinstance(control, packets.Ack):

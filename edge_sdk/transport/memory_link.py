@@ -23,7 +23,7 @@ from edge_sdk.protocol import packets
 from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE
-from edge_sdk.protocol.session import BadMessage, Conversation
+from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.link import FLUSH_S, NO_TENSORS, LinkStats
 
 _SESSION = "0" * 32
@@ -69,8 +69,7 @@ class MemoryLink:
         self._bytes_down += len(frame)
         # A bytearray: what is received may be written to, as with the real link.
         for item in self._in.on_packet(packets.read_packet(memoryview(bytearray(frame)))):
-            is_bad = isinstance(item, BadMessage)
-            self._inbox.put(RemoteProtocolError(item.text) if is_bad else item)  # type: ignore[union-attr,arg-type]
+            self._inbox.put(item if isinstance(item, Envelope) else RemoteProtocolError(item.text))
 
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `Link.receive`."""

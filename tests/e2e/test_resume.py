@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
+from edge_sdk.protocol.messages import StepReport
 from tests.e2e.cluster import (
     Cluster,
     Serving,
@@ -197,22 +199,32 @@ def test_a_device_without_its_state_still_takes_part(cluster: Cluster, config: S
     assert resumed.rows[2]["samples"] == 3 * 4 + 1 * 6 + 3 * 4
 
 
-def leave_at(client: EdgeClient, step: int) -> EdgeClient:
-    """Let a device stop when it has finished *step*."""
+class LeaveAt(Callback):
+    """Stops its device when that has finished *step*."""
 
-    def check(report: Any) -> None:
-        if report.stamp.step == step:
-            client.stop()
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self.client: EdgeClient | None = None
 
-    client._callback.on_step_end = check  # type: ignore[method-assign]
-    return client
+    def on_step_end(self, report: StepReport) -> None:
+        """Stop it at the step."""
+        if report.stamp.step == self._step:
+            assert self.client is not None
+            self.client.stop()
+
+
+def leaving_at(step: int, cluster: Cluster, *args: Any, **settings: Any) -> EdgeClient:
+    """A device that stops when it has finished *step*."""
+    callback = LeaveAt(step)
+    callback.client = cluster.client(*args, callback=callback, **settings)
+    return callback.client
 
 
 def test_a_round_goes_on_without_a_device_that_left(cluster: Cluster, config: ServeConfig) -> None:
     """With enough devices left, a departure in the middle of a round costs nothing but its part."""
     serving = cluster.serve(replace(config, min_devices=2)).start()
     staying = [cluster.client(n, sentences(ord(n))) for n in "ac"]
-    leaving = leave_at(cluster.client("b", sentences(1)), step=1)
+    leaving = leaving_at(1, cluster, "b", sentences(1))
     serving.state.wait_for({"a", "b", "c"})  # all three begin together
     clients = [client.start() for client in (*staying, leaving)]
 
@@ -230,7 +242,7 @@ def test_a_round_starts_again_when_too_few_are_left(
     trap = Trap()
     serving = cluster.serve(config, trap=trap).start()
     staying = cluster.start("a", "c", data=held_out())
-    leaving = leave_at(cluster.client("b", sentences(ord("b")), data=held_out()), step=4).start()
+    leaving = leaving_at(4, cluster, "b", sentences(ord("b")), data=held_out()).start()
     leaving.wait()
     back = cluster.start("b", data=held_out())
 

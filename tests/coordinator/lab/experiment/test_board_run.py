@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -17,7 +17,7 @@ from coordinator.lab.experiment.shell import LocalShell
 from edge_sdk.errors import DeviceError
 
 
-class FakeLimits:
+class FakeLimits(CgroupLimits):
     """Groups that are not there; notes what they are told."""
 
     def __init__(self, told: list[float], *, is_gone: bool = False) -> None:
@@ -51,9 +51,7 @@ class FakeHost(BoardHost):
 def board_run(told: list[float], **settings: Any) -> BoardRun:
     """A board with half a core."""
     host = FakeHost("a", BoardConfig(emulated="x"), LocalShell(), "/", "/", address="127.0.0.1")
-    return BoardRun(
-        host, make_limits=lambda: cast(CgroupLimits, FakeLimits(told)), cores=0.5, **settings
-    )
+    return BoardRun(host, make_limits=lambda: FakeLimits(told), cores=0.5, **settings)
 
 
 def test_a_throttle_survives_a_restart() -> None:
@@ -71,7 +69,7 @@ def test_a_throttle_survives_a_restart() -> None:
 def test_a_throttle_of_groups_that_have_just_gone() -> None:
     """The program has ended and its supervisor was faster than we: nothing fails."""
     told: list[float] = []
-    board = board_run(told, limits=cast(CgroupLimits, FakeLimits(told, is_gone=True)))
+    board = board_run(told, limits=FakeLimits(told, is_gone=True))
 
     board.slow_down(0.5)
 
