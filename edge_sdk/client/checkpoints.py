@@ -33,6 +33,8 @@ class LocalState:
         with storage_errors(f"checkpoint {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
+            for left in self.folder.glob("*.tmp"):  # a killed process was writing it
+                left.unlink(missing_ok=True)
 
     def steps(self) -> tuple[int, ...]:
         """Steps of which there is a checkpoint under this plan, oldest first."""

@@ -224,13 +224,13 @@ def _has_gradient(x: torch.Tensor) -> bool:
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """The frozen layer itself, where *layer* is one that PEFT has wrapped."""
+    """Return the frozen layer itself, where *layer* is one that PEFT has wrapped."""
     base: nn.Module = getattr(layer, "base_layer", layer)
     return base
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as its forward pass uses it, dense.
+    """Return the weight of a linear layer as its forward pass uses it, dense.
 
     A quantised layer of any make has a method `dequantize`, or is one that PEFT knows; a copy is
     made then, which its user drops before asking for the next.
@@ -247,7 +247,7 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
 
 
 def combine(reports: Mapping[str, tuple[Share, Mapping[str, float]]]) -> dict[str, float]:
-    """The global importance: mean over those who held a weight, by their shares p.
+    """Return the global importance: mean over those who held a weight, by their shares p.
 
     Args:
         reports: By participant its share, and its values by weight. The coordinator's share of a
@@ -300,7 +300,7 @@ class Smoothing:
         return gamma * old + (1.0 - gamma) * theta
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything as arrays, for a checkpoint."""
+        """Return everything as arrays, for a checkpoint."""
         return {name: np.array(value, np.float64) for name, value in self.values.items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:

@@ -54,6 +54,17 @@ def test_the_same_step_is_written_over(tmp_path: Path) -> None:
     assert state.load(5)["x"].tolist() == [2.0]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Half a checkpoint of an earlier process goes, a whole one stays."""
+    state = LocalState(tmp_path)
+    state.save(10, ARRAYS)
+    (tmp_path / ".step-000020.safetensors.1-1.tmp").write_bytes(b"half")
+
+    state.prepare()
+
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000010.safetensors", ".writable"}
+
+
 def test_a_folder_that_is_absent_holds_nothing(tmp_path: Path) -> None:
     """A new device has no checkpoints, and asking for one is a storage error."""
     state = LocalState(tmp_path / "absent")
