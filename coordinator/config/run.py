@@ -147,7 +147,8 @@ class ServeConfig:
         if is_classifier and len(self.label_names) < 2:
             raise ValueError("label_names must name at least 2 classes for this task")
         if self.aggregation not in RULES:
-            raise ValueError(f"aggregation must be one of {', '.join(RULES)}")
+            names = ", ".join(RULES)
+            raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
 
     @property
     def total_steps(self) -> int:
@@ -155,7 +156,7 @@ class ServeConfig:
         return self.rounds * self.steps_per_round
 
     def evaluates_after(self, rounds_done: int) -> bool:
-        """Whether the model is evaluated after so many rounds; before the first, too."""
+        """Return whether the model is evaluated after so many rounds, as it is before the first."""
         is_end = rounds_done in (0, self.rounds)
         return is_end or rounds_done % self.evaluation.every_rounds == 0
 

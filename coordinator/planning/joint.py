@@ -202,7 +202,7 @@ def _choose(
 def _uniform(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
-    """The largest one rank that fits."""
+    """Return the largest one rank that fits."""
     possible = {name: problem.ranks(device, name) for name in loads}
     return uniform_ranks(possible, partial(adapters_bytes, problem, loads=loads), budget_bytes)
 
@@ -210,7 +210,7 @@ def _uniform(
 def _by_importance(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
-    """The ranks of the largest value."""
+    """Return the ranks of the largest value."""
     return choose_ranks(rank_tables(problem, device, loads), budget_bytes)
 
 

@@ -1,7 +1,6 @@
 """Who may take part, with which plan; and the parts of the model that they fetch.
 
-Answers Hello, Ready and PartRequest. Everything refused is refused with a reason that a person can
-act on.
+It answers Hello, Ready and PartRequest, and refuses with a reason that a person can act on.
 """
 
 from __future__ import annotations
@@ -312,7 +311,7 @@ class Admission:
     # ---- devices go ----
 
     def is_here(self, device: str) -> bool:
-        """Whether a device has a session."""
+        """Return whether a device has a session."""
         return device in self._gateway.devices()
 
     def failed(self, device: str, message: Failure) -> None:
@@ -322,7 +321,7 @@ class Admission:
         self._run.lose(device, f"{message.error}: {message.text}")
 
     def silent(self, device: str, seconds: float) -> None:
-        """Let go of a device that nothing has been heard of for longer than the run is patient."""
+        """Let go of a device that has been silent for longer than the run is patient."""
         if seconds >= self._config.patience_s:
             self._run.lose(device, f"silent for {seconds:.0f} s")
 

@@ -56,7 +56,7 @@ class GlobalModel:
         return shapes, head
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
-        """Join what devices have learned with what we have; *reports* gets ours, too."""
+        """Join what devices and coordinator have learned; *reports* gets the coordinator's."""
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         pruned = self._planner.prune(self.ledger.pairs, reports)
         result = self.ledger.aggregate(reports)
@@ -80,7 +80,7 @@ class GlobalModel:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether our own blocks or ranks are not what the plans in force leave to us."""
+        """Whether the coordinator's own blocks or ranks differ from what the plans leave to it."""
         first, ranks = self._planner.first, self._planner.server_ranks
         if first is None or ranks is None:
             return False
@@ -88,7 +88,7 @@ class GlobalModel:
         return (first, wanted) != (self.engine.first, self.engine.ranks)
 
     def renew(self) -> None:
-        """Hold what the plans in force leave to us; dW stays, moments where they still fit."""
+        """Hold what the plans leave to the coordinator; dW stays, and moments that still fit."""
         first, ranks = self._planner.first, self._planner.server_ranks
         assert first is not None
         assert ranks is not None

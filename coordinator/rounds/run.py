@@ -87,7 +87,7 @@ class Run:
         )
 
     def is_current(self, stamp: Stamp) -> bool:
-        """Whether a message belongs to this attempt at this round."""
+        """Return whether a message belongs to this attempt at this round."""
         now = self.state.round, self.state.attempt
         return stamp.run == self.id and (stamp.round, stamp.attempt) == now
 
@@ -100,7 +100,7 @@ class Run:
         self.watcher.see(DeviceJoined(member.name, member.split, num_samples))
 
     def lose(self, device: str, reason: str) -> None:
-        """Let go of a device that is gone, or that begins anew (no reason)."""
+        """Let go of a device that is gone or, without a *reason*, begins anew."""
         was_ready = device in self.state.ready
         self.must_rewind |= self.state.leave(device)
         self._round_start.forget(device)

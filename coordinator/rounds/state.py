@@ -114,11 +114,11 @@ class RunState:
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
 
     def saved(self) -> None:
-        """There is a checkpoint of this step."""
+        """Note that there is a checkpoint of this step."""
         self.safe_step = self.step
 
     def wait_for(self, names: Iterable[str], unevaluated: Iterable[str] = ()) -> None:
-        """Devices that are not ready are on their way back; some of them have yet to evaluate."""
+        """Wait for devices that are on their way back; some of them have yet to evaluate."""
         self.awaited |= set(names)
         self.awaiting_eval |= set(unevaluated)
 
@@ -145,7 +145,7 @@ class RunState:
         self._skip_empty()
 
     def begin_at(self, name: str, step: int) -> None:
-        """A member trains the round from *step* on."""
+        """Note that a member trains the round from *step* on."""
         self.begins[name] = step
 
     def arrive(self, name: str) -> None:
@@ -190,7 +190,7 @@ class RunState:
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
 
     def hand_out(self) -> None:
-        """The last aggregation is on its way to everybody who was in it."""
+        """Note that the last aggregation is on its way to everybody who was in it."""
         self.is_handed_out = True
 
     def report_eval(self, name: str) -> None:

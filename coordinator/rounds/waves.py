@@ -63,7 +63,7 @@ class WaveRunner:
         return [self._run.inputs.jobs[name] for name in self._run.state.expected()]
 
     def _is_over(self, attempt: int) -> bool:
-        """Whether what was computed for a wave comes too late for it."""
+        """Return whether what was computed for a wave comes too late for it."""
         return attempt != self._run.state.attempt or self._run.state.phase is not Phase.TRAINING
 
     def _send_final_hidden(self, attempt: int, final_hidden: dict[str, Array]) -> None:
