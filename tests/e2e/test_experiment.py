@@ -69,7 +69,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def leftovers(program: psutil.Process) -> list[psutil.Process]:
-    """Everything that a running experiment has started, keepers and boards among it."""
+    """Everything that a running experiment has started, supervisors and boards among it."""
     return program.children(recursive=True)
 
 
@@ -211,7 +211,7 @@ def test_a_killed_experiment_leaves_nothing_running(folder: Path, llama: Path) -
     program.wait_for("prepared", PATIENCE_S)
     deadline = Deadline.after(PATIENCE_S)
     while len(started := leftovers(psutil.Process(program._process.pid))) < 4:
-        assert deadline.left_s(), program.text  # two keepers, a coordinator, a board
+        assert deadline.left_s(), program.text  # two supervisors, a coordinator, a board
         time.sleep(0.02)
 
     program.kill()

@@ -1,6 +1,6 @@
 """What `coordinator experiment run FILE` reads: a run, its boards, and what happens to them.
 
-Pure; whether a board answers is found out in `board_host.py`.
+Pure; `board_host.py` finds out whether a board answers.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from edge_sdk.errors import ConfigError
 
 OF_ALL_METHODS = ("boards", "faults", "experiment")
 BYTES_PER_MBIT = 1e6 / 8
-# Of a listener that takes what comes to any address of this machine.
+# Hosts of a listener that accepts connections to any address of this machine.
 EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoardConfig:
-    """One board: a real one behind ssh, or one that this machine pretends to be."""
+    """One board: a real one behind ssh, or one that this machine emulates."""
 
     ssh: str | None = None
     """`user@host`, or a name of ssh's configuration; a key must let us in."""
     port: int | None = None
-    """Port of its ssh."""
+    """Port of its ssh server."""
     identity: Path | None = None
-    """Secret key for its ssh."""
+    """File of the secret key for its ssh server."""
     ssh_options: tuple[str, ...] = ()
-    """Further words for ssh, each one a word."""
+    """Further words of the command line of ssh."""
     workdir: str = "edgesplit"
-    """Folder on an ssh board, from its home folder on; the environment and downloaded parts of
+    """Folder on an ssh board, relative to its home folder; the environment and downloaded parts of
     models stay there, everything else is removed."""
     python: str | None = None
     """Interpreter on an ssh board in whose environment EdgeSplit is installed; None: an environment
@@ -48,21 +48,21 @@ class BoardConfig:
     """Extras of EdgeSplit that are installed with the wheel; empty where the system's packages,
     which the environment sees, have torch or onnxruntime already."""
     packages: tuple[str, ...] = ()
-    """What else pip is told to install, options included."""
+    """Further words for `pip install`: packages and options."""
     emulated: str | None = None
     """Name in coordinator/lab/simulation/boards.yaml or in `experiment.boards`."""
     memory_bytes: float | None = None
     """Memory of an emulated board, instead of what the board has."""
     cpu_quota: float | None = None
-    """Cores of this machine for an emulated board, instead of a share as its peak asks for."""
+    """Cores of this machine for an emulated board, instead of a share in proportion to its peak."""
     link: str | None = None
     """Name in coordinator/lab/simulation/links.yaml or in `experiment.links`; None: no limit. An
-    ssh board with one dials a relay on this machine, its real link comes on top."""
+    ssh board with a link dials a relay on this machine, in addition to its real link."""
     jitter_ms: float = 0.0
-    """Up to so much later, each way, beside the delay of `link`."""
+    """Largest delay each way in addition to that of `link`, in milliseconds."""
     data: str | None = None
-    """Its training file on this machine, which is copied to the board; None: `settings` name one
-    that is on the board."""
+    """Its training file on this machine, which is copied to the board; None: `settings` name a file
+    on the board."""
     settings: tuple[str, ...] = ()
     """`key=value` of `edge-sdk run`."""
 
@@ -89,24 +89,25 @@ _OVER_SSH = ("port", "identity", "ssh_options", "workdir", "python", "extras", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultConfig:
-    """Something that happens to a board."""
+    """A fault that happens to a board."""
 
     board: str
     """Its name in `boards`."""
     do: Literal["kill", "power-cut", "throttle", "link", "cut"]
-    """`kill`: its program dies, connections are closed; `power-cut`: it is gone, nobody is told;
-    `throttle`: `factor` of its speed; `link`: the link becomes `to`; `cut`: nothing passes."""
+    """`kill`: its program dies and connections are closed; `power-cut`: it is gone and nobody is
+    told; `throttle`: it has `factor` of its speed; `link`: its link becomes `to`; `cut`: nothing
+    passes its link."""
     at_s: float | None = None
-    """Seconds after the boards were started."""
+    """When it begins, in seconds after the boards were started."""
     at_step: int | None = None
-    """When the board has finished so many steps of the run."""
+    """When it begins, in steps of the run that the board has finished."""
     seconds: float | None = None
-    """After so long all is as before: the program is started again, speed and link are back. None:
+    """Seconds until all is as before: the program is started again, speed and link are back. None:
     never, except that `restarts` holds for `kill`, too."""
     factor: float | None = None
-    """Of `throttle`: above 0, at most 1."""
+    """Share of the speed that `throttle` leaves: above 0, at most 1."""
     to: str | None = None
-    """Of `link`: a name as in `boards.NAME.link`."""
+    """Link that `link` changes to: a name as in `boards.NAME.link`."""
 
     def __post_init__(self) -> None:
         if (self.at_s is None) == (self.at_step is None):
@@ -127,11 +128,11 @@ class ExperimentSection:
     """How boards are treated, and which methods run on them."""
 
     presets: tuple[str, ...] = ()
-    """Names of presets, or of `methods`, one run after the other; empty: the run as it stands."""
+    """Names of presets, or of `methods`, which are run in this order; empty: the run as it is."""
     methods: dict[str, MethodConfig] = field(default_factory=dict)
     """Further methods by name."""
     seeds: tuple[int, ...] = ()
-    """A run of each method with each; empty: training.seed."""
+    """Seeds; each method is run with each of them. Empty: training.seed."""
     target: float | None = None
     """Loss that times are measured to; None: the lowest that every run reached."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -142,19 +143,19 @@ class ExperimentSection:
     """How often a board's program is started again after it has died: after 1 s, then twice as
     long each time, up to 60 s."""
     cores: float = 1.0
-    """Cores of this machine that the strongest emulated board has; the others have less, in
-    proportion of their peaks."""
+    """Cores of this machine for the strongest emulated board; the others have less, in proportion
+    to their peaks."""
     must_limit: bool = True
     """Whether emulated boards need their limits. False: without the rights for control groups the
     experiment goes on with whole cores and all memory, and says so."""
     network: Literal["relay", "namespaces"] = "relay"
-    """What links of emulated boards are made of. `relay`: a relay of ours, which anybody may run;
-    `namespaces`: a network namespace for each board and the kernel's own limits, as root; links
+    """How links of emulated boards are made. `relay`: by a relay of ours, which needs no rights;
+    `namespaces`: by a network namespace for each board and the kernel's own limits, as root; links
     with a delay need a kernel with netem."""
     coordinator_threads: int = 1
     """CPU threads of the coordinator."""
     wheel: Path | None = None
-    """What is installed on ssh boards; None: built from this checkout."""
+    """Wheel that is installed on ssh boards; None: one is built from this checkout."""
     limit_s: float | None = None
     """A run that has not ended after so many seconds is stopped."""
     boards: dict[str, Board] = field(default_factory=dict)
@@ -191,9 +192,9 @@ class ExperimentConfig(ServeConfig):
     """
 
     boards: dict[str, BoardConfig] = field(default_factory=dict)
-    """By name, under which `devices` has their settings."""
+    """Boards by the name under which `devices` has their settings."""
     faults: tuple[FaultConfig, ...] = ()
-    """What happens to them."""
+    """Faults that happen to them."""
     experiment: ExperimentSection = field(default_factory=ExperimentSection)
     """How boards are treated."""
 
@@ -222,7 +223,7 @@ class ExperimentConfig(ServeConfig):
         self._check_link(f"boards: {name}.link", board.link)
 
     def _check_places(self) -> None:
-        """Two boards in one folder would make one environment at the same time."""
+        """Refuse two boards in one folder, which would make one environment at the same time."""
         seen: dict[tuple[str, int | None, str], str] = {}
         for name, board in self.boards.items():
             if board.ssh is not None:
@@ -234,7 +235,7 @@ class ExperimentConfig(ServeConfig):
                     )
 
     def _check_door(self) -> None:
-        """Boards in namespaces come to other addresses than ssh boards."""
+        """Refuse an address that boards in namespaces cannot reach."""
         host = self.listen.removeprefix("tcp://").rpartition(":")[0]
         is_mixed = any(board.ssh is not None for board in self.boards.values())
         if self.experiment.network == "namespaces" and is_mixed and host not in EVERYWHERE:
@@ -268,29 +269,29 @@ class ExperimentConfig(ServeConfig):
         return known(self.experiment.boards, self.experiment.links)
 
     def serve_config(self) -> ServeConfig:
-        """Return what the coordinator itself is told."""
+        """Return the configuration of the coordinator itself."""
         values = {each.name: getattr(self, each.name) for each in fields(ServeConfig)}
         return ServeConfig(**values | {"min_devices": len(self.boards)})
 
 
-# ---- what boards come to on this machine ----
+# ---- boards on this machine ----
 
 
 def data_sheet(config: ExperimentConfig, name: str) -> Board | None:
-    """What an emulated board is meant to be; None for a real one."""
+    """Return the data sheet of an emulated board; None for a real one."""
     kind = config.boards[name].emulated
     return config.known.boards[kind] if kind else None
 
 
 def memory_bytes(config: ExperimentConfig, name: str) -> float:
-    """Memory of an emulated board."""
+    """Return the memory of an emulated board, in bytes."""
     sheet = data_sheet(config, name)
     assert sheet is not None, "real boards have their own"
     return config.boards[name].memory_bytes or free_bytes(sheet, Scale())
 
 
 def cores(config: ExperimentConfig) -> dict[str, float]:
-    """Cores of every emulated board."""
+    """Return the cores of every emulated board."""
     sheets = {name: data_sheet(config, name) for name in config.boards}
     peaks = {name: sheet.tflops for name, sheet in sheets.items() if sheet is not None}
     strongest = max(peaks.values(), default=1.0)
@@ -301,7 +302,7 @@ def cores(config: ExperimentConfig) -> dict[str, float]:
 
 
 def link_shape(config: ExperimentConfig, link: str | None, jitter_ms: float) -> LinkShape:
-    """How a relay must be for a board behind *link*."""
+    """Return how the relay of a board behind *link* behaves."""
     jitter_s = jitter_ms / 1e3
     if link is None:
         return LinkShape(jitter_s=jitter_s)
@@ -315,7 +316,7 @@ def link_shape(config: ExperimentConfig, link: str | None, jitter_ms: float) -> 
 
 
 def needs_relay(config: ExperimentConfig, name: str) -> bool:
-    """Whether a board is to dial a relay: emulated ones, and real ones whose link is changed."""
+    """Return whether a board dials a relay: emulated ones do, and real ones with another link."""
     board = config.boards[name]
     changed = any(f.board == name and f.do in ("power-cut", "link", "cut") for f in config.faults)
     return board.emulated is not None or board.link is not None or changed or board.jitter_ms > 0
