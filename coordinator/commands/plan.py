@@ -1,4 +1,4 @@
-"""`coordinator plan`: what the planner would decide for given devices, and why. Runs nothing.
+"""`coordinator plan`: what the planner would decide for given devices, and why; nothing is run.
 
 It reads the model's config, never its weights, and knows no network and no run.
 """

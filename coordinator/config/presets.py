@@ -2,7 +2,7 @@
 
 A preset is a part of a ServeConfig, in `presets/`, that lies under whatever the user says. Its
 settings make the run that method, so a user who contradicts one is told; the exceptions stand
-below. Knows no model.
+below. It knows no model.
 """
 
 from __future__ import annotations

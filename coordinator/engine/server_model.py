@@ -1,6 +1,6 @@
 """The model that a coordinator serves: its parts for the devices, its blocks for the engine.
 
-Knows no network and no rounds.
+It knows no network and no rounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turn settings into plans: which blocks, ranks and batches each device gets.
 
 Pure: model facts and config in, `Plan` out; whatever cannot work is refused here, before a run
-starts. Knows no socket, clock, file or tensor.
+starts. It knows no socket, clock, file or tensor.
 """
 
 from __future__ import annotations

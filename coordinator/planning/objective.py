@@ -1,6 +1,6 @@
 """What given plans come to in a problem: wave time, utility, memory of the coordinator.
 
-Knows no rule by which plans are chosen.
+It knows no rule by which plans are chosen.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ makes the first upgrade that does not fit a bound for every choice. Where the gr
 more than 1 % below this bound (few items, coarse ranks) a dynamic program over rounded values takes
 over. So the value is never more than 1 % below the best.
 
-Pure: tables in, ranks out. Knows no model and no memory estimate.
+Pure: tables in, ranks out. It knows no model and no memory estimate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who runs what, from the first device to the last round: the planning of one run as it goes on.
 
-Keeps profiles, importance and the plans in force; what the plans are is decided by the pure
-functions of `joint.py` and `replan.py`. Knows no network and no engine.
+It keeps profiles, importance and the plans in force; what the plans are is decided by the pure
+functions of `joint.py` and `replan.py`. It knows no network and no engine.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ keeps its own compute and link time within T; what it leaves is the coordinator'
 sum over the devices. The plan is the smallest T at which both sides keep it. Deeper splits never
 cost the coordinator more, so that no choice of splits has a smaller T.
 
-Pure: tables in, a choice out. Knows no model, no profile and no estimate.
+Pure: tables in, a choice out. It knows no model, no profile and no estimate.
 """
 
 from __future__ import annotations

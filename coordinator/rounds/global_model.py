@@ -1,6 +1,6 @@
 """What the run has learned: the ledger, and the coordinator's own blocks, which follow it.
 
-Knows no network and no devices.
+It knows no network and no devices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where a run stands and what its devices have sent: here, and only here, `RunState` changes.
 
 Whoever acts for the run says what has happened; what that means for the round, for what is pending
-and for those who look on is known here. Knows no network, no engine and no planner.
+and for those who look on is known here. It knows no network, no engine and no planner.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""A terminal without bars shows what happens as plain lines, one for each event that has words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.results.console import Console
+from coordinator.results.events import (
+    DeviceJoined,
+    DeviceLeft,
+    DeviceStatus,
+    Exported,
+    Listening,
+    MessageRejected,
+    RoundAbandoned,
+    RoundDone,
+    RoundStarted,
+    RunPaused,
+    StepDone,
+    WaitEnded,
+)
+from edge_sdk.protocol.messages import Stamp, StepReport
+
+
+def test_events_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is the one that operators know; what only files hold is not shown."""
+    report = StepReport(
+        stamp=Stamp(step=2),
+        loss=1.25,
+        num_targets=5,
+        num_sequences=1,
+        num_tokens=8,
+        compute_s=0.1,
+        wait_s=0.1,
+        peak_bytes=3 * 2**20,
+    )
+    scores = {"a": {"loss": 1.0, "perplexity": 2.718}, "b": {"loss": 1.0, "perplexity": 3.0}}
+    with Console(6) as console:
+        for event in (
+            Listening(Path("runs/r"), "tcp://*:7070"),
+            DeviceStatus("a", "fetching its blocks"),
+            DeviceJoined("a", 2, 9),
+            RoundStarted(0, 1, ["a"], {}),
+            StepDone("a", report, 6, (2**20, 2**21)),
+            StepDone("a", report, 3, None),
+            RoundDone({"round": 1, "train_loss": 1.5, "eval_by_device": scores}, {}),
+            RoundDone({"round": 2}, {}),
+            RoundAbandoned(2),
+            WaitEnded(["a", "b"]),
+            MessageRejected("b", "bad"),
+            DeviceLeft("a", "silent for 9 s"),
+            RunPaused(Path("runs/r")),
+            Exported("adapter", 1e-7, Path("runs/r/adapter")),
+            Exported("adapter", 1e-7),
+        ):
+            console.see(event)
+
+    lines = capsys.readouterr().err.splitlines()
+    step = lines.pop(3)
+    assert step.startswith("a: step 3/6  loss  1.250  ")
+    assert step.endswith("tok/s  up 1.0  down 2.0 MiB  memory     3 MiB")
+    assert lines == [
+        "run runs/r: listening at tcp://*:7070",
+        "a: fetching its blocks",
+        "a: ready",
+        "round  1  train loss 1.500  perplexity: a 2.72  b 3.00",
+        "round 2 starts again: too few devices are left",
+        "going on without a, b: not back yet",
+        "b: rejected: bad",
+        "a: left: silent for 9 s",
+        "stopped; go on with: coordinator resume runs/r",
+        "adapter: runs/r/adapter (read back, logits differ by 1e-07 at most)",
+    ]
