@@ -108,24 +108,24 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
 
     def events(self, timeout_s: float) -> list[Event]:
         """Return what has happened; see `Gateway`."""
-        found: list[Event] = []
+        events: list[Event] = []
         try:
             batch = self._io.events.get(timeout=max(0.0, timeout_s))
             while batch:
                 for session, event in batch:
                     if isinstance(event, Received) and session is not None:
                         self._took(session, event)
-                    found.append(event)
-                if len(found) >= MAX_EVENTS:
+                    events.append(event)
+                if len(events) >= MAX_EVENTS:
                     break
                 batch = self._io.events.get_nowait()
         except queue.Empty:
             pass
-        if not found and self._io.failure:
+        if not events and self._io.failure:
             self._io.events.put([])  # the next caller is told as well
             raise TransportError(f"the gateway has failed: {self._io.failure}")
         self._return_credit()
-        return found
+        return events
 
     def _took(self, session: DeviceSession, event: Received) -> None:
         envelope = event.envelope

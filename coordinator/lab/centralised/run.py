@@ -229,8 +229,8 @@ class PooledRun:
         evaluation, trainer = self.config.evaluation, self.trainer
         is_due = self.config.evaluates_after(done)
         batches = trainer.model.eval_batches if is_due else []
-        found = trainer.evaluate(batches) if batches else None
-        self._reporting.end_round(done, self._step, facts, found)
+        scores = trainer.evaluate(batches) if batches else None
+        self._reporting.end_round(done, self._step, facts, scores)
         if trainer.held_out and is_due and evaluation.on_devices:
             own = trainer.evaluate(trainer.held_out)
             report = EvalReport(stamp=self._stamp(done), **own._asdict())

@@ -58,10 +58,10 @@ class WholeRuntime(TorchRuntime):
         ours = {name for part in layout.part_names() for name in layout.part(part)}
         # Tied weights are named once. What no forward uses belongs to no part and stays as it was.
         named = self._slice.model.named_parameters()
-        found = {name: p for name, p in named if name in ours}
-        for parameter in found.values():
+        trained = {name: p for name, p in named if name in ours}
+        for parameter in trained.values():
             parameter.data = parameter.data.clone()  # never train in the model's memory-mapped file
-        return found
+        return trained
 
 
 class PooledTrainer:
@@ -128,11 +128,11 @@ class PooledTrainer:
     def evaluate(self, batches: Sequence[MicroBatch]) -> TailSums:
         """Return the loss over *batches*, without dropout."""
         runtime = self.runtime
-        found = [runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches]
+        sums = [runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches]
         return TailSums(
-            sum(s.loss_sum for s in found),
-            sum(s.num_targets for s in found),
-            sum(s.num_correct for s in found),
+            sum(s.loss_sum for s in sums),
+            sum(s.num_targets for s in sums),
+            sum(s.num_correct for s in sums),
         )
 
     def shapes(self, step: int) -> tuple[MicroShape, ...]:

@@ -99,11 +99,11 @@ def load_methods(
     Raises:
         ConfigError: the file contradicts one of the presets, or `methods` another thing.
     """
-    found = {}
+    runs = {}
     for name in config.compare.presets:
         own = config.compare.methods.get(name)
         preset = own.preset if own else name
         settings = own.settings if own else ()
         loaded = load_with_preset(CompareConfig, file, [*overrides, *settings], env, preset=preset)
-        found[name] = loaded.simulation_config()
-    return found
+        runs[name] = loaded.simulation_config()
+    return runs

@@ -123,7 +123,7 @@ def _cannot_take_part(config: SimulationConfig, problem: PlanningProblem) -> dic
     """Return devices that can hold no part of the model under this method, and why."""
     if not problem.is_fixed:
         return plan_all(problem).refused
-    found, least = {}, problem
+    reasons, least = {}, problem
     if _has_one_rank(config):
         least = _with_rank(problem, min(config.planning.rank_set))
     for device in problem.profiles:
@@ -132,11 +132,11 @@ def _cannot_take_part(config: SimulationConfig, problem: PlanningProblem) -> dic
         own = config.devices.get(device, DeviceSettings()).r
         needed = _bytes_of(least, device, split, own or min(config.planning.rank_set))
         if needed > problem.budget_bytes(device):
-            found[device] = (
+            reasons[device] = (
                 f"{split} of {problem.num_blocks} blocks need {needed / MIB:,.1f} MiB, "
                 f"it has {problem.budget_bytes(device) / MIB:,.1f}"
             )
-    return found
+    return reasons
 
 
 def _without(config: SimulationConfig, lost: Mapping[str, str]) -> SimulationConfig:
@@ -181,7 +181,7 @@ def _lowered(
         fits = (r for r in smaller if _all_hold(problem, blocks, r))
         found_rank = next(fits, smaller[-1])
     pairs = (("split", split, found_split), ("rank", rank, found_rank))
-    notes = [f"{what} {found} instead of {asked}" for what, asked, found in pairs if found != asked]
+    notes = [f"{what} {got} instead of {asked}" for what, asked, got in pairs if got != asked]
     settings = replace(config.default, split=found_split, r=found_rank)
     return replace(config, default=settings, lora=replace(config.lora, r=found_rank)), notes
 

@@ -95,10 +95,10 @@ def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
 
 def _first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
     """Return one run of each method and device set."""
-    found: dict[tuple[str, str], RunResult] = {}
+    first: dict[tuple[str, str], RunResult] = {}
     for cell in cells:
-        found.setdefault((cell.method, cell.device_set), cell)
-    return list(found.values())
+        first.setdefault((cell.method, cell.device_set), cell)
+    return list(first.values())
 
 
 # ---- loss ----
@@ -162,11 +162,11 @@ def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> No
 
 def _legend_entries(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     """List each method once, also where a panel lacks it."""
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
+            handles.setdefault(label, handle)
+    return list(handles.values()), list(handles)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -208,9 +208,9 @@ def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, c
     """Return what one device held in each round in which it took part."""
     from matplotlib.ticker import MaxNLocator
 
-    found = [(n, held[device]) for n, held in enumerate(cell.held, start=1) if device in held]
-    rounds = [number for number, _ in found]
-    values = [getattr(held, field) + shift for _, held in found]
+    holdings = [(n, held[device]) for n, held in enumerate(cell.held, start=1) if device in held]
+    rounds = [number for number, _ in holdings]
+    values = [getattr(held, field) + shift for _, held in holdings]
     style: dict[str, Any] = {"drawstyle": "steps-mid", "linewidth": 1.6, "marker": "."}
     axes.plot(rounds, values, color=colour, label=device, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -253,12 +253,12 @@ def _spread_out(rows: Sequence[Any], most: int) -> list[Any]:
 def _by_block(importance: dict[str, float]) -> dict[tuple[int, str], float]:
     """Return percent of the sum, by block and last part of the weight's name."""
     total = sum(importance.values()) or 1.0
-    found: dict[tuple[int, str], float] = {}
+    shares: dict[tuple[int, str], float] = {}
     for name, value in importance.items():
         parts = name.split(".")
         at = next(i for i, part in enumerate(parts) if part.isdigit())
-        found[int(parts[at]), ".".join(parts[at + 1 :][-2:])] = 100.0 * value / total
-    return found
+        shares[int(parts[at]), ".".join(parts[at + 1 :][-2:])] = 100.0 * value / total
+    return shares
 
 
 # ---- figures ----

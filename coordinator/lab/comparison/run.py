@@ -166,7 +166,7 @@ def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, 
     return {
         "points": _points(result.rounds, RunHistory(folder).seconds()),
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
-        "importance": tuple(sorted(watcher.found.items())),
+        "importance": tuple(sorted(watcher.importance.items())),
         "notes": fitted.notes,
         **_sizes(fitted, result.rounds[1:]),
     }
@@ -176,12 +176,12 @@ class ImportanceWatcher:
     """Collects the importance of every round."""
 
     def __init__(self) -> None:
-        self.found: dict[int, Mapping[str, float]] = {}
+        self.importance: dict[int, Mapping[str, float]] = {}
 
     def see(self, event: RunEvent) -> None:
         """Collect what a round has measured."""
         if isinstance(event, ImportanceMeasured):
-            self.found[event.round] = event.importance
+            self.importance[event.round] = event.importance
 
 
 def _held(round_: SimulatedRound) -> dict[str, Held]:
@@ -208,17 +208,17 @@ def _sizes(fitted: Fitted, rounds: list[SimulatedRound]) -> dict[str, Any]:
 
 def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[Point, ...]:
     """Return the evaluations of a run."""
-    found = tuple(
+    points = tuple(
         Point(r.samples, r.seconds, real_s[r.round], r.bytes_up, r.bytes_down, r.loss, r.accuracy)
         for r in rounds
         if r.loss is not None and r.accuracy is not None
     )
-    if not found:
+    if not points:
         raise ConfigError(
             "evaluation.data.path: names no file, and no device holds out validation data: a "
             "comparison needs one of them"
         )
-    return found
+    return points
 
 
 # ---- without devices ----

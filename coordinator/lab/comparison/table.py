@@ -115,9 +115,9 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float]) -> Spread:
     """Return mean and deviation of at least one value."""
-    found = list(values)
-    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-    return Spread(statistics.fmean(found), deviation, len(found))
+    numbers = list(values)
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return Spread(statistics.fmean(numbers), deviation, len(numbers))
 
 
 # ---- which runs count ----
@@ -128,11 +128,11 @@ def best_rates(cells: Sequence[RunResult]) -> dict[tuple[str, str], float]:
     tried: dict[tuple[str, str], list[RunResult]] = {}
     for cell in cells:
         tried.setdefault((cell.method, cell.device_set), []).append(cell)
-    found = {}
+    rates = {}
     for group, own in tried.items():
         first = [cell for cell in own if cell.seed == own[0].seed]
-        found[group] = min(first, key=_final).rate
-    return found
+        rates[group] = min(first, key=_final).rate
+    return rates
 
 
 def _final(cell: RunResult) -> float:
@@ -222,8 +222,8 @@ def score(point: Point, *, is_classifier: bool) -> float:
     return 100 * point.accuracy if is_classifier else math.exp(min(point.loss, 700.0))
 
 
-def _range(found: Iterable[Mapping[str, Any] | None]) -> tuple[Any, Any] | None:
-    values = [value for each in found if each for value in each.values()]
+def _range(by_device: Iterable[Mapping[str, Any] | None]) -> tuple[Any, Any] | None:
+    values = [value for each in by_device if each for value in each.values()]
     return (min(values), max(values)) if values else None
 
 
@@ -269,11 +269,11 @@ def row_texts(row: TableRow, *, is_classifier: bool) -> tuple[str, ...]:
     )
 
 
-def _time(found: Spread | None, row: TableRow) -> str:
-    if found is None:
+def _time(spread: Spread | None, row: TableRow) -> str:
+    if spread is None:
         return "not reached"
     missing = row.loss.num_seeds - row.num_reached
-    return found.text(1) + (f" ({missing} of {row.loss.num_seeds} not reached)" if missing else "")
+    return spread.text(1) + (f" ({missing} of {row.loss.num_seeds} not reached)" if missing else "")
 
 
 def _span(values: tuple[float, float] | None, unit: float, digits: int) -> str:

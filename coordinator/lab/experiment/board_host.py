@@ -112,7 +112,7 @@ class BoardHost:
         data = {k: v for k, v in asdict(config.experiment.data).items() if v is not None}
         if self.config.data is not None:
             data["path"] = self.data_name
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "coordinator": address,
             "server_key": server_key,
             "secret_key": KEY,
@@ -121,8 +121,8 @@ class BoardHost:
             "state": f"state/{label}",
         }
         if isinstance(self.shell, LocalShell):
-            found |= {"device": "cpu", "threads": 1}
-        return found
+            settings |= {"device": "cpu", "threads": 1}
+        return settings
 
     def start(
         self,
@@ -210,8 +210,8 @@ def build_wheel(folder: Path) -> Path:
         check=False,
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
     )
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode or not found:
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines()
         raise ConfigError(f"cannot build a wheel: {lines[-1] if lines else 'pip failed'}; {cure}")
-    return found[-1]
+    return wheels[-1]

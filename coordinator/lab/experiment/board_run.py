@@ -125,7 +125,7 @@ class BoardRun:
 
     def facts(self) -> dict[str, Any]:
         """Return what became of it, for the report."""
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "starts": self.starts,
             "exits": self.exits,
             "peak_group_bytes": self.peak_bytes,
@@ -134,8 +134,8 @@ class BoardRun:
         if self.relay is not None and self.used is not None:
             now, then = self.relay.usage(), self.used
             names = LinkUsage.__dataclass_fields__
-            found["link"] = {name: getattr(now, name) - getattr(then, name) for name in names}
-        return found
+            facts["link"] = {name: getattr(now, name) - getattr(then, name) for name in names}
+        return facts
 
     # ---- faults ----
 

@@ -306,11 +306,11 @@ def link_shape(config: ExperimentConfig, link: str | None, jitter_ms: float) -> 
     jitter_s = jitter_ms / 1e3
     if link is None:
         return LinkShape(jitter_s=jitter_s)
-    found = config.known.links[link]
+    connection = config.known.links[link]
     return LinkShape(
-        up_bytes_per_s=found.up_mbit * BYTES_PER_MBIT,
-        down_bytes_per_s=found.down_mbit * BYTES_PER_MBIT,
-        delay_s=found.rtt_ms / 2e3,
+        up_bytes_per_s=connection.up_mbit * BYTES_PER_MBIT,
+        down_bytes_per_s=connection.down_mbit * BYTES_PER_MBIT,
+        delay_s=connection.rtt_ms / 2e3,
         jitter_s=jitter_s,
     )
 

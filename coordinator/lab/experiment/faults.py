@@ -32,16 +32,16 @@ class FaultSchedule:
             now_s: Seconds since the boards were started.
             steps: Steps of the run that each board has finished.
         """
-        found = [FaultsDue(fault, begins=False) for end_s, fault in self._ends if end_s <= now_s]
+        due = [FaultsDue(fault, begins=False) for end_s, fault in self._ends if end_s <= now_s]
         self._ends = [(end_s, fault) for end_s, fault in self._ends if end_s > now_s]
         begun = [fault for fault in self._waiting if _has_come(fault, now_s, steps)]
         self._waiting = [fault for fault in self._waiting if fault not in begun]
         for fault in begun:
-            found.append(FaultsDue(fault, begins=True))
+            due.append(FaultsDue(fault, begins=True))
             # A cut ends by itself, to the millisecond.
             if fault.seconds is not None and fault.do != "cut":
                 self._ends.append((now_s + fault.seconds, fault))
-        return found
+        return due
 
     def brings_back(self, board: str) -> bool:
         """Return whether a fault that ends will start the board's program again."""

@@ -36,27 +36,27 @@ def write_report(
         out: Where the runs are.
         ended: How each run ended, by folder.
     """
-    found = [
+    runs = [
         read_run(out / label, methods[_method(label, methods)], _method(label, methods))
         for label, how in ended.items()
         if how != NOT_RUN and (out / label / FACTS).is_file()
     ]
-    if not found:
+    if not runs:
         return ""
     is_classifier = config.task == "sequence-classification"
-    cells = [run.cell for run in found if run.cell is not None]
+    cells = [run.cell for run in runs if run.cell is not None]
     target = config.experiment.target
     if target is None and cells:
         target = common_target(cells)
     with storage_errors(out):
-        results = [asdict(run) | {"shares": run.shares()} for run in found]
+        results = [asdict(run) | {"shares": run.shares()} for run in runs]
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = Page(
         title=f"Experiment on {kind_of(config)} boards",
-        facts=_facts(config, found),
+        facts=_facts(config, runs),
         column_titles=_titles(target, is_classifier=is_classifier),
-        rows=[row for run in found for row in _rows(run, target, is_classifier=is_classifier)],
-        notes=_notes(found),
+        rows=[row for run in runs for row in _rows(run, target, is_classifier=is_classifier)],
+        notes=_notes(runs),
         pictures=_pictures(cells, target),
         config=dump_config(config),
     )
@@ -166,7 +166,7 @@ def _pictures(cells: Sequence[RunResult], target: float | None) -> list[Picture]
     return [*losses, *draw_plans(cells)]
 
 
-def _facts(config: ExperimentConfig, found: Sequence[ExperimentRunResult]) -> list[str]:
+def _facts(config: ExperimentConfig, runs: Sequence[ExperimentRunResult]) -> list[str]:
     """Return how it was measured, a sentence each."""
     facts = [
         f"Model {Path(config.model).name}, {len(config.boards)} boards. Times are of a real clock, "
@@ -181,7 +181,7 @@ def _facts(config: ExperimentConfig, found: Sequence[ExperimentRunResult]) -> li
             "link. Their energy is estimated: the board's highest power for the time in which it "
             "computed."
         )
-    for run in found:
+    for run in runs:
         if slowest := run.slowest():
             facts.append(
                 f"{run.label}: {slowest[0]}, {100 * slowest[1]:.1f} % of the time: the "
@@ -190,9 +190,9 @@ def _facts(config: ExperimentConfig, found: Sequence[ExperimentRunResult]) -> li
     return facts
 
 
-def _notes(found: Sequence[ExperimentRunResult]) -> list[str]:
+def _notes(runs: Sequence[ExperimentRunResult]) -> list[str]:
     notes = []
-    for run in found:
+    for run in runs:
         if run.outcome != "completed":
             notes.append(f"{run.label} did not complete: {run.outcome}")
         for board in run.boards:

@@ -63,10 +63,10 @@ class ExperimentRunResult:
         """Return the busy share of every resource: boards, their links, the coordinator's CPU."""
         if not self.seconds:
             return {}
-        found = {f"{b.name} computes": b.compute_s for b in self.boards}
-        found |= {f"link of {b.name}": b.link_s for b in self.boards if b.link_s is not None}
-        found["coordinator"] = self.coordinator_s
-        return {name: spent_s / self.seconds for name, spent_s in found.items()}
+        spent_by = {f"{b.name} computes": b.compute_s for b in self.boards}
+        spent_by |= {f"link of {b.name}": b.link_s for b in self.boards if b.link_s is not None}
+        spent_by["coordinator"] = self.coordinator_s
+        return {name: spent_s / self.seconds for name, spent_s in spent_by.items()}
 
     def slowest(self) -> tuple[str, float] | None:
         """Return the resource with the largest busy share, and that share."""
@@ -136,10 +136,10 @@ def _spent(joules: list[float]) -> float:
 
 
 def _link_s(marks: list[dict[str, Any]], name: str) -> float | None:
-    found = [mark["links"][name] for mark in marks if name in mark["links"]]
-    if not found:
+    usages = [mark["links"][name] for mark in marks if name in mark["links"]]
+    if not usages:
         return None
-    return float(max(found[-1][way] - found[0][way] for way in ("up_s", "down_s")))
+    return float(max(usages[-1][way] - usages[0][way] for way in ("up_s", "down_s")))
 
 
 def _splits(history: RunHistory, config: ExperimentConfig, name: str) -> tuple[int | str, ...]:

@@ -200,8 +200,8 @@ class ExperimentRun:
         """Write down what boards and links had used when so many rounds were done."""
         relays = {name: board.relay for name, board in self._boards.items() if board.relay}
         links = {name: asdict(relay.usage()) for name, relay in relays.items()}
-        found = {"round": round_, "time": said["time"], "cpu_s": said["cpu_s"]}
-        self.folder.append(MARKS, {**found, "links": links, "energy_j": said["energy_j"]})
+        mark = {"round": round_, "time": said["time"], "cpu_s": said["cpu_s"]}
+        self.folder.append(MARKS, {**mark, "links": links, "energy_j": said["energy_j"]})
 
     # ---- the boards ----
 

@@ -177,9 +177,9 @@ class Testbed:
 
     def _wheel(self, lock: threading.Lock) -> Path:
         with lock:
-            found = sorted((self._workspace / "wheel").glob("*.whl"))
+            built = sorted((self._workspace / "wheel").glob("*.whl"))
             given = self._config.experiment.wheel
-            return given or (found[0] if found else build_wheel(self._workspace / "wheel"))
+            return given or (built[0] if built else build_wheel(self._workspace / "wheel"))
 
     def _prepare(self, wheel: Callable[[], Path], host: BoardHost) -> None:
         try:

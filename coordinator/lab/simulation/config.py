@@ -112,11 +112,11 @@ def device_names(fleet: FleetConfig) -> dict[str, SimulatedDeviceConfig]:
     Raises:
         ValueError: two devices have one name.
     """
-    found: dict[str, SimulatedDeviceConfig] = {}
+    devices: dict[str, SimulatedDeviceConfig] = {}
     for name, device in fleet.devices.items():
         names = [name] if device.count == 1 else [f"{name}-{i}" for i in range(device.count)]
         for each in names:
-            if each in found:
+            if each in devices:
                 raise ValueError(f"devices: two are named {each!r}")
-            found[each] = device
-    return dict(sorted(found.items()))
+            devices[each] = device
+    return dict(sorted(devices.items()))

@@ -47,8 +47,8 @@ def deal(
     if len(rows) < len(names):
         raise ConfigError(f"simulation.data: {len(rows)} rows for {len(names)} devices")
     wanted = set(fleet.data.columns.values()) or set(WORDS)
-    found = read_records(fleet.data.path, wanted, fleet.data.name, fleet.data.split)
-    records = [record for _, record in islice(found, fleet.data.limit)]
+    numbered = read_records(fleet.data.path, wanted, fleet.data.name, fleet.data.split)
+    records = [record for _, record in islice(numbered, fleet.data.limit)]
     shards = _shards(fleet, rows, len(names), seed)
     return {name: [records[i] for i in shard] for name, shard in zip(names, shards, strict=True)}
 

@@ -36,12 +36,12 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
         ConfigError: one of them has no entry.
     """
     there, scale = known(config.boards, config.links), config.scale
-    found, profiles = {}, {}
+    machines, profiles = {}, {}
     for name, device in device_names(config).items():
         where = f"simulation.devices.{name}"
         board = _find(there.boards, device.board, f"{where}.board")
         link = _find(there.links, device.link, f"{where}.link")
-        found[name] = make_machine(
+        machines[name] = make_machine(
             board,
             link,
             utilisation=config.utilisation,
@@ -51,7 +51,7 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
         profiles[name] = make_profile(
             device.board,
             board,
-            found[name],
+            machines[name],
             overhead_bytes=config.overhead_bytes,
             scale=scale,
             memory_bytes=device.memory_bytes,
@@ -59,7 +59,7 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
     board = _find(there.boards, config.coordinator, "simulation.coordinator")
     speed, memory = planning.server_flops_per_s, planning.server_memory_bytes
     return Fleet(
-        found,
+        machines,
         profiles,
         make_machine(
             board,

@@ -65,32 +65,32 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         if self._is_woken:  # the coordinator has something to do itself
             self._is_woken = False
             return []
-        found: list[Event] = []
+        events: list[Event] = []
         due = [device for device in self._all if device.is_due and not device.is_over]
         for device in due:
             device.advance()
-            found += self._heard(device)
+            events += self._heard(device)
             _raise_failure(device)
-        if not due and not found and any(not device.is_over for device in self._all):
+        if not due and not events and any(not device.is_over for device in self._all):
             raise TransportError("the simulation stands still: every device waits for a message")
-        return found
+        return events
 
     def _heard(self, device: SimulatedDevice) -> list[Event]:
         """Return what *device* has sent in its turn."""
-        found: list[Event] = []
+        events: list[Event] = []
         while device.name in self._present:
             try:
                 envelope = device.link.receive(Deadline.after(0.0))
             except ReceiveTimeout:
                 break
             except RemoteProtocolError as error:
-                found.append(Rejected(device.name, str(error)))
+                events.append(Rejected(device.name, str(error)))
             except PeerGone:
                 del self._present[device.name]
-                found.append(Left(device.name))
+                events.append(Left(device.name))
             else:
-                found.append(Received(device.name, envelope))
-        return found
+                events.append(Received(device.name, envelope))
+        return events
 
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
