@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.config.presets import load_serve_config
 from coordinator.lab.experiment.config import ExperimentConfig, load_experiment
-from edge_sdk.client.backends import INSTALL
+from edge_sdk.client.backends import BACKENDS
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.doctor.packages import JETPACK_WHEELS
@@ -294,7 +294,7 @@ def test_extras_exist() -> None:
 
     extras = {one or other for one, other in named}
 
-    assert extras == {"onnx", "torch"} == set(map(extra_of, INSTALL.values()))
+    assert extras == {"onnx", "torch"} == {extra_of(b.install) for b in BACKENDS.values()}
     assert all(re.search(rf"^{extra} = \[", project, flags=re.MULTILINE) for extra in extras)
 
 

@@ -19,6 +19,7 @@ from coordinator.planning.run_planner import Planner, changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
+from edge_sdk.client.backends import BACKENDS, Backend
 from edge_sdk.client.checkpoints import KEPT
 from edge_sdk.errors import (
     EdgeError,
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 PART_DATA_BYTES = 4 * 1024 * 1024
 # Bytes for headers and alignment of a message, beside its tensors.
 MESSAGE_SLACK_BYTES = 1024 * 1024
-BACKENDS = ("torch", "onnxruntime")
 
 
 class Admission:
@@ -74,7 +74,7 @@ class Admission:
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
         """Steps of which a device has a checkpoint of its own."""
-        self._backends: dict[str, str] = {}
+        self._backends: dict[str, Backend] = {}
         self._waiting: set[str] = set()
         """Devices whose plan is known while their graphs are still being made."""
 
@@ -100,7 +100,7 @@ class Admission:
                 f"{' and '.join(BACKENDS)}"
             )
         self.codecs[device] = self._codec(device, hello)
-        self._backends[device] = hello.backend
+        self._backends[device] = BACKENDS[hello.backend]
         self._gateway.send(device, self._welcome(device))
         if self._planner.is_fixed:
             self.assign(device)
@@ -119,7 +119,7 @@ class Admission:
         self._gateway.set_limits(device, self._largest_message(plan))
         parts = self._model.parts_for(plan)
         self._waiting.discard(device)
-        if self._backends.get(device) == "onnxruntime":
+        if self._backends[device].wants_graphs:
             graphs = self._model.graphs_for(plan)
             if graphs is None:
                 self._waiting.add(device)

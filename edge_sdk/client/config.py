@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from edge_sdk.client.backends import Backend
+from edge_sdk.client.backends import BACKENDS
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.model.precision import Base, Compute
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from profiler.profile import DeviceProfile
+
+if TYPE_CHECKING:
+    BackendName = str
+else:  # the backends themselves are the choices
+    BackendName = Literal[("auto", *BACKENDS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +37,7 @@ class ClientConfig:
     """Take part only if the coordinator's model has this hash; empty takes any."""
     device: str = "auto"
     """Where the device computes: `auto`, `cpu`, `cuda`."""
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     """What computes: `torch`, or `onnxruntime`, which is small and needs no torch; auto is torch
     where it is installed."""
     compute: Compute = "auto"
@@ -58,6 +64,8 @@ class ClientConfig:
     """Payload of one packet; 262144 on links below 4 Mbit/s."""
 
     def __post_init__(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}")
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
         if not 0 < self.chunk_bytes <= MAX_CHUNK_BYTES:

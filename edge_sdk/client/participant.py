@@ -106,7 +106,7 @@ class Participant:
                 sdk_version=package_version(),
                 codecs=float_codecs(),
                 model_hash=self._config.model_hash,
-                backend=self._setup.backend,
+                backend=self._setup.backend.name,
             )
         )
         patience_s = self._config.patience_s

@@ -11,7 +11,6 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.link_speed import probe
 from edge_sdk.errors import ConfigError
-from edge_sdk.model.precision import LINEAR_BYTES, compute_name
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.transport.link import Link
 from profiler.profile import DeviceProfile
@@ -30,14 +29,14 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     Raises:
         ConfigError: the budget set by hand is more than the device has.
     """
-    place = _computes_on(config) if choose_backend(config) == "torch" else None
-    by_hand = overlaid(_told(config, place), config.profile)
+    backend = choose_backend(config)
+    by_hand = overlaid(backend.memory_model(config), config.profile)
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
     from profiler.measure import measure_profile
 
     device, speed = "cpu", by_hand.flops_per_s
-    if place is not None:
+    if (place := backend.speed_on(config)) is not None:
         device, compute = place
         speed = speed or block_speed(model, device, compute, max_length)
     elif speed is None:
@@ -52,30 +51,6 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     except ValueError as error:
         raise ConfigError(f"profile.memory_bytes: {error}") from error
     return overlaid(found, by_hand)
-
-
-def _told(config: ClientConfig, place: tuple[str, str] | None) -> DeviceProfile:
-    """What is known without any measurement; *place* is None where torch does not compute."""
-    if place is None:
-        return DeviceProfile(recompute="block")
-    return DeviceProfile(
-        linear_bytes=LINEAR_BYTES.get(config.base),
-        base_bytes=2.0 if config.base in ("bfloat16", "float16") else None,
-        compute_bytes=None if place[1] == "float32" else 2.0,
-        recompute="slice" if config.recompute else None,
-    )
-
-
-def _computes_on(config: ClientConfig) -> tuple[str, str]:
-    """Device and dtype of torch's matrix products; from now on with the threads that are asked."""
-    import torch
-
-    from edge_sdk.runtime.torch_runtime import pick_device
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
-    return device.type, compute_name(config.compute, device)
 
 
 def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.backends import RuntimeRequest, choose_backend
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.batches import Batches
-from edge_sdk.data.fast_tokenizer import PlainTokenizer
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
@@ -28,8 +27,6 @@ from edge_sdk.model.weights import (
     FILE_NAMES,
     ModelSource,
     PartCache,
-    load_config,
-    load_tokenizer,
     open_part,
 )
 from edge_sdk.protocol.fragments import Envelope
@@ -98,8 +95,7 @@ class RuntimeSetup:
             DataError: something is wrong with it; the message names file and line.
         """
         assert self._files is not None, "files come first"
-        is_torch = self.backend == "torch"
-        tokenizer: Any = (load_tokenizer if is_torch else PlainTokenizer)(self._files)
+        tokenizer = self.backend.tokenizer(self._files)
         seed = int(welcome.training["seed"])
         rows, held_out = load_data(self._dataset, self._config.data, seed)
         limits = ModelLimits(
@@ -120,71 +116,20 @@ class RuntimeSetup:
         total_steps = int(settings.pop("total_steps"))
         lora = from_pairs(LoraConfig, welcome.lora)
         training = from_pairs(TrainingConfig, settings)
-        if self.backend == "torch":
-            return self._torch_runtime(welcome, assigned, ask, lora, training, total_steps)
-        return self._onnx_runtime(welcome, assigned, ask, lora, training, total_steps)
-
-    def _torch_runtime(
-        self,
-        welcome: Welcome,
-        assigned: PlanAssigned,
-        ask: Ask,
-        lora: LoraConfig,
-        training: TrainingConfig,
-        total_steps: int,
-    ) -> Runtime:
-        import torch
-
-        from edge_sdk.model.layout import building, find_layout
-        from edge_sdk.runtime.torch_runtime import TorchRuntime
-
         assert self._files is not None, "files come first"
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
-        model_config = load_config(self._files, welcome.num_labels)
-        task: Any = welcome.task
-        tensors = {part.name: self._tensors(part, welcome, ask) for part in assigned.parts}
-        with building:
-            return TorchRuntime(
-                model_config,
-                task,
-                find_layout(model_config, task),
-                tensors,
-                assigned.plan,
-                lora,
-                training,
-                total_steps,
-                device=self._config.device,
-                compute=self._config.compute,
-                base=self._config.base,
-                recompute=self._config.recompute,
-            )
-
-    def _onnx_runtime(
-        self,
-        welcome: Welcome,
-        assigned: PlanAssigned,
-        ask: Ask,
-        lora: LoraConfig,
-        training: TrainingConfig,
-        total_steps: int,
-    ) -> Runtime:
-        from edge_sdk.runtime.onnx_graphs import PART_NAME, read_graphs
-        from edge_sdk.runtime.onnx_runtime import OnnxRuntime
-
-        paths = {part.name: self.fetch(part, ask, welcome.stamp) for part in assigned.parts}
-        if PART_NAME not in paths:
-            raise ModelError("the coordinator sent no graphs; it may be older than this device")
-        graphs = read_graphs(paths.pop(PART_NAME))
-        return OnnxRuntime(
-            graphs,
-            {name: map_part(path) for name, path in paths.items()},
-            assigned.plan,
-            lora,
-            training,
-            total_steps,
-            threads=self._config.threads,
+        request = RuntimeRequest(
+            settings=self._config,
+            files=self._files,
+            welcome=welcome,
+            plan=assigned.plan,
+            parts=assigned.parts,
+            lora=lora,
+            training=training,
+            total_steps=total_steps,
+            fetch=lambda part: self.fetch(part, ask, welcome.stamp),
+            tensors=lambda part: self._tensors(part, welcome, ask),
         )
+        return self.backend.make(request)
 
     def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """The tensors of *part*, from the local model where one is named."""

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.backends import ONNXRUNTIME, TORCH, choose_backend
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.doctor import compute, machine, packages
 from edge_sdk.doctor import config as written
@@ -85,7 +85,7 @@ def check_backend(config: ClientConfig | None, sources: Sources = HERE) -> Findi
     if config is None or found.status == "failure":
         return found
     try:
-        return ok("backend", f"{found.text}; a run uses {choose_backend(config)}")
+        return ok("backend", f"{found.text}; a run uses {choose_backend(config).name}")
     except ConfigError as error:
         return failure("backend", one_line(error), "change what the line names, or backend=auto")
 
@@ -100,15 +100,15 @@ def look_at_compute(
     device = "auto" if config is None else config.device
     installed = packages.installed_backends(versions)
     used, place = _used(config, installed), "cpu"
-    if "torch" in installed and used != "torch":
+    if TORCH.name in installed and used != TORCH.name:
         yield skipped("torch", f"a run uses {used}")
-    elif "torch" in installed:
+    elif TORCH.name in installed:
         more = [one for one in compute.THEIRS_TOLERANCE if versions(one) is not None]
         outcomes = compute.try_stages(device, [*KERNEL_STAGES, *more], run)
         place = str((outcomes["torch"].found or {}).get("device", device))
         yield from _torch(outcomes, place, config, sources, versions)
-    if "onnxruntime" in installed:
-        is_needed = used == "onnxruntime"
+    if ONNXRUNTIME.name in installed:
+        is_needed = used == ONNXRUNTIME.name
         outcome = compute.try_stages("cpu", ["onnxruntime"], run)["onnxruntime"]
         yield compute.check_onnxruntime(
             outcome, is_needed=is_needed, sources=sources, versions=versions
@@ -119,7 +119,7 @@ def look_at_compute(
 def _used(config: ClientConfig | None, installed: Sequence[str]) -> str:
     """Return which of the *installed* libraries a run uses; in doubt the first."""
     try:
-        return choose_backend(config) if config is not None else "".join(installed[:1])
+        return choose_backend(config).name if config is not None else "".join(installed[:1])
     except ConfigError:
         return "".join(installed[:1])
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from edge_sdk.client.backends import INSTALL
+from edge_sdk.client.backends import BACKENDS, ONNXRUNTIME, TORCH, Backend
 from edge_sdk.doctor.finding import Finding, failure, ok, warning
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
@@ -19,13 +19,6 @@ from profiler.sensors.board import gpu, jetpack
 from profiler.sensors.sources import HERE, Sources
 
 OURS = ("edge_sdk", "profiler", "coordinator")
-# All of them install the folder `onnxruntime`; whichever comes last wins, in parts.
-ONNXRUNTIMES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-training",
-    "onnxruntime-training-cpu",
-)
 # Wheels of torch with CUDA by JetPack; PyPI's would replace them by one without, or for others.
 JETPACK_WHEELS = {
     "6": "https://pypi.jetson-ai-lab.io/jp6/cu126",
@@ -153,14 +146,16 @@ def torch_cure(sources: Sources = HERE) -> str:
         )
     if gpu(sources).value is not None:
         return f"pip install --force-reinstall torch --index-url {PC_WHEELS}"
-    return INSTALL["torch"]
+    return TORCH.install
 
 
 def installed_backends(versions: Versions = version_of) -> list[str]:
-    """Return what could compute here: `torch`, `onnxruntime`, both, or nothing."""
-    names = ["torch"] if versions("torch") is not None else []
-    has_onnx = any(versions(name) is not None for name in ONNXRUNTIMES)
-    return [*names, "onnxruntime"] if has_onnx else names
+    """Return the names of the backends whose library is installed."""
+    return [name for name, backend in BACKENDS.items() if _wheels(backend, versions)]
+
+
+def _wheels(backend: Backend, versions: Versions) -> list[str]:
+    return [wheel for wheel in backend.wheels if versions(wheel) is not None]
 
 
 def check_backend(
@@ -170,7 +165,7 @@ def check_backend(
 ) -> Finding:
     """Check whether torch with its companions, or onnxruntime, is installed."""
     wanted = our_requirements() if requirements is None else requirements
-    several = [name for name in ONNXRUNTIMES if versions(name) is not None]
+    several = _wheels(ONNXRUNTIME, versions)
     if len(several) > 1:
         text = f"{' and '.join(several)} overwrite each other's files"
         cure = f"pip uninstall -y {' '.join(several)} && pip install {several[0]}"
@@ -180,16 +175,15 @@ def check_backend(
         return failure(
             "backend",
             "neither torch nor onnxruntime is installed: nothing here can compute a block",
-            f"{torch_cure(sources)}; or, small and on the CPU: {INSTALL['onnxruntime']}",
+            f"{torch_cure(sources)}; or, small and on the CPU: {ONNXRUNTIME.install}",
         )
-    if found == ["onnxruntime"] and versions("tokenizers") is None:
+    if found == [ONNXRUNTIME.name] and versions("tokenizers") is None:
         text = f"{several[0]} is there, but not tokenizers"
-        return failure("backend", text, INSTALL["onnxruntime"])
+        return failure("backend", text, ONNXRUNTIME.install)
     companions = unmet([one for one in wanted if "extra == 'torch'" in one], versions)
-    if found == ["torch"] and companions:
+    if found == [TORCH.name] and companions:
         needs = " ".join(f"'{one}'" for one in companions)
         text = f"torch {versions('torch')} is there, but not {', '.join(companions)}"
         return failure("backend", text, f"pip install {needs}")
-    parts = [f"torch {versions('torch')}" if "torch" in found else ""]
-    parts += [f"{name} {versions(name)}" for name in several]
-    return ok("backend", ", ".join(part for part in parts if part))
+    wheels = [wheel for name in found for wheel in _wheels(BACKENDS[name], versions)]
+    return ok("backend", ", ".join(f"{wheel} {versions(wheel)}" for wheel in wheels))

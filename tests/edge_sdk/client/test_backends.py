@@ -31,9 +31,9 @@ def absent(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_torch_comes_first_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is torch; without it, or without peft, onnxruntime."""
-    assert choose_backend(config()) == "torch"
+    assert choose_backend(config()).name == "torch"
     absent(monkeypatch, "peft")
-    assert choose_backend(config()) == "onnxruntime"
+    assert choose_backend(config()).name == "onnxruntime"
 
 
 def test_neither_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
