@@ -13,12 +13,16 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from draw_rooms import all_rooms, draw_rooms
 
-from edge_sdk.client.states import ACTIONS, Action, State
+from coordinator.rounds import device_states
+from coordinator.rounds.device_states import DeviceState
+from edge_sdk.client.states import ACTIONS, MessageAction, State
 from edge_sdk.config.describe import describe, field_docs
 from edge_sdk.protocol.codecs import CODECS
 from edge_sdk.protocol.messages import FROM_COORDINATOR, FROM_DEVICE, PROTOCOL_VERSION, Stamp
@@ -54,9 +58,11 @@ that lacks a tensor it needs, or brings another or one of another dtype or shape
 STATES_INTRO = """\
 ## What may come when
 
-A device does with a message what this table says, from \
-[`edge_sdk/client/states.py`](../edge_sdk/client/states.py). A message for which there is no \
-action (`-`) breaks the protocol: the device reports it and leaves.
+Each side does with a message what its table says; the source is \
+[`edge_sdk/client/states.py`](../edge_sdk/client/states.py) and \
+[`coordinator/rounds/device_states.py`](../coordinator/rounds/device_states.py). A message for \
+which there is no action (`-`) breaks the protocol: a device reports it and leaves, the \
+coordinator ends the device's session and tells it why.
 """
 
 CODECS_INTRO = """\
@@ -128,17 +134,31 @@ def protocol_page() -> Iterator[str]:
     for kind in (Stamp, Plan, Part):
         yield from section(kind, "")
     yield STATES_INTRO
-    yield from table(("state", "the device ..."), ((f"`{s.name}`", s.value) for s in State))
-    yield from table(("action", "the message is ..."), ((f"`{a.name}`", a.value) for a in Action))
-    yield from table(("message", *(f"`{state.name}`" for state in State)), device_rows())
+    yield from meanings("action", "the message is ...", MessageAction)
+    yield "### A device\n"
+    yield from meanings("state", "the device ...", State)
+    yield from reactions(ACTIONS, FROM_COORDINATOR)
+    yield "### The coordinator\n"
+    yield from meanings("state", "the device ...", DeviceState)
+    yield from reactions(device_states.ACTIONS, FROM_DEVICE)
     yield CODECS_INTRO
     yield from table(("number", "codec", "array", "bytes per number"), codec_rows())
 
 
-def device_rows() -> Iterator[tuple[str, ...]]:
-    for kind in FROM_COORDINATOR:
-        actions = (ACTIONS[state].get(kind) for state in State)
-        yield f"`{kind.__name__}`", *(f"`{a.name}`" if a else "-" for a in actions)
+def meanings(title: str, sentence: str, kind: type[Enum]) -> Iterator[str]:
+    return table((title, sentence), ((f"`{one.name}`", one.value) for one in kind))
+
+
+def reactions(
+    actions: Mapping[Any, Mapping[type, MessageAction]], kinds: Iterable[type]
+) -> Iterator[str]:
+    def cell(row: Mapping[type, MessageAction], kind: type) -> str:
+        return f"`{row[kind].name}`" if kind in row else "-"
+
+    rows = (
+        (f"`{kind.__name__}`", *(cell(row, kind) for row in actions.values())) for kind in kinds
+    )
+    return table(("message", *(f"`{state.name}`" for state in actions)), rows)
 
 
 def codec_rows() -> Iterator[tuple[str, ...]]:

@@ -26,7 +26,6 @@ from edge_sdk.errors import (
     OutOfMemory,
     PeerGone,
     RefusedError,
-    RemoteProtocolError,
     public_name,
 )
 from edge_sdk.protocol.fragments import TensorOut
@@ -179,12 +178,9 @@ class Admission:
         """Return the member that a ready device becomes.
 
         Raises:
-            RefusedError: its data or tokenizer does not fit, or it never said Hello.
+            RefusedError: its data or tokenizer does not fit.
         """
-        plan = self.plans.get(device)
-        if plan is None:
-            raise RefusedError("Ready without Hello")
-        rows = self._model.text_config.vocab_size
+        plan, rows = self.plans[device], self._model.text_config.vocab_size
         if not 0 < ready.vocab_size <= rows:
             raise RefusedError(
                 f"the device's tokenizer knows {ready.vocab_size} tokens, the model {rows}"
@@ -226,12 +222,9 @@ class Admission:
         """Plan for a device at once, or with the others once enough of them are here.
 
         Raises:
-            RemoteProtocolError: it never said Hello.
             RefusedError: it cannot take part.
             ConfigError: the config asks for what nobody can do.
         """
-        if device not in self.codecs:
-            raise RemoteProtocolError("Profiled before Hello")
         self._planner.profiled(device, profile)
         watcher = self._run.watcher
         if device in self._run.state.ready:  # what the change means is decided between rounds

@@ -10,6 +10,7 @@ from coordinator.gateway.link_probe import Probing
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
+from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
 from coordinator.rounds.validation import (
@@ -20,6 +21,7 @@ from coordinator.rounds.validation import (
     check_report,
     check_upload,
 )
+from edge_sdk.client.states import MessageAction
 from edge_sdk.errors import EdgeError, PeerGone, RemoteProtocolError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.protocol.fragments import Envelope
@@ -54,6 +56,21 @@ class MessageHandler:
     ) -> None:
         self._run, self._admission, self._planner = run, admission, planner
         self._learned, self._limits, self._probing = learned, limits, probing
+        self._handlers: dict[type, Callable[[str, Envelope], None]] = {
+            Hello: self._on_hello,
+            PartRequest: lambda d, e: admission.send_part(d, e.message),
+            Ready: self._on_ready,
+            Activation: self._on_activation,
+            TopGradient: self._on_gradient,
+            StepReport: self._on_step,
+            AdapterUpload: self._on_upload,
+            EvalReport: self._on_eval_report,
+            Paused: lambda d, _: run.paused.add(d),
+            Probe: probing.answer,
+            Goodbye: lambda d, e: run.lose(d, e.message.reason),
+            Profiled: lambda d, e: admission.profiled(d, e.message.profile),
+            Failure: lambda d, e: admission.failed(d, e.message),
+        }
 
     def handle(self, event: Event) -> None:
         """Take an event in; a mistake of one device ends its own part and nothing else."""
@@ -75,35 +92,24 @@ class MessageHandler:
             self._admission.expel(device, error)
 
     def _receive(self, device: str, envelope: Envelope) -> None:
-        message = envelope.message
-        handlers: dict[type, Callable[[str, Envelope], None]] = {
-            Hello: self._on_hello,
-            PartRequest: lambda d, e: self._admission.send_part(d, e.message),
-            Ready: self._on_ready,
-            Activation: self._on_activation,
-            TopGradient: self._on_gradient,
-            StepReport: self._on_step,
-            AdapterUpload: self._on_upload,
-            EvalReport: self._on_eval_report,
-            Paused: self._on_paused,
-            Probe: self._probing.answer,
-            Goodbye: lambda d, e: self._run.lose(d, e.message.reason),
-            Profiled: self._on_profiled,
-            Failure: self._on_failure,
-        }
-        handlers[type(message)](device, envelope)
+        if action_on(self._state_of(device), envelope.message) is MessageAction.TAKE:
+            self._handlers[type(envelope.message)](device, envelope)
+
+    def _state_of(self, device: str) -> DeviceState:
+        state, admission = self._run.state, self._admission
+        if device in state.ready:
+            return DeviceState.MEMBER if device in state.members else DeviceState.READY
+        if device not in admission.codecs:
+            return DeviceState.UNKNOWN
+        if device not in admission.plans:
+            return DeviceState.WELCOMED
+        return DeviceState.MOVED if device in state.awaited else DeviceState.ASSIGNED
 
     def _on_hello(self, device: str, envelope: Envelope) -> None:
         self._run.lose(device, "")
         self._admission.greet(device, envelope.message)
         self._probing.begin(device)
         self._run.watcher.see(DeviceStatus(device, "fetching its blocks"))
-
-    def _on_profiled(self, device: str, envelope: Envelope) -> None:
-        self._admission.profiled(device, envelope.message.profile)
-
-    def _on_failure(self, device: str, envelope: Envelope) -> None:
-        self._admission.failed(device, envelope.message)
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
         member = self._admission.admit(device, envelope.message)
@@ -112,12 +118,9 @@ class MessageHandler:
     def _on_activation(self, device: str, envelope: Envelope) -> None:
         """Take the input of a wave, of a later wave, or of an evaluation."""
         message: Activation = envelope.message
-        ready = self._run.state.ready.get(device)
-        if ready is None:
-            raise RemoteProtocolError("Activation before Ready")
         plan, member = self._admission.plans[device], self._run.state.members.get(device)
         if message.is_eval:
-            job = self._limits.job(ready, plan, message, envelope.tensors)
+            job = self._limits.job(self._run.state.ready[device], plan, message, envelope.tensors)
             self._run.inputs.evals.append((message, job))
             return
         if member is None or not self._run.is_current(message.stamp):
@@ -141,7 +144,7 @@ class MessageHandler:
     def _on_gradient(self, device: str, envelope: Envelope) -> None:
         message, state = envelope.message, self._run.state
         is_due = (message.stamp.step, message.micro) == (state.step, state.micro)
-        if device not in state.members or not self._run.is_current(message.stamp) or not is_due:
+        if not self._run.is_current(message.stamp) or not is_due:
             return
         if not state.is_forward_done or device not in self._run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
@@ -150,14 +153,14 @@ class MessageHandler:
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
         report: StepReport = envelope.message
-        if device in self._run.state.members and self._run.is_current(report.stamp):
+        if self._run.is_current(report.stamp):
             check_report(report)
             self._planner.stepped(device, report.num_tokens, report.compute_s)
             self._run.take_step(device, report)
 
     def _on_upload(self, device: str, envelope: Envelope) -> None:
         message: AdapterUpload = envelope.message
-        if device not in self._run.state.members or not self._run.is_current(message.stamp):
+        if not self._run.is_current(message.stamp):
             return
         plan, tensors = self._admission.plans[device], envelope.tensors
         shapes, head = self._learned.upload_shapes(plan)
@@ -178,6 +181,3 @@ class MessageHandler:
     def _on_eval_report(self, device: str, envelope: Envelope) -> None:
         check_evaluation(envelope.message)
         self._run.take_evaluation(device, envelope.message)
-
-    def _on_paused(self, device: str, _envelope: Envelope) -> None:
-        self._run.paused.add(device)

@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 
 from edge_sdk import errors
-from edge_sdk.client.states import Action, State, action_on
+from edge_sdk.client.states import MessageAction, State, action_on
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
 from edge_sdk.protocol.fragments import Envelope
@@ -100,11 +100,11 @@ class Inbox:
             raise Stopped
         envelope = self._link.receive(deadline)
         action = action_on(self._state, envelope.message)
-        if action is Action.END:
+        if action is MessageAction.END:
             raise _end(envelope.message)
-        if action is Action.OBEY:
+        if action is MessageAction.OBEY:
             raise Redirected(envelope)
-        if action is Action.SKIP:
+        if action is MessageAction.SKIP:
             log.debug("message.skipped kind=%s", type(envelope.message).__name__)
             return None
         return envelope

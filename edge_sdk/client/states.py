@@ -36,10 +36,10 @@ class State(Enum):
     MEASURING = "measures its link between two rounds"
 
 
-class Action(Enum):
+class MessageAction(Enum):
     """What becomes of a message."""
 
-    TAKE = "what the device waits for"
+    TAKE = "what is waited for"
     OBEY = "a new order: what is going on is given up for it"
     SKIP = "late: the answer to something that was given up, or overtaken by what comes"
     END = "the end of the session or the run"
@@ -47,30 +47,38 @@ class Action(Enum):
 
 ORDERS = (PlanAssigned, RoundStart, Pause)
 _ALWAYS = {
-    **dict.fromkeys((Refused, RunOver, Failure), Action.END),
-    **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), Action.SKIP),
+    **dict.fromkeys((Refused, RunOver, Failure), MessageAction.END),
+    **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), MessageAction.SKIP),
 }
-ACTIONS: dict[State, dict[type, Action]] = {
-    State.GREETING: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.SKIP), Welcome: Action.TAKE},
+ACTIONS: dict[State, dict[type, MessageAction]] = {
+    State.GREETING: {
+        **_ALWAYS,
+        **dict.fromkeys(ORDERS, MessageAction.SKIP),
+        Welcome: MessageAction.TAKE,
+    },
     # A plan that others made necessary is followed by one that knows what this device offers.
     State.PROFILING: {
         **_ALWAYS,
-        PlanAssigned: Action.SKIP,
-        **dict.fromkeys((PartData, Probe), Action.TAKE),
+        PlanAssigned: MessageAction.SKIP,
+        **dict.fromkeys((PartData, Probe), MessageAction.TAKE),
     },
-    State.WAITING: {**_ALWAYS, PlanAssigned: Action.TAKE},
-    State.FETCHING: {**_ALWAYS, PlanAssigned: Action.OBEY, PartData: Action.TAKE},
-    State.READY: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.TAKE)},
+    State.WAITING: {**_ALWAYS, PlanAssigned: MessageAction.TAKE},
+    State.FETCHING: {**_ALWAYS, PlanAssigned: MessageAction.OBEY, PartData: MessageAction.TAKE},
+    State.READY: {**_ALWAYS, **dict.fromkeys(ORDERS, MessageAction.TAKE)},
     State.TRAINING: {
         **_ALWAYS,
-        **dict.fromkeys(ORDERS, Action.OBEY),
-        **dict.fromkeys((Gradient, TopHidden, EvalResult), Action.TAKE),
+        **dict.fromkeys(ORDERS, MessageAction.OBEY),
+        **dict.fromkeys((Gradient, TopHidden, EvalResult), MessageAction.TAKE),
     },
-    State.MEASURING: {**_ALWAYS, **dict.fromkeys(ORDERS, Action.OBEY), Probe: Action.TAKE},
+    State.MEASURING: {
+        **_ALWAYS,
+        **dict.fromkeys(ORDERS, MessageAction.OBEY),
+        Probe: MessageAction.TAKE,
+    },
 }
 
 
-def action_on(state: State, message: object) -> Action:
+def action_on(state: State, message: object) -> MessageAction:
     """Return what a device in *state* does with *message*.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_sdk.client.incoming import Inbox, Redirected, RunEnded, Stopped
-from edge_sdk.client.states import ACTIONS, Action, State
+from edge_sdk.client.states import ACTIONS, MessageAction, State
 from edge_sdk.errors import EdgeError, NumericError, PeerGone, RefusedError, RemoteProtocolError
 from edge_sdk.protocol.messages import (
     FROM_COORDINATOR,
@@ -133,7 +133,7 @@ def test_what_is_waited_for_is_found_among_what_is_late(ends: Any) -> None:
 def test_every_message_has_its_states(state: State, kind: type) -> None:
     """Ends end in every state; only a Welcome, and orders before Ready, are bound to some."""
     if kind in (Refused, RunOver, Failure):
-        assert ACTIONS[state][kind] is Action.END
+        assert ACTIONS[state][kind] is MessageAction.END
     elif kind is Welcome:
         assert (kind in ACTIONS[state]) == (state is State.GREETING)
     elif kind in (RoundStart, Pause):

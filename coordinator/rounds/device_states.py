@@ -1,0 +1,76 @@
+"""What the coordinator does with each message of a device, by the device's state: one table. Pure.
+
+A pair that is not in the table breaks the protocol.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from edge_sdk.client.states import MessageAction
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.protocol.messages import (
+    Activation,
+    AdapterUpload,
+    EvalReport,
+    Failure,
+    Goodbye,
+    Hello,
+    PartRequest,
+    Paused,
+    Probe,
+    Profiled,
+    Ready,
+    StepReport,
+    TopGradient,
+)
+
+
+class DeviceState(Enum):
+    """How far a device has come; the value goes on "the device ..."."""
+
+    UNKNOWN = "has not said Hello"
+    WELCOMED = "has no plan yet"
+    ASSIGNED = "has a plan and has not said Ready, or was lost since"
+    MOVED = "was told to run another plan, or was in the run before the coordinator restarted"
+    READY = "waits for a round"
+    MEMBER = "is in the round"
+
+
+# What the device has yet to hear or say before it may send what is not in the table.
+_FIRST = {
+    DeviceState.UNKNOWN: "Hello",
+    DeviceState.WELCOMED: "PlanAssigned",
+    DeviceState.ASSIGNED: "Ready",
+}
+_ALWAYS = dict.fromkeys((Hello, Goodbye, Failure), MessageAction.TAKE)
+_WELCOMED = {**_ALWAYS, **dict.fromkeys((PartRequest, Profiled, Probe), MessageAction.TAKE)}
+# Who is lost for the round may still be on its way through it.
+_ASSIGNED = {
+    **_WELCOMED,
+    **dict.fromkeys((Ready, EvalReport, Paused), MessageAction.TAKE),
+    **dict.fromkeys((TopGradient, StepReport, AdapterUpload), MessageAction.SKIP),
+}
+ACTIONS: dict[DeviceState, dict[type, MessageAction]] = {
+    DeviceState.UNKNOWN: _ALWAYS,
+    DeviceState.WELCOMED: _WELCOMED,
+    DeviceState.ASSIGNED: _ASSIGNED,
+    DeviceState.MOVED: {**_ASSIGNED, Activation: MessageAction.SKIP},
+    DeviceState.READY: {**_ASSIGNED, Activation: MessageAction.TAKE},
+    DeviceState.MEMBER: {
+        **_ASSIGNED,
+        **dict.fromkeys((Activation, TopGradient, StepReport, AdapterUpload), MessageAction.TAKE),
+    },
+}
+
+
+def action_on(state: DeviceState, message: object) -> MessageAction:
+    """Return what the coordinator does with *message* of a device in *state*.
+
+    Raises:
+        RemoteProtocolError: the device must not send it now.
+    """
+    action = ACTIONS[state].get(type(message))
+    if action is None:
+        raise RemoteProtocolError(f"{type(message).__name__} before {_FIRST[state]}")
+    return action
