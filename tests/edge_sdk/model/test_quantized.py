@@ -473,7 +473,7 @@ def test_a_cut_device_hands_on_what_the_whole_one_does(kind: Quantized) -> None:
     whole_device = make_runtime("llama", kind)
     micro = make_micro("causal-lm", 0)
     sums = whole_device.local(micro, num_targets(micro), 0, 0)
-    wanted = {n: p.grad for n, p in whole_device.adapters.parameters().items()}
+    wanted = {n: p.grad for n, p in whole_device.state.adapters.parameters().items()}
     cut = make_runtime("llama", kind)
 
     top = cut.forward(micro, 0, 0)
@@ -481,7 +481,7 @@ def test_a_cut_device_hands_on_what_the_whole_one_does(kind: Quantized) -> None:
     cut.backward(grad)
 
     assert found.loss_sum == pytest.approx(sums.loss_sum, rel=1e-6)
-    for name, parameter in cut.adapters.parameters().items():
+    for name, parameter in cut.state.adapters.parameters().items():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-5, atol=1e-7)
 
 
