@@ -93,7 +93,7 @@ def test_a_rule_with_momentum_survives_a_stop(
     assert resumed.wait() == "completed"
     wait_all(clients)
     assert resumed.metrics == whole.metrics
-    expected, found = whole.serving.ledger.state(), resumed.serving.ledger.state()
+    expected, found = whole.ledger.state(), resumed.ledger.state()
     assert any(key.startswith("memory:") for key in expected)
     assert {n: v.tobytes() for n, v in found.items()} == {
         n: v.tobytes() for n, v in expected.items()
