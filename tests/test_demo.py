@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.deadline import Deadline
+from tests.e2e.programs import Program
+
 ROOT = Path(__file__).parents[1]
 SHORT = ("--rounds", "1", "--steps", "2")
 
@@ -69,11 +72,11 @@ def test_somebodys_folder_is_left_alone(tmp_path: Path) -> None:
     """A folder that is not from a demo is not cleared."""
     (tmp_path / "thesis.txt").touch()
 
-    result = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False)
+    program = Program("python", *command(tmp_path)[1:], cwd=ROOT)
 
-    assert result.returncode == 1
-    assert result.stderr.startswith("demo: ")
-    assert "choose another" in result.stderr
+    assert program.wait() == 1
+    assert program.text.startswith("demo: ")
+    assert "choose another" in program.text
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -85,7 +88,10 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     assert demo.stderr is not None
     while "keys made" not in demo.stderr.readline():
         assert demo.poll() is None
-    time.sleep(2.0)
+    deadline = Deadline.after(40.0)
+    while len(processes_of(out)) < 5:  # itself, the coordinator and three devices
+        assert deadline.left_s()
+        time.sleep(0.02)
 
     demo.send_signal(signal.SIGINT)
     rest = demo.communicate(timeout=40)[1]

@@ -76,7 +76,7 @@ def database(tmp_path: Path) -> Path:
     return path
 
 
-def start_app(cluster: Cluster, database: Path, *overrides: str) -> Program:
+def start_app(cluster: Cluster, database: Path, *overrides: str, is_cold: bool = False) -> Program:
     """Start the app in the cluster's folder."""
     settings = {
         "coordinator": cluster.address,
@@ -88,13 +88,13 @@ def start_app(cluster: Cluster, database: Path, *overrides: str) -> Program:
     }
     config = write_yaml(cluster.folder / "device.yaml", settings)
     arguments = (str(JETSON / "app.py"), str(database), str(config), *overrides)
-    return Program(Path(sys.executable).name, *arguments, cwd=cluster.folder)
+    return Program("python", *arguments, cwd=cluster.folder, is_cold=is_cold)
 
 
 def test_the_app_takes_part(cluster: Cluster, database: Path) -> None:
     """It trains on its database's rows to the end of the run; its losses are the coordinator's."""
     serving = cluster.serve(cluster.config(labels="device")).start()
-    app = start_app(cluster, database)
+    app = start_app(cluster, database, is_cold=True)
 
     assert (app.wait(), serving.wait()) == (0, "completed")
 

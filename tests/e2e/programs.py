@@ -1,46 +1,77 @@
-"""Our console scripts as processes of their own, and the files that they read."""
+"""Our programs as processes of their own, and the files that they read.
+
+A program starts warm: forked by a process that has imported the heavy libraries once, before any
+thread of it was started. It has its own signals, exit code and folder all the same. What only a
+cold start shows, the console script and the imports, is a matter of ``Program(..., is_cold=True)``.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.deadline import Deadline
 
-PATIENCE_S = 60.0
+# Far above what any of it takes, also beside others on a busy machine.
+PATIENCE_S = 120.0
+# What a coordinator and a device import before they say anything.
+HEAVY = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "onnx",
+    "coordinator.cli",
+    "coordinator.rounds.launch",
+    "edge_sdk.cli",
+    "edge_sdk.client.client",
+    "edge_sdk.doctor.examine",
+    "edge_sdk.runtime.torch_runtime",
+)
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload([*HEAVY])
 
 
 class Program:
-    """One of our console scripts as a process of its own."""
+    """One of our programs as a process of its own.
 
-    def __init__(self, name: str, *arguments: str, cwd: Path, **environment: str) -> None:
-        command = [str(Path(sys.executable).parent / name), *arguments]
+    Args:
+        name: A console script, or `python` for a script of which *arguments* begin with the path.
+        arguments: The words after it.
+        cwd: Its working directory.
+        is_cold: Whether a new interpreter executes it, as when a person starts it.
+        environment: Variables beside those that are there.
+    """
+
+    def __init__(
+        self, name: str, *arguments: str, cwd: Path, is_cold: bool = False, **environment: str
+    ) -> None:
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self._process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=settings,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        start = _Cold if is_cold else _Warm
+        reader, writer = os.pipe()
+        self._process = start([name, *arguments], cwd, settings, writer)
+        os.close(writer)
+        self.pid = self._process.pid
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(reader,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip("\n"))
+    def _read(self, reader: int) -> None:
+        with open(reader, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                self.lines.append(line.rstrip("\n"))
 
     @property
     def text(self) -> str:
@@ -52,38 +83,113 @@ class Program:
         deadline = Deadline.after(timeout_s)
         while what not in self.text:
             assert deadline.left_s() > 0, f"it never said {what!r}: {self.text}"
-            assert self._process.poll() is None, f"it ended without {what!r}: {self.text}"
+            assert self._process.wait(0.0) is None, f"it ended without {what!r}: {self.text}"
             time.sleep(0.02)
 
     def interrupt(self) -> None:
         """Press Ctrl-C."""
-        self._process.send_signal(signal.SIGINT)
+        self._signal(signal.SIGINT)
 
     def freeze(self) -> None:
         """Let it stand still, as a machine that hangs."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let it go on."""
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.wait(0.0) is None:
+            os.kill(self.pid, number)
 
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """Wait for its end; returns the exit code."""
-        try:
-            code = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        """Wait for its end; returns the exit code, below 0 for a signal."""
+        code = self._process.wait(timeout_s)
+        if code is None:
             self.kill()
-            raise AssertionError(f"still running: {self.text}") from None
+            raise AssertionError(f"still running: {self.text}")
         self._reader.join(5.0)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
         return code
 
     def kill(self) -> None:
         """End it at once, if it has not ended."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGKILL)
+        self._process.wait(PATIENCE_S)
+
+
+class _Cold:
+    """A new interpreter."""
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path, environment: dict[str, str], output: int
+    ) -> None:
+        self._process = subprocess.Popen(
+            [str(Path(sys.executable).with_name(command[0])), *command[1:]],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        self.pid = self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit code, None if it still runs then."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class _Warm:
+    """A fork of the process that has imported everything."""
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path, environment: dict[str, str], output: int
+    ) -> None:
+        arguments = (list(command), cwd, environment, _Output(output))
+        self._process = WARM.Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit code, None if it still runs then."""
+        self._process.join(timeout_s)
+        return self._process.exitcode
+
+
+class _Output:
+    """A descriptor on its way to another process, where it becomes stdout and stderr."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], None], tuple[Any]]:
+        return _take_output, (DupFd(self._descriptor),)
+
+
+def _take_output(sent: Any) -> None:
+    descriptor = sent.detach()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _run(command: list[str], cwd: Path, environment: dict[str, str], _output: None) -> None:
+    """Be the program, in a process that was forked for it."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    name, *arguments = command
+    if name == "python":
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+        return
+    sys.argv = command
+    [script] = entry_points(group="console_scripts", name=name)
+    sys.exit(script.load()())
 
 
 def free_port() -> int:

@@ -22,8 +22,8 @@ def start(cluster: Cluster) -> Iterator[Start]:
     """Start a program in the cluster's folder; it is ended with the test."""
     programs: list[Program] = []
 
-    def begin(name: str, *arguments: str) -> Program:
-        programs.append(Program(name, *arguments, cwd=cluster.folder))
+    def begin(name: str, *arguments: str, is_cold: bool = False) -> Program:
+        programs.append(Program(name, *arguments, cwd=cluster.folder, is_cold=is_cold))
         return programs[-1]
 
     yield begin
@@ -70,15 +70,17 @@ def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
     """Plain lines without noise and exit code 0; strangers leave with one line and code 4."""
     create_key_pair(files.folder / "stranger.key")
     other = load_key_pair(files.folder / "stranger.key").public
-    coordinator = start("coordinator", "serve", "--config", "run.yaml")
+    coordinator = start("coordinator", "serve", "--config", "run.yaml", is_cold=True)
     coordinator.wait_for("listening at")
     misled = start("edge-sdk", "run", "--config", "c.yaml", f"server_key={other}")
     stranger = start("edge-sdk", "run", "--config", "c.yaml", "secret_key=stranger.key")
-    devices = [start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab"]
+    devices = [
+        start("edge-sdk", "run", "--config", f"{name}.yaml", is_cold=name == "a") for name in "ab"
+    ]
 
     assert [program.wait() for program in (coordinator, *devices)] == [0, 0, 0]
 
-    assert (misled.wait(60), stranger.wait(60)) == (4, 4)
+    assert (misled.wait(), stranger.wait()) == (4, 4)
     assert len(misled.lines) == len(stranger.lines) == 1, (misled.text, stranger.text)
     assert "wrong server key" in misled.lines[-1]
     assert "register" in stranger.lines[-1]
@@ -100,11 +102,11 @@ def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
         device.wait_for("round 1") if device is staying else device.wait_for("round ")
 
     leaving.interrupt()
-    assert leaving.wait(10) == 130
+    assert leaving.wait() == 130
     assert leaving.lines[-1] == "ended: stopped"
-    coordinator.wait_for("a: left: stopped")
+    coordinator.wait_for("a: left: ")  # why, unless a message to it found it gone already
     coordinator.interrupt()
-    assert coordinator.wait(20) == 130
+    assert coordinator.wait() == 130
     assert "stopped; go on with: coordinator resume" in coordinator.lines[-1]
     checkpoints = sorted((files.folder / "runs" / "run").glob("checkpoint-*"))
     step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
@@ -121,11 +123,11 @@ def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
     resumed.wait_for("stopping after this step")
     began_s = time.monotonic()
     resumed.interrupt()
-    assert resumed.wait(5) == 130
+    assert resumed.wait() == 130
     assert time.monotonic() - began_s < 3.0
     staying.thaw()
     staying.interrupt()
     staying.interrupt()
-    assert staying.wait(5) == 130
+    assert staying.wait() == 130
     for program in (coordinator, resumed, leaving, staying):
         assert not [word for word in NOISE if word in program.text], program.text

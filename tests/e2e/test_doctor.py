@@ -132,7 +132,7 @@ def start(cluster: Cluster) -> Iterator[Programs]:
     programs: list[Program] = []
 
     def begin(name: str, *arguments: str) -> Program:
-        programs.append(Program(name, *arguments, cwd=cluster.folder))
+        programs.append(Program(name, *arguments, cwd=cluster.folder, is_cold=True))
         return programs[-1]
 
     yield begin

@@ -57,9 +57,10 @@ def experiment(folder: Path, model: Path, boards: dict[str, Any], **settings: An
     )
 
 
-def run(folder: Path, *words: str) -> Program:
+def run(folder: Path, *, is_cold: bool = False) -> Program:
     """Start `coordinator experiment run` on the file in *folder*."""
-    return Program("coordinator", "experiment", "run", "experiment.yaml", *words, cwd=folder)
+    words = ("experiment", "run", "experiment.yaml")
+    return Program("coordinator", *words, cwd=folder, is_cold=is_cold)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -210,7 +211,7 @@ def test_a_killed_experiment_leaves_nothing_running(folder: Path, llama: Path) -
     program = run(folder)
     program.wait_for("prepared", PATIENCE_S)
     deadline = Deadline.after(PATIENCE_S)
-    while len(started := leftovers(psutil.Process(program._process.pid))) < 4:
+    while len(started := leftovers(psutil.Process(program.pid))) < 4:
         assert deadline.left_s(), program.text  # two supervisors, a coordinator, a board
         time.sleep(0.02)
 
@@ -228,9 +229,9 @@ def test_ctrl_c_stops_everything_and_reports(folder: Path, llama: Path) -> None:
     """After Ctrl-C there is a checkpoint and a report, and exit code 130."""
     boards = {"a": {"emulated": "orin-nano-8gb", "cpu_quota": 0.9}}
     experiment(folder, llama, boards, rounds=5000, experiment={"must_limit": False})
-    program = run(folder)
+    program = run(folder, is_cold=True)
     program.wait_for("round 1,", PATIENCE_S)
-    started = leftovers(psutil.Process(program._process.pid))
+    started = leftovers(psutil.Process(program.pid))
 
     program.interrupt()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,29 @@ def pair(tmp_path: Path, llama: Path, parts: Path) -> Any:
     made.close()
 
 
-def lean_device(cluster: Cluster, name: str) -> subprocess.Popen[str]:
-    """Start a device in a process that cannot import torch."""
-    settings = {
-        "coordinator": cluster.address,
-        "server_key": cluster.public,
-        "secret_key": str(cluster.folder / f"{name}.key"),
-        "cache": str(cluster.folder / "lean-parts"),
-        "state": str(cluster.folder / "lean-state"),
-        "threads": 1,
-    }
-    command = [sys.executable, "-c", DEVICE, json.dumps([settings, sentences(ord(name))])]
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+@pytest.fixture
+def start_lean(pair: Cluster) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a device in a process that cannot import torch; it is ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> subprocess.Popen[str]:
+        settings = {
+            "coordinator": pair.address,
+            "server_key": pair.public,
+            "secret_key": str(pair.folder / f"{name}.key"),
+            "cache": str(pair.folder / "lean-parts"),
+            "state": str(pair.folder / "lean-state"),
+            "threads": 1,
+        }
+        command = [sys.executable, "-c", DEVICE, json.dumps([settings, sentences(ord(name))])]
+        root = Path(__file__).parents[2]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def losses(serving: Serving) -> list[list[float]]:
@@ -62,14 +73,16 @@ def losses(serving: Serving) -> list[list[float]]:
     return [[row[n] for n in names if n in row] for row in serving.rows[1:]]
 
 
-def test_a_mixed_run_learns_what_a_torch_run_learns(pair: Cluster) -> None:
+def test_a_mixed_run_learns_what_a_torch_run_learns(
+    pair: Cluster, start_lean: Callable[[str], subprocess.Popen[str]]
+) -> None:
     """One device with torch and one that cannot import it: same losses, same dW."""
     found = {}
     for kind in ("torch", "mixed"):
         serving = pair.serve(pair.config(name=kind, labels="device")).start()
         names = ("a", "b") if kind == "torch" else ("a",)
         clients = pair.start(*names, data=held_out(), state=pair.folder / kind)
-        lean = lean_device(pair, "b") if kind == "mixed" else None
+        lean = start_lean("b") if kind == "mixed" else None
         assert serving.wait(6 * PATIENCE_S) == "completed"
         wait_all(clients)
         if lean is not None:
