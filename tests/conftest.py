@@ -24,7 +24,51 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for _name in [name for name in os.environ if name.startswith("EDGE_SDK_")]:
     del os.environ[_name]  # somebody's own settings would change what the tests load
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+TESTS = Path(__file__).parent
+SHARED_DATA = TESTS.parents[1] / "shared" / "data"
+
+# Files and folders that take longest, longest first. Where several processes share the work they
+# begin with these; `scripts/test --quick` leaves these out.
+SLOW = (
+    "e2e/test_experiment.py",
+    "test_demo.py",
+    "e2e/test_resume.py",
+    "e2e/test_replan.py",
+    "e2e/test_modes.py",
+    "edge_sdk/runtime/test_conformance.py",
+    "e2e/",
+    "coordinator/lab/simulation/test_run.py",
+    "edge_sdk/model/test_shape.py",
+    "edge_sdk/model/test_quantized.py",
+    "coordinator/onnx_export/",
+    "coordinator/lab/comparison/",
+    "test_examples_jetson.py",
+    "edge_sdk/lora/test_importance_",
+    "coordinator/lab/centralised/",
+    "profiler/test_measure.py",
+    "coordinator/results/test_export.py",
+    "coordinator/commands/test_plan.py",
+)
+# These look at all control groups or network namespaces of the machine: one process, in turn.
+MACHINE = (
+    "e2e/test_experiment.py",
+    "coordinator/lab/experiment/test_cgroup.py",
+    "coordinator/lab/experiment/test_namespace.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks choose tests, and before they name groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow and let it come first; a file's tests share a process and its fixtures."""
+    ranks = {}
+    for item in items:
+        place = item.path.relative_to(TESTS).as_posix()
+        item.add_marker(pytest.mark.xdist_group("machine" if place in MACHINE else place))
+        slow = (rank for rank, start in enumerate(SLOW) if place.startswith(start))
+        ranks[item] = next(slow, len(SLOW))
+        if ranks[item] < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=ranks.__getitem__)
 
 
 @pytest.fixture(autouse=True)
