@@ -16,7 +16,7 @@ after the other, so that never more than one block's activations are there."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """What a run may use on one device; None where nobody knows."""
+    """What a run may use on one device; None for what is unknown."""
 
     board: str | None = None
     """Name of the board, for people."""
@@ -49,7 +49,7 @@ class DeviceProfile:
 
 
 def problems(profile: DeviceProfile) -> list[str]:
-    """Return what is wrong with a profile that somebody else has sent, a line each."""
+    """Return what is wrong with a profile that a device has sent, a line each."""
     found = []
     for field in fields(profile):
         value = getattr(profile, field.name)

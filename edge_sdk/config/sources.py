@@ -19,7 +19,7 @@ from edge_sdk.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who gave a setting, in words for an error message."""
+    """The origin of a setting, in words for an error message."""
 
     where: str
     folder: Path | None = None

@@ -230,7 +230,7 @@ def _convert_path(node: Node, spot: Spot) -> Path:
     try:
         path = Path(value).expanduser()
     except RuntimeError:
-        raise spot.wrong(Path, node) from None  # ~ of somebody this machine does not know
+        raise spot.wrong(Path, node) from None  # ~ of a user whom this machine does not know
     return node.origin.folder / path if node.origin.folder is not None else path
 
 

@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
         """Predictions that carry loss: targets after the first position, or sequences."""
         if self.labels.ndim == 1:
             return len(self.labels)
-        # Position t is predicted from t - 1, so nobody predicts position 0.
+        # Position t is predicted from t - 1, so nothing predicts position 0.
         return int(np.count_nonzero(self.labels[:, 1:] != IGNORE))
 
     @property

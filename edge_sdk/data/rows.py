@@ -29,7 +29,7 @@ ALLOWED = "text; prompt and completion; messages; or text and label"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Where the private data of one device lies and how it is read.
+    """Location of the private data of one device, and how it is read.
 
     Raises:
         ValueError: A field is out of its range; the message names it.

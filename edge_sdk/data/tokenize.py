@@ -173,7 +173,7 @@ def chat_segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Segment]
         segments.append(Segment(whole[done : len(before)], is_target=False))
         segments.append(Segment(whole[len(before) : len(after)], is_target=True))
         done = len(after)
-    # Turns after the assistant's last one are seen by nobody who carries loss: left out.
+    # No target can see the turns after the assistant's last one: they are left out.
     return segments
 
 
@@ -222,7 +222,7 @@ def _causal_examples(
 
 def _causal_example(ids: list[int], labels: list[int], row: Row) -> Example:
     """Return the example if it has a target that the model can be asked for."""
-    # The first token is predicted by nobody, so its label never counts.
+    # Nothing predicts the first token, so its label never counts.
     if all(label == IGNORE for label in labels[1:]):
         raise DataError(f"{row.where}: holds no target among its {len(ids)} tokens")
     arrays = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)

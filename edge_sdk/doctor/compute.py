@@ -36,7 +36,7 @@ SIGILL_BEFORE, SIGILL_SINCE = "torch==2.9.*", (2, 11)
 
 
 class Attempt(NamedTuple):
-    """How a process ended."""
+    """The end of a process."""
 
     code: int | None
     """Negative: killed by that signal. None: it did not end in time."""

@@ -58,7 +58,7 @@ def resolve(host: str, port: int) -> list[str]:
     """Return the addresses of *host*.
 
     Raises:
-        OSError: there is none, or nobody has answered in time.
+        OSError: there is none, or no answer came in time.
     """
     answers: SimpleQueue[list[str] | OSError] = SimpleQueue()
 
@@ -235,7 +235,7 @@ class Session(NamedTuple):
     welcome: Welcome | None
     speed: LinkSpeed | None
     trouble: EdgeError | None
-    """Why the rest is missing; None with the rest, and where time ran out."""
+    """Reason why the rest is missing; None if it is there, or if time ran out."""
 
 
 def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION_S) -> Session:
@@ -249,7 +249,7 @@ def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION
     try:
         with ZmqLink(config) as link:
             inbox = Inbox(link, stop)
-            # Not which backend: graphs for onnxruntime would be made that nobody fetches.
+            # No backend is named: graphs for onnxruntime would be made that nobody fetches.
             hello: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "codecs": float_codecs()}
             version = package_version()
             link.send(Hello(stamp=Stamp(), sdk_version=version, model_hash=model_hash, **hello))

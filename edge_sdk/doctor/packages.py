@@ -30,7 +30,7 @@ Versions = Callable[[str], str | None]
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution, None where there is none of that name."""
+    """Return the version of an installed distribution, None if it is absent."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

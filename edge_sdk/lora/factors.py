@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 
-# Singular values below this share of the largest are float32 rounding, not somebody's work.
+# Singular values below this share of the largest are float32 rounding and say nothing.
 TOLERANCE = 1e-6
 # Where large terms cancel, below this share of their size: their own rounding, a few bits of it.
 ROUNDING = 2.0**-21

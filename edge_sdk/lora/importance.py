@@ -167,8 +167,8 @@ class _Watch:
 
     What it keeps in between is the layer's input, which autograd keeps as well where the layer has
     an adapter: <d_t, W x_t> = <W^T d_t, x_t>, and W^T d_t is what the layer's backward pass
-    computes. Only where the input needs no gradient (the first layers after frozen embeddings) does
-    nobody compute it: there the output is kept instead.
+    computes. Where the input needs no gradient (the first layers after frozen embeddings), that is
+    not computed: there the output is kept instead.
     """
 
     def __init__(self, layer: nn.Module, form: Form, add: Callable[[torch.Tensor], None]) -> None:
@@ -285,7 +285,7 @@ class Smoothing:
     def update(self, values: Mapping[str, float], t: int, T: int) -> dict[str, float]:  # noqa: N803
         """Take in Theta of round *t* (from 1) of *T*; returns I of all weights.
 
-        A weight that nobody has measured this time keeps its value.
+        A weight that was not measured this time keeps its value.
         """
         if not 1 <= t <= T:
             raise ValueError(f"round t must be in 1..{T}, got {t}")

@@ -74,7 +74,7 @@ building = threading.RLock()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Where this thread asks for uninitialised numbers, it gets the meta device's.
+    """Puts what this thread makes without initial values on the meta device.
 
     Modules make their parameters by `torch.empty` and their buffers by other means. Unlike
     `accelerate.init_empty_weights` this changes nothing that another thread could see.

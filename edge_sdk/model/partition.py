@@ -91,7 +91,7 @@ class Slice:
         self.present.add(part)
 
     def _put(self, part: str, name: str, value: torch.Tensor) -> None:
-        """Make one tensor present; nobody else holds it when this is done, unless it is kept."""
+        """Make one tensor present; no other reference to it remains, unless it is kept."""
         wanted = _get_tensor(self.model, name)
         if value.shape != wanted.shape:
             raise ModelError(

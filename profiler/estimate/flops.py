@@ -47,7 +47,7 @@ def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
 
 
 def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) -> FlopsEstimate:
-    """Return both passes of one block; *is_lowest*: nobody asks for its input's gradient."""
+    """Return both passes of one block; *is_lowest*: its input needs no gradient."""
     prefix = f"{model.blocks_path}.{block}."
     tokens = work.tokens
     attention = 4.0 * tokens * work.length * model.attention_size  # Q K^T and P V

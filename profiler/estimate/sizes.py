@@ -30,7 +30,7 @@ class Linear:
     num_outputs: int
     num_inputs: int
     input_id: int = -1
-    """Number of the input tensor, the same for q, k and v; -1: nobody else reads it."""
+    """Number of the input tensor, the same for q, k and v; -1: no other layer reads it."""
     num_sharing: int = 1
     """Linear layers of the block that read this input, this one included."""
     input_is_kept: bool = False

@@ -98,7 +98,7 @@ def budget(
     Args:
         sources: Where to look.
         on_gpu: Whether the GPU computes.
-        by_hand: Bytes that somebody has decided on; they are checked and taken.
+        by_hand: Bytes that a person has decided on; they are checked and taken.
 
     Raises:
         ValueError: *by_hand* is no number above 0, or more than the machine has.

@@ -50,7 +50,7 @@ class BoardEvent:
     """Something that may make another plan the better one."""
 
     at_s: float
-    """On the monitor's clock."""
+    """Time in seconds on the monitor's clock."""
     kind: str
     """One of the names in capitals above."""
     text: str

@@ -27,7 +27,7 @@ class Counter(NamedTuple):
 
     joules: float
     wraps_at_j: float | None
-    """Where the counter starts from 0 again; None if it does not."""
+    """Joules at which the counter starts from 0 again; None if it never does."""
 
 
 def rails(sources: Sources = HERE) -> dict[str, Reading]:

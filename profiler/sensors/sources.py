@@ -98,7 +98,7 @@ class Sources:
     """What readings are taken from."""
 
     root: Path = ROOT
-    """Where /proc, /sys and /etc are; another folder stands for another machine."""
+    """Folder that holds /proc, /sys and /etc; another folder stands for another machine."""
     nvml: Nvml = field(default_factory=Nvml)
     cuda: Any = None
     """A module in the place of torch.cuda, for tests."""
