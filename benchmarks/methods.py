@@ -56,6 +56,7 @@ def run_experiment(name: str, out: Path, *, smoke: bool) -> None:
     """Run what is missing of an experiment."""
     from coordinator.lab.comparison.config import load_compare, load_methods
     from coordinator.lab.comparison.run import compare
+    from coordinator.lab.simulation.run import simulate
 
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def run_experiment(name: str, out: Path, *, smoke: bool) -> None:
     set_budgets(config, file)
     clock = Stopwatch(name)
     loaded = load_compare(file, env={})
-    cells = compare(loaded, load_methods(loaded, file, env={}), folder, clock.told)
+    cells = compare(loaded, load_methods(loaded, file, env={}), folder, clock.told, simulate)
     (folder / "done.json").write_text(json.dumps([list(cell.key) for cell in cells]))
 
 

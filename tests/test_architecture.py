@@ -84,7 +84,7 @@ DOORS = {
 }
 HEAVY = ["torch", "transformers", "peft", "onnxruntime", "accelerate", "ray"]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 50
-MAX_FILES, MAX_PARAMETERS, MAX_METHODS, MAX_DEPTH = 15, 7, 20, 20
+MAX_FILES, MAX_PARAMETERS, MAX_METHODS, MAX_DEPTH = 15, 7, 20, 12
 # Exceptions to the sizes, each with its reason.
 LONG_FILES: dict[str, str] = {}
 MANY_PARAMETERS = {

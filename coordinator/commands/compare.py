@@ -33,11 +33,12 @@ def _compare(options: argparse.Namespace) -> int:
     require_matplotlib()  # before hours of training, not after
     from coordinator.lab.comparison.config import load_compare, load_methods
     from coordinator.lab.comparison.run import compare
+    from coordinator.lab.simulation.run import simulate
 
     overrides = _overrides(options)
     config = load_compare(options.config, overrides)
     methods = load_methods(config, options.config, overrides)
-    cells = compare(config, methods, options.out, _say)
+    cells = compare(config, methods, options.out, _say, simulate)
     table = write_report(config, cells, options.out)
     _say(f"{table}\n\n{options.out / 'report.html'}")
     return 0

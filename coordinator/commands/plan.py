@@ -23,9 +23,9 @@ from profiler.profile import DeviceProfile
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from coordinator.planning.joint import DeviceExplanation, PlanSet
+    from coordinator.planning.plan_set import DeviceExplanation, PlanSet
     from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.problem import read_problem
+from coordinator.planning.problem_files import read_problem
 
 MIB = 2**20
 

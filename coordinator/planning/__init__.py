@@ -1,3 +1,12 @@
 """Which blocks and which ranks each device gets; pure decisions that can be explained."""
 
-__all__ = ["costs", "fixed", "joint", "problem", "run_planner"]
+__all__ = [
+    "costs",
+    "fixed",
+    "interface",
+    "joint",
+    "plan_set",
+    "problem",
+    "problem_files",
+    "run_planner",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from coordinator.aggregation.rules import RULES, SERVER
@@ -27,71 +27,13 @@ from coordinator.planning.costs import (
 from coordinator.planning.fixed import make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
 from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
+from coordinator.planning.plan_set import DeviceExplanation, Explanation, PlanSet, ServerExplanation
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import choose_ranks, uniform_ranks
-from coordinator.planning.splits import SPLIT_RULES, Binding, Option, Splits, fitting
+from coordinator.planning.splits import SPLIT_RULES, Option, Splits, fitting
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import problems
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceExplanation:
-    """The numbers behind one device's plan. Memory is in bytes, infinite where unknown."""
-
-    budget_bytes: float
-    options: tuple[Option, ...]
-    """Every split with the least ranks that let all weights learn."""
-    binding: Binding
-    """What keeps the device from going deeper."""
-    planned_bytes: float
-    """Predicted peak bytes with the chosen ranks."""
-    adapter_bytes: float
-    adapter_budget_bytes: float
-    device_s: float | None
-    """Its compute and link seconds in a wave; None where unknown."""
-    server_s: float | None
-    """Seconds that it costs the coordinator in a wave."""
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerExplanation:
-    """The numbers behind the coordinator's share."""
-
-    first: int
-    """First block that it trains; the number of blocks where it trains none."""
-    budget_bytes: float
-    planned_bytes: float
-    adapter_bytes: float
-    adapter_budget_bytes: float
-    server_s: float | None
-    """Seconds that a wave takes it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """Why the plans are as they are."""
-
-    devices: dict[str, DeviceExplanation]
-    server: ServerExplanation
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSet:
-    """Plans of all devices, and what they come to."""
-
-    plans: dict[str, Plan]
-    server_ranks: dict[str, int]
-    """Rank of each of the coordinator's own adapters."""
-    refused: dict[str, str]
-    """Devices that cannot take part, each with the reason."""
-    wave_s: float | None
-    """Seconds that a wave takes the slower side; None where a speed or link is unknown."""
-    utility: float
-    """Importance times the worth of the rank, summed over weights, averaged over devices."""
-    explanation: Explanation
 
 
 def plan_all(problem: PlanningProblem) -> PlanSet:

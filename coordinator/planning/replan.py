@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import device_bytes
-from coordinator.planning.joint import PlanSet, plan_all
+from coordinator.planning.joint import plan_all
 from coordinator.planning.objective import utility, wave_seconds
+from coordinator.planning.plan_set import Decision, PlanSet
 from coordinator.planning.problem import PlanningProblem
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
@@ -21,16 +22,6 @@ from profiler.profile import DeviceProfile
 # A device that ran out of memory under a plan gets at most this part of what the plan took.
 AFTER_OUT_OF_MEMORY = 0.9
 _SPEEDS = ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What holds from now on, and why."""
-
-    plans: PlanSet
-    is_new: bool
-    reasons: tuple[str, ...]
-    """Why a new plan was made, and why it was taken or not; empty where none was due."""
 
 
 def drift(old: Mapping[str, float], new: Mapping[str, float]) -> float:

@@ -19,9 +19,10 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.costs import device_bytes, device_flops
 from coordinator.planning.fixed import plan_device
-from coordinator.planning.joint import PlanSet, plan_all
+from coordinator.planning.joint import plan_all
+from coordinator.planning.plan_set import Decision, PlanSet
 from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.replan import Decision, after_out_of_memory, replan
+from coordinator.planning.replan import after_out_of_memory, replan
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.importance import Smoothing, combine
@@ -309,8 +310,3 @@ class Planner:
 def _plain(plans: Mapping[str, Plan]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps({d: asdict(p) for d, p in plans.items()}))
     return found
-
-
-def changed(old: Mapping[str, Plan], new: Mapping[str, Plan]) -> list[str]:
-    """Return the devices whose plan is another one now."""
-    return sorted(d for d, plan in new.items() if d in old and old[d] != plan)

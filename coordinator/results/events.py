@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from coordinator.planning.joint import PlanSet
+from coordinator.planning.plan_set import PlanSet
 from edge_sdk.protocol.messages import StepReport
 
 
@@ -23,6 +23,13 @@ class RunEvent:
     def text(self) -> str:
         """What a person reads of it, in lines; empty where a watcher finds its own words."""
         return ""
+
+
+class Watcher(Protocol):
+    """Somebody who looks on."""
+
+    def see(self, event: RunEvent) -> None:
+        """Take notice of *event*; called in the run's own thread, in the order of events."""
 
 
 # ---- the run ----

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coordinator.gateway.interface import DeviceStats, Gateway
-from coordinator.results.events import RoundDone, StepDone, Telemetry
-from coordinator.results.watchers import Watcher
+from coordinator.results.events import RoundDone, StepDone, Telemetry, Watcher
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from coordinator.results.events import (
     DeviceJoined,
@@ -19,15 +19,9 @@ from coordinator.results.events import (
     RunStarted,
     StepSkipped,
     Telemetry,
+    Watcher,
 )
 from coordinator.results.run_folder import RunFolder
-
-
-class Watcher(Protocol):
-    """Somebody who looks on."""
-
-    def see(self, event: RunEvent) -> None:
-        """Take notice of *event*; called in the run's own thread, in the order of events."""
 
 
 class Watchers:

@@ -15,7 +15,8 @@ from coordinator.aggregation.ledger import Report
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
-from coordinator.planning.run_planner import Planner, changed
+from coordinator.planning.interface import Planning
+from coordinator.planning.plan_set import changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
@@ -64,7 +65,7 @@ class Admission:
         config: ServeConfig,
         model: ServerModel,
         gateway: Gateway,
-        planner: Planner,
+        planner: Planning,
         run: Run,
     ) -> None:
         self._config, self._model, self._gateway = config, model, gateway

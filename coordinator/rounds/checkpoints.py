@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.planning.run_planner import Planner
+from coordinator.planning.interface import Planning
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
@@ -12,7 +12,7 @@ class Checkpoints:
     """The checkpoints in a run's folder."""
 
     def __init__(
-        self, folder: RunFolder, keep: int, run: Run, learned: GlobalModel, planner: Planner
+        self, folder: RunFolder, keep: int, run: Run, learned: GlobalModel, planner: Planning
     ) -> None:
         self._folder, self._keep = folder, keep
         self._run, self._learned, self._planner = run, learned, planner

@@ -43,7 +43,7 @@ class RoundExecutor:
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
-        self._pausing = Pausing(run, checkpoints)
+        self._pausing = Pausing(run, checkpoints.save)
         self._await_until_s = time.monotonic() + config.patience_s
 
     def begin(self) -> None:

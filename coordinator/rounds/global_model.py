@@ -16,7 +16,7 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.engine.interface import Engine
 from coordinator.engine.server_model import ServerModel
-from coordinator.planning.run_planner import Planner
+from coordinator.planning.interface import Planning
 from coordinator.results.export import export_adapter
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import TailSums
@@ -36,7 +36,7 @@ class Aggregated(NamedTuple):
 class GlobalModel:
     """The run's dW and head, in the ledger and in the coordinator's own blocks."""
 
-    def __init__(self, config: ServeConfig, model: ServerModel, planner: Planner) -> None:
+    def __init__(self, config: ServeConfig, model: ServerModel, planner: Planning) -> None:
         self._config, self._model, self._planner = config, model, planner
         self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from coordinator.aggregation.ledger import Report
 from coordinator.gateway.interface import Event, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
-from coordinator.planning.run_planner import Planner
+from coordinator.planning.interface import Planning
 from coordinator.results.events import DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
@@ -49,7 +49,7 @@ class MessageHandler:
         self,
         run: Run,
         admission: Admission,
-        planner: Planner,
+        planner: Planning,
         learned: GlobalModel,
         limits: WaveInput,
         probing: Probing,

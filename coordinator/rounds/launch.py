@@ -9,9 +9,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
-from coordinator.results.events import Exported, Listening, RunPaused
+from coordinator.results.events import Exported, Listening, RunPaused, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder, reopen, restoring
-from coordinator.results.watchers import Watcher
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.transport.keys import KeyPair, load_key_pair

@@ -17,11 +17,11 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.run_planner import Planner
-from coordinator.results.events import RunFinished, RunStarted, StopAsked
+from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher
 from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.results.watchers import RunFiles, Watcher, Watchers
+from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.executor import RoundExecutor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from coordinator.results.events import StopBegun
-from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
 
@@ -16,8 +16,8 @@ PAUSE_PATIENCE_S = 15.0
 class Pausing:
     """The way from a wish to stop to a run that is saved."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
-        self._run, self._checkpoints = run, checkpoints
+    def __init__(self, run: Run, save: Callable[[], None]) -> None:
+        self._run, self._save = run, save
         self._until_s: float | None = None
 
     @property
@@ -60,5 +60,5 @@ class Pausing:
         if not is_complete and time.monotonic() < self._until_s:
             return False
         if state.step > state.safe_step and not self._has_local():
-            self._checkpoints.save()
+            self._save()
         return True

@@ -22,7 +22,7 @@ from coordinator.lab.centralised.trainer import (
     make_runtime,
     plan_pooled,
 )
-from coordinator.results.events import Exported, RunFinished, RunPaused, RunStarted
+from coordinator.results.events import Exported, RunFinished, RunPaused, RunStarted, Watcher
 from coordinator.results.export import export_adapter, export_merged
 from coordinator.results.lifecycle import (
     ADAPTER,
@@ -34,7 +34,7 @@ from coordinator.results.lifecycle import (
 )
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.results.watchers import RunFiles, Watcher, Watchers
+from coordinator.results.watchers import RunFiles, Watchers
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors

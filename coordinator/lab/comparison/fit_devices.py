@@ -24,7 +24,8 @@ from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationC
 from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import plan_all
-from coordinator.planning.problem import PlanningProblem, read_problem
+from coordinator.planning.problem import PlanningProblem
+from coordinator.planning.problem_files import read_problem
 from edge_sdk.errors import ConfigError
 
 # Presets that hold the whole model and give each device the largest rank that fits it.

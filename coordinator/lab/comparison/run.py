@@ -38,9 +38,8 @@ from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
 from coordinator.lab.simulation.fleet import make_fleet
-from coordinator.lab.simulation.result import SimulatedRound, read_result
-from coordinator.lab.simulation.run import simulate
-from coordinator.results.events import ImportanceMeasured, RunEvent
+from coordinator.lab.simulation.result import SimulatedRound, SimulationResult, read_result
+from coordinator.results.events import ImportanceMeasured, RunEvent, Watcher
 from coordinator.results.history import RunHistory
 from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.run_folder import RunFolder, digest_of
@@ -50,10 +49,15 @@ from edge_sdk.files import storage_errors
 CELLS = "cells.jsonl"
 
 Progress = Callable[[str], None]
+Simulate = Callable[[SimulationConfig, Watcher], SimulationResult]
 
 
 def compare(
-    config: CompareConfig, methods: Mapping[str, SimulationConfig], out: Path, progress: Progress
+    config: CompareConfig,
+    methods: Mapping[str, SimulationConfig],
+    out: Path,
+    progress: Progress,
+    simulate: Simulate,
 ) -> list[RunResult]:
     """Run everything that has not been run yet; return all cells.
 
@@ -62,6 +66,7 @@ def compare(
         methods: The run of each method, as `load_methods` gives them.
         out: Folder of cells, runs and data.
         progress: Gets a line about each run.
+        simulate: Runs a method that trains on devices.
 
     Raises:
         EdgeError: a config, the data or the model is wrong.
@@ -69,7 +74,7 @@ def compare(
     wanted, cells = config.compare, []
     for kind in wanted.device_sets:
         for method, run in methods.items():
-            runner = ComparisonRunner(method, run, kind, out, progress)
+            runner = ComparisonRunner(method, run, kind, out, progress, simulate)
             rates = wanted.learning_rates or (run.training.learning_rate,)
             try:
                 tried = [runner.cell(wanted.seeds[0], rate) for rate in rates]
@@ -84,8 +89,15 @@ class ComparisonRunner:
     """One method on one set of devices."""
 
     def __init__(
-        self, method: str, config: SimulationConfig, kind: DeviceSet, out: Path, progress: Progress
+        self,
+        method: str,
+        config: SimulationConfig,
+        kind: DeviceSet,
+        out: Path,
+        progress: Progress,
+        simulate: Simulate,
     ) -> None:
+        self._simulate = simulate
         self._method, self._kind, self._out, self._progress = method, kind, out, progress
         self._config = device_set(config, kind)
         self._folder = RunFolder(out)
@@ -103,8 +115,10 @@ class ComparisonRunner:
         shutil.rmtree(config.runs / folder, ignore_errors=True)  # of a run that was cut off
         config = replace(config, name=folder)
         files = write_shards(config, self._out / "data" / f"seed-{seed}")
-        trained_here = config.trained_by == "coordinator"
-        parts = _pooled(config, files) if trained_here else _simulated(config, files)
+        if config.trained_by == "coordinator":
+            parts = _pooled(config, files)
+        else:
+            parts = _simulated(config, files, self._simulate)
         cell = RunResult(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
         self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
         self._progress(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
@@ -150,7 +164,9 @@ def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
 # ---- with devices ----
 
 
-def _simulated(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
+def _simulated(
+    config: SimulationConfig, files: Mapping[str, str], simulate: Simulate
+) -> dict[str, Any]:
     """Simulate a run and return what a cell holds of it."""
     fitted = fit(config)
     fleet = fitted.config.simulation

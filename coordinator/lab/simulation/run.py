@@ -25,9 +25,9 @@ from coordinator.lab.simulation.fleet import Fleet, make_fleet
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
 from coordinator.lab.simulation.timing import ClockTap, ClockWatcher, TimedEngine
-from coordinator.results.events import Exported, RunEvent
+from coordinator.results.events import Exported, RunEvent, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder
-from coordinator.results.watchers import Watcher, Watchers
+from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals

@@ -90,7 +90,7 @@ def loaded(folder: Path) -> tuple[CompareConfig, dict[str, SimulationConfig]]:
 def cells(folder: Path, loaded: Any) -> dict[str, RunResult]:
     """The comparison's runs by method."""
     told: list[str] = []
-    found = compare(*loaded, folder / "out", told.append)
+    found = compare(*loaded, folder / "out", told.append, simulate)
     assert len(told) == len(found) == len(PRESETS)
     return {cell.method: cell for cell in found}
 
@@ -166,9 +166,9 @@ def test_what_has_run_is_not_run_again(
     config = replace(loaded[0], compare=replace(loaded[0].compare, device_sets=("heterogeneous",)))
     told: list[str] = []
 
-    again = compare(config, loaded[1], folder / "out", told.append)
+    again = compare(config, loaded[1], folder / "out", told.append, simulate)
     alike = replace(config, compare=replace(config.compare, device_sets=("homogeneous",)))
-    (pooled,) = compare(alike, {"ft": loaded[1]["ft"]}, folder / "out", told.append)
+    (pooled,) = compare(alike, {"ft": loaded[1]["ft"]}, folder / "out", told.append, simulate)
 
     assert {cell.method: cell for cell in again} == cells
     assert pooled == replace(cells["ft"], device_set="homogeneous")
