@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from edge_sdk.client.states import ACTIONS, Action, State, action_on
+from edge_sdk.client.states import ACTIONS, MessageAction, State, action_on
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.messages import FROM_COORDINATOR, MESSAGES, Stamp
@@ -30,7 +30,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_link, "FROM_COORDINATOR", (*FROM_COORDINATOR, Hint))
     monkeypatch.setitem(MESSAGES, "Hint", Hint)
     monkeypatch.setitem(TENSORS, Hint, (Tensor("advice", "B T"),))
-    monkeypatch.setitem(ACTIONS, State.READY, {**ACTIONS[State.READY], Hint: Action.TAKE})
+    monkeypatch.setitem(ACTIONS, State.READY, {**ACTIONS[State.READY], Hint: MessageAction.TAKE})
 
 
 def test_it_travels_with_its_tensor_and_is_checked() -> None:
@@ -46,6 +46,6 @@ def test_it_travels_with_its_tensor_and_is_checked() -> None:
     np.testing.assert_array_equal(envelope.tensors["advice"], advice_BT)
     with pytest.raises(RemoteProtocolError, match="Hint: tensor 'advice': missing"):
         device.receive(Deadline.after(1.0))
-    assert action_on(State.READY, hint) is Action.TAKE
+    assert action_on(State.READY, hint) is MessageAction.TAKE
     with pytest.raises(RemoteProtocolError, match="Hint came while the device trains a round"):
         action_on(State.TRAINING, hint)
