@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from coordinator.planning.plan_set import PlanSet
 from edge_sdk.protocol.messages import StepReport
@@ -19,10 +19,13 @@ from edge_sdk.protocol.messages import StepReport
 class RunEvent:
     """Something that happened in a run."""
 
+    LINE: ClassVar[str] = ""
+    """What a person reads of it, `0` being the event; empty where a watcher finds its own words."""
+
     @property
     def text(self) -> str:
-        """What a person reads of it, in lines; empty where a watcher finds its own words."""
-        return ""
+        """What a person reads of it, in lines."""
+        return self.LINE.format(self)
 
 
 class Watcher(Protocol):
@@ -39,13 +42,10 @@ class Watcher(Protocol):
 class Listening(RunEvent):
     """Devices can connect."""
 
+    LINE = "run {0.folder}: listening at {0.address}"
+
     folder: Path
     address: str
-
-    @property
-    def text(self) -> str:
-        """The run's folder and the address that devices dial."""
-        return f"run {self.folder}: listening at {self.address}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +68,26 @@ class RunFinished(RunEvent):
 class RunPaused(RunEvent):
     """A stopped run is saved, and can go on."""
 
-    folder: Path
+    LINE = "stopped; go on with: coordinator resume {0.folder}"
 
-    @property
-    def text(self) -> str:
-        """The command that goes on with it."""
-        return f"stopped; go on with: coordinator resume {self.folder}"
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class StopAsked(RunEvent):
     """Somebody wants the run to stop."""
 
-    @property
-    def text(self) -> str:
-        """What happens next: a step may take long, or wait for a frozen device."""
-        return "stopping after this step; a second Ctrl-C leaves at once"
+    # A step may take long, or wait for a frozen device.
+    LINE = "stopping after this step; a second Ctrl-C leaves at once"
 
 
 @dataclass(frozen=True, slots=True)
 class StopBegun(RunEvent):
     """Devices have been asked to save their state."""
 
-    step: int
+    LINE = "stopping at step {0.step}; devices save their state"
 
-    @property
-    def text(self) -> str:
-        """Where the run stops."""
-        return f"stopping at step {self.step}; devices save their state"
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +126,9 @@ class RoundStarted(RunEvent):
 class RoundAbandoned(RunEvent):
     """A round was given up."""
 
-    round: int
+    LINE = "round {0.round} starts again: too few devices are left"
 
-    @property
-    def text(self) -> str:
-        """Why, and what happens next."""
-        return f"round {self.round} starts again: too few devices are left"
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +159,9 @@ class StepDone(RunEvent):
 class StepSkipped(RunEvent):
     """A gradient was not finite: the coordinator's own adapters did not move in this step."""
 
-    step: int
+    LINE = "step {0.step}: a gradient was not finite; the coordinator's adapters wait"
 
-    @property
-    def text(self) -> str:
-        """Which step."""
-        return f"step {self.step}: a gradient was not finite; the coordinator's adapters wait"
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,66 +217,53 @@ class PlanMade(RunEvent):
 class MessageRejected(RunEvent):
     """A packet of a device could not be read."""
 
+    LINE = "{0.device}: rejected: {0.error}"
+
     device: str
     error: str
-
-    @property
-    def text(self) -> str:
-        """Whose, and why."""
-        return f"{self.device}: rejected: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvent(RunEvent):
     """A device joined, left, or does something else than before."""
 
+    LINE = "{0.device}: {0.doing}"
+    DOING: ClassVar[str] = ""
+    """What it does now, in a few words, `0` being the event."""
+
     device: str
 
     @property
     def doing(self) -> str:
         """What it does now, in a few words."""
-        return ""
-
-    @property
-    def text(self) -> str:
-        """Who does what."""
-        return f"{self.device}: {self.doing}"
+        return self.DOING.format(self)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus(DeviceEvent):
     """A device is on its way to a round."""
 
-    status: str
+    DOING = "{0.status}"
 
-    @property
-    def doing(self) -> str:
-        """As the field says."""
-        return self.status
+    status: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceJoined(DeviceEvent):
     """A device is ready to train."""
 
+    DOING = "ready"
+
     split: int
     """Blocks that it holds."""
     samples: int
     """Training samples that it has."""
-
-    @property
-    def doing(self) -> str:
-        """It waits for a round."""
-        return "ready"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLeft(DeviceEvent):
     """A device that was ready to train is gone."""
 
-    reason: str
+    DOING = "left: {0.reason}"
 
-    @property
-    def doing(self) -> str:
-        """Why it is gone."""
-        return f"left: {self.reason}"
+    reason: str
