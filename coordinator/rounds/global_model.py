@@ -70,11 +70,7 @@ class GlobalModel:
         if not batches or not self._config.evaluates_after(rounds_done):
             return None
         sums = [self.engine.evaluate_whole(batch) for batch in batches]
-        return TailSums(
-            sum(s.loss_sum for s in sums),
-            sum(s.num_targets for s in sums),
-            sum(s.num_correct for s in sums),
-        )
+        return TailSums(*(sum(column) for column in zip(*sums, strict=True)))
 
     # ---- the engine follows the plans ----
 
