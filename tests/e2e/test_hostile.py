@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import zmq
 
+from coordinator.aggregation import round_start
 from edge_sdk import errors
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import EdgeError, ReceiveTimeout
+from edge_sdk.errors import EdgeError, ReceiveTimeout, RemoteProtocolError
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
@@ -250,6 +252,27 @@ def test_spoilt_gradients_of_kept_labels(cluster: Cluster) -> None:
     assert serving.wait() == "completed"
     wait_all(clients)
     assert sum(event["event"] == "step.skipped" for event in serving.events) <= 1
+
+
+def test_factors_of_another_rank_are_refused(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose coordinator hands out what is not its plan's says so by name, and ends."""
+
+    def cut(pairs: Any, residual: Any) -> dict[str, TensorOut]:
+        found = tensors_of(pairs, residual)
+        name = next(name for name in found if name.endswith(".A"))[:-2]
+        found[f"{name}.A"] = (found[f"{name}.A"][0][1:], "float32")
+        found[f"{name}.B"] = (found[f"{name}.B"][0][:, 1:], "float32")
+        return found
+
+    tensors_of = round_start._tensors
+    monkeypatch.setattr(round_start, "_tensors", cut)
+    cluster.serve(cluster.config(min_devices=1)).start()
+    (client,) = cluster.start("a")
+
+    with pytest.raises(RemoteProtocolError, match=r"RoundStart: tensor '.*\.A': \(3, .*: \(4, "):
+        client.wait(20.0)
 
 
 def test_garbage_on_the_wire(cluster: Cluster) -> None:
