@@ -24,7 +24,7 @@ from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice
 from coordinator.lab.simulation.fleet import Fleet, make_fleet
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
-from coordinator.lab.simulation.timing import ClockTap, ClockWatcher, TimedEngine
+from coordinator.lab.simulation.timing import ClockListener, ClockWatcher, TimedEngine
 from coordinator.results.events import Exported, RunEvent, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder
 from coordinator.results.watchers import Watchers
@@ -70,7 +70,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     fleet = make_fleet(config.simulation, config.planning)
     serve_config = _served(config, fleet)
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
-    listener = ClockTap(fleet.machines, fleet.coordinator)
+    listener = ClockListener(fleet.machines, fleet.coordinator)
     timed = partial(TimedEngine, listener)
     cache = PartCache(config.simulation.cache)
     model = ServerModel(serve_config, cache, partial(make_local, kind=timed))

@@ -38,7 +38,7 @@ CLOCK = "clock.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)
 
 
-class ClockTap(SimulationListener):
+class ClockListener(SimulationListener):
     """Tells the clock what devices and coordinator do."""
 
     def __init__(self, devices: Mapping[str, Machine], coordinator: Machine) -> None:
@@ -159,7 +159,7 @@ def _counts(message: Message) -> bool:
 class TimedEngine(LocalEngine):
     """An engine whose waves take modelled time; everything else it does takes none."""
 
-    def __init__(self, listener: ClockTap, *args: Any, **settings: Any) -> None:
+    def __init__(self, listener: ClockListener, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._listener = listener
         self._jobs: list[Job] = []
@@ -191,7 +191,7 @@ class TimedEngine(LocalEngine):
 class ClockWatcher:
     """Writes a row of the clock at the end of each round."""
 
-    def __init__(self, folder: RunFolder, listener: ClockTap) -> None:
+    def __init__(self, folder: RunFolder, listener: ClockListener) -> None:
         self._folder, self._listener = folder, listener
         self.plans: list[dict[str, Plan]] = []
         """Plan of each device, round by round."""
@@ -203,7 +203,7 @@ class ClockWatcher:
             self._folder.append(CLOCK, clock_row(event.round + 1, self._listener))
 
 
-def clock_row(round_: int, listener: ClockTap) -> dict[str, Any]:
+def clock_row(round_: int, listener: ClockListener) -> dict[str, Any]:
     """Read the clock at the end of a round.
 
     Returns:

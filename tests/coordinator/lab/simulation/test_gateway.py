@@ -33,7 +33,7 @@ class Heard(SimulationListener):
 
 @pytest.fixture
 def heard() -> Heard:
-    """A tap."""
+    """A listener."""
     return Heard()
 
 
@@ -64,7 +64,7 @@ def test_devices_act_in_the_order_of_their_names(gateway: SimulatedGateway) -> N
 
 
 def test_traffic_is_that_of_the_packets(gateway: SimulatedGateway, heard: Heard) -> None:
-    """The tap hears every message with the bytes that the link counts."""
+    """The listener hears every message with the bytes that the link counts."""
     gateway.events(0.0)
     gateway.send("b", RunOver(stamp=Stamp(), reason="done"))
 

@@ -298,12 +298,12 @@ def test_frozen_weights_are_held_once_and_never_written(
     make: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All devices of a process share the storage of the base model, which stays what it was."""
-    shops: list[SharedCompute] = []
+    shared: list[SharedCompute] = []
     runtimes: list[Any] = []
 
     class Seen(SharedCompute):
         def __enter__(self) -> SharedCompute:
-            shops.append(self)
+            shared.append(self)
             return super().__enter__()
 
     class SeenRuntime(InstrumentedRuntime):
@@ -316,7 +316,7 @@ def test_frozen_weights_are_held_once_and_never_written(
     simulate(make(rounds=1), Watchers())
 
     source = ModelSource(str(llama), "causal-lm")
-    kept = {name: value for part in shops[0].parts.values() for name, value in part.items()}
+    kept = {name: value for part in shared[0].parts.values() for name, value in part.items()}
     names = {name for part in ("front", "block.0", "block.1") for name in source.layout.part(part)}
     assert names <= kept.keys()
     for part in source.layout.part_names():
