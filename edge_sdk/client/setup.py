@@ -127,12 +127,16 @@ class RuntimeSetup:
             training=training,
             total_steps=total_steps,
             fetch=lambda part: self.fetch(part, ask, welcome.stamp),
-            tensors=lambda part: self._tensors(part, welcome, ask),
+            tensors=lambda part: self.tensors(part, welcome, ask),
         )
         return self.backend.make(request)
 
-    def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
-        """The tensors of *part*, from the local model where one is named."""
+    def tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
+        """Return the tensors of *part*, from the local model where one is named.
+
+        Raises:
+            ModelError: the local model is not the coordinator's.
+        """
         is_streamed = self._config.base in ("int8", "int4")
         if self._config.model is None:
             return open_part(self.fetch(part, ask, welcome.stamp), is_streamed=is_streamed)

@@ -220,23 +220,22 @@ class _SharingSetup(RuntimeSetup):
         self, config: ClientConfig, dataset: Dataset | None, name: str, shared: SharedCompute
     ) -> None:
         super().__init__(config, dataset)
-        self._name, self._shared = name, shared
+        self._name, self._shared, self._device = name, shared, pick_device(config.device)
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice; see `RuntimeSetup`."""
         for part in assigned.parts:  # before computing, which must not wait for messages
-            self._tensors(part, welcome, ask)
+            self.tensors(part, welcome, ask)
         runtime = self._shared.run(super().runtime, welcome, assigned, ask)
         return InstrumentedRuntime(runtime, self._name, assigned.plan, self._shared)
 
-    def _tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
+    def tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """Return the tensors of *part* as slices hold them, so that none makes a copy."""
-        parts, device = self._shared.parts, pick_device(self._config.device)
+        parts = self._shared.parts
         if part.sha256 not in parts:
-            found = super()._tensors(part, welcome, ask)
             parts[part.sha256] = {
-                name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-                for name, value in found.items()
+                name: value.to(self._device, torch.float32 if value.is_floating_point() else None)
+                for name, value in super().tensors(part, welcome, ask).items()
             }
         return parts[part.sha256]
 
