@@ -48,6 +48,9 @@ SLOW = (
     "profiler/test_measure.py",
     "coordinator/results/test_export.py",
     "coordinator/commands/test_plan.py",
+    "edge_sdk/model/test_partition.py",
+    "coordinator/engine/",
+    "edge_sdk/runtime/test_torch_runtime.py",
 )
 # These look at all control groups or network namespaces of the machine: one process, in turn.
 MACHINE = (
