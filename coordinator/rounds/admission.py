@@ -338,11 +338,12 @@ class Admission:
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
     ) -> None:
-        """Send a message to a device; one whose session is over is lost."""
-        try:
+        """Send a message to a device; without a session of it the message is lost.
+
+        As one on its way would be: that the device has left, and why, comes as an event of its own.
+        """
+        with suppress(PeerGone):
             self._gateway.send(device, message, tensors)
-        except PeerGone as gone:
-            self._run.lose(device, str(gone))
 
     def end(self, reason: str) -> None:
         """Tell every device that the run is over, and why."""

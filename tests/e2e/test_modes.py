@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,32 @@ def test_callbacks_come_in_order(cluster: Cluster, diary: Diary) -> None:
         "round 1",
         "end: the run is complete",
     ]
+
+
+def test_why_a_device_left_is_told_though_a_message_finds_it_gone(cluster: Cluster) -> None:
+    """A message to a device that has just said goodbye is lost; its own reason is written down."""
+    serving = cluster.serve(cluster.config(min_devices=2, rounds=500))
+    leaving, other = cluster.start("a", "b")
+    gateway, send = serving.gateway, serving.gateway.send
+
+    def send_late(device: str, *words: Any) -> None:
+        if device == "a" and serving.state.round == 1:
+            leaving.stop()
+            wait_all([leaving])
+            while "a" in gateway.devices():
+                time.sleep(0.01)
+        send(device, *words)
+
+    gateway.send = send_late  # type: ignore[method-assign]
+    serving.start()
+    wait_all([leaving])
+    serving.coordinator.stop()
+
+    assert serving.wait() == "paused"
+    [left] = [event for event in serving.events if event["event"] == "device.left"]
+    assert (left["device"], left["reason"]) == ("a", "stopped")
+    other.stop()
+    wait_all([other])
 
 
 def test_start_stop_wait(cluster: Cluster, diary: Diary) -> None:
