@@ -44,7 +44,14 @@ def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["scripts/setup", "scripts/lint", "scripts/test", "scripts/docs", "scripts/same-bits"],
+    [
+        "scripts/setup",
+        "scripts/lint",
+        "scripts/test",
+        "scripts/docs",
+        "scripts/same-bits",
+        ".ci/run",
+    ],
 )
 def test_a_script_can_be_started(script: str) -> None:
     """Scripts are executable and a plain shell understands them."""
