@@ -65,7 +65,8 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}")
+            names = ", ".join(("auto", *BACKENDS))
+            raise ValueError(f"backend must be one of {names}, got {self.backend!r}")
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
         if not 0 < self.chunk_bytes <= MAX_CHUNK_BYTES:

@@ -173,8 +173,8 @@ class Steps:
             return runtime.tail_eval(hidden_BTD, batch)
         self._send_activation(hidden_BTD, batch, index, 1, batch.num_targets, is_eval=True)
         if self._keeps_labels:
-            top = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
-            return runtime.tail_eval(_checked(top, "hidden", hidden_BTD.shape), batch)
+            answer = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
+            return runtime.tail_eval(_checked(answer, "hidden", hidden_BTD.shape), batch)
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 

@@ -56,6 +56,12 @@ def test_what_onnxruntime_cannot_do_is_refused(name: str, value: str) -> None:
         choose_backend(config(backend="onnxruntime", **{name: value}))
 
 
+def test_a_backend_that_is_none_is_refused() -> None:
+    """Also where the config is written in Python: the choices are those of the table."""
+    with pytest.raises(ValueError, match="one of auto, torch, onnxruntime, got 'jax'"):
+        config(backend="jax")
+
+
 def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
     """Everything that a device without torch runs can be imported without it."""
     modules = [
