@@ -6,9 +6,11 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # The same examples on every run, however slow: a green tree stays green.
 # `--hypothesis-profile=default` searches.
@@ -60,18 +62,30 @@ MACHINE = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before marks choose tests, and before they name groups
+@pytest.hookimpl(tryfirst=True)  # before marks choose tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow and let it come first; a file's tests share a process and its fixtures."""
+    """Mark what is slow and let it come first."""
     ranks = {}
     for item in items:
         place = item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group("machine" if place in MACHINE else place))
         slow = (rank for rank, start in enumerate(SLOW) if place.startswith(start))
         ranks[item] = next(slow, len(SLOW))
         if ranks[item] < len(SLOW):
             item.add_marker(pytest.mark.slow)
     items.sort(key=ranks.__getitem__)
+
+
+class FileScheduling(LoadFileScheduling):
+    """A file's tests share a process and its fixtures; so do the files that need the machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        place = nodeid.partition("::")[0].removeprefix("tests/")
+        return "machine" if place in MACHINE else place
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    """Deal out files whatever `--dist` says; its groups by mark do nothing with our pytest."""
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
