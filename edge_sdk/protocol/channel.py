@@ -48,7 +48,7 @@ class PacketsDue(NamedTuple):
     seq: int
     cargo: Cargo
     number: int
-    """Of the packet within its message."""
+    """Number of the packet within its message, from 0."""
     message: int
     """Number of the message within its session."""
     size: int
@@ -94,7 +94,7 @@ class Sender:
         return self._acked_seq
 
     def is_first_time(self, due: PacketsDue) -> bool:
-        """Whether *due* was never sent before."""
+        """Return whether *due* was never sent before."""
         return due.seq >= self._high_seq
 
     @property
@@ -169,7 +169,7 @@ class Sender:
             self._at -= 1
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether packets are in flight and no ack has moved for too long; start again if so."""
+        """Return whether no ack has moved for too long with packets in flight; rewind if so."""
         if not self._sizes or now_s - self._progress_s < self._resend_after_s:
             return False
         self._progress_s = now_s
@@ -222,11 +222,11 @@ class Receiver:
         return True
 
     def hold(self, num_bytes: int) -> None:
-        """A complete message waits for the application: it counts against the window."""
+        """Count a complete message that waits for the application against the window."""
         self._held_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
-        """The application has taken a message."""
+        """Note that the application has taken a message."""
         self._held_bytes -= num_bytes
         self._has_opened = self.credit - self._acked_credit >= ACK_EVERY_BYTES
 
@@ -246,7 +246,7 @@ class Receiver:
     @property
     def is_ack_due(self) -> bool:
         """Whether the ack must not wait any longer."""
-        # A credit that only follows what arrives grows with _unacked_bytes; `release` looks itself.
+        # Arrivals let the credit grow with _unacked_bytes; what `release` adds is in _has_opened.
         return (
             self._unacked_packets >= ACK_EVERY_PACKETS
             or self._unacked_bytes >= ACK_EVERY_BYTES
@@ -255,7 +255,7 @@ class Receiver:
         )
 
     def owe(self) -> None:
-        """The peer has not got the ack that was noted by `acked`."""
+        """Owe an ack again: the peer has not got the one that `acked` has noted."""
         self._unacked_packets += 1
 
     def acked(self) -> None:

@@ -52,7 +52,7 @@ class Codec:
     def group(self, shape: Sequence[int]) -> int:
         """Return how many neighbouring numbers of a tensor of *shape* must not be cut apart.
 
-        It divides the number of all; each group takes equally many bytes.
+        It divides the number of all numbers; each group takes equally many bytes.
         """
         return 1
 
@@ -95,7 +95,7 @@ class Bfloat16(Codec):
         super().__init__("bfloat16", "<u2")
 
     def encode_into(self, groups_GN: Array, out: Bytes) -> None:
-        """Round; NaN stays NaN (rounding could carry it to infinity)."""
+        """Write rounded upper halves; NaN stays NaN (rounding could carry it to infinity)."""
         row, target = groups_GN.reshape(-1), out.view(self.wire)
         bits = row.view(np.uint32)
         for start in range(0, bits.size, _BLOCK):
@@ -146,7 +146,7 @@ def float_codecs() -> tuple[str, ...]:
 
 
 def memory_of(name: str, memories: Memories, *stream: Any) -> Memory:
-    """Return the memory of *stream* among *memories*; those who need none leave no trace."""
+    """Return the memory of *stream* among *memories*; a codec that needs none leaves no trace."""
     return memories.setdefault(stream, {}) if find(name).has_memory else {}
 
 
@@ -184,9 +184,9 @@ def decode(buffer: Any, name: str, shape: Sequence[int], memory: Memory | None =
 
     Args:
         buffer: Anything with the buffer protocol, of exactly the right length.
-        name: Codec.
+        name: Name of the codec.
         shape: Dimensions, at most `MAX_DIMENSIONS`.
-        memory: Of the stream that the tensor belongs to; None for a tensor that stands alone.
+        memory: Memory of the tensor's stream; None for a tensor that stands alone.
     """
     codec = find(name)
     due, got = encoded_bytes(name, shape), memoryview(buffer).nbytes
@@ -204,7 +204,7 @@ def require_finite(array: Array, what: str) -> None:
     """Raise `NumericError` naming *what* if *array* holds NaN or infinity."""
     if array.dtype.kind != "f":
         return
-    # One pass: a finite sum has finite terms; a sum that overflowed gets the second look.
+    # One pass: a finite sum has finite terms; a sum that overflowed gets a second look.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(array.sum()):
             return

@@ -20,7 +20,7 @@ from edge_sdk.protocol.codecs import Array, Bytes, Memories
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES, Kind, Lane, Packet, first_head, split_first
 from edge_sdk.protocol.tensors import check_tensors
 
-# One cache line; also keeps every chunk border on a whole number of the plain codecs.
+# One cache line; it also keeps every chunk border on a whole number of the plain codecs.
 ALIGN_BYTES = 64
 # Messages with a larger payload take the bulk lane; one such chunk delays an ack by little.
 BULK_FROM_BYTES = 32 * 1024
@@ -36,7 +36,7 @@ class Envelope:
     message: Any
     tensors: dict[str, Array]
     num_bytes: int = 0
-    """Payload and header together, as they were on the wire."""
+    """Bytes of payload and header together, as they were on the wire."""
     lane: int = 0
 
 
@@ -145,7 +145,7 @@ class OutgoingMessage:
 
 @dataclass(slots=True)
 class _Open:
-    """A message of which the header has come, and not yet all chunks."""
+    """A message of which the header has come, but not yet all chunks."""
 
     message: Any
     specs: tuple[wire.TensorSpec, ...]
@@ -162,7 +162,7 @@ class Reassembler:
     """Joins the packets of one lane, which come in order, to messages."""
 
     max_message_bytes: int
-    """Payload that a message may have; checked before any memory is taken for it."""
+    """Most bytes of payload in a message; checked before any memory is taken for it."""
     allowed: tuple[type, ...] = ()
     """Messages that this side may receive; empty for all."""
     _open: _Open | None = None
@@ -211,7 +211,7 @@ class Reassembler:
         raise RemoteProtocolError("a chunk without a header")
 
     def _fill(self, opened: _Open, place: int, chunk: memoryview) -> _Open | None:
-        """Add *chunk* to a message; returns the message once it is complete."""
+        """Add *chunk* to a message; return the message once it is complete."""
         end = opened.filled + len(chunk)
         if place != opened.filled or end > opened.total or (not chunk and opened.total):
             raise RemoteProtocolError(

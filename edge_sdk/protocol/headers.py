@@ -55,10 +55,10 @@ class TensorSpec(NamedTuple):
 
 
 def _no_twice(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("a key occurs twice")
-    return found
+    return fields
 
 
 def pack(value: Plain) -> bytes:
@@ -146,7 +146,7 @@ def write_fields(value: Any) -> Plain:
 
 
 def read_fields(kind: type, value: Plain, where: str) -> Any:
-    """Return the *kind* that the plain *value* stands for; blames the peer."""
+    """Return the *kind* that the plain *value* stands for; a mistake in it is the peer's."""
     try:
         msgspec.convert(value, _strict(kind))
         return msgspec.convert(value, kind)
@@ -191,7 +191,7 @@ def decode_header(data: bytes | memoryview) -> tuple[Any, tuple[TensorSpec, ...]
 
 
 def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
-    """Front-coded: neighbours share most of a long name, and a header holds thousands of them."""
+    """Return the table front-coded: a header holds thousands of long, similar names."""
     if len(tensors) > MAX_TENSORS:
         raise LocalProtocolError(f"{len(tensors)} tensors, at most {MAX_TENSORS} are allowed")
     numbers = {name: number for number, name in enumerate(codecs.CODECS)}

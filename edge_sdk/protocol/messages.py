@@ -46,7 +46,7 @@ class Stamp:
     step: int = 0
     """Optimizer step since the start of the run, from 0."""
     attempt: int = 0
-    """Counts how often the coordinator started this round; answers to an earlier one are stale."""
+    """Rounds started so far, those given up included; answers to an earlier one are stale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ MAX_PROBES = 48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """First message of a session: who I am and what I can do. Device -> coordinator."""
+    """First message of a session: who the device is and what it can do. Device -> coordinator."""
 
     stamp: Stamp
     protocol: int
@@ -104,7 +104,7 @@ class Profiled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRequest:
-    """Send me that part from that byte on. Device -> coordinator."""
+    """Request for the bytes of a part from `offset` on. Device -> coordinator."""
 
     stamp: Stamp
     sha256: str
@@ -296,12 +296,12 @@ class RoundStart:
     end_step: int
     is_full: bool
     restore_step: int = -1
-    """Continue from the device's own checkpoint of this step, as if nothing had happened; -1 for
-    what this message brings."""
+    """Step of the device's own checkpoint to continue from, as if nothing had happened; -1 for what
+    this message brings."""
     restarts: bool = False
-    """Train with an optimizer that knows no past."""
+    """Whether the optimizer begins without moments."""
     evaluate: bool = False
-    """Go through the private validation data before training, and report."""
+    """Whether to go through the private validation data before training, and report."""
 
 
 @carries(
@@ -345,7 +345,7 @@ class EvalResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pause:
-    """Checkpoint yourself at `stamp.step` and wait for the coordinator to return. -> device."""
+    """Checkpoint yourself at `stamp.step` and wait for my return. Coordinator -> device."""
 
     stamp: Stamp
 

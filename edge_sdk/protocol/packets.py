@@ -7,7 +7,8 @@ A packet is one ZeroMQ frame and one valid msgpack object, an array of seven wit
 
 Fixed widths let one struct read it, and leave the payload at a multiple of 8 bytes, so that a
 tensor is used where it was received. Kinds FIRST and CHUNK are numbered and resent by
-`channel.py`; CONTROL packets (attach, acks, heartbeats) are not, and carry one dataclass of below.
+`channel.py`; CONTROL packets (attach, acks, heartbeats) are not. Each carries a dataclass of those
+below.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PREFIX_BYTES = _PREFIX.size
 MAX_CHUNK_BYTES = 1024 * 1024
 # Payload of the first packet of a message: header and first chunk.
 MAX_PAYLOAD_BYTES = MAX_CHUNK_BYTES + wire.MAX_HEADER_BYTES + 8
-# What a frame may have at most, told to libzmq (which counts 33 bytes of CURVE as well).
+# Largest frame, told to libzmq (which counts 33 bytes of CURVE as well).
 MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 1024
 # Control frames are read from peers that have no session yet.
 MAX_CONTROL_BYTES = 8 * 1024
@@ -118,8 +119,7 @@ def read_packet(frame: memoryview) -> Packet:
     return Packet(kind, lane, tag, seq, place, frame[PREFIX_BYTES:])
 
 
-# ---- control frames
-# ---------------------------------------------------------------------------------------
+# ---- control frames ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ class Ack:
     bulk_next: int
     bulk_credit: int
     gap: bool = False
-    """A later packet came instead of the expected one: send again from there."""
+    """Whether a later packet came instead of the expected one: send again from there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +142,10 @@ class Attach:
 
     session: str
     is_resumed: bool
-    """The coordinator has answered this session before, so it ought to know it."""
+    """Whether the coordinator has answered this session before, so that it ought to know it."""
     sdk_version: str
     name: str
-    """Believed only by a coordinator without CURVE."""
+    """Name of the device; only a coordinator without CURVE believes it."""
     ack: Ack
 
 
@@ -161,26 +161,26 @@ class Attached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """I am alive. Device -> coordinator, every few seconds."""
+    """Sign of life. Device -> coordinator, every few seconds."""
 
     sent_s: float
-    """On the device's own monotonic clock; comes back in the answer."""
+    """Seconds on the device's own monotonic clock; they come back in the answer."""
     rtt_s: float
-    """Last measured round trip; 0 before the first."""
+    """Last measured round trip in seconds; 0 before the first."""
     numbers: dict[str, float]
-    """Telemetry."""
+    """Telemetry by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatAck:
-    """So am I. Coordinator -> device."""
+    """Answer to a heartbeat. Coordinator -> device."""
 
     sent_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequired:
-    """A packet of nobody: attach first. Coordinator -> device."""
+    """Answer to a packet of an unknown sender: attach first. Coordinator -> device."""
 
     session: str = ""
 

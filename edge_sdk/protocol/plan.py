@@ -48,6 +48,6 @@ class Plan:
 
 
 def fingerprint(plan: Plan) -> str:
-    """A short name for what *plan* makes of a model: equal for plans whose adapters fit."""
+    """Return a short name for what *plan* makes of a model: equal for plans whose adapters fit."""
     held = [plan.split, plan.tail, sorted(plan.ranks.items()), sorted(plan.alphas.items())]
     return hashlib.sha256(repr(held).encode()).hexdigest()[:12]

@@ -21,10 +21,9 @@ from edge_sdk.protocol.codecs import Bytes
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
 from edge_sdk.protocol.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
-# What the other lane has overtaken waits; acks bound it, this bounds a peer that lies in numbers.
+# Messages that overtook others on their own lane wait. Acks bound how many there are; this bounds a
+# peer that lies about their numbers.
 MAX_AHEAD = 1_000_000
-
-
 # Buffers kept for the next chunks: fresh ones would cost a page fault per 4 KiB. An idle session
 # keeps none.
 SPARE_BUFFERS = 4
@@ -93,7 +92,7 @@ class Conversation:
         self._index_of_lane = [-1, -1]  # message being assembled
         self._next_in = 0
         self._next_out = 0
-        self._waiting: dict[int, Envelope | BadMessage | None] = {}
+        self._waiting: dict[int, Envelope | BadMessage] = {}
 
     # -- out --
 
@@ -168,14 +167,12 @@ class Conversation:
         self._waiting[index] = what
         released = []
         while self._next_in in self._waiting:
-            item = self._waiting.pop(self._next_in)
-            assert item is not None
-            released.append(item)
+            released.append(self._waiting.pop(self._next_in))
             self._next_in += 1
         return released
 
     def taken(self, lane: int, num_bytes: int) -> None:
-        """The application has a message of *num_bytes* now."""
+        """Note that the application has a message of *num_bytes* now."""
         self.receivers[lane].release(num_bytes)
 
     # -- acks --
@@ -212,12 +209,12 @@ class Conversation:
             buffers.give_back(sender)
 
     def on_attach(self, lane: int, ack: Ack, now_s: float) -> None:
-        """A new connection carries *lane*: send again what the peer has not got."""
+        """Send again what the peer has not got: a new connection carries *lane*."""
         self.on_ack(ack, now_s)  # both lanes: this may be the only ack the other one gets
         self.senders[lane].rewind()
         self._buffers[lane].give_back(self.senders[lane])
 
     def ack_failed(self) -> None:
-        """The ack could not be sent; owe it again."""
+        """Owe the ack again that could not be sent."""
         for receiver in self.receivers:
             receiver.owe()

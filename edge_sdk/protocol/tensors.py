@@ -131,7 +131,7 @@ def check_shapes(
 
 
 def _fits(due: Tensor, stem: str, shape: Shape, sizes: dict[tuple[str, str], int]) -> bool:
-    """Whether *shape* is one of those allowed; notes in *sizes* what its letters stand for."""
+    """Return whether *shape* is allowed; note in *sizes* what its letters stand for."""
     for either in due.dims.split("|"):
         letters = either.split()
         if letters == ["..."]:
