@@ -175,7 +175,7 @@ def _torch_tokenizer(folder: Path) -> Any:
 
 
 def _torch_place(settings: ComputeSettings) -> tuple[str, str]:
-    """Return device and dtype of products; from now on with the threads that are asked for."""
+    """Return device and dtype of products, once the threads are set that are asked for."""
     import torch
 
     from edge_sdk.model.precision import compute_name
@@ -200,7 +200,7 @@ def _torch_memory(settings: ComputeSettings) -> DeviceProfile:
 
 
 def _check_onnxruntime(settings: ComputeSettings) -> None:
-    """It computes on the CPU, in float32, from the coordinator's own files as they are."""
+    """Refuse all but the CPU, float32, and the coordinator's own files as they are."""
     wrong = {
         "device": settings.device not in ("auto", "cpu"),
         "compute": settings.compute not in ("auto", "float32"),
@@ -256,7 +256,7 @@ TORCH = Backend(
 ONNXRUNTIME = Backend(
     name="onnxruntime",
     needs=("onnxruntime", "tokenizers"),
-    # All of them install the folder `onnxruntime`; whichever comes last wins, in parts.
+    # All of them install the folder `onnxruntime`; the last one overwrites parts of the others.
     wheels=("onnxruntime", "onnxruntime-gpu", "onnxruntime-training", "onnxruntime-training-cpu"),
     install="pip install 'edgesplit[onnx]'",
     check=_check_onnxruntime,

@@ -1,4 +1,4 @@
-"""A device's board while it takes part: what its signs of life tell, and whether it has changed.
+"""A device's board while it takes part: what its heartbeats tell, and whether it has changed.
 
 Joins what the board says of itself (`profiler.sensors.monitor`) with the steps that it does.
 """
@@ -23,9 +23,9 @@ from profiler.sensors.sources import HERE, Sources
 
 log = logging.getLogger(__name__)
 
-# Time and energy of a step are means over so many; energy is read once a second.
+# Time and energy of a step are means over this many; energy is read once a second.
 STEPS = 32
-# After these a step may take another time than before.
+# Events after which a step may take longer or shorter than before.
 OTHER_SPEED = (POWER_MODE_CHANGED, THROTTLING_BEGAN, THROTTLING_ENDED)
 
 
@@ -64,14 +64,14 @@ class BoardMonitor:
             self._has_changed.set()
 
     def take_change(self) -> bool:
-        """Whether the board's speed may be another one since the last call."""
+        """Return whether the board's speed may have changed since the last call."""
         if not self._has_changed.is_set():
             return False
         self._has_changed.clear()
         return True
 
     def step(self) -> None:
-        """A step of training has ended."""
+        """Note that a step of training has ended."""
         with self._lock:
             self._ends.append((self._clock(), self._monitor.joules().value))
 
@@ -81,13 +81,13 @@ class BoardMonitor:
         `step_time` and `step_energy` count all between the ends of two steps: waiting, aggregation
         and evaluation too. What is unknown is left out.
         """
-        found = self._monitor.telemetry()
+        numbers = self._monitor.telemetry()
         with self._lock:
             ends = list(self._ends)
         if len(ends) < 2:
-            return found
+            return numbers
         (began_s, before_j), (ended_s, after_j), steps = ends[0], ends[-1], len(ends) - 1
-        found["step_time"] = (ended_s - began_s) / steps
+        numbers["step_time"] = (ended_s - began_s) / steps
         if before_j is not None and after_j is not None:
-            found["step_energy"] = (after_j - before_j) / steps
-        return found
+            numbers["step_energy"] = (after_j - before_j) / steps
+        return numbers

@@ -24,27 +24,28 @@ class RoundSummary:
     train_loss: float
     """Mean loss per target over the round's steps."""
     bytes_up: int
-    """Since the start of the program."""
+    """Bytes sent since the start of the program."""
     bytes_down: int
+    """Bytes received since then."""
 
 
 class Callback:
     """Called from the client's thread, one call at a time; keep it short."""
 
     def on_connect(self, run: str) -> None:
-        """The coordinator has welcomed this device to *run*."""
+        """Hear that the coordinator has welcomed this device to *run*."""
 
     def on_plan(self, plan: Plan) -> None:
-        """This device has been told what to run."""
+        """Hear what this device is to run."""
 
     def on_step_end(self, report: StepReport) -> None:
-        """An optimizer step is done."""
+        """Hear that an optimizer step is done."""
 
     def on_round_end(self, summary: RoundSummary) -> None:
-        """The device has handed in its adapters of a round."""
+        """Hear that the device has handed in its adapters of a round."""
 
     def on_disconnect(self, reason: str) -> None:
-        """The session is lost; the client tries again by itself."""
+        """Hear that the session is lost; the client tries again by itself."""
 
     def on_train_end(self, reason: str) -> None:
-        """The run is over, was stopped, or has failed for this device."""
+        """Hear that the run is over, was stopped, or has failed for this device."""

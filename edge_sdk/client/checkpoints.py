@@ -37,13 +37,13 @@ class LocalState:
                 left.unlink(missing_ok=True)
 
     def steps(self) -> tuple[int, ...]:
-        """Steps of which there is a checkpoint under this plan, oldest first."""
+        """Return the steps of which there is a checkpoint under this plan, oldest first."""
         return tuple(step for step, path in self._all() if path == self._path(step))
 
     def _all(self) -> list[tuple[int, Path]]:
-        """The checkpoints of all plans, oldest first."""
-        found = self.folder.glob("step-*.safetensors")
-        return sorted((int(p.stem.split("-")[1]), p) for p in found)
+        """Return the checkpoints of all plans, oldest first."""
+        paths = self.folder.glob("step-*.safetensors")
+        return sorted((int(p.stem.split("-")[1]), p) for p in paths)
 
     def save(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """Write a checkpoint, whole or not at all, and forget old ones.
@@ -73,7 +73,7 @@ class LocalState:
                     old.unlink(missing_ok=True)
 
     def moments(self, step: int) -> dict[str, np.ndarray]:
-        """The optimizer moments at *step*, or the newest there are; empty without any."""
+        """Return the optimizer moments at *step*, or the newest there are; empty without any."""
         if self._end_path(step).is_file():
             return _read(self._end_path(step))
         held = self._all()

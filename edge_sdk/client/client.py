@@ -38,11 +38,11 @@ if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped"
-# A wrong server key, or nobody there, is reported after so many seconds.
+# Seconds after which a wrong server key, or nobody there, is reported.
 FIRST_CONTACT_S = 10.0
 # Seconds for the last words of a device; a coordinator that is away will find out by itself.
 FAREWELL_S = 1.0
-# A device that still runs out of memory after so many smaller plans gives up.
+# A device that still runs out of memory after this many smaller plans gives up.
 MOST_SMALLER_PLANS = 3
 
 
@@ -72,10 +72,10 @@ class EdgeClient:
         self._error: BaseException | None = None
 
     def run(self) -> str:
-        """Take part until the run is over; returns the coordinator's closing words.
+        """Take part until the run is over; return the coordinator's closing words.
 
         Raises:
-            EdgeError: what ended it otherwise; `exit_code` says of which kind.
+            EdgeError: what else ended it; `exit_code` tells its kind.
         """
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
@@ -158,7 +158,7 @@ class EdgeClient:
         self._stop.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the client has ended; returns whether it has.
+        """Wait until the client has ended; return whether it has.
 
         Raises:
             EdgeError: what it ended with.
@@ -180,7 +180,7 @@ class EdgeClient:
 
 
 def _quietly(say: Callable[[], None]) -> None:
-    """A last word is welcome, but not worth another error."""
+    """Say a last word; it is not worth another error."""
     try:
         say()
     except EdgeError as error:

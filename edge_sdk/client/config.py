@@ -34,7 +34,7 @@ class ClientConfig:
     """Folder or Hugging Face id of the same model, so that nothing is downloaded from the
     coordinator; each part must have the coordinator's hash."""
     model_hash: str = ""
-    """Take part only if the coordinator's model has this hash; empty takes any."""
+    """Hash that the coordinator's model must have; empty takes any model."""
     device: str = "auto"
     """Where the device computes: `auto`, `cpu`, `cuda`."""
     backend: BackendName = "auto"
@@ -43,14 +43,14 @@ class ClientConfig:
     compute: Compute = "auto"
     """Dtype of matrix products; auto is bfloat16 where the hardware itself has it."""
     base: Base = "float32"
-    """How the frozen weights lie in memory. int8 and int4: the linear layers of the blocks, which
-    need no compiled extension for it; the rest is float32 then. See docs/quantized.md."""
+    """How the frozen weights lie in memory. With int8 and int4 the linear layers of the blocks are
+    quantized, without a compiled extension; the rest is float32. See docs/quantized.md."""
     recompute: bool = False
-    """Compute the blocks a second time for the backward pass: while the device waits for its
-    gradient it holds almost nothing, and a step takes its forward pass longer. onnxruntime always
-    does, a block at a time."""
+    """Whether the backward pass computes the blocks a second time: while the device waits for its
+    gradient it holds almost nothing, and a step takes longer by one forward pass. onnxruntime
+    always does so, a block at a time."""
     threads: int | None = None
-    """CPU threads of the backend; None leaves its own choice."""
+    """CPU threads of the backend; None leaves the choice to it."""
     cache: Path | None = None
     """Downloaded parts of models; None: edgesplit/parts in the user's cache folder."""
     profile: DeviceProfile = field(default_factory=DeviceProfile)
@@ -61,7 +61,7 @@ class ClientConfig:
     patience_s: float = 600.0
     """Seconds that an unreachable coordinator is retried before giving up."""
     chunk_bytes: int = 1024 * 1024
-    """Payload of one packet; 262144 on links below 4 Mbit/s."""
+    """Payload of one packet in bytes; 262144 on links below 4 Mbit/s."""
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):

@@ -29,7 +29,7 @@ class RunEnded(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Redirected(Exception):  # noqa: N818 - control flow, not an error
-    """The coordinator wants something else than what was going on."""
+    """The coordinator wants something other than what was going on."""
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
@@ -42,7 +42,7 @@ class Inbox:
         self._link, self._stop, self._state = link, stop, state
 
     def enter(self, state: State) -> None:
-        """The device does something else from now on."""
+        """Note that the device does something else from now on."""
         self._state = state
 
     def wait_for(self, *kinds: type, patience_s: float = 0.0) -> Envelope:
@@ -50,7 +50,7 @@ class Inbox:
 
         Args:
             kinds: Messages that the state waits for.
-            patience_s: How long nobody may answer: the coordinator may be down.
+            patience_s: Seconds for which nobody need answer: the coordinator may be down.
 
         Raises:
             Redirected: a new order came, and ends what is going on.
@@ -90,7 +90,7 @@ class Inbox:
             log.debug("message.stale kind=%s step=%d", kind.__name__, message.stamp.step)
 
     def poll(self) -> None:
-        """Between two steps: raise if there is a new order, or an end."""
+        """Look for a new order or an end between two steps; raise if there is one."""
         with suppress(ReceiveTimeout):
             self._take(Deadline.after(0.0))
 
@@ -111,14 +111,14 @@ class Inbox:
 
 
 def _end(message: Refused | RunOver | Failure) -> Exception:
-    """Return what the coordinator's last word is as an exception of ours."""
+    """Return the coordinator's last word as an exception of ours."""
     if isinstance(message, Refused):
         return RefusedError(message.reason)
     return RunEnded(message.reason) if isinstance(message, RunOver) else _their_error(message)
 
 
 def _their_error(failure: Failure) -> EdgeError:
-    """The coordinator's error as an exception of ours."""
+    """Return the coordinator's error as an exception of ours."""
     kind = getattr(errors, failure.error, EdgeError)
     if not (isinstance(kind, type) and issubclass(kind, EdgeError)):
         kind = EdgeError

@@ -35,9 +35,9 @@ class LinkSpeed(NamedTuple):
     """What a device found out about its link."""
 
     round_trip_s: float
-    """Time of a small message there and back."""
+    """Seconds for a small message there and back."""
     up_bytes_per_s: float
-    """From the device to the coordinator."""
+    """Bandwidth from the device to the coordinator."""
     down_bytes_per_s: float
 
 

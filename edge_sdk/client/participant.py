@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
 log = logging.getLogger(__name__)
 
 FACTOR_ENDINGS = (".A", ".B", ".U", ".V")
-# Room for a message beyond the coordinator's largest: what aggregation hands out.
+# Received messages may always have this much; what an aggregation hands out may need more.
 LEAST_LIMIT_BYTES = 64 * 1024 * 1024
 
 
@@ -87,7 +87,7 @@ class Participant:
         self._state = LocalState(config.state)
         self._measured: DeviceProfile | None = None
         self._told: DeviceProfile | None = None
-        """What of that the coordinator knows."""
+        """The profile as the coordinator was last told it."""
         self._drift = SpeedDrift()
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Participant:
         self._inbox.enter(State.WAITING)
 
     def _enter(self, welcome: Welcome) -> None:
-        """Be in the run that *welcome* speaks of."""
+        """Enter the run that *welcome* describes."""
         if self._welcome != welcome:
             self._welcome, self._assigned, self._data = welcome, None, None
         self._stamp = welcome.stamp
@@ -127,7 +127,7 @@ class Participant:
         self._callback.on_connect(welcome.stamp.run)
 
     def _profile(self, welcome: Welcome) -> DeviceProfile:
-        """What this device offers, measured once: later most of its memory is the run's own."""
+        """Return what this device offers, measured once: later the run takes most of its memory."""
         if self._measured is None:
             files = self._setup.files(welcome, self._ask)
             self._measured = device_profile(self._config, files, welcome.max_length)
@@ -136,7 +136,7 @@ class Participant:
         return self._measured
 
     def _adopt(self, envelope: Envelope) -> None:
-        """Run another plan from now on; says so when all is in place."""
+        """Run another plan from now on; say so when all is in place."""
         self._inbox.enter(State.FETCHING)
         assigned: PlanAssigned = envelope.message
         if assigned != self._assigned or self._runtime is None:
@@ -308,11 +308,11 @@ class Participant:
         self._drift.step(report.num_tokens, report.compute_s, report.wait_s)
 
     def _look_at_pace(self) -> None:
-        """Tell the coordinator if it plans with numbers that are true no more."""
+        """Tell the coordinator if it plans with numbers that are no longer true."""
         factor, is_link_due = self._drift.end_round()
         if self._measured is None:
             return
-        # Kept at once: a new order may end the measurement of the link, which is then still due.
+        # Stored at once: a new order may end the measurement of the link, which is then still due.
         by_hand = self._config.profile
         self._measured = changed_profile(self._measured, by_hand, factor, is_link_due=is_link_due)
         self._inbox.enter(State.MEASURING)

@@ -42,7 +42,7 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     elif speed is None:
         log.info("speed.unknown reason=%s", "without torch, the first round will show it")
     try:
-        found = measure_profile(
+        measured = measure_profile(
             device=device,
             memory_bytes=by_hand.memory_bytes,
             overhead_bytes=by_hand.overhead_bytes,
@@ -50,17 +50,17 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
         )
     except ValueError as error:
         raise ConfigError(f"profile.memory_bytes: {error}") from error
-    return overlaid(found, by_hand)
+    return overlaid(measured, by_hand)
 
 
-def overlaid(found: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
-    """*found*, with every field that was set by hand as it was set."""
+def overlaid(measured: DeviceProfile, by_hand: DeviceProfile) -> DeviceProfile:
+    """Return *measured* with every field that was set by hand as it was set."""
     own = {f.name: getattr(by_hand, f.name) for f in fields(by_hand)}
-    return replace(found, **{name: value for name, value in own.items() if value is not None})
+    return replace(measured, **{name: value for name, value in own.items() if value is not None})
 
 
 def block_speed(model: Path, device: str, compute: str, max_length: int) -> float | None:
-    """Return the operations a second of a block of *model*; None if there can be none to measure.
+    """Return the operations a second of a block of *model*; None if it cannot be measured.
 
     Forward and backward of one block with random weights.
 
@@ -73,24 +73,18 @@ def block_speed(model: Path, device: str, compute: str, max_length: int) -> floa
     from profiler.measure import measure_block
 
     try:
-        found = measure_block(model, length=min(128, max_length), dtype=compute, device=device)
+        measured = measure_block(model, length=min(128, max_length), dtype=compute, device=device)
     except ValueError as error:
         log.warning("speed.unknown reason=%s", error)
         return None
-    return found.flops_per_s.value
+    return measured.flops_per_s.value
 
 
 def with_link(profile: DeviceProfile, link: Link, inbox: Inbox, stamp: Stamp) -> DeviceProfile:
     """Return *profile* with what it does not say about the link, measured now; see `probe`."""
     if None not in (profile.up_bytes_per_s, profile.down_bytes_per_s, profile.round_trip_s):
         return profile
-    speed = probe(link, inbox, stamp)
-    found = DeviceProfile(
-        up_bytes_per_s=speed.up_bytes_per_s,
-        down_bytes_per_s=speed.down_bytes_per_s,
-        round_trip_s=speed.round_trip_s,
-    )
-    return overlaid(found, profile)
+    return overlaid(DeviceProfile(**probe(link, inbox, stamp)._asdict()), profile)
 
 
 def changed_profile(

@@ -1,4 +1,4 @@
-"""How a device becomes part of a run: greeting, model parts, tokenizer, data, runtime.
+"""What a device needs for its part in a run: model parts, tokenizer, data, runtime.
 
 Nothing here trains. What is fetched is checked against its hash before it is used.
 """
@@ -149,18 +149,18 @@ class RuntimeSetup:
                 is_streamed=is_streamed,
             )
             self._local.load_whole(int(welcome.training["seed"]))
-        found = hashlib.sha256(self._local.pack(part.name)).hexdigest()
-        if found != part.sha256:
+        sha256 = hashlib.sha256(self._local.pack(part.name)).hexdigest()
+        if sha256 != part.sha256:
             raise ModelError(
                 f"model {self._config.model!r} is not the coordinator's: part {part.name!r} has "
-                f"sha256 {found[:12]}..., expected {part.sha256[:12]}...; leave `model` out to "
+                f"sha256 {sha256[:12]}..., expected {part.sha256[:12]}...; leave `model` out to "
                 "download the parts"
             )
         return self._local.tensors(part.name)
 
 
 def make_batches(prepared: TokenizedData, assigned: PlanAssigned, seed: int, name: str) -> Batches:
-    """The device's stream of training batches; a pure function of seed, name and step."""
+    """Return the device's stream of batches; a pure function of seed, name and step."""
     plan = assigned.plan
     return Batches(
         prepared.train, plan.batch_size, plan.micro_batch, seed, name, pad_id=prepared.pad_id
@@ -168,5 +168,5 @@ def make_batches(prepared: TokenizedData, assigned: PlanAssigned, seed: int, nam
 
 
 def as_int32(array: np.ndarray) -> np.ndarray:
-    """Labels and lengths as they travel."""
+    """Return labels or lengths as they travel."""
     return np.ascontiguousarray(array, dtype=np.int32)

@@ -1,7 +1,8 @@
 """Whether a device still computes and hears as fast as when its plan was made. Pure.
 
 A board that throttles, a power mode that changes, a link that fades: the coordinator should know,
-because it plans with the old numbers. What is noise and what is worth a new plan it decides itself.
+because it plans with the old numbers. It decides itself what is noise and
+what is worth a new plan.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import median
 
-# Less is noise of a busy machine, not worth a message.
+# A smaller relative change is noise of a busy machine, not worth a message.
 LEAST_CHANGE = 0.2
 
 
@@ -26,7 +27,7 @@ class SpeedDrift:
     """Whether the first round's numbers are those of a board that had changed before it."""
 
     def step(self, num_tokens: int, compute_s: float, wait_s: float) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._rates.append(num_tokens / max(compute_s, 1e-9))
         self._waits.append(wait_s)
 
@@ -50,10 +51,10 @@ class SpeedDrift:
         return SpeedDrift(_is_base_off=self._is_base_off or self._is_due)
 
     def end_round(self) -> tuple[float | None, bool]:
-        """The round is over.
+        """End the round.
 
         Returns:
-            By what the compute rate must be multiplied, None where it is as it was; and whether
+            The factor of the compute rate, None where it is as it was; and whether
             the device waited so differently that its link should be measured again.
         """
         if not self._rates:

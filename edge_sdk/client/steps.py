@@ -55,7 +55,7 @@ class Steps:
         self._waited_s = 0.0
 
     def train(self, batch: StepBatch, stamp: Stamp) -> StepReport:
-        """One optimizer step of the device."""
+        """Do one optimizer step of the device and return its report."""
         self._stamp = stamp
         runtime = self._runtime
         began, self._waited_s = time.monotonic(), 0.0
@@ -74,14 +74,14 @@ class Steps:
         )
 
     def _train_alone(self, step: StepBatch) -> float:
-        """Every block is here; returns the sum of the losses."""
+        """Train without the coordinator; return the sum of the losses."""
         return sum(
             self._runtime.local(batch, step.num_targets, step.step, index).loss_sum
             for index, batch in enumerate(step.micro_batches)
         )
 
     def _train_waves(self, step: StepBatch) -> float:
-        """Micro-batches through the model, most of which is elsewhere; returns the sum of losses.
+        """Send micro-batches through a model that is mostly elsewhere; return the sum of losses.
 
         While the coordinator has one of them, the next ones are computed here.
         """
@@ -94,7 +94,7 @@ class Steps:
         return loss_sum
 
     def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
-        """Send a micro-batch on its way; returns the shape of its hidden state."""
+        """Send a micro-batch on its way; return the shape of its hidden state."""
         hidden_BTD = self._runtime.forward(batch, step.step, index)  # the device's blocks
         self._send_activation(hidden_BTD, batch, index, len(step.micro_batches), step.num_targets)
         return hidden_BTD.shape
@@ -151,7 +151,7 @@ class Steps:
         return envelope
 
     def evaluate(self, examples: Sequence[Example], pad_id: int, stamp: Stamp) -> EvalReport:
-        """Go through the private validation data; all zeros when there is none."""
+        """Go through the private validation data; report zeros when there is none."""
         self._stamp = stamp
         loss_sum, targets, correct = 0.0, 0, 0
         if examples:
