@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
 
-# A person can still ask for all of it: what is set already stays.
+# What is set already stays: a person can still ask for all of it.
 SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -73,7 +73,7 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:
-    """Let a command be told how much of its log a person wants to see."""
+    """Add the options for the version and for how much of the log is shown."""
     parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
     parser.add_argument(
         "--log-level", default="warning", choices=("debug", "info", "warning", "error")
@@ -81,7 +81,7 @@ def add_log_level(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse *arguments* and call their `run`; returns the exit code of the program.
+    """Parse *arguments* and call their `run`; return the exit code of the program.
 
     An error of ours becomes one line on standard error and the exit code of its class.
     """

@@ -114,7 +114,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT", "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether *error* is Python's, torch's or CUDA's way of saying so."""
+    """Return whether *error* is how Python, torch or CUDA say that memory is exhausted."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or any(words in str(error) for words in OUT_OF_MEMORY)
 

@@ -18,7 +18,7 @@ from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
 
-# libzmq gives up a socket that was refused; it is built anew after ever longer pauses, in seconds.
+# libzmq gives up a socket that was refused; it is built anew after ever longer pauses (seconds).
 REBUILD_FIRST_S = 1.0
 REBUILD_MOST_S = 30.0
 

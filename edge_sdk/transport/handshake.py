@@ -33,7 +33,7 @@ class Handshake(NamedTuple):
     is_up: bool
     """Both keys were accepted."""
     refused: int | None
-    """Status with which the coordinator refused our key; 400 if it does not know it."""
+    """Status of the coordinator's refusal of our key, 400 for an unknown one; None without."""
     drops: int
     """Number of connections that ended before the keys were accepted."""
     round_trip_s: float | None

@@ -31,7 +31,7 @@ from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
 
-# An ack may wait this long for others; it is well below any round trip that matters.
+# Seconds that an ack may wait for others; well below any round trip that matters.
 ACK_DELAY_S = 0.002
 # One lane gets at most this many packets in a row before the other is looked at.
 TURN_PACKETS = 64
@@ -228,8 +228,8 @@ class DeviceIo:
             self._on_control(line, packets.read_control(packet), now_s)
             return
         for item in self._talk.on_packet(packet):
-            found = item if isinstance(item, Envelope) else RemoteProtocolError(item.text)
-            self.inbox.put((self.epoch, found))
+            news = item if isinstance(item, Envelope) else RemoteProtocolError(item.text)
+            self.inbox.put((self.epoch, news))
 
     def _on_control(self, line: Line, control: Any, now_s: float) -> None:
         if isinstance(control, packets.Ack):

@@ -20,7 +20,7 @@ from edge_sdk.protocol.packets import MAX_FRAME_BYTES, Lane
 QUEUE_FRAMES = 128
 # Below this size a copy is cheaper than the bookkeeping of sending without one.
 ZERO_COPY_BYTES = 64 * 1024
-# A stranger may hold a half-open handshake, which costs a file descriptor, for so long.
+# A stranger may hold a half-open handshake, which costs a file descriptor, for this long.
 HANDSHAKE_MS = 5_000
 # First frame of a monitor's message, zmq_socket_monitor(3): event and value. pyzmq's own parser
 # would load asyncio, a fifth of what importing this package takes.
@@ -93,7 +93,7 @@ class Waker:
         return self._inner.fileno()
 
     def wake(self) -> None:
-        """Make the poll return; this is cheap when it already will."""
+        """Make the poll return; this is cheap when it is about to return anyway."""
         if not self._is_awake:
             self._is_awake = True
             with suppress(OSError):  # full means awake, closed means over
