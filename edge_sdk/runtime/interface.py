@@ -47,7 +47,7 @@ class Runtime(Protocol):
         """Adapters, optimizer, trainable head and importance meter."""
 
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
-        """Run the device's blocks for training; returns h (B, T, D), float32, and keeps a graph.
+        """Run the device's blocks for training; return h (B, T, D), float32, and keep a graph.
 
         Several may be open at the same time; `backward` takes the oldest. With ranks of 0 only,
         nothing is kept.
@@ -65,7 +65,7 @@ class Runtime(Protocol):
         """Continue the backward pass of the oldest open `forward` from dL/dh."""
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
-        """Forward and backward of the whole model; only where the device holds all of it."""
+        """Run the whole model forward and backward; only where the device holds all of it."""
 
     def step(self, step: int) -> None:
         """Update the adapters with the gradients gathered since the last update.

@@ -15,7 +15,7 @@ from edge_sdk.lora.factors import Array
 from edge_sdk.runtime.training import TrainingConfig, learning_rate
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# As torch.nn.utils.clip_grad_norm_ adds to the norm.
+# torch.nn.utils.clip_grad_norm_ adds this to the norm.
 CLIP_EPSILON = 1e-6
 
 
@@ -37,7 +37,7 @@ class NumpyOptimizer:
             self._gradients[name] = np.array(value, np.float32)
 
     def add_to_gradient(self, name: str, value: Array) -> None:
-        """Add to a gradient that a backward pass has left; where none has, there is nothing."""
+        """Add to the gradient of parameter *name* if a backward pass has left one."""
         if name in self._gradients:
             self._gradients[name] += value
 
@@ -82,7 +82,7 @@ class NumpyOptimizer:
         self._gradients = {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of the moments, as `<parameter>.<moment>`."""
+        """Return copies of the moments, as `<parameter>.<moment>`."""
         return {
             f"{name}.{moment}": value.copy()
             for name, moments in self._moments.items()

@@ -105,7 +105,7 @@ class OnnxRuntime:
         return hidden_BTD
 
     def _run_blocks(self, micro: MicroBatch) -> list[Any]:
-        """What enters each block, and what leaves the last one."""
+        """Return what enters each block, and what leaves the last one."""
         lengths_B = micro.lengths.astype(np.int64)
         hidden = [self._model.enter(micro.input_ids, lengths_B)]
         for block in range(self._plan.split):
@@ -126,31 +126,31 @@ class OnnxRuntime:
             grad = self._pull(block, given, goes_on=block > lowest, measures=is_measured)
 
     def _lowest_trained(self) -> int:
-        """The first block that has an adapter."""
+        """Return the first block that has an adapter; the number of blocks if none has."""
         prefixes = [self._model.prefix(block) for block in range(self._plan.split)]
         is_trained = [any(n.startswith(p) for n in self._adapters.ranks) for p in prefixes]
         return is_trained.index(True) if any(is_trained) else self._plan.split
 
     def _pull(self, block: int, given: dict[str, Any], *, goes_on: bool, measures: bool) -> Any:
-        """One block's backward pass; returns the gradient of what entered it, if that is needed."""
+        """Run one block's backward pass; return the gradient of what entered it, if needed."""
         prefix = self._model.prefix(block)
         inside = [n.removeprefix(prefix) for n in self._plan.ranks if n.startswith(prefix)]
         trained = [n for n in inside if prefix + n in self._adapters.ranks]
         wanted = [f"grad:{n}.{factor}" for n in trained for factor in "AB"]
         wanted += [f"{self._importance.form}:{n}" for n in inside] if measures else []
         wanted += ["grad:hidden"] if goes_on else []
-        found = self._model.pull(block, given, self._adapters.factors, wanted, measures=measures)
+        outputs = self._model.pull(block, given, self._adapters.factors, wanted, measures=measures)
         for name in trained:
             full = prefix + name
-            self._optimizer.add_gradient(f"{full}.A", found[f"grad:{name}.A"].numpy())
+            self._optimizer.add_gradient(f"{full}.A", outputs[f"grad:{name}.A"].numpy())
             # The graph knows s B: dL/dB = s dL/d(s B).
-            grad_OR = found[f"grad:{name}.B"].numpy() * np.float32(self._adapters.scale(full))
+            grad_OR = outputs[f"grad:{name}.B"].numpy() * np.float32(self._adapters.scale(full))
             self._optimizer.add_gradient(f"{full}.B", grad_OR)
         for name in inside if measures else ():
             self._importance.add(
-                prefix + name, float(found[f"{self._importance.form}:{name}"].numpy())
+                prefix + name, float(outputs[f"{self._importance.form}:{name}"].numpy())
             )
-        return found.get("grad:hidden")
+        return outputs.get("grad:hidden")
 
     def tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
@@ -163,7 +163,7 @@ class OnnxRuntime:
     def _tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, share: float | None
     ) -> tuple[TailSums, Array | None]:
-        """Loss, and unless *share* is None, gradients times that."""
+        """Return the loss and, unless *share* is None, gradients times that."""
         wanted = ["loss", "hits"]
         if share is not None:
             wanted += ["grad:hidden", *(f"grad:{name}" for name in self._head)]
@@ -187,7 +187,7 @@ class OnnxRuntime:
     def _tail_of_targets(
         self, final_hidden_BTD: Array, micro: MicroBatch, wanted: list[str], share: float | None
     ) -> tuple[TailSums, Array | None]:
-        """A causal LM's loss, some targets at a time: no logits where there is none."""
+        """Return a causal LM's loss, some targets at a time: no logits where there is none."""
         labels_BT = np.full_like(micro.labels, IGNORE)
         labels_BT[:, :-1] = micro.labels[:, 1:]
         rows_N, positions_N = np.nonzero(labels_BT != IGNORE)
@@ -205,7 +205,7 @@ class OnnxRuntime:
         return TailSums(loss_sum, len(rows_N), hits), grad_BTD
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
-        """Forward and backward of the whole model; see `Runtime`."""
+        """Run the whole model forward and backward; see `Runtime`."""
         sums, grad_BTD = self.tail(self.forward(micro, step, index), micro, num_targets)
         self.backward(grad_BTD)
         return sums
@@ -237,15 +237,15 @@ class OnnxRuntime:
         return hidden_BTD
 
     def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
-        """Loss without gradients; see `Runtime`."""
+        """Return the loss without gradients; see `Runtime`."""
         return self._tail(final_hidden_BTD, micro, None)[0]
 
     # ---- memory ----
 
     def most_bytes(self) -> int:
-        """Upper bound for the bytes of all factors and residuals together."""
+        """Return an upper bound for the bytes of all factors and residuals; see `Runtime`."""
         return 4 * 4 * int(sum(sum(shape) * min(shape) for shape in self._matrices))
 
     def memory_in_use(self) -> MemoryUse:
-        """Memory now, and the most since the process began."""
+        """Return memory now, and the most since the process began; see `Runtime`."""
         return process_memory()

@@ -52,18 +52,18 @@ class OnnxModel:
     # ---- what there is ----
 
     def prefix(self, index: int) -> str:
-        """What the names of a block's weights begin with."""
+        """Return what the names of a block's weights begin with."""
         return f"{self.about.blocks_path}.{index}."
 
     def targets(self) -> dict[str, Shape]:
-        """Every weight that may have an adapter, by module name, in the graphs' order."""
-        found: dict[str, Shape] = {}
+        """Return the weights that may have an adapter, by module name, in the graphs' order."""
+        targets: dict[str, Shape] = {}
         for index, kind in enumerate(self.about.kinds):
             sizes = {i.name: i.shape for i in self._session(f"vjp.{kind}").get_inputs()}
             for name in [n.removesuffix(".A") for n in sizes if n.endswith(".A")]:
                 shape = Shape(sizes[f"{name}.B"][0], sizes[f"{name}.A"][1])
-                found[self.prefix(index) + name] = shape
-        return found
+                targets[self.prefix(index) + name] = shape
+        return targets
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
@@ -80,12 +80,12 @@ class OnnxModel:
     # ---- running ----
 
     def enter(self, input_ids: np.ndarray, lengths: np.ndarray) -> Any:
-        """Embed (B, T) token ids; returns what enters block 0, (B, T, D)."""
+        """Embed (B, T) token ids; return what enters block 0, (B, T, D)."""
         given = {"input_ids": input_ids, "lengths": lengths}
         return self._run("front", ["out"], given, "")["out"]
 
     def block(self, index: int, hidden: Any, lengths: np.ndarray, factors: Factor) -> Any:
-        """Run a block; returns its output (B, T, D)."""
+        """Run a block; return its output (B, T, D)."""
         given = {"hidden": hidden, "lengths": lengths, **self._factors(index, factors)}
         name = f"block.{self.about.kinds[index]}"
         return self._run(name, ["out"], given, self.prefix(index))["out"]
@@ -141,20 +141,20 @@ class OnnxModel:
             is_weight = known is None
             feeds[entry.name] = self._weight(prefix, entry.name) if is_weight else _value(known)
         try:
-            found = session.run_with_ort_values(list(wanted), feeds, _only_wanted())
+            outputs = session.run_with_ort_values(list(wanted), feeds, _only_wanted())
         except Exception as error:  # noqa: BLE001 - onnxruntime has many, without a base
             raise _run_error(error) from error
-        return dict(zip(wanted, found, strict=True))
+        return dict(zip(wanted, outputs, strict=True))
 
     def _weight(self, prefix: str, name: str) -> Any:
-        found = self._weights.get(prefix + name) or self._weights.get(name)
-        if found is None:
+        weight = self._weights.get(prefix + name) or self._weights.get(name)
+        if weight is None:
             raise ModelError(f"the parts hold no tensor {prefix + name!r}")
-        return found
+        return weight
 
 
 def version() -> str:
-    """Version of onnxruntime."""
+    """Return the version of onnxruntime."""
     return str(ort.__version__)
 
 
@@ -177,7 +177,7 @@ def _only_wanted() -> Any:
 
 
 def _mapped(stored: Stored) -> Any:
-    """A weight where it lies."""
+    """Return a weight where it lies."""
     if stored.dtype == "BF16":
         make = getattr(ort.OrtValue, "ortvalue_from_numpy_with_onnx_type", None)
         if make is None:
@@ -190,7 +190,7 @@ def _mapped(stored: Stored) -> Any:
 
 
 def _value(array: Any) -> Any:
-    """An array as onnxruntime takes it, without a copy where it is in order."""
+    """Return an array as onnxruntime takes it, without a copy where it is in order."""
     if isinstance(array, ort.OrtValue):
         return array
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -124,7 +124,7 @@ class TorchRuntime:
             torch.autograd.backward(hidden, grad.to(hidden.dtype))
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
-        """Forward and backward of the whole model; see `Runtime`."""
+        """Run the whole model forward and backward; see `Runtime`."""
         self._slice.model.train()
         seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, labels = self._tensors(micro)
@@ -154,7 +154,7 @@ class TorchRuntime:
             return to_numpy(self._slice.front(ids_BT, lengths_B, self._plan.split))
 
     def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
-        """Loss without gradients; see `Runtime`."""
+        """Return the loss without gradients; see `Runtime`."""
         self._slice.model.eval()
         with torch.no_grad():
             return totals(self._sums(torch.from_numpy(final_hidden_BTD).to(self._device), micro))
@@ -177,7 +177,7 @@ class TorchRuntime:
         return self.state.adapters.most_bytes()
 
     def memory_in_use(self) -> MemoryUse:
-        """Memory now, and the most since the process began."""
+        """Return memory now, and the most since the process began; see `Runtime`."""
         here = process_memory()
         if self._device.type != "cuda":
             return here
@@ -227,13 +227,13 @@ def load_parameters(
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """A float32 array on the host, sharing memory where it can."""
+    """Return a float32 array on the host, which shares memory where it can."""
     array: Array = tensor.detach().float().cpu().numpy()
     return array
 
 
 def totals(sums: LossSums) -> TailSums:
-    """Sums over the sequences, as plain numbers."""
+    """Return the sums over the sequences, as plain numbers."""
     return TailSums(
         float(sums.loss_B.detach().sum()), int(sums.targets_B.sum()), int(sums.correct_B.sum())
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# As torch.amp.GradScaler starts and grows.
+# torch.amp.GradScaler starts and grows like this.
 FIRST_LOSS_SCALE = 65536.0
 STEPS_TO_DOUBLE_SCALE = 2000
 SCALE = "loss_scale"
@@ -45,9 +45,9 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     """Decay of AdamW's second moment."""
     adam_epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Number added to the root of AdamW's second moment."""
     max_grad_norm: float = 1.0
-    """Each side clips the 2-norm of the gradients of all its own adapters to this; 0 never."""
+    """Bound to which each side clips the 2-norm of all its adapters' gradients; 0 for none."""
     rank_penalty: float = 0.0
     """HetLoRA's lambda: weight of |B_tail| |A_tail| in the device's loss, so that ranks it does not
     need fade and are pruned; 0 prunes nothing. Needs `aggregation: zeropad`."""
@@ -93,7 +93,7 @@ def from_pairs(cls: Any, pairs: Mapping[str, str]) -> Any:
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """The rate of *step* (from 0) of a run of *total_steps*, as transformers schedules it."""
+    """Return the rate of *step* (from 0) among *total_steps*, as transformers schedules it."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.lr_scheduler_type == "constant":
@@ -176,7 +176,7 @@ class Optimizer:
             self._torch.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of the moments, as `<parameter>.<moment>`, and in float16 the loss scale."""
+        """Return copies of the moments, as `<parameter>.<moment>`; in float16 also the scale."""
         if self._torch is None:
             return {}
         scale = {SCALE: np.array([self.loss_scale, self._good_steps])} if self._is_scaled else {}

@@ -130,7 +130,7 @@ class TrainingState(ABC):
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Be as when `checkpoint` returned *state*."""
+        """Go back to where `checkpoint` returned *state*."""
         own = under("own:", state)
         names = [n for n in self.adapters.ranks if f"{n}.A" in own]
         self.adapters.load_pairs({n: Pair(own[f"{n}.A"], own[f"{n}.B"]) for n in names})
@@ -187,7 +187,7 @@ class NumpyTrainingState(TrainingState):
 def merge_change(
     adapters: Adapted, changes: Mapping[str, Factors], before: Mapping[str, Factors]
 ) -> None:
-    """Res <- Res + change + s B A - s B' A' for the weights in *changes*.
+    """Set Res <- Res + change + s B A - s B' A' for the weights in *changes*.
 
     B A are the factors at the start of the round that ended, B' A' those that are held now; see
     docs/method.md, Aggregation.
