@@ -239,11 +239,11 @@ class Admission:
             self._first_plans(waiting)
 
     def _first_plans(self, devices: list[str]) -> None:
-        found = self._planner.begin(devices)
-        self._run.watcher.see(PlanMade(self._run.state.round, found, ["first plans"], {}))
+        made = self._planner.begin(devices)
+        self._run.watcher.see(PlanMade(self._run.state.round, made, ["first plans"], {}))
         for name in devices:
-            if name in found.refused:
-                self.expel(name, RefusedError(found.refused[name]))
+            if name in made.refused:
+                self.expel(name, RefusedError(made.refused[name]))
             else:
                 self.assign(name)
 
@@ -292,7 +292,7 @@ class Admission:
             self.expel(device, error)
 
     def move_outdated(self) -> None:
-        """Give those that run another plan than the planner has for them that one."""
+        """Move the devices that run another plan than the planner has for them."""
         for device in sorted(self._run.state.ready):
             try:
                 is_outdated = self._planner.plan(device) != self.plans[device]
@@ -338,9 +338,9 @@ class Admission:
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
     ) -> None:
-        """Send a message to a device; without a session of it the message is lost.
+        """Send a message to a device; it is lost if the device has no session.
 
-        As one on its way would be: that the device has left, and why, comes as an event of its own.
+        That the device has left, and why, comes as an event of its own.
         """
         with suppress(PeerGone):
             self._gateway.send(device, message, tensors)

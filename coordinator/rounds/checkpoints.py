@@ -28,7 +28,7 @@ class Checkpoints:
         self._run.saved()
 
     def rewind(self) -> None:
-        """Be as at the newest checkpoint."""
+        """Go back to the newest checkpoint."""
         self._restore(self._folder.load_checkpoint(), in_new_process=False)
 
     def _restore(self, checkpoint: Checkpoint, *, in_new_process: bool) -> None:

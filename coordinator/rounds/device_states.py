@@ -45,7 +45,7 @@ _FIRST = {
 }
 _ALWAYS = dict.fromkeys((Hello, Goodbye, Failure), MessageAction.TAKE)
 _WELCOMED = {**_ALWAYS, **dict.fromkeys((PartRequest, Profiled, Probe), MessageAction.TAKE)}
-# Who is lost for the round may still be on its way through it.
+# A device that is lost for the round may still be on its way through it.
 _ASSIGNED = {
     **_WELCOMED,
     **dict.fromkeys((Ready, EvalReport, Paused), MessageAction.TAKE),

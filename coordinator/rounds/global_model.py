@@ -56,7 +56,7 @@ class GlobalModel:
         return shapes, head
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
-        """Join what devices and coordinator have learned; *reports* gets the coordinator's."""
+        """Join what devices and coordinator have learned; add the latter to *reports*."""
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         pruned = self._planner.prune(self.ledger.pairs, reports)
         result = self.ledger.aggregate(reports)
@@ -107,7 +107,7 @@ class GlobalModel:
         return {"engine": self.engine.state(), "ledger": self.ledger.state()}
 
     def load_state(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Take over what `state` returned, with an engine like the one of then."""
+        """Take over what `state` returned, with an engine like the one at that time."""
         self.ledger.load_state(state["ledger"])
         engine = state["engine"]
         own = {n: v for n, v in under("own:", engine).items() if n.endswith(".A")}

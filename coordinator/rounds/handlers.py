@@ -1,4 +1,4 @@
-"""What devices send is checked and put where it belongs; nothing is computed or decided here."""
+"""Check what devices send and put it where it belongs; nothing is computed or decided here."""
 
 from __future__ import annotations
 

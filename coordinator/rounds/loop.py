@@ -60,10 +60,10 @@ class Coordinator:
         Args:
             config: What to run.
             model: What is trained.
-            folder: Where the run leaves what it finds.
+            folder: The run's own files.
             gateway: How to reach the devices; whoever opened it closes it.
             watcher: Sees what happens, after the folder's files.
-            run_id: Stands in every message.
+            run_id: Name of the run in every message.
             pool: Where the coordinator computes; None: in a thread of its own.
             least_devices: Devices that a round needs once a step is done; None: config.min_devices.
         """

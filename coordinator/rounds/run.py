@@ -69,7 +69,7 @@ class Run:
         self.id, self.state = run_id, state
         self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
-        """The round was given up: everything must be as at the last checkpoint."""
+        """Whether the round was given up: everything must go back to the last checkpoint."""
         self.paused: set[str] = set()
         """Devices that have saved their state."""
         self.inputs = PendingInputs()
@@ -226,11 +226,11 @@ class Run:
         }
 
     def saved(self) -> None:
-        """Rewind to this step from now on."""
+        """Note a checkpoint of this step, to which a rewind goes back from now on."""
         self.state.saved()
 
     def restore(self, facts: Mapping[str, Any], *, in_new_process: bool) -> None:
-        """Stand where `facts` has found the run; in a new process, wait for its devices."""
+        """Go back to where `facts` found the run; in a new process, wait for its devices."""
         self.state.restore(facts["round"], facts["step"], facts["attempt"], facts["begins"])
         self._round_start.forget()
         self.reporting.load_progress(facts["progress"])

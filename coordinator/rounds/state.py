@@ -1,8 +1,7 @@
 """Where a run stands and what the coordinator must do next. Pure: no socket, no clock, no tensor.
 
 A round is a sequence of steps, a step a sequence of waves: wave j takes the j-th micro-batch of
-every member that has one. With `labels: device` a wave has two halves, forward and
-backward.
+every member that has one. With `labels: device` a wave has two halves, forward and backward.
 
     GATHERING --enough devices--> TRAINING --last step--> COLLECTING --all uploads--> GATHERING
         ^                            |                        |                  or CLOSING
@@ -201,7 +200,7 @@ class RunState:
         self.micro, self.arrived, self.is_forward_done = micro, set(), False
 
     def _skip_empty(self) -> None:
-        """Pass steps in which nobody needs the coordinator."""
+        """Skip steps in which nobody needs the coordinator."""
         if self.phase is Phase.TRAINING and (self.step >= self.end_step or not self.expected()):
             self.step = self.end_step
             self.phase = Phase.COLLECTING

@@ -1,6 +1,6 @@
 """Judge what a device sends before it touches the model: what depends on run and plan. Pure.
 
-That the tensors are those of the message, the protocol has checked on arrival.
+The protocol has checked on arrival that the tensors are those of the message.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def check_report(report: StepReport) -> None:
 
 
 def check_evaluation(report: EvalReport) -> None:
-    """Refuse an evaluation that cannot be."""
+    """Refuse an evaluation with impossible counts."""
     if not 0 <= report.num_correct <= report.num_targets:
         raise RemoteProtocolError(
             f"evaluation: {report.num_correct} of {report.num_targets} targets correct"
@@ -114,7 +114,7 @@ def check_evaluation(report: EvalReport) -> None:
 
 
 def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
-    """Refuse importance of weights that are not in the plan, or that cannot be."""
+    """Refuse importance of weights that are not in the plan, or of an impossible size."""
     for name, value in importance.items():
         if name not in plan.ranks:
             raise RemoteProtocolError(f"importance of {name[:60]!r}, which is not in the plan")
@@ -127,7 +127,7 @@ def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
 def check_upload(
     message: AdapterUpload, tensors: Mapping[str, Array], shapes: Mapping[str, Shape]
 ) -> None:
-    """Refuse an upload that does not hold exactly what the plan says, and finite."""
+    """Refuse an upload that does not hold exactly what the plan says, in finite numbers."""
     check_shapes(message, tensors, shapes)
     for name, tensor in tensors.items():
         require_finite(tensor, f"upload {name!r}")

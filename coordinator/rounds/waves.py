@@ -37,10 +37,10 @@ class WaveRunner:
 
         Args:
             run: Where the run stands.
-            admission: Whom to send to.
-            learned: Whose engine computes.
+            admission: Sends to the devices.
+            learned: The model whose engine computes.
             worker: Its thread.
-            handle: Takes in what devices have sent before its wave had its turn.
+            handle: Takes in what devices sent before its wave had its turn.
         """
         self._run, self._admission, self._learned = run, admission, learned
         self._worker, self._handle = worker, handle
@@ -79,7 +79,7 @@ class WaveRunner:
                 self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD)})
 
     def backward(self) -> None:
-        """Run the backward half of it."""
+        """Run the backward half of a wave whose labels stay on the devices."""
         state = self._run.state
         grads = {name: self._run.inputs.grads[name] for name in state.expected()}
         compute = partial(self._learned.engine.backward, grads)
@@ -92,7 +92,7 @@ class WaveRunner:
             return
         for answer in answers:
             if not np.isfinite(answer.grad_BTD).all():
-                # Nor is the engine's own: `finish_step` leaves its adapters alone, once.
+                # Nor is the engine's own gradient: `finish_step` then keeps its adapters.
                 fault = NumericError("the gradient of what it sent is not finite")
                 self._admission.expel(answer.device, fault)
             elif answer.device in state.members:
@@ -142,10 +142,10 @@ class WaveRunner:
     def _answer_evals(
         self, messages: list[Activation], results: list[tuple[str, TailSums | Array]]
     ) -> None:
-        for message, (device, found) in zip(messages, results, strict=True):
-            if isinstance(found, TailSums):
-                answer = EvalResult(stamp=message.stamp, micro=message.micro, **found._asdict())
+        for message, (device, result) in zip(messages, results, strict=True):
+            if isinstance(result, TailSums):
+                answer = EvalResult(stamp=message.stamp, micro=message.micro, **result._asdict())
                 self._admission.send(device, answer)
             else:
                 top = TopHidden(stamp=message.stamp, micro=message.micro, is_eval=True)
-                self._admission.send(device, top, {"hidden": self._coded(device, found)})
+                self._admission.send(device, top, {"hidden": self._coded(device, result)})
