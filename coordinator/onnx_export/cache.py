@@ -1,4 +1,4 @@
-"""Graphs for devices without torch: ordered, made in a process of their own, kept for ever.
+"""Graphs for devices without torch: made in a process of their own, and kept for ever.
 
 Making them takes seconds of Python and changes torch's modules meanwhile, so that it cannot happen
 beside a computation. What is made is known by all that it depends on and is never made twice.
@@ -32,8 +32,6 @@ MODULE = "coordinator.onnx_export.export"
 MAKERS = ("torch", "transformers", "onnx")
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    "coordinator/onnx_export/trace.py",
-    "coordinator/onnx_export/job.py",
     "coordinator/onnx_export/*.py",
     "edge_sdk/lora/adapters.py",
     "edge_sdk/runtime/onnx_graphs.py",
@@ -51,11 +49,11 @@ class Build:
 
     @property
     def path(self) -> Path:
-        """Where they will lie."""
+        """File in which they will lie."""
         return Path(self.folder.name) / "graphs.safetensors"
 
     def error(self) -> str:
-        """What the process said last."""
+        """Return what the process said last."""
         lines = (Path(self.folder.name) / "stderr").read_text("utf-8", "replace").split("\n")
         said = [line for line in lines if line.strip()]
         return said[-1] if said else f"exit code {self.process.returncode}"
@@ -77,7 +75,7 @@ class GraphCache:
         self._source, self._facts, self._num_labels = source, facts, num_labels
         self._cache = cache
         self._keys: dict[tuple[int, bool, bool], str] = {}
-        self._orders: dict[str, Build] = {}
+        self._builds: dict[str, Build] = {}
 
     def find(self, plan: Plan, *, measures: bool) -> Part | None:
         """Return the graphs of *plan*; None while they are being made.
@@ -89,29 +87,29 @@ class GraphCache:
         if what not in self._keys:
             self._keys[what] = self._key(self._job(plan, measures=measures))
         key = self._keys[what]
-        if part := self._kept(key):
+        if part := self._cached(key):
             return part
-        if key not in self._orders:
-            self._orders[key] = self._begin(self._job(plan, measures=measures))
+        if key not in self._builds:
+            self._builds[key] = self._begin(self._job(plan, measures=measures))
             log.info("graphs.ordered split=%d", plan.split)
-        order = self._orders[key]
-        if order.process.poll() is None:
+        build = self._builds[key]
+        if build.process.poll() is None:
             return None
-        del self._orders[key]
-        with order.folder:
-            if order.process.returncode:
+        del self._builds[key]
+        with build.folder:
+            if build.process.returncode:
                 raise RefusedError(
-                    f"no graphs for its onnxruntime backend: {order.error()}; install torch there"
+                    f"no graphs for its onnxruntime backend: {build.error()}; install torch there"
                 )
-            return self._keep(key, order.path.read_bytes())
+            return self._store(key, build.path.read_bytes())
 
     def close(self) -> None:
         """Stop what is being made."""
-        for order in self._orders.values():
-            order.process.kill()
-            order.process.wait()
-            order.folder.cleanup()
-        self._orders = {}
+        for build in self._builds.values():
+            build.process.kill()
+            build.process.wait()
+            build.folder.cleanup()
+        self._builds = {}
 
     def _job(self, plan: Plan, *, measures: bool) -> ExportJob:
         names = ["front", *(f"block.{i}" for i in range(plan.split)), *(["tail"] * plan.tail)]
@@ -135,14 +133,14 @@ class GraphCache:
     def _index(self, key: str) -> Path:
         return self._cache.folder / f"{key}.graphs.json"
 
-    def _kept(self, key: str) -> Part | None:
+    def _cached(self, key: str) -> Part | None:
         path = self._index(key)
         if not path.is_file():
             return None
         part = Part(name=PART_NAME, **json.loads(path.read_text("utf-8")))
         return part if self._cache.has(part) else None
 
-    def _keep(self, key: str, data: bytes) -> Part:
+    def _store(self, key: str, data: bytes) -> Part:
         sha256 = hashlib.sha256(data).hexdigest()
         part = Part(name=PART_NAME, sha256=sha256, num_bytes=len(data))
         self._cache.store(part, data)
@@ -154,12 +152,12 @@ class GraphCache:
         folder = tempfile.TemporaryDirectory(prefix="edgesplit-graphs-")
         base = Path(folder.name)
         (base / "job.json").write_text(job_text(job), "utf-8")
-        # Wherever we were imported from, whatever the working directory is.
+        # The process finds this package wherever we were imported from, in any working directory.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-        order = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
+        arguments = [base / "job.json", self._source.folder, base / "graphs.safetensors"]
         with (base / "stderr").open("wb") as errors:
-            command = [sys.executable, "-m", MODULE, *map(str, order)]
+            command = [sys.executable, "-m", MODULE, *map(str, arguments)]
             process = subprocess.Popen(command, stdout=errors, stderr=errors, env=env)
         return Build(process, folder)
 

@@ -66,14 +66,14 @@ def export_slice(config: Any, job: ExportJob, layout: Layout | None = None) -> G
 
 
 def _gradients(tracer: Tracer, index: int, kind: int, job: ExportJob) -> dict[str, bytes]:
-    found = {f"vjp.{kind}": _written(lambda: tracer.block_vjp(index))}
+    models = {f"vjp.{kind}": _written(lambda: tracer.block_vjp(index))}
     if job.measures:
-        found[f"measure.{kind}"] = _written(lambda: tracer.block_vjp(index, measures=True))
-    return found
+        models[f"measure.{kind}"] = _written(lambda: tracer.block_vjp(index, measures=True))
+    return models
 
 
 def _weightless(config: Any, job: ExportJob, layout: Layout) -> Slice:
-    """The slice with a single zero for all its weights."""
+    """Return the slice with a single zero for all its weights."""
     slice_ = Slice(config, job.task, layout, torch.float32)
     shapes = {name: tensor.shape for name, tensor in slice_.model.state_dict().items()}
     for index in range(job.split):
@@ -84,7 +84,7 @@ def _weightless(config: Any, job: ExportJob, layout: Layout) -> Slice:
 
 def _written(trace: Callable[[], Traced]) -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of its own inner life
+        warnings.simplefilter("ignore")  # torch warns about its own code
         return Writer(trace(), LOWERINGS).write()
 
 

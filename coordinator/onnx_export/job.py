@@ -1,4 +1,4 @@
-"""What graphs are ordered by: all that decides what comes out. Knows no torch and no ONNX."""
+"""What is asked of an export: all that decides what comes out. Knows no torch and no ONNX."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """What to export; all of it decides what comes out."""
+    """What to export."""
 
     task: Task
     num_labels: int
     split: int
     """Blocks 0 .. split-1."""
     tail: bool
-    """Whether the tail is wanted, too."""
+    """Whether the tail is wanted too."""
     measures: bool
     """Whether the device measures importance."""
     targets: Mapping[str, tuple[int, int]]
@@ -36,5 +36,5 @@ def load_job(path: Path) -> ExportJob:
 
 
 def job_text(job: ExportJob) -> str:
-    """*job* as text, the same for equal jobs."""
+    """Return *job* as text, the same for equal jobs."""
     return json.dumps(asdict(job), sort_keys=True)

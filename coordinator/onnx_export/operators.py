@@ -31,19 +31,19 @@ def lowers(*names: str) -> Callable[[Lowering], Lowering]:
 
 
 def out(node: fx.Node) -> torch.Tensor:
-    """The tensor that *node* gives, without its data."""
+    """Return the tensor that *node* gives, without its data."""
     value = node.meta["val"]
     tensor: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return tensor
 
 
 def arg(node: fx.Node, index: int, default: Any = None) -> Any:
-    """A positional argument, or what stands for it."""
+    """Return a positional argument, or what stands for it."""
     return node.args[index] if index < len(node.args) else default
 
 
 def axes(node: fx.Node, index: int) -> list[int]:
-    """The dimensions that an argument names, none of them negative; all if it names none."""
+    """Return the dimensions that an argument names, none negative; all if it names none."""
     rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     given = arg(node, index)
     given = [given] if isinstance(given, int) else given or range(rank)
@@ -73,7 +73,7 @@ ELEMENTWISE = {
 
 @lowers(*(f"{name}.{kind}" for name in ELEMENTWISE for kind in ("Tensor", "Scalar", "default")))
 def binary(w: Writer, node: fx.Node) -> Value:
-    """Two operands of one dtype."""
+    """Write an operator of two operands of one dtype."""
     left, right = node.args[:2]
     dtype = out(node).dtype
     if dtype == torch.bool:
@@ -86,14 +86,14 @@ def binary(w: Writer, node: fx.Node) -> Value:
 
 
 def _stand_in(argument: Any) -> Any:
-    """What decides the dtype of a comparison."""
+    """Return what decides the dtype of a comparison."""
     value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
     return value if isinstance(value, torch.Tensor | int | float | bool) else 0
 
 
 @lowers("ne.Tensor", "ne.Scalar")
 def not_equal(w: Writer, node: fx.Node) -> Value:
-    """Not equal."""
+    """Write whether two operands differ."""
     dtype = torch.result_type(*map(_stand_in, node.args[:2]))
     same = w.add("Equal", w.operand(node.args[0], dtype), w.operand(node.args[1], dtype))
     return w.add("Not", same)
@@ -101,7 +101,7 @@ def not_equal(w: Writer, node: fx.Node) -> Value:
 
 @lowers("rsub.Scalar", "rsub.Tensor")
 def reversed_sub(w: Writer, node: fx.Node) -> Value:
-    """The second operand less the first."""
+    """Write the second operand less the first."""
     dtype = out(node).dtype
     return w.add("Sub", w.operand(node.args[1], dtype), w.operand(node.args[0], dtype))
 
@@ -126,20 +126,20 @@ UNARY = {
 
 @lowers(*(f"{name}.default" for name in UNARY))
 def unary(w: Writer, node: fx.Node) -> Value:
-    """One operand."""
+    """Write an operator of one operand."""
     return w.add(UNARY[str(node.target).split(".")[1]], w.operand(node.args[0], out(node).dtype))
 
 
 @lowers("silu.default")
 def silu(w: Writer, node: fx.Node) -> Value:
-    """The input times its sigmoid."""
+    """Write the input times its sigmoid."""
     x = w.value(node.args[0])
     return w.add("Mul", x, w.add("Sigmoid", x))
 
 
 @lowers("gelu.default")
 def gelu(w: Writer, node: fx.Node) -> Value:
-    """X times the normal distribution's share below x, or its approximation by tanh."""
+    """Write x times the normal distribution's share below x, or its approximation by tanh."""
     x, dtype = w.value(node.args[0]), out(node).dtype
 
     def number(value: float) -> str:
@@ -156,7 +156,7 @@ def gelu(w: Writer, node: fx.Node) -> Value:
 
 @lowers("pow.Tensor_Scalar")
 def power(w: Writer, node: fx.Node) -> Value:
-    """A fixed power; the small ones by multiplication, as Pow is slow."""
+    """Write a fixed power; small ones are multiplications, as Pow is slow."""
     x, exponent = w.operand(node.args[0], out(node).dtype), node.args[1]
     if exponent in (2, 3):
         square = w.add("Mul", x, x)
@@ -168,7 +168,7 @@ def power(w: Writer, node: fx.Node) -> Value:
 
 @lowers("where.self", "where.ScalarSelf", "where.ScalarOther")
 def where(w: Writer, node: fx.Node) -> Value:
-    """A choice."""
+    """Write a choice between two operands."""
     condition, yes, no = node.args
     dtype = out(node).dtype
     return w.add("Where", w.value(condition), w.operand(yes, dtype), w.operand(no, dtype))
@@ -176,7 +176,7 @@ def where(w: Writer, node: fx.Node) -> Value:
 
 @lowers("masked_fill.Scalar", "masked_fill.Tensor")
 def masked_fill(w: Writer, node: fx.Node) -> Value:
-    """A number where the mask is true."""
+    """Write a number where the mask is true."""
     x, mask, number = node.args
     dtype = out(node).dtype
     return w.add("Where", w.value(mask), w.operand(number, dtype), w.value(x))
@@ -184,7 +184,7 @@ def masked_fill(w: Writer, node: fx.Node) -> Value:
 
 @lowers("threshold_backward.default")
 def threshold_backward(w: Writer, node: fx.Node) -> Value:
-    """The gradient where the input was above the threshold."""
+    """Write the gradient where the input was above the threshold, else 0."""
     grad, x, threshold = node.args
     dtype = out(node).dtype
     is_below = w.add("LessOrEqual", w.value(x), w.operand(threshold, dtype))
@@ -240,7 +240,7 @@ LOWERINGS |= {
 
 @lowers("mm.default", "addmm.default")
 def mm(w: Writer, node: fx.Node) -> Value:
-    """A product of two matrices, perhaps on top of a third; transposes are free."""
+    """Write a product of two matrices, perhaps added to a third; transposes are free."""
     *third, left, right = node.args
     (a, is_a), (b, is_b) = _untransposed(left), _untransposed(right)
     terms = [w.value(a), w.value(b), *(w.value(c) for c in third)]
@@ -248,7 +248,7 @@ def mm(w: Writer, node: fx.Node) -> Value:
 
 
 def _untransposed(node: Any) -> tuple[Any, int]:
-    """The matrix under a transpose, and whether there was one."""
+    """Return the matrix under a transpose, and whether there was one."""
     if str(node.target) in ("aten.transpose.int", "aten.t.default"):
         return node.args[0], 1
     return node, 0
@@ -256,7 +256,7 @@ def _untransposed(node: Any) -> tuple[Any, int]:
 
 @lowers("native_layer_norm.default")
 def layer_norm(w: Writer, node: fx.Node) -> Value:
-    """Output, mean and one over the deviation."""
+    """Write output, mean and one over the deviation."""
     x, weight, bias, epsilon = node.args[0], *node.args[2:]
     shape: Any = node.args[1]
     ones: Any = np.ones(shape, NUMPY_TYPES[out(node).dtype])
@@ -268,7 +268,7 @@ def layer_norm(w: Writer, node: fx.Node) -> Value:
 
 @lowers("_safe_softmax.default")
 def safe_softmax(w: Writer, node: fx.Node) -> Value:
-    """Softmax in which a row that is masked throughout is zero, not NaN."""
+    """Write a softmax in which a row that is masked throughout is zero, not NaN."""
     x, axis = w.value(node.args[0]), arg(node, 1)
     dtype = out(node).dtype
     highest = w.add("ReduceMax", x, w.ints(axis), keepdims=1)
@@ -287,7 +287,7 @@ REDUCTIONS = {
 
 @lowers(*REDUCTIONS)
 def reduction(w: Writer, node: fx.Node) -> Value:
-    """Sums and the like over some dimensions."""
+    """Write a sum or the like over some dimensions."""
     x = w.operand(node.args[0], out(node).dtype)
     over = axes(node, 1)
     kind = REDUCTIONS[str(node.target).removeprefix("aten.")]
@@ -299,7 +299,7 @@ def reduction(w: Writer, node: fx.Node) -> Value:
 
 @lowers("view.default", "_unsafe_view.default", "reshape.default", "_reshape_copy.default")
 def view(w: Writer, node: fx.Node) -> Value:
-    """Another shape of the same numbers."""
+    """Write the same numbers in another shape."""
     sizes = list(out(node).shape)
     varying = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
     # One unknown size needs no arithmetic at run time.
@@ -309,7 +309,7 @@ def view(w: Writer, node: fx.Node) -> Value:
 
 @lowers("transpose.int", "t.default", "permute.default")
 def transpose(w: Writer, node: fx.Node) -> Value:
-    """Another order of dimensions."""
+    """Write the dimensions in another order."""
     order = list(range(out(node).dim()))
     if str(node.target) == "aten.permute.default":
         order = axes(node, 1)
@@ -322,7 +322,7 @@ def transpose(w: Writer, node: fx.Node) -> Value:
 
 @lowers("squeeze.dim", "squeeze.dims")
 def squeeze(w: Writer, node: fx.Node) -> Value:
-    """Without dimensions of size one."""
+    """Leave out dimensions of size one."""
     sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     gone = [axis for axis in axes(node, 1) if isinstance(sizes[axis], int) and sizes[axis] == 1]
     return w.add("Squeeze", w.value(node.args[0]), w.ints(*gone)) if gone else w.value(node.args[0])
@@ -330,7 +330,7 @@ def squeeze(w: Writer, node: fx.Node) -> Value:
 
 @lowers("expand.default")
 def expand(w: Writer, node: fx.Node) -> Value:
-    """The same numbers many times."""
+    """Write the same numbers many times."""
     x: Any = node.args[0]
     if tuple(x.meta["val"].shape) == tuple(out(node).shape):
         return w.value(x)
@@ -339,7 +339,7 @@ def expand(w: Writer, node: fx.Node) -> Value:
 
 @lowers("repeat.default")
 def repeat(w: Writer, node: fx.Node) -> Value:
-    """Copies along each dimension."""
+    """Write copies along each dimension."""
     repeats: Any = node.args[1]
     x = w.value(node.args[0])
     for _ in range(len(repeats) - node.args[0].meta["val"].dim()):  # type: ignore[union-attr]
@@ -349,14 +349,14 @@ def repeat(w: Writer, node: fx.Node) -> Value:
 
 @lowers("cat.default")
 def cat(w: Writer, node: fx.Node) -> Value:
-    """Tensors one behind the other."""
+    """Write tensors one behind the other."""
     dtype, parts = out(node).dtype, node.args[0]
     return w.add("Concat", *(w.operand(p, dtype) for p in parts), axis=arg(node, 1, 0))  # type: ignore[union-attr]
 
 
 @lowers("stack.default")
 def stack(w: Writer, node: fx.Node) -> Value:
-    """Tensors side by side in a new dimension."""
+    """Write tensors side by side in a new dimension."""
     axis = arg(node, 1, 0)
     parts = (w.add("Unsqueeze", w.value(p), w.ints(axis)) for p in node.args[0])  # type: ignore[union-attr]
     return w.add("Concat", *parts, axis=axis)
@@ -364,21 +364,22 @@ def stack(w: Writer, node: fx.Node) -> Value:
 
 @lowers("split.Tensor", "split_with_sizes.default", "unbind.int")
 def split(w: Writer, node: fx.Node) -> Value:
-    """Stretches along one dimension."""
-    axis = arg(node, 1, 0) if str(node.target) == "aten.unbind.int" else arg(node, 2, 0)
+    """Write stretches along one dimension, or each of its entries."""
     pieces = node.meta["val"]
     if str(node.target) == "aten.unbind.int":
+        axis = arg(node, 1, 0)
         return [
             w.add("Gather", w.value(node.args[0]), w.operand(i, torch.int64), axis=axis)
             for i in range(len(pieces))
         ]
+    axis = arg(node, 2, 0)
     sizes = w.shape([piece.shape[axis] for piece in pieces])
     return w.add_many("Split", [w.value(node.args[0]), sizes], len(pieces), axis=axis)
 
 
 @lowers("getitem")
 def getitem(w: Writer, node: fx.Node) -> Value:
-    """One of several outputs."""
+    """Return one of several outputs."""
     return w.values(node.args[0])[node.args[1]]  # type: ignore[index]
 
 
@@ -387,7 +388,7 @@ def getitem(w: Writer, node: fx.Node) -> Value:
 
 @lowers("slice.Tensor")
 def slice_(w: Writer, node: fx.Node) -> Value:
-    """Every so many entries of a stretch."""
+    """Write every n-th entry of a stretch."""
     start, stop, step = arg(node, 2) or 0, arg(node, 3), arg(node, 4, 1)
     stop = LAST if stop is None else stop
     if (start, step) == (0, 1) and tuple(node.args[0].meta["val"].shape) == tuple(out(node).shape):  # type: ignore[union-attr]
@@ -398,31 +399,28 @@ def slice_(w: Writer, node: fx.Node) -> Value:
 
 @lowers("slice_backward.default", "select_backward.default")
 def padded(w: Writer, node: fx.Node) -> Value:
-    """The gradient of a stretch or an entry: zeros around it."""
+    """Write the gradient of a stretch or an entry: zeros around it."""
     grad, sizes, axis = w.value(node.args[0]), node.args[1], arg(node, 2)
     rank = len(sizes)  # type: ignore[arg-type]
     axis %= rank
-    whole = out(node).shape[axis]
+    whole, start, length = out(node).shape[axis], arg(node, 3), 1
     if str(node.target) == "aten.select_backward.default":
         grad = w.add("Unsqueeze", grad, w.ints(axis))
-        start = arg(node, 3)
-        kept: Any = 1
+    elif arg(node, 5) != 1:
+        raise ModelError("onnxruntime: no translation of the gradient of a stretch with gaps")
     else:
-        if arg(node, 5) != 1:
-            raise ModelError("onnxruntime: no translation of the gradient of a stretch with gaps")
-        start = arg(node, 3)
-        kept = node.args[0].meta["val"].shape[axis]  # type: ignore[union-attr]
+        length = node.args[0].meta["val"].shape[axis]  # type: ignore[union-attr]
     start = start.meta["val"] if isinstance(start, fx.Node) else start
     start = whole + start if isinstance(start, int) and start < 0 else start
     before: list[Any] = [0] * rank
     after: list[Any] = [0] * rank
-    before[axis], after[axis] = start, whole - kept - start
+    before[axis], after[axis] = start, whole - length - start
     return w.add("Pad", grad, w.shape([*before, *after]))
 
 
 @lowers("embedding.default")
 def embedding(w: Writer, node: fx.Node) -> Value:
-    """Rows of a table; a table in half precision is widened after the look-up, not before."""
+    """Write rows of a table; one in half precision is widened after the look-up, not before."""
     table, ids = node.args[:2]
     source: Any = table
     while str(source.target) == "aten._to_copy.default":
@@ -442,7 +440,7 @@ def scatter_add(w: Writer, node: fx.Node) -> Value:
 
 @lowers("index.Tensor")
 def index(w: Writer, node: fx.Node) -> Value:
-    """Look-up by one index for each of the first dimensions."""
+    """Look up by one index for each of the first dimensions."""
     indices: Any = node.args[1]
     if any(entry is None for entry in indices):
         raise ModelError("onnxruntime: no translation of an index that leaves dimensions out")
@@ -460,11 +458,9 @@ def index(w: Writer, node: fx.Node) -> Value:
 
 @lowers("arange.default", "arange.start", "arange.start_step")
 def arange(w: Writer, node: fx.Node) -> Value:
-    """Numbers in a row."""
-    given = list(node.args)
-    start, stop, step = ([0, *given] if len(given) == 1 else given)[:2] + [
-        given[2] if len(given) > 2 else 1
-    ]
+    """Write numbers in a row."""
+    given = [0, *node.args] if len(node.args) == 1 else node.args
+    start, stop, step = [*given, 1][:3]
     dtype = out(node).dtype
     if dtype.is_floating_point:
         return w.add("Range", *(w.operand(n, dtype) for n in (start, stop, step)))
@@ -478,7 +474,7 @@ MADE = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, 
 @lowers(*(f"{name}.default" for name in MADE), "full.default", "full_like.default")
 @lowers("new_full.default", "scalar_tensor.default")
 def full(w: Writer, node: fx.Node) -> Value:
-    """One number everywhere."""
+    """Write one number everywhere."""
     name = str(node.target).split(".")[1]
     number = MADE[name] if name in MADE else arg(node, 0 if name == "scalar_tensor" else -1)
     number = node.args[1] if name in ("full", "full_like") else number

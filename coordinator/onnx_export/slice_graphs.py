@@ -27,13 +27,11 @@ from edge_sdk.model.partition import Slice, head_names
 
 FACTORS = "ABVU"
 FORMS = ("free", "signed", "reference")
-
-
 LENGTHS = Input(("B",), torch.int64)
 
 
 class Seen(NamedTuple):
-    """What a target has computed with, M tokens of it; *plain* is without adapters."""
+    """What a target has computed with for M tokens, and *plain*, its output without adapters."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -48,7 +46,7 @@ class Tracer:
     Args:
         slice_: A slice of which every block that is traced is present; values do not matter.
         targets: The weights that adapters may change, by module name.
-        dtypes: What each weight is stored as, by name; computed is in float32.
+        dtypes: What each weight is stored as, by name; computations are in float32.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class Tracer:
         self._slice.model.eval()
         config: Any = slice_.model.config
         self._config = config.get_text_config()
-        # Half of what its table of positions takes: some models spend rows of it on padding.
+        # Half of the model's table of positions: some models spend rows of it on padding.
         self._largest = max(SIZES["T"], getattr(self._config, "max_position_embeddings", 0) // 2)
         for module in slice_.model.modules():
             if isinstance(module, NewGELUActivation):
@@ -68,7 +66,7 @@ class Tracer:
     # ---- the pieces ----
 
     def front(self) -> Traced:
-        """Token ids and lengths in, what enters block 0 out."""
+        """Trace token ids and lengths to what enters block 0."""
 
         def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             with self._in_place(values), self._nothing_in(self._slice.blocks[0]):
@@ -81,12 +79,12 @@ class Tracer:
         )
 
     def block(self, index: int) -> Traced:
-        """What enters a block in, what leaves it out; names are those inside the block."""
+        """Trace what enters a block to what leaves it; names are those inside the block."""
         inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **self._block_inputs(index)}
         return trace(lambda values: (self._block(index, values),), inputs, ("out",), self._largest)
 
     def block_vjp(self, index: int, *, measures: bool = False) -> Traced:
-        """The same and dL/dout in; dL/dhidden, and dL/dA and dL/d(s B) of every target, out.
+        """Trace the same and dL/dout to dL/dhidden, and to dL/dA and dL/d(s B) of every target.
 
         The forward pass is part of it: nothing is kept between a block's two graphs. With
         *measures*, every form of `edge_sdk.lora.importance` of every target comes out as well.
@@ -111,7 +109,7 @@ class Tracer:
         return trace(run, inputs, tuple(outputs), self._largest)
 
     def tail(self) -> Traced:
-        """Hidden state and labels in; loss sum, hits, dL/dh and a trainable head's gradients out.
+        """Trace hidden state and labels to loss sum, hits, dL/dh and a trainable head's gradients.
 
         A causal LM is asked at its targets only: norm and head look at one position at a time, so
         that N positions with a target pass as one sequence.
@@ -159,13 +157,13 @@ class Tracer:
         return f"{self._slice.layout.blocks_path}.{index}."
 
     def _block_inputs(self, index: int) -> dict[str, Input]:
-        """Weights and factors, by their names inside the block."""
-        found = self._weights(self._slice.layout.blocks[index])
+        """Return weights and factors, by their names inside the block."""
+        inputs = self._weights(self._slice.layout.blocks[index])
         for name, shape in self._targets.items():
             for down, up in ("AB", "VU") if name.startswith(self._prefix(index)) else ():
-                found[f"{name}.{down}"] = Input(("R", shape.num_inputs))
-                found[f"{name}.{up}"] = Input((shape.num_outputs, "R"))
-        return {name.removeprefix(self._prefix(index)): entry for name, entry in found.items()}
+                inputs[f"{name}.{down}"] = Input(("R", shape.num_inputs))
+                inputs[f"{name}.{up}"] = Input((shape.num_outputs, "R"))
+        return {name.removeprefix(self._prefix(index)): entry for name, entry in inputs.items()}
 
     # ---- running the model's code ----
 
@@ -181,7 +179,7 @@ class Tracer:
     def _adapted(
         self, index: int, values: Mapping[str, torch.Tensor], seen: dict[str, Seen]
     ) -> Iterator[None]:
-        """Let the targets of a block answer W x + s B A x + U V x; the scale is inside B."""
+        """Let the targets of a block return W x + s B A x + U V x; the scale is inside B."""
         prefix, model = self._prefix(index), self._slice.model
         handles = []
         for name in self._targets:
@@ -198,7 +196,7 @@ class Tracer:
 
     @contextmanager
     def _nothing_in(self, block: nn.Module) -> Iterator[None]:
-        """Make *block* answer what it is given."""
+        """Make *block* return what it is given."""
         is_tuple = self._slice.layout.returns_tuple
 
         def same(*args: Any, **kwargs: Any) -> Any:
@@ -255,7 +253,7 @@ def _add_adapters(
 
 
 def _importance(seen: Seen, grad_MO: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What each of `FORMS` finds in one micro-batch; see `edge_sdk.lora.importance`."""
+    """Return what each of `FORMS` finds in one micro-batch; see `edge_sdk.lora.importance`."""
     plain_MO = seen.plain if seen.bias is None else seen.plain - seen.bias
     dots_M = (grad_MO * plain_MO).sum(-1)
     product = seen.x.t() @ grad_MO if seen.is_transposed else grad_MO.t() @ seen.x

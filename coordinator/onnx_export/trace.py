@@ -71,7 +71,7 @@ def trace(
         run: Inputs by name to outputs.
         inputs: What *run* is given.
         outputs: Names of what it returns.
-        largest: A size up to which the graph must hold.
+        largest: Size up to which the graph must hold.
 
     Raises:
         ModelError: The model's code decides by values or by sizes, or fixes one that varies.
@@ -108,7 +108,7 @@ def trace(
 
 
 def _symbols(mode: FakeTensorMode) -> dict[Any, Any]:
-    """A symbol for each size that varies."""
+    """Return a symbol for each size that varies."""
     dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(SIZES))
     example = mode.from_tensor(
         torch.empty(list(SIZES.values()), device="meta"),
@@ -119,7 +119,7 @@ def _symbols(mode: FakeTensorMode) -> dict[Any, Any]:
 
 
 def _require_dynamic(graph: fx.GraphModule, inputs: Mapping[str, Input]) -> None:
-    """The model's code must not have fixed a size that varies."""
+    """Refuse a model whose code has fixed a size that varies."""
     nodes = graph.graph.find_nodes(op="placeholder")
     for node, (name, entry) in zip(nodes, inputs.items(), strict=True):
         for letter, size in zip(entry.shape, node.meta["val"].shape, strict=True):
@@ -128,14 +128,14 @@ def _require_dynamic(graph: fx.GraphModule, inputs: Mapping[str, Input]) -> None
 
 
 def _require_undecided(env: ShapeEnv, largest: int) -> None:
-    """The code must do the same with small sizes as with large ones.
+    """Refuse code that does not do the same with small sizes as with large ones.
 
     2 is the smallest that tracing tells apart from others; what code does with 1 is the same or
     means the same in all models of the tests.
     """
     for guard in env.guards:
         expression: Any = guard.expr
-        # Equal or not: how torch tells sizes of 1 apart, which say nothing of the result.
+        # Equal or not is how torch tells sizes of 1 apart; it says nothing about the result.
         if expression.is_Relational and not isinstance(expression, sympy.Eq | sympy.Ne):
             for size in (2, largest):
                 if expression.subs(dict.fromkeys(expression.free_symbols, size)) == sympy.false:

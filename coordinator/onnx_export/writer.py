@@ -122,7 +122,7 @@ class Writer:
         return helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], shape)
 
     def _shown(self, expression: Any) -> int | str | None:
-        """A size as the model tells it; ranks have no name, for equal names mean equal sizes."""
+        """Return a size as the model shows it: ranks without a name, as they may differ."""
         if expression.is_number:
             return int(expression)
         letter = self._letters.get(expression)
@@ -144,18 +144,18 @@ class Writer:
         return outputs
 
     def value(self, node: Any) -> str:
-        """The name of the tensor that *node* gives."""
-        found = self._values[node]
-        assert isinstance(found, str), f"{node} has several outputs"
-        return found
+        """Return the name of the tensor that *node* gives."""
+        name = self._values[node]
+        assert isinstance(name, str), f"{node} has several outputs"
+        return name
 
     def values(self, node: Any) -> list[str]:
-        """The names of all that *node* gives."""
-        found = self._values[node]
-        return [found] if isinstance(found, str) else found
+        """Return the names of all that *node* gives."""
+        names = self._values[node]
+        return [names] if isinstance(names, str) else names
 
     def operand(self, argument: Any, dtype: torch.dtype) -> str:
-        """A tensor, a size or a number as a tensor of *dtype*."""
+        """Return a tensor, a size or a number as a tensor of *dtype*."""
         if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor):
             is_same = argument.meta["val"].dtype == dtype
             name = self.value(argument)
@@ -166,11 +166,11 @@ class Writer:
         return self.constant(np.array(argument, NUMPY_TYPES[dtype]))
 
     def cast(self, name: str, dtype: torch.dtype) -> str:
-        """*name* in another dtype."""
+        """Return *name* in another dtype."""
         return self.add("Cast", name, to=ONNX_TYPES[dtype])
 
     def constant(self, value: Any) -> str:
-        """A constant tensor; equal ones are written once."""
+        """Return a constant tensor; equal ones are written once."""
         array = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -180,20 +180,20 @@ class Writer:
         return self._constants[key]
 
     def ints(self, *numbers: int) -> str:
-        """A vector of int64."""
+        """Return a vector of int64."""
         return self.constant(np.array(numbers, np.int64))
 
     # ---- sizes ----
 
     def shape(self, sizes: Sequence[Any]) -> str:
-        """The vector of *sizes*: numbers, symbols, or nodes that give them."""
+        """Return the vector of *sizes*: numbers, symbols, or nodes that give them."""
         known = [_expression(size) for size in sizes]
         if all(expression.is_number for expression in known):
             return self.ints(*map(int, known))
         return self.add("Concat", *(self._size(expression) for expression in known), axis=0)
 
     def size(self, size: Any) -> str:
-        """One size, as a vector of length one."""
+        """Return one size as a vector of length one."""
         return self._size(_expression(size))
 
     def _size(self, expression: Any) -> str:
@@ -226,7 +226,7 @@ class Writer:
 
 
 def _name(node: fx.Node) -> str:
-    """`view.default` of aten, or the function's own name."""
+    """Return `view.default` and the like of aten, or the function's own name."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removeprefix("aten.")
@@ -234,7 +234,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _expression(size: Any) -> Any:
-    """A size as a formula."""
+    """Return a size as a formula."""
     if isinstance(size, fx.Node):
         size = size.meta["val"]
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr

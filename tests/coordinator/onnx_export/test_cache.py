@@ -69,12 +69,12 @@ def test_a_shop_that_closes_leaves_nothing_behind(source: ModelSource, tmp_path:
     """The other process ends with the run."""
     made = shop(source, tmp_path / "parts")
     made.find(PLAN, measures=False)
-    (order,) = made._orders.values()
+    (build,) = made._builds.values()
 
     made.close()
 
-    assert order.process.poll() is not None
-    assert not order.path.parent.exists()
+    assert build.process.poll() is not None
+    assert not build.path.parent.exists()
 
 
 def test_dropout_is_refused_with_a_cure() -> None:
