@@ -56,7 +56,7 @@ class GlobalModel:
         return shapes, head
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
-        """Join what devices and coordinator have learned; add the latter to *reports*."""
+        """Join what devices and coordinator have learned; add the coordinator's to *reports*."""
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         pruned = self._planner.prune(self.ledger.pairs, reports)
         result = self.ledger.aggregate(reports)

@@ -170,18 +170,18 @@ class OnnxRuntime:
         if not self._is_causal:
             labels_B = micro.labels.astype(np.int64)
             lengths_B = micro.lengths.astype(np.int64)
-            found = self._model.tail(final_hidden_BTD, lengths_B, labels_B, wanted)
-            loss_sum, hits = float(found["loss"].numpy()), int(found["hits"].numpy())
+            outputs = self._model.tail(final_hidden_BTD, lengths_B, labels_B, wanted)
+            loss_sum, hits = float(outputs["loss"].numpy()), int(outputs["hits"].numpy())
             sums = TailSums(loss_sum, len(labels_B), hits)
-            return sums, self._tail_gradients(found, share)
+            return sums, self._tail_gradients(outputs, share)
         return self._tail_of_targets(final_hidden_BTD, micro, wanted, share)
 
-    def _tail_gradients(self, found: Mapping[str, Any], share: float | None) -> Array | None:
+    def _tail_gradients(self, outputs: Mapping[str, Any], share: float | None) -> Array | None:
         if share is None:
             return None
         for name in self._head:
-            self._optimizer.add_gradient(name, found[f"grad:{name}"].numpy() * np.float32(share))
-        grad: Array = found["grad:hidden"].numpy() * np.float32(share)
+            self._optimizer.add_gradient(name, outputs[f"grad:{name}"].numpy() * np.float32(share))
+        grad: Array = outputs["grad:hidden"].numpy() * np.float32(share)
         return grad
 
     def _tail_of_targets(
@@ -197,11 +197,11 @@ class OnnxRuntime:
             where = rows_N[first : first + TAIL_TARGETS], positions_N[first : first + TAIL_TARGETS]
             labels_N = labels_BT[where].astype(np.int64)
             lengths = np.array([len(labels_N)])
-            found = self._model.tail(final_hidden_BTD[where][None], lengths, labels_N, wanted)
+            outputs = self._model.tail(final_hidden_BTD[where][None], lengths, labels_N, wanted)
             if grad_BTD is not None:
-                grad_BTD[where] = self._tail_gradients(found, share)
-            loss_sum += float(found["loss"].numpy())
-            hits += int(found["hits"].numpy())
+                grad_BTD[where] = self._tail_gradients(outputs, share)
+            loss_sum += float(outputs["loss"].numpy())
+            hits += int(outputs["hits"].numpy())
         return TailSums(loss_sum, len(rows_N), hits), grad_BTD
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
