@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def cages() -> list[Path]:
         for folder in top.rglob("edgesplit-*")
         if folder.is_dir()
     ]
+
+
+def has_empty(before: Collection[Path]) -> bool:
+    """Return whether a control group that was not there *before* holds no process yet."""
+    texts = [(group / "cgroup.procs").read_text() for group in cages() if group not in before]
+    return not all(text.strip() for text in texts)
 
 
 @pytest.fixture
@@ -208,11 +214,14 @@ def test_a_killed_experiment_leaves_nothing_running(folder: Path, llama: Path) -
     """When the experiment itself is killed, its coordinator and boards end, and their groups go."""
     boards = {"a": {"emulated": "orin-nano-8gb", "cpu_quota": 0.9}}
     experiment(folder, llama, boards, rounds=5000, experiment={"must_limit": False})
+    before = set(cages())
     program = run(folder)
     program.wait_for("prepared", PATIENCE_S)
     deadline = Deadline.after(PATIENCE_S)
-    while len(started := leftovers(psutil.Process(program.pid))) < 4:
-        assert deadline.left_s(), program.text  # two supervisors, a coordinator, a board
+    # Two supervisors, a coordinator and a board in its groups, where there are some: from then on
+    # a supervisor knows of them.
+    while len(started := leftovers(psutil.Process(program.pid))) < 4 or has_empty(before):
+        assert deadline.left_s(), program.text
         time.sleep(0.02)
 
     program.kill()
@@ -221,7 +230,7 @@ def test_a_killed_experiment_leaves_nothing_running(folder: Path, llama: Path) -
     _, alive = psutil.wait_procs(started, 30.0)
     assert alive == []
     deadline = Deadline.after(10.0)
-    while cages() and deadline.left_s():
+    while set(cages()) - before and deadline.left_s():
         time.sleep(0.05)
 
 
