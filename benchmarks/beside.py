@@ -1,6 +1,6 @@
 """A benchmark in an older checkout beside the same benchmark here, in turn.
 
-    python benchmarks/beside.py OLDER --repeats 5 --name wire -- wire.py --sizes 1024 --no-write
+    python benchmarks/beside.py --name wire OLDER -- wire.py --sizes 1024 --no-write
 
 Runs the script in OLDER (a clone at the older commit, with ../shared beside it where it has one)
 and in this checkout, in turn, and reads the numbers of the Markdown tables that it prints: the
@@ -29,20 +29,21 @@ def numbers(text: str) -> dict[Cell, float]:
     """The number of each cell of all tables in *text*, by the words of its row and its column."""
     found: dict[Cell, float] = {}
     heads: list[str] = []
-    for line in text.splitlines():
-        if not line.startswith("|"):
-            heads = []
+    lines = text.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or set(line) <= set("|-: "):
             continue
-        cells = [cell.strip() for cell in line.strip("|\n").split("|")]
-        if not heads:
+        if below.startswith("|") and set(below) <= set("|-: "):
             heads = cells
-        elif not set(line) <= set("|-: "):
-            words = [cell for cell in cells if not NUMBER.match(cell)] or cells[:1]
-            # A row may begin with a number that names it, such as a size.
-            row = ", ".join(dict.fromkeys([cells[0], *words]))
-            for head, cell in zip(heads[1:], cells[1:], strict=False):
-                if match := NUMBER.match(cell):
-                    found[row, head] = float(match[0])
+            continue
+        if len(heads) != len(cells):  # a row that is printed before its table is complete
+            heads = [f"column {number + 1}" for number in range(len(cells))]
+        # A row may begin with a number that names it, such as a size.
+        row = ", ".join(dict.fromkeys([cells[0], *(c for c in cells if not NUMBER.match(c))]))
+        for head, cell in zip(heads[1:], cells[1:], strict=True):
+            if match := NUMBER.match(cell):
+                found[row, head] = float(match[0])
     return found
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("older", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--name", required=True, help="ends the name of the file of results")
-    parser.add_argument("command", nargs=argparse.REMAINDER)
+    parser.add_argument("command", nargs="+", help="script of benchmarks and its arguments")
     options = parser.parse_args()
     command = [word for word in options.command if word != "--"]
     sides: dict[Cell, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
