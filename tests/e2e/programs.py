@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -80,11 +81,16 @@ class Program:
 
     def wait_for(self, what: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until it has said *what*."""
+        self.wait_for_match(re.escape(what), timeout_s)
+
+    def wait_for_match(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
+        """Wait until *pattern* is found in all that it has said; returns where."""
         deadline = Deadline.after(timeout_s)
-        while what not in self.text:
-            assert deadline.left_s() > 0, f"it never said {what!r}: {self.text}"
-            assert self._process.wait(0.0) is None, f"it ended without {what!r}: {self.text}"
+        while (found := re.search(pattern, self.text)) is None:
+            assert deadline.left_s() > 0, f"it never said {pattern!r}: {self.text}"
+            assert self._process.wait(0.0) is None, f"it ended without {pattern!r}: {self.text}"
             time.sleep(0.02)
+        return found
 
     def interrupt(self) -> None:
         """Press Ctrl-C."""
