@@ -96,8 +96,16 @@ def main() -> None:
         rows.append(
             (row, head, f"{first:g} ({min(old):g}-{max(old):g})", f"{second:g} ({spread})", ratio)
         )
-    options.command, options.older = " ".join(command), commit_of(options.older)
-    text = header(f"Before and after: {command[0]}", options)
+    said = (
+        f"* command: `python benchmarks/beside.py --name {options.name} --repeats "
+        f"{options.repeats} OLDER -- {' '.join(command)}`, OLDER at {commit_of(options.older)}"
+    )
+    text = re.sub(
+        r"^\* command: .*$",
+        lambda _: said,
+        header(f"Before and after: {command[0]}", options),
+        flags=re.MULTILINE,
+    )
     text += (
         f"\n\nMedian of {options.repeats} runs a side, in turn; in brackets lowest and highest.\n\n"
     )
