@@ -33,7 +33,7 @@ MAKERS = ("torch", "transformers", "onnx")
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     "coordinator/onnx_export/*.py",
-    "edge_sdk/lora/adapters.py",
+    "edge_sdk/lora/targets.py",
     "edge_sdk/runtime/onnx_graphs.py",
     "edge_sdk/model/layout.py",
     "edge_sdk/model/partition.py",
