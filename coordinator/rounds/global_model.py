@@ -19,7 +19,7 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.planning.interface import Planning
 from coordinator.results.export import export_adapter
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import TailSums
+from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.training_state import under
 
 
@@ -69,8 +69,7 @@ class GlobalModel:
         batches = self._model.eval_batches
         if not batches or not self._config.evaluates_after(rounds_done):
             return None
-        sums = [self.engine.evaluate_whole(batch) for batch in batches]
-        return TailSums(*(sum(column) for column in zip(*sums, strict=True)))
+        return add_up([self.engine.evaluate_whole(batch) for batch in batches])
 
     # ---- the engine follows the plans ----
 

@@ -156,15 +156,13 @@ class RunState:
         self.is_forward_done = True
         self.arrived = set()
 
-    def finish_wave(self) -> bool:
-        """End the wave; return whether that completed the step."""
+    def finish_wave(self) -> None:
+        """End the wave and, where it was the last one, the step."""
         self._begin_wave(self.micro + 1)
-        if self.expected():
-            return False
-        self.step += 1
-        self._begin_wave(0)
-        self._skip_empty()
-        return True
+        if not self.expected():
+            self.step += 1
+            self._begin_wave(0)
+            self._skip_empty()
 
     def num_steps(self, name: str) -> int:
         """Count the steps of the round that a member trains."""

@@ -8,6 +8,7 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from edge_sdk.data.batches import MicroBatch
@@ -22,6 +23,15 @@ class TailSums(NamedTuple):
     loss_sum: float
     num_targets: int
     num_correct: int
+
+
+def add_up(sums: Sequence[TailSums]) -> TailSums:
+    """Return what the tail found for several micro-batches, added in their order."""
+    return TailSums(
+        sum(s.loss_sum for s in sums),
+        sum(s.num_targets for s in sums),
+        sum(s.num_correct for s in sums),
+    )
 
 
 class MemoryUse(NamedTuple):

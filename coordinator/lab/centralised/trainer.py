@@ -27,7 +27,7 @@ from edge_sdk.lora.adapters import initial_pair
 from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.messages import Stamp, StepReport
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.runtime.interface import TailSums
+from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from profiler.sensors.memory import peak_rss
 
@@ -128,12 +128,7 @@ class PooledTrainer:
     def evaluate(self, batches: Sequence[MicroBatch]) -> TailSums:
         """Return the loss over *batches*, without dropout."""
         runtime = self.runtime
-        sums = [runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches]
-        return TailSums(
-            sum(s.loss_sum for s in sums),
-            sum(s.num_targets for s in sums),
-            sum(s.num_correct for s in sums),
-        )
+        return add_up([runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches])
 
     def shapes(self, step: int) -> tuple[MicroShape, ...]:
         """Return the micro-batches of *step*, in their order; the same on every call."""
