@@ -180,8 +180,8 @@ def test_a_board_that_has_changed_is_measured_again(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a throttled or re-clocked board's round the coordinator plans with a new speed."""
-    changed = iter([False] * 5)
-    monkeypatch.setattr(BoardMonitor, "take_change", lambda _: not next(changed, True))
+    changed = iter([False] * 5 + [True])  # after the second step of the second round
+    monkeypatch.setattr(BoardMonitor, "take_change", lambda _: next(changed, False))
     by_hand = replace(PROFILES["c"], flops_per_s=None)
     serving = serve(cluster, PLANNING, min_devices=1)
     planner, told = serving.planner, list[DeviceProfile]()
