@@ -49,7 +49,8 @@ class GatewayConfig:
     silent_after_s: float = 30.0
     """Seconds without a sign of life before Silent; reported again each time it has doubled."""
     gone_after_s: float = 900.0
-    """Seconds without a sign of life before the session ends with Left."""
+    """Seconds without a sign of life before the session is forgotten with Left; half-way there the
+    device is asked for one, so that this may be less than the time between two heartbeats."""
 
 
 class ZmqGateway(AbstractContextManager["ZmqGateway"]):
@@ -160,6 +161,10 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
     def drop(self, device: str, reason: str) -> None:
         """End the session of *device* when all is sent; see `Gateway`."""
         self._io.post("drop", self._session(device), reason or "dropped")
+
+    def forget(self, device: str, reason: str) -> None:
+        """End the session of *device* so that it greets anew; see `Gateway`."""
+        self._io.post("forget", self._session(device), reason)
 
     def wake(self) -> None:
         """Make `events` return now; see `Gateway`."""

@@ -125,6 +125,13 @@ class Gateway(Protocol):
             PeerGone: The device has no session.
         """
 
+    def forget(self, device: str, reason: str) -> None:
+        """End the session of *device* at once, as if it had never been: the device greets anew.
+
+        Raises:
+            PeerGone: The device has no session.
+        """
+
     def wake(self) -> None:
         """Make `events` return now; any thread may call this."""
 

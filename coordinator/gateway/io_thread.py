@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 TURN_FRAMES = 64
 TICK_S = 0.5
 CHECK_S = 5.0
+# A thread that comes so much too late to its tick has been stopped, or its process has.
+STALL_S = 1.0
 # A dropped device gets what was queued for it, within this time.
 DROP_FLUSH_S = 5.0
 # A session with more bad messages than this is ended: answers to them cost memory.
@@ -143,6 +145,8 @@ class GatewayIo:
         elif name == "drop":
             session.leave = (rest[0], now_s + DROP_FLUSH_S)
             self._leave_if_due(session, now_s)
+        elif name == "forget":
+            self._forget(session, rest[0])
 
     # -- in --
 
@@ -254,7 +258,7 @@ class GatewayIo:
         old = session.routes[lane]
         if old is not None:
             self._routes.pop(old, None)
-            session.reconnects += 1
+            session.reconnects += old != route
         session.routes[lane] = route
         self._routes[route] = (session, lane)
         self._heard(session, now_s)
@@ -278,17 +282,22 @@ class GatewayIo:
 
     def _expel(self, session: DeviceSession, reason: str) -> None:
         """End a session for good; whoever comes back with its id is told why, on either lane."""
+        if session.is_over:
+            return
         self._expelled[session.id] = reason
         if len(self._expelled) > MAX_EXPELLED:
             self._expelled.popitem(last=False)
+        if reason:  # without one it left by itself
+            self.out.control(session, packets.Closed(session=session.id, reason=reason))
+        self._over(session, reason)
+
+    def _forget(self, session: DeviceSession, reason: str) -> None:
+        """End a session so that the device, when it hears of that, begins another one."""
+        self.out.control(session, packets.UnknownSession(session=session.id))
         self._over(session, reason)
 
     def _over(self, session: DeviceSession, reason: str) -> None:
-        """End a session; with a reason the device is told, without one it left by itself."""
-        if session.is_over:
-            return
-        if reason:
-            self.out.control(session, packets.Closed(session=session.id, reason=reason))
+        """Let go of a session."""
         session.is_over = True
         for route in session.routes:
             if route is not None:
@@ -336,11 +345,18 @@ class GatewayIo:
 
     def _check_later(self, session: DeviceSession, now_s: float) -> None:
         self._num_checks += 1  # breaks ties, sessions have no order
-        at_s = now_s + min(CHECK_S, self.silent_after_s / 4)
+        at_s = now_s + min(CHECK_S, self.silent_after_s / 4, self.gone_after_s / 8)
+        gone_s = session.heard_s + self.gone_after_s
+        if now_s < gone_s:
+            at_s = min(at_s, gone_s)
         heapq.heappush(self._checks, (at_s, self._num_checks, session))
 
     def _tick(self, now_s: float) -> None:
-        self._tick_s = now_s + TICK_S
+        late_s = now_s - self._tick_s if self._tick_s else 0.0
+        if late_s > STALL_S:  # this process stood still: what it did not hear was not silence
+            for session in self.sessions.values():
+                session.heard_s = min(now_s, session.heard_s + late_s)
+        self._tick_s = now_s + min(TICK_S, self.gone_after_s / 8)
         if self.allowed is not None and self.allowed.reload_if_changed():
             for name in self.sessions.keys() - self.allowed.devices().keys():
                 self._expel(self.sessions[name], _REVOKED)
@@ -354,8 +370,11 @@ class GatewayIo:
         self.out.ack(session)
         silent_s = now_s - session.heard_s
         if silent_s >= self.gone_after_s:
-            self._over(session, f"silent for {silent_s:.0f} s")
-        elif silent_s >= max(self.silent_after_s, 2 * session.silent_s):
+            self._forget(session, f"silent for {silent_s:.0f} s")
+            return
+        if silent_s >= self.gone_after_s / 2:
+            self.out.control(session, packets.AttachRequired())
+        if silent_s >= max(self.silent_after_s, 2 * session.silent_s):
             session.silent_s = silent_s
             self._fresh.append((session, Silent(session.name, silent_s)))
         for sender in session.talk.senders:

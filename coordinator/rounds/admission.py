@@ -112,6 +112,8 @@ class Admission:
             RefusedError: it cannot take part.
             ConfigError: the config asks for what nobody can do.
         """
+        if device not in self._backends:  # nor has it said Hello in this session
+            return False
         plan = self._planner.plan(device)
         if plan is None:
             return False
@@ -314,10 +316,21 @@ class Admission:
             self._planner.ran_out_of_memory(device)
         self._run.lose(device, f"{message.error}: {message.text}")
 
+    def forget(self, device: str) -> None:
+        """Let go of what a session was told: a device says Hello again in the next one."""
+        for known in (self.codecs, self.plans, self.held_steps, self._backends):
+            known.pop(device, None)
+        self._waiting.discard(device)
+
+    def is_known(self, device: str) -> bool:
+        """Return whether a device has said Hello in its session."""
+        return device in self.codecs
+
     def silent(self, device: str, seconds: float) -> None:
-        """Let go of a device that has been silent for longer than the run is patient."""
-        if seconds >= self._config.patience_s:
-            self._run.lose(device, f"silent for {seconds:.0f} s")
+        """Show that nothing has been heard of a device; the gateway ends its session in time."""
+        left_s = max(0.0, self._config.patience_s - seconds)
+        status = f"silent for {seconds:.0f} s; without a sign of life it is lost in {left_s:.0f} s"
+        self._run.watcher.see(DeviceStatus(device, status))
 
     def expel(self, device: str, error: EdgeError) -> None:
         """Let go of a device that did what it must not; it is told, and the others go on."""

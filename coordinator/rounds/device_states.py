@@ -31,8 +31,7 @@ class DeviceState(Enum):
 
     UNKNOWN = "has not said Hello"
     WELCOMED = "has no plan yet"
-    ASSIGNED = "has a plan and has not said Ready, or was lost since"
-    MOVED = "was told to run another plan, or was in the run before the coordinator restarted"
+    ASSIGNED = "has a plan and has not said Ready, or was lost or told to run another plan since"
     READY = "waits for a round"
     MEMBER = "is in the round"
 
@@ -41,26 +40,22 @@ class DeviceState(Enum):
 _FIRST = {
     DeviceState.UNKNOWN: "Hello",
     DeviceState.WELCOMED: "PlanAssigned",
-    DeviceState.ASSIGNED: "Ready",
 }
 _ALWAYS = dict.fromkeys((Hello, Goodbye, Failure), MessageAction.TAKE)
-_WELCOMED = {**_ALWAYS, **dict.fromkeys((PartRequest, Profiled, Probe), MessageAction.TAKE)}
-# A device that is lost for the round may still be on its way through it.
-_ASSIGNED = {
-    **_WELCOMED,
-    **dict.fromkeys((Ready, EvalReport, Paused), MessageAction.TAKE),
-    **dict.fromkeys((TopGradient, StepReport, AdapterUpload), MessageAction.SKIP),
+# A device that is lost for the round may still be on its way through it, or through one before.
+_OF_A_ROUND = (Activation, TopGradient, StepReport, AdapterUpload)
+_WELCOMED = {
+    **_ALWAYS,
+    **dict.fromkeys((PartRequest, Profiled, Probe), MessageAction.TAKE),
+    **dict.fromkeys((*_OF_A_ROUND, EvalReport, Paused), MessageAction.SKIP),
 }
+_ASSIGNED = {**_WELCOMED, **dict.fromkeys((Ready, EvalReport, Paused), MessageAction.TAKE)}
 ACTIONS: dict[DeviceState, dict[type, MessageAction]] = {
     DeviceState.UNKNOWN: _ALWAYS,
     DeviceState.WELCOMED: _WELCOMED,
     DeviceState.ASSIGNED: _ASSIGNED,
-    DeviceState.MOVED: {**_ASSIGNED, Activation: MessageAction.SKIP},
     DeviceState.READY: {**_ASSIGNED, Activation: MessageAction.TAKE},
-    DeviceState.MEMBER: {
-        **_ASSIGNED,
-        **dict.fromkeys((Activation, TopGradient, StepReport, AdapterUpload), MessageAction.TAKE),
-    },
+    DeviceState.MEMBER: {**_ASSIGNED, **dict.fromkeys(_OF_A_ROUND, MessageAction.TAKE)},
 }
 
 

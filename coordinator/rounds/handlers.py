@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.aggregation.ledger import Report
-from coordinator.gateway.interface import Event, Left, Received, Rejected, Silent
+from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.interface import Planning
 from coordinator.results.events import DeviceStatus, MessageRejected
@@ -78,8 +78,11 @@ class MessageHandler:
         try:
             if isinstance(event, Received):
                 self._receive(device, event.envelope)
+            elif isinstance(event, Joined):
+                self._admission.forget(device)
             elif isinstance(event, Left):
                 self._run.lose(device, event.reason or "left")
+                self._admission.forget(device)
             elif isinstance(event, Silent):
                 self._admission.silent(device, event.seconds)
             elif isinstance(event, Rejected):
@@ -99,11 +102,9 @@ class MessageHandler:
         state, admission = self._run.state, self._admission
         if device in state.ready:
             return DeviceState.MEMBER if device in state.members else DeviceState.READY
-        if device not in admission.codecs:
+        if not admission.is_known(device):
             return DeviceState.UNKNOWN
-        if device not in admission.plans:
-            return DeviceState.WELCOMED
-        return DeviceState.MOVED if device in state.awaited else DeviceState.ASSIGNED
+        return DeviceState.ASSIGNED if device in admission.plans else DeviceState.WELCOMED
 
     def _on_hello(self, device: str, envelope: Envelope) -> None:
         self._run.lose(device, "")

@@ -52,7 +52,8 @@ def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:
         GatewayConfig(
             address=config.listen,
             keys=keys,
-            silent_after_s=min(30.0, config.patience_s),
+            silent_after_s=min(30.0, config.patience_s / 2),
+            gone_after_s=config.patience_s,
         ),
         AllowList(config.allow_list),
     )

@@ -143,6 +143,8 @@ class WaveRunner:
         self, messages: list[Activation], results: list[tuple[str, TailSums | Array]]
     ) -> None:
         for message, (device, result) in zip(messages, results, strict=True):
+            if not self._admission.is_known(device):
+                continue  # it left while its micro-batch was evaluated
             if isinstance(result, TailSums):
                 answer = EvalResult(stamp=message.stamp, micro=message.micro, **result._asdict())
                 self._admission.send(device, answer)

@@ -50,6 +50,8 @@ _ALWAYS = {
     **dict.fromkeys((Refused, RunOver, Failure), MessageAction.END),
     **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), MessageAction.SKIP),
 }
+# For a device that was ready before: its next Ready brings it back into the rounds.
+_LATE = dict.fromkeys((RoundStart, Pause), MessageAction.SKIP)
 ACTIONS: dict[State, dict[type, MessageAction]] = {
     State.GREETING: {
         **_ALWAYS,
@@ -59,11 +61,16 @@ ACTIONS: dict[State, dict[type, MessageAction]] = {
     # A plan that others made necessary is followed by one that knows what this device offers.
     State.PROFILING: {
         **_ALWAYS,
-        PlanAssigned: MessageAction.SKIP,
+        **dict.fromkeys(ORDERS, MessageAction.SKIP),
         **dict.fromkeys((PartData, Probe), MessageAction.TAKE),
     },
-    State.WAITING: {**_ALWAYS, PlanAssigned: MessageAction.TAKE},
-    State.FETCHING: {**_ALWAYS, PlanAssigned: MessageAction.OBEY, PartData: MessageAction.TAKE},
+    State.WAITING: {**_ALWAYS, **_LATE, PlanAssigned: MessageAction.TAKE},
+    State.FETCHING: {
+        **_ALWAYS,
+        **_LATE,
+        PlanAssigned: MessageAction.OBEY,
+        PartData: MessageAction.TAKE,
+    },
     State.READY: {**_ALWAYS, **dict.fromkeys(ORDERS, MessageAction.TAKE)},
     State.TRAINING: {
         **_ALWAYS,

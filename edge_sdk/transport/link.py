@@ -40,6 +40,8 @@ class Link(Protocol):
     def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
         """Queue *message*; it arrives once, in order, unless the session is lost.
 
+        Into a lost session nothing is sent; `receive` says that it is lost.
+
         The arrays are borrowed until the coordinator has them: do not write to them again.
         """
 

@@ -60,11 +60,9 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
             raise LocalProtocolError("the link is closed")
         if self._io.dead is not None:
             raise self._io.dead
-        epoch = self._epoch
-        if self._io.epoch != epoch:
-            raise SessionLost("the session is lost; receive() says when")
         size = self._io.config.chunk_bytes
-        self._io.post("send", epoch, OutgoingMessage(message, tensors, size, self._memories))
+        # In a session that is lost meanwhile it is dropped, and `receive` says when that was.
+        self._io.post("send", self._epoch, OutgoingMessage(message, tensors, size, self._memories))
 
     def receive(self, deadline: Deadline) -> Envelope:
         """Return the next message; see `Link.receive`."""

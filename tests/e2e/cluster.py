@@ -228,7 +228,8 @@ class Cluster:
         settings = GatewayConfig(
             address=self.address,
             keys=load_key_pair(config.secret_key),
-            silent_after_s=min(30.0, config.patience_s),
+            silent_after_s=min(30.0, config.patience_s / 2),
+            gone_after_s=config.patience_s,
         )
         gateway = ZmqGateway(settings, AllowList(config.allow_list))
         self.address = gateway.address

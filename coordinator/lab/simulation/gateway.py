@@ -113,6 +113,10 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         dropped.is_due = True
         del self._present[device]
 
+    def forget(self, device: str, reason: str) -> None:
+        """End the session of *device*, which cannot greet anew: nobody here is ever silent."""
+        self.drop(device, reason)
+
     def wake(self) -> None:
         """Make `events` return now; see `Gateway`."""
         self._is_woken = True

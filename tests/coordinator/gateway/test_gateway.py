@@ -15,7 +15,7 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError
+from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError, SessionLost
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import AdapterUpload, Failure, Pause, Paused, Refused, Stamp
@@ -244,6 +244,36 @@ def test_revoked_key_ends_a_live_session(gateway: ZmqGateway, allowed: AllowList
         events = until(gateway, Left)
 
     assert events[-1].device == "one"
+
+
+def test_a_forgotten_device_may_greet_anew(gateway: ZmqGateway) -> None:
+    """Its link hears that the session is lost, not that it is closed, and opens another one."""
+    with open_link(gateway) as link:
+        until(gateway, Joined)
+        gateway.forget("one", "hangs")
+        with pytest.raises(SessionLost):
+            link.receive(Deadline.after(30))
+        left, joined = until(gateway, Joined)
+
+    assert left == Left("one", "hangs")
+    assert isinstance(joined, Joined)
+
+
+def test_a_device_that_speaks_seldom_is_asked_before_it_is_lost(allowed: AllowList) -> None:
+    """A patience below the time between two heartbeats loses nobody whose link lives."""
+    config = GatewayConfig(
+        address="tcp://127.0.0.1:*", keys=SERVER, silent_after_s=1.5, gone_after_s=3.0
+    )
+    with ZmqGateway(config, allowed) as gateway:
+        keys = LinkConfig(address=gateway.address, server_key=SERVER.public, keys=ONE, beat_s=600.0)
+        with ZmqLink(keys):
+            until(gateway, Joined)
+            deadline, events = Deadline.after(1.5 * config.gone_after_s), list[Event]()
+            while deadline.left_s():
+                events += gateway.events(deadline.left_s())
+
+            assert gateway.devices() == ["one"]
+    assert not any(isinstance(event, Left) for event in events)
 
 
 def test_silence_is_reported_and_ends_in_left(allowed: AllowList) -> None:
