@@ -19,6 +19,10 @@
 A program stopped by Ctrl-C ends with 130, as shells expect.
 """
 
+from __future__ import annotations
+
+import errno
+
 
 class EdgeError(Exception):
     """Base of every exception this project raises on purpose."""
@@ -109,14 +113,52 @@ def public_name(error: EdgeError) -> str:
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
 
 
-# torch's CPU allocator, and CUDA on a Jetson, whose allocator is not the desktop's.
-OUT_OF_MEMORY = ("can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT", "NvMapMemAlloc")
+# How libraries say that memory is exhausted where they raise no error of a type of its own, in
+# small letters.
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA and its drivers
+    "cannot allocate memory",  # the C library: ENOMEM
+    "can't allocate memory",  # torch's allocator for the CPU
+    "not enough memory",  # the same, in other versions
+    "unable to allocate",  # numpy
+    "failed to allocate memory",  # onnxruntime's arena
+    "bad_alloc",  # C++
+    "can't start new thread",  # no room for its stack
+    "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "allocation_failed",  # cuDNN 9
+    "cudaerrormemoryallocation",
+    "cublas_status_not_initialized",  # a handle of cuBLAS or cuDNN that found no room
+    "cudnn_status_not_initialized",
+    "nvml_success == r internal assert",  # a Jetson, whose allocator is not the desktop's
+    "nvmapmem",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether *error* is how Python, torch or CUDA say that memory is exhausted."""
-    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or any(words in str(error) for words in OUT_OF_MEMORY)
+    """Return whether *error* is how Python, a library or the kernel say that memory is exhausted.
+
+    So is one that was raised because of such an error. What an error of ours says in words does not
+    count: it may speak of the other side.
+    """
+    chain, seen = error, {id(error)}
+    while not _says_out_of_memory(chain):
+        before = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+        if before is None or id(before) in seen:
+            return False
+        chain = before
+        seen.add(id(chain))
+    return True
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, EdgeError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:

@@ -42,8 +42,11 @@ STOPPED = "stopped"
 FIRST_CONTACT_S = 10.0
 # Seconds for the last words of a device; a coordinator that is away will find out by itself.
 FAREWELL_S = 1.0
-# A device that still runs out of memory after this many smaller plans gives up.
-MOST_SMALLER_PLANS = 3
+# A device that still runs out of memory after this many smaller plans gives up. Where there is no
+# smaller one, the coordinator ends it earlier.
+MOST_SMALLER_PLANS = 16
+# Errors that the coordinator cannot be told of, or has told of itself.
+_NOT_REPORTED = (TransportError, OutOfMemory)
 
 
 class EdgeClient:
@@ -77,6 +80,14 @@ class EdgeClient:
         Raises:
             EdgeError: what else ended it; `exit_code` tells its kind.
         """
+        try:
+            return self._run()
+        except Exception as error:
+            if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+                raise OutOfMemory(_what_to_do(error)) from error
+            raise
+
+    def _run(self) -> str:
         choose_backend(self._config)  # what cannot work is better known before anybody is greeted
         if self._given_link is not None:
             return self._run_over(self._given_link)
@@ -125,18 +136,19 @@ class EdgeClient:
             except SessionLost as lost:
                 log.info("session.lost reason=%s", lost)
                 self._callback.on_disconnect(str(lost))
-            except TransportError:
-                raise
-            except EdgeError as error:
-                _quietly(partial(participant.report, error))
-                raise
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or smaller == MOST_SMALLER_PLANS:
+            except Exception as error:
+                is_short = is_out_of_memory(error)
+                if is_short:
+                    log.warning("memory.exhausted times=%d reason=%s", smaller, _words(error))
+                    participant.forget()
+                    _quietly(partial(participant.report, OutOfMemory(_words(error))))
+                elif isinstance(error, EdgeError) and not isinstance(error, _NOT_REPORTED):
+                    _quietly(partial(participant.report, error))
+                # Without its link it cannot be given another plan.
+                is_over = smaller == MOST_SMALLER_PLANS or isinstance(error, TransportError)
+                if is_over or not is_short:
                     raise
                 smaller += 1
-                log.warning("memory.exhausted plan_smaller=%d reason=%s", smaller, one_line(error))
-                participant.forget()
-                _quietly(partial(participant.report, OutOfMemory(one_line(error))))
 
     # ---- in the background ----
 
@@ -177,6 +189,18 @@ class EdgeClient:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self.wait()
+
+
+def _words(error: BaseException) -> str:
+    """Return what an error says, or what it is where it says nothing."""
+    return one_line(error) or type(error).__name__
+
+
+def _what_to_do(error: BaseException) -> str:
+    return (
+        f"out of memory: {_words(error)}; close other programs on this device, or lower "
+        "micro_batch, split or max_length on the coordinator"
+    )
 
 
 def _quietly(say: Callable[[], None]) -> None:

@@ -97,6 +97,7 @@ class DeviceIo:
         except Exception as error:  # noqa: BLE001 -- a thread that dies must not die unheard
             log.exception("link.failed")
             self.dead = PeerGone(f"link to {self.config.address} failed: {error}")
+            self.dead.__cause__ = error
         finally:
             self._shut()
             self.inbox.put((self.epoch, self.dead))
