@@ -65,7 +65,17 @@ class Planning(Protocol):
         """
 
     def ran_out_of_memory(self, device: str) -> None:
-        """Plan less for a device that could not hold its plan."""
+        """Plan less for a device that could not hold its plan.
+
+        Raises:
+            OutOfMemory: there is no smaller plan; the one that it has stays.
+        """
+
+    def missed(self, device: str) -> None:
+        """Take note that a device missed a round; one that keeps missing gets a smaller plan."""
+
+    def take_shrunk(self) -> dict[str, str]:
+        """Return who got a smaller plan since the last call, each with why and what it lost."""
 
     # ---- rounds ----
 

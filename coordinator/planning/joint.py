@@ -56,7 +56,8 @@ def plan_all(problem: PlanningProblem) -> PlanSet:
     devices, ranks = _ranks(problem, splits)
     plans, chosen = {}, splits.chosen
     for device, own in devices.items():
-        plans[device] = make_plan(problem.config, problem.facts, device, chosen[device].split, own)
+        plan = make_plan(problem.config, problem.facts, device, chosen[device].split, own)
+        plans[device] = problem.stepped(device, plan)
     stories = {d: _story(problem, d, tables[d], splits, plans[d]) for d in plans}
     return PlanSet(
         plans=plans,

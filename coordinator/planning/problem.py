@@ -9,12 +9,14 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
 from coordinator.planning.splits import SPLIT_RULES, SplitRule
 from edge_sdk.lora.targets import ModelFacts
+from edge_sdk.protocol.plan import Plan
 from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile, problems
 
@@ -28,6 +30,20 @@ class ServerProfile:
 
     memory_bytes: float | None = None
     flops_per_s: float | None = None
+
+
+class StepSize(NamedTuple):
+    """How much of a step passes through a device at the same time."""
+
+    micro_batch: int
+    """Sequences that pass through the model together."""
+    in_flight: int
+    """Most micro-batches that are under way at the same time."""
+
+
+def step_of(plan: Plan) -> StepSize:
+    """Return how much of a step *plan* puts through a device at the same time."""
+    return StepSize(plan.micro_batch, plan.in_flight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +62,8 @@ class PlanningProblem:
     """Global importance of adapted weights; None: not measured yet, so all count alike."""
     frozen: Mapping[str, str] = field(default_factory=dict)
     """Devices that compute forward only, each with why it cannot train."""
+    steps: Mapping[str, StepSize] = field(default_factory=dict)
+    """Devices that could not hold the config's micro-batches, each with what it can."""
 
     @property
     def num_blocks(self) -> int:
@@ -141,16 +159,25 @@ class PlanningProblem:
 
     def micro_batch(self, device: str) -> int:
         """Return how many sequences pass through the model together."""
+        if device in self.steps:
+            return self.steps[device].micro_batch
         settings = self.config.settings(device)
         assert settings.batch_size is not None
         return settings.micro_batch or settings.batch_size
 
     def in_flight(self, device: str) -> int:
         """Return how many micro-batches are under way at the same time."""
+        if device in self.steps:
+            return self.steps[device].in_flight
         settings = self.config.settings(device)
         assert settings.batch_size is not None
         assert settings.in_flight is not None
         return min(settings.in_flight, settings.batch_size // self.micro_batch(device))
+
+    def stepped(self, device: str, plan: Plan) -> Plan:
+        """Return a device's plan with the micro-batches that it can hold."""
+        own = self.steps.get(device)
+        return replace(plan, **own._asdict()) if own else plan
 
     @property
     def server_speed(self) -> float | None:

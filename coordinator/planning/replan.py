@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import device_bytes
 from coordinator.planning.joint import plan_all
+from coordinator.planning.ladder import smaller, smaller_steps
 from coordinator.planning.objective import utility, wave_seconds
 from coordinator.planning.plan_set import Decision, PlanSet
-from coordinator.planning.problem import PlanningProblem
+from coordinator.planning.problem import PlanningProblem, step_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 
 # A device that ran out of memory under a plan gets at most this part of what the plan took.
 AFTER_OUT_OF_MEMORY = 0.9
+_ROUNDED_UP = 1.0 + 1e-9
 _SPEEDS = ("flops_per_s", "up_bytes_per_s", "down_bytes_per_s")
 
 
@@ -51,6 +54,65 @@ def after_out_of_memory(
     most = AFTER_OUT_OF_MEMORY * peak_bytes / (1.0 - margin)
     known = profile.memory_bytes
     return replace(profile, memory_bytes=most if known is None else min(most, known))
+
+
+class Reduced(NamedTuple):
+    """What a device gets that could not hold its plan."""
+
+    plan: Plan
+    memory_bytes: float
+    """What it is planned with from now on, in bytes."""
+    plans: PlanSet | None
+    """The plans of which it is a part; None where nothing but blocks, ranks or micro-batches of
+    this device was made less."""
+
+
+def plan_less(
+    problem: PlanningProblem, device: str, old: Plan, server_ranks: Mapping[str, int]
+) -> Reduced | None:
+    """Return what a device gets that ran out of memory under *old*; None where nothing is less.
+
+    It is given part of the bytes that *old* took: by smaller micro-batches alone where these are
+    enough, else by other blocks and ranks. Where nothing fits that trains, it gets the next smaller
+    plan, whatever that takes: what was too much is known, what is enough is not.
+
+    Args:
+        problem: The situation.
+        device: The device.
+        old: Its plan so far.
+        server_ranks: Ranks that the coordinator would train weights with.
+    """
+    now = _with_step(problem, device, old)
+    margin = problem.config.planning.memory_margin
+    took = device_bytes(now, device, old.split, old.ranks)
+    capped = after_out_of_memory(problem.profiles[device], took, margin)
+    assert capped.memory_bytes is not None
+    small = replace(now, profiles={**problem.profiles, device: capped})
+    for plan in smaller_steps(old):
+        bytes_ = device_bytes(_with_step(small, device, plan), device, plan.split, plan.ranks)
+        if bytes_ <= small.budget_bytes(device):
+            return Reduced(plan, capped.memory_bytes, None)
+    frozen = None
+    for step in (old, *smaller_steps(old)):
+        try:
+            plans = plan_all(_with_step(small, device, step))
+        except ConfigError:  # the coordinator cannot take what the device would leave to it
+            continue
+        if device in plans.plans:
+            reduced = Reduced(plans.plans[device], capped.memory_bytes, plans)
+            if old.is_forward_only or not reduced.plan.is_forward_only:
+                return reduced
+            frozen = frozen or reduced
+    next_ = smaller(problem.config, problem.facts, old, server_ranks)
+    if next_ is None or (frozen is not None and next_.is_forward_only):
+        return frozen
+    bytes_ = device_bytes(_with_step(now, device, next_), device, next_.split, next_.ranks)
+    return Reduced(next_, _ROUNDED_UP * bytes_ / (1.0 - margin), None)
+
+
+def _with_step(problem: PlanningProblem, device: str, plan: Plan) -> PlanningProblem:
+    """Return the problem with a device that has as much of a step under way as *plan*."""
+    return replace(problem, steps={**problem.steps, device: step_of(plan)})
 
 
 def reasons_to_replan(current: PlanSet, before: PlanningProblem, now: PlanningProblem) -> list[str]:

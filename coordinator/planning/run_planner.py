@@ -7,6 +7,7 @@ functions of `joint.py` and `replan.py`. It knows no network and no engine.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from statistics import median
@@ -18,18 +19,22 @@ from coordinator.aggregation.ledger import Report
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.costs import device_bytes, device_flops
-from coordinator.planning.fixed import plan_device
+from coordinator.planning.fixed import plan_device, plan_server
 from coordinator.planning.joint import plan_all
+from coordinator.planning.ladder import difference, smaller
 from coordinator.planning.plan_set import Decision, PlanSet
-from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.replan import after_out_of_memory, replan
-from edge_sdk.errors import RefusedError
+from coordinator.planning.problem import PlanningProblem, StepSize, step_of
+from coordinator.planning.replan import plan_less, replan
+from edge_sdk.errors import OutOfMemory, RefusedError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.importance import Smoothing, combine
 from edge_sdk.lora.rank_pruning import pruned_rank
 from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile, problems
+
+# A device that missed so many of its last rounds gets a smaller plan.
+MISSED_ROUNDS, WATCHED_ROUNDS = 2, 3
 
 
 class Planner:
@@ -55,6 +60,16 @@ class Planner:
         self._smoothing = Smoothing()
         self._pruned: dict[str, dict[str, int]] = {}
         """Ranks that devices have cut off themselves, by device and weight."""
+        self._steps: dict[str, StepSize] = {}
+        """Micro-batches of devices that ran out of memory."""
+        self._smaller: dict[str, Plan] = {}
+        """Plans of devices that could not do theirs, until other ones are made."""
+        self._shrunk: dict[str, str] = {}
+        """Why devices got smaller plans since somebody asked."""
+        self._rounds: dict[str, deque[bool]] = {}
+        """Whether devices missed their last rounds, oldest first."""
+        self._missing: set[str] = set()
+        """Devices that missed the round that is not over."""
 
     @property
     def is_fixed(self) -> bool:
@@ -66,7 +81,9 @@ class Planner:
         """What plans are made from, as of now."""
         assert self._start is not None, "nothing is planned for a fixed config"
         importance = dict(self._smoothing.values) or None
-        return replace(self._start, profiles=self.profiles, importance=importance)
+        return replace(
+            self._start, profiles=self.profiles, importance=importance, steps=self._steps
+        )
 
     @property
     def importance(self) -> Mapping[str, float]:
@@ -76,15 +93,24 @@ class Planner:
     @property
     def server_ranks(self) -> dict[str, int] | None:
         """Ranks of the coordinator's own adapters; None where the config's hold."""
-        return None if self.plans is None else self.plans.server_ranks
+        if self.plans is not None:
+            return self.plans.server_ranks
+        return None if self.first is None else self._ranks_from(self.first)
 
     @property
     def first(self) -> int | None:
         """The coordinator's first block under the plans in force; None where the config's holds."""
         if self.plans is None:
-            return None
+            return self._first_of_smaller()
         last = self._facts.layout.num_blocks
         return min((plan.split for plan in self.plans.plans.values()), default=last)
+
+    def _first_of_smaller(self) -> int | None:
+        """Return the coordinator's first block where a fixed config's devices got less."""
+        if not self._smaller:
+            return None
+        plans = [plan_device(self._config, self._facts, d) for d in ("", *self._config.devices)]
+        return min(plan.split for plan in (*plans, *self._smaller.values()))
 
     # ---- devices come ----
 
@@ -123,8 +149,10 @@ class Planner:
             ConfigError: the config asks for what nobody can do.
         """
         if self.is_fixed:
-            plan = plan_device(self._config, self._facts, device)
-            return replace(plan, ranks=plan.ranks | self._pruned.get(device, {}))
+            given = self._smaller.get(device) or plan_device(self._config, self._facts, device)
+            pruned = self._pruned.get(device, {})
+            ranks = {n: min(rank, pruned.get(n, rank)) for n, rank in given.ranks.items()}
+            return replace(given, ranks=ranks)
         if self.plans is None or device not in self.profiles:
             return None
         if device not in self.plans.plans or self._is_outgrown(device):
@@ -145,9 +173,15 @@ class Planner:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
         assert self.plans is not None
         new = plan_all(self._problem)
-        self._rates.pop(device, None)
         if device not in new.plans:
             raise RefusedError(new.refused[device])
+        self._adopt(device, new)
+
+    def _adopt(self, device: str, new: PlanSet) -> None:
+        """Give *device* its part of *new*."""
+        assert self.plans is not None
+        self._rates.pop(device, None)
+        self._smaller.pop(device, None)
         told = {**self.plans.explanation.devices, device: new.explanation.devices[device]}
         self.plans = replace(
             self.plans,
@@ -170,15 +204,101 @@ class Planner:
         """Return whether a device has told what it offers."""
         return device in self.profiles
 
+    # ---- a plan was too much ----
+
     def ran_out_of_memory(self, device: str) -> None:
-        """Plan with less memory for a device that could not hold its plan."""
-        if self.plans is None or device not in self.plans.plans or device not in self.profiles:
+        """Plan less for a device that could not hold its plan.
+
+        Raises:
+            OutOfMemory: there is no smaller plan; the one that it has stays.
+        """
+        old = self._plan_in_force(device)
+        if old is None:
             return
-        margin = self._config.planning.memory_margin
-        capped = after_out_of_memory(self.profiles[device], self._planned_bytes(device), margin)
-        assert capped.memory_bytes is not None
-        self._caps[device] = capped.memory_bytes
-        self._know({**self.profiles, device: capped})
+        new = (self._give_smaller if self.is_fixed else self._give_what_fits)(device, old)
+        if new is None:
+            raise OutOfMemory(
+                f"ran out of memory under the smallest plan that this run has for it: "
+                f"{old.split} blocks, micro-batches of {old.micro_batch}; give it more memory, or "
+                "lower max_length"
+            )
+        self._shrunk[device] = f"ran out of memory: {difference(old, new)}"
+
+    def missed(self, device: str) -> None:
+        """Take note that a device missed a round; one that keeps missing gets a smaller plan."""
+        self._missing.add(device)
+        rounds = self._note(device, missed=True)
+        old = self._plan_in_force(device)
+        if old is None or sum(rounds) < MISSED_ROUNDS:
+            return
+        if (new := self._give_smaller(device, old)) is not None:
+            what = f"{sum(rounds)} of the last {len(rounds)} rounds"
+            self._shrunk[device] = f"missed {what}: {difference(old, new)}"
+            rounds.clear()
+
+    def take_shrunk(self) -> dict[str, str]:
+        """Return who got a smaller plan since the last call, each with why and what it lost."""
+        found, self._shrunk = self._shrunk, {}
+        return found
+
+    def _plan_in_force(self, device: str) -> Plan | None:
+        """Return the plan that a device has; None where it has none, or is not known any more."""
+        if self.is_fixed:
+            return self.plan(device)
+        if self.plans is None or device not in self.profiles:
+            return None
+        return self.plans.plans.get(device)
+
+    def _note(self, device: str, *, missed: bool) -> deque[bool]:
+        """Return whether a device missed its last rounds, the newest of them with this."""
+        rounds = self._rounds.setdefault(device, deque(maxlen=WATCHED_ROUNDS))
+        rounds.append(missed)
+        return rounds
+
+    def _give_smaller(self, device: str, old: Plan) -> Plan | None:
+        """Give a device the next smaller plan, whatever fits; None where there is none."""
+        new = smaller(self._config, self._facts, old, self._ranks_from(old.split - 1))
+        if new is not None:
+            self._smaller[device] = new
+            self._take_smaller()
+        return new
+
+    def _take_smaller(self) -> None:
+        """Let the plans in force be as small as they were made, until others are made."""
+        if self.plans is None:
+            return
+        own = {d: plan for d, plan in self._smaller.items() if d in self.plans.plans}
+        if own:
+            first = min(plan.split for plan in own.values())
+            self.plans = replace(
+                self.plans,
+                plans={**self.plans.plans, **own},
+                server_ranks={**self._ranks_from(first), **self.plans.server_ranks},
+            )
+
+    def _ranks_from(self, first: int) -> dict[str, int]:
+        """Return the coordinator's ranks for the blocks from *first* on, planned or not."""
+        if self.plans is None:
+            return plan_server(self._config, self._facts, first)
+        names = self._facts.weights(first, self._facts.layout.num_blocks)
+        return {n: self._problem.first_rank(SERVER, n) for n in names} | self.plans.server_ranks
+
+    def _give_what_fits(self, device: str, old: Plan) -> Plan | None:
+        """Plan for a device with less memory than its plan took; None where nothing is less."""
+        ranks = self._ranks_from(old.split - 1)
+        reduced = plan_less(self._problem, device, old, ranks)
+        if reduced is None:
+            return None
+        self._caps[device] = reduced.memory_bytes
+        self._steps[device] = step_of(reduced.plan)
+        known = replace(self.profiles[device], memory_bytes=reduced.memory_bytes)
+        self._know({**self.profiles, device: known})
+        if reduced.plans is not None:
+            self._adopt(device, reduced.plans)
+        else:
+            self._smaller[device] = reduced.plan
+            self._take_smaller()
+        return reduced.plan
 
     # ---- rounds end ----
 
@@ -218,6 +338,9 @@ class Planner:
             reports: What everybody brought, the coordinator's own (`SERVER`) among it.
             present: Devices that are still here.
         """
+        for device in reports.keys() - self._missing - {SERVER}:
+            self._note(device, missed=False)
+        self._missing = set()
         values = combine({n: (self._shares(n, reports), r.importance) for n, r in reports.items()})
         self._smoothing.update(values, round_, self._config.rounds)
         self._learn_speeds()
@@ -230,6 +353,8 @@ class Planner:
         if decision.reasons:
             self._before = now
         self.plans = decision.plans
+        if decision.is_new:
+            self._smaller = {}
         return decision if decision.reasons else None
 
     def prune(
@@ -276,6 +401,8 @@ class Planner:
             "speeds": self._speeds,
             "importance": dict(self._smoothing.values),
             "pruned": self._pruned,
+            "steps": self._steps,
+            "smaller": _plain(self._smaller),
         }
         if self.plans is not None and self._before is not None:
             state["plans"] = _plain(self.plans.plans)
@@ -297,14 +424,18 @@ class Planner:
         told = {d: DeviceProfile(**p) for d, p in state["profiles"].items()}
         self._know({**told, **self.profiles})
         self._pruned = {d: dict(ranks) for d, ranks in state["pruned"].items()}
+        # What was too much stays too much, whatever the run goes back to.
+        self._steps = {d: StepSize(*s) for d, s in state.get("steps", {}).items()} | self._steps
+        self._smaller = {d: Plan(**p) for d, p in state.get("smaller", {}).items()} | self._smaller
         if "plans" in state:
             before = state["before"]
             profiles = {d: DeviceProfile(**p) for d, p in before["profiles"].items()}
             then = replace(self._problem, profiles=profiles, importance=before["importance"])
-            plans = {d: Plan(**p) for d, p in state["plans"].items()}
+            plans = {d: then.stepped(d, Plan(**p)) for d, p in state["plans"].items()}
             ranks = dict(state["server_ranks"])
             self._before = then
             self.plans = replace(plan_all(then), plans=plans, server_ranks=ranks)
+            self._take_smaller()
 
 
 def _plain(plans: Mapping[str, Plan]) -> dict[str, Any]:

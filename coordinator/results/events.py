@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from coordinator.planning.plan_set import PlanSet
 from edge_sdk.protocol.messages import StepReport
+from edge_sdk.protocol.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,20 @@ class PlanMade(RunEvent):
     def text(self) -> str:
         """A line for each reason."""
         return "\n".join(f"plans from round {self.round} on: {why}" for why in self.reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanShrunk(RunEvent):
+    """A device could not do its plan, and is to run a smaller one."""
+
+    LINE = "{0.device} {0.reason}"
+
+    round: int
+    """First round of this plan."""
+    device: str
+    reason: str
+    plans: Mapping[str, Plan]
+    """What everybody is to run, by device."""
 
 
 # ---- devices ----

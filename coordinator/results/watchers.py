@@ -12,6 +12,7 @@ from coordinator.results.events import (
     Exported,
     MessageRejected,
     PlanMade,
+    PlanShrunk,
     RoundDone,
     RoundStarted,
     RunEvent,
@@ -61,6 +62,8 @@ class RunFiles:
                 self._folder.append("telemetry.jsonl", row)
             case PlanMade():
                 self._folder.append("plans.jsonl", _plan_row(event))
+            case PlanShrunk():
+                self._folder.append("plans.jsonl", _shrunk_row(event))
             case _ if (line := _event_row(event)) is not None:
                 clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 self._folder.append("events.jsonl", {"time": clock, **line})
@@ -87,6 +90,17 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
         case MessageRejected(device, error):
             return {"event": "message.rejected", "device": device, "error": error}
     return None
+
+
+def _shrunk_row(event: PlanShrunk) -> Mapping[str, Any]:
+    return {
+        "round": event.round,
+        "reasons": [event.text],
+        "plans": {
+            d: {"split": p.split, "ranks": p.ranks, "micro_batch": p.micro_batch}
+            for d, p in event.plans.items()
+        },
+    }
 
 
 def _plan_row(event: PlanMade) -> Mapping[str, Any]:

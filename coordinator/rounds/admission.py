@@ -17,7 +17,7 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import changed
-from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade
+from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
@@ -269,12 +269,22 @@ class Admission:
         planner, state = self._planner, self._run.state
         old = {} if planner.plans is None else planner.plans.plans
         decision = planner.round_ended(state.round, reports, self._gateway.devices())
-        is_last = state.round == state.total_rounds
-        if decision is None:
-            return [] if is_last else pruned
-        made = PlanMade(state.round, decision.plans, decision.reasons, planner.importance)
-        self._run.watcher.see(made)
-        return [] if is_last else changed(old, decision.plans.plans)
+        moved = set(pruned)
+        if decision is not None:
+            made = PlanMade(state.round, decision.plans, decision.reasons, planner.importance)
+            self._run.watcher.see(made)
+            moved = set(changed(old, decision.plans.plans))
+        moved |= self._tell_shrunk() & state.ready.keys()
+        return [] if state.round == state.total_rounds else sorted(moved)
+
+    def _tell_shrunk(self) -> set[str]:
+        """Show who got a smaller plan, and why; return their names."""
+        shrunk = self._planner.take_shrunk()
+        for device, why in sorted(shrunk.items()):
+            plan = self._planner.plan(device)
+            plans = self.plans if plan is None else {**self.plans, device: plan}
+            self._run.watcher.see(PlanShrunk(self._run.state.round, device, why, plans))
+        return set(shrunk)
 
     def tell_importance(self) -> None:
         """Show how much each weight matters by now, where that is measured."""
@@ -312,9 +322,13 @@ class Admission:
 
     def failed(self, device: str, message: Failure) -> None:
         """Let go of a device that could not go on; one that ran out of memory gets less to do."""
-        if message.error == OutOfMemory.__name__:
-            self._planner.ran_out_of_memory(device)
         self._run.lose(device, f"{message.error}: {message.text}")
+        if message.error == OutOfMemory.__name__:
+            try:
+                self._planner.ran_out_of_memory(device)
+            except OutOfMemory as error:
+                self.expel(device, error)
+            self._tell_shrunk()
 
     def forget(self, device: str) -> None:
         """Let go of what a session was told: a device says Hello again in the next one."""

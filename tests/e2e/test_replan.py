@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,21 +45,33 @@ RESTLESS = replace(PLANNING, drift=0.0, min_gain=0.0, adapter_bytes=150_000.0)
 
 
 class Progress(Callback):
-    """Keeps the plans that a device was given."""
+    """Keeps the plans that a device was given.
 
-    def __init__(self, fails_at: int = -1) -> None:
+    Args:
+        fails_at: Step after which the device runs out of memory.
+        fits: Which plans it can hold for all that.
+    """
+
+    def __init__(
+        self, fails_at: int = -1, fits: Callable[[Plan, Plan], bool] = lambda _first, _now: False
+    ) -> None:
         self.plans: list[Plan] = []
-        self.fails_at = fails_at
+        self.fails_at, self.fits = fails_at, fits
 
     def on_plan(self, plan: Plan) -> None:
         """Keep it."""
         self.plans.append(plan)
 
     def on_step_end(self, report: StepReport) -> None:
-        """Run out of memory, once."""
-        if report.stamp.step == self.fails_at:
-            self.fails_at = -1
+        """Run out of memory until the plan fits."""
+        is_too_much = not self.fits(self.plans[0], self.plans[-1])
+        if report.stamp.step == self.fails_at and is_too_much:
             raise MemoryError("no room for another tensor")
+
+
+def is_smaller(first: Plan, now: Plan) -> bool:
+    """Whether a plan has fewer ranks or blocks than the first one."""
+    return sum(now.ranks.values()) < sum(first.ranks.values()) or now.split < first.split
 
 
 def serve(cluster: Cluster, planning: PlanningConfig, **settings: Any) -> Serving:
@@ -135,7 +148,7 @@ def test_plans_change_in_the_middle_of_a_run(cluster: Cluster, aggregation: str)
 
 def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
     """The device reports it, comes back to a plan that takes less, and the run completes."""
-    told = {n: Progress(fails_at=5 if n == "c" else -1) for n in "abc"}
+    told = {n: Progress(fails_at=5 if n == "c" else -1, fits=is_smaller) for n in "abc"}
     default = DeviceSettings(split=2, batch_size=24, codec="float32")
     serving = serve(cluster, PLANNING, default=default, patience_s=20.0)
     clients = take_part(cluster, told, more_bytes=20 * MIB)
@@ -146,11 +159,16 @@ def test_a_device_out_of_memory_gets_a_smaller_plan(cluster: Cluster) -> None:
     first, *_, last = told["c"].plans
     assert sum(last.ranks.values()) < sum(first.ranks.values()) or last.split < first.split
     assert any("OutOfMemory" in note for note in serving.trap.notes)
+    assert told["c"].plans[1] == replace(first, micro_batch=12)
+    assert "c ran out of memory: micro-batch 24 -> 12" in serving.trap.notes
+    reasons = [reason for row in serving.folder.rows("plans.jsonl") for reason in row["reasons"]]
+    assert "c ran out of memory: micro-batch 24 -> 12" in reasons
 
 
 def test_a_device_out_of_memory_for_training_computes_forward_only(cluster: Cluster) -> None:
     """It had just room to train one block; afterwards it goes on with that block frozen."""
-    told = {n: Progress(fails_at=5 if n == "c" else -1) for n in "abc"}
+    is_frozen = lambda _, plan: plan.is_forward_only  # noqa: E731
+    told = {n: Progress(fails_at=5 if n == "c" else -1, fits=is_frozen) for n in "abc"}
     default = DeviceSettings(split=2, batch_size=24, codec="float32")
     planning = replace(PLANNING, rank_set=(2,))
     serving = serve(cluster, planning, default=default, patience_s=20.0)

@@ -90,7 +90,7 @@ def test_memory_that_was_short_is_planned_with_nine_tenths_of_what_the_plan_took
     llama: Any,
 ) -> None:
     """The budget, which leaves a margin alone, is 90 % of the plan's estimate."""
-    problem = make_problem(llama)
+    problem = make_problem(llama, length=512)
     planner = planner_of(problem, "a", "b")
     plan = planner.plan("a")
     assert plan is not None
