@@ -17,17 +17,24 @@
     + NumericError            10   NaN or infinity where a number was due
 
 A program stopped by Ctrl-C ends with 130, as shells expect.
+
+Whoever handles what the other side has sent asks `blames_peer` whose fault an error is. With
+RefusedError, RemoteProtocolError and NumericError it is the other side, whose part ends. All else
+is trouble of our own: it ends our program, and nobody else is blamed for it.
 """
 
 from __future__ import annotations
 
 import errno
+from typing import ClassVar
 
 
 class EdgeError(Exception):
     """Base of every exception this project raises on purpose."""
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
+    blames_peer: ClassVar[bool] = False
+    """Whether, in whoever handles a message, the one that sent it is to blame."""
 
 
 class ConfigError(EdgeError):
@@ -58,6 +65,7 @@ class RefusedError(EdgeError):
     """The coordinator refused this device: unknown key, other version, other model."""
 
     exit_code = 4
+    blames_peer = True
 
 
 class ProtocolError(EdgeError):
@@ -72,6 +80,8 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer sent something the protocol forbids."""
+
+    blames_peer = True
 
 
 class DeviceError(EdgeError):
@@ -106,6 +116,7 @@ class NumericError(EdgeError):
     """NaN or infinity where a finite number was due."""
 
     exit_code = 10
+    blames_peer = True
 
 
 def public_name(error: EdgeError) -> str:
@@ -161,9 +172,20 @@ def _says_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in OUT_OF_MEMORY)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the error's message as one line for a terminal, whatever a library has put into it."""
-    return " ".join(str(error).split())
+# Letters that a text may have on the wire, in a file of the run or on a terminal.
+MAX_TEXT = 1000
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return a message as one line for a terminal, whatever a library or a peer has put into it."""
+    line = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def public_text(error: BaseException | str) -> str:
+    """Return a message as it may be sent, written down and shown: one line, not too long of it."""
+    line = one_line(error)
+    return line if len(line) <= MAX_TEXT else f"{line[: MAX_TEXT - 3]}..."
 
 
 INTERRUPTED_EXIT_CODE = 130

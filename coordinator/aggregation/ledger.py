@@ -6,7 +6,8 @@ be it new, back from a crash, or just one round further. It knows no network and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from coordinator.aggregation.rules import (
     residual,
     resize_pair,
 )
+from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
@@ -129,12 +131,31 @@ class Ledger:
     def _product(self, weight: str, pair: Pair) -> Factors:
         return product(pair, self._lora.scale(weight, pair.a_RI.shape[0]))
 
+    def copy(self) -> Ledger:
+        """Return a ledger that goes its own way from here; the numbers are shared."""
+        other = copy(self)
+        other.totals, other.pairs = dict(self.totals), dict(self.pairs)
+        other._memory = dict(self._memory)
+        return other
+
     def aggregate(self, reports: Mapping[str, Report]) -> RoundResult:
         """Join the round's reports; the ledger then holds the state of the next round's start.
 
+        What raises an error has changed nothing.
+
         Raises:
             ConfigError: the rule does not allow the reported ranks.
+            NumericError: what comes of them is not finite.
         """
+        before = self.copy()
+        try:
+            return self._join(reports)
+        except BaseException:
+            self.totals, self.pairs, self.head = before.totals, before.pairs, before.head
+            self._memory, self.rounds = before._memory, before.rounds
+            raise
+
+    def _join(self, reports: Mapping[str, Report]) -> RoundResult:
         self.rounds += 1
         result = RoundResult({}, {}, self._join_heads(reports), 0.0)
         result.restarts = self._rule.restarts
@@ -152,6 +173,9 @@ class Ledger:
                 self.pairs[name] = {w: self._own(w, r, held.get(w)) for w, r in ranks.items()}
                 result.replaced[name] = self.pairs[name]
         self.head = result.head or self.head
+        for name, array in _numbers(result, self.totals):
+            if not np.isfinite(array).all():
+                raise NumericError(f"what the round has made of {name} is not finite")
         return result
 
     def _contributions(self, weight: str, reports: Mapping[str, Report]) -> dict[str, Contribution]:
@@ -237,3 +261,12 @@ class Ledger:
             else:
                 self.totals[name] = Factors(b, a)
         self._memory = dict(memory)
+
+
+def _numbers(result: RoundResult, totals: Mapping[str, Factors]) -> Iterator[tuple[str, Array]]:
+    """Yield all arrays that an aggregation makes, each with the weight it belongs to."""
+    for made in (result.changes, totals, *result.replaced.values()):
+        for weight, (first, second) in made.items():
+            yield weight, first
+            yield weight, second
+    yield from result.head.items()

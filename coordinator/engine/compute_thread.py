@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
+
+from coordinator.engine.interface import ComputeFailed
+from edge_sdk.errors import EdgeError, is_out_of_memory
+
+
+def owned(
+    error: Exception, devices: Sequence[str], works_alone: Callable[[str], bool]
+) -> Exception:
+    """Return *error* as that of the one device whose part is the reason, where there is one.
+
+    Args:
+        error: What a computation on what *devices* have sent has raised.
+        devices: Their names.
+        works_alone: Whether the computation works for the part of a device alone.
+    """
+    if isinstance(error, (EdgeError, OSError)) or is_out_of_memory(error):
+        return error
+    failing = [device for device in devices if not works_alone(device)]
+    if not failing or 1 < len(devices) == len(failing):
+        return error
+    return ComputeFailed(failing[0], error)
 
 
 class Worker:

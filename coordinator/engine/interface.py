@@ -11,7 +11,7 @@ import numpy as np
 
 from coordinator.config.run import ServeConfig
 from edge_sdk.data.batches import MicroBatch
-from edge_sdk.errors import NumericError
+from edge_sdk.errors import EdgeError, NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.weights import ModelSource
@@ -51,6 +51,14 @@ class DeviceFault(NumericError):
     def __init__(self, device: str, text: str) -> None:
         super().__init__(text)
         self.device = device
+
+
+class ComputeFailed(EdgeError):
+    """What one device sent led to an error that nobody foresaw."""
+
+    def __init__(self, device: str, error: Exception) -> None:
+        super().__init__(f"the part of device {device!r}: {type(error).__name__}: {error}")
+        self.device, self.error = device, error
 
 
 class Learned(NamedTuple):

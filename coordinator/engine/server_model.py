@@ -20,7 +20,7 @@ from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
-from edge_sdk.errors import ConfigError, ModelError
+from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.precision import compute_name
@@ -170,11 +170,13 @@ class ServerModel:
         """Return a stretch of the part of that hash, from disk.
 
         Raises:
-            ConfigError: no part has that hash, or it ends before *offset*.
+            RemoteProtocolError: no part has that hash, or it ends before *offset*.
         """
         part = self._by_hash.get(sha256)
         if part is None or not 0 <= offset < part.num_bytes:
-            raise ConfigError(f"no part of this model has sha256 {sha256[:12]}... at byte {offset}")
+            raise RemoteProtocolError(
+                f"no part of this model has sha256 {sha256[:12]}... at byte {offset}"
+            )
         if not self._cache.has(part):
             self._cache.store(part, self.source.pack(part.name))
         with self._cache.path(part).open("rb") as file:

@@ -6,8 +6,8 @@ It answers Hello, Ready and PartRequest, and refuses with a reason that a person
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -23,11 +23,16 @@ from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
 from edge_sdk.client.checkpoints import KEPT
 from edge_sdk.errors import (
+    ConfigError,
     EdgeError,
+    LocalProtocolError,
     OutOfMemory,
     PeerGone,
     RefusedError,
+    RemoteProtocolError,
+    is_out_of_memory,
     public_name,
+    public_text,
 )
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import (
@@ -55,6 +60,8 @@ log = logging.getLogger(__name__)
 PART_DATA_BYTES = 4 * 1024 * 1024
 # Bytes for headers and alignment of a message, beside its tensors.
 MESSAGE_SLACK_BYTES = 1024 * 1024
+# A device may join again after so many errors that nobody foresaw; one more, and it is refused.
+MOST_UNFORESEEN = 2
 
 
 class Admission:
@@ -77,6 +84,10 @@ class Admission:
         self._backends: dict[str, Backend] = {}
         self._waiting: set[str] = set()
         """Devices whose plan is known while their graphs are still being made."""
+        self.leaving: set[str] = set()
+        """Devices that are told why they must leave; what else they send is not looked at."""
+        self._unforeseen: dict[str, int] = {}
+        """Errors that nobody foresaw, by the device whose part they ended."""
 
     def greet(self, device: str, hello: Hello) -> None:
         """Answer a Hello with a welcome, and with a plan where nothing is to be planned.
@@ -128,7 +139,10 @@ class Admission:
                 return True
             parts = (*parts, graphs)
         assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts)
-        self._gateway.send(device, assigned)
+        try:
+            self._gateway.send(device, assigned)
+        except LocalProtocolError as error:
+            raise ConfigError(f"the plan of {device} fits no message: {error}") from error
         return True
 
     def _stamp(self, device: str) -> Stamp:
@@ -226,8 +240,20 @@ class Admission:
 
         Raises:
             RefusedError: it cannot take part.
+            RemoteProtocolError: nobody has asked it.
             ConfigError: the config asks for what nobody can do.
         """
+        if self._planner.is_fixed:
+            raise RemoteProtocolError("Profiled, which nobody asked for: the plans are fixed")
+        try:
+            self._plan_for(device, profile)
+        except ConfigError as error:
+            if self._planner.plans is None:
+                raise
+            status = f"waits: no plan is possible with it: {error}"
+            self._run.watcher.see(DeviceStatus(device, status))
+
+    def _plan_for(self, device: str, profile: DeviceProfile) -> None:
         self._planner.profiled(device, profile)
         watcher = self._run.watcher
         if device in self._run.state.ready:  # what the change means is decided between rounds
@@ -252,12 +278,8 @@ class Admission:
     def assign_waiting(self) -> None:
         """Send their plans to devices whose graphs are there by now."""
         for device in sorted(self._waiting):
-            try:
+            with self.part_of(device):
                 self.assign(device)
-            except PeerGone as gone:
-                self._run.lose(device, str(gone))
-            except EdgeError as error:
-                self.expel(device, error)
 
     def plan_again(self, reports: Mapping[str, Report], pruned: list[str]) -> list[str]:
         """Let the planner see a round; return devices that are to run something else.
@@ -293,26 +315,28 @@ class Admission:
 
     def move(self, device: str) -> None:
         """Let a device run its new plan; the next round waits until it is ready again."""
-        try:
+        with self.part_of(device):
             self._run.wait_for(device)
             self.held_steps[device] = ()
             self.assign(device)
             self._run.watcher.see(DeviceStatus(device, "has a new plan"))
-        except PeerGone as gone:
-            self._run.lose(device, str(gone))
-        except EdgeError as error:
-            self.expel(device, error)
 
     def move_outdated(self) -> None:
         """Move the devices that run another plan than the planner has for them."""
         for device in sorted(self._run.state.ready):
-            try:
-                is_outdated = self._planner.plan(device) != self.plans[device]
-            except EdgeError as error:
-                self.expel(device, error)
-                continue
-            if is_outdated:
-                self.move(device)
+            with self.part_of(device):
+                if self._planner.plan(device) != self.plans[device]:
+                    self.move(device)
+
+    def expel_refused(self) -> None:
+        """Let go of ready devices that the plans in force leave out, before their blocks move."""
+        plans = self._planner.plans
+        if plans is None:
+            return
+        for device in sorted(self._run.state.ready):
+            if device not in plans.plans:
+                reason = plans.refused.get(device, "no plan takes this device in any more")
+                self.expel(device, RefusedError(reason))
 
     # ---- devices go ----
 
@@ -335,6 +359,7 @@ class Admission:
         for known in (self.codecs, self.plans, self.held_steps, self._backends):
             known.pop(device, None)
         self._waiting.discard(device)
+        self.leaving.discard(device)
 
     def is_known(self, device: str) -> bool:
         """Return whether a device has said Hello in its session."""
@@ -346,21 +371,61 @@ class Admission:
         status = f"silent for {seconds:.0f} s; without a sign of life it is lost in {left_s:.0f} s"
         self._run.watcher.see(DeviceStatus(device, status))
 
+    @contextmanager
+    def part_of(self, device: str) -> Iterator[None]:
+        """Let what goes wrong inside end the part of *device* alone, unless the trouble is ours.
+
+        What it is to blame for it is told, and it leaves. An error that nobody foresaw is shown in
+        the log; the device is not blamed for it, and may join again.
+
+        Raises:
+            EdgeError: ours, as are OSError and MemoryError: a full disk, a wrong configuration.
+        """
+        try:
+            yield
+        except PeerGone as gone:
+            self._run.lose(device, str(gone))
+        except LocalProtocolError as error:
+            self._let_go(device, error)
+        except EdgeError as error:
+            if not error.blames_peer:
+                raise
+            self.expel(device, error)
+        except Exception as error:
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
+            self._let_go(device, error)
+
+    def _let_go(self, device: str, error: Exception) -> None:
+        """End the part of a device that led to *error*, which nobody foresaw; it may join again."""
+        log.error("device.unforeseen device=%s", device, exc_info=error)
+        text = f"the coordinator failed at what it sent: {type(error).__name__}: {error}"
+        self._unforeseen[device] = self._unforeseen.get(device, 0) + 1
+        if self._unforeseen[device] > MOST_UNFORESEEN:
+            self.expel(device, EdgeError(text))
+            return
+        self._run.lose(device, text)
+        self.forget(device)
+        with suppress(PeerGone):
+            self._gateway.forget(device, public_text(text))
+
     def expel(self, device: str, error: EdgeError) -> None:
         """Let go of a device that did what it must not; it is told, and the others go on."""
-        self._run.lose(device, f"{type(error).__name__}: {error}")
-        with suppress(PeerGone):
-            self._refuse(device, error)
-
-    def _refuse(self, device: str, error: EdgeError) -> None:
-        log.warning("device.refused device=%s reason=%s", device, error)
+        text = public_text(error)
+        log.warning("device.refused device=%s reason=%s", device, text)
+        self._run.lose(device, f"{public_name(error)}: {text}")
+        self.leaving.add(device)
         stamp = self._stamp(device)
+        last: Message = Failure(stamp=stamp, error=public_name(error), text=text)
         if isinstance(error, RefusedError):
-            self._gateway.send(device, Refused(stamp=stamp, reason=str(error)))
-        else:
-            failure = Failure(stamp=stamp, error=public_name(error), text=str(error))
-            self._gateway.send(device, failure)
-        self._gateway.drop(device, str(error))
+            last = Refused(stamp=stamp, reason=text)
+        try:
+            self._gateway.send(device, last)
+            self._gateway.drop(device, text)
+        except PeerGone:
+            self.leaving.discard(device)
+        except Exception:  # whatever it is: it must not reach those who stay
+            log.exception("device.untold device=%s", device)
 
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
@@ -369,7 +434,7 @@ class Admission:
 
         That the device has left, and why, comes as an event of its own.
         """
-        with suppress(PeerGone):
+        with self.part_of(device), suppress(PeerGone):
             self._gateway.send(device, message, tensors)
 
     def end(self, reason: str) -> None:

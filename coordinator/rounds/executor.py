@@ -10,7 +10,7 @@ from typing import Any
 from coordinator.aggregation.ledger import Report
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
-from coordinator.engine.interface import DeviceFault
+from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
 from coordinator.results.lifecycle import COMPLETED, PAUSED
 from coordinator.rounds.admission import Admission
@@ -53,11 +53,18 @@ class RoundExecutor:
             self._checkpoints.save()
 
     def collect(self) -> None:
-        """Take results of computations; a device that spoilt one is expelled, the others go on."""
+        """Take results of computations; a device that spoilt one leaves, the others go on.
+
+        Raises:
+            NumericError: no device is to blame: what the run has learned is the reason.
+        """
         try:
             self._worker.collect()
         except DeviceFault as fault:
-            self._admission.expel(fault.device, fault)
+            self._waves.blame(fault.device, fault)
+        except ComputeFailed as failed:
+            with self._admission.part_of(failed.device):
+                raise failed.error from None
 
     def advance(self) -> None:
         """Do all that can be done now."""
@@ -73,9 +80,11 @@ class RoundExecutor:
             self._admission.move_outdated()
         if self._pausing.is_begun:
             return self._end_if(self._pausing.finish())
-        if state.phase is Phase.GATHERING and self._learned.is_outdated:
-            self._worker.start(self._learned.renew, lambda _: None)
-            return True
+        if state.phase is Phase.GATHERING:
+            self._admission.expel_refused()
+            if self._learned.is_outdated:
+                self._worker.start(self._learned.renew, lambda _: None)
+                return True
         if run.inputs.evals:
             self._waves.evaluate()
             return True
@@ -110,6 +119,10 @@ class RoundExecutor:
             self._send_round(name, step, state.end_step)
 
     def _send_round(self, device: str, step: int, end_step: int) -> None:
+        with self._admission.part_of(device):
+            self._tell_round(device, step, end_step)
+
+    def _tell_round(self, device: str, step: int, end_step: int) -> None:
         admission, rounds_done = self._admission, self._run.state.round
         start, tensors = self._run.round_start(
             replace(self._run.stamp(device), step=step),

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
+from coordinator.aggregation.limits import MAX_NUMBER, is_beyond_measure, largest, oversized
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
-from coordinator.engine.interface import Engine
+from coordinator.engine.compute_thread import owned
+from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
 from coordinator.planning.interface import Planning
 from coordinator.results.export import export_adapter
@@ -56,13 +58,46 @@ class GlobalModel:
         return shapes, head
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
-        """Join what devices and coordinator have learned; add the coordinator's to *reports*."""
+        """Join what devices and coordinator have learned; add the coordinator's to *reports*.
+
+        Raises:
+            DeviceFault: a device has brought what nobody can have learned; nothing was changed.
+            ComputeFailed: what a device has brought led to an error that nobody foresaw; likewise.
+            NumericError: nothing finite comes of the round, and no device is to blame.
+        """
+        for device, why in oversized(reports).items():
+            raise DeviceFault(device, why)
         reports[SERVER] = Report(0, 0, *self.engine.learned())
-        pruned = self._planner.prune(self.ledger.pairs, reports)
-        result = self.ledger.aggregate(reports)
+        before = dict(self.ledger.pairs)
+        result = self._join(reports)
+        pruned = self._planner.prune(before, reports)
         replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
         self.engine.take(changes, replaced, result.head, restarts=result.restarts)
         return Aggregated(result, pruned, self.evaluate(rounds_done))
+
+    def _join(self, reports: dict[str, Report]) -> RoundResult:
+        """Let the ledger join *reports*; see `aggregate`."""
+
+        def works_alone(device: str) -> bool:
+            try:
+                self.ledger.copy().aggregate({n: reports[n] for n in (SERVER, device)})
+            except Exception:  # noqa: BLE001 - that one was raised is the answer
+                return False
+            return True
+
+        try:
+            return self.ledger.aggregate(reports)
+        except Exception as error:
+            found = owned(error, sorted(reports.keys() - {SERVER}), works_alone)
+            if found is error:
+                raise
+            raise found from error
+
+    def is_absurd(self) -> bool:
+        """Return whether what the run has learned is beyond all measure, whoever brought it."""
+        kinds = ("own:", "residual:", "head:")
+        own = [a for name, a in self.engine.state().items() if name.startswith(kinds)]
+        return largest(own) > MAX_NUMBER or any(map(is_beyond_measure, self.ledger.totals.values()))
 
     def evaluate(self, rounds_done: int) -> TailSums | None:
         """Evaluate on the coordinator's own file, if that is due."""

@@ -22,7 +22,7 @@ from coordinator.rounds.validation import (
     check_upload,
 )
 from edge_sdk.client.states import MessageAction
-from edge_sdk.errors import EdgeError, PeerGone, RemoteProtocolError
+from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
@@ -73,26 +73,31 @@ class MessageHandler:
         }
 
     def handle(self, event: Event) -> None:
-        """Take an event in; a mistake of one device ends its own part and nothing else."""
+        """Take an event in; what goes wrong ends the part of its device and nothing else.
+
+        Raises:
+            EdgeError: trouble of our own, as are OSError and MemoryError.
+        """
+        with self._admission.part_of(event.device):
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
         device = event.device
-        try:
-            if isinstance(event, Received):
+        if isinstance(event, Received):
+            if device not in self._admission.leaving:
                 self._receive(device, event.envelope)
-            elif isinstance(event, Joined):
-                self._admission.forget(device)
-            elif isinstance(event, Left):
-                self._run.lose(device, event.reason or "left")
-                self._admission.forget(device)
-            elif isinstance(event, Silent):
-                self._admission.silent(device, event.seconds)
-            elif isinstance(event, Rejected):
-                self._run.watcher.see(MessageRejected(device, event.error))
-                if self._admission.is_here(device):
-                    raise RemoteProtocolError(event.error)
-        except PeerGone as gone:
-            self._run.lose(device, str(gone))
-        except EdgeError as error:
-            self._admission.expel(device, error)
+        elif isinstance(event, Joined):
+            self._admission.forget(device)
+        elif isinstance(event, Left):
+            self._run.lose(device, event.reason or "left")
+            self._admission.forget(device)
+        elif isinstance(event, Silent):
+            self._admission.silent(device, event.seconds)
+        elif isinstance(event, Rejected):
+            error = public_text(event.error)
+            self._run.watcher.see(MessageRejected(device, error))
+            if self._admission.is_here(device):
+                raise RemoteProtocolError(error)
 
     def _receive(self, device: str, envelope: Envelope) -> None:
         if action_on(self._state_of(device), envelope.message) is MessageAction.TAKE:

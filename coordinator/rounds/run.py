@@ -17,6 +17,7 @@ from coordinator.gateway.interface import Received
 from coordinator.results.events import DeviceJoined, DeviceLeft, RoundStarted, WaitEnded
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.state import Member, RunState
+from edge_sdk.errors import public_text
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import Activation, EvalReport, RoundStart, Stamp, StepReport
@@ -106,7 +107,7 @@ class Run:
         self._round_start.forget(device)
         self.inputs.forget(device)
         if was_ready and reason:
-            self.watcher.see(DeviceLeft(device, reason))
+            self.watcher.see(DeviceLeft(device, public_text(reason)))
 
     def wait_for(self, device: str) -> None:
         """Let a device begin anew; the next round waits until it is ready again."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from coordinator.engine.compute_thread import Worker
+from coordinator.engine.compute_thread import Worker, owned
 from coordinator.engine.interface import Answer, Job
 from coordinator.gateway.interface import Event
 from coordinator.results.events import StepSkipped
@@ -50,17 +51,65 @@ class WaveRunner:
     def run_wave(self) -> None:
         """Run a wave whose labels are here, forward and backward."""
         state = self._run.state
-        compute = partial(self._learned.engine.train, self._jobs(), state.step, state.micro)
-        self._worker.start(compute, partial(self._answer_wave, state.attempt))
+        jobs = self._jobs()
+        compute = partial(self._learned.engine.train, jobs, state.step, state.micro)
+        self._start(compute, jobs, self._answer_wave)
 
     def forward(self) -> None:
         """Run the forward half of a wave whose labels stay on the devices."""
         state = self._run.state
-        compute = partial(self._learned.engine.forward, self._jobs(), state.step, state.micro)
-        self._worker.start(compute, partial(self._send_final_hidden, state.attempt))
+        jobs = self._jobs()
+        compute = partial(self._learned.engine.forward, jobs, state.step, state.micro)
+        self._start(compute, jobs, self._send_final_hidden)
 
     def _jobs(self) -> list[Job]:
         return [self._run.inputs.jobs[name] for name in self._run.state.expected()]
+
+    def _start(
+        self,
+        compute: Callable[[], Any],
+        jobs: Sequence[Job],
+        then: Callable[[int, Any], None],
+    ) -> None:
+        """Begin a computation on what the devices of *jobs* have sent."""
+        attempt = self._run.state.attempt
+        self._worker.start(partial(self._compute, compute, jobs), partial(then, attempt))
+
+    def _compute(self, compute: Callable[[], Any], jobs: Sequence[Job]) -> Any:
+        """Compute; where that fails, find out whose part of it is the reason.
+
+        Raises:
+            ComputeFailed: it is one device's.
+        """
+        parts = {job.device: job for job in jobs}
+
+        def works_alone(device: str) -> bool:
+            try:
+                self._learned.engine.evaluate(parts[device])
+            except Exception:  # noqa: BLE001 - that one was raised is the answer
+                return False
+            return True
+
+        try:
+            return compute()
+        except Exception as error:
+            found = owned(error, sorted(parts), works_alone)
+            if found is error:
+                raise
+            raise found from error
+
+    def blame(self, device: str, error: NumericError) -> None:
+        """Expel a device of which nothing finite comes, unless that is no fault of its own.
+
+        Raises:
+            NumericError: what the run has learned is beyond all measure, and nobody is to blame.
+        """
+        if self._learned.is_absurd():
+            raise NumericError(
+                f"the run has diverged: {error}, but what all have learned is beyond all measure; "
+                "go back to an older checkpoint, or lower training.learning_rate"
+            ) from error
+        self._admission.expel(device, error)
 
     def _is_over(self, attempt: int) -> bool:
         """Return whether what was computed for a wave comes too late for it."""
@@ -73,7 +122,7 @@ class WaveRunner:
         for name, hidden_BTD in final_hidden.items():
             if not np.isfinite(hidden_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
-                self._admission.expel(name, fault)
+                self.blame(name, fault)
             elif name in self._run.state.members:
                 message = TopHidden(stamp=self._run.stamp(name), micro=self._run.state.micro)
                 self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD)})
@@ -83,7 +132,7 @@ class WaveRunner:
         state = self._run.state
         grads = {name: self._run.inputs.grads[name] for name in state.expected()}
         compute = partial(self._learned.engine.backward, grads)
-        self._worker.start(compute, partial(self._answer_wave, state.attempt))
+        self._start(compute, self._jobs(), self._answer_wave)
 
     def _answer_wave(self, attempt: int, answers: list[Answer]) -> None:
         """Send gradients first: while devices go backward, the engine updates its adapters."""
@@ -94,9 +143,10 @@ class WaveRunner:
             if not np.isfinite(answer.grad_BTD).all():
                 # Nor is the engine's own gradient: `finish_step` then keeps its adapters.
                 fault = NumericError("the gradient of what it sent is not finite")
-                self._admission.expel(answer.device, fault)
+                self.blame(answer.device, fault)
             elif answer.device in state.members:
-                self._answer(answer)
+                with self._admission.part_of(answer.device):
+                    self._answer(answer)
         if state.phase is not Phase.TRAINING:
             return
         self._run.inputs.use_up()
@@ -136,16 +186,27 @@ class WaveRunner:
         compute = partial(self._evaluate_all, [job for _, job in evals])
         self._worker.start(compute, partial(self._answer_evals, [m for m, _ in evals]))
 
-    def _evaluate_all(self, jobs: list[Job]) -> list[tuple[str, TailSums | Array]]:
-        return [(job.device, self._learned.engine.evaluate(job)) for job in jobs]
+    def _evaluate_all(self, jobs: list[Job]) -> list[tuple[str, TailSums | Array | Exception]]:
+        return [(job.device, self._evaluate_one(job)) for job in jobs]
+
+    def _evaluate_one(self, job: Job) -> TailSums | Array | Exception:
+        try:
+            return self._learned.engine.evaluate(job)
+        except Exception as error:  # noqa: BLE001 - handed on, to be the end of one device's part
+            return error
 
     def _answer_evals(
-        self, messages: list[Activation], results: list[tuple[str, TailSums | Array]]
+        self, messages: list[Activation], results: list[tuple[str, TailSums | Array | Exception]]
     ) -> None:
         for message, (device, result) in zip(messages, results, strict=True):
             if not self._admission.is_known(device):
                 continue  # it left while its micro-batch was evaluated
-            if isinstance(result, TailSums):
+            if isinstance(result, Exception):
+                with self._admission.part_of(device):
+                    raise result
+            elif not np.isfinite(result.loss_sum if isinstance(result, TailSums) else result).all():
+                self.blame(device, NumericError("the evaluation of what it sent is not finite"))
+            elif isinstance(result, TailSums):
                 answer = EvalResult(stamp=message.stamp, micro=message.micro, **result._asdict())
                 self._admission.send(device, answer)
             else:

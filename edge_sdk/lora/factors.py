@@ -88,7 +88,8 @@ def compress(
     left_OK, u_KK, sigma_K, vt_KK, right_KI = _decomposed(term)
     least = tolerance * sigma_K[0]
     if cancels:
-        size_S = np.linalg.norm(term.b_OR, axis=0) * np.linalg.norm(term.a_RI, axis=1)
+        left_OS, right_SI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
+        size_S = np.linalg.norm(left_OS, axis=0) * np.linalg.norm(right_SI, axis=1)
         least = max(least, ROUNDING * float(np.linalg.norm(size_S)))
     kept = int(np.count_nonzero(sigma_K > least))
     cut = kept if max_rank is None else min(kept, max_rank)
