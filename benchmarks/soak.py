@@ -327,18 +327,20 @@ def freeze(seconds: float, case: Case) -> None:
     frozen.signal(signal.SIGSTOP)
     case.faults += 1
     time.sleep(seconds)
+    was_lost, joined = any(is_of(fleet, "device.left")), sum(is_of(fleet, "device.joined"))
     frozen.signal(signal.SIGCONT)
     thawed = time.monotonic()
-    lost = [row for row in fleet.events("device.left") if row["device"] == "d1"]
-    if lost and not fleet.is_over():
-        joins = len([row for row in fleet.events("device.joined") if row["device"] == "d1"])
+    if was_lost:
         fleet.wait_until(
-            lambda: (
-                fleet.is_over()
-                or len([r for r in fleet.events("device.joined") if r["device"] == "d1"]) > joins
-            )
+            lambda: fleet.is_over() or sum(is_of(fleet, "device.joined")) > joined, LONG_S
         )
-        case.returns_s.append(time.monotonic() - thawed)
+        if not fleet.is_over():
+            case.returns_s.append(time.monotonic() - thawed)
+
+
+def is_of(fleet: SoakFleet, kind: str) -> list[bool]:
+    """Return, for each event of a kind, whether it is the frozen device's."""
+    return [row["device"] == "d1" for row in fleet.events(kind)]
 
 
 CASES = {"kills": kills, "links": links, "silence": silence}
