@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--session",
         action="store_true",
-        help="also measure the link in a session; it ends another session of this device's key",
+        help="also measure the link in a session; refused while this device takes part in a run",
     )
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     doctor.set_defaults(run=_doctor)

@@ -12,12 +12,14 @@ import fcntl
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
+from coordinator.gateway.ration import Ration
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.transport.keys import load_public_key
@@ -148,6 +150,7 @@ class ZapHandler:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList) -> None:
         self._allowed = allowed
+        self._refusals = Ration()
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.bind(ZAP_ADDRESS)
@@ -163,6 +166,12 @@ class ZapHandler:
             except zmq.Again:
                 return
 
+    def sum_up(self, now_s: float) -> None:
+        """Say once a minute how often unknown keys were tried again."""
+        untold = self._refusals.sum_up(now_s)
+        if untold:
+            log.warning("device.refused_again tries=%d", untold)
+
     def _reply(self, parts: list[bytes]) -> list[bytes]:
         try:
             empty = parts.index(b"")
@@ -176,7 +185,7 @@ class ZapHandler:
         key = self._key(domain, mechanism, rest)
         name = self._allowed.name_of(key) if key else None
         status, text = (b"200", b"OK") if name else (b"400", b"key is not registered")
-        if name is None:
+        if name is None and self._refusals.may_tell(key, time.monotonic()):
             log.warning("device.refused address=%s key=%s", address.decode("ascii", "replace"), key)
         return [*route, version, request, status, text, key.encode() if name else b"", b""]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import zmq
 
 from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
-from coordinator.gateway.interface import DeviceStats, Event, Received
+from coordinator.gateway.interface import DeviceStats, Event, Left, Received
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.sessions import DeviceSession
@@ -114,6 +114,8 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
             batch = self._io.events.get(timeout=max(0.0, timeout_s))
             while batch:
                 for session, event in batch:
+                    if session is not None and session.is_dropped and not isinstance(event, Left):
+                        continue
                     if isinstance(event, Received) and session is not None:
                         self._took(session, event)
                     events.append(event)
@@ -160,11 +162,15 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
 
     def drop(self, device: str, reason: str) -> None:
         """End the session of *device* when all is sent; see `Gateway`."""
-        self._io.post("drop", self._session(device), reason or "dropped")
+        session = self._session(device)
+        session.is_dropped = True
+        self._io.post("drop", session, reason or "dropped")
 
     def forget(self, device: str, reason: str) -> None:
         """End the session of *device* so that it greets anew; see `Gateway`."""
-        self._io.post("forget", self._session(device), reason)
+        session = self._session(device)
+        session.is_dropped = True
+        self._io.post("forget", session, reason)
 
     def wake(self) -> None:
         """Make `events` return now; see `Gateway`."""

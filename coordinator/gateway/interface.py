@@ -121,6 +121,8 @@ class Gateway(Protocol):
     def drop(self, device: str, reason: str) -> None:
         """Send *device* what is queued for it, then end its session; it is told why.
 
+        From now on nothing that comes from this session is an event, but that it has left.
+
         Raises:
             PeerGone: The device has no session.
         """

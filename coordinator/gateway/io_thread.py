@@ -20,7 +20,8 @@ import zmq
 from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.outbox import Outbox
-from coordinator.gateway.sessions import DeviceSession, is_session_id
+from coordinator.gateway.ration import Ration
+from coordinator.gateway.sessions import Caller, DeviceSession, Rival, is_session_id
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
@@ -33,6 +34,7 @@ from edge_sdk.protocol.packets import (
     Heartbeat,
     HeartbeatAck,
     Kind,
+    Lane,
     Packet,
 )
 from edge_sdk.protocol.session import Conversation
@@ -51,8 +53,12 @@ DROP_FLUSH_S = 5.0
 # A session with more bad messages than this is ended: answers to them cost memory.
 MAX_BAD = 16
 # So many ended sessions are remembered: a late packet of one must not replace its successor.
-MAX_EXPELLED = 4096
-_TAKEN_OVER = "another process with the same key has taken over"
+MAX_ENDED = 4096
+# Without a sign of life for two heartbeats a session gives way to another one with its key; one
+# that speaks is asked, and has this long for an answer.
+SILENT_S = 10.0
+ANSWER_S = 8.0
+_TAKEN_OVER = "another process with the same key has taken over while this one was silent"
 _REVOKED = "this device's key is not registered any more"
 
 
@@ -76,7 +82,10 @@ class GatewayIo:
     is_closing: bool = False
     failure: str = ""
     _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
-    _expelled: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _ended: OrderedDict[str, str | None] = field(default_factory=OrderedDict)
+    """Why sessions are over, by id; None for one that its device may replace."""
+    _contested: set[DeviceSession] = field(default_factory=set)
+    _bad_frames: Ration = field(default_factory=Ration)
     _checks: list[tuple[float, int, DeviceSession]] = field(default_factory=list)
     _num_checks: int = 0
     _tick_s: float = 0.0
@@ -167,9 +176,9 @@ class GatewayIo:
                 continue
             session = known[0] if known is not None and known[0].name == name else None
             try:
-                self._frame(route, name or "", session, frame.buffer, now_s)
+                self._frame(route, name or "", session, frame, now_s)
             except RemoteProtocolError as error:
-                self._bad_frame(route, name or "", session, str(error))
+                self._bad_frame(route, name or "", session, str(error), now_s)
 
     def _name(self, frame: zmq.Frame) -> str | None:
         assert self.allowed is not None
@@ -179,19 +188,20 @@ class GatewayIo:
             return None
 
     def _frame(
-        self, route: bytes, name: str, session: DeviceSession | None, view: memoryview, now_s: float
+        self, route: bytes, name: str, session: DeviceSession | None, frame: zmq.Frame, now_s: float
     ) -> None:
+        view = frame.buffer
         packet = packets.read_packet(view)
         if packet.kind == Kind.CONTROL:
             control = packets.read_control(packet)
             if isinstance(control, Attach):
-                self._attach(route, packet.lane, name, control, now_s)
+                self._attach(self._caller(route, name, frame), packet.lane, control, now_s)
             elif session is None:
                 self.out.say(route, packets.AttachRequired())
             else:
                 session.bytes_up += len(view)
                 self._heard(session, now_s)
-                self._on_control(session, control, now_s)
+                self._on_control(session, route, packet.lane, control, now_s)
         elif session is None:
             self.out.say(route, packets.AttachRequired())
         else:
@@ -207,14 +217,16 @@ class GatewayIo:
             self._fresh.append((session, Rejected(session.name, str(error))))
             self._expel(session, f"the protocol was broken: {error}")
             return
-        for item in items:
+        for item in items if session.leave is None else ():
             if isinstance(item, Envelope):
                 self._fresh.append((session, Received(session.name, item)))
             else:
                 self._bad_message(session, item.text)
         self.out.owe(session, now_s)
 
-    def _on_control(self, session: DeviceSession, control: Any, now_s: float) -> None:
+    def _on_control(
+        self, session: DeviceSession, route: bytes, lane: int, control: Any, now_s: float
+    ) -> None:
         if isinstance(control, Ack):
             try:
                 session.talk.on_ack(control, now_s)
@@ -226,9 +238,10 @@ class GatewayIo:
             if session.leave is not None:
                 self._leave_if_due(session, now_s)
         elif isinstance(control, Heartbeat):
-            session.telemetry = control.numbers
-            session.rtt_s = control.rtt_s or None
-            self.out.control(session, HeartbeatAck(sent_s=control.sent_s))
+            if lane == Lane.CONTROL:  # on bulk it may have waited behind megabytes
+                session.telemetry = control.numbers
+                session.rtt_s = control.rtt_s or None
+            self.out.say(route, HeartbeatAck(sent_s=control.sent_s), lane, session.talk.tag)
         elif isinstance(control, Detach) and control.session == session.id:
             self._expel(session, "")
 
@@ -238,23 +251,32 @@ class GatewayIo:
 
     # -- sessions --
 
-    def _attach(self, route: bytes, lane: int, name: str, control: Attach, now_s: float) -> None:
+    def _caller(self, route: bytes, name: str, frame: zmq.Frame) -> Caller:
+        key = "" if self.allowed is None else str(frame.get("User-Id"))
+        return Caller(route, name, key, str(frame.get("Peer-Address")).removeprefix("::ffff:"))
+
+    def _attach(self, caller: Caller, lane: int, control: Attach, now_s: float) -> None:
+        route, name = caller.route, caller.name
         if self.allowed is None:
             name = control.name
+            caller = caller._replace(name=name)
         if not is_device_name(name) or not is_session_id(control.session):
             raise RemoteProtocolError(
                 f"attach with name {name[:60]!r}, session {control.session!r}"
             )
         session = self.sessions.get(name)
-        reason = self._expelled.get(control.session)
-        if reason is not None:
-            self.out.say(route, packets.Closed(session=control.session, reason=reason))
+        if control.session in self._ended:
+            self._say_ended(route, control.session)
             return
         if session is None or session.id != control.session:
             if control.is_resumed:
                 self.out.say(route, packets.UnknownSession(session=control.session))
                 return
-            session = self._open_session(name, control.session, now_s)
+            if session is not None and not self._gives_way(session, caller, lane, control, now_s):
+                return
+            session = self._open_session(caller, control.session, now_s)
+        elif session.rival is not None:  # it was asked, and lives
+            self._refuse_rival(session, session.rival, now_s)
         old = session.routes[lane]
         if old is not None:
             self._routes.pop(old, None)
@@ -267,32 +289,89 @@ class GatewayIo:
         self.out.say(route, answer, lane, session.talk.tag)
         self.out.add(session)
 
-    def _open_session(self, name: str, session_id: str, now_s: float) -> DeviceSession:
-        older = self.sessions.get(name)
-        if older is not None:
-            self._expel(older, _TAKEN_OVER)
-        session = DeviceSession(
-            name, Conversation(session_id, self.max_message_bytes, FROM_DEVICE), now_s
-        )
+    def _open_session(self, caller: Caller, session_id: str, now_s: float) -> DeviceSession:
+        name = caller.name
+        talk = Conversation(session_id, self.max_message_bytes, FROM_DEVICE)
+        session = DeviceSession(name, caller.key, caller.address, talk, now_s, now_s)
         self.sessions[name] = session
         self._check_later(session, now_s)
         log.info("device.joined name=%s session=%s", name, session_id[:8])
         self._fresh.append((session, Joined(name, session_id)))
         return session
 
+    # -- two sessions with one key --
+
+    def _gives_way(
+        self, older: DeviceSession, caller: Caller, lane: int, control: Attach, now_s: float
+    ) -> bool:
+        """End the session that has the name if it is certainly of no use; else ask it."""
+        if older.key != caller.key:
+            self._expel(older, _REVOKED)
+        elif older.leave is not None:
+            self._expel(older, older.leave[0])
+        elif caller.route in older.routes or now_s - older.heard_s >= SILENT_S:
+            self._expel(older, _TAKEN_OVER)
+        if older.is_over:
+            return True
+        older.rival = older.rival or Rival(now_s + ANSWER_S)
+        older.rival.attaches[lane] = (caller, control)
+        self._contested.add(older)
+        self._settle(older, now_s)
+        return False
+
+    def _settle(self, older: DeviceSession, now_s: float) -> None:
+        """Give the name to the rival once the older session is known to be dead."""
+        rival = older.rival
+        if rival is None or older.is_over:
+            self._contested.discard(older)
+        elif now_s >= rival.until_s or not self.out.ask(older):
+            self._contested.discard(older)
+            self._expel(older, _TAKEN_OVER)
+            for lane, (caller, control) in rival.attaches.items():
+                self._attach(caller, lane, control, now_s)
+
+    def _refuse_rival(self, session: DeviceSession, rival: Rival, now_s: float) -> None:
+        session.rival = None
+        age_s = now_s - session.joined_s
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s))
+        reason = (
+            f"another device with this key is connected from {session.address} since {since}"
+            f" ({age_s:.0f} s ago), and lives: a key belongs to one device, give this one its own"
+        )
+        for caller, control in rival.attaches.values():
+            self._remember(control.session, reason)
+            self._say_ended(caller.route, control.session)
+        addresses = {caller.address for caller, _ in rival.attaches.values()}
+        log.warning("device.twin name=%s address=%s", session.name, ",".join(sorted(addresses)))
+
+    # -- the end of a session --
+
+    def _remember(self, session_id: str, reason: str | None) -> None:
+        self._ended[session_id] = reason
+        if len(self._ended) > MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    def _say_ended(self, route: bytes, session_id: str) -> None:
+        reason = self._ended[session_id]
+        if reason is None:
+            self.out.say(route, packets.UnknownSession(session=session_id))
+        else:
+            self.out.say(route, packets.Closed(session=session_id, reason=reason))
+
     def _expel(self, session: DeviceSession, reason: str) -> None:
         """End a session for good; whoever comes back with its id is told why, on either lane."""
         if session.is_over:
             return
-        self._expelled[session.id] = reason
-        if len(self._expelled) > MAX_EXPELLED:
-            self._expelled.popitem(last=False)
+        self._remember(session.id, reason)
         if reason:  # without one it left by itself
             self.out.control(session, packets.Closed(session=session.id, reason=reason))
         self._over(session, reason)
 
     def _forget(self, session: DeviceSession, reason: str) -> None:
         """End a session so that the device, when it hears of that, begins another one."""
+        if session.is_over:
+            return
+        self._remember(session.id, None)
         self.out.control(session, packets.UnknownSession(session=session.id))
         self._over(session, reason)
 
@@ -314,16 +393,22 @@ class GatewayIo:
 
     # -- what is wrong --
 
-    def _bad_frame(self, route: bytes, name: str, session: DeviceSession | None, text: str) -> None:
+    def _bad_frame(
+        self, route: bytes, name: str, session: DeviceSession | None, text: str, now_s: float
+    ) -> None:
         if session is not None:
             self._bad_message(session, text)
             return
-        log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
         self.out.say(route, packets.Closed(session="", reason=text))
+        if not self._bad_frames.may_tell(f"{name} {text}", now_s):
+            return
+        log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
         if name:
             self._fresh.append((None, Rejected(name, text)))
 
     def _bad_message(self, session: DeviceSession, text: str) -> None:
+        if session.leave is not None:
+            return
         log.warning("gateway.message_bad name=%s error=%s", session.name, text)
         self._fresh.append((session, Rejected(session.name, text)))
         session.num_bad += 1
@@ -356,14 +441,27 @@ class GatewayIo:
         if late_s > STALL_S:  # this process stood still: what it did not hear was not silence
             for session in self.sessions.values():
                 session.heard_s = min(now_s, session.heard_s + late_s)
+                for sender in session.talk.senders:
+                    sender.excuse(now_s)
         self._tick_s = now_s + min(TICK_S, self.gone_after_s / 8)
         if self.allowed is not None and self.allowed.reload_if_changed():
-            for name in self.sessions.keys() - self.allowed.devices().keys():
-                self._expel(self.sessions[name], _REVOKED)
+            for session in list(self.sessions.values()):
+                if self.allowed.name_of(session.key) != session.name:
+                    self._expel(session, _REVOKED)
+        self._sum_up(now_s)
+        for session in list(self._contested):
+            self._settle(session, now_s)
         while self._checks and self._checks[0][0] <= now_s:
             session = heapq.heappop(self._checks)[2]
             if not session.is_over:
                 self._check(session, now_s)
+
+    def _sum_up(self, now_s: float) -> None:
+        if self.zap is not None:
+            self.zap.sum_up(now_s)
+        untold = self._bad_frames.sum_up(now_s)
+        if untold:
+            log.warning("gateway.frames_bad_again frames=%d", untold)
 
     def _check(self, session: DeviceSession, now_s: float) -> None:
         self._leave_if_due(session, now_s)
@@ -378,7 +476,8 @@ class GatewayIo:
             session.silent_s = silent_s
             self._fresh.append((session, Silent(session.name, silent_s)))
         for sender in session.talk.senders:
-            if sender.is_stuck(now_s):
+            if sender.is_stuck(now_s):  # only the device can connect anew
+                self.out.control(session, packets.AttachRequired(session=session.id))
                 self.out.add(session)
         if not session.is_over:
             self._check_later(session, now_s)

@@ -107,14 +107,26 @@ class Outbox:
 
     def say(self, route: bytes, control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:
         """Send a control frame to a connection, whether or not it has a session."""
+        return self._say(route, packets.control_frame(control, lane, tag)) == 0
+
+    def _say(self, route: bytes, frame: bytes) -> int:
+        """Send a frame; return 0, EAGAIN where there is no room, EHOSTUNREACH where nobody is."""
         try:
             self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
-            self.router.send(packets.control_frame(control, lane, tag), zmq.NOBLOCK)
+            self.router.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            return False
-        return True
+            return error.errno
+        return 0
+
+    def ask(self, session: DeviceSession) -> bool:
+        """Ask a device for a sign of life; return whether it has a connection that we know of."""
+        frame = packets.control_frame(packets.AttachRequired(), Lane.CONTROL, session.talk.tag)
+        for lane, route in enumerate(session.routes):
+            if route is not None and self._say(route, frame) == zmq.EHOSTUNREACH:
+                session.routes[lane] = None
+        return any(route is not None for route in session.routes)
 
     def control(self, session: DeviceSession, control: Any) -> bool:
         """Send a control frame on the control lane of a session."""

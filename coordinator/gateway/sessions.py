@@ -7,10 +7,36 @@ it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from coordinator.gateway.interface import DeviceStats
 from edge_sdk.protocol.codecs import Memories
+from edge_sdk.protocol.packets import Attach
 from edge_sdk.protocol.session import Conversation
+
+
+class Caller(NamedTuple):
+    """Who attaches, and by which connection."""
+
+    route: bytes
+    name: str
+    key: str
+    """Public key; empty without CURVE."""
+    address: str
+
+
+@dataclass(slots=True)
+class Rival:
+    """Another session of a name that is taken, while it is not known whether the first one lives.
+
+    It may be the same device, started again, whose death nobody has noticed yet; or another board
+    with a copy of its key.
+    """
+
+    until_s: float
+    """Time at which the first session has lost its name, if it has not answered."""
+    attaches: dict[int, tuple[Caller, Attach]] = field(default_factory=dict)
+    """Its connections by lane."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +44,11 @@ class DeviceSession:
     """One session; the I/O thread changes it, others only read."""
 
     name: str
+    key: str
+    address: str
+    """Where its first connection came from."""
     talk: Conversation
+    joined_s: float
     heard_s: float
     routes: list[bytes | None] = field(default_factory=lambda: [None, None])
     telemetry: dict[str, float] = field(default_factory=dict)
@@ -30,8 +60,11 @@ class DeviceSession:
     silent_s: float = 0.0
     """Seconds of silence that were last reported; 0 while the device speaks."""
     is_over: bool = False
+    is_dropped: bool = False
+    """Whether the coordinator wants to hear nothing of it any more; set by its other threads."""
     leave: tuple[str, float] | None = None
     """Reason for which it ends when all is sent, and the time at which it ends at the latest."""
+    rival: Rival | None = None
     memories: Memories = field(default_factory=dict)
     """What the codecs know of the tensors sent; used by the thread that sends."""
 

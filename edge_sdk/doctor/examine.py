@@ -37,7 +37,7 @@ class Question:
     env: Mapping[str, str]
     env_prefix: str
     session: bool = False
-    """Also open a session with the coordinator, which ends another one of the same key."""
+    """Also open a session with the coordinator, which gives a key one at a time."""
 
     @property
     def has_config(self) -> bool:
@@ -215,7 +215,7 @@ def _with_keys(config: ClientConfig, *, session: bool) -> Iterator[Finding]:
     if shaken is None or shaken.status == "failure":
         yield from (skipped(name, "needs handshake") for name in names)
     elif not session:
-        text = "it would end a session that this device's key has open; none was opened"
+        text = "a key has one session at a time, and the device may need it; none was opened"
         yield skipped("session", text, "edge-sdk doctor --session, while the device takes no part")
         yield skipped("link", "bandwidth is measured in a session")
     else:

@@ -1,6 +1,7 @@
 """Checks of the way to the coordinator: name, connection, interface, keys; on request, a session.
 
-A session of a device's key ends the one that is open already, so only `check_session` opens one.
+While a device's key has a session a second one is refused, and a device that starts meanwhile would
+be the second, so only `check_session` opens one.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ class Session(NamedTuple):
 def open_session(config: LinkConfig, model_hash: str, timeout_s: float = SESSION_S) -> Session:
     """Greet the coordinator, measure the link, say goodbye; takes no part in its run.
 
-    Ends a session that the same key has open already.
+    Is refused while the same key has one open.
     """
     stop, welcome, speed = threading.Event(), None, None
     timer = threading.Timer(timeout_s, stop.set)

@@ -26,6 +26,9 @@ WINDOW_BYTES = 4 * 1024 * 1024
 MAX_PACKETS_IN_FLIGHT = 96
 # TCP loses nothing, a reconnect is seen: only a connection that died unseen waits this long.
 RESEND_AFTER_S = 30.0
+# A link whose acks come slowly, as it is slow for its chunks, is given so many times the slowest.
+RESEND_MARGIN = 2.0
+MOST_RESEND_AFTER_S = 120.0
 # Acks may wait until this much has come, or until the receiver has nothing else to do.
 ACK_EVERY_PACKETS = 16
 ACK_EVERY_BYTES = WINDOW_BYTES // 4
@@ -72,7 +75,7 @@ class Sender:
     ) -> None:
         self._window_bytes = window_bytes
         self._max_packets = max_packets
-        self._resend_after_s = resend_after_s
+        self._resend_after_s = self._limit_s = resend_after_s
         self._queue: deque[_Queued] = deque()  # not yet acked, oldest first
         self._at = 0  # place in the queue of the message that is being sent
         self._end_seq = 0  # number the next queued message starts with
@@ -143,6 +146,8 @@ class Sender:
             raise RemoteProtocolError(f"ack of packet {next_seq - 1}, sent {self._high_seq}")
         self._credit = max(self._credit, credit)
         if next_seq > self._acked_seq:
+            slow_s = max(self._limit_s / 2, RESEND_MARGIN * (now_s - self._progress_s))
+            self._limit_s = min(MOST_RESEND_AFTER_S, max(self._resend_after_s, slow_s))
             self._progress_s = now_s
             self._advance(next_seq)
         elif gap and next_seq == self._acked_seq and self._rewound_seq != next_seq:
@@ -169,12 +174,20 @@ class Sender:
             self._at -= 1
 
     def is_stuck(self, now_s: float) -> bool:
-        """Return whether no ack has moved for too long with packets in flight; rewind if so."""
-        if not self._sizes or now_s - self._progress_s < self._resend_after_s:
+        """Return whether no ack has moved for too long with packets in flight; rewind if so.
+
+        Whoever is stuck again waits twice as long: a chunk may need more time than we thought.
+        """
+        if not self._sizes or now_s - self._progress_s < self._limit_s:
             return False
+        self._limit_s = min(MOST_RESEND_AFTER_S, 2 * self._limit_s)
         self._progress_s = now_s
         self.rewind()
         return True
+
+    def excuse(self, now_s: float) -> None:
+        """Let the wait for an ack begin anew: our own clock stood still, and nobody is to blame."""
+        self._progress_s = now_s
 
     def rewind(self) -> None:
         """Send again from the last ack: what was under way is lost with its connection."""

@@ -183,6 +183,7 @@ class AttachRequired:
     """Answer to a packet of an unknown sender: attach first. Coordinator -> device."""
 
     session: str = ""
+    """Session to which nothing gets through on one of its lanes: connect anew. Empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
