@@ -60,7 +60,7 @@ class Inbox:
             PeerGone: nobody has answered for so long, or the session is lost.
             EdgeError: it failed to do what it was asked, or sent what it must not send now.
         """
-        deadline = Deadline.after(patience_s)
+        deadline, told = Deadline.after(patience_s), ""
         while True:
             try:
                 envelope = self._take(Deadline.after(POLL_S))
@@ -72,7 +72,9 @@ class Inbox:
                 left_s = deadline.left_s()
                 if not left_s:
                     raise
-                log.warning("coordinator.absent reason=%s retrying_s=%.0f", gone, left_s)
+                level = logging.INFO if str(gone) == told else logging.WARNING
+                log.log(level, "coordinator.absent reason=%s; trying for %.0f s", gone, left_s)
+                told = str(gone)
                 continue
             if envelope is not None and (not kinds or isinstance(envelope.message, kinds)):
                 return envelope

@@ -5,6 +5,7 @@ Not here: when to connect, and what is sent (`io_thread.py`).
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from edge_sdk.errors import ConfigError, EdgeError, PeerGone, RefusedError
+from edge_sdk.errors import ConfigError, EdgeError, PeerGone
 from edge_sdk.protocol.packets import Lane
 from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
@@ -20,7 +21,10 @@ from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dea
 
 # libzmq gives up a socket that was refused; it is built anew after ever longer pauses (seconds).
 REBUILD_FIRST_S = 1.0
-REBUILD_MOST_S = 30.0
+REBUILD_MOST_S = 4.0
+# Pauses are drawn between this share of their length and all of it, so that a fleet whose
+# coordinator has come back does not dial at one moment.
+LEAST_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -31,6 +35,11 @@ class Counters:
     bytes_down: int = 0
     reconnects: int = 0
     rtt_s: float | None = None
+
+
+def drawn(pause_s: float) -> float:
+    """Return a pause in seconds, drawn anew: as long as *pause_s*, or a little shorter."""
+    return pause_s * random.uniform(LEAST_SHARE, 1.0)
 
 
 class Line:
@@ -49,7 +58,7 @@ class Line:
         self.is_up = False
         self.is_attached = False
         self.is_full = False
-        self.has_tcp = False  # a TCP connection was made at least once
+        self.has_tcp = False  # the last try to connect has led to somebody
         self.attach_s = 0.0
         self.rebuild_s: float | None = None
         self.rebuild_pause_s = rebuild_pause_s
@@ -65,8 +74,9 @@ class Line:
             raise ConfigError(f"cannot connect to {config.address!r}: {error}") from error
 
     def _connect(self, config: LinkConfig, keys: KeyPair | None) -> None:
-        first_ms, most_ms = int(config.reconnect_s * 1000), int(config.reconnect_most_s * 1000)
-        tune_dealer(self.socket, self.lane, first_ms, most_ms)
+        # libzmq doubles the pause from the first to the longest, and adds no chance of its own.
+        first_ms = int(1000 * drawn(config.reconnect_s))
+        tune_dealer(self.socket, self.lane, first_ms, int(1000 * drawn(config.reconnect_most_s)))
         # Random: whoever guesses a routing id could take the connection over.
         self.socket.setsockopt(zmq.ROUTING_ID, b"E" + secrets.token_bytes(15))
         if keys is not None:
@@ -100,8 +110,8 @@ class Line:
     def news(self) -> Iterator[tuple[int, int]]:
         """Yield (event, value) of the monitor, and note what they mean for the connection."""
         for event, value in monitor_events(self.monitor):
-            if event == zmq.EVENT_CONNECTED:
-                self.has_tcp = True
+            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CLOSED):  # closed: it did not come about
+                self.has_tcp = event == zmq.EVENT_CONNECTED
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.is_up = True
             elif event == zmq.EVENT_DISCONNECTED:
@@ -123,9 +133,9 @@ def no_contact(lines: Sequence[Line], config: LinkConfig) -> EdgeError:
     if any(line.is_up for line in lines):
         return PeerGone(f"{address} took the connection but does not answer")
     if any(line.has_tcp for line in lines):
-        return RefusedError(
-            f"{address} answers, but not with the key {config.server_key or '(none)'}:"
-            " wrong server key, or no coordinator behind that address"
+        return PeerGone(
+            f"{address} takes the connection but does not complete the handshake: wrong server key"
+            f" (ours is {config.server_key or 'none'}), or no coordinator behind that address yet"
         )
     return PeerGone(f"nobody answers at {address}")
 
@@ -137,7 +147,8 @@ class Patience:
         self.heard_s = now_s
         self._config = config
         self._was_attached = False
-        self._next_s = now_s + config.first_contact_s
+        self._until_s = now_s + config.patience_s
+        self._next_s = now_s + min(config.first_contact_s, config.patience_s)
 
     def attached(self, now_s: float) -> None:
         """Note that the coordinator has taken us in."""
@@ -150,6 +161,8 @@ class Patience:
             return None
         if not self._was_attached:
             self._next_s = now_s + self._config.first_contact_s
+            if now_s < self._until_s < self._next_s:
+                self._next_s = self._until_s
             return no_contact(lines, self._config)
         silent_s = now_s - self.heard_s
         if silent_s < self._config.patience_s:

@@ -24,9 +24,10 @@ from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Kind, Lane
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, Patience
+from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, Patience, drawn
 from edge_sdk.transport.keys import KeyPair, make_key_pair
 from edge_sdk.transport.link import LinkConfig
+from edge_sdk.transport.pulse import Pulse
 from edge_sdk.transport.sockets import Waker, receive_frame
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ ACK_DELAY_S = 0.002
 TURN_PACKETS = 64
 ATTACH_RETRY_S = 2.0
 TICK_S = 0.5
+# After so long without a tick this process was stopped, or its machine slept.
+STOOD_STILL_S = 5.0
+# Both lines are built anew at the coordinator's request at most this often.
+REBUILD_REQUEST_S = 10.0
+# What proves that nobody behind the address will ever take our handshake, whatever is tried.
+NOT_OURS = (zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH,)
 
 
 @dataclass(slots=True)
@@ -58,6 +65,7 @@ class DeviceIo:
     has_error_posted: bool = False
     _context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     _lines: list[Line] = field(default_factory=list)
+    _pulses: tuple[Pulse, Pulse] = field(init=False)
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
     _talk: Conversation = field(init=False)
     _patience: Patience = field(init=False)
@@ -66,7 +74,10 @@ class DeviceIo:
     _limit: int = 0
     _close_at_s: float | None = None
     _beat_s: float = 0.0
+    _bulk_beats: deque[float] = field(default_factory=lambda: deque(maxlen=16))
     _tick_s: float = 0.0
+    _rebuilt_s: float = -REBUILD_REQUEST_S
+    _must_rebuild: bool = False
     _ack_s: float | None = None
     _who_s: float = 0.0
     _taken_bytes: int = 0
@@ -114,6 +125,7 @@ class DeviceIo:
         for lane in Lane:
             self._lines.append(self._line(lane, REBUILD_FIRST_S))
         self._patience = Patience(self.config, now_s)
+        self._pulses = (Pulse(self.config.lifeless_s), Pulse(self.config.lifeless_s))
 
     def _new_talk(self) -> None:
         self._talk = Conversation(secrets.token_hex(16), self._limit, FROM_COORDINATOR)
@@ -123,8 +135,17 @@ class DeviceIo:
         return Line(self._context, self._poller, self.config, self._keys, lane, pause_s)
 
     def _rebuild(self, line: Line) -> None:
+        self.counters.reconnects += line.is_attached
+        self._pulses[line.lane].rest()
         line.close()
         self._lines[line.lane] = self._line(line.lane, line.next_pause_s())
+
+    def _rebuild_all(self, reason: str, now_s: float) -> None:
+        """Connect anew: one lane is dead, and whatever killed it may have killed the other one."""
+        log.warning("link.stuck reason=%s", reason)
+        self._rebuilt_s, self._must_rebuild = now_s, False
+        for line in list(self._lines):
+            self._rebuild(line)
 
     def _is_done(self) -> bool:
         if self.dead is not None or self._close_at_s is None:
@@ -163,6 +184,8 @@ class DeviceIo:
         for line in self._lines:
             self._pump(line, now_s)
         self._ack_if_due(now_s)
+        if self._must_rebuild:
+            self._rebuild_all("the coordinator's word", now_s)
         if now_s >= self._tick_s:
             self._tick(now_s)
 
@@ -214,6 +237,7 @@ class DeviceIo:
             except zmq.Again:
                 return
             self._patience.heard_s = now_s
+            self._pulses[line.lane].hear(now_s)
             if frame is None:
                 continue
             view = frame.buffer
@@ -234,9 +258,15 @@ class DeviceIo:
 
     def _on_control(self, line: Line, control: Any, now_s: float) -> None:
         if isinstance(control, packets.Ack):
-            self._talk.on_ack(control, now_s)
+            self._acked(control, now_s)
         elif isinstance(control, packets.HeartbeatAck):
-            self.counters.rtt_s = time.monotonic() - control.sent_s
+            if control.sent_s in self._bulk_beats:  # an older coordinator answers on control
+                self._pulses[Lane.BULK].hear(now_s)
+            else:
+                self.counters.rtt_s = time.monotonic() - control.sent_s
+        elif isinstance(control, packets.AttachRequired) and control.session:
+            is_ours = control.session == self._talk.session
+            self._must_rebuild = is_ours and now_s - self._rebuilt_s > REBUILD_REQUEST_S
         elif isinstance(control, packets.AttachRequired):
             if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
                 self._who_s = now_s
@@ -254,6 +284,13 @@ class DeviceIo:
                 self._lost(now_s)
             else:
                 self.dead = RefusedError(control.reason)
+
+    def _acked(self, ack: packets.Ack, now_s: float) -> None:
+        bulk = self._talk.senders[Lane.BULK]
+        had = bulk.acked_seq
+        self._talk.on_ack(ack, now_s)
+        if bulk.acked_seq > had:  # all acks come on control, this one is of the other lane
+            self._pulses[Lane.BULK].hear(now_s)
 
     def _attached(self, line: Line, control: packets.Attached, now_s: float) -> None:
         line.is_attached, line.is_full = True, False
@@ -295,7 +332,9 @@ class DeviceIo:
                 name=self.config.name,
                 ack=self._talk.ack(),
             )
-            if not self._raw(line, packets.control_frame(control, line.lane, self._talk.tag)):
+            if self._raw(line, packets.control_frame(control, line.lane, self._talk.tag)):
+                self._pulses[line.lane].ask(now_s)
+            else:
                 self._talk.ack_failed()
 
     def _ack_if_due(self, now_s: float) -> None:
@@ -315,13 +354,25 @@ class DeviceIo:
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._attach(line, now_s)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._refused(line, value, now_s)
+                self._refused(value)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value in NOT_OURS:
+                self._not_ours()
+            elif event == zmq.EVENT_CONNECT_RETRIED:
+                line.rebuild_s = None
             elif event == zmq.EVENT_DISCONNECTED:
                 self.counters.reconnects += line.is_attached
                 line.is_attached = False
+                self._pulses[line.lane].rest()
+                # libzmq says at once if it will try this socket again. It will not after a refusal,
+                # nor after bytes that are not ZeroMQ's, such as a proxy's page about an error.
+                line.rebuild_s = now_s + drawn(line.rebuild_pause_s)
 
-    def _refused(self, line: Line, status: int, now_s: float) -> None:
-        line.rebuild_s = now_s + line.rebuild_pause_s  # libzmq will not try this socket again
+    def _not_ours(self) -> None:
+        if not self._is_resumed:  # else it was ours, and something stands in its place for a while
+            text = "speaks ZeroMQ without keys: another program, no coordinator of ours"
+            self._report(RefusedError(f"{self.config.address} {text}"))
+
+    def _refused(self, status: int) -> None:
         if status == 400 and self._keys is not None:
             text = f"the coordinator at {self.config.address} does not know this device's key"
             self._report(RefusedError(f"{text}: register {self._keys.public}"))
@@ -333,24 +384,42 @@ class DeviceIo:
             self.inbox.put((self.epoch, error))
 
     def _tick(self, now_s: float) -> None:
+        if self._tick_s and now_s > self._tick_s + STOOD_STILL_S:
+            self._excuse_all(now_s)
         self._tick_s = now_s + min(TICK_S, self.config.beat_s)
         for line in list(self._lines):
             if line.rebuild_s is not None and now_s >= line.rebuild_s:
                 self._rebuild(line)
             elif line.is_up and not line.is_attached and now_s - line.attach_s > ATTACH_RETRY_S:
                 self._attach(line, now_s)
-            elif line.is_attached and self._talk.senders[line.lane].is_stuck(now_s):
-                log.warning("link.stuck lane=%s", line.lane.name)
-                self._rebuild(line)  # the connection may be dead, and nobody was told
+            elif self._is_dead(line, now_s):
+                self._rebuild_all(f"no answer on {line.lane.name}", now_s)  # and nobody was told
+                break
         self._beat_if_due(now_s)
         error = self._patience.complaint(now_s, self._lines)
         if error is not None:
             self._report(error)
 
+    def _is_dead(self, line: Line, now_s: float) -> bool:
+        is_stuck = line.is_attached and self._talk.senders[line.lane].is_stuck(now_s)
+        return self._pulses[line.lane].is_gone(now_s) or is_stuck
+
+    def _excuse_all(self, now_s: float) -> None:
+        """Blame nobody for a silence in which we did not listen."""
+        for pulse, sender in zip(self._pulses, self._talk.senders, strict=True):
+            pulse.rest()
+            sender.excuse(now_s)
+
     def _beat_if_due(self, now_s: float) -> None:
-        if now_s >= self._beat_s and self._lines[Lane.CONTROL].is_attached:
-            self._beat_s = now_s + self.config.beat_s
-            rtt_s, sent_s = self.counters.rtt_s or 0.0, time.monotonic()
-            self._send_control(
-                packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=self.telemetry())
-            )
+        if now_s < self._beat_s or not self._lines[Lane.CONTROL].is_attached:
+            return
+        self._beat_s = now_s + self.config.beat_s
+        rtt_s, numbers = self.counters.rtt_s or 0.0, self.telemetry()
+        for line in self._lines:  # bulk as well: both must be known to be alive
+            if line.is_attached:
+                sent_s = time.monotonic()
+                beat = packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=numbers)
+                if line.lane == Lane.BULK:
+                    self._bulk_beats.append(sent_s)
+                if self._raw(line, packets.control_frame(beat, line.lane, self._talk.tag)):
+                    self._pulses[line.lane].ask(now_s)

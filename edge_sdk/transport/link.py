@@ -94,6 +94,9 @@ class LinkConfig:
     """Seconds without an answer until PeerGone is reported."""
     beat_s: float = 5.0
     """Seconds between heartbeats."""
+    lifeless_s: float = 20.0
+    """Seconds without any answer after which a connection is given up; more on a slow link."""
     reconnect_s: float = 0.5
-    """Seconds before the first reconnect; they double up to `reconnect_most_s`."""
-    reconnect_most_s: float = 30.0
+    """Seconds before the first reconnect, or a little less; they double up to the longest."""
+    reconnect_most_s: float = 4.0
+    """Seconds between two reconnects at most."""

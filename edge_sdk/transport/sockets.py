@@ -48,7 +48,7 @@ def tune_dealer(sock: zmq.Socket[bytes], lane: Lane, reconnect_ms: int, most_ms:
     """Set the options of a connecting socket, those of `tune` included."""
     tune(sock)
     sock.setsockopt(zmq.IMMEDIATE, 1)  # else frames pile up for a peer that is not there
-    sock.setsockopt(zmq.CONNECT_TIMEOUT, 10_000)
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, 4_000)  # the kernel's own tries come ever more rarely
     sock.setsockopt(zmq.RECONNECT_IVL, reconnect_ms)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, most_ms)  # no back-off unless set
     if lane == Lane.CONTROL:

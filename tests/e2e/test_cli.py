@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +67,10 @@ def files(cluster: Cluster) -> Cluster:
 
 
 def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
-    """Plain lines without noise and exit code 0; strangers leave with one line and code 4."""
+    """Plain lines without noise and exit code 0; a stranger leaves with one line and code 4.
+
+    A wrong server key is told on the terminal, but nothing proves it: that device goes on trying.
+    """
     create_key_pair(files.folder / "stranger.key")
     other = load_key_pair(files.folder / "stranger.key").public
     coordinator = start("coordinator", "serve", "--config", "run.yaml", is_cold=True)
@@ -79,10 +83,13 @@ def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
 
     assert [program.wait() for program in (coordinator, *devices)] == [0, 0, 0]
 
-    assert (misled.wait(), stranger.wait()) == (4, 4)
-    assert len(misled.lines) == len(stranger.lines) == 1, (misled.text, stranger.text)
-    assert "wrong server key" in misled.lines[-1]
+    assert stranger.wait() == 4
+    assert len(stranger.lines) == 1, stranger.text
     assert "register" in stranger.lines[-1]
+    misled.wait_for_match(f"wrong server key.*{re.escape(other)}.* trying for")
+    misled.interrupt()
+    assert misled.wait() == 130
+    assert len(misled.lines) == 2, misled.text
     for program in (coordinator, *devices, misled, stranger):
         assert not [word for word in NOISE if word in program.text], program.text
     assert (files.folder / "runs" / "run" / "adapter" / "adapter_model.safetensors").is_file()
