@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from edge_sdk.errors import StorageError
+
+# The system's trouble of the moment, or that of rights: the file itself may well be whole.
+_NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+
+
+def is_damage(error: OSError) -> bool:
+    """Return whether a file that could not be read is itself the reason."""
+    return error.errno not in _NOT_OF_THE_FILE
 
 
 @contextmanager
@@ -26,7 +35,12 @@ def storage_errors(what: object) -> Iterator[None]:
 
 
 def atomic_write(
-    path: Path, data: bytes | str, *, mode: int = 0o666, sync: bool = True, what: str = ""
+    path: Path,
+    data: bytes | bytearray | str,
+    *,
+    mode: int = 0o666,
+    sync: bool = True,
+    what: str = "",
 ) -> None:
     """Write a file that others may be reading or writing: they see all of it or nothing.
 
@@ -42,7 +56,7 @@ def atomic_write(
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with storage_errors(f"{what} {path}".lstrip()):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -53,6 +67,24 @@ def atomic_write(
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        if sync:
+            _sync(path.parent)  # the name, too, must survive
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that a power cut leaves them there."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        _sync(made.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file of which nobody knows yet, so that its content survives a power cut."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def create_file(path: Path, text: str, mode: int) -> None:
@@ -68,9 +100,17 @@ def create_file(path: Path, text: str, mode: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file or a folder survives a power cut."""
+    """Make sure that a file, or the names in a folder, survive a power cut."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no such thing for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

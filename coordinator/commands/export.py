@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.commands.parser import add_command
-from coordinator.config.run import ServeConfig
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
+from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import ConfigError
 
 
@@ -27,8 +25,7 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.to.exists() and any(options.to.iterdir()):
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")
-    folder = RunFolder.open(options.folder)
-    config = load_config(ServeConfig, folder.path / CONFIG, env={})
+    folder, config = read_run(options.folder, [])
     export = export_pooled if config.trained_by == "coordinator" else export_run
     difference = export(folder, options.to, merged=options.merged)
     what = "adapter" if (options.to / "adapter_config.json").exists() else "model"

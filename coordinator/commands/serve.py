@@ -9,9 +9,7 @@ from typing import Any
 
 from coordinator.commands.parser import add_command
 from coordinator.config.presets import load_serve_config
-from coordinator.config.run import ServeConfig
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
+from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 
@@ -43,8 +41,7 @@ def _resume(options: argparse.Namespace) -> int:
     from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
 
-    RunFolder.open(options.folder)
-    config = load_config(ServeConfig, options.folder / CONFIG, options.overrides, env={})
+    _, config = read_run(options.folder, options.overrides)
     go_on = resume_pooled if config.trained_by == "coordinator" else resume
     return _watch(
         config.total_steps, lambda watcher: go_on(options.folder, watcher, options.overrides)

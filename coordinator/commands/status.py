@@ -9,6 +9,7 @@ from typing import Any
 from coordinator.commands.parser import add_command
 from coordinator.config.run import ServeConfig
 from coordinator.results.history import RunHistory
+from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import CONFIG, RunFolder
 from edge_sdk.config.loader import load_config
 
@@ -27,18 +28,22 @@ def _status(options: argparse.Namespace) -> int:
     config = load_config(ServeConfig, options.folder / CONFIG, env={})
     history = RunHistory(folder)
     last = history.events[-1] if history.events else None
+    damaged = {damage.checkpoint.name: damage.reason for damage in folder.damages()}
     facts = {
         "run": folder.name,
         "rounds": config.rounds,
         "rounds_done": history.rounds_done,
         "last_event": last,
-        "checkpoints": [path.name for path in folder.checkpoints()],
+        "checkpoints": [p.name for p in folder.checkpoints() if p.name not in damaged],
+        "damaged": damaged,
         "metrics": history.metrics[-1] if history.metrics else None,
     }
     if options.format == "json":
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(json.loads(json_text(facts)), indent=2))
         return 0
     print(f"run {folder.name}: {history.rounds_done} of {config.rounds} rounds", end="")
     print(f"; {last['event']} at {last['time']}" if last else "")
+    for name, reason in damaged.items():
+        print(f"{name} is damaged: {reason}")
     RichConsole(highlight=False).print(summary(history))
     return 0

@@ -5,8 +5,10 @@ __all__ = [
     "events",
     "export",
     "history",
+    "json_text",
     "lifecycle",
     "metrics",
+    "result_files",
     "run_folder",
     "watchers",
 ]

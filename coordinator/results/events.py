@@ -59,6 +59,30 @@ class RunStarted(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointDamaged(RunEvent):
+    """A checkpoint is not as it was written; an older one is used in its place."""
+
+    LINE = "{0.checkpoint}: damaged: {0.reason}; set aside as {0.aside}, going on from {0.used}"
+
+    checkpoint: str
+    """Name of its folder."""
+    reason: str
+    aside: str
+    """Name of the folder that it lies in now."""
+    used: str
+    """Name of the folder of the one that is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlreadyComplete(RunEvent):
+    """A run that is to be resumed has come to its end before."""
+
+    LINE = "run {0.folder} is complete: no device is needed any more"
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(RunEvent):
     """The event loop has ended."""
 

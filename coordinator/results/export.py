@@ -197,7 +197,10 @@ def export_run(run: RunFolder, folder: Path, *, merged: bool) -> float:
     targets = find_targets(source.config, config.task, source.layout, config.lora)
     facts = ModelFacts(source.layout, targets)
     ledger = Ledger(facts, config.lora, config.aggregation, None, config.training.seed)
-    ledger.load_state(run.load_checkpoint().arrays["ledger"])
+    checkpoint = run.load_checkpoint()
+    for damage in checkpoint.damaged:
+        log.warning("checkpoint.damaged path=%s reason=%s", damage.checkpoint, damage.reason)
+    ledger.load_state(checkpoint.arrays["ledger"])
     learned = ledger.global_factors()
     if not learned:
         raise ConfigError(f"{run.path} has not finished a round yet; there is nothing to export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate
@@ -110,13 +111,18 @@ class RunHistory:
 
 
 def scores(row: Row) -> dict[str, Row]:
-    """Return the scores in a row of metrics: of the coordinator's `file`, and by device."""
-    return {**({"file": row["eval"]} if "eval" in row else {}), **row.get("eval_by_device", {})}
+    """Return the scores in a row of metrics: of the coordinator's `file`, and by device.
+
+    What was no number when it was measured, and stands there as null, is NaN.
+    """
+    found = {**({"file": row["eval"]} if "eval" in row else {}), **row.get("eval_by_device", {})}
+    return {who: _numbers(score) for who, score in found.items()}
 
 
 def overall(row: Row) -> LossAccuracy | None:
     """Return the score on the coordinator's file, or over the devices' data, each target alike."""
-    found = [row["eval"]] if "eval" in row else [*row.get("eval_by_device", {}).values()]
+    by_name = scores(row)
+    found = [by_name["file"]] if "file" in by_name else [*by_name.values()]
     targets = sum(score["targets"] for score in found)
     if not targets:
         return None
@@ -125,6 +131,10 @@ def overall(row: Row) -> LossAccuracy | None:
         for key in ("loss", "accuracy")
     )
     return LossAccuracy(loss, accuracy)
+
+
+def _numbers(score: Row) -> Row:
+    return {key: math.nan if value is None else value for key, value in score.items()}
 
 
 def _total(counts: list[int]) -> int:

@@ -9,39 +9,99 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from coordinator.config.run import ServeConfig
+from coordinator.results.checkpoint_files import FORMAT, check_format
+from coordinator.results.events import CheckpointDamaged, Watcher
+from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
+from coordinator.results.run_lock import LOCK, locked
 from edge_sdk.config.describe import dump_config
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import StorageError
+from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.files import storage_errors
 
 # How a run ends: with its result, or so that it can go on.
 COMPLETED, PAUSED = "completed", "paused"
 ADAPTER = "adapter"
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
+ENVIRONMENT = "env.json"
+METRICS, TELEMETRY, PLANS, EVENTS = (
+    "metrics.jsonl",
+    "telemetry.jsonl",
+    "plans.jsonl",
+    "events.jsonl",
+)
+
+
+class Reopened(NamedTuple):
+    """A run that goes on."""
+
+    folder: RunFolder
+    config: ServeConfig
+    checkpoint: Checkpoint | None
+    """Where it goes on; None where it has not come to its first checkpoint: it begins anew."""
 
 
 @contextmanager
 def new_folder(config: ServeConfig) -> Iterator[RunFolder]:
-    """Make the folder of a new run; nothing stays of one that fails before its first checkpoint.
+    """Make and hold the folder of a new run; nothing stays of one that fails before it has begun.
+
+    A run of the same name that was killed before its first checkpoint is begun anew.
 
     Raises:
-        ConfigError: a run of that name exists.
+        ConfigError: a run of that name exists, or another process holds it.
         StorageError: the folder cannot be written.
     """
-    folder = RunFolder.create(config.runs, config.name)
-    try:
-        folder.write_text(CONFIG, dump_config(config))
-        folder.write_text("env.json", json.dumps(_environment(), indent=2))
-        yield folder
-    except BaseException:
-        if not folder.checkpoints():
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+    folder = _unborn(config) or RunFolder.create(config.runs, config.name)
+    with locked(folder.path):
+        try:
+            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS))
+            folder.write_text(CONFIG, dump_config(config))
+            folder.write_text(ENVIRONMENT, _environment())
+            yield folder
+        except BaseException:
+            if not folder.has_checkpoint():
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
 
 
-def _environment() -> dict[str, str]:
+def _unborn(config: ServeConfig) -> RunFolder | None:
+    """Return the folder of that name in which nothing has been trained yet; None without one.
+
+    Raises:
+        ConfigError: the run in it is complete.
+    """
+    path = config.runs / (config.name or "")
+    if config.name is None or not path.is_dir():
+        return None
+    folder = RunFolder(path)
+    with storage_errors(f"run folder {path}"):
+        names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")}
+    trained = any(row.get("round") for row in folder.rows(METRICS)) or folder.rows(TELEMETRY)
+    if names <= {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LOCK} and not trained:
+        return folder if CONFIG in names or names <= {LOCK} else None
+    endings = [row for row in folder.rows(EVENTS) if row.get("event") in ("run.started", _ENDED)]
+    if endings and endings[-1].get("outcome") == COMPLETED:
+        raise ConfigError(
+            f"run folder {path} exists, and its run is complete: choose another name, or write "
+            f"its result once more with `coordinator export {path} --to FOLDER`"
+        )
+    return None
+
+
+_ENDED = "run.ended"
+
+
+def _forget_beginning(folder: RunFolder, names: tuple[str, ...]) -> None:
+    """Remove what an attempt has left that never came to a checkpoint."""
+    with storage_errors(f"run folder {folder.path}"):
+        for name in names:
+            (folder.path / name).unlink(missing_ok=True)
+
+
+def _environment() -> str:
     """Return versions of what a result depends on, by package; "absent" where it is not here."""
     versions = {}
     for name in PACKAGES:
@@ -49,19 +109,65 @@ def _environment() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
-    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+    about = {"python": platform.python_version(), "platform": platform.platform(), **versions}
+    return json_text({**about, "format": FORMAT}, indent=2)
+
+
+def read_run(path: Path, overrides: list[str]) -> tuple[RunFolder, ServeConfig]:
+    """Return the folder of an existing run, and its config with *overrides*.
+
+    Raises:
+        ConfigError: *path* is no run folder, or an override is wrong.
+        StorageError: a later version has written it.
+    """
+    folder = RunFolder.open(path)
+    try:
+        about = json.loads((path / ENVIRONMENT).read_bytes())
+    except (OSError, ValueError):
+        about = None  # it was killed before; a run does not need what stands there
+    if isinstance(about, dict) and "format" in about:
+        check_format(path, about["format"], about.get("edgesplit"))
+    return folder, load_config(ServeConfig, path / CONFIG, overrides, env={})
 
 
 def reopen(path: Path, overrides: list[str]) -> tuple[RunFolder, ServeConfig, Checkpoint]:
-    """Return the folder of an existing run, its config with *overrides*, its newest checkpoint.
+    """Return the folder of a run, its config with *overrides*, its newest whole checkpoint.
 
     Raises:
         ConfigError: *path* is no run folder, or an override is wrong.
         StorageError: there is no checkpoint, or it cannot be read.
     """
-    folder = RunFolder.open(path)
-    config = load_config(ServeConfig, path / CONFIG, overrides, env={})
+    folder, config = read_run(path, overrides)
     return folder, config, folder.load_checkpoint()
+
+
+@contextmanager
+def reopened(path: Path, overrides: list[str]) -> Iterator[Reopened]:
+    """Hold an existing run, and say where it goes on.
+
+    Raises:
+        ConfigError: *path* is no run folder, an override is wrong, or another process holds it.
+        StorageError: none of its checkpoints is whole, or it cannot be written.
+    """
+    folder, config = read_run(path, overrides)
+    with locked(path):
+        if folder.has_checkpoint():
+            yield Reopened(folder, config, folder.load_checkpoint())
+            return
+        if any(row.get("round") for row in folder.rows(METRICS)):
+            raise StorageError(f"{path} holds no checkpoint to resume from")
+        _forget_beginning(folder, (METRICS, TELEMETRY, PLANS))
+        folder.write_text(ENVIRONMENT, _environment())
+        yield Reopened(folder, config, None)
+
+
+def take_up(folder: RunFolder, checkpoint: Checkpoint, watcher: Watcher) -> None:
+    """Set the checkpoints aside that *checkpoint* stands in for, and say so."""
+    used = "" if checkpoint.path is None else checkpoint.path.name
+    for damage in checkpoint.damaged:
+        aside = folder.set_aside(damage.checkpoint)
+        name = damage.checkpoint.name
+        watcher.see(CheckpointDamaged(name, damage.reason, aside.name, used))
 
 
 @contextmanager

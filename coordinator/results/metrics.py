@@ -30,6 +30,12 @@ class _Progress:
     peak_bytes: int = 0
 
 
+def _read_progress(facts: Mapping[str, Any]) -> _Progress:
+    """Return what a checkpoint holds; what was no number stands there as null."""
+    numbers: dict[str, Any] = {key: math.nan if v is None else v for key, v in facts.items()}
+    return _Progress(**numbers)
+
+
 @dataclass
 class Reporting:
     """Collects reports and tells the watcher of each complete row."""
@@ -55,7 +61,11 @@ class Reporting:
 
     def load_progress(self, progress: Mapping[str, dict[str, Any]]) -> None:
         """Take over what `progress` returned; steps reported since then are run again."""
-        self._progress = {name: _Progress(**mine) for name, mine in progress.items()}
+        self._progress = {name: _read_progress(mine) for name, mine in progress.items()}
+
+    def restore_row(self, row: dict[str, Any] | None) -> None:
+        """Wait again for the evaluations that *row* still lacks; None: there is no such row."""
+        self.pending, self._heard = row, set()
 
     def step(self, device: str, report: StepReport, end_step: int) -> None:
         """Count a device's step."""

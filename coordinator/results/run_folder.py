@@ -1,14 +1,16 @@
 """The folder of a run: resolved config, events, metrics, checkpoints.
 
-A checkpoint is written under a temporary name, fsynced and renamed: what carries its final name is
-whole. It knows no network and no model.
+A checkpoint is written under a temporary name, fsynced and renamed: what carries its final name was
+whole then, and its manifest tells whether it still is. It knows no network and no model.
 
     runs/<name>/
       config.resolved.yaml  env.json
       events.jsonl          what happened when (clock times, joins, losses of devices)
       metrics.jsonl         one line a round; the same bytes for the same seed on one machine
       telemetry.jsonl       one line a round: seconds, bytes, memory
-      checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors
+      plans.jsonl           one line whenever something was planned
+      checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors  manifest.json
+      damaged-checkpoint-*  what was found damaged, set aside
       adapter/              the result, in PEFT's format
 """
 
@@ -17,20 +19,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coordinator.results.checkpoint_files import (
+    STATE,
+    DamagedCheckpoint,
+    read_files,
+    write_files,
+)
+from coordinator.results.json_text import json_text
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.files import atomic_write, storage_errors, sync
 
 CONFIG = "config.resolved.yaml"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that cannot be used."""
+
+    checkpoint: Path
+    reason: str
+    """What is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,10 @@ class Checkpoint:
     """Round, step, attempt, and who held what; `Run` writes and reads it."""
     arrays: dict[str, dict[str, np.ndarray]]
     """`engine` and `ledger`."""
+    path: Path | None = None
+    """Where it lies; None where it has not been written."""
+    damaged: tuple[Damage, ...] = ()
+    """Newer ones that cannot be used, newest first."""
 
 
 class RunFolder:
@@ -48,6 +73,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unsynced: set[str] = set()
+        """Files with lines that a power cut could still take."""
 
     @classmethod
     def create(cls, runs: Path, name: str | None) -> RunFolder:
@@ -57,8 +84,7 @@ class RunFolder:
             ConfigError: a run of that name exists.
             StorageError: the folder cannot be written.
         """
-        name = name or time.strftime("%Y%m%d-%H%M%S")
-        path = runs / name
+        path = runs / name if name else _free(runs / time.strftime("%Y%m%d-%H%M%S"))
         if path.exists():
             raise ConfigError(
                 f"run folder {path} exists; choose another name, or `coordinator resume {path}`"
@@ -71,7 +97,9 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Open an existing run."""
         if not (path / CONFIG).is_file():
-            raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
+            raise ConfigError(
+                f"{path} is no run folder: it has no {CONFIG}; begin a run with `coordinator serve`"
+            )
         return cls(path)
 
     @property
@@ -88,84 +116,147 @@ class RunFolder:
         with storage_errors(self.path / name), (self.path / name).open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
                 file.write(b"\n")  # a crash has cut the last line off
-            file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
+            file.write(json_text(row).encode() + b"\n")
+        self._unsynced.add(name)
+
+    def settle(self) -> None:
+        """Make sure that all lines written so far survive a power cut."""
+        for name in sorted(self._unsynced):
+            with storage_errors(self.path / name):
+                sync(self.path / name)
+        self._unsynced.clear()
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Read a .jsonl file; a line that was cut off by a crash is left out."""
         path = self.path / name
-        if not path.is_file():
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
             return []
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        return [row for line in lines if (row := _row(line)) is not None]
 
     def drop_rows_from(self, name: str, round_: int) -> None:
         """Forget the lines of rounds that will be run again."""
         rows = [row for row in self.rows(name) if row.get("round", -1) < round_]
         if (self.path / name).is_file():
-            self.write_text(name, "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
+            self.write_text(name, "".join(json_text(row) + "\n" for row in rows))
+
+    # ---- checkpoints ----
 
     def save_checkpoint(self, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-        """Write a checkpoint and remove all but the newest *keep*."""
-        from safetensors.numpy import save
+        """Write a checkpoint and remove all but the newest *keep*.
 
+        Lines written before it are as durable as the checkpoint that makes them final.
+        """
         final = self.path / f"checkpoint-{step:06d}"
         temporary = self.path / f".{final.name}.tmp"
+        self.settle()
         with storage_errors(f"checkpoint {final}"):
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.path.glob(".checkpoint-*.tmp"):  # a killed process was writing it
+                shutil.rmtree(left)
             temporary.mkdir()
-            for name, arrays in checkpoint.arrays.items():
-                data = save({key: np.asarray(a, order="C") for key, a in arrays.items()})
-                (temporary / f"{name}.safetensors").write_bytes(data)
-            state = json.dumps(checkpoint.state, indent=2, sort_keys=True)
-            (temporary / "state.json").write_text(state)
-            for file in (*temporary.iterdir(), temporary):
-                sync(file)
+            write_files(temporary, step, checkpoint.state, checkpoint.arrays)
             aside = self.path / f".{final.name}.old"
             if final.exists():  # the same step again: one of both is there at every moment
                 shutil.rmtree(aside, ignore_errors=True)
                 final.replace(aside)
             temporary.replace(final)
             sync(self.path)
-            for done in self.path.glob(".checkpoint-*.old"):
-                shutil.rmtree(done)
-            for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
+            for old in {*self.path.glob(".checkpoint-*.old"), *self.checkpoints()[:-keep]}:
+                self._remove(old)
+            for gone in self.path.glob(".checkpoint-*.gone"):  # a killed process was at it
+                shutil.rmtree(gone)
         return final
 
+    def _remove(self, checkpoint: Path) -> None:
+        """Remove a checkpoint, under another name first: half of one must not look like one."""
+        gone = self.path / f"{_hidden(checkpoint)}.gone"
+        if gone.exists():
+            shutil.rmtree(gone)
+        checkpoint.replace(gone)
+        shutil.rmtree(gone)
+
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        found = {_step(p): p for p in self.path.glob(".checkpoint-*.old")}
-        found |= {_step(p): p for p in self.path.glob("checkpoint-*")}
-        return [found[step] for step in sorted(found) if (found[step] / "state.json").is_file()]
+        """Return checkpoints, oldest first; whether they are whole shows when they are read."""
+        found: dict[int, Path] = {}
+        for step, path in self._candidates():
+            if (path / STATE).is_file():
+                found[step] = path
+        return [found[step] for step in sorted(found)]
+
+    def _candidates(self) -> list[tuple[int, Path]]:
+        """Return what carries the name of a checkpoint, oldest first, with its step."""
+        found = []
+        with storage_errors(f"run folder {self.path}"):
+            for path in self.path.iterdir():
+                if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir():
+                    found.append((int(match[1] or match[2]), not path.name.startswith("."), path))
+        return [(step, path) for step, _, path in sorted(found)]
 
     def load_checkpoint(self) -> Checkpoint:
-        """Read the newest checkpoint.
+        """Read the newest checkpoint that is whole; it names those that are newer and are not.
 
         Raises:
             StorageError: there is none, or it cannot be read.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        found = self.checkpoints()
-        if not found:
+        damaged: list[Damage] = []
+        for step, path in reversed(self._candidates()):
+            try:
+                state, arrays = read_files(path, step)
+            except DamagedCheckpoint as error:
+                if not path.exists():  # whoever holds the run has just replaced it by a newer one
+                    return self.load_checkpoint()
+                damaged.append(Damage(path, str(error)))
+                continue
+            return Checkpoint(state, arrays, path, tuple(damaged))
+        if not damaged:
             raise StorageError(f"{self.path} holds no checkpoint to resume from")
-        newest = found[-1]
-        try:
-            state = json.loads((newest / "state.json").read_text())
-            arrays = {f.stem: load_file(f) for f in sorted(newest.glob("*.safetensors"))}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise StorageError(f"checkpoint {newest} cannot be read: {error}") from error
-        return Checkpoint(state, arrays)
+        found = "; ".join(f"{d.checkpoint.name} cannot be read: {d.reason}" for d in damaged)
+        raise StorageError(f"{self.path} holds no checkpoint that is whole: {found}")
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is anything like a checkpoint, be it damaged."""
+        return bool(self._candidates())
+
+    def damages(self) -> list[Damage]:
+        """Return what is wrong with each checkpoint that cannot be used, oldest first."""
+        found = []
+        for step, path in self._candidates():
+            try:
+                read_files(path, step)
+            except StorageError as error:
+                found.append(Damage(path, str(error)))
+        return found
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Take a damaged checkpoint out of the way; return where it lies from now on."""
+        aside = _free(self.path / f"damaged-{_hidden(checkpoint)[1:]}")
+        with storage_errors(aside):
+            checkpoint.replace(aside)
+            sync(self.path)
+        return aside
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(".").removesuffix(".old").removeprefix("checkpoint-"))
+def _hidden(checkpoint: Path) -> str:
+    """Return the name of a checkpoint with a point before it, whatever state it is in."""
+    return "." + checkpoint.name.removeprefix(".").removesuffix(".old")
+
+
+def _free(path: Path) -> Path:
+    """Return *path*, or the first with a number behind it that is not there yet."""
+    numbered: Iterator[Path] = (path.with_name(f"{path.name}-{n}") for n in count(2))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line; None for what a crash or a power cut has left of one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def digest_of(config: object, data: Iterable[str | None]) -> str:

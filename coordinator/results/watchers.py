@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.results.events import (
+    CheckpointDamaged,
     DeviceJoined,
     DeviceLeft,
     Exported,
@@ -22,6 +23,7 @@ from coordinator.results.events import (
     Telemetry,
     Watcher,
 )
+from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import RunFolder
 
 
@@ -67,6 +69,8 @@ class RunFiles:
             case _ if (line := _event_row(event)) is not None:
                 clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 self._folder.append("events.jsonl", {"time": clock, **line})
+                if isinstance(event, Exported):
+                    self._folder.settle()
 
 
 def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
@@ -76,8 +80,12 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "run.started", "run": run, "step": step}
         case RunFinished(outcome):
             return {"event": "run.ended", "outcome": outcome}
-        case Exported(what, difference):
-            return {"event": f"{what}.exported", "difference": difference}
+        case Exported(what, difference, path):
+            files = {} if path is None or not path.is_dir() else {"files": hashes(path)}
+            return {"event": f"{what}.exported", "difference": difference, **files}
+        case CheckpointDamaged(checkpoint, reason, aside):
+            row = {"checkpoint": checkpoint, "reason": reason, "aside": aside}
+            return {"event": "checkpoint.damaged", **row}
         case RoundStarted(round_, attempt, devices):
             names = list(devices)
             return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coordinator.planning.interface import Planning
+from coordinator.results.lifecycle import METRICS, PLANS, TELEMETRY, take_up
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
@@ -28,18 +29,27 @@ class Checkpoints:
         self._run.saved()
 
     def rewind(self) -> None:
-        """Go back to the newest checkpoint."""
-        self._restore(self._folder.load_checkpoint(), in_new_process=False)
+        """Go back to the newest checkpoint that is whole; rows written after it are dropped."""
+        checkpoint = self._folder.load_checkpoint()
+        self._restore(checkpoint, in_new_process=False)
+        if checkpoint.damaged:  # back beyond rows that were complete
+            self._run.reporting.restore_row(checkpoint.state["row"])
+            self._drop_rows(checkpoint)
 
     def _restore(self, checkpoint: Checkpoint, *, in_new_process: bool) -> None:
         self._planner.load_state(checkpoint.state["planner"])
         self._learned.load_state(checkpoint.arrays)
         self._run.restore(checkpoint.state, in_new_process=in_new_process)
+        take_up(self._folder, checkpoint, self._run.watcher)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
         self._restore(checkpoint, in_new_process=True)
+        self._drop_rows(checkpoint)
+
+    def _drop_rows(self, checkpoint: Checkpoint) -> None:
         done = self._run.state.round
         has_row = checkpoint.state["row"] is not None
-        self._folder.drop_rows_from("metrics.jsonl", done if has_row else done + 1)
-        self._folder.drop_rows_from("telemetry.jsonl", done)
+        self._folder.drop_rows_from(METRICS, done if has_row else done + 1)
+        self._folder.drop_rows_from(TELEMETRY, done)
+        self._folder.drop_rows_from(PLANS, done + 1)

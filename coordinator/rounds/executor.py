@@ -185,5 +185,6 @@ class RoundExecutor:
 
     def _close(self) -> None:
         self._run.reporting.flush()
+        self._checkpoints.save()  # whoever resumes it finds the last row complete
         self._admission.end("the run is complete")
         self.outcome = COMPLETED

@@ -9,8 +9,26 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
-from coordinator.results.events import Exported, Listening, RunPaused, Watcher
-from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder, reopen, restoring
+from coordinator.results.events import (
+    AlreadyComplete,
+    Exported,
+    Listening,
+    RunPaused,
+    Watcher,
+)
+from coordinator.results.export import export_run
+from coordinator.results.lifecycle import (
+    ADAPTER,
+    COMPLETED,
+    METRICS,
+    Reopened,
+    new_folder,
+    reopened,
+    restoring,
+)
+from coordinator.results.result_files import is_whole
+from coordinator.results.run_folder import RunFolder
+from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.transport.keys import KeyPair, load_key_pair
@@ -27,24 +45,55 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     keys = load_key_pair(config.secret_key)
     model = ServerModel(config)
     with _gateway(config, keys) as gateway, new_folder(config) as folder:
-        run_id = f"{folder.name}-{secrets.token_hex(4)}"
         coordinator = Coordinator(
-            config, model, folder, gateway, watcher, run_id, least_devices=least_devices
+            config, model, folder, gateway, watcher, _new_id(folder), least_devices=least_devices
         )
         return _finish(coordinator)
 
 
 def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
-    """Go on with the run at *path* as if nothing had happened; return how it ended."""
-    folder, config, checkpoint = reopen(path, overrides)
-    keys = load_key_pair(config.secret_key)
-    model = ServerModel(config)
-    with _gateway(config, keys) as gateway:
-        run_id = checkpoint.state["run"]
-        coordinator = Coordinator(config, model, folder, gateway, watcher, run_id)
-        with restoring(folder):
-            coordinator.resume(checkpoint)
-        return _finish(coordinator)
+    """Go on with the run at *path* as if nothing had happened; return how it ended.
+
+    One that was killed before its first checkpoint begins anew. One that is complete needs no
+    device: its result is written again where it is missing or damaged.
+    """
+    with reopened(path, overrides) as run:
+        if _is_complete(run):
+            _complete_again(run, watcher)
+            return COMPLETED
+        folder, config, checkpoint = run
+        keys = load_key_pair(config.secret_key)
+        model = ServerModel(config)
+        with _gateway(config, keys) as gateway:
+            run_id = _new_id(folder) if checkpoint is None else checkpoint.state["run"]
+            coordinator = Coordinator(config, model, folder, gateway, watcher, run_id)
+            if checkpoint is not None:
+                with restoring(folder):
+                    coordinator.resume(checkpoint)
+            return _finish(coordinator)
+
+
+def _new_id(folder: RunFolder) -> str:
+    return f"{folder.name}-{secrets.token_hex(4)}"
+
+
+def _is_complete(run: Reopened) -> bool:
+    """Return whether all rounds are done and the last row of metrics is complete."""
+    if run.checkpoint is None or run.checkpoint.state.get("round") != run.config.rounds:
+        return False
+    state = run.checkpoint.state
+    if state["row"] is None and not state["unevaluated"]:
+        return True
+    # Its coordinator was killed when it had written that row and not yet a checkpoint after it.
+    return any(row.get("round") == run.config.rounds for row in run.folder.rows(METRICS))
+
+
+def _complete_again(run: Reopened, watcher: Watcher) -> None:
+    folder = run.folder
+    watchers, target = Watchers([RunFiles(folder), watcher]), folder.path / ADAPTER
+    watchers.see(AlreadyComplete(folder.path))
+    if not is_whole(folder, ADAPTER):
+        watchers.see(Exported(ADAPTER, export_run(folder, target, merged=False), target))
 
 
 def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:

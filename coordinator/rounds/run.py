@@ -238,6 +238,6 @@ class Run:
         self.inputs = PendingInputs()
         self.must_rewind = False
         if in_new_process:
-            row = self.reporting.pending = facts["row"]
-            evaluated = set((row or {}).get("eval_by_device", {}))
+            self.reporting.restore_row(facts["row"])
+            evaluated = set((facts["row"] or {}).get("eval_by_device", {}))
             self.state.wait_for(facts["devices"], set(facts["unevaluated"]) - evaluated)

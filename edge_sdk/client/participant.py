@@ -142,6 +142,10 @@ class Participant:
         if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
             self._set_up(assigned)
+        self._say_ready()
+
+    def _say_ready(self) -> None:
+        """Tell the coordinator what this device has, and the steps to which it can go back."""
         assert self._data is not None
         self._link.send(
             Ready(
@@ -211,7 +215,9 @@ class Participant:
     def _run_round(self, envelope: Envelope) -> None:
         self._inbox.enter(State.TRAINING)
         start: RoundStart = envelope.message
-        self._begin_round(start, envelope.tensors)
+        if not self._begin_round(start, envelope.tensors):
+            self._say_ready()
+            return
         if start.end_step > start.stamp.step:
             self._train_round(start)
 
@@ -219,11 +225,14 @@ class Participant:
         self._save(self._stamp.step)
         self._link.send(Paused(stamp=self._stamp))
 
-    def _begin_round(self, start: RoundStart, tensors: dict[str, Array]) -> None:
+    def _begin_round(self, start: RoundStart, tensors: dict[str, Array]) -> bool:
+        """Stand at the start of a round; False where the checkpoint for that cannot be used."""
         runtime, steps = self._ready()
         self._stamp = start.stamp
+        self._state.forget_after(start.stamp.step)
         if start.restore_step >= 0:
-            runtime.state.restore(self._state.load(start.restore_step))
+            if not self._restore(start.restore_step):
+                return False
         else:
             self._apply(start, tensors)
             runtime.state.begin_round()
@@ -232,6 +241,19 @@ class Participant:
             assert self._data is not None
             report = steps.evaluate(self._data.validation, self._data.pad_id, self._stamp)
             self._link.send(report)
+        return True
+
+    def _restore(self, step: int) -> bool:
+        """Go back to the checkpoint of *step*; return whether it could be used."""
+        state = self._ready()[0].state
+        pairs = state.adapters.pairs().items()
+        own = {f"own:{n}.{f}": v for n, p in pairs for f, v in zip("AB", p, strict=True)}
+        head = {f"head:{name}": value for name, value in state.head().items()}
+        held = self._state.try_load(step, {n: v.shape for n, v in (own | head).items()})
+        if held is None:
+            return False
+        state.restore(held)
+        return True
 
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""

@@ -65,6 +65,7 @@ class RuntimeSetup:
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
         """Return the file of *part*: from the cache, or chunk by chunk from the coordinator."""
+        is_continued = self._cache.received(part) > 0
         while not self._cache.has(part):
             offset = self._cache.received(part)
             if offset < part.num_bytes:
@@ -74,7 +75,14 @@ class RuntimeSetup:
                 self._cache.append(part, message.offset, answer.tensors["data"].data)
                 continue
             log.info("part.fetched name=%s bytes=%d", part.name, part.num_bytes)
-            self._cache.finish(part)
+            try:
+                self._cache.finish(part)
+            except ModelError as error:
+                if not is_continued:
+                    raise
+                # What an earlier download had left was damaged, not what was sent now.
+                log.warning("part.damaged name=%s reason=%s", part.name, error)
+                is_continued = False
         return self._cache.path(part)
 
     def files(self, welcome: Welcome, ask: Ask) -> Path:

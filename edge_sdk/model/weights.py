@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from edge_sdk.model.layout import Layout, Task
+
+log = logging.getLogger(__name__)
 
 # What a device needs besides weights: never code, never anything that could be executed.
 FILE_NAMES = (
@@ -224,15 +227,34 @@ class PartCache:
     def __init__(self, folder: Path | None = None) -> None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = folder or Path(root) / "edgesplit" / "parts"
+        self._checked: dict[str, tuple[int, int, int]] = {}
+        """Inode, size and time of change of files whose hash this process has seen to be right."""
 
     def path(self, part: Part) -> Path:
         """Return where *part* lies once it is complete."""
         return self.folder / f"{part.sha256}.safetensors"
 
     def has(self, part: Part) -> bool:
-        """Return whether *part* is complete; its hash was checked when it was stored."""
+        """Return whether *part* is complete and whole.
+
+        The hash of a file is computed once in a process, and again when the file has changed. One
+        that is damaged is thrown away: its content can be had again.
+        """
         path = self.path(part)
-        return path.is_file() and path.stat().st_size == part.num_bytes
+        try:
+            now = _identity(path)
+            if self._checked.get(part.sha256) == now:
+                return True
+            if now[1] == part.num_bytes and _digest(path) == part.sha256:
+                self._checked[part.sha256] = now
+                return True
+            log.warning("part.damaged name=%s file=%s; it is fetched again", part.name, path)
+            path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        return False
 
     def received(self, part: Part) -> int:
         """Return the bytes of *part* that an interrupted download has left."""
@@ -264,6 +286,7 @@ class PartCache:
             found = _digest(partial)
             if found == part.sha256:
                 partial.replace(self.path(part))
+                self._checked[part.sha256] = _identity(self.path(part))
                 return self.path(part)
             partial.unlink()
         except FileNotFoundError:  # another device of this machine was faster
@@ -278,10 +301,16 @@ class PartCache:
     def store(self, part: Part, data: bytes) -> Path:
         """Put a whole part into the cache."""
         atomic_write(self.path(part), data, sync=False)  # its hash tells whether it is whole
+        self._checked[part.sha256] = _identity(self.path(part))
         return self.path(part)
 
     def _partial(self, part: Part) -> Path:
         return self.folder / f"{part.sha256}.partial"
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _digest(path: Path) -> str:

@@ -22,17 +22,29 @@ from coordinator.lab.centralised.trainer import (
     make_runtime,
     plan_pooled,
 )
-from coordinator.results.events import Exported, RunFinished, RunPaused, RunStarted, Watcher
+from coordinator.results.events import (
+    AlreadyComplete,
+    Exported,
+    RunFinished,
+    RunPaused,
+    RunStarted,
+    Watcher,
+)
 from coordinator.results.export import export_adapter, export_merged
 from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,
+    METRICS,
     PAUSED,
+    TELEMETRY,
     new_folder,
     reopen,
+    reopened,
     restoring,
+    take_up,
 )
 from coordinator.results.metrics import Reporting
+from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from edge_sdk.command import stopping_on_signals
@@ -88,13 +100,26 @@ def serve_pooled(config: ServeConfig, watcher: Watcher) -> str:
 
 
 def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
-    """Go on with the run at *path* as if nothing had happened; return how it ended."""
-    folder, config, checkpoint = reopen(path, overrides)
-    run = PooledRun(config, PooledTrainer(config, ServerModel(config)), folder, watcher)
-    with restoring(folder):
-        run.restore(checkpoint)
-    with stopping_on_signals(run.stop):
-        return run.train()
+    """Go on with the run at *path* as if nothing had happened; return how it ended.
+
+    One that was killed before its first checkpoint begins anew.
+    """
+    with reopened(path, overrides) as (folder, config, checkpoint):
+        if checkpoint is not None and checkpoint.state.get("step") == config.total_steps:
+            watcher.see(AlreadyComplete(path))
+            if is_whole(folder, result_name(config)):
+                return COMPLETED
+        run = PooledRun(config, PooledTrainer(config, ServerModel(config)), folder, watcher)
+        if checkpoint is not None:
+            with restoring(folder):
+                run.restore(checkpoint)
+        with stopping_on_signals(run.stop):
+            return run.train()
+
+
+def result_name(config: ServeConfig) -> str:
+    """Return the name of the folder that holds the run's result."""
+    return MODEL if config.pooled.trains == "all" else ADAPTER
 
 
 def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
@@ -260,12 +285,13 @@ class PooledRun:
         self._reporting.load_progress(checkpoint.state["progress"])
         load_trained(self.trainer.runtime, checkpoint)
         done = self._step // self.config.steps_per_round
-        self.folder.drop_rows_from("metrics.jsonl", done + 1)
-        self.folder.drop_rows_from("telemetry.jsonl", done)
+        self.folder.drop_rows_from(METRICS, done + 1)
+        self.folder.drop_rows_from(TELEMETRY, done)
+        take_up(self.folder, checkpoint, self._watcher)
 
     def _write_result(self) -> None:
         trainer = self.trainer
-        what = MODEL if self.config.pooled.trains == "all" else ADAPTER
+        what = result_name(self.config)
         target = self.folder.path / what
         difference = write_result(self.config, trainer.model, trainer.runtime, target, merged=False)
         self._watcher.see(Exported(what, difference, target))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError, StorageError
+from edge_sdk.model import weights
 from edge_sdk.model.weights import (
     ModelSource,
     PartCache,
@@ -24,6 +25,7 @@ from edge_sdk.model.weights import (
     open_part,
 )
 from edge_sdk.protocol.plan import Part
+from tests.damage import DAMAGES
 from tests.tiny import CLASSES, make_config, make_model, task_of
 
 
@@ -256,6 +258,40 @@ def test_damaged_bytes_are_refused(part: tuple[Part, bytes], tmp_path: Path) -> 
     assert cache.received(description) == 0
     cache.append(description, 0, data)
     assert cache.finish(description).read_bytes() == data
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"a folder"}))
+def test_a_damaged_part_is_noticed_before_it_is_used(
+    part: tuple[Part, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """A process that finds it so, or in which it becomes so, names it and fetches it again."""
+    description, data = part
+    first = PartCache(tmp_path)
+    path = first.store(description, data)
+    assert first.has(description)
+    DAMAGES[damage](path)
+
+    assert not PartCache(tmp_path).has(description)
+    assert not first.has(description)
+
+    assert ("part.damaged" in caplog.text) == (damage != "missing")
+    assert first.store(description, data).read_bytes() == data
+    assert first.has(description)
+    assert PartCache(tmp_path).has(description)
+
+
+def test_a_whole_part_is_read_once_in_a_process(
+    part: tuple[Part, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is not computed again while the file is the same."""
+    description, data = part
+    PartCache(tmp_path).store(description, data)
+    cache = PartCache(tmp_path)
+    assert cache.has(description)
+
+    monkeypatch.setattr(weights, "_digest", None)
+
+    assert cache.has(description)
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(

@@ -1,0 +1,49 @@
+"""Who holds a run: one coordinator at a time, which the kernel forgets when its process ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.files import storage_errors
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run in *folder* for as long as the context lasts, or this process lives.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: the folder cannot be written.
+    """
+    with storage_errors(folder / LOCK):
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+                raise ConfigError(
+                    f"run folder {folder} is in use by {holder}; wait for its end, or stop it first"
+                ) from error
+            # Some network file systems have no locks; a run is worth more than this guard.
+            log.warning("lock.absent folder=%s reason=%s", folder, error.strerror)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with storage_errors(folder / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} since {since}")
+            file.flush()
+        yield
