@@ -14,6 +14,7 @@ from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
 from coordinator.rounds.validation import (
+    TargetCount,
     WaveInput,
     check_evaluation,
     check_gradient,
@@ -56,6 +57,9 @@ class MessageHandler:
     ) -> None:
         self._run, self._admission, self._planner = run, admission, planner
         self._learned, self._limits, self._probing = learned, limits, probing
+        self._targets = TargetCount()
+        self._reported: dict[str, tuple[int, int]] = {}
+        """Attempt and step of the last report of a step, by device."""
         self._handlers: dict[type, Callable[[str, Envelope], None]] = {
             Hello: self._on_hello,
             PartRequest: lambda d, e: admission.send_part(d, e.message),
@@ -126,6 +130,10 @@ class MessageHandler:
         message: Activation = envelope.message
         plan, member = self._admission.plans[device], self._run.state.members.get(device)
         if message.is_eval:
+            state = self._run.state
+            is_due = member is not None or device in state.awaiting_eval
+            if not is_due or not self._run.is_current(message.stamp):
+                return
             job = self._limits.job(self._run.state.ready[device], plan, message, envelope.tensors)
             self._run.inputs.evals.append((message, job))
             return
@@ -139,6 +147,7 @@ class MessageHandler:
         if where == (state.step, state.micro):
             if device not in state.arrived and not state.is_forward_done:
                 job = self._limits.job(member, plan, message, envelope.tensors)
+                self._targets.add(message, job)
                 self._run.take_input(job)
         elif where in state.soon():
             self._run.inputs.keep_early(device, where, envelope)
@@ -160,9 +169,22 @@ class MessageHandler:
     def _on_step(self, device: str, envelope: Envelope) -> None:
         report: StepReport = envelope.message
         if self._run.is_current(report.stamp):
-            check_report(report)
+            check_report(report, self._limits.most_tokens(self._admission.plans[device]))
+            self._check_turn(device, report)
             self._planner.stepped(device, report.num_tokens, report.compute_s)
             self._run.take_step(device, report)
+
+    def _check_turn(self, device: str, report: StepReport) -> None:
+        """Refuse the report of a step that is not in the round, or was reported before."""
+        stamp, state = report.stamp, self._run.state
+        attempt, last = self._reported.get(device, (stamp.attempt, -1))
+        if attempt != stamp.attempt:
+            last = -1
+        if not max(last + 1, state.first_step) <= stamp.step < state.end_step:
+            raise RemoteProtocolError(
+                f"step report of step {stamp.step}, due are those of this round after {last}"
+            )
+        self._reported[device] = stamp.attempt, stamp.step
 
     def _on_upload(self, device: str, envelope: Envelope) -> None:
         message: AdapterUpload = envelope.message

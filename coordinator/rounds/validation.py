@@ -25,6 +25,14 @@ from edge_sdk.protocol.tensors import Shape, check_shapes
 
 # Importance is loss times relative change, about 1 in tiny models; sums of this bound are finite.
 MAX_IMPORTANCE = 1e9
+# Bounds of what is reported, far above what is true, so that sums of them are numbers that a file
+# and a person can read: mean loss of a target, seconds of a step, bytes, targets of an evaluation.
+MAX_LOSS = 1e9
+MAX_SECONDS = 1e9
+MAX_BYTES = 2**60
+MAX_TARGETS = 2**48
+# Rounding can make a loss of almost nothing negative.
+LEAST_LOSS = -1e-3
 
 
 class WaveInput:
@@ -56,8 +64,11 @@ class WaveInput:
         check_shapes(message, tensors, shapes)
         if lengths_B.min() < 1 or lengths_B.max() > longest:
             raise RemoteProtocolError(f"lengths outside 1..{longest}")
+        most = self.most_tokens(plan)
         if message.num_targets < 1:
             raise RemoteProtocolError(f"num_targets: {message.num_targets}, at least 1 is needed")
+        if message.num_targets > most:
+            raise RemoteProtocolError(f"num_targets: {message.num_targets}, at most {most} fit")
         labels = tensors["labels"] if self._wants_labels else None
         if labels is not None:
             self._check_labels(labels)
@@ -70,6 +81,10 @@ class WaveInput:
             lengths_B=lengths_B,
             labels=labels,
         )
+
+    def most_tokens(self, plan: Plan) -> int:
+        """Return how many tokens, and so targets, a step of *plan* can have at most."""
+        return plan.batch_size * self._max_length
 
     def _check_hidden(self, hidden_BTD: Array, plan: Plan) -> None:
         rows, longest, size = hidden_BTD.shape
@@ -98,18 +113,69 @@ def check_gradient(message: TopGradient, tensors: Mapping[str, Array], job: Job)
     return tensors["grad"]
 
 
-def check_report(report: StepReport) -> None:
-    """Refuse counts that no step can have; that numbers are finite is checked on arrival."""
+class TargetCount:
+    """Compares the targets that devices announce for a step with those that their labels have."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, tuple[int, int]] = {}
+        """Announced and counted targets of the step that is going on, by device."""
+
+    def add(self, message: Activation, job: Job) -> None:
+        """Count the labels of a micro-batch, which come in the order of the step.
+
+        Raises:
+            RemoteProtocolError: the step has more or fewer targets than were announced, or another
+                number was announced before.
+        """
+        if job.labels is None:
+            return
+        announced, counted = self._steps.get(job.device, (0, 0))
+        if message.micro == 0:
+            announced, counted = message.num_targets, 0
+        counted += num_targets(job.labels)
+        self._steps[job.device] = announced, counted
+        is_last = message.micro + 1 == message.num_micro
+        is_wrong = counted != announced if is_last else counted > announced
+        if message.num_targets != announced or is_wrong:
+            raise RemoteProtocolError(
+                f"num_targets: {message.num_targets} after {announced}, and {counted} in the labels"
+                f" of {message.micro + 1} of {message.num_micro} micro-batches"
+            )
+
+
+def num_targets(labels: Array) -> int:
+    """Count the targets of labels: (B) classes, or (B, T) of which the first predicts nothing."""
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
+
+
+def check_report(report: StepReport, most_tokens: int) -> None:
+    """Refuse what no step can have; that numbers are finite is checked on arrival."""
     counts = (report.num_targets, report.num_sequences, report.num_tokens, report.peak_bytes)
     if min(counts) < 0:
         raise RemoteProtocolError(f"step report: a negative count among {counts}")
+    if max(counts[:3]) > most_tokens or report.peak_bytes > MAX_BYTES:
+        raise RemoteProtocolError(
+            f"step report: a count among {counts} is above the plan's {most_tokens} tokens or "
+            f"{MAX_BYTES} bytes"
+        )
+    if not LEAST_LOSS <= report.loss <= MAX_LOSS:
+        raise RemoteProtocolError(f"step report: loss {report.loss:g}, outside 0..{MAX_LOSS:g}")
+    for seconds in (report.compute_s, report.wait_s):
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise RemoteProtocolError(f"step report: {seconds:g} s, outside 0..{MAX_SECONDS:g}")
 
 
 def check_evaluation(report: EvalReport) -> None:
-    """Refuse an evaluation with impossible counts."""
-    if not 0 <= report.num_correct <= report.num_targets:
+    """Refuse an evaluation with impossible counts, or a loss that no model has."""
+    if not 0 <= report.num_correct <= report.num_targets <= MAX_TARGETS:
         raise RemoteProtocolError(
             f"evaluation: {report.num_correct} of {report.num_targets} targets correct"
+        )
+    targets = max(1, report.num_targets)
+    if not LEAST_LOSS * targets <= report.loss_sum <= MAX_LOSS * targets:
+        raise RemoteProtocolError(
+            f"evaluation: loss {report.loss_sum:g} of {report.num_targets} targets, outside "
+            f"0..{MAX_LOSS:g} for each"
         )
 
 

@@ -22,7 +22,7 @@ from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.states import State
 from edge_sdk.client.steps import Steps
-from edge_sdk.errors import EdgeError, public_name
+from edge_sdk.errors import EdgeError, RefusedError, public_name, public_text
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.codecs import float_codecs
@@ -111,6 +111,12 @@ class Participant:
         )
         patience_s = self._config.patience_s
         welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
+        if welcome.protocol != PROTOCOL_VERSION:
+            raise RefusedError(
+                f"the coordinator speaks protocol version {welcome.protocol} (edgesplit "
+                f"{welcome.sdk_version}), this device {PROTOCOL_VERSION} (edgesplit "
+                f"{package_version()}); install the same version of edgesplit on both sides"
+            )
         self._enter(welcome)
         if welcome.wants_profile:
             self._inbox.enter(State.PROFILING)
@@ -356,9 +362,9 @@ class Participant:
 
     def leave(self, reason: str) -> None:
         """Say goodbye; the coordinator need not wait for silence."""
-        self._link.send(Goodbye(stamp=self._stamp, reason=reason))
+        self._link.send(Goodbye(stamp=self._stamp, reason=public_text(reason)))
 
     def report(self, error: EdgeError) -> None:
         """Tell the coordinator why this device cannot go on."""
         kind = public_name(error)
-        self._link.send(Failure(stamp=self._stamp, error=kind, text=str(error)))
+        self._link.send(Failure(stamp=self._stamp, error=kind, text=public_text(error)))

@@ -4,8 +4,12 @@ Only importer of msgpack. Not here: tensors' bytes (`codecs.py`, `fragments.py`)
 a header (`packets.py`), delivery (`channel.py`).
 
 A header is one msgpack map ``{"v": 1, "type": name, "body": {...}, "tensors": [...]}``. msgspec
-checks it against a strict form of the dataclass: every field and no other, no conversion from one
-type to another, integers of 64 bits, finite numbers.
+checks it against a strict form of the dataclass: every field that has no default, no conversion
+from one type to another, integers of 64 bits, finite numbers.
+
+What a newer version of the same protocol adds is an optional field: readers pass over fields that
+they do not know, and take the default of those that are missing. ``v`` grows when that is not
+enough, and no side reads a header of another ``v``.
 """
 
 from __future__ import annotations
@@ -113,8 +117,9 @@ def _strict(hint: Any) -> Any:
     if hint in _SCALARS:
         return _SCALARS[hint]
     if dataclasses.is_dataclass(hint):
-        fields = [(name, _strict(one)) for name, one in typing.get_type_hints(hint).items()]
-        return msgspec.defstruct(hint.__name__, fields, forbid_unknown_fields=True)  # type: ignore[union-attr]
+        hints = typing.get_type_hints(hint)
+        fields = [_strict_field(field, hints[field.name]) for field in dataclasses.fields(hint)]
+        return msgspec.defstruct(hint.__name__, fields, kw_only=True)  # type: ignore[union-attr]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and args[1:] == (...,):
         return tuple[_strict(args[0]), ...]  # type: ignore[misc]
@@ -123,6 +128,14 @@ def _strict(hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union) and args[1:] == (type(None),):
         return typing.Optional[_strict(args[0])]  # noqa: UP045 - it is computed
     raise TypeError(f"{hint!r} cannot travel in a header")
+
+
+def _strict_field(field: dataclasses.Field[Any], hint: Any) -> tuple[Any, ...]:
+    """Return a field as `defstruct` takes it; where it has a default, it may be missing."""
+    missing = dataclasses.MISSING
+    if field.default is missing and field.default_factory is missing:
+        return field.name, _strict(hint)
+    return field.name, _strict(hint), None  # only the dataclass's own default is ever read
 
 
 def _reason(error: Exception, where: str) -> str:
@@ -154,6 +167,16 @@ def read_fields(kind: type, value: Plain, where: str) -> Any:
         raise RemoteProtocolError(_reason(error, where)) from error
 
 
+def _version() -> str:
+    """Return which protocol this side speaks, and of which release it is, for people."""
+    from importlib import metadata  # imported here, as it loads all of `email`
+
+    try:
+        return f"{PROTOCOL_VERSION} (edgesplit {metadata.version('edgesplit')})"
+    except metadata.PackageNotFoundError:
+        return str(PROTOCOL_VERSION)
+
+
 # ---- headers -------------------------------------------------------------------------------------
 
 
@@ -179,13 +202,17 @@ def decode_header(data: bytes | memoryview) -> tuple[Any, tuple[TensorSpec, ...]
         raise RemoteProtocolError("header is not a map with a version")
     if type(header["v"]) is not int or header["v"] != PROTOCOL_VERSION:
         raise RemoteProtocolError(
-            f"protocol version {str(header['v'])[:20]!r}, this side speaks {PROTOCOL_VERSION}"
+            f"protocol version {str(header['v'])[:20]}, this side speaks {_version()}; "
+            "install the same version of edgesplit on both sides"
         )
-    if header.keys() != {"v", "type", "body", "tensors"}:
+    if not header.keys() >= {"type", "body", "tensors"}:
         raise RemoteProtocolError(f"header has the fields {str(sorted(map(repr, header)))[:200]}")
     kind = MESSAGES.get(header["type"]) if type(header["type"]) is str else None
     if kind is None:
-        raise RemoteProtocolError(f"unknown message type {str(header['type'])[:60]!r}")
+        raise RemoteProtocolError(
+            f"unknown message type {str(header['type'])[:60]!r}: none of version {_version()}; "
+            "install the same version of edgesplit on both sides"
+        )
     message = read_fields(kind, header["body"], kind.__name__)
     return message, _read_table(header["tensors"], f"{kind.__name__}.tensors")
 

@@ -10,9 +10,23 @@ import pytest
 
 from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
-from coordinator.rounds.validation import WaveInput, check_gradient, check_upload
+from coordinator.rounds.validation import (
+    TargetCount,
+    WaveInput,
+    check_evaluation,
+    check_gradient,
+    check_report,
+    check_upload,
+)
 from edge_sdk.errors import NumericError, RemoteProtocolError
-from edge_sdk.protocol.messages import Activation, AdapterUpload, Stamp, TopGradient
+from edge_sdk.protocol.messages import (
+    Activation,
+    AdapterUpload,
+    EvalReport,
+    Stamp,
+    StepReport,
+    TopGradient,
+)
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.protocol.tensors import check_tensors
 
@@ -148,6 +162,100 @@ def test_a_step_without_targets_is_refused(num_targets: int) -> None:
 
     with pytest.raises(RemoteProtocolError, match=f"num_targets: {num_targets}"):
         make_input().job(MEMBER, PLAN, message, tensors())
+
+
+def test_no_step_has_more_targets_than_tokens() -> None:
+    """More targets than the plan's sequences can hold are refused."""
+    message = replace(MESSAGE, num_targets=8 * LONGEST + 1)
+
+    with pytest.raises(RemoteProtocolError, match="num_targets: 49, at most 48 fit"):
+        make_input().job(MEMBER, PLAN, message, tensors())
+
+
+def counted(labels: list[Any], announced: list[int]) -> None:
+    """Send a step's micro-batches with these labels, each announcing a number of targets."""
+    count, limits = TargetCount(), make_input()
+    for micro, (own, num_targets) in enumerate(zip(labels, announced, strict=True)):
+        message = replace(MESSAGE, micro=micro, num_micro=len(labels), num_targets=num_targets)
+        count.add(message, limits.job(MEMBER, PLAN, message, tensors(labels=own)))
+
+
+# The first position predicts nothing: four targets in each of three sequences of five.
+ALL, NONE = np.full((3, 5), 7, np.int32), np.full((3, 5), -100, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("labels", "announced", "words"),
+    [
+        ([ALL], [1], "num_targets: 1 after 1, and 12 in the labels of 1 of 1"),
+        ([ALL], [13], "and 12 in the labels of 1 of 1"),
+        ([NONE], [1], "and 0 in the labels of 1 of 1"),
+        ([ALL, ALL], [11, 24], "num_targets: 11 after 11, and 12 in the labels of 1 of 2"),
+        ([ALL, ALL], [25, 24], "num_targets: 24 after 25"),
+        ([ALL, ALL], [25, 25], "and 24 in the labels of 2 of 2"),
+        ([ALL, NONE], [24, 24], "and 12 in the labels of 2 of 2"),
+    ],
+)
+def test_targets_are_those_of_the_labels(
+    labels: list[Any], announced: list[int], words: str
+) -> None:
+    """A device that announces fewer or more targets than it brings would weigh more or less."""
+    counted([ALL], [12])
+    counted([ALL, NONE, ALL], [24, 24, 24])
+
+    with pytest.raises(RemoteProtocolError, match=words):
+        counted(labels, announced)
+
+
+REPORT = StepReport(
+    stamp=Stamp(),
+    loss=1.0,
+    num_targets=1,
+    num_sequences=1,
+    num_tokens=1,
+    compute_s=0.1,
+    wait_s=0.0,
+    peak_bytes=9,
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": 1.7e308},
+        {"loss": -1.0},
+        {"num_targets": 49},
+        {"num_sequences": 2**62},
+        {"num_tokens": -1},
+        {"num_tokens": 49},
+        {"compute_s": 1e308},
+        {"compute_s": -1.0},
+        {"wait_s": 1e10},
+        {"peak_bytes": 2**62},
+    ],
+)
+def test_what_no_step_can_have_is_not_reported(changes: dict[str, Any]) -> None:
+    """Losses, counts, seconds and bytes have bounds: their sums are numbers of a file."""
+    check_report(REPORT, 48)
+
+    with pytest.raises(RemoteProtocolError, match="step report"):
+        check_report(replace(REPORT, **changes), 48)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(1.0, 1, 2), (1.0, -1, -1), (-1e300, 5, 0), (1e308, 5, 0), (1.0, 2**62, 1), (1e10, 0, 0)],
+)
+def test_what_no_evaluation_can_have_is_not_reported(values: tuple[float, int, int]) -> None:
+    """More right than asked, a negative or an endless loss, more targets than there can be."""
+    check_evaluation(EvalReport(stamp=Stamp(), loss_sum=0.0, num_targets=0, num_correct=0))
+    check_evaluation(EvalReport(stamp=Stamp(), loss_sum=9.5, num_targets=5, num_correct=5))
+    loss_sum, targets, correct = values
+
+    with pytest.raises(RemoteProtocolError, match="evaluation"):
+        check_evaluation(
+            EvalReport(stamp=Stamp(), loss_sum=loss_sum, num_targets=targets, num_correct=correct)
+        )
 
 
 GRADIENT, UPLOAD = TopGradient(stamp=Stamp(), micro=0), AdapterUpload(stamp=Stamp())
