@@ -28,9 +28,15 @@ from edge_sdk.protocol.messages import StepReport
 class JsonWatcher:
     """Writes a line of JSON for what it sees; telemetry.jsonl has the rest."""
 
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
+
     def say(self, **what: Any) -> None:
-        """Write a line; `time` is the machine's clock, `cpu_s` our CPU time so far."""
-        what |= {"time": time.time(), "cpu_s": time.process_time()}
+        """Write a line; `time` is the machine's clock, `cpu_s` our CPU time so far.
+
+        The clock is read once: differences of two lines are right although it may be set meanwhile.
+        """
+        what |= {"time": self._offset_s + time.monotonic(), "cpu_s": time.process_time()}
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
 
