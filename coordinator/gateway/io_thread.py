@@ -38,7 +38,7 @@ from edge_sdk.protocol.packets import (
     Packet,
 )
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport.sockets import Waker, receive_frame
+from edge_sdk.transport.sockets import Waker, frame_property, receive_frame
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +182,7 @@ class GatewayIo:
 
     def _name(self, frame: zmq.Frame) -> str | None:
         assert self.allowed is not None
-        try:
-            return self.allowed.name_of(str(frame.get("User-Id")))
-        except zmq.ZMQError:
-            return None
+        return self.allowed.name_of(frame_property(frame, "User-Id"))
 
     def _frame(
         self, route: bytes, name: str, session: DeviceSession | None, frame: zmq.Frame, now_s: float
@@ -252,8 +249,10 @@ class GatewayIo:
     # -- sessions --
 
     def _caller(self, route: bytes, name: str, frame: zmq.Frame) -> Caller:
-        key = "" if self.allowed is None else str(frame.get("User-Id"))
-        return Caller(route, name, key, str(frame.get("Peer-Address")).removeprefix("::ffff:"))
+        key = "" if self.allowed is None else frame_property(frame, "User-Id")
+        return Caller(
+            route, name, key, frame_property(frame, "Peer-Address").removeprefix("::ffff:")
+        )
 
     def _attach(self, caller: Caller, lane: int, control: Attach, now_s: float) -> None:
         route, name = caller.route, caller.name
@@ -322,10 +321,11 @@ class GatewayIo:
     def _settle(self, older: DeviceSession, now_s: float) -> None:
         """Give the name to the rival once the older session is known to be dead."""
         rival = older.rival
-        if rival is None or older.is_over:
+        if rival is None:  # it was refused
             self._contested.discard(older)
-        elif now_s >= rival.until_s or not self.out.ask(older):
+        elif older.is_over or now_s >= rival.until_s or not self.out.ask(older):
             self._contested.discard(older)
+            older.rival = None
             self._expel(older, _TAKEN_OVER)
             for lane, (caller, control) in rival.attaches.items():
                 self._attach(caller, lane, control, now_s)

@@ -79,6 +79,14 @@ def receive_frame(sock: zmq.Socket[bytes]) -> zmq.Frame | None:
     return None
 
 
+def frame_property(frame: zmq.Frame, name: str) -> str:
+    """Return what libzmq knows of a frame's connection; empty where it does not."""
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:
+        return ""
+
+
 class Waker:
     """Lets other threads interrupt the poll of an I/O thread."""
 

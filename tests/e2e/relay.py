@@ -235,7 +235,7 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
                 self._pass_on(connection, "up", reader, far_writer),
                 self._pass_on(connection, "down", far_reader, writer),
             )
-        except OSError:
+        except (OSError, asyncio.CancelledError):  # cancelled: the relay is over
             pass
         finally:
             connection.close(is_reset=False)
