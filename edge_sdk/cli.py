@@ -35,6 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="take part in a run until it is over")
     run.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
+    run.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start it again when it dies of something that may pass, such as want of memory",
+    )
     run.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     run.set_defaults(run=_run)
     keygen = commands.add_parser("keygen", help="make this device's key pair")
@@ -79,12 +84,25 @@ class _Lines(Callback):
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.supervise:
+        return _supervise(options)
     from edge_sdk.client.client import STOPPED, EdgeClient
 
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())
     with stopping_on_signals(client.stop):
         return INTERRUPTED_EXIT_CODE if client.run() == STOPPED else 0
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    from edge_sdk.supervise import Supervisor
+
+    # A wrong setting is better known here, before anything is started.
+    load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
+    command = [sys.executable, "-m", "edge_sdk.cli", "--log-level", options.log_level, "run"]
+    command += [] if options.config is None else ["--config", str(options.config)]
+    command += ["--", *options.overrides]
+    return Supervisor(command, lambda line: print(f"edge-sdk: {line}", file=sys.stderr)).run()
 
 
 def _keygen(options: argparse.Namespace) -> int:
@@ -116,3 +134,7 @@ def _doctor(options: argparse.Namespace) -> int:
             print(as_lines(finding, doctor.NAME_WIDTH, width=width, colours=colours), flush=True)
     print(f"\n{summary(findings)}" if options.format == "text" else as_json(findings))
     return doctor.exit_code(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

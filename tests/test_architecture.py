@@ -30,6 +30,7 @@ ORDER = {
     "edge_sdk": [
         ["errors"],
         ["deadline", "files"],
+        ["running_note"],
         ["config"],
         ["protocol"],
         ["transport"],
@@ -39,6 +40,7 @@ ORDER = {
         ["runtime"],
         ["client"],
         ["doctor"],
+        ["supervise"],
         ["command"],
         ["cli"],
     ],

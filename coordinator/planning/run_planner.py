@@ -62,6 +62,8 @@ class Planner:
         """Ranks that devices have cut off themselves, by device and weight."""
         self._steps: dict[str, StepSize] = {}
         """Micro-batches of devices that ran out of memory."""
+        self._gone: dict[str, tuple[DeviceProfile, Plan]] = {}
+        """What devices offered and ran that were gone at the end of a round."""
         self._smaller: dict[str, Plan] = {}
         """Plans of devices that could not do theirs, until other ones are made."""
         self._shrunk: dict[str, str] = {}
@@ -133,6 +135,7 @@ class Planner:
             profile = replace(profile, flops_per_s=self._speeds.get(device))
         else:
             self._speeds.pop(device, None)
+        self._gone.pop(device, None)
         alone = replace(self._problem, profiles={device: profile})
         if (reason := plan_all(alone).refused.get(device)) is not None:
             raise RefusedError(reason)
@@ -212,6 +215,7 @@ class Planner:
         Raises:
             OutOfMemory: there is no smaller plan; the one that it has stays.
         """
+        self._recall(device)
         old = self._plan_in_force(device)
         if old is None:
             return
@@ -240,6 +244,13 @@ class Planner:
         """Return who got a smaller plan since the last call, each with why and what it lost."""
         found, self._shrunk = self._shrunk, {}
         return found
+
+    def _recall(self, device: str) -> None:
+        """Remember what a device ran that was gone at the end of a round, if it is not back yet."""
+        if device in self._gone and self.plans is not None:
+            profile, plan = self._gone.pop(device)
+            self._know({**self.profiles, device: profile})
+            self.plans = replace(self.plans, plans={**self.plans.plans, device: plan})
 
     def _plan_in_force(self, device: str) -> Plan | None:
         """Return the plan that a device has; None where it has none, or is not known any more."""
@@ -347,6 +358,8 @@ class Planner:
         if self.plans is None or round_ == self._config.rounds:
             return None  # nobody will run another round
         assert self._before is not None
+        for device in self.profiles.keys() & self.plans.plans.keys() - set(present):
+            self._gone[device] = (self.profiles[device], self.plans.plans[device])
         self._know({d: p for d, p in self.profiles.items() if d in present})
         now = self._problem
         decision = replan(self.plans, self._before, now)

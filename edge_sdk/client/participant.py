@@ -22,7 +22,7 @@ from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.states import State
 from edge_sdk.client.steps import Steps
-from edge_sdk.errors import EdgeError, RefusedError, public_name, public_text
+from edge_sdk.errors import EdgeError, OutOfMemory, RefusedError, public_name, public_text
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.codecs import float_codecs
@@ -45,8 +45,9 @@ from edge_sdk.protocol.messages import (
     StepReport,
     Welcome,
 )
-from edge_sdk.protocol.plan import fingerprint
+from edge_sdk.protocol.plan import Plan, fingerprint
 from edge_sdk.protocol.tensors import Shape, check_shapes
+from edge_sdk.running_note import RunningNote
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
@@ -89,15 +90,41 @@ class Participant:
         self._told: DeviceProfile | None = None
         """The profile as the coordinator was last told it."""
         self._drift = SpeedDrift()
+        self._note: RunningNote | None = None
+        """None before the first welcome, and for a simulated device."""
 
     def close(self) -> None:
-        """Stop preparing batches."""
+        """Stop preparing batches; this device has ended in order."""
         self._prepare.shutdown(cancel_futures=True)
+        if self._note is not None:
+            self._note.remove()
 
     # ---- joining ----
 
     def join(self) -> None:
         """Greet the coordinator and tell it what it wants to know."""
+        welcome = self._greet()
+        self._enter(welcome)
+        if doing := self._take_note():
+            log.warning("memory.killed doing=%s", doing)
+            self.report(OutOfMemory(f"the kernel killed it while it ran {doing}"))
+            self._enter(self._greet())
+        if welcome.wants_profile:
+            self._inbox.enter(State.PROFILING)
+            self._link.send(Profiled(stamp=self._stamp, profile=self._profile(welcome)))
+        self._inbox.enter(State.WAITING)
+
+    def _take_note(self) -> str:
+        """Return what this device was doing when the kernel killed it for memory; empty if not."""
+        if self._monitor is None or self._note is not None:
+            return ""  # a simulated device lives and dies with others; or it has been asked already
+        self._note = RunningNote(self._folder)
+        doing = self._note.killed_while()
+        self._note.remove()
+        return doing
+
+    def _greet(self) -> Welcome:
+        """Say Hello until the coordinator answers."""
         self._inbox.enter(State.GREETING)
         self._link.send(
             Hello(
@@ -117,15 +144,14 @@ class Participant:
                 f"{welcome.sdk_version}), this device {PROTOCOL_VERSION} (edgesplit "
                 f"{package_version()}); install the same version of edgesplit on both sides"
             )
-        self._enter(welcome)
-        if welcome.wants_profile:
-            self._inbox.enter(State.PROFILING)
-            self._link.send(Profiled(stamp=self._stamp, profile=self._profile(welcome)))
-        self._inbox.enter(State.WAITING)
+        return welcome
 
     def _enter(self, welcome: Welcome) -> None:
         """Enter the run that *welcome* describes."""
         if self._welcome != welcome:
+            if self._note is not None:
+                self._note.remove()
+                self._note = None
             self._welcome, self._assigned, self._data = welcome, None, None
         self._stamp = welcome.stamp
         self._folder = self._config.state / welcome.stamp.run / welcome.stamp.device
@@ -166,6 +192,8 @@ class Participant:
         welcome = self._welcome
         assert welcome is not None, "a plan before a welcome"
         self.forget()  # two slices would need twice the memory
+        if self._note is not None:
+            self._note.write(_in_words(assigned.plan))
         if self._data is None:
             self._setup.files(welcome, self._ask)
             self._data = self._setup.data(welcome)
@@ -368,3 +396,7 @@ class Participant:
         """Tell the coordinator why this device cannot go on."""
         kind = public_name(error)
         self._link.send(Failure(stamp=self._stamp, error=kind, text=public_text(error)))
+
+
+def _in_words(plan: Plan) -> str:
+    return f"{plan.split} blocks, micro-batches of {plan.micro_batch}"

@@ -1,6 +1,7 @@
-"""Memory of this process and of this machine, from /proc and the control groups.
+"""Memory of this process and of this machine, and who was killed for want of it.
 
-CUDA memory of a Jetson does not appear in a process's resident set; nothing here counts it.
+From /proc and the control groups. CUDA memory of a Jetson does not appear in a process's resident
+set; nothing here counts it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -104,6 +106,49 @@ def _usage(folder: Path) -> int | None:
             stat = dict(zip(words[::2], words[1::2], strict=False))
             return max(0, usage - int(stat.get(cache, "0")))
     return None
+
+
+class OomKills(NamedTuple):
+    """How many processes the kernel has killed because memory was short; None where unknown."""
+
+    boot: str
+    """Which start of the machine this is; empty where unknown. Counts begin anew with it."""
+    group: str
+    """The control group of `in_group`; one that is made anew under the same path is another."""
+    in_group: int | None
+    """Of the processes in this one's group."""
+    on_machine: int | None
+
+    def rose_since(self, before: OomKills) -> bool:
+        """Return whether somebody was killed between *before* and this, by the closer count."""
+        if not self.boot or self.boot != before.boot:
+            return False
+        is_same = self.group == before.group
+        if is_same and self.in_group is not None and before.in_group is not None:
+            return self.in_group > before.in_group
+        if self.on_machine is None or before.on_machine is None:
+            return False
+        return self.on_machine > before.on_machine
+
+
+def oom_kills(root: Path = ROOT) -> OomKills:
+    """Read how many processes the kernel has killed because memory was short."""
+    boot = (read_text(root / "proc/sys/kernel/random/boot_id") or "").strip()
+    on_machine = _count(root / "proc/vmstat")
+    for folder in groups("memory", root):
+        # What happened in groups below this one is not counted where that can be told apart.
+        for name in ("memory.events.local", "memory.events", "memory.oom_control"):
+            if (count := _count(folder / name)) is not None:
+                group = f"/{folder.relative_to(root)} {folder.stat().st_ino}"
+                return OomKills(boot, group, count, on_machine)
+    return OomKills(boot, "", None, on_machine)
+
+
+def _count(file: Path) -> int | None:
+    """Return the number after `oom_kill` in *file*; None without it."""
+    words = read_words(file)
+    found = dict(zip(words[::2], words[1::2], strict=False)).get("oom_kill", "")
+    return int(found) if found.isdigit() else None
 
 
 def field_bytes(file: Path, field: str) -> int | None:

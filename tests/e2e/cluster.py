@@ -40,12 +40,12 @@ WORDS = ("red", "green", "small", "old", "boat", "house", "river", "bird", "sees
 PATIENCE_S = 40.0
 
 
-def save_model(family: str, folder: Path, seed: int = 0) -> Path:
+def save_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny model and a tokenizer of single characters to *folder*."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model: Any = make_model(make_config(family), task_of(family), seed)
+    model: Any = make_model(make_config(family, **changes), task_of(family), seed)
     model.save_pretrained(folder)
     vocab = {token: number for number, token in enumerate((*SPECIAL, *LETTERS))}
     assert len(vocab) <= VOCAB

@@ -1,0 +1,59 @@
+"""A note in the state folder while a plan runs: whoever finds it knows that nobody ended in order.
+
+The kernel kills without a word where memory runs out, and the program that is started next, by a
+person, a supervisor or systemd, would be given the same plan again. It finds the note, and in it
+how many processes the kernel had killed until then: if these are more by now, memory was the
+reason. After a power cut, a crash or somebody's `kill -9` they are not.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from edge_sdk.files import atomic_write
+from profiler.sensors.memory import ROOT, OomKills, oom_kills
+
+NAME = "running.json"
+
+
+class RunningNote:
+    """The note of one device in one run.
+
+    Args:
+        folder: The device's state in that run.
+        root: Root of the file system that the kernel's counts are read from.
+    """
+
+    def __init__(self, folder: Path, root: Path = ROOT) -> None:
+        self._file, self._root = folder / NAME, root
+
+    def write(self, doing: str) -> None:
+        """Note that *doing* begins.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        found = {"doing": doing, **oom_kills(self._root)._asdict()}
+        # Not synced: after a power cut it means nothing.
+        atomic_write(self._file, json.dumps(found), sync=False, what="note")
+
+    def remove(self) -> None:
+        """Note that it has ended in order; a note that cannot be removed does no harm."""
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+    def killed_while(self) -> str:
+        """Return what was being done when the kernel killed for memory; empty if it did not.
+
+        A note that is damaged, or from another start of the machine, says nothing.
+        """
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            doing = str(found.pop("doing"))
+            before = OomKills(**found)
+            is_killed = oom_kills(self._root).rose_since(before)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return ""
+        return doing if is_killed else ""
