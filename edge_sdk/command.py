@@ -18,7 +18,7 @@ from importlib import metadata
 from types import FrameType
 from typing import Any
 
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, as_edge_error, one_line
 
 # What is set already stays: a person can still ask for all of it.
 SETTINGS = {
@@ -42,6 +42,8 @@ def quiet_libraries() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
+
+log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -83,7 +85,8 @@ def add_log_level(parser: argparse.ArgumentParser) -> None:
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse *arguments* and call their `run`; return the exit code of the program.
 
-    An error of ours becomes one line on standard error and the exit code of its class.
+    An error of ours becomes one line on standard error and the exit code of its class; so does any
+    other, whose traceback is in the log from the level info on.
     """
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -100,4 +103,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
+    except Exception as error:  # noqa: BLE001 - a person gets one line of it, the log the rest
+        log.info("program.failed", exc_info=error)
+        ended = as_edge_error(error)
+        sys.stderr.write(f"{parser.prog}: {one_line(ended)}\n")
+        return ended.exit_code
     return code

@@ -172,6 +172,18 @@ def _says_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in OUT_OF_MEMORY)
 
 
+def as_edge_error(error: Exception) -> EdgeError:
+    """Return *error*, or what stands for it where nobody foresaw that it would end a program."""
+    if isinstance(error, EdgeError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory: {one_line(error) or type(error).__name__}")
+    if isinstance(error, OSError):
+        return StorageError(one_line(error))
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return EdgeError(f"an error that nobody foresaw; --log-level info shows where: {text}")
+
+
 # Letters that a text may have on the wire, in a file of the run or on a terminal.
 MAX_TEXT = 1000
 

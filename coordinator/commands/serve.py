@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,17 @@ def _resume(options: argparse.Namespace) -> int:
     )
 
 
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files as the system does: every connection of a device is one."""
+    import resource  # what has no such limits does not have it
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # the kernel may allow less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
+    _raise_descriptor_limit()
     from coordinator.results.console import Console
     from coordinator.results.lifecycle import COMPLETED
 

@@ -22,7 +22,7 @@ from coordinator.gateway.interface import Event, Joined, Left, Received, Rejecte
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.ration import Ration
 from coordinator.gateway.sessions import Caller, DeviceSession, Rival, is_session_id
-from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
 from edge_sdk.protocol.messages import FROM_DEVICE, Failure, Stamp
@@ -399,6 +399,7 @@ class GatewayIo:
         if session is not None:
             self._bad_message(session, text)
             return
+        text = public_text(text)
         self.out.say(route, packets.Closed(session="", reason=text))
         if not self._bad_frames.may_tell(f"{name} {text}", now_s):
             return
@@ -409,6 +410,7 @@ class GatewayIo:
     def _bad_message(self, session: DeviceSession, text: str) -> None:
         if session.leave is not None:
             return
+        text = public_text(text)
         log.warning("gateway.message_bad name=%s error=%s", session.name, text)
         self._fresh.append((session, Rejected(session.name, text)))
         session.num_bad += 1
@@ -416,7 +418,7 @@ class GatewayIo:
             self._expel(session, f"too many bad messages, the last: {text}")
             return
         stamp, error = Stamp(device=session.name), RemoteProtocolError.__name__
-        failure = Failure(stamp=stamp, error=error, text=text[:1000])
+        failure = Failure(stamp=stamp, error=error, text=text)
         session.talk.send(OutgoingMessage(failure, {}))
         self.out.add(session)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
-from coordinator.aggregation.limits import MAX_NUMBER, is_beyond_measure, largest, oversized
+from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest, oversized
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
@@ -97,7 +97,8 @@ class GlobalModel:
         """Return whether what the run has learned is beyond all measure, whoever brought it."""
         kinds = ("own:", "residual:", "head:")
         own = [a for name, a in self.engine.state().items() if name.startswith(kinds)]
-        return largest(own) > MAX_NUMBER or any(map(is_beyond_measure, self.ledger.totals.values()))
+        learned = self.ledger.totals.values()
+        return largest(own) > MAX_NUMBER or any(exceeds(total, MAX_LEARNED) for total in learned)
 
     def evaluate(self, rounds_done: int) -> TailSums | None:
         """Evaluate on the coordinator's own file, if that is due."""

@@ -9,7 +9,15 @@ from contextlib import suppress
 from edge_sdk import errors
 from edge_sdk.client.states import MessageAction, State, action_on
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
+from edge_sdk.errors import (
+    DeviceError,
+    EdgeError,
+    PeerGone,
+    ReceiveTimeout,
+    RefusedError,
+    SessionLost,
+    public_text,
+)
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Failure, Refused, RunOver, Stamp
 from edge_sdk.transport.link import Link
@@ -120,8 +128,14 @@ def _end(message: Refused | RunOver | Failure) -> Exception:
 
 
 def _their_error(failure: Failure) -> EdgeError:
-    """Return the coordinator's error as an exception of ours."""
+    """Return the coordinator's error as an exception of ours.
+
+    Its class counts where it says what is wrong with this device. Trouble of the coordinator's own,
+    such as a full disk of which an older one tells its devices, is none of ours: another day it may
+    be over, and exit code 1 lets a service try again.
+    """
     kind = getattr(errors, failure.error, EdgeError)
-    if not (isinstance(kind, type) and issubclass(kind, EdgeError)):
+    is_ours = isinstance(kind, type) and issubclass(kind, EdgeError)
+    if not is_ours or not (kind.blames_peer or issubclass(kind, DeviceError)):
         kind = EdgeError
-    return kind(f"coordinator: {failure.text}")
+    return kind(f"coordinator: {public_text(failure.text)}")
