@@ -20,7 +20,8 @@ from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
-from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all
+from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
+from tests.e2e.programs import Program, write_yaml
 
 DEFAULT = DeviceSettings(split=2, batch_size=4, codec="float32")
 TEGRA = 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":838'
@@ -166,3 +167,69 @@ def test_who_cannot_hold_the_smallest_plan_leaves_with_one_line(
     for client in (back, *others):
         client.stop()
     wait_all([back, *others])
+
+
+def test_who_keeps_missing_rounds_gets_a_smaller_plan(cluster: Cluster) -> None:
+    """Between two rounds, with a line that says why; no sample is lost, the others keep theirs."""
+    serving = serve(cluster, rounds=5, evaluation=EvaluationConfig(on_devices=False))
+    plans: dict[str, list[Plan]] = {name: [] for name in "abc"}
+    clients = []
+    for name, own in plans.items():
+        told = Callback()
+        told.on_plan = own.append  # type: ignore[method-assign]
+        clients.append(cluster.client(name, sentences(ord(name)), told).start())
+    serving.trap.on_row = lambda row: (
+        serving.planner.missed("a") if row["round"] in (1, 3) else None
+    )
+
+    assert serving.wait() == "completed"
+
+    wait_all(clients)
+    assert [[plan.micro_batch for plan in plans[name]] for name in "abc"] == [[4, 2], [4], [4]]
+    line = "a missed 2 of the last 3 rounds: micro-batch 4 -> 2"
+    assert line in serving.trap.notes
+    rows = [row for row in serving.folder.rows("plans.jsonl") if row["reasons"] == [line]]
+    assert [row["round"] for row in rows] == [3]
+    assert [row["samples"] for row in serving.rows[1:]] == [3 * 3 * 4] * 5
+
+
+NO_MEMORY = """
+import sys
+from edge_sdk.cli import main
+from edge_sdk.runtime.torch_runtime import TorchRuntime
+
+
+def forward(*_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+TorchRuntime.forward = forward
+sys.exit(main(["run", *sys.argv[1:]]))
+"""
+
+
+def test_a_program_without_memory_for_any_plan_ends_with_6(cluster: Cluster) -> None:
+    """One line, no traceback; `edge-sdk run` itself."""
+    serving = serve(cluster, min_devices=1)
+    script = cluster.folder / "run.py"
+    script.write_text(NO_MEMORY)
+    settings = {
+        "coordinator": cluster.address,
+        "server_key": cluster.public,
+        "secret_key": "a.key",
+        "data": {"path": str(write_rows(cluster.folder / "a.jsonl", sentences(1)))},
+        "cache": str(cluster.parts),
+        "device": "cpu",
+    }
+    config = write_yaml(cluster.folder / "a.yaml", settings)
+
+    device = Program("python", str(script), "--config", str(config), cwd=cluster.folder)
+
+    assert device.wait() == OutOfMemory.exit_code == 6
+    *_, last = [line for line in device.lines if line.startswith("edge-sdk:")]
+    assert "out of memory under the smallest plan" in last
+    assert "Traceback" not in device.text
+    plans = [line for line in device.lines if line.startswith("plan:")]
+    assert len(plans) == 7
+    serving.coordinator.stop()
+    assert serving.wait() == "paused"
