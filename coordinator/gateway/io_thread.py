@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -21,7 +21,13 @@ from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.ration import Ration
-from coordinator.gateway.sessions import Caller, DeviceSession, Rival, is_session_id
+from coordinator.gateway.sessions import (
+    Caller,
+    DeviceSession,
+    EndedSessions,
+    Rival,
+    is_session_id,
+)
 from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
@@ -48,12 +54,12 @@ TICK_S = 0.5
 CHECK_S = 5.0
 # A thread that comes so much too late to its tick has been stopped, or its process has.
 STALL_S = 1.0
-# A dropped device gets what was queued for it, within this time.
+# A dropped device gets what was queued for it, within this time; a longer one if it spoke just now,
+# as its link may have gone dead, which it notices only after some 20 s.
 DROP_FLUSH_S = 5.0
+LONG_FLUSH_S = 30.0
 # A session with more bad messages than this is ended: answers to them cost memory.
 MAX_BAD = 16
-# So many ended sessions are remembered: a late packet of one must not replace its successor.
-MAX_ENDED = 4096
 # Without a sign of life for two heartbeats a session gives way to another one with its key; one
 # that speaks is asked, and has this long for an answer.
 SILENT_S = 10.0
@@ -82,10 +88,9 @@ class GatewayIo:
     is_closing: bool = False
     failure: str = ""
     _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
-    _ended: OrderedDict[str, str | None] = field(default_factory=OrderedDict)
-    """Why sessions are over, by id; None for one that its device may replace."""
+    _ended: EndedSessions = field(default_factory=EndedSessions)
     _contested: set[DeviceSession] = field(default_factory=set)
-    _bad_frames: Ration = field(default_factory=Ration)
+    _warnings: Ration = field(default_factory=Ration)
     _checks: list[tuple[float, int, DeviceSession]] = field(default_factory=list)
     _num_checks: int = 0
     _tick_s: float = 0.0
@@ -152,7 +157,8 @@ class GatewayIo:
         elif name == "limit":
             session.talk.set_limit(rest[0])
         elif name == "drop":
-            session.leave = (rest[0], now_s + DROP_FLUSH_S)
+            is_here = now_s - session.heard_s < SILENT_S
+            session.leave = (rest[0], now_s + (LONG_FLUSH_S if is_here else DROP_FLUSH_S))
             self._leave_if_due(session, now_s)
         elif name == "forget":
             self._forget(session, rest[0])
@@ -264,8 +270,9 @@ class GatewayIo:
                 f"attach with name {name[:60]!r}, session {control.session!r}"
             )
         session = self.sessions.get(name)
-        if control.session in self._ended:
-            self._say_ended(route, control.session)
+        ended = self._ended.answer(control.session)
+        if ended is not None:
+            self.out.say(route, ended)
             return
         if session is None or session.id != control.session:
             if control.is_resumed:
@@ -332,37 +339,21 @@ class GatewayIo:
 
     def _refuse_rival(self, session: DeviceSession, rival: Rival, now_s: float) -> None:
         session.rival = None
-        age_s = now_s - session.joined_s
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s))
-        reason = (
-            f"another device with this key is connected from {session.address} since {since}"
-            f" ({age_s:.0f} s ago), and lives: a key belongs to one device, give this one its own"
-        )
+        reason = session.why_not_another(now_s)
         for caller, control in rival.attaches.values():
-            self._remember(control.session, reason)
-            self._say_ended(caller.route, control.session)
-        addresses = {caller.address for caller, _ in rival.attaches.values()}
-        log.warning("device.twin name=%s address=%s", session.name, ",".join(sorted(addresses)))
+            self._ended.remember(control.session, reason)
+            self.out.say(caller.route, packets.Closed(session=control.session, reason=reason))
+        addresses = ",".join(sorted({caller.address for caller, _ in rival.attaches.values()}))
+        if self._warnings.may_tell(f"{session.name} {addresses}", now_s):
+            log.warning("device.twin name=%s address=%s", session.name, addresses)
 
     # -- the end of a session --
-
-    def _remember(self, session_id: str, reason: str | None) -> None:
-        self._ended[session_id] = reason
-        if len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
-
-    def _say_ended(self, route: bytes, session_id: str) -> None:
-        reason = self._ended[session_id]
-        if reason is None:
-            self.out.say(route, packets.UnknownSession(session=session_id))
-        else:
-            self.out.say(route, packets.Closed(session=session_id, reason=reason))
 
     def _expel(self, session: DeviceSession, reason: str) -> None:
         """End a session for good; whoever comes back with its id is told why, on either lane."""
         if session.is_over:
             return
-        self._remember(session.id, reason)
+        self._ended.remember(session.id, reason)
         if reason:  # without one it left by itself
             self.out.control(session, packets.Closed(session=session.id, reason=reason))
         self._over(session, reason)
@@ -371,7 +362,7 @@ class GatewayIo:
         """End a session so that the device, when it hears of that, begins another one."""
         if session.is_over:
             return
-        self._remember(session.id, None)
+        self._ended.remember(session.id, None)
         self.out.control(session, packets.UnknownSession(session=session.id))
         self._over(session, reason)
 
@@ -401,7 +392,7 @@ class GatewayIo:
             return
         text = public_text(text)
         self.out.say(route, packets.Closed(session="", reason=text))
-        if not self._bad_frames.may_tell(f"{name} {text}", now_s):
+        if not self._warnings.may_tell(f"{name} {text}", now_s):
             return
         log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
         if name:
@@ -461,13 +452,15 @@ class GatewayIo:
     def _sum_up(self, now_s: float) -> None:
         if self.zap is not None:
             self.zap.sum_up(now_s)
-        untold = self._bad_frames.sum_up(now_s)
+        untold = self._warnings.sum_up(now_s)
         if untold:
-            log.warning("gateway.frames_bad_again frames=%d", untold)
+            log.warning("gateway.warned_again times=%d", untold)
 
     def _check(self, session: DeviceSession, now_s: float) -> None:
-        self._leave_if_due(session, now_s)
         self.out.ack(session)
+        if session.leave is not None:
+            self._check_leaving(session, session.leave[0], now_s)
+            return
         silent_s = now_s - session.heard_s
         if silent_s >= self.gone_after_s:
             self._forget(session, f"silent for {silent_s:.0f} s")
@@ -481,5 +474,11 @@ class GatewayIo:
             if sender.is_stuck(now_s):  # only the device can connect anew
                 self.out.control(session, packets.AttachRequired(session=session.id))
                 self.out.add(session)
+        self._check_later(session, now_s)
+
+    def _check_leaving(self, session: DeviceSession, reason: str, now_s: float) -> None:
+        if not self.out.ask(session):  # nobody is there: its process has ended
+            session.leave = (reason, now_s)
+        self._leave_if_due(session, now_s)
         if not session.is_over:
             self._check_later(session, now_s)

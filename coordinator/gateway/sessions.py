@@ -6,13 +6,18 @@ it is.
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coordinator.gateway.interface import DeviceStats
 from edge_sdk.protocol.codecs import Memories
-from edge_sdk.protocol.packets import Attach
+from edge_sdk.protocol.packets import Attach, Closed, UnknownSession
 from edge_sdk.protocol.session import Conversation
+
+# So many ended sessions are remembered.
+MAX_ENDED = 4096
 
 
 class Caller(NamedTuple):
@@ -73,6 +78,15 @@ class DeviceSession:
         """The name that the device gave the session: 32 hexadecimal digits."""
         return self.talk.session
 
+    def why_not_another(self, now_s: float) -> str:
+        """Say since when and from where its device is connected, to another one with its key."""
+        age_s = now_s - self.joined_s
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s))
+        return (
+            f"another device with this key is connected from {self.address} since {since}"
+            f" ({age_s:.0f} s ago), and lives: a key belongs to one device, give this one its own"
+        )
+
     def stats(self) -> DeviceStats:
         """Return what others may know."""
         return DeviceStats(
@@ -84,6 +98,28 @@ class DeviceSession:
             self.heard_s,
             dict(self.telemetry),
         )
+
+
+@dataclass(slots=True)
+class EndedSessions:
+    """The latest sessions that are over: a late packet of one must not replace its successor."""
+
+    _reasons: OrderedDict[str, str | None] = field(default_factory=OrderedDict)
+
+    def remember(self, session: str, reason: str | None) -> None:
+        """Note why a session is over; None if its device may begin another one."""
+        self._reasons[session] = reason
+        if len(self._reasons) > MAX_ENDED:
+            self._reasons.popitem(last=False)
+
+    def answer(self, session: str) -> Closed | UnknownSession | None:
+        """Return what to say to whoever attaches to *session*; None if it is not over."""
+        if session not in self._reasons:
+            return None
+        reason = self._reasons[session]
+        if reason is None:
+            return UnknownSession(session=session)
+        return Closed(session=session, reason=reason)
 
 
 def is_session_id(text: str) -> bool:

@@ -37,7 +37,7 @@ from edge_sdk.errors import PeerGone
 # Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
 # Seconds for the last words to all devices.
-GOODBYE_S = 10.0
+GOODBYE_S = 35.0
 
 
 class Coordinator:

@@ -169,4 +169,7 @@ class Patience:
             self._next_s = self.heard_s + self._config.patience_s
             return None
         self._next_s = now_s + self._config.patience_s
-        return PeerGone(f"nothing heard from {self._config.address} for {silent_s:.0f} s")
+        text = f"nothing heard from {self._config.address} for {silent_s:.0f} s"
+        if lines and not any(line.is_up for line in lines):  # its key may be another one now
+            text += f": {no_contact(lines, self._config)}"
+        return PeerGone(text)

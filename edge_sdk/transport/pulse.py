@@ -10,7 +10,7 @@ from __future__ import annotations
 # An answer may take so many times longer than the slowest before.
 MARGIN = 3.0
 # What a slow link may add to the patience ends at so many times the least.
-MOST = 3.0
+MOST = 6.0
 
 
 class Pulse:

@@ -15,9 +15,10 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RefusedError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
-from edge_sdk.protocol.messages import Pause, Stamp
+from edge_sdk.protocol.messages import Pause, Refused, Stamp
 from edge_sdk.protocol.packets import AttachRequired, Closed
 from edge_sdk.transport.keys import make_key_pair
+from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
 from tests.coordinator.gateway.test_gateway import (
     ONE,
@@ -119,7 +120,7 @@ def test_nothing_of_a_dropped_device_is_an_event(
 ) -> None:
     """From the moment of the drop: neither what was on its way nor what comes while it is told."""
     monkeypatch.setattr(io_thread, "CHECK_S", 0.1)
-    monkeypatch.setattr(io_thread, "DROP_FLUSH_S", 1.0)
+    monkeypatch.setattr(io_thread, "LONG_FLUSH_S", 1.0)
     with RawDevice(gateway, ONE) as raw:
         until(gateway, Joined)
         for seq in range(2):
@@ -132,6 +133,45 @@ def test_nothing_of_a_dropped_device_is_an_event(
         events = until(gateway, Left, PATIENCE_S)
 
     assert events == [Left("one", "no good")]
+
+
+def test_the_last_words_reach_a_device_whose_link_has_just_gone_dead(
+    gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for until it has noticed that and connected anew."""
+    monkeypatch.setattr(io_thread, "DROP_FLUSH_S", 0.1)
+    with Relay(gateway.address) as relay:
+        config = LinkConfig(
+            address=relay.address,
+            server_key=SERVER.public,
+            keys=ONE,
+            beat_s=0.2,
+            lifeless_s=1.0,
+        )
+        with ZmqLink(config) as link:
+            said(gateway, link)
+            relay.swallow()
+            gateway.send("one", Refused(stamp=Stamp(), reason="over"))
+            gateway.drop("one", "over")
+
+            assert link.receive(Deadline.after(PATIENCE_S)).message.reason == "over"
+            events = until(gateway, Left, PATIENCE_S)
+
+    assert events == [Left("one", "over")]
+
+
+def test_a_dropped_device_whose_process_has_ended_is_not_waited_for(
+    gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody acks what was queued, and nobody ever will."""
+    monkeypatch.setattr(io_thread, "CHECK_S", 0.1)
+    monkeypatch.setattr(io_thread, "LONG_FLUSH_S", 3600.0)
+    with RawDevice(gateway, ONE):
+        until(gateway, Joined)
+        gateway.send("one", Pause(stamp=Stamp()))
+        gateway.drop("one", "over")
+
+    assert until(gateway, Left, PATIENCE_S) == [Left("one", "over")]
 
 
 def test_a_dropped_device_comes_back_at_once(gateway: ZmqGateway) -> None:

@@ -117,10 +117,10 @@ def test_patience_grows_with_slow_answers_and_shrinks_again() -> None:
     pulse.ask(300.0)
     pulse.hear(399.0)
     assert borne_s(400.0) == MOST * 10.0
-    for now_s in (500.0, 600.0, 700.0):
+    for now_s in (500.0, 600.0, 700.0, 800.0):
         pulse.ask(now_s)
         pulse.hear(now_s)
-    assert borne_s(800.0) == 10
+    assert borne_s(900.0) == 10
 
 
 def test_nobody_is_blamed_for_our_own_sleep() -> None:
