@@ -46,17 +46,17 @@ SAMPLE_S = 5.0
 WINDOWS = 10
 
 
-def devices(folder: Path, names: list[str], seed: int) -> None:
+def devices(folder: Path, names: list[str], stay_s: float, seed: int) -> None:
     """Be the devices of one process, each of which stops and comes back at times."""
     os.chdir(folder)
-    threads = [threading.Thread(target=device, args=(name, seed)) for name in names]
+    threads = [threading.Thread(target=device, args=(name, stay_s, seed)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def device(name: str, seed: int) -> None:
+def device(name: str, stay_s: float, seed: int) -> None:
     """Be one device until the run is over."""
     from edge_sdk.client.client import STOPPED, EdgeClient
     from edge_sdk.client.config import ClientConfig
@@ -68,7 +68,7 @@ def device(name: str, seed: int) -> None:
     log = os.open(f"{name}.steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     while True:
         client = EdgeClient(config, callback=Steps(log))
-        timer = threading.Timer(draw.expovariate(1 / 120.0), client.stop)
+        timer = threading.Timer(draw.expovariate(1 / stay_s), client.stop)
         timer.daemon = True
         timer.start()
         try:
@@ -97,8 +97,8 @@ class Steps(Callback):
 class Churn:
     """Processes of devices that are killed and started again."""
 
-    def __init__(self, fleet: SoakFleet, seed: int) -> None:
-        self._fleet, self._draw = fleet, random.Random(seed)
+    def __init__(self, fleet: SoakFleet, stay_s: float, seed: int) -> None:
+        self._fleet, self._stay_s, self._draw = fleet, stay_s, random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*HEAVY])
         names = fleet.names
@@ -109,7 +109,7 @@ class Churn:
             self._start(number)
 
     def _start(self, number: int) -> None:
-        arguments = (self._fleet.folder, self._groups[number], self.kills)
+        arguments = (self._fleet.folder, self._groups[number], self._stay_s, self.kills)
         process = self._context.Process(target=devices, args=arguments, daemon=True)
         process.start()
         self._processes[number] = process
@@ -134,7 +134,7 @@ def run(fleet: SoakFleet, options: argparse.Namespace) -> tuple[list[int], int]:
     """Let devices come and go; return the coordinator's memory over time, and the kills."""
     coordinator = fleet.serve()
     fleet.wait_until(lambda: "listening at" in coordinator.text, 300.0)
-    churn, draw = Churn(fleet, options.seed), random.Random(options.seed)
+    churn, draw = Churn(fleet, options.stay, options.seed), random.Random(options.seed)
     memory: list[int] = []
     process, began = psutil.Process(coordinator.pid), time.monotonic()
     next_kill_s = began + 60.0
@@ -201,14 +201,17 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--kill-every", type=float, default=20.0, help="mean seconds between kills")
+    parser.add_argument("--kill-every", type=float, default=60.0, help="mean seconds between kills")
+    parser.add_argument("--stay", type=float, default=1200.0, help="mean seconds to a stop")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds (patience_s)")
     parser.add_argument("--labels", default="server")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for all files, kept afterwards")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the devices' processes, which are many
     with tempfile.TemporaryDirectory() as scratch:
         fleet = SoakFleet(
-            Path(scratch) / "churn",
+            (options.keep or Path(scratch)) / "churn",
             Path(scratch) / "cache",
             (1,) * options.devices,
             has_relays=False,
