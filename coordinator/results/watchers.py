@@ -37,11 +37,17 @@ class Watchers:
 
     def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
         self._watchers = tuple(watchers)
+        self.failure: Exception | None = None
+        """What a watcher has raised: no device is the reason, whatever it was shown."""
 
     def see(self, event: RunEvent) -> None:
         """Show *event* to everybody, in order."""
-        for watcher in self._watchers:
-            watcher.see(event)
+        try:
+            for watcher in self._watchers:
+                watcher.see(event)
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class RunFiles:

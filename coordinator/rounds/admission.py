@@ -18,6 +18,7 @@ from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.results.watchers import Watchers
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
@@ -74,9 +75,10 @@ class Admission:
         gateway: Gateway,
         planner: Planning,
         run: Run,
+        watchers: Watchers,
     ) -> None:
         self._config, self._model, self._gateway = config, model, gateway
-        self._planner, self._run = planner, run
+        self._planner, self._run, self._watchers = planner, run, watchers
         self.plans: dict[str, Plan] = {}
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
@@ -379,7 +381,8 @@ class Admission:
         the log; the device is not blamed for it, and may join again.
 
         Raises:
-            EdgeError: ours, as are OSError and MemoryError: a full disk, a wrong configuration.
+            EdgeError: ours, as are OSError and MemoryError: a full disk, a wrong configuration. So
+                is whatever a watcher has raised.
         """
         try:
             yield
@@ -392,7 +395,8 @@ class Admission:
                 raise
             self.expel(device, error)
         except Exception as error:
-            if isinstance(error, OSError) or is_out_of_memory(error):
+            is_ours = isinstance(error, OSError) or is_out_of_memory(error)
+            if is_ours or error is self._watchers.failure:
                 raise
             self._let_go(device, error)
 

@@ -74,7 +74,7 @@ class Coordinator:
         self.learned = GlobalModel(config, model, self.planner)
         round_start = RoundStartBuilder(self.learned.ledger, model.facts)
         self.run = Run(run_id, _beginning(config, least_devices), round_start, reporting)
-        self.admission = Admission(config, model, gateway, self.planner, self.run)
+        self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
         handlers = self._handlers = MessageHandler(
             self.run,
             self.admission,

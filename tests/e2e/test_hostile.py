@@ -145,6 +145,10 @@ CASES: dict[str, Case] = {
     "future": Case(REMOTE, "step 40", activation(step=40)),
     "gradient": Case(REMOTE, "TopGradient", gradient),
     "upload": Case(NUMERIC, "upload", upload(math.nan)),
+    **{
+        f"upload-{value:g}".replace("+", ""): Case(NUMERIC, "beyond all measure", upload(value))
+        for value in (10.0, 1e12, 1e19, 3.3e38)
+    },
     "counts": Case(REMOTE, "negative", report(num_tokens=-1)),
     "evaluation": Case(REMOTE, "evaluation", evaluation),
 }
@@ -170,7 +174,7 @@ def enter(link: ZmqLink) -> tuple[Stamp, Plan]:
 
 
 def test_each_is_expelled_and_the_others_finish(cluster: Cluster) -> None:
-    """NaN, wrong shapes, sizes, dtypes, numbers and times: eighteen bad devices, two good ones."""
+    """NaN, wrong shapes, sizes, dtypes, numbers and times: 22 bad devices, two good ones."""
     cluster.register(*CASES)
     serving = cluster.serve(cluster.config(min_devices=2))
     serving.state.wait_for({"a", "b", *CASES})

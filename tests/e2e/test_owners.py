@@ -1,0 +1,134 @@
+"""Trouble of the coordinator's own ends its run, never a device; a device's ends its part alone."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from coordinator.results.events import RoundStarted, RunEvent
+from edge_sdk.errors import ConfigError, EdgeError, LocalProtocolError, NumericError, StorageError
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.protocol.messages import StepReport
+from tests.e2e.cluster import Cluster, Trap, wait_all
+
+OURS: dict[str, Callable[[], Exception]] = {
+    "full disk": lambda: StorageError("cannot write events.jsonl: No space left on device"),
+    "descriptors": lambda: OSError(errno.EMFILE, "Too many open files"),
+    "memory": lambda: MemoryError("out of memory"),
+    "configuration": lambda: ConfigError("the coordinator is too small"),
+    "a watcher": lambda: KeyError("a bug of the console"),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_trouble_of_our_own_blames_no_device(cluster: Cluster, case: str) -> None:
+    """Whoever's message was in hand: the run ends with the error, devices wait and finish later."""
+    made = OURS[case]()
+
+    def fail(device: str, report: StepReport) -> None:
+        if (device, report.stamp.step) == ("b", 1):
+            raise made
+
+    trap = Trap()
+    trap.on_step = fail
+    serving = cluster.serve(trap=trap).start()
+    clients = cluster.start()
+
+    with pytest.raises(type(made)) as raised:
+        serving.wait()
+
+    assert raised.value is made
+    assert not any(client.wait(0.0) for client in clients)
+    assert cluster.serve().start().wait() == "completed"
+    wait_all(clients)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AssertionError("y"), LocalProtocolError("z")])
+def test_an_error_that_nobody_foresaw_ends_one_part(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The device in whose part it was is not blamed: it joins again, and the run is completed."""
+    serving = cluster.serve()
+    stepped, raised = serving.planner.stepped, list[str]()
+
+    def fail(device: str, num_tokens: int, compute_s: float) -> None:
+        if device == "b" and not raised:
+            raised.append(device)
+            raise error
+        stepped(device, num_tokens, compute_s)
+
+    monkeypatch.setattr(serving.planner, "stepped", fail)
+    serving.start()
+    clients = cluster.start()
+
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    assert raised == ["b"]
+    [left] = [row for row in serving.events if row["event"] == "device.left"]
+    assert left["device"] == "b"
+    assert type(error).__name__ in left["reason"]
+
+
+def test_one_that_always_fails_is_sent_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device may join again after errors that nobody foresaw, but not without end."""
+    serving = cluster.serve(cluster.config(min_devices=2, rounds=100_000))
+    stepped = serving.planner.stepped
+
+    def fail(device: str, num_tokens: int, compute_s: float) -> None:
+        if device == "c":
+            raise KeyError("always")
+        stepped(device, num_tokens, compute_s)
+
+    monkeypatch.setattr(serving.planner, "stepped", fail)
+    serving.state.wait_for({"a", "b", "c"})
+    serving.start()
+    *_, bad = cluster.start()
+
+    with pytest.raises(EdgeError, match="coordinator failed at what it sent: KeyError") as raised:
+        bad.wait(40.0)
+    assert raised.value.exit_code == 1
+    serving.coordinator.stop()
+    assert serving.wait() == "paused"
+
+
+class Poison(Trap):
+    """Spoils the coordinator's own adapters when the second round begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spoil: Callable[[], None] = lambda: None
+
+    def see(self, event: RunEvent) -> None:
+        """Look for the round."""
+        super().see(event)
+        if isinstance(event, RoundStarted) and event.round == 1:
+            self.spoil()
+
+
+@pytest.mark.parametrize("number", [1e30, float("nan")])
+def test_weights_of_our_own_blame_no_device(cluster: Cluster, number: float) -> None:
+    """What comes of a spoilt model is not finite, whoever sent its input: the run ends."""
+    trap = Poison()
+    serving = cluster.serve(trap=trap)
+    engine = serving.coordinator.learned.engine
+
+    def spoil() -> None:
+        pairs = engine.learned().pairs.items()
+        spoilt = {n: Pair(p.a_RI, np.full_like(p.b_OR, number)) for n, p in pairs}
+        engine.begin(spoilt)
+
+    trap.spoil = spoil
+    serving.start()
+    clients = cluster.start()
+
+    with pytest.raises(NumericError, match="the run has diverged"):
+        serving.wait()
+
+    assert not any(client.wait(0.0) for client in clients)
+    assert cluster.serve().start().wait() == "completed"
+    wait_all(clients)
