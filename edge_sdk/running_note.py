@@ -29,13 +29,13 @@ class RunningNote:
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
         self._file, self._root = folder / NAME, root
 
-    def write(self, doing: str) -> None:
-        """Note that *doing* begins.
+    def write(self, doing: str, *, was_short: bool = False) -> None:
+        """Note that *doing* begins; or that memory was short while it was done, untold so far.
 
         Raises:
             StorageError: the folder cannot be written.
         """
-        found = {"doing": doing, **oom_kills(self._root)._asdict()}
+        found = {"doing": doing, "was_short": was_short, **oom_kills(self._root)._asdict()}
         # Not synced: after a power cut it means nothing.
         atomic_write(self._file, json.dumps(found), sync=False, what="note")
 
@@ -44,16 +44,15 @@ class RunningNote:
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
 
-    def killed_while(self) -> str:
-        """Return what was being done when the kernel killed for memory; empty if it did not.
+    def short_while(self) -> str:
+        """Return what was being done when memory was short; empty if it was not, or was told.
 
         A note that is damaged, or from another start of the machine, says nothing.
         """
         try:
             found = json.loads(self._file.read_text(encoding="utf-8"))
-            doing = str(found.pop("doing"))
-            before = OomKills(**found)
-            is_killed = oom_kills(self._root).rose_since(before)
+            doing, was_short = str(found.pop("doing")), bool(found.pop("was_short"))
+            is_short = was_short or oom_kills(self._root).rose_since(OomKills(**found))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return ""
-        return doing if is_killed else ""
+        return doing if is_short else ""

@@ -99,11 +99,16 @@ class EdgeClient:
     def _run_over(self, link: Link, monitor: BoardMonitor | None = None) -> str:
         setup = RuntimeSetup(self._config, self._dataset)
         participant = Participant(link, self._config, setup, self._callback, self._stop, monitor)
-        reason = FAILED
+        reason, was_short = FAILED, False
         try:
             reason = self._take_part(participant)
+        except TransportError as error:
+            was_short = is_out_of_memory(error)
+            raise
         finally:
             participant.close()
+            if was_short:
+                _quietly(participant.leave_note)
             link.close(FAREWELL_S)
             self._callback.on_train_end(reason)
         return reason

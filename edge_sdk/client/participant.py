@@ -45,7 +45,7 @@ from edge_sdk.protocol.messages import (
     StepReport,
     Welcome,
 )
-from edge_sdk.protocol.plan import Plan, fingerprint
+from edge_sdk.protocol.plan import fingerprint
 from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.running_note import RunningNote
 from edge_sdk.runtime.interface import Runtime
@@ -92,12 +92,19 @@ class Participant:
         self._drift = SpeedDrift()
         self._note: RunningNote | None = None
         """None before the first welcome, and for a simulated device."""
+        self._doing = ""
+        """The plan in force in words, for the note."""
 
     def close(self) -> None:
         """Stop preparing batches; this device has ended in order."""
         self._prepare.shutdown(cancel_futures=True)
         if self._note is not None:
             self._note.remove()
+
+    def leave_note(self) -> None:
+        """Let the next start of this device say that memory was short; call it after `close`."""
+        if self._note is not None and self._doing:
+            self._note.write(self._doing, was_short=True)
 
     # ---- joining ----
 
@@ -106,8 +113,8 @@ class Participant:
         welcome = self._greet()
         self._enter(welcome)
         if doing := self._take_note():
-            log.warning("memory.killed doing=%s", doing)
-            self.report(OutOfMemory(f"the kernel killed it while it ran {doing}"))
+            log.warning("memory.was_short doing=%s", doing)
+            self.report(OutOfMemory(f"it ended for want of memory while it ran {doing}"))
             self._enter(self._greet())
         if welcome.wants_profile:
             self._inbox.enter(State.PROFILING)
@@ -115,11 +122,11 @@ class Participant:
         self._inbox.enter(State.WAITING)
 
     def _take_note(self) -> str:
-        """Return what this device was doing when the kernel killed it for memory; empty if not."""
+        """Return what this device ran when it ended for want of memory, untold; empty if not."""
         if self._monitor is None or self._note is not None:
             return ""  # a simulated device lives and dies with others; or it has been asked already
         self._note = RunningNote(self._folder)
-        doing = self._note.killed_while()
+        doing = self._note.short_while()  # the kernel killed it, or its link was lost with it
         self._note.remove()
         return doing
 
@@ -193,7 +200,10 @@ class Participant:
         assert welcome is not None, "a plan before a welcome"
         self.forget()  # two slices would need twice the memory
         if self._note is not None:
-            self._note.write(_in_words(assigned.plan))
+            self._doing = (
+                f"{assigned.plan.split} blocks, micro-batches of {assigned.plan.micro_batch}"
+            )
+            self._note.write(self._doing)
         if self._data is None:
             self._setup.files(welcome, self._ask)
             self._data = self._setup.data(welcome)
@@ -396,7 +406,3 @@ class Participant:
         """Tell the coordinator why this device cannot go on."""
         kind = public_name(error)
         self._link.send(Failure(stamp=self._stamp, error=kind, text=public_text(error)))
-
-
-def _in_words(plan: Plan) -> str:
-    return f"{plan.split} blocks, micro-batches of {plan.micro_batch}"

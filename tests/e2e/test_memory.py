@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.transport.io_thread import DeviceIo
 from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
 from tests.e2e.programs import Program, write_yaml
 
@@ -191,6 +193,34 @@ def test_who_keeps_missing_rounds_gets_a_smaller_plan(cluster: Cluster) -> None:
     rows = [row for row in serving.folder.rows("plans.jsonl") if row["reasons"] == [line]]
     assert [row["round"] for row in rows] == [3]
     assert [row["samples"] for row in serving.rows[1:]] == [3 * 3 * 4] * 5
+
+
+def test_want_of_memory_that_cost_the_link_is_told_by_the_next_start(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of the link met it: this program ends with 6, the next one gets less to do."""
+    turn, is_short = DeviceIo._turn, threading.Event()
+
+    def short_turn(self: DeviceIo) -> None:
+        if is_short.is_set():
+            is_short.clear()
+            raise MemoryError
+        turn(self)
+
+    monkeypatch.setattr(DeviceIo, "_turn", short_turn)
+    serving = serve(cluster, min_devices=1)
+    told = Callback()
+    told.on_step_end = lambda _: is_short.set()  # type: ignore[method-assign]
+    first = cluster.client("a", sentences(1), told).start()
+
+    with pytest.raises(OutOfMemory):
+        first.wait(60.0)
+
+    again = Short(lambda _: True)
+    second = cluster.client("a", sentences(1), again).start()
+    assert serving.wait(60.0) == "completed"
+    wait_all([second])
+    assert [plan.micro_batch for plan in again.plans] == [2]
 
 
 NO_MEMORY = """

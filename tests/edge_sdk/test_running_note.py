@@ -48,7 +48,7 @@ def test_only_a_risen_count_is_evidence(
     note.write("3 blocks")
     machine(tmp_path, **after)  # type: ignore[arg-type]
 
-    assert note.killed_while() == ("3 blocks" if is_killed else "")
+    assert note.short_while() == ("3 blocks" if is_killed else "")
 
 
 def test_a_group_that_was_made_anew_is_another_one(tmp_path: Path) -> None:
@@ -60,7 +60,17 @@ def test_a_group_that_was_made_anew_is_another_one(tmp_path: Path) -> None:
 
     machine(tmp_path, group=0, total=6)
 
-    assert note.killed_while() == "3 blocks"
+    assert note.short_while() == "3 blocks"
+
+
+def test_want_of_memory_that_nobody_could_be_told_of_is_told_later(tmp_path: Path) -> None:
+    """Whatever the counts say, also after a power cut."""
+    root = machine(tmp_path)
+    note = RunningNote(tmp_path / "state", root)
+    note.write("3 blocks", was_short=True)
+    machine(tmp_path, boot="two")
+
+    assert note.short_while() == "3 blocks"
 
 
 def test_who_ended_in_order_was_not_killed(tmp_path: Path) -> None:
@@ -72,7 +82,7 @@ def test_who_ended_in_order_was_not_killed(tmp_path: Path) -> None:
     note.remove()
     machine(tmp_path, group=1, total=1)
 
-    assert note.killed_while() == ""
+    assert note.short_while() == ""
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"doing": 1, "boot": "one"}'])
@@ -82,7 +92,7 @@ def test_a_damaged_note_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / NAME).write_text(text)
 
-    assert RunningNote(tmp_path / "state", root).killed_while() == ""
+    assert RunningNote(tmp_path / "state", root).short_while() == ""
 
 
 def test_groups_of_version_2_are_counted_without_those_below(tmp_path: Path) -> None:

@@ -233,6 +233,23 @@ def test_a_plan_is_not_refused_because_it_saves_less_than_a_tenth(llama: Any) ->
     assert set(planner.server_ranks) >= set(problem.weights(1, 5))
 
 
+def test_who_was_killed_and_missed_the_end_of_the_round_gets_less_too(llama: Any) -> None:
+    """What it ran is remembered until it is back and can say what ended it."""
+    default = DeviceSettings(split=1, batch_size=4, codec="float32")
+    problem = make_problem(llama, config={"default": default}, length=256)
+    planner = planned(problem, a=FAST, b=FAST)
+    old = planner.plan("a")
+    assert old is not None
+    planner.round_ended(1, {}, ["b"])
+    assert planner.plan("a") is None
+
+    planner.ran_out_of_memory("a")
+    planner.profiled("a", FAST)
+
+    assert planner.take_shrunk() == {"a": "ran out of memory: micro-batch 4 -> 2"}
+    assert planner.plan("a") == replace(old, micro_batch=2)
+
+
 # ---- missed rounds ----
 
 
