@@ -66,6 +66,9 @@ class Planner:
         """What devices offered and ran that were gone at the end of a round."""
         self._smaller: dict[str, Plan] = {}
         """Plans of devices that could not do theirs, until other ones are made."""
+        self._fixed_first: int | None = None
+        self._fixed_ranks: dict[str, int] | None = None
+        """The coordinator's part where devices of a fixed config got less than that says."""
         self._shrunk: dict[str, str] = {}
         """Why devices got smaller plans since somebody asked."""
         self._rounds: dict[str, deque[bool]] = {}
@@ -95,24 +98,15 @@ class Planner:
     @property
     def server_ranks(self) -> dict[str, int] | None:
         """Ranks of the coordinator's own adapters; None where the config's hold."""
-        if self.plans is not None:
-            return self.plans.server_ranks
-        return None if self.first is None else self._ranks_from(self.first)
+        return self._fixed_ranks if self.plans is None else self.plans.server_ranks
 
     @property
     def first(self) -> int | None:
         """The coordinator's first block under the plans in force; None where the config's holds."""
         if self.plans is None:
-            return self._first_of_smaller()
+            return self._fixed_first
         last = self._facts.layout.num_blocks
         return min((plan.split for plan in self.plans.plans.values()), default=last)
-
-    def _first_of_smaller(self) -> int | None:
-        """Return the coordinator's first block where a fixed config's devices got less."""
-        if not self._smaller:
-            return None
-        plans = [plan_device(self._config, self._facts, d) for d in ("", *self._config.devices)]
-        return min(plan.split for plan in (*plans, *self._smaller.values()))
 
     # ---- devices come ----
 
@@ -277,6 +271,11 @@ class Planner:
     def _take_smaller(self) -> None:
         """Let the plans in force be as small as they were made, until others are made."""
         if self.plans is None:
+            if self._smaller:
+                names = ("", *self._config.devices)
+                plans = [plan_device(self._config, self._facts, name) for name in names]
+                first = min(plan.split for plan in (*plans, *self._smaller.values()))
+                self._fixed_first, self._fixed_ranks = first, self._ranks_from(first)
             return
         own = {d: plan for d, plan in self._smaller.items() if d in self.plans.plans}
         if own:
@@ -448,7 +447,7 @@ class Planner:
             ranks = dict(state["server_ranks"])
             self._before = then
             self.plans = replace(plan_all(then), plans=plans, server_ranks=ranks)
-            self._take_smaller()
+        self._take_smaller()
 
 
 def _plain(plans: Mapping[str, Plan]) -> dict[str, Any]:
