@@ -111,7 +111,11 @@ class ServeConfig:
     min_devices: int = 1
     """Devices that a round needs; the run waits for them."""
     patience_s: float = 120.0
-    """Seconds that a silent device may hold up a round before it goes on without it."""
+    """Seconds that a device which is silent, or makes no progress, may hold up a round before it
+    goes on without it; more for a device whose own steps, or those of the others, take long."""
+    round_deadline_s: float | None = None
+    """Seconds after which a round goes on without members that hold it up, if `min_devices` are
+    left; what they send later is dropped, and they are in the next round. None waits for all."""
     default: DeviceSettings = field(
         default_factory=lambda: DeviceSettings(split=1, batch_size=8, codec="bfloat16")
     )
@@ -143,6 +147,8 @@ class ServeConfig:
             raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
+        if self.round_deadline_s is not None and self.round_deadline_s <= 0:
+            raise ValueError(f"round_deadline_s must be above 0, got {self.round_deadline_s}")
         is_classifier = self.task == "sequence-classification"
         if is_classifier and len(self.label_names) < 2:
             raise ValueError("label_names must name at least 2 classes for this task")

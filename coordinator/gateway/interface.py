@@ -72,6 +72,8 @@ class DeviceStats:
     """Time of the last sign of life, on this machine's monotonic clock."""
     telemetry: dict[str, float]
     """Numbers of the last heartbeat."""
+    num_moved: int
+    """Packets of messages, in both directions, that have reached the other side."""
 
 
 class Gateway(Protocol):

@@ -97,6 +97,7 @@ class DeviceSession:
             self.rtt_s,
             self.heard_s,
             dict(self.telemetry),
+            self.talk.num_moved,
         )
 
 

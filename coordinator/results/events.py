@@ -7,7 +7,7 @@ a person should read of it, `text` is the line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -169,6 +169,99 @@ class WaitEnded(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting(RunEvent):
+    """Devices keep the run waiting."""
+
+    what: str
+    """Part of the run that cannot go on."""
+    devices: Sequence[str]
+    seconds: float
+    """Since anything came from them."""
+    others_s: float | None
+    """What others took, in seconds; None where nobody has done it yet."""
+
+    @property
+    def text(self) -> str:
+        """Who is waited for, and how long that usually takes."""
+        took = "" if self.others_s is None else f" (others took {self.others_s:.1f} s)"
+        return f"{self.what}: waiting {self.seconds:.0f} s for {', '.join(self.devices)}{took}"
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingOver(RunEvent):
+    """A device that kept the run waiting has done its part."""
+
+    LINE = "{0.what}: {0.device} was waited for, {0.seconds:.0f} s in all"
+
+    what: str
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesMissing(RunEvent):
+    """A round cannot begin: too few devices are ready."""
+
+    round: int
+    ready: Sequence[str]
+    least: int
+    """Devices that the round needs."""
+    why: Mapping[str, str]
+    """What is known of those that are not ready, by device."""
+    seconds: float
+    """Since that has been so."""
+
+    @property
+    def text(self) -> str:
+        """How many are missing, and what has become of them."""
+        missing = self.least - len(self.ready)
+        noun = "device" if missing == 1 else "devices"
+        here = f"{len(self.ready)} of {self.least} are here"
+        known = [f"{device} {why}" for device, why in sorted(self.why.items())]
+        return "; ".join([f"round {self.round} waits for {missing} more {noun}: {here}", *known])
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesCutOff(RunEvent):
+    """A round goes on without members that are too slow for it."""
+
+    round: int
+    devices: Sequence[str]
+    deadline_s: float
+
+    @property
+    def text(self) -> str:
+        """Who is too late, and what comes of it."""
+        names = ", ".join(self.devices)
+        late = f"round {self.round}: over its deadline of {self.deadline_s:g} s"
+        return f"{late}; it goes on without {names}, back in the next one"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkDropped(RunEvent):
+    """What a device has learned in a round came too late for it."""
+
+    LINE = "{0.device}: its adapters of round {0.round} came too late and are not used"
+
+    device: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopForced(RunEvent):
+    """The run stops although a step could not be ended."""
+
+    devices: Sequence[str]
+    """Who was waited for."""
+
+    @property
+    def text(self) -> str:
+        """What was waited for, and what counts now."""
+        whom = f" for {', '.join(self.devices)}" if self.devices else ""
+        return f"stopping in mid-step, which waits{whom}; the last checkpoint counts"
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone(RunEvent):
     """A device has finished a step."""
 
@@ -198,6 +291,8 @@ class Telemetry(RunEvent):
     """Since the round's start."""
     devices: Mapping[str, Mapping[str, Any]]
     """By device: tokens, seconds, bytes, memory, and what its board said."""
+    late: Mapping[str, int] = field(default_factory=dict)
+    """Messages that came too late for an earlier round, by device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from coordinator.gateway.interface import DeviceStats, Gateway
@@ -16,6 +17,8 @@ from coordinator.results.events import RoundDone, StepDone, Telemetry, Watcher
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums
+
+NOTHING_LATE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass
@@ -128,8 +131,8 @@ class Reporting:
             row["eval_by_device"] = dict(sorted(row["eval_by_device"].items()))
         self.watcher.see(RoundDone(row, self.boards()))
 
-    def telemetry(self, round_: int) -> None:
-        """Tell what the round cost."""
+    def telemetry(self, round_: int, late: Mapping[str, int] = NOTHING_LATE) -> None:
+        """Tell what the round cost, and how many messages of earlier ones came *late* in it."""
         devices = {}
         for name, progress in sorted(self._progress.items()):
             board = self._telemetry_of(name)
@@ -142,7 +145,7 @@ class Reporting:
                 **({"bytes_up": traffic[0], "bytes_down": traffic[1]} if traffic else {}),
                 **({"board": board} if board else {}),
             }
-        self.watcher.see(Telemetry(round_, time.monotonic() - self._began_s, devices))
+        self.watcher.see(Telemetry(round_, time.monotonic() - self._began_s, devices, late))
 
     def boards(self) -> dict[str, Mapping[str, Any]]:
         """Return what each board said of itself with its last sign of life, by device."""

@@ -10,6 +10,8 @@ from coordinator.results.events import (
     CheckpointDamaged,
     DeviceJoined,
     DeviceLeft,
+    DevicesCutOff,
+    DevicesMissing,
     Exported,
     MessageRejected,
     PlanMade,
@@ -21,7 +23,10 @@ from coordinator.results.events import (
     RunStarted,
     StepSkipped,
     Telemetry,
+    Waiting,
+    WaitingOver,
     Watcher,
+    WorkDropped,
 )
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import RunFolder
@@ -65,8 +70,10 @@ class RunFiles:
         match event:
             case RoundDone(row):
                 self._folder.append("metrics.jsonl", row)
-            case Telemetry(round_, seconds, devices):
+            case Telemetry(round_, seconds, devices, late):
                 row = {"round": round_, "seconds": round(seconds, 3), "devices": devices}
+                if late:
+                    row["late"] = late
                 self._folder.append("telemetry.jsonl", row)
             case PlanMade():
                 self._folder.append("plans.jsonl", _plan_row(event))
@@ -103,6 +110,27 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "device.left", "device": device, "reason": reason}
         case MessageRejected(device, error):
             return {"event": "message.rejected", "device": device, "error": error}
+    return _waiting_row(event)
+
+
+def _waiting_row(event: RunEvent) -> Mapping[str, Any] | None:
+    """Return the line of what keeps a run waiting, and of what is not waited for any more."""
+    row: dict[str, Any]
+    match event:
+        case Waiting(what, devices, seconds, others_s):
+            row = {"event": "waiting", "what": what, "devices": list(devices)}
+            return row | {"seconds": round(seconds, 3), "others_s": others_s}
+        case WaitingOver(what, device, seconds):
+            row = {"event": "waiting.over", "what": what, "device": device}
+            return row | {"seconds": round(seconds, 3)}
+        case DevicesMissing(round_, ready, least, why, seconds):
+            row = {"event": "devices.missing", "round": round_, "ready": list(ready)}
+            return row | {"least": least, "why": dict(why), "seconds": round(seconds, 3)}
+        case DevicesCutOff(round_, devices, deadline_s):
+            row = {"event": "round.deadline", "round": round_, "devices": list(devices)}
+            return row | {"deadline_s": deadline_s}
+        case WorkDropped(device, round_):
+            return {"event": "work.dropped", "device": device, "round": round_}
     return None
 
 

@@ -97,6 +97,11 @@ class Admission:
         Raises:
             RefusedError: the device cannot take part.
         """
+        if self._run.conduct.is_over(device):
+            raise RefusedError(
+                f"this device broke the rules of this run {self._run.conduct.expulsions[device]} "
+                "times; see why in the coordinator's log, and let it join the next run"
+            )
         if hello.protocol != PROTOCOL_VERSION:
             raise RefusedError(
                 f"protocol version {hello.protocol}, this coordinator speaks {PROTOCOL_VERSION}; "
@@ -350,6 +355,7 @@ class Admission:
         """Let go of a device that could not go on; one that ran out of memory gets less to do."""
         self._run.lose(device, f"{message.error}: {message.text}")
         if message.error == OutOfMemory.__name__:
+            self._run.conduct.finished(device)  # with less to do it begins anew
             try:
                 self._planner.ran_out_of_memory(device)
             except OutOfMemory as error:
@@ -408,13 +414,14 @@ class Admission:
         if self._unforeseen[device] > MOST_UNFORESEEN:
             self.expel(device, EdgeError(text))
             return
-        self._run.lose(device, text)
-        self.forget(device)
+        self._run.lose(device, text)  # what it has sent meanwhile is late
         with suppress(PeerGone):
             self._gateway.forget(device, public_text(text))
 
     def expel(self, device: str, error: EdgeError) -> None:
         """Let go of a device that did what it must not; it is told, and the others go on."""
+        if not isinstance(error, RefusedError):
+            self._run.conduct.expelled(device)
         text = public_text(error)
         log.warning("device.refused device=%s reason=%s", device, text)
         self._run.lose(device, f"{public_name(error)}: {text}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,7 +43,6 @@ class RoundExecutor:
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
         self._pausing = Pausing(run, checkpoints.save)
-        self._await_until_s = time.monotonic() + config.patience_s
 
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
@@ -66,12 +64,12 @@ class RoundExecutor:
             with self._admission.part_of(failed.device):
                 raise failed.error from None
 
-    def advance(self) -> None:
-        """Do all that can be done now."""
-        while not self.outcome and not self._worker.is_busy and self._advance_once():
+    def advance(self, now_s: float) -> None:
+        """Do all that can be done now, in seconds of a clock that never goes back."""
+        while not self.outcome and not self._worker.is_busy and self._advance_once(now_s):
             pass
 
-    def _advance_once(self) -> bool:
+    def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
         run, state = self._run, self._run.state
         if run.must_rewind:
@@ -79,7 +77,7 @@ class RoundExecutor:
             self._checkpoints.rewind()
             self._admission.move_outdated()
         if self._pausing.is_begun:
-            return self._end_if(self._pausing.finish())
+            return self._end_if(self._pausing.finish(now_s))
         if state.phase is Phase.GATHERING:
             self._admission.expel_refused()
             if self._learned.is_outdated:
@@ -88,13 +86,15 @@ class RoundExecutor:
         if run.inputs.evals:
             self._waves.evaluate()
             return True
-        if state.awaited and time.monotonic() >= self._await_until_s:
-            run.stop_waiting()
         action = state.decide()
-        if self.stop_asked and self._pausing.can_begin(action):
-            for name in list(state.members):
-                self._admission.send(name, Pause(stamp=run.stamp(name)))
-            return self._end_if(self._pausing.begin())
+        if self.stop_asked:
+            self._pausing.ask(now_s)
+            if self._pausing.can_begin(action):
+                for name in list(state.members):
+                    self._admission.send(name, Pause(stamp=run.stamp(name)))
+                return self._end_if(self._pausing.begin(now_s))
+            if self._pausing.is_forced(now_s):
+                return self._end_if(True)
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._waves.run_wave,
@@ -157,19 +157,19 @@ class RoundExecutor:
             return
         members = set(run.state.members)
         run.finish_round(done.result, evaluating=self._config.evaluation.on_devices)
-        facts = {
+        facts: dict[str, Any] = {
             "samples": sum(reports[name].num_samples for name in members),
             "cut_error": done.result.cut_error,
             "rank": max((f.rank for f in self._learned.ledger.totals.values()), default=0),
         }
+        if run.cut_off.devices:
+            facts["cut_off"] = sorted(run.cut_off.devices)
         self._end_row(facts, done.evaluated)
         moved = self._admission.plan_again(reports, done.pruned)
         self._checkpoints.save()
         self._admission.tell_importance()
         for name in moved:
             self._admission.move(name)
-        if moved:
-            self._await_until_s = time.monotonic() + self._config.patience_s
 
     # ---- endings ----
 

@@ -12,7 +12,7 @@ from coordinator.results.events import DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
-from coordinator.rounds.run import Run
+from coordinator.rounds.run import RoundWork, Run
 from coordinator.rounds.validation import (
     TargetCount,
     WaveInput,
@@ -104,8 +104,11 @@ class MessageHandler:
                 raise RemoteProtocolError(error)
 
     def _receive(self, device: str, envelope: Envelope) -> None:
-        if action_on(self._state_of(device), envelope.message) is MessageAction.TAKE:
-            self._handlers[type(envelope.message)](device, envelope)
+        message = envelope.message
+        if isinstance(message, RoundWork) and self._run.cut_off.drop(device, message):
+            return
+        if action_on(self._state_of(device), message) is MessageAction.TAKE:
+            self._handlers[type(message)](device, envelope)
 
     def _state_of(self, device: str) -> DeviceState:
         state, admission = self._run.state, self._admission

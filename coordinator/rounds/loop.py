@@ -7,6 +7,8 @@ in a thread of its own.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 
@@ -27,6 +29,7 @@ from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.executor import RoundExecutor
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
+from coordinator.rounds.progress import Waits
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import RunState
 from coordinator.rounds.validation import WaveInput
@@ -54,6 +57,7 @@ class Coordinator:
         *,
         pool: Executor | None = None,
         least_devices: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put a run together.
 
@@ -66,6 +70,7 @@ class Coordinator:
             run_id: Name of the run in every message.
             pool: Where the coordinator computes; None: in a thread of its own.
             least_devices: Devices that a round needs once a step is done; None: config.min_devices.
+            clock: Seconds by which devices are late; where it stands still nobody is.
         """
         self.model, self.folder, self.gateway = model, folder, gateway
         self.watcher = Watchers([RunFiles(folder), watcher])
@@ -75,13 +80,9 @@ class Coordinator:
         round_start = RoundStartBuilder(self.learned.ledger, model.facts)
         self.run = Run(run_id, _beginning(config, least_devices), round_start, reporting)
         self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
+        limits, probing = _limits(config, model), Probing(gateway)
         handlers = self._handlers = MessageHandler(
-            self.run,
-            self.admission,
-            self.planner,
-            self.learned,
-            _limits(config, model),
-            Probing(gateway),
+            self.run, self.admission, self.planner, self.learned, limits, probing
         )
         self._worker = Worker(gateway.wake, pool)
         self._checkpoints = Checkpoints(
@@ -90,6 +91,7 @@ class Coordinator:
         parts = self.run, self.admission, self.learned
         waves = WaveRunner(*parts, self._worker, handlers.handle)
         self._executor = RoundExecutor(config, *parts, self._checkpoints, waves, self._worker)
+        self._clock, self._waits = clock, Waits(config, self.run, gateway, self.planner)
         self._has_told = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -108,7 +110,8 @@ class Coordinator:
                 self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()
-                executor.advance()
+                self._waits.look(self._clock(), is_computing=self._worker.is_busy)
+                executor.advance(self._clock())
         finally:
             self._worker.close()
             self.model.graphs.close()

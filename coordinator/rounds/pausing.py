@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-from coordinator.results.events import StopBegun
+from coordinator.results.events import StopBegun, StopForced
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import Action, Phase
+from coordinator.rounds.state import Action, Phase, debts
 
-# Seconds that devices get to save their state when the coordinator is about to leave.
-PAUSE_PATIENCE_S = 15.0
+# Seconds that a step may take to its end when the coordinator is to leave, and those that devices
+# then get to save their state. Together less than the 10 s after which a service is killed.
+STEP_PATIENCE_S = 4.5
+PAUSE_PATIENCE_S = 4.0
 
 
 class Pausing:
@@ -18,7 +19,20 @@ class Pausing:
 
     def __init__(self, run: Run, save: Callable[[], None]) -> None:
         self._run, self._save = run, save
+        self._step_until_s: float | None = None
         self._until_s: float | None = None
+
+    def ask(self, now_s: float) -> None:
+        """Note that the run is to stop; the first time counts."""
+        if self._step_until_s is None:
+            self._step_until_s = now_s + STEP_PATIENCE_S
+
+    def is_forced(self, now_s: float) -> bool:
+        """Return whether to leave although a step has not ended: the newest checkpoint counts."""
+        if self._step_until_s is None or now_s < self._step_until_s:
+            return False
+        self._run.watcher.see(StopForced(sorted(debts(self._run.state))))
+        return True
 
     @property
     def is_begun(self) -> bool:
@@ -38,17 +52,17 @@ class Pausing:
         """Return whether a member trains steps of its own, at which nobody else can stop."""
         return any(member.is_local for member in self._run.state.members.values())
 
-    def begin(self) -> bool:
+    def begin(self, now_s: float) -> bool:
         """Wait for members that have been asked to save; return whether there are none."""
         state = self._run.state
         if not state.members:
             return True
         self._run.paused.clear()
-        self._until_s = time.monotonic() + PAUSE_PATIENCE_S
+        self._until_s = now_s + PAUSE_PATIENCE_S
         self._run.watcher.see(StopBegun(state.step))
         return False
 
-    def finish(self) -> bool:
+    def finish(self, now_s: float) -> bool:
         """Save this very step; where members train alone, the round's start has to do.
 
         Returns:
@@ -57,7 +71,7 @@ class Pausing:
         assert self._until_s is not None
         state = self._run.state
         is_complete = self._run.paused >= state.members.keys()
-        if not is_complete and time.monotonic() < self._until_s:
+        if not is_complete and now_s < self._until_s:
             return False
         if state.step > state.safe_step and not self._has_local():
             self._save()

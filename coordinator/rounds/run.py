@@ -6,7 +6,7 @@ and for those who look on is known here. It knows no network, no engine and no p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,30 @@ from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Received
-from coordinator.results.events import DeviceJoined, DeviceLeft, RoundStarted, WaitEnded
+from coordinator.results.events import (
+    DeviceJoined,
+    DeviceLeft,
+    RoundStarted,
+    WaitEnded,
+    WorkDropped,
+)
 from coordinator.results.metrics import Reporting
-from coordinator.rounds.state import Member, RunState
+from coordinator.rounds.state import Conduct, Member, RunState, drop_member
 from edge_sdk.errors import public_text
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
-from edge_sdk.protocol.messages import Activation, EvalReport, RoundStart, Stamp, StepReport
+from edge_sdk.protocol.messages import (
+    Activation,
+    AdapterUpload,
+    EvalReport,
+    RoundStart,
+    Stamp,
+    StepReport,
+    TopGradient,
+)
 from edge_sdk.protocol.plan import Plan
+
+RoundWork = Activation | TopGradient | StepReport | AdapterUpload
 
 
 @dataclass
@@ -74,6 +90,10 @@ class Run:
         self.paused: set[str] = set()
         """Devices that have saved their state."""
         self.inputs = PendingInputs()
+        self.conduct = Conduct()
+        self.gone: dict[str, str] = {}
+        """Why devices have left, until they are back."""
+        self.cut_off = CutOff(self)
         self._round_start = round_start
 
     def stamp(self, device: str) -> Stamp:
@@ -97,12 +117,17 @@ class Run:
     def join(self, member: Member, num_samples: int) -> None:
         """Take in a device that is ready; what it held of a round before is gone."""
         self.lose(member.name, "")
+        self.gone.pop(member.name, None)
         self.state.join(member)
         self.watcher.see(DeviceJoined(member.name, member.split, num_samples))
 
     def lose(self, device: str, reason: str) -> None:
         """Let go of a device that is gone or, without a *reason*, begins anew."""
         was_ready = device in self.state.ready
+        if reason:
+            self.gone[device] = public_text(reason)
+            if device in self.state.members and self.state.is_in_round:
+                self.conduct.lost(device, self.state.round)
         self.must_rewind |= self.state.leave(device)
         self._round_start.forget(device)
         self.inputs.forget(device)
@@ -114,10 +139,10 @@ class Run:
         self.lose(device, "")
         self.state.wait_for({device})
 
-    def stop_waiting(self) -> None:
-        """Go on without the devices that are not back yet."""
-        self.watcher.see(WaitEnded(sorted(self.state.awaited)))
-        self.state.stop_waiting()
+    def stop_waiting(self, devices: Collection[str]) -> None:
+        """Go on without devices that are not back yet."""
+        self.watcher.see(WaitEnded(sorted(devices)))
+        self.state.stop_waiting(devices)
 
     # ---- what they send ----
 
@@ -140,6 +165,7 @@ class Run:
         """Take what a member has learned in the round."""
         self.inputs.reports[device] = report
         self.state.upload(device)
+        self.conduct.finished(device)
 
     def take_evaluation(self, device: str, report: EvalReport) -> None:
         """Take what a device has found on its own validation data."""
@@ -168,8 +194,9 @@ class Run:
 
     def start_round(self) -> None:
         """Begin a round with all that are ready."""
-        self.state.start_round()
+        self.state.start_round(self.conduct.resting(self.state.ready, self.state.round))
         self.inputs = PendingInputs(evals=self.inputs.evals)
+        self.cut_off.begin_round()
         self.reporting.begin_round()
         state, boards = self.state, self.reporting.boards()
         started = RoundStarted(state.round, state.attempt, sorted(state.members), boards)
@@ -193,6 +220,8 @@ class Run:
         start, tensors = self._round_start.message(
             stamp, end_step, plan, own, evaluate=evaluate and not has_evaluated
         )
+        if start.evaluate and stamp.device in state.members:
+            state.evaluating.add(stamp.device)
         if start.restore_step < 0:
             state.begin_at(stamp.device, stamp.step)
         return start, tensors
@@ -201,7 +230,7 @@ class Run:
         """Take note that the round is aggregated; members may have yet to report on it."""
         members = set(self.state.members)
         self._round_start.round_ended(result, members)
-        self.reporting.telemetry(self.state.round)
+        self.reporting.telemetry(self.state.round, self.cut_off.take_late())
         self.state.finish_round(evaluating=members if evaluating else set())
         self.inputs.reports = {}
 
@@ -241,3 +270,45 @@ class Run:
             self.reporting.restore_row(facts["row"])
             evaluated = set((facts["row"] or {}).get("eval_by_device", {}))
             self.state.wait_for(facts["devices"], set(facts["unevaluated"]) - evaluated)
+
+
+class CutOff:
+    """Members that a round has gone on without, because they were too late, and what they send."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.devices: set[str] = set()
+        """Of this round, or of the one before while the next has not begun."""
+        self._late: dict[str, int] = {}
+        """Messages that came too late for their round, by device that was cut off in one."""
+
+    def begin_round(self) -> None:
+        """Let everybody take part again."""
+        self.devices = set()
+
+    def add(self, devices: Collection[str]) -> None:
+        """Let the round go on without *devices*, which stay ready for the next one."""
+        run = self._run
+        for device in sorted(devices):
+            drop_member(run.state, device)
+            run.inputs.forget(device)
+            run.conduct.lost(device, run.state.round)
+            self._late.setdefault(device, 0)
+        self.devices |= set(devices)
+
+    def drop(self, device: str, message: RoundWork) -> bool:
+        """Count a message that is of no use any more; return whether it is such a one."""
+        run = self._run
+        is_due = device in run.state.members and run.is_current(message.stamp)
+        if device not in self._late or is_due:
+            return False
+        self._late[device] += 1
+        if isinstance(message, AdapterUpload):
+            run.watcher.see(WorkDropped(device, message.stamp.round))
+        return True
+
+    def take_late(self) -> dict[str, int]:
+        """Return how many messages came too late since the last call, where there were any."""
+        late = {device: number for device, number in self._late.items() if number}
+        self._late = dict.fromkeys(self._late, 0)
+        return late

@@ -14,17 +14,31 @@ it starts again from its beginning, under a new attempt number, as soon as there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
+from typing import NamedTuple
 
 from edge_sdk.errors import LocalProtocolError
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT
 
+# Losses and misses in a row after which a device sits out rounds, and the most that it sits out.
+LOSSES_UNTIL_REST, MOST_REST = 2, 8
+# So often a device may break the rules of a run; then the run is over for it.
+MOST_EXPULSIONS = 3
 NOBODY: Mapping[str, int] = MappingProxyType({})
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
 Action = Enum("Action", "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE AGGREGATE HAND_OUT CLOSE")
+Owed = Enum("Owed", "RETURN INPUT GRADIENT UPLOAD EVALUATION")
+
+
+class Debt(NamedTuple):
+    """What a device owes the run."""
+
+    kind: Owed
+    where: tuple[int, ...]
+    """Attempt, step and micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,8 @@ class RunState:
     uploaded: set[str] = field(default_factory=set)
     awaiting_eval: set[str] = field(default_factory=set)
     """Devices that have yet to evaluate the last aggregation."""
+    evaluating: set[str] = field(default_factory=set)
+    """Members that evaluate before their first step."""
     is_handed_out: bool = False
     """Whether the last aggregation is on its way to them."""
     awaited: set[str] = field(default_factory=set)
@@ -81,6 +97,11 @@ class RunState:
         """First step after the current round."""
         return (self.round + 1) * self.steps_per_round
 
+    @property
+    def is_in_round(self) -> bool:
+        """Whether members are on their way through a round."""
+        return self.phase in _IN_ROUND
+
     # ---- what happens ----
 
     def join(self, member: Member) -> None:
@@ -94,10 +115,8 @@ class RunState:
         self.ready.pop(name, None)
         if name not in self.awaited:
             self.awaiting_eval.discard(name)
-        was_member = self.members.pop(name, None) is not None
-        self.arrived.discard(name)
-        self.uploaded.discard(name)
-        if was_member and len(self.members) < self.min_devices and self.phase in _IN_ROUND:
+        was_member = drop_member(self, name)
+        if was_member and len(self.members) < self.min_devices and self.is_in_round:
             self._rewind()
             return True
         return False
@@ -121,23 +140,24 @@ class RunState:
         self.awaited |= set(names)
         self.awaiting_eval |= set(unevaluated)
 
-    def stop_waiting(self) -> None:
+    def stop_waiting(self, names: Iterable[str]) -> None:
         """Wait no longer for devices that are not back yet."""
-        self.awaiting_eval -= self.awaited
-        self.awaited = set()
+        self.awaiting_eval -= self.awaited & set(names)
+        self.awaited -= set(names)
 
     def _rewind(self) -> None:
         """Give the round up and gather devices for another attempt at it."""
         self.phase = Phase.GATHERING
         self.step = self.safe_step
         self._begin_wave(0)
-        self.members, self.uploaded = {}, set()
+        self.members, self.uploaded, self.evaluating = {}, set(), set()
 
-    def start_round(self) -> None:
-        """Let all that are ready train together from now on."""
+    def start_round(self, resting: Container[str] = ()) -> None:
+        """Let all that are ready train together; but *resting* ones, if that leaves enough."""
         self._expect(Phase.GATHERING)
-        self.members = dict(sorted(self.ready.items()))
-        self.uploaded = set()
+        fit = {name: m for name, m in sorted(self.ready.items()) if name not in resting}
+        self.members = fit if len(fit) >= self.min_devices else dict(sorted(self.ready.items()))
+        self.uploaded, self.evaluating = set(), set()
         self.attempt += 1
         self._begin_wave(0)
         self.phase = Phase.TRAINING
@@ -181,7 +201,7 @@ class RunState:
         self._expect(Phase.COLLECTING)
         self.round += 1
         self.step = self.round * self.steps_per_round
-        self.members, self.uploaded, self.begins = {}, set(), {}
+        self.members, self.uploaded, self.begins, self.evaluating = {}, set(), {}, set()
         is_last = self.round == self.total_rounds
         self.awaiting_eval = evaluating if is_last else set()
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
@@ -193,6 +213,7 @@ class RunState:
     def report_eval(self, name: str) -> None:
         """Note that a device has gone through its validation data."""
         self.awaiting_eval.discard(name)
+        self.evaluating.discard(name)
 
     def _begin_wave(self, micro: int) -> None:
         self.micro, self.arrived, self.is_forward_done = micro, set(), False
@@ -245,3 +266,61 @@ class RunState:
 
 
 _IN_ROUND = (Phase.TRAINING, Phase.COLLECTING)
+
+
+def drop_member(state: RunState, name: str) -> bool:
+    """Let the round go on without a member, which stays ready; return whether it was one."""
+    for names in (state.arrived, state.uploaded, state.evaluating):
+        names.discard(name)
+    return state.members.pop(name, None) is not None
+
+
+def debts(state: RunState) -> dict[str, Debt]:
+    """Return what devices owe that the run waits for, by device."""
+    where = state.attempt, state.step, state.micro
+    if state.phase is Phase.TRAINING:
+        kind = Owed.GRADIENT if state.is_forward_done else Owed.INPUT
+        owed = dict.fromkeys(state.expected() - state.arrived, Debt(kind, where))
+    elif state.phase is Phase.COLLECTING:
+        owed = dict.fromkeys(state.members.keys() - state.uploaded, Debt(Owed.UPLOAD, where))
+    else:
+        is_due = state.phase is Phase.CLOSING and state.is_handed_out
+        names = state.awaiting_eval if is_due else set()
+        returns = dict.fromkeys(state.awaited, Debt(Owed.RETURN, where))
+        return dict.fromkeys(names, Debt(Owed.EVALUATION, where)) | returns
+    evaluating = state.evaluating & owed.keys()
+    return owed | dict.fromkeys(evaluating, Debt(Owed.EVALUATION, where))
+
+
+@dataclass
+class Conduct:
+    """How devices have behaved in this run: who sits out rounds, and for whom it is over."""
+
+    expulsions: dict[str, int] = field(default_factory=dict)
+    _losses: dict[str, int] = field(default_factory=dict)
+    """Times in a row that a device was lost in a round, or missed its end."""
+    _rests_until: dict[str, int] = field(default_factory=dict)
+    """First round that a device is in again."""
+
+    def expelled(self, device: str) -> None:
+        """Note that a device broke the rules."""
+        self.expulsions[device] = self.expulsions.get(device, 0) + 1
+
+    def is_over(self, device: str) -> bool:
+        """Return whether a device has broken the rules too often."""
+        return self.expulsions.get(device, 0) >= MOST_EXPULSIONS
+
+    def lost(self, device: str, round_: int) -> None:
+        """Note that a device was lost in a round, or missed its end."""
+        self._losses[device] = self._losses.get(device, 0) + 1
+        over = self._losses[device] - LOSSES_UNTIL_REST
+        if over >= 0:
+            self._rests_until[device] = round_ + 1 + min(2**over, MOST_REST)
+
+    def finished(self, device: str) -> None:
+        """Note that a device has done its part of a round."""
+        self._losses.pop(device, None)
+
+    def resting(self, devices: Iterable[str], round_: int) -> set[str]:
+        """Return those of *devices* that sit a round out."""
+        return {name for name in devices if self._rests_until.get(name, 0) > round_}

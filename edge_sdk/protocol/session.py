@@ -107,6 +107,12 @@ class Conversation:
         """Whether the peer has everything."""
         return self.senders[0].is_idle and self.senders[1].is_idle
 
+    @property
+    def num_moved(self) -> int:
+        """Packets that have arrived, and that the peer has confirmed, in order and once each."""
+        arrived = sum(receiver.next_seq for receiver in self.receivers)
+        return arrived + sum(sender.acked_seq for sender in self.senders)
+
     def frame(self, lane: int, due: PacketsDue) -> Any:
         """Return the packet *due* as one frame, its payload written once."""
         outgoing, number = due.cargo, due.number

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import pytest
 
 from coordinator.config.run import DeviceSettings
 from coordinator.results.events import DeviceJoined, DeviceLeft, RoundStarted, RunEvent
 from edge_sdk.client.callbacks import Callback
-from edge_sdk.protocol.messages import StepReport
+from edge_sdk.client.client import EdgeClient
+from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.messages import Activation, Message, StepReport, TopGradient
 from edge_sdk.transport.keys import load_key_pair
-from edge_sdk.transport.link import LinkConfig
+from edge_sdk.transport.link import NO_TENSORS, LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
-from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, Trap, sentences, wait_all
+from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, Trap, held_out, sentences, wait_all
 
 DEVICES = {
     "a": DeviceSettings(split=1, batch_size=2),
@@ -23,6 +28,8 @@ DEVICES = {
 }
 # A device that says something every BEAT_S is silent after SILENCE_S, on a slow machine too.
 BEAT_S, SILENCE_S = 0.1, 1.5
+# Long enough for every honest step of these tests.
+HANG_S = 4.0
 
 
 class Suspended(Callback):
@@ -106,15 +113,14 @@ def test_a_device_that_was_silent_comes_back(cluster: Cluster, factor: float) ->
     assert asleep.is_asleep.wait(PATIENCE_S)
     if factor > 1.0:
         assert trap.has_left.wait(PATIENCE_S)
-        factor -= 1.0
-    threading.Timer(factor * SILENCE_S, asleep.wake).start()
+    threading.Timer((factor - (factor > 1.0)) * SILENCE_S, asleep.wake).start()
     wait_all(clients)
 
     assert serving.wait() == "completed"
     assert len(serving.rows) == 4
     assert_samples(serving)
-    if trap.left:
-        assert trap.left["b"][0].startswith("silent for ")
+    if factor > 1.0:
+        assert trap.left["b"]
 
 
 def test_others_go_on_and_it_comes_back(cluster: Cluster) -> None:
@@ -133,4 +139,119 @@ def test_others_go_on_and_it_comes_back(cluster: Cluster) -> None:
 
     assert serving.wait() == "paused"
     assert_samples(serving)
-    assert list(trap.left) == ["b"]
+    assert trap.left["b"]
+
+
+class Hung(Callback):
+    """A device whose own thread stands still at one moment, while its link lives."""
+
+    def __init__(self, moment: str) -> None:
+        self._moment, self._may_go_on = moment, threading.Event()
+        self.is_hung = threading.Event()
+
+    def hang(self, moment: str) -> None:
+        """Stand still, if that is the moment, once."""
+        if moment == self._moment and not self.is_hung.is_set():
+            self.is_hung.set()
+            self._may_go_on.wait(PATIENCE_S)
+
+    def wake(self) -> None:
+        """Go on."""
+        self._may_go_on.set()
+
+    def on_step_end(self, report: StepReport) -> None:
+        """Stand between two steps, or before the upload, which comes after the last of three."""
+        self.hang("before the upload" if report.stamp.step == 2 else f"step {report.stamp.step}")
+
+    def link(self, cluster: Cluster, name: str) -> HangingLink:
+        """Return a link that stands still with the device."""
+        keys = load_key_pair(cluster.folder / f"{name}.key")
+        address, server_key = cluster.address, cluster.public
+        return HangingLink(
+            LinkConfig(address=address, server_key=server_key, keys=keys, beat_s=BEAT_S), self
+        )
+
+
+class HangingLink(ZmqLink):
+    """A link whose user hangs before certain messages are sent."""
+
+    def __init__(self, config: LinkConfig, hung: Hung) -> None:
+        super().__init__(config)
+        self._hung = hung
+
+    def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
+        """Stand still before a message of the moment."""
+        if isinstance(message, Activation):
+            self._hung.hang("in evaluation" if message.is_eval else "before the first activation")
+        elif isinstance(message, TopGradient):
+            self._hung.hang("after the lift")
+        super().send(message, tensors)
+
+
+MOMENTS = ["before the first activation", "after the lift", "before the upload", "in evaluation"]
+
+
+def hung_run(
+    cluster: Cluster, moment: str, **settings: Any
+) -> tuple[Serving, Comings, Hung, list[EdgeClient]]:
+    """Start a run whose device b hangs at *moment*."""
+    trap, hung = Comings(), Hung(moment)
+    config = cluster.config(devices=DEVICES, labels="device", **settings)
+    serving = cluster.serve(config, trap=trap).start()
+    clients = cluster.start("a", "c", data=held_out())
+    link, rows = hung.link(cluster, "b"), sentences(ord("b"))
+    clients.append(cluster.client("b", rows, hung, link, data=held_out()).start())
+    return serving, trap, hung, clients
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_device_that_hangs_is_named_lost_and_comes_back(cluster: Cluster, moment: str) -> None:
+    """Although its heartbeats live; when it wakes it trains to the end, with all samples."""
+    serving, trap, hung, clients = hung_run(cluster, moment, patience_s=HANG_S)
+
+    assert hung.is_hung.wait(PATIENCE_S)
+    assert trap.has_left.wait(PATIENCE_S)
+    hung.wake()
+    wait_all(clients)
+
+    assert serving.wait() == "completed"
+    assert_samples(serving)
+    assert len(serving.rows) == 3
+    assert any(why.startswith("hangs: no progress for ") for why in trap.left["b"])
+    assert any(": waiting " in note and " for b" in note for note in trap.notes)
+    assert any(row["event"] == "waiting" and row["devices"] == ["b"] for row in serving.events)
+
+
+def test_a_run_with_enough_others_goes_on_without_a_hung_device(cluster: Cluster) -> None:
+    """It completes while the device still hangs; each round has whole devices in it."""
+    serving, trap, hung, clients = hung_run(
+        cluster, "after the lift", patience_s=HANG_S, min_devices=2
+    )
+
+    assert hung.is_hung.wait(PATIENCE_S)
+    assert serving.wait() == "completed"
+    wait_all(clients[:2])
+
+    assert_samples(serving)
+    assert trap.left["b"]
+    clients[2].stop()
+    hung.wake()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stop_takes_less_than_ten_seconds_whoever_hangs(cluster: Cluster, moment: str) -> None:
+    """Ctrl-C on the coordinator: the newest checkpoint counts, and the run completes from it."""
+    serving, _, hung, clients = hung_run(cluster, moment)
+    assert hung.is_hung.wait(PATIENCE_S)
+
+    began_s = time.monotonic()
+    serving.coordinator.stop()
+    assert serving.wait() == "paused"
+    assert time.monotonic() - began_s < 10.0
+
+    hung.wake()
+    again = cluster.serve(serving.config).start()
+    wait_all(clients)
+    assert again.wait() == "completed"
+    assert_samples(again)
+    assert len(again.rows) == 3

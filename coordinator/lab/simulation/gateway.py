@@ -53,6 +53,7 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             rtt_s=stats.rtt_s,
             heard_s=time.monotonic(),
             telemetry={},
+            num_moved=stats.bytes_down + stats.bytes_up,
         )
 
     def events(self, timeout_s: float) -> list[Event]:

@@ -327,7 +327,7 @@ def test_after_a_restart_the_round_waits_for_its_devices() -> None:
 
     state.join(member("a"))
     without_b = state.decide()
-    state.stop_waiting()
+    state.stop_waiting({"b"})
 
     assert (without_b, state.decide()) == (Action.WAIT, Action.START_ROUND)
 
