@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from coordinator.aggregation.limits import MAX_NUMBER, largest
 from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
-from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.errors import NumericError, RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED
 from edge_sdk.protocol.codecs import require_finite
@@ -193,7 +194,9 @@ def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
 def check_upload(
     message: AdapterUpload, tensors: Mapping[str, Array], shapes: Mapping[str, Shape]
 ) -> None:
-    """Refuse an upload that does not hold exactly what the plan says, in finite numbers."""
+    """Refuse an upload that does not hold exactly what the plan says, in numbers that can be."""
     check_shapes(message, tensors, shapes)
     for name, tensor in tensors.items():
         require_finite(tensor, f"upload {name!r}")
+        if (size := largest([tensor])) > MAX_NUMBER:
+            raise NumericError(f"upload {name!r}: numbers up to {size:.2g} are beyond all measure")
