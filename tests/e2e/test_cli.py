@@ -135,3 +135,25 @@ def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
     assert staying.wait() == 130
     for program in (coordinator, resumed, leaving, staying):
         assert not [word for word in NOISE if word in program.text], program.text
+
+
+def test_a_copied_key_is_refused_and_a_killed_device_followed(files: Cluster, start: Start) -> None:
+    """One line and code 4 while the first lives; its successor after a kill goes on at once."""
+    serve = ("coordinator", "serve", "--config", "run.yaml", "rounds=5000", "min_devices=2")
+    coordinator = start(*serve)
+    coordinator.wait_for("listening at")
+    first, other = (start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab")
+    first.wait_for("round 1")
+
+    clone = start("edge-sdk", "run", "--config", "a.yaml", "state=clone")
+    assert clone.wait() == 4
+    assert len(clone.lines) == 1, clone.text
+    assert "another device with this key is connected from 127.0.0.1 since" in clone.text
+    assert "a: left" not in coordinator.text
+
+    first.kill()
+    successor = start("edge-sdk", "run", "--config", "a.yaml")
+    successor.wait_for("round ")
+    for program in (coordinator, other, successor):
+        program.interrupt()
+    assert [program.wait() for program in (coordinator, other, successor)] == [130, 130, 130]
