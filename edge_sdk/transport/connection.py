@@ -21,7 +21,7 @@ from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dea
 
 # libzmq gives up a socket that was refused; it is built anew after ever longer pauses (seconds).
 REBUILD_FIRST_S = 1.0
-REBUILD_MOST_S = 4.0
+REBUILD_MOST_S = 3.0
 # Pauses are drawn between this share of their length and all of it, so that a fleet whose
 # coordinator has come back does not dial at one moment.
 LEAST_SHARE = 0.5

@@ -98,5 +98,5 @@ class LinkConfig:
     """Seconds without any answer after which a connection is given up; more on a slow link."""
     reconnect_s: float = 0.5
     """Seconds before the first reconnect, or a little less; they double up to the longest."""
-    reconnect_most_s: float = 4.0
+    reconnect_most_s: float = 3.0
     """Seconds between two reconnects at most."""

@@ -217,7 +217,7 @@ def test_back_within_five_seconds_of_the_coordinators_return(downtime_s: float) 
             (drawn(REBUILD_FIRST_S), REBUILD_MOST_S),
         ):
             next_s = next(at_s for at_s in tries(first_s, most_s) if at_s >= downtime_s)
-            assert next_s - downtime_s <= 4.0
+            assert next_s - downtime_s <= 3.0
 
 
 def test_a_fleet_does_not_dial_at_one_moment() -> None:
