@@ -237,7 +237,10 @@ class DeviceIo:
             except zmq.Again:
                 return
             self._patience.heard_s = now_s
-            self._pulses[line.lane].hear(now_s)
+            if line.is_attached:
+                self._pulses[line.lane].hear(now_s)
+            else:
+                self._pulses[line.lane].rest()
             if frame is None:
                 continue
             view = frame.buffer
@@ -297,6 +300,7 @@ class DeviceIo:
         line.rebuild_pause_s = REBUILD_FIRST_S
         self.name = control.name
         self._is_resumed = True
+        self._beat_s = now_s  # soon: does it carry more than a greeting?
         self._patience.attached(now_s)
         self._talk.on_attach(line.lane, control.ack, now_s)
         log.info("link.attached lane=%s name=%s", line.lane.name, control.name)

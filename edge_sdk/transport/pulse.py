@@ -37,7 +37,11 @@ class Pulse:
             self._asked_s = None
 
     def rest(self) -> None:
-        """Forget the question: its connection is gone, or our own clock stood still."""
+        """Forget the question and learn nothing from it.
+
+        Its connection is gone, our own clock stood still, or it was the first one on a connection,
+        which is answered quickly on a slow link as well.
+        """
         self._asked_s = None
 
     def is_gone(self, now_s: float) -> bool:

@@ -99,28 +99,37 @@ def test_a_dead_link_is_noticed_in_time() -> None:
     assert not pulse.is_gone(1e9)  # until somebody is asked again
 
 
-def test_patience_grows_with_slow_answers_and_shrinks_again() -> None:
+def borne_s(pulse: Pulse, now_s: float) -> float:
+    """Return after how many seconds without an answer the pulse is gone."""
+    pulse.ask(now_s)
+    return next(s for s in range(1000) if pulse.is_gone(now_s + s))
+
+
+def answered(pulse: Pulse, after_s: float, times: int = 1) -> None:
+    """Ask and hear."""
+    for _ in range(times):
+        pulse.ask(0.0)
+        pulse.hear(after_s)
+
+
+def test_patience_grows_with_slow_answers_and_wears_off() -> None:
     """It stays between the least and `MOST` times the least."""
     pulse = Pulse(10.0)
+    answered(pulse, 8.0)
+    assert borne_s(pulse, 0.0) == 24
+    answered(pulse, 99.0)
+    assert borne_s(pulse, 0.0) == MOST * 10.0
+    answered(pulse, 0.1, times=3)
+    assert borne_s(pulse, 0.0) == 10
 
-    def borne_s(now_s: float) -> float:
-        pulse.ask(now_s)
-        seconds = next(s for s in range(1000) if pulse.is_gone(now_s + s))
-        pulse.ask(now_s)
-        pulse.hear(now_s)  # takes back half of what the loss has added
-        return seconds
 
-    assert borne_s(0.0) == 10
-    pulse.ask(100.0)
-    pulse.hear(108.0)
-    assert borne_s(200.0) == 24
-    pulse.ask(300.0)
-    pulse.hear(399.0)
-    assert borne_s(400.0) == MOST * 10.0
-    for now_s in (500.0, 600.0, 700.0, 800.0):
-        pulse.ask(now_s)
-        pulse.hear(now_s)
-    assert borne_s(900.0) == 10
+def test_a_new_connection_is_borne_longer_until_it_has_answered_quickly() -> None:
+    """Else a chunk that takes longer than the least patience would never arrive."""
+    pulse = Pulse(10.0)
+
+    assert [borne_s(pulse, 0.0), borne_s(pulse, 0.0), borne_s(pulse, 0.0)] == [10, 20, 40]
+    answered(pulse, 0.1, times=3)
+    assert borne_s(pulse, 0.0) == 10
 
 
 def test_nobody_is_blamed_for_our_own_sleep() -> None:
