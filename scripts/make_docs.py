@@ -53,6 +53,11 @@ Every message carries a `stamp`, so that it may be sent twice and is applied onc
 beside a message, by name. In their shapes B is sequences, T positions of the longest of them, D \
 hidden size, R rank, I inputs, O outputs, S the rank of the frozen residual, N bytes. A message \
 that lacks a tensor it needs, or brings another or one of another dtype or shape, is refused.
+
+What a release adds within a version is a field with a default: a side passes over fields that it \
+does not know, and takes the default of those that are missing. All else makes another version. \
+A side that is sent another version, or a message that it does not know, says so in one line that \
+names both versions, to its own terminal and to the other side, and goes no further with it.
 """
 
 STATES_INTRO = """\

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.rules import SERVER
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape
@@ -387,3 +387,23 @@ def test_enrolling_again_gives_the_same_factors() -> None:
     assert {n: p.a_RI.shape[0] for n, p in other.items()} == {"h.0.attn": 3, "h.1.attn": 2}
     assert np.array_equal(other["h.0.attn"].a_RI[:2], first["h.0.attn"].a_RI)
     assert not other["h.0.attn"].b_OR.any()
+
+
+@pytest.mark.parametrize("rule", ["exact", "svd", "stack", "zeropad"])
+@pytest.mark.parametrize("number", [float("nan"), 3.3e38])
+def test_an_aggregation_that_fails_changes_nothing(rule: str, number: float) -> None:
+    """Whatever is raised, the ledger goes on as if the round had not been joined."""
+    spoilt, unharmed = (Simulation(rule, dict.fromkeys(RANKS, 3)) for _ in range(2))
+    for simulation in (spoilt, unharmed):
+        simulation.round({"one", "two"})
+    before = spoilt.ledger.state()
+    own = spoilt.ledger.pairs["one"].items()
+    pairs = {name: Pair(*(np.full_like(factor, number) for factor in pair)) for name, pair in own}
+
+    with np.errstate(all="ignore"), pytest.raises((NumericError, np.linalg.LinAlgError)):
+        spoilt.ledger.aggregate({"one": Report(1, 8, pairs)})
+
+    after = spoilt.ledger.state()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)

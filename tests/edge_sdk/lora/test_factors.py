@@ -126,3 +126,15 @@ def test_scaling_and_dense_agree() -> None:
     term = random_factors(np.random.default_rng(0), (5, 4), 2)
 
     np.testing.assert_allclose(term.scaled(-0.5).dense(), -0.5 * term.dense(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e19, 1e25])
+def test_what_is_huge_does_not_vanish(size: float) -> None:
+    """Squares that float32 cannot hold drop no rank: the matrix stays, term by term."""
+    term = random_factors(np.random.default_rng(0), (8, 6), 2)
+    huge = Factors(term.b_OR * np.float32(size), term.a_RI)
+
+    small, error = compress(huge, cancels=True)
+
+    assert (small.rank, error) == (2, 0.0)
+    np.testing.assert_allclose(dense(small), dense(huge), rtol=1e-4, atol=1e-4 * size)
