@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Received
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import ReceiveTimeout
+from edge_sdk.errors import ReceiveTimeout, SessionLost
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.messages import FROM_DEVICE, Probe, Stamp
 from edge_sdk.protocol.packets import Attach, Attached, AttachRequired, Lane
@@ -218,6 +220,25 @@ def test_back_within_five_seconds_of_the_coordinators_return(downtime_s: float) 
         ):
             next_s = next(at_s for at_s in tries(first_s, most_s) if at_s >= downtime_s)
             assert next_s - downtime_s <= 3.0
+
+
+def test_back_with_the_settings_of_a_device(tmp_path: Path) -> None:
+    """A coordinator that was away for a second is found again by itself."""
+    allowed = AllowList(tmp_path / "allowed.json")
+    allowed.register("d1", DEVICE.public)
+    config = GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER, max_message_bytes=1 << 26)
+    with contextlib.ExitStack() as stack:
+        first = ZmqGateway(config, allowed)
+        keys = LinkConfig(address=first.address, server_key=SERVER.public, keys=DEVICE)
+        link = stack.enter_context(ZmqLink(keys))
+        joined(first, link)
+        first.close()
+        time.sleep(1.0)
+        again = dataclasses.replace(config, address=first.address)
+        second = stack.enter_context(ZmqGateway(again, allowed))
+        with pytest.raises(SessionLost):
+            link.receive(Deadline.after(PATIENCE_S))
+        joined(second, link)
 
 
 def test_a_fleet_does_not_dial_at_one_moment() -> None:

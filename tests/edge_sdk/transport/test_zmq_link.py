@@ -273,6 +273,26 @@ def test_unreachable_coordinator_ends_patience(tmp_path: Path) -> None:
         assert 0.5 < time.monotonic() - begin_s < 5.0
 
 
+def test_a_coordinator_that_returns_with_another_key_is_told(tmp_path: Path) -> None:
+    """The end of the patience names what may be wrong: the key, or who is behind the address."""
+    gateway = open_gateway(tmp_path)
+    config = LinkConfig(
+        address=gateway.address, server_key=SERVER.public, keys=DEVICE, patience_s=3.0
+    )
+    with ZmqLink(config) as link:
+        link.send(paused(0))
+        collect(gateway, 1, Received)
+        gateway.close()
+        other = GatewayConfig(address=gateway.address, keys=make_key_pair())
+        with (
+            ZmqGateway(other, AllowList(tmp_path / "allowed.json")),
+            pytest.raises(PeerGone, match="nothing heard.*wrong server key") as error,
+        ):
+            link.receive(Deadline.after(30))
+
+    assert SERVER.public in str(error.value)
+
+
 def test_heartbeats_measure_and_carry_telemetry(gateway: ZmqGateway) -> None:
     """Heartbeats bring the device's numbers to the coordinator and a round trip to the device."""
     config = LinkConfig(address=gateway.address, server_key=SERVER.public, keys=DEVICE, beat_s=0.05)
