@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coordinator.onnx_export.job import ExportJob, job_text
-from edge_sdk.errors import RefusedError
+from edge_sdk.errors import RefusedError, one_line
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from edge_sdk.model.weights import ModelSource, PartCache
@@ -137,7 +137,11 @@ class GraphCache:
         path = self._index(key)
         if not path.is_file():
             return None
-        part = Part(name=PART_NAME, **json.loads(path.read_text("utf-8")))
+        try:
+            part = Part(name=PART_NAME, **json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:  # as a power cut may have left it
+            log.warning("graphs.damaged file=%s reason=%s; made again", path, one_line(error))
+            return None
         return part if self._cache.has(part) else None
 
     def _store(self, key: str, data: bytes) -> Part:

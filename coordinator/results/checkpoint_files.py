@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,13 @@ def read_files(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, dict[
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    state, arrays = None, {}
     try:
-        contents = _contents(folder, step)
-        state = json.loads(contents[STATE])
-        arrays = {
-            Path(name).stem: load(data)
-            for name, data in sorted(contents.items())
-            if name.endswith(".safetensors")
-        }
+        for name, data in _contents(folder, step):  # one at a time: they may be large
+            if name == STATE:
+                state = json.loads(data)
+            else:
+                arrays[Path(name).stem] = load(data)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
         kind = DamagedCheckpoint if is_damage(error) else StorageError
@@ -113,13 +112,14 @@ def read_files(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, dict[
     return state, arrays
 
 
-def _contents(folder: Path, step: int) -> dict[str, bytes]:
-    """Return the bytes of all files of a checkpoint, checked as well as can be."""
+def _contents(folder: Path, step: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of a checkpoint in order of their names, each checked as well as can be."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if STATE not in names:
         raise DamagedCheckpoint(f"{STATE} is missing")
     if MANIFEST not in names:
-        return _without_manifest(folder, names)
+        yield from _without_manifest(folder, names)
+        return
     about = _read_manifest(folder)
     check_format(folder, about["format"], about.get("edgesplit"))
     if about["step"] != step:
@@ -127,7 +127,8 @@ def _contents(folder: Path, step: int) -> dict[str, bytes]:
     files: dict[str, dict[str, object]] = about["files"]
     if strangers := set(names) - files.keys() - {MANIFEST}:
         raise DamagedCheckpoint(f"{min(strangers)} does not belong to it")
-    return {name: _whole(folder / name, facts) for name, facts in files.items()}
+    for name, facts in sorted(files.items()):
+        yield name, _whole(folder / name, facts)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -149,13 +150,10 @@ def _whole(path: Path, facts: Mapping[str, object]) -> bytes:
     return data
 
 
-def _without_manifest(folder: Path, names: list[str]) -> dict[str, bytes]:
-    contents = {
-        name: (folder / name).read_bytes()
-        for name in names
-        if name == STATE or name.endswith(".safetensors")
-    }
-    state = json.loads(contents[STATE])
+def _without_manifest(folder: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    state = json.loads((folder / STATE).read_bytes())
     if isinstance(state, dict) and "format" in state:
         raise DamagedCheckpoint(f"{MANIFEST} is missing")
-    return contents
+    for name in names:
+        if name == STATE or name.endswith(".safetensors"):
+            yield name, (folder / name).read_bytes()

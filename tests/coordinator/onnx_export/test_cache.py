@@ -43,7 +43,7 @@ def wait(made: GraphCache) -> Part:
 
 
 def test_graphs_are_made_once(source: ModelSource, tmp_path: Path) -> None:
-    """Ordered at the first question, there at a later one, and at once in the next run."""
+    """Ordered at the first question, there later, at once in the next run; again where damaged."""
     first, second = (shop(source, tmp_path / "parts") for _ in range(2))
     assert first.find(PLAN, measures=False) is None
 
@@ -53,6 +53,12 @@ def test_graphs_are_made_once(source: ModelSource, tmp_path: Path) -> None:
     graphs = read_graphs(PartCache(tmp_path / "parts").path(part))
     assert graphs.models.keys() == {"front", "block.0", "vjp.0"}
     assert not list(tmp_path.glob("edgesplit-graphs-*"))
+    (index,) = (tmp_path / "parts").glob("*.graphs.json")
+    for damaged in (b"", bytes(40), b"[]", b'{"a": 1}', b"\xff"):
+        index.write_bytes(damaged)
+        third = shop(source, tmp_path / "parts")
+        assert third.find(PLAN, measures=False) is None  # they are made again
+        third.close()
 
 
 def test_what_cannot_be_made_is_refused(source: ModelSource, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.targets import LoraConfig
 from tests.coordinator.lab.centralised.centralised_runs import make_config, shard_files, tokenized
+from tests.damage import DAMAGES
 from tests.e2e.cluster import Crash, save_model, sentences, write_rows
 
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
@@ -150,3 +152,58 @@ def test_the_command_trains_resumes_and_exports(
     assert exported.read_bytes() == own.read_bytes()
     assert main(["serve", "--preset", "ft", "trained_by=devices", f"model={llama}"]) == 2
     assert "trained_by must be 'coordinator' with preset 'ft'" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(llama: Path, tmp_path: Path) -> None:
+    """The older one leads to the same bytes, and the console says which one was damaged."""
+    pooled = PooledConfig(files=shard_files(tmp_path), batch_size=6, micro_batch=3)
+    config = make_config(llama, tmp_path, pooled=pooled)
+    whole = replace(config, name="whole")
+    assert serve_pooled(whole, Watchers()) == "completed"
+    assert serve_pooled(config, Interrupted(4, crashes=False)) == "paused"
+    run = config.runs / "run"
+    newest = sorted(run.glob("checkpoint-*"))[-1]
+    DAMAGES["a bit in the middle"](newest / "trainer.safetensors")
+    seen = Notes()
+
+    assert resume_pooled(run, seen, []) == "completed"
+
+    assert seen.notes[0].startswith(f"{newest.name}: damaged: trainer.safetensors is not as it")
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (whole.runs / "whole" / name).read_bytes()
+
+
+def test_a_run_is_taken_up_at_any_moment(llama: Path, tmp_path: Path) -> None:
+    """Before its first checkpoint it begins anew; after its end only its result counts."""
+    pooled = PooledConfig(files=shard_files(tmp_path), batch_size=6, micro_batch=3)
+    config = make_config(llama, tmp_path, pooled=pooled)
+    assert serve_pooled(config, Watchers()) == "completed"
+    run = config.runs / "run"
+    result = run / "adapter" / "adapter_model.safetensors"
+    metrics, adapter = (run / "metrics.jsonl").read_bytes(), result.read_bytes()
+
+    again = Notes()
+    assert resume_pooled(run, again, []) == "completed"
+    assert again.notes == [f"run {run} is complete: no device is needed any more"]
+    DAMAGES["missing"](result)
+    assert resume_pooled(run, again, []) == "completed"
+    assert result.read_bytes() == adapter
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+    for path in run.iterdir():
+        if path.name not in ("config.resolved.yaml", "events.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert resume_pooled(run, Watchers(), []) == "completed"
+    assert result.read_bytes() == adapter
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+class Notes:
+    """Keeps what a person reads."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def see(self, event: RunEvent) -> None:
+        """Keep its lines."""
+        self.notes.extend(event.text.splitlines())
