@@ -28,12 +28,15 @@ def _status(options: argparse.Namespace) -> int:
     config = load_config(ServeConfig, options.folder / CONFIG, env={})
     history = RunHistory(folder)
     last = history.events[-1] if history.events else None
+    waiting, missing = history.waiting(), history.missing()
     damaged = {damage.checkpoint.name: damage.reason for damage in folder.damages()}
     facts = {
         "run": folder.name,
         "rounds": config.rounds,
         "rounds_done": history.rounds_done,
         "last_event": last,
+        "waiting": waiting,
+        "missing": missing,
         "checkpoints": [p.name for p in folder.checkpoints() if p.name not in damaged],
         "damaged": damaged,
         "metrics": history.metrics[-1] if history.metrics else None,
@@ -43,6 +46,13 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     print(f"run {folder.name}: {history.rounds_done} of {config.rounds} rounds", end="")
     print(f"; {last['event']} at {last['time']}" if last else "")
+    for device, wait in waiting.items():
+        print(f"waiting for {device} since {wait['since']}: {wait['what']}")
+    if missing is not None:
+        here, least = len(missing["ready"]), missing["least"]
+        print(f"round {missing['round']} has {here} of the {least} devices that it needs")
+        for device, why in missing["why"].items():
+            print(f"{device} {why} (at {missing['time']})")
     for name, reason in damaged.items():
         print(f"{name} is damaged: {reason}")
     RichConsole(highlight=False).print(summary(history))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.watchers import CLOCK
 
 Row = Mapping[str, Any]
+_ENDS_WAITING = ("run.started", "run.ended", "round.started", "round.deadline")
 
 
 class LossAccuracy(NamedTuple):
@@ -57,6 +60,31 @@ class RunHistory:
     def events(self) -> list[dict[str, Any]]:
         """Rows of events.jsonl, oldest first."""
         return self._folder.rows("events.jsonl")
+
+    def waiting(self) -> dict[str, Row]:
+        """Return whom the run waits for now, for `what`, and `since` when, by device."""
+        found: dict[str, Row] = {}
+        for row in self.events:
+            kind = row["event"]
+            if kind == "waiting":
+                since = _before(row["time"], row["seconds"])
+                new = {name: {"what": row["what"], "since": since} for name in row["devices"]}
+                found = {**new, **found}
+            elif kind in ("waiting.over", "device.left"):
+                found.pop(row["device"], None)
+            elif kind in _ENDS_WAITING:
+                found = {}
+        return found
+
+    def missing(self) -> Row | None:
+        """Return what is known of the devices that a round lacks, as its event says; else None."""
+        found = None
+        for row in self.events:
+            if row["event"] == "devices.missing":
+                found = row
+            elif row["event"] in _ENDS_WAITING:
+                found = None
+        return found
 
     @property
     def rounds_done(self) -> int:
@@ -131,6 +159,12 @@ def overall(row: Row) -> LossAccuracy | None:
         for key in ("loss", "accuracy")
     )
     return LossAccuracy(loss, accuracy)
+
+
+def _before(time: str, seconds: float) -> str:
+    """Return a clock time of events.jsonl less some *seconds*."""
+    earlier = datetime.strptime(time, CLOCK) - timedelta(seconds=seconds)
+    return earlier.strftime(CLOCK)
 
 
 def _numbers(score: Row) -> Row:

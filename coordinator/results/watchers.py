@@ -31,6 +31,9 @@ from coordinator.results.events import (
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import RunFolder
 
+# How a clock time is written, with its distance from UTC.
+CLOCK = "%Y-%m-%dT%H:%M:%S%z"
+
 
 class Watchers:
     """Several watchers as one; none at all is a watcher who ignores everything.
@@ -80,7 +83,7 @@ class RunFiles:
             case PlanShrunk():
                 self._folder.append("plans.jsonl", _shrunk_row(event))
             case _ if (line := _event_row(event)) is not None:
-                clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                clock = time.strftime(CLOCK)
                 self._folder.append("events.jsonl", {"time": clock, **line})
                 if isinstance(event, Exported):
                     self._folder.settle()

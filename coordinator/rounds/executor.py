@@ -66,6 +66,8 @@ class RoundExecutor:
 
     def advance(self, now_s: float) -> None:
         """Do all that can be done now, in seconds of a clock that never goes back."""
+        if self.stop_asked:
+            self._pausing.ask(now_s)
         while not self.outcome and not self._worker.is_busy and self._advance_once(now_s):
             pass
 
@@ -88,7 +90,6 @@ class RoundExecutor:
             return True
         action = state.decide()
         if self.stop_asked:
-            self._pausing.ask(now_s)
             if self._pausing.can_begin(action):
                 for name in list(state.members):
                     self._admission.send(name, Pause(stamp=run.stamp(name)))

@@ -11,11 +11,32 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import DeviceSettings
-from coordinator.results.events import DeviceJoined, DeviceLeft, RoundStarted, RunEvent
+from coordinator.results.events import (
+    DeviceJoined,
+    DeviceLeft,
+    DevicesCutOff,
+    RoundDone,
+    RoundStarted,
+    RunEvent,
+    Telemetry,
+)
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
+from edge_sdk.deadline import Deadline
 from edge_sdk.protocol.fragments import TensorOut
-from edge_sdk.protocol.messages import Activation, Message, StepReport, TopGradient
+from edge_sdk.protocol.messages import (
+    PROTOCOL_VERSION,
+    Activation,
+    AdapterUpload,
+    Failure,
+    Hello,
+    Message,
+    PartRequest,
+    Refused,
+    Stamp,
+    StepReport,
+    TopGradient,
+)
 from edge_sdk.transport.keys import load_key_pair
 from edge_sdk.transport.link import NO_TENSORS, LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
@@ -72,6 +93,10 @@ class Comings(Trap):
         self.left: dict[str, list[str]] = {}
         self.joined: dict[str, int] = {}
         self.has_left = threading.Event()
+        self.is_ready = threading.Event()
+        self.cut_off, self.has_row = threading.Event(), threading.Event()
+        self.has_late = threading.Event()
+        """Set when a round has ended in which work came too late for another."""
         self.is_back = threading.Event()
         """Set when a device that left is in a round again."""
 
@@ -83,6 +108,13 @@ class Comings(Trap):
             self.has_left.set()
         elif isinstance(event, DeviceJoined):
             self.joined[event.device] = self.joined.get(event.device, 0) + 1
+            self.is_ready.set()
+        elif isinstance(event, DevicesCutOff) and "b" in event.devices:
+            self.cut_off.set()
+        elif isinstance(event, RoundDone) and "b" in event.row.get("cut_off", []):
+            self.has_row.set()
+        elif isinstance(event, Telemetry) and "b" in event.late:
+            self.has_late.set()
         elif isinstance(event, RoundStarted) and self.left.keys() & set(event.devices):
             self.is_back.set()
 
@@ -185,6 +217,8 @@ class HangingLink(ZmqLink):
             self._hung.hang("in evaluation" if message.is_eval else "before the first activation")
         elif isinstance(message, TopGradient):
             self._hung.hang("after the lift")
+        elif isinstance(message, AdapterUpload):
+            self._hung.hang("with the upload")
         super().send(message, tensors)
 
 
@@ -197,7 +231,9 @@ def hung_run(
     """Start a run whose device b hangs at *moment*."""
     trap, hung = Comings(), Hung(moment)
     config = cluster.config(devices=DEVICES, labels="device", **settings)
-    serving = cluster.serve(config, trap=trap).start()
+    serving = cluster.serve(config, trap=trap)
+    serving.state.wait_for(DEVICES)  # also where fewer of them are enough
+    serving.start()
     clients = cluster.start("a", "c", data=held_out())
     link, rows = hung.link(cluster, "b"), sentences(ord("b"))
     clients.append(cluster.client("b", rows, hung, link, data=held_out()).start())
@@ -255,3 +291,72 @@ def test_a_stop_takes_less_than_ten_seconds_whoever_hangs(cluster: Cluster, mome
     assert again.wait() == "completed"
     assert_samples(again)
     assert len(again.rows) == 3
+
+
+@pytest.mark.parametrize("moment", ["before the first activation", "with the upload"])
+def test_a_round_over_its_deadline_goes_on_without_who_is_late(
+    cluster: Cluster, moment: str
+) -> None:
+    """With enough others; what comes late is dropped and counted, and it is in the next round."""
+    serving, trap, hung, _ = hung_run(
+        cluster, moment, min_devices=2, round_deadline_s=2.0, rounds=100_000
+    )
+
+    assert trap.cut_off.wait(PATIENCE_S)
+    hung.wake()
+    assert trap.has_late.wait(PATIENCE_S)
+    assert trap.has_row.wait(PATIENCE_S)
+    serving.coordinator.stop()
+    assert serving.wait() == "paused"
+
+    assert_samples(serving)
+    rows = [row for row in serving.rows if "b" in row.get("cut_off", [])]
+    assert rows
+    assert rows[0]["samples"] == 3 * (2 + 4)
+    late = [row["late"] for row in serving.folder.rows("telemetry.jsonl") if "late" in row]
+    assert any(row.get("b", 0) >= 1 for row in late)
+    assert any(row["event"] == "round.deadline" and "b" in row["devices"] for row in serving.events)
+
+
+def test_who_breaks_the_rules_again_and_again_is_refused(cluster: Cluster) -> None:
+    """Three times it is told what was wrong and may join again; then the run is over for it."""
+    serving = cluster.serve(cluster.config(min_devices=2)).start()
+    hello = Hello(stamp=Stamp(), protocol=PROTOCOL_VERSION, sdk_version="0", codecs=("float32",))
+    said = []
+    for _ in range(4):
+        with cluster.link("c") as link:
+            link.send(hello)
+            link.send(PartRequest(stamp=Stamp(), sha256="no such part", offset=0))
+            answer: Any = None
+            while not isinstance(answer, Failure | Refused):
+                answer = link.receive(Deadline.after(PATIENCE_S)).message
+            said.append(answer)
+
+    assert [type(answer) for answer in said] == [Failure, Failure, Failure, Refused]
+    assert "3 times" in said[-1].reason
+    wait_all(cluster.start("a", "b"))
+    assert serving.wait() == "completed"
+
+
+@pytest.mark.parametrize("waits_for", ["a round", "an answer", "a coordinator that is gone"])
+def test_a_device_that_waits_leaves_within_ten_seconds(cluster: Cluster, waits_for: str) -> None:
+    """Ctrl-C on a device, whatever of the network it waits for."""
+    hung = Hung("before the first activation")
+    trap = Comings()
+    serving = cluster.serve(cluster.config(devices=DEVICES), trap=trap).start()
+    link = hung.link(cluster, "b")
+    clients = [cluster.client("b", sentences(ord("b")), hung, link).start()]
+    clients += cluster.start("a")
+    if waits_for == "an answer":
+        clients += cluster.start("c")
+        assert hung.is_hung.wait(PATIENCE_S)
+    else:
+        assert trap.is_ready.wait(PATIENCE_S)
+    if waits_for == "a coordinator that is gone":
+        serving.gateway.close()
+
+    began_s = time.monotonic()
+    clients[1].stop()
+    assert clients[1].wait(10.0)
+    assert time.monotonic() - began_s < 10.0
+    hung.wake()

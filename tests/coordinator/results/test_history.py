@@ -104,3 +104,51 @@ def test_an_empty_folder_has_an_empty_history(tmp_path: Path) -> None:
     assert (history.rounds_done, history.events, history.devices()) == (0, [], [])
     assert (history.first_scores(), history.last_scores(), history.samples()) == ({}, {}, {})
     assert history.seconds() == {0: 0.0}
+
+
+WAITS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "named": ([], {"b": {"what": "step 3", "since": "2026-01-01T00:00:00+0000"}}),
+    "answered": ([{"event": "waiting.over", "device": "b"}], {}),
+    "left": ([{"event": "device.left", "device": "b"}], {}),
+    "another one left": (
+        [{"event": "device.left", "device": "c"}],
+        {"b": {"what": "step 3", "since": "2026-01-01T00:00:00+0000"}},
+    ),
+    "the next round": ([{"event": "round.started"}], {}),
+    "the end": ([{"event": "run.ended"}], {}),
+}
+
+
+@pytest.mark.parametrize(("rows", "waiting"), WAITS.values(), ids=WAITS)
+def test_whom_a_run_waits_for_is_read_from_its_events(
+    tmp_path: Path, rows: list[dict[str, Any]], waiting: dict[str, Any]
+) -> None:
+    """Since when, however often it was told of; until it answers, leaves, or the run goes on."""
+    folder = RunFolder.create(tmp_path, "run")
+    for second in (15, 30):
+        folder.append(
+            "events.jsonl",
+            {
+                "time": f"2026-01-01T00:00:{second}+0000",
+                "event": "waiting",
+                "what": "step 3",
+                "devices": ["b"],
+                "seconds": float(second),
+            },
+        )
+    for row in rows:
+        folder.append("events.jsonl", {"time": "2026-01-01T00:00:40+0000", **row})
+
+    assert RunHistory(folder).waiting() == waiting
+
+
+def test_what_a_round_lacks_is_read_from_its_events(tmp_path: Path) -> None:
+    """Until the round begins."""
+    folder = RunFolder.create(tmp_path, "run")
+    row = {"event": "devices.missing", "round": 1, "ready": ["a"], "least": 2, "why": {"b": "left"}}
+    folder.append("events.jsonl", row)
+    before = RunHistory(folder).missing()
+    folder.append("events.jsonl", {"event": "round.started"})
+
+    assert before == row
+    assert RunHistory(folder).missing() is None

@@ -10,6 +10,8 @@ import pytest
 from coordinator.results.events import (
     DeviceJoined,
     DeviceLeft,
+    DevicesCutOff,
+    DevicesMissing,
     Exported,
     ImportanceMeasured,
     MessageRejected,
@@ -21,6 +23,9 @@ from coordinator.results.events import (
     RunStarted,
     StepSkipped,
     Telemetry,
+    Waiting,
+    WaitingOver,
+    WorkDropped,
 )
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
@@ -36,6 +41,21 @@ LINES: dict[str, RunEvent] = {
     '{"device": "a", "event": "device.joined", "samples": 9, "split": 2}': DeviceJoined("a", 2, 9),
     '{"device": "a", "event": "device.left", "reason": "gone"}': DeviceLeft("a", "gone"),
     '{"device": "a", "error": "bad", "event": "message.rejected"}': MessageRejected("a", "bad"),
+    (
+        '{"devices": ["a"], "event": "waiting", "others_s": 0.8, "seconds": 15.0, '
+        '"what": "step 12"}'
+    ): Waiting("step 12", ["a"], 15.0, 0.8),
+    '{"device": "a", "event": "waiting.over", "seconds": 31.5, "what": "step 12"}': (
+        WaitingOver("step 12", "a", 31.5)
+    ),
+    (
+        '{"event": "devices.missing", "least": 3, "ready": ["a", "c"], "round": 2, '
+        '"seconds": 40.0, "why": {"b": "left 40 s ago: silent"}}'
+    ): DevicesMissing(2, ["a", "c"], 3, {"b": "left 40 s ago: silent"}, 40.0),
+    '{"deadline_s": 60.0, "devices": ["b"], "event": "round.deadline", "round": 2}': (
+        DevicesCutOff(2, ["b"], 60.0)
+    ),
+    '{"device": "b", "event": "work.dropped", "round": 2}': WorkDropped("b", 2),
 }
 
 
@@ -103,3 +123,26 @@ def test_what_a_watcher_raises_is_the_run_s_error() -> None:
         watchers.see(RunStarted("r", 0))
 
     assert seen == ["one RunStarted", "two RunStarted"]
+
+
+TEXTS: dict[str, RunEvent] = {
+    "step 12: waiting 15 s for kitchen (others took 0.8 s)": (
+        Waiting("step 12", ["kitchen"], 15.2, 0.81)
+    ),
+    "step 12: waiting 30 s for hall, kitchen": Waiting("step 12", ["hall", "kitchen"], 30.0, None),
+    "step 12: kitchen was waited for, 47 s in all": WaitingOver("step 12", "kitchen", 47.0),
+    "round 2 waits for 1 more device: 2 of 3 are here; kitchen left 40 s ago: silent for 120 s": (
+        DevicesMissing(2, ["a", "c"], 3, {"kitchen": "left 40 s ago: silent for 120 s"}, 40.0)
+    ),
+    "round 0 waits for 3 more devices: 0 of 3 are here": DevicesMissing(0, [], 3, {}, 15.0),
+    "round 2: over its deadline of 60 s; it goes on without b, back in the next one": (
+        DevicesCutOff(2, ["b"], 60.0)
+    ),
+    "b: its adapters of round 2 came too late and are not used": WorkDropped("b", 2),
+}
+
+
+@pytest.mark.parametrize(("text", "event"), TEXTS.items(), ids=lambda value: type(value).__name__)
+def test_what_is_waited_for_is_a_line(text: str, event: RunEvent) -> None:
+    """A person reads what is waited for, for how long, and what comes of it."""
+    assert event.text == text
