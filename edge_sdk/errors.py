@@ -128,9 +128,11 @@ def public_name(error: EdgeError) -> str:
 # small letters.
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA and its drivers
+    "out_of_memory",  # their constants
     "cannot allocate memory",  # the C library: ENOMEM
     "can't allocate memory",  # torch's allocator for the CPU
     "not enough memory",  # the same, in other versions
+    "insufficient memory",
     "unable to allocate",  # numpy
     "failed to allocate memory",  # onnxruntime's arena
     "bad_alloc",  # C++
@@ -143,6 +145,8 @@ OUT_OF_MEMORY = (
     "nvml_success == r internal assert",  # a Jetson, whose allocator is not the desktop's
     "nvmapmem",
 )
+# ld.so says it on arm64 of a library that was loaded too late: no plan is small enough for that.
+NOT_OUT_OF_MEMORY = "static tls block"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -169,7 +173,7 @@ def _says_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     text = str(error).lower()
-    return any(words in text for words in OUT_OF_MEMORY)
+    return NOT_OUT_OF_MEMORY not in text and any(words in text for words in OUT_OF_MEMORY)
 
 
 def as_edge_error(error: Exception) -> EdgeError:

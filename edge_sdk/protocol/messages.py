@@ -55,7 +55,7 @@ class Failure:
 
     stamp: Stamp
     error: str
-    """Class name from `errors.py`."""
+    """Class name from `errors.py`; a device asks for a smaller plan with `OutOfMemory`."""
     text: str
     is_fatal: bool = True
 

@@ -6,6 +6,8 @@ set; nothing here counts it.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -58,6 +60,13 @@ def reset_peak_rss(root: Path = ROOT) -> bool:
     except OSError:
         return False
     return True
+
+
+def return_freed() -> None:
+    """Return to the system what this process has freed and its allocator keeps for later."""
+    gc.collect()  # what refers to itself is not free before
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
 
 
 def memory_info(root: Path = ROOT) -> MemoryInfo:

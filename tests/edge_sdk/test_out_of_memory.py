@@ -53,6 +53,8 @@ SAID = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
     RuntimeError("cudaErrorMemoryAllocation: out of memory"),
+    RuntimeError("Triton Error [CUDA]: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("(-4:Insufficient memory) Failed to allocate 1073741824 bytes"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("can't start new thread"),
     Fail(
@@ -67,6 +69,7 @@ SAID = [
 OTHER = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("out of resource: shared memory"),
+    ImportError("libgomp-d22c30c5.so.1.0.0: cannot allocate memory in static TLS block"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EMFILE, "Too many open files"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from pathlib import Path
 
 import pytest
 
-from profiler.sensors.memory import memory_info, peak_rss, reset_peak_rss, rss
+from profiler.sensors.memory import memory_info, peak_rss, reset_peak_rss, return_freed, rss
 from profiler.sensors.readings import Reading, unknown
 
 MIB = 2**20
@@ -138,3 +140,28 @@ def test_this_process_has_a_peak_that_can_be_reset() -> None:
 
     assert with_block > before + 48 * MIB
     assert after < with_block - 48 * MIB
+
+
+class Ring:
+    """Refers to itself, and holds memory."""
+
+    def __init__(self) -> None:
+        self.held, self.me = bytearray(MIB), self
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Also that of objects which refer to themselves, and what the allocator would keep."""
+    blocks = [bytearray(b"x" * 100_000) for _ in range(1000)]  # too small for maps of their own
+    last = bytearray(b"x" * 100_000)  # keeps the heap from shrinking by itself
+    gone = weakref.ref(Ring())
+    full = rss().value
+    del blocks
+
+    return_freed()
+
+    assert gone() is None
+    left = rss().value
+    assert full is not None
+    assert left is not None
+    assert full - left > 50 * MIB or not hasattr(ctypes.CDLL(None), "malloc_trim")
+    assert len(last) == 100_000
