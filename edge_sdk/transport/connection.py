@@ -15,6 +15,7 @@ import zmq
 
 from edge_sdk.errors import ConfigError, EdgeError, PeerGone
 from edge_sdk.protocol.packets import Lane
+from edge_sdk.transport.byte_progress import ByteProgress
 from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.sockets import ZERO_COPY_BYTES, monitor_events, tune_dealer
@@ -58,7 +59,8 @@ class Line:
         self.is_up = False
         self.is_attached = False
         self.is_full = False
-        self.has_tcp = False  # the last try to connect has led to somebody
+        self.has_tcp = False  # somebody took a connection, and no handshake was completed since
+        self.bytes = ByteProgress()
         self.attach_s = 0.0
         self.rebuild_s: float | None = None
         self.rebuild_pause_s = rebuild_pause_s
@@ -110,12 +112,14 @@ class Line:
     def news(self) -> Iterator[tuple[int, int]]:
         """Yield (event, value) of the monitor, and note what they mean for the connection."""
         for event, value in monitor_events(self.monitor):
-            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CLOSED):  # closed: it did not come about
-                self.has_tcp = event == zmq.EVENT_CONNECTED
+            if event == zmq.EVENT_CONNECTED:
+                self.has_tcp = True
+                self.bytes.connected(value)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.is_up = True
+                self.is_up, self.has_tcp = True, False
             elif event == zmq.EVENT_DISCONNECTED:
                 self.is_up = False
+                self.bytes.disconnected()
             yield event, value
 
     def close(self) -> None:

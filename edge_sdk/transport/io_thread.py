@@ -42,6 +42,8 @@ TICK_S = 0.5
 STOOD_STILL_S = 5.0
 # Both lines are built anew at the coordinator's request at most this often.
 REBUILD_REQUEST_S = 10.0
+# Nor while bytes of a chunk came or went so recently.
+SLOW_S = 5.0
 # What proves that nobody behind the address will ever take our handshake, whatever is tried.
 NOT_OURS = (zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH,)
 
@@ -78,6 +80,7 @@ class DeviceIo:
     _tick_s: float = 0.0
     _rebuilt_s: float = -REBUILD_REQUEST_S
     _must_rebuild: bool = False
+    _moved_s: float = -REBUILD_REQUEST_S
     _ack_s: float | None = None
     _who_s: float = 0.0
     _taken_bytes: int = 0
@@ -269,7 +272,9 @@ class DeviceIo:
                 self.counters.rtt_s = time.monotonic() - control.sent_s
         elif isinstance(control, packets.AttachRequired) and control.session:
             is_ours = control.session == self._talk.session
-            self._must_rebuild = is_ours and now_s - self._rebuilt_s > REBUILD_REQUEST_S
+            is_slow = now_s - self._moved_s < SLOW_S
+            if is_ours and not is_slow and now_s - self._rebuilt_s > REBUILD_REQUEST_S:
+                self._must_rebuild = True
         elif isinstance(control, packets.AttachRequired):
             if now_s - self._who_s > TICK_S:  # one answer for a burst of packets
                 self._who_s = now_s
@@ -391,6 +396,7 @@ class DeviceIo:
         if self._tick_s and now_s > self._tick_s + STOOD_STILL_S:
             self._excuse_all(now_s)
         self._tick_s = now_s + min(TICK_S, self.config.beat_s)
+        self._look_at_bulk(now_s)
         for line in list(self._lines):
             if line.rebuild_s is not None and now_s >= line.rebuild_s:
                 self._rebuild(line)
@@ -403,6 +409,15 @@ class DeviceIo:
         error = self._patience.complaint(now_s, self._lines)
         if error is not None:
             self._report(error)
+
+    def _look_at_bulk(self, now_s: float) -> None:
+        """Wait on while a chunk is on its way, however long the link needs for it."""
+        moved = self._lines[Lane.BULK].bytes.look()
+        if moved.up:
+            self._talk.senders[Lane.BULK].excuse(now_s)
+        if moved.up or moved.down:
+            self._moved_s = now_s
+            self._pulses[Lane.BULK].rest()
 
     def _is_dead(self, line: Line, now_s: float) -> bool:
         is_stuck = line.is_attached and self._talk.senders[line.lane].is_stuck(now_s)
