@@ -49,15 +49,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stopping_on_signals(stop: Callable[[], None], within_s: float | None = None) -> Iterator[None]:
     """Ask to stop at the first Ctrl-C or SIGTERM, and leave at once at the second.
 
     Python hears signals in its main thread only: elsewhere nothing changes.
+
+    Args:
+        stop: Asks to stop, and returns at once.
+        within_s: Seconds after which to leave at once, whatever is still being done; None: when
+            that is done. For what a kill at any moment does not harm.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked = False
+    end = threading.Timer(within_s or 0.0, _leave_at_once)
+    end.daemon = True
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked
@@ -65,13 +72,23 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
             os._exit(INTERRUPTED_EXIT_CODE)
         asked = True
         stop()
+        if within_s is not None:
+            end.start()
 
     previous = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
         yield
     finally:
+        end.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _leave_at_once() -> None:
+    """End the program in the middle of whatever it does."""
+    sys.stderr.write("stopped in the middle of what was being done\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED_EXIT_CODE)
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,10 @@ from coordinator.rounds.loop import Coordinator
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.transport.keys import KeyPair, load_key_pair
 
+# Seconds after Ctrl-C in which a run is left, with a step of its own or in the middle of one: less
+# than the 10 s after which containers are killed.
+STOP_S = 9.5
+
 
 def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
     """Start a new run and serve it to its end; return how it ended.
@@ -111,7 +115,7 @@ def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:
 def _finish(coordinator: Coordinator) -> str:
     path, watcher = coordinator.folder.path, coordinator.watcher
     watcher.see(Listening(path, coordinator.gateway.address))
-    with stopping_on_signals(coordinator.stop):
+    with stopping_on_signals(coordinator.stop, STOP_S):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         target = path / ADAPTER
