@@ -473,7 +473,6 @@ class GatewayIo:
         for sender in session.talk.senders:
             if sender.is_stuck(now_s):  # only the device can connect anew
                 self.out.control(session, packets.AttachRequired(session=session.id))
-                self.out.add(session)
         self._check_later(session, now_s)
 
     def _check_leaving(self, session: DeviceSession, reason: str, now_s: float) -> None:

@@ -8,7 +8,8 @@ Rule 2: an ack is cumulative; "next" says that everything before has arrived.
 Rule 3: credit counts payload bytes from the start of the session and never shrinks; the receiver
         grants what has arrived plus a window, less what the application has left lying beyond
         another window (so that a reader that is a little late does not stop the sender).
-Rule 4: after a reconnect, a gap, or a long time without progress, send again from the last ack.
+Rule 4: after a reconnect or a gap send again from the last ack; after a long time without progress
+        reconnect.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Sender:
             self._at -= 1
 
     def is_stuck(self, now_s: float) -> bool:
-        """Return whether no ack has moved for too long with packets in flight; rewind if so.
+        """Return whether no ack has moved for too long with packets in flight: connect anew then.
 
         Whoever is stuck again waits twice as long: a chunk may need more time than we thought.
         """
@@ -182,7 +183,6 @@ class Sender:
             return False
         self._limit_s = min(MOST_RESEND_AFTER_S, 2 * self._limit_s)
         self._progress_s = now_s
-        self.rewind()
         return True
 
     def excuse(self, now_s: float) -> None:

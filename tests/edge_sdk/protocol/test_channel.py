@@ -72,7 +72,7 @@ def test_credit_stops_a_sender_whose_peer_does_not_read() -> None:
 
 
 def test_stuck_sender_starts_again_from_the_last_ack() -> None:
-    """Without progress for its patience a sender repeats what is not acked, once per patience."""
+    """Without progress it is stuck, after ever longer; a new connection repeats what is left."""
     sender = Sender(resend_after_s=10.0)
     sender.queue(Box(4), 0)
     drain(sender, now_s=0.0)
@@ -80,9 +80,13 @@ def test_stuck_sender_starts_again_from_the_last_ack() -> None:
 
     assert not sender.is_stuck(14.0)
     assert sender.is_stuck(15.0)
-    assert drain(sender, 15.0) == [1, 2, 3]
+    assert not sender.is_stuck(34.0)
+    assert sender.is_stuck(35.0)
+    sender.rewind()  # as a new connection does
+    assert drain(sender, 36.0) == [1, 2, 3]
     assert sender.num_resent == 3
-    assert not sender.is_stuck(16.0)
+    assert not sender.is_stuck(75.0)
+    assert sender.is_stuck(76.0)
 
 
 def test_late_ack_after_a_rewind_moves_on() -> None:

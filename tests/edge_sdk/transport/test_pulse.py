@@ -71,6 +71,7 @@ def test_chunks_too_large_for_the_link_arrive_nonetheless() -> None:
             arrives_s[due.seq] = begin_s + size / rate
         if sender.is_stuck(now_s):  # a new connection, which begins with an empty queue
             rewinds += 1
+            sender.rewind()
             arrives_s.clear()
             continue
         for seq, at_s in list(arrives_s.items()):
