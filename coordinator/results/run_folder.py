@@ -203,10 +203,11 @@ class RunFolder:
         """
         damaged: list[Damage] = []
         for step, path in reversed(self._candidates()):
+            before = _identity(path)
             try:
                 state, arrays = read_files(path, step)
             except DamagedCheckpoint as error:
-                if not path.exists():  # whoever holds the run has just replaced it by a newer one
+                if _identity(path) != before:  # whoever holds the run has just put another there
                     return self.load_checkpoint()
                 damaged.append(Damage(path, str(error)))
                 continue
@@ -224,10 +225,12 @@ class RunFolder:
         """Return what is wrong with each checkpoint that cannot be used, oldest first."""
         found = []
         for step, path in self._candidates():
+            before = _identity(path)
             try:
                 read_files(path, step)
             except StorageError as error:
-                found.append(Damage(path, str(error)))
+                if _identity(path) == before:
+                    found.append(Damage(path, str(error)))
         return found
 
     def set_aside(self, checkpoint: Path) -> Path:
@@ -237,6 +240,14 @@ class RunFolder:
             checkpoint.replace(aside)
             sync(self.path)
         return aside
+
+
+def _identity(folder: Path) -> int | None:
+    """Return what tells a folder from another one that gets its name; None without one."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _hidden(checkpoint: Path) -> str:

@@ -299,14 +299,48 @@ def result_of(files: Cluster, name: str) -> Result:
     return Result((path / "metrics.jsonl").read_bytes(), adapter.read_bytes())
 
 
+SERVE = ("coordinator", "serve", "--config", "run.yaml")
+
+
+def fill_disk(program: Program, num_bytes: int) -> None:
+    """Let no file of a program grow beyond so many bytes: to it, the disk is full."""
+    hard = resource.prlimit(program.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(program.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+
+def test_a_device_whose_disk_is_full_ends_with_9_and_comes_back(
+    files: Cluster, start: Start
+) -> None:
+    """With the real commands: one line on both sides; started again, the result is the same."""
+    coordinator = start(*SERVE)
+    healthy, state = start_devices(start, "a")[0], files.folder / "edge-state"
+    ill = start("edge-sdk", "run", "--config", "b.yaml")
+    wait_until(lambda: bool(list(state.glob("run-*/b/step-000000-*"))))
+    fill_disk(ill, 2048)
+
+    assert ill.wait() == 9
+    assert "File too large" in ill.lines[-1]
+    again = start("edge-sdk", "run", "--config", "b.yaml")
+
+    assert [program.wait() for program in (coordinator, healthy, again)] == [0, 0, 0]
+    assert "b: left: StorageError: cannot write" in coordinator.text
+    undisturbed = start(*SERVE, "name=whole")
+    devices = start_devices(start, "a", "b", state="whole")
+    assert [program.wait() for program in (undisturbed, *devices)] == [0, 0, 0]
+    assert result_of(files, "run") == result_of(files, "whole")
+
+
+def start_devices(start: Start, *names: str, state: str = "edge-state") -> list[Program]:
+    """Start devices of which each has its configuration."""
+    return [start("edge-sdk", "run", "--config", f"{n}.yaml", f"state={state}") for n in names]
+
+
 def test_full_disks_second_coordinators_and_returns_after_the_end(
     files: Cluster, start: Start
 ) -> None:
     """With the real commands: 9 and one line, then the same bits; 2 and one line; 0 at once."""
     path = files.folder / "runs" / "run"
-    serve = ("coordinator", "serve", "--config", "run.yaml")
-
-    # A disk that fills up in mid-run, as far as a program can tell.
+    serve = SERVE
     full = start(*serve)
     wait_until((path / "checkpoint-000000").is_dir)
     second = start("coordinator", "resume", "runs/run", "listen=tcp://127.0.0.1:*")
@@ -316,7 +350,7 @@ def test_full_disks_second_coordinators_and_returns_after_the_end(
     third = start(*serve)
     assert third.wait() == 2
     assert len(third.lines) == 1
-    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    fill_disk(full, 4096)
     devices = [start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab"]
     assert full.wait() == 9
     assert "cannot write" in full.lines[-1]

@@ -169,6 +169,30 @@ def test_a_later_format_is_refused_by_version(
     assert "checkpoint-000030" in str(caught.value)
 
 
+@pytest.mark.parametrize("step", [20, 30], ids=["same step", "next step"])
+def test_who_reads_a_run_that_goes_on_takes_nothing_for_damaged(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """A checkpoint that is replaced while it is read is read again."""
+    real, replaced = run_folder.read_files, []
+
+    def read(path: Path, of: int) -> object:
+        if not replaced:
+            replaced.append(path)
+            (path / "engine.safetensors").unlink()  # as if it had been read half
+            run.save_checkpoint(step, checkpoint(step), keep=1)
+        return real(path, of)
+
+    monkeypatch.setattr(run_folder, "read_files", read)
+
+    found = run.load_checkpoint()
+
+    assert found.state["step"] == step
+    assert not found.damaged
+    replaced.clear()
+    assert not run.damages()
+
+
 def test_what_somebody_else_put_there_is_no_checkpoint(run: RunFolder) -> None:
     """Other names, and files with such names, are left alone."""
     (run.path / "checkpoint-best").mkdir()
