@@ -97,8 +97,15 @@ class Planner:
 
     @property
     def server_ranks(self) -> dict[str, int] | None:
-        """Ranks of the coordinator's own adapters; None where the config's hold."""
-        return self._fixed_ranks if self.plans is None else self.plans.server_ranks
+        """Ranks of the coordinator's own adapters; None where the config's hold.
+
+        Plans that are made one by one may know of more: of blocks that a device has kept meanwhile.
+        """
+        first = self.first
+        if self.plans is None or first is None:
+            return self._fixed_ranks
+        ranks, block_of = self.plans.server_ranks, self._facts.block_of
+        return {name: rank for name, rank in ranks.items() if block_of(name) >= first}
 
     @property
     def first(self) -> int | None:

@@ -360,6 +360,8 @@ class Play:
             right = last.stamp if last is not None else Stamp()
             assigned = self._gateway.last(device, PlanAssigned)
             plan = assigned.plan if assigned is not None else None
+            if plan is not None and fields.get("num_micro") == HONEST["num_micro"]:
+                fields = {**fields, "num_micro": plan.batch_size // plan.micro_batch}
             message = kind(stamp=right if stamp is None else stamp, **fields)
             for _ in range(2):
                 if device in self._gateway.present:
@@ -389,7 +391,7 @@ PLANNING = PlanningConfig(
 )
 
 
-@pytest.fixture(scope="module", params=["server", "device"])
+@pytest.fixture(scope="module", params=["server", "device", "planned"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ServeConfig, ServerModel]:
