@@ -216,7 +216,8 @@ class DevicesMissing(RunEvent):
         """How many are missing, and what has become of them."""
         missing = self.least - len(self.ready)
         noun = "device" if missing == 1 else "devices"
-        here = f"{len(self.ready)} of {self.least} are here"
+        is_here = "is here" if len(self.ready) == 1 else "are here"
+        here = f"{len(self.ready)} of {self.least} {is_here}"
         known = [f"{device} {why}" for device, why in sorted(self.why.items())]
         return "; ".join([f"round {self.round} waits for {missing} more {noun}: {here}", *known])
 

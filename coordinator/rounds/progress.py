@@ -224,11 +224,14 @@ class Waits:
             now_s: Seconds on a clock that never goes back.
             is_computing: Whether it is the coordinator that everybody waits for.
         """
+        state = self._run.state
         passed_s, self._looked_s = min(now_s - self._looked_s, MOST_LOOK_S), now_s
+        if state.attempt != self._attempt:
+            self._attempt, self._round_s = state.attempt, 0.0
+        self._round_s += passed_s
         if is_computing:
             self._clock.pause(now_s)
             return
-        state = self._run.state
         owed = debts(state)
         moved = {name: self._moved(name) for name in owed}
         found = self._clock.look(now_s, owed, moved, state.ready)
@@ -236,7 +239,7 @@ class Waits:
         for late in found.lost:
             self._lose(late)
         if state.is_in_round:
-            self._cut(passed_s)
+            self._cut()
         self._tell_of_missing(now_s, passed_s)
 
     def _moved(self, device: str) -> int:
@@ -282,12 +285,9 @@ class Waits:
 
     # ---- the end of a round ----
 
-    def _cut(self, passed_s: float) -> None:
+    def _cut(self) -> None:
         """Go on without members that hold a round up beyond its deadline, if enough are left."""
         state = self._run.state
-        if state.attempt != self._attempt:
-            self._attempt, self._round_s = state.attempt, 0.0
-        self._round_s += passed_s
         if self._deadline_s is None or self._round_s < self._deadline_s:
             return
         owed = debts(state)
@@ -313,7 +313,7 @@ class Waits:
             self._ready = (-1, [])
             return
         if here != self._ready:
-            self._ready, self._lacking_s = here, 0.0
+            self._ready, self._lacking_s = here, -passed_s
             self._reminder = Reminder(min(NAME_AFTER_S, self._patience_s / 4))
         self._lacking_s += passed_s
         if self._reminder.is_due(self._lacking_s):

@@ -17,6 +17,7 @@ from coordinator.gateway.interface import Received
 from coordinator.results.events import (
     DeviceJoined,
     DeviceLeft,
+    DeviceStatus,
     RoundStarted,
     WaitEnded,
     WorkDropped,
@@ -37,6 +38,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Plan
 
+RESTS = "sits this round out: it was lost, or too late, again and again"
 RoundWork = Activation | TopGradient | StepReport | AdapterUpload
 
 
@@ -194,7 +196,10 @@ class Run:
 
     def start_round(self) -> None:
         """Begin a round with all that are ready."""
-        self.state.start_round(self.conduct.resting(self.state.ready, self.state.round))
+        resting = self.conduct.resting(self.state.ready, self.state.round)
+        self.state.start_round(resting)
+        for device in sorted(resting - self.state.members.keys()):
+            self.watcher.see(DeviceStatus(device, RESTS))
         self.inputs = PendingInputs(evals=self.inputs.evals)
         self.cut_off.begin_round()
         self.reporting.begin_round()
