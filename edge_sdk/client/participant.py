@@ -22,7 +22,14 @@ from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.states import State
 from edge_sdk.client.steps import Steps
-from edge_sdk.errors import EdgeError, OutOfMemory, RefusedError, public_name, public_text
+from edge_sdk.errors import (
+    EdgeError,
+    OutOfMemory,
+    RefusedError,
+    SessionLost,
+    public_name,
+    public_text,
+)
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.codecs import float_codecs
@@ -80,6 +87,8 @@ class Participant:
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop)
         self._stamp = Stamp()
+        self._unanswered = 0
+        """Hellos of this session that the coordinator has not answered."""
         self._welcome: Welcome | None = None
         self._assigned: PlanAssigned | None = None
         self._data: TokenizedData | None = None
@@ -134,6 +143,7 @@ class Participant:
     def _greet(self) -> Welcome:
         """Say Hello until the coordinator answers."""
         self._inbox.enter(State.GREETING)
+        self._unanswered += 1
         self._link.send(
             Hello(
                 stamp=self._stamp,
@@ -144,8 +154,7 @@ class Participant:
                 backend=self._setup.backend.name,
             )
         )
-        patience_s = self._config.patience_s
-        welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
+        welcome = self._await_welcome()
         if welcome.protocol != PROTOCOL_VERSION:
             raise RefusedError(
                 f"the coordinator speaks protocol version {welcome.protocol} (edgesplit "
@@ -153,6 +162,19 @@ class Participant:
                 f"{package_version()}); install the same version of edgesplit on both sides"
             )
         return welcome
+
+    def _await_welcome(self) -> Welcome:
+        """Return the answer to the last Hello; memory may have run out while one before waited."""
+        patience_s = self._config.patience_s
+        try:
+            while True:
+                welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
+                self._unanswered -= 1
+                if not self._unanswered:
+                    return welcome
+        except SessionLost:
+            self._unanswered = 0
+            raise
 
     def _enter(self, welcome: Welcome) -> None:
         """Enter the run that *welcome* describes."""
