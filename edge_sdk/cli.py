@@ -13,7 +13,7 @@ from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, one_line
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
@@ -62,7 +62,7 @@ class _Lines(Callback):
     """Tells the terminal what happens, a line a round."""
 
     def on_connect(self, run: str) -> None:
-        print(f"taking part in run {run}", flush=True)
+        print(f"taking part in run {one_line(run)}", flush=True)
 
     def on_plan(self, plan: Plan) -> None:
         where = "tail here" if plan.tail else "tail on the coordinator"
@@ -76,7 +76,7 @@ class _Lines(Callback):
         )
 
     def on_disconnect(self, reason: str) -> None:
-        print(f"session lost ({reason}); joining again", flush=True)
+        print(f"session lost ({one_line(reason)}); joining again", flush=True)
 
     def on_train_end(self, reason: str) -> None:
         if reason != FAILED:  # then the error is the one line to read

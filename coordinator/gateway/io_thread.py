@@ -185,6 +185,12 @@ class GatewayIo:
                 self._frame(route, name or "", session, frame, now_s)
             except RemoteProtocolError as error:
                 self._bad_frame(route, name or "", session, str(error), now_s)
+            except (OSError, MemoryError, zmq.ZMQError):
+                raise
+            except Exception as error:
+                log.exception("gateway.unforeseen name=%s", name or "?")
+                if session is not None:
+                    self._forget(session, public_text(f"{type(error).__name__}: {error}"))
 
     def _name(self, frame: zmq.Frame) -> str | None:
         assert self.allowed is not None

@@ -123,8 +123,10 @@ class Inbox:
 def _end(message: Refused | RunOver | Failure) -> Exception:
     """Return the coordinator's last word as an exception of ours."""
     if isinstance(message, Refused):
-        return RefusedError(message.reason)
-    return RunEnded(message.reason) if isinstance(message, RunOver) else _their_error(message)
+        return RefusedError(public_text(message.reason))
+    if isinstance(message, RunOver):
+        return RunEnded(public_text(message.reason))
+    return _their_error(message)
 
 
 def _their_error(failure: Failure) -> EdgeError:

@@ -184,6 +184,34 @@ def test_trouble_of_the_kernel_ends_the_coordinator(
     assert [resumed.wait(), device.wait()] == [0, 0], resumed.text + device.text
 
 
+FEW = """
+import resource, sys
+from coordinator.cli import main
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_coordinator_may_open_as_many_files_as_the_system_allows(
+    cluster: Cluster, start: Start
+) -> None:
+    """Each connection of a device is one: the soft limit is raised to the hard one."""
+    script = Path(cluster.folder, "few.py")
+    script.write_text(FEW)
+    serve = ("serve", "--config", run_yaml(cluster, f"tcp://127.0.0.1:{free_port()}"))
+    coordinator = start("python", str(script), *serve)
+    coordinator.wait_for("listening at")
+
+    limits = Path(f"/proc/{coordinator.pid}/limits").read_text(encoding="ascii")
+    [found] = [line.split() for line in limits.splitlines() if line.startswith("Max open files")]
+
+    soft, hard = found[3:5]
+    assert soft == hard
+    coordinator.interrupt()
+    assert coordinator.wait() == 130
+
+
 BUG = """
 import sys
 from coordinator.rounds.state import RunState

@@ -15,12 +15,14 @@ import zmq
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
+from coordinator.gateway.io_thread import GatewayIo
+from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError, SessionLost
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import AdapterUpload, Failure, Pause, Paused, Refused, Stamp
-from edge_sdk.protocol.packets import Attach, Kind, Lane
+from edge_sdk.protocol.packets import Attach, Kind, Lane, Packet
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.keys import KeyPair, make_key_pair
 from edge_sdk.transport.link import LinkConfig
@@ -317,3 +319,31 @@ def test_gateway_sends_only_its_own_messages(gateway: ZmqGateway) -> None:
     """A device's message is not sent by the coordinator."""
     with pytest.raises(LocalProtocolError, match="Paused"):
         gateway.send("one", PAUSED)  # type: ignore[arg-type]
+
+
+def test_a_packet_that_nobody_foresaw_ends_one_session(
+    gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device joins again; the others, and the thread of the gateway, go on."""
+    on_data = GatewayIo._on_data
+    raised: list[str] = []
+
+    def fail(self: GatewayIo, session: DeviceSession, packet: Packet, now_s: float) -> None:
+        if session.name == "one" and not raised:
+            raised.append(session.name)
+            raise KeyError("nobody foresaw it")
+        on_data(self, session, packet, now_s)
+
+    monkeypatch.setattr(GatewayIo, "_on_data", fail)
+    with open_link(gateway) as one, open_link(gateway, TWO) as two:
+        one.send(PAUSED)
+        [left] = [e for e in until(gateway, Left, 30.0) if isinstance(e, Left)]
+        with pytest.raises(SessionLost):
+            one.receive(Deadline.after(30.0))
+        one.send(PAUSED)
+        [received] = [e for e in until(gateway, Received, 30.0) if isinstance(e, Received)]
+        two.send(PAUSED)
+        until(gateway, Received, 30.0)
+
+    assert (left.device, left.reason) == ("one", "KeyError: 'nobody foresaw it'")
+    assert received.device == "one"

@@ -299,14 +299,16 @@ class Play:
         if planned is not None and state.phase is Phase.GATHERING:
             assert state.ready.keys() <= planned.plans.keys()
 
-    def _come(self, device: str) -> Iterator[list[Event]]:
+    def come(self, device: str) -> Iterator[list[Event]]:
+        """Greet, and tell what is asked for."""
         self._gateway.present.add(device)
         yield coming(device)
         welcome = self._gateway.last(device, Welcome)
         if welcome.wants_profile:
             yield arriving(device, Profiled(stamp=welcome.stamp, profile=PROFILE))
 
-    def _ready(self, device: str) -> list[Event]:
+    def ready(self, device: str) -> list[Event]:
+        """Be ready for a round."""
         stamp = self._gateway.last(device, Welcome).stamp
         ready = Ready(stamp=stamp, vocab_size=VOCAB, num_samples=9, held_steps=())
         return arriving(device, ready)
@@ -319,11 +321,11 @@ class Play:
             return
         if state == "ready":
             holder = f"{device}-holder"
-            yield from self._come(holder)
-            yield self._ready(holder)
-        yield from self._come(device)
+            yield from self.come(holder)
+            yield self.ready(holder)
+        yield from self.come(device)
         if state in ("ready", "member", "forward"):
-            yield self._ready(device)
+            yield self.ready(device)
         if state == "forward":
             start = self._gateway.last(device, RoundStart)
             sent = tensors_of(Activation, None, 0.5, self._labels)
@@ -373,8 +375,8 @@ class Play:
                     self._gateway.present.discard(name)
                     yield [Left(name, "the test goes on")]
                     self._check()
-        yield from self._come("honest")
-        yield self._ready("honest")
+        yield from self.come("honest")
+        yield self.ready("honest")
         assert self._gateway.last("honest", RoundStart) is not None
         self._coordinator.stop()
         while True:
@@ -548,6 +550,46 @@ def test_what_once_ended_a_run_ends_the_part_of_its_sender(
     assert words in texts[0]
     assert texts[0].isprintable()
     assert_readable(folder)
+
+
+def test_whoever_a_new_plan_leaves_out_is_told_before_blocks_move(
+    model: tuple[ServeConfig, ServerModel], tmp_path: Path
+) -> None:
+    """When the engine is built anew, every device that is ready has a plan with blocks in it."""
+    config, served = model
+    if config.planning.split == "fixed":
+        return  # there nobody is left out
+    folder, gateway = RunFolder.create(tmp_path, "run"), Listed()
+    config = dataclasses.replace(config, min_devices=2)
+    coordinator = Coordinator(config, served, folder, gateway, Watchers(), "run-1", pool=Now())
+    play, planner = Play(coordinator, gateway, config.labels), coordinator.planner
+    ready: list[set[str]] = []
+    renew = coordinator.learned.renew
+
+    def watched() -> None:
+        ready.append(set(coordinator.run.state.ready))
+        renew()
+
+    coordinator.learned.renew = watched  # type: ignore[method-assign]
+
+    def script() -> Iterator[list[Event]]:
+        yield from play.come("small")
+        yield from play.come("large")
+        yield play.ready("small")
+        assert planner.plans is not None
+        plans = {"large": dataclasses.replace(planner.plans.plans["large"], split=5)}
+        planner.plans = dataclasses.replace(planner.plans, plans=plans, refused={"small": "why"})
+        yield []
+        assert told(gateway, Refused) == ["why"]
+        assert not coordinator.run.state.ready
+        coordinator.stop()
+        while True:
+            yield []
+
+    gateway.script = script()
+    assert coordinator.serve() == "paused"
+    assert not any("small" in names for names in ready)
+    assert coordinator.learned.engine.first == 5
 
 
 def assert_readable(folder: RunFolder) -> None:
