@@ -44,6 +44,7 @@ class _Connection:
 
     def close(self, *, is_reset: bool) -> None:
         """Close both ends at once."""
+        self.healed.set()  # there is nothing left to be hidden
         for end in self.ends:
             sock = end.get_extra_info("socket")
             if is_reset and sock is not None:
@@ -203,10 +204,10 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
         await self._over.wait()
         server.close()
         self._close_all(is_reset=False)
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # they may begin others
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     def _close_all(self, *, is_reset: bool) -> None:
         for connection in self._connections:
