@@ -16,7 +16,7 @@ from edge_sdk.client.callbacks import Callback
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.running_note import RunningNote
 from tests.e2e.cluster import Cluster, save_model, sentences, wait_all, write_rows
-from tests.e2e.programs import Program, write_yaml
+from tests.e2e.programs import write_yaml
 from tests.memory_group import memory_group
 
 MIB = 2**20
@@ -119,36 +119,3 @@ def test_a_device_that_systemd_starts_again_finds_out_what_killed_it(
     line = "a ran out of memory: micro-batch 4 -> 2"
     assert (line in serving.trap.notes) == killed
     assert not list((cluster.folder / "state").rglob("running.json"))
-
-
-WITH_LIMIT = """
-import resource
-import sys
-from pathlib import Path
-
-from edge_sdk.cli import main
-from edge_sdk.runtime import torch_runtime
-
-words = Path("/proc/self/statm").read_text().split()
-room = int(words[0]) * resource.getpagesize() + 1000 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (room, room))
-sys.exit(main(["run", *sys.argv[1:]]))
-"""
-
-
-def test_a_device_whose_allocator_says_no_gets_a_smaller_plan(cluster: Cluster) -> None:
-    """A limit of the process, so that torch's allocator itself fails, in the middle of a step."""
-    default = DeviceSettings(split=2, batch_size=12, codec="float32")
-    serving = cluster.serve(
-        cluster.config(default=default, rounds=1, steps_per_round=2, max_length=LENGTH)
-    ).start()
-    config = device_config(cluster, "a.yaml")
-    script = cluster.folder / "limited.py"
-    script.write_text(WITH_LIMIT)
-
-    device = Program("python", str(script), "--config", str(config), cwd=cluster.folder)
-
-    assert device.wait(LONG_S) == 0, device.text
-    assert serving.wait() == "completed"
-    assert "a ran out of memory: micro-batch 12 -> 6" in serving.trap.notes
-    assert serving.rows[-1]["samples"] == 24
