@@ -125,8 +125,9 @@ def read_run(path: Path, overrides: list[str]) -> tuple[RunFolder, ServeConfig]:
         about = json.loads((path / ENVIRONMENT).read_bytes())
     except (OSError, ValueError):
         about = None  # it was killed before; a run does not need what stands there
-    if isinstance(about, dict) and "format" in about:
-        check_format(path, about["format"], about.get("edgesplit"))
+    # Its own version wrote no other format: then that number is damaged, and nothing else is.
+    if isinstance(about, dict) and about.get("edgesplit") != metadata.version("edgesplit"):
+        check_format(path, about.get("format", FORMAT), about.get("edgesplit"))
     return folder, load_config(ServeConfig, path / CONFIG, overrides, env={})
 
 

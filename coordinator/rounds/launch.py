@@ -83,13 +83,14 @@ def _new_id(folder: RunFolder) -> str:
 
 def _is_complete(run: Reopened) -> bool:
     """Return whether all rounds are done and the last row of metrics is complete."""
-    if run.checkpoint is None or run.checkpoint.state.get("round") != run.config.rounds:
+    state = {} if run.checkpoint is None else run.checkpoint.state
+    done = state.get("round", -1)
+    if done < run.config.rounds:
         return False
-    state = run.checkpoint.state
     if state["row"] is None and not state["unevaluated"]:
         return True
     # Its coordinator was killed when it had written that row and not yet a checkpoint after it.
-    return any(row.get("round") == run.config.rounds for row in run.folder.rows(METRICS))
+    return any(row.get("round") == done for row in run.folder.rows(METRICS))
 
 
 def _complete_again(run: Reopened, watcher: Watcher) -> None:

@@ -105,7 +105,7 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     One that was killed before its first checkpoint begins anew.
     """
     with reopened(path, overrides) as (folder, config, checkpoint):
-        if checkpoint is not None and checkpoint.state.get("step") == config.total_steps:
+        if checkpoint is not None and checkpoint.state.get("step", -1) >= config.total_steps:
             watcher.see(AlreadyComplete(path))
             if is_whole(folder, result_name(config)):
                 return COMPLETED

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ from coordinator.results.lifecycle import ENVIRONMENT, new_folder, read_run, reo
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
 from coordinator.results.run_lock import LOCK, locked
 from edge_sdk.config.describe import dump_config
-from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.errors import ConfigError, EdgeError, StorageError
+from tests.damage import DAMAGES
 
+VERSION = metadata.version("edgesplit")
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -228,7 +232,10 @@ def test_a_later_version_of_the_folder_is_refused_in_one_line(config: ServeConfi
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"python": "3.10"}'])
+ENVIRONMENTS = ["", "{", "[]", "\x00", '{"python": "3.10"}', '{"edgesplit": "0.1.0"}']
+
+
+@pytest.mark.parametrize("text", [*ENVIRONMENTS, f'{{"edgesplit": "{VERSION}", "format": 6}}'])
 def test_a_run_does_not_need_its_env_json(config: ServeConfig, text: str) -> None:
     """Of version 0.1.0, or damaged: a run goes on without it."""
     folder = born(config, 1)
@@ -236,6 +243,24 @@ def test_a_run_does_not_need_its_env_json(config: ServeConfig, text: str) -> Non
 
     with reopened(folder.path, []) as run:
         assert run.checkpoint is not None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_config_is_one_line_or_still_a_config(config: ServeConfig, damage: str) -> None:
+    """It is read or refused with an error of ours; nothing is changed by the attempt."""
+    folder = born(config, 1)
+    whole = (folder.path / CONFIG).read_bytes()
+    DAMAGES[damage](folder.path / CONFIG)
+
+    with suppress(EdgeError), reopened(folder.path, []) as run:
+        assert run.checkpoint is not None
+
+    assert folder.load_checkpoint().state["step"] == 1
+    if (folder.path / CONFIG).is_dir():
+        (folder.path / CONFIG).rmdir()
+    (folder.path / CONFIG).write_bytes(whole)
+    with reopened(folder.path, []) as run:
+        assert run.config == config
 
 
 class Seen:
