@@ -20,7 +20,7 @@ from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
-from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError
+from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError, StorageError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.precision import compute_name
@@ -178,6 +178,8 @@ class ServerModel:
                 f"no part of this model has sha256 {sha256[:12]}... at byte {offset}"
             )
         if not self._cache.has(part):
+            if part.name not in self.parts:  # no stretch of the model: it was made for this run
+                raise StorageError(f"{part.name} {sha256[:12]}... are gone from the cache")
             self._cache.store(part, self.source.pack(part.name))
         with self._cache.path(part).open("rb") as file:
             file.seek(offset)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 
+from coordinator.config.planning import PlanningConfig
+from coordinator.config.run import DeviceSettings
 from coordinator.results.events import RoundStarted, RunEvent
 from edge_sdk.errors import ConfigError, EdgeError, LocalProtocolError, NumericError, StorageError
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.protocol.messages import StepReport
+from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.messages import AdapterUpload, Message, StepReport
+from edge_sdk.transport.link import NO_TENSORS
+from edge_sdk.transport.zmq_link import ZmqLink
+from profiler.profile import DeviceProfile
 from tests.e2e.cluster import Cluster, Trap, wait_all
 
 OURS: dict[str, Callable[[], Exception]] = {
@@ -132,3 +138,48 @@ def test_weights_of_our_own_blame_no_device(cluster: Cluster, number: float) -> 
     assert not any(client.wait(0.0) for client in clients)
     assert cluster.serve().start().wait() == "completed"
     wait_all(clients)
+
+
+@pytest.mark.parametrize("number", [10.0, 1e3, 3.3e38])
+def test_one_upload_spoils_nobody_elses_run(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, number: float
+) -> None:
+    """A device that trains as it should and uploads nonsense is named; the others never notice."""
+    send = ZmqLink.send
+
+    def sent(
+        self: ZmqLink, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
+    ) -> None:
+        if isinstance(message, AdapterUpload) and message.stamp.device == "b":
+            full = {n: (np.full_like(array, number), c) for n, (array, c) in tensors.items()}
+            send(self, message, full)
+        else:
+            send(self, message, tensors)
+
+    monkeypatch.setattr(ZmqLink, "send", sent)
+    serving = cluster.serve(cluster.config(min_devices=2))
+    serving.state.wait_for({"a", "b", "c"})
+    serving.start()
+    clients = dict(zip("abc", cluster.start(), strict=True))
+
+    with pytest.raises(NumericError, match="beyond all measure"):
+        clients.pop("b").wait(40.0)
+    assert serving.wait() == "completed"
+    wait_all(clients.values())
+    assert all(row["train_loss"] < 10.0 for row in serving.rows[1:])
+
+
+def test_a_coordinator_that_is_too_small_says_so_itself(cluster: Cluster) -> None:
+    """Where no plan is possible with what all have, the run ends, and its devices wait."""
+    planning = PlanningConfig(
+        split="memory", ranks="uniform", server_memory_bytes=1e5, server_flops_per_s=1e9
+    )
+    default = DeviceSettings(batch_size=4, codec="float32")
+    serving = cluster.serve(cluster.config(planning=planning, default=default)).start()
+    profile = DeviceProfile(memory_bytes=20 * 2.0**20, overhead_bytes=0.0, flops_per_s=1e9)
+    clients = cluster.start(profile=profile)
+
+    with pytest.raises(ConfigError, match=r"planning\.server_memory_bytes"):
+        serving.wait()
+
+    assert not any(client.wait(0.0) for client in clients)
