@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings
+from coordinator.engine.interface import Job
+from coordinator.engine.local import LocalEngine
 from coordinator.results.events import RoundStarted, RunEvent
 from edge_sdk.errors import ConfigError, EdgeError, LocalProtocolError, NumericError, StorageError
 from edge_sdk.lora.adapters import Pair
@@ -183,3 +186,27 @@ def test_a_coordinator_that_is_too_small_says_so_itself(cluster: Cluster) -> Non
         serving.wait()
 
     assert not any(client.wait(0.0) for client in clients)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_the_device_whose_part_cannot_be_computed_is_found(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, labels: str
+) -> None:
+    """Where a wave of several devices fails, the one whose part fails alone as well joins anew."""
+    run_blocks, raised = LocalEngine._run_blocks, list[int]()
+
+    def fail(self: LocalEngine, jobs: Sequence[Job], *args: Any, **options: Any) -> Any:
+        if any(job.device == "b" for job in jobs) and len(raised) < 2:  # in the wave, and alone
+            raised.append(len(jobs))
+            raise IndexError("nobody foresaw it")
+        return run_blocks(self, jobs, *args, **options)
+
+    monkeypatch.setattr(LocalEngine, "_run_blocks", fail)
+    serving = cluster.serve(cluster.config(labels=labels)).start()
+    clients = cluster.start()
+
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    assert raised == [3, 1]
+    [left] = [row for row in serving.events if row["event"] == "device.left"]
+    assert (left["device"], "IndexError: nobody foresaw it" in left["reason"]) == ("b", True)
