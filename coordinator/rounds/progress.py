@@ -24,6 +24,8 @@ from edge_sdk.errors import PeerGone
 
 # Seconds without progress after which a person is told whom the run waits for.
 NAME_AFTER_S = 15.0
+# Seconds between two looks: a look goes through all devices, and a run hears of each several times.
+LOOK_EVERY_S = 0.1
 # A look that comes later than that does not count the rest: this process itself stood still.
 MOST_LOOK_S = 2.0
 # A device may take this many times what it takes otherwise, or the others take.
@@ -98,6 +100,8 @@ class ProgressClock:
     _looked_s: float | None = None
     _waits: dict[str, _Wait] = field(default_factory=dict)
     _paces: dict[tuple[str, Owed], deque[float]] = field(default_factory=dict)
+    _usual: dict[Owed, dict[str, float]] = field(default_factory=dict)
+    """Medians of these."""
     _losses: dict[str, int] = field(default_factory=dict)
 
     def pause(self, now_s: float) -> None:
@@ -130,10 +134,13 @@ class ProgressClock:
             wait = self._wait(name, debt, moved.get(name, 0))
             if moved.get(name, 0) != wait.moved:
                 wait.moved, wait.quiet_s = moved.get(name, 0), 0.0
+            is_due = wait.reminder.is_due(wait.quiet_s)
+            if not is_due and wait.quiet_s < self.patience_s:
+                continue  # what others take is not looked up for everybody at every look
             late = Late(name, debt, wait.quiet_s, self._others_s(name, debt.kind))
             if wait.quiet_s >= self._limit_s(late, wait):
                 found.lost.append(late)
-            elif wait.reminder.is_due(wait.quiet_s):
+            elif is_due:
                 wait.is_named = True
                 found.named.append(late)
         for late in found.lost:
@@ -158,8 +165,7 @@ class ProgressClock:
 
     def usual_s(self, device: str, kind: Owed) -> float | None:
         """Return the seconds that a device takes for the like; None before it has done any."""
-        own = self._paces.get((device, kind))
-        return median(own) if own else None
+        return self._usual.get(kind, {}).get(device)
 
     def _wait(self, device: str, debt: Debt, moved: int) -> _Wait:
         if device not in self._waits:
@@ -179,7 +185,9 @@ class ProgressClock:
                 continue
             kind = wait.debt.kind
             self._losses.pop(name, None)
-            self._paces.setdefault((name, kind), deque(maxlen=PACE_WAITS)).append(wait.worst_s)
+            pace = self._paces.setdefault((name, kind), deque(maxlen=PACE_WAITS))
+            pace.append(wait.worst_s)
+            self._usual.setdefault(kind, {})[name] = median(pace)
             if wait.is_named:
                 others_s = self._others_s(name, kind)
                 answered.append(Late(name, wait.debt, wait.waited_s, others_s))
@@ -187,8 +195,8 @@ class ProgressClock:
 
     def _others_s(self, device: str, kind: Owed) -> float | None:
         """Return what the others take for the like, in seconds."""
-        paces = [median(own) for (n, k), own in self._paces.items() if k is kind and n != device]
-        return median(paces) if paces else None
+        others = [s for name, s in self._usual.get(kind, {}).items() if name != device]
+        return median(others) if others else None
 
     def _limit_s(self, late: Late, wait: _Wait) -> float:
         """Return the seconds without progress that are too many for this device."""
@@ -210,7 +218,7 @@ class Waits:
         self._patience_s, self._deadline_s = config.patience_s, config.round_deadline_s
         self._clock = ProgressClock(config.patience_s)
         self._attempt, self._round_s = 0, 0.0
-        self._looked_s = 0.0
+        self._called_s, self._looked_s = 0.0, 0.0
         self._ready: tuple[int, list[str]] = (-1, [])
         self._lacking_s = 0.0
         self._reminder = Reminder(0.0)
@@ -218,20 +226,24 @@ class Waits:
         """When each device that is not ready was first seen so."""
 
     def look(self, now_s: float, *, is_computing: bool) -> None:
-        """Look who is waited for, between two events.
+        """Look who is waited for, between two events; where the clock stands still, nobody is.
 
         Args:
             now_s: Seconds on a clock that never goes back.
             is_computing: Whether it is the coordinator that everybody waits for.
         """
         state = self._run.state
-        passed_s, self._looked_s = min(now_s - self._looked_s, MOST_LOOK_S), now_s
+        passed_s, self._called_s = min(now_s - self._called_s, MOST_LOOK_S), now_s
         if state.attempt != self._attempt:
             self._attempt, self._round_s = state.attempt, 0.0
         self._round_s += passed_s
         if is_computing:
             self._clock.pause(now_s)
             return
+        passed_s = min(now_s - self._looked_s, MOST_LOOK_S)
+        if passed_s < LOOK_EVERY_S:
+            return
+        self._looked_s = now_s
         owed = debts(state)
         moved = {name: self._moved(name) for name in owed}
         found = self._clock.look(now_s, owed, moved, state.ready)
