@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
+from coordinator.results.events import DevicesCutOff, RoundStarted, RunEvent
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.setup import RuntimeSetup
@@ -22,7 +24,16 @@ from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.io_thread import DeviceIo
-from tests.e2e.cluster import Cluster, Serving, held_out, sentences, wait_all, write_rows
+from tests.e2e.cluster import (
+    PATIENCE_S,
+    Cluster,
+    Serving,
+    Trap,
+    held_out,
+    sentences,
+    wait_all,
+    write_rows,
+)
 from tests.e2e.programs import Program, write_yaml
 
 DEFAULT = DeviceSettings(split=2, batch_size=4, codec="float32")
@@ -193,6 +204,65 @@ def test_who_keeps_missing_rounds_gets_a_smaller_plan(cluster: Cluster) -> None:
     rows = [row for row in serving.folder.rows("plans.jsonl") if row["reasons"] == [line]]
     assert [row["round"] for row in rows] == [3]
     assert [row["samples"] for row in serving.rows[1:]] == [3 * 3 * 4] * 5
+
+
+class Slow(Callback):
+    """Stands still in each round until it is cut off, under any plan but a smaller one."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.gate, self.is_quick = threading.Semaphore(0), threading.Event()
+
+    def on_plan(self, plan: Plan) -> None:
+        """Keep it."""
+        self.plans.append(plan)
+
+    def on_step_end(self, _: StepReport) -> None:
+        """Wait for the end of the round, or be quick."""
+        if self.plans[-1].micro_batch < 4:
+            self.is_quick.set()
+        else:
+            self.gate.acquire(timeout=PATIENCE_S)
+
+
+class Gatekeeper(Trap):
+    """Lets the slow device go on once the round goes on without it."""
+
+    def __init__(self, slow: Slow) -> None:
+        super().__init__()
+        self._slow, self.has_begun = slow, threading.Event()
+
+    def see(self, event: RunEvent) -> None:
+        """Open its gate."""
+        super().see(event)
+        if isinstance(event, DevicesCutOff) and "b" in event.devices:
+            self._slow.gate.release()
+        elif isinstance(event, RoundStarted):
+            self.has_begun.set()
+
+
+def test_who_is_too_slow_for_every_deadline_gets_a_smaller_plan(cluster: Cluster) -> None:
+    """Cut off in two rounds, it trains the next ones with less; the run waits for neither."""
+    slow = Slow()
+    config = cluster.config(default=DEFAULT, min_devices=2, rounds=100_000, round_deadline_s=2.0)
+    trap = Gatekeeper(slow)
+    serving = cluster.serve(config, trap=trap).start()
+    others = cluster.start("a", "c")
+    assert trap.has_begun.wait(PATIENCE_S)  # enough are left when it is cut off
+    client = cluster.client("b", sentences(2), slow).start()
+
+    assert slow.is_quick.wait(3 * PATIENCE_S), serving.trap.notes
+
+    serving.coordinator.stop()
+    assert serving.wait() == "paused"
+    assert [plan.micro_batch for plan in slow.plans][:2] == [4, 2]
+    assert any(
+        re.fullmatch(r"b missed 2 of the last [23] rounds: micro-batch 4 -> 2", note)
+        for note in serving.trap.notes
+    )
+    for one in (client, *others):
+        one.stop()
+    wait_all([client, *others])
 
 
 def test_want_of_memory_that_cost_the_link_is_told_by_the_next_start(
