@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py --case kills [--coordinator 25 --device 25 --both 10]
     python benchmarks/soak.py --case links [--cuts 50]
+    python benchmarks/soak.py --case slow [--patience 20]
     python benchmarks/soak.py --case silence [--patience 20]
 
 Three devices of the base model cut at 1, 3 and 4 of 8 blocks; each case beside an undisturbed run
@@ -27,11 +28,11 @@ from statistics import median
 from typing import Any
 
 from report import header, save, table
-from soak_fleet import BATCH, SoakFleet, difference
+from soak_fleet import SoakFleet, difference
 
 SPLITS = (1, 3, 4)
 # Far above what any case takes beside its faults.
-LONG_S = 300.0
+LONG_S = 600.0
 IMPORTS = "import torch, transformers.models.llama.modeling_llama, peft, coordinator.rounds.launch"
 Act = Callable[["Case"], None]
 
@@ -119,9 +120,10 @@ class Soak:
     def _note(self, name: str, case: Case, wanted: dict[str, Any] | None) -> None:
         samples = result = "-"
         if not case.text:
-            full = BATCH * len(SPLITS) * case.fleet.run["steps_per_round"]
+            run = case.fleet.run
+            full = run["default"]["batch_size"] * len(SPLITS) * run["steps_per_round"]
             counts = case.fleet.samples()
-            is_whole = len(counts) == case.fleet.run["rounds"] and set(counts) == {full}
+            is_whole = len(counts) == run["rounds"] and set(counts) == {full}
             samples = "exact" if is_whole else f"{sum(counts)} of {full * len(counts)}"
             if wanted is not None:
                 differs = difference(case.fleet.adapter(), wanted)
@@ -231,23 +233,29 @@ def imports_s() -> float:
 
 
 def links(soak: Soak, options: argparse.Namespace) -> None:
-    """Cut links at random, swallow their bytes, and make them slow."""
+    """Cut links at random, and swallow their bytes."""
     for labels in ("device", "server"):
         cuts = partial(cut, options.cuts)
         soak.run(f"{options.cuts} cuts, labels {labels}", cuts, rounds=12, labels=labels)
         soak.run(f"60 s swallowed, labels {labels}", swallow, rounds=6, labels=labels)
         soak.run(f"half-open connections, labels {labels}", half_open, rounds=6, labels=labels)
-        # A text of 500 tokens, 32 of them at once: 8 MB of hidden state in float32.
+
+
+def slow_links(soak: Soak, options: argparse.Namespace) -> None:
+    """Let large messages travel slowly, longer than a device may be silent."""
+    for labels in ("device", "server"):
+        # Texts of 500 tokens, 32 of them at once: 8 MB of hidden state in float32.
         soak.run(
             f"10 Mbit/s, 8 MB tensors, labels {labels}",
             slow,
             words=300,
             labels=labels,
             rounds=1,
-            steps_per_round=2,
-            patience_s=20.0,
+            steps_per_round=1,
+            patience_s=options.patience,
             max_length=500,
             default={"batch_size": 32, "codec": "float32"},
+            evaluation={"on_devices": False},
         )
 
 
@@ -343,7 +351,7 @@ def is_of(fleet: SoakFleet, kind: str) -> list[bool]:
     return [row["device"] == "d1" for row in fleet.events(kind)]
 
 
-CASES = {"kills": kills, "links": links, "silence": silence}
+CASES = {"kills": kills, "links": links, "slow": slow_links, "silence": silence}
 HEADS = (
     "case",
     "faults",

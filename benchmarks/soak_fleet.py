@@ -105,7 +105,7 @@ class SoakFleet:
         for name in self.names:
             pair = create_key_pair(folder / f"{name}.key")
             AllowList(folder / "devices.yaml").register(name, pair.public)
-        self.run = {
+        self.run: dict[str, Any] = {
             "model": str(MODEL),
             "listen": address,
             "secret_key": "coordinator.key",
