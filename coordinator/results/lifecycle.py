@@ -82,8 +82,7 @@ def _unborn(config: ServeConfig) -> RunFolder | None:
     trained = any(row.get("round") for row in folder.rows(METRICS)) or folder.rows(TELEMETRY)
     if names <= {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LOCK} and not trained:
         return folder if CONFIG in names or names <= {LOCK} else None
-    endings = [row for row in folder.rows(EVENTS) if row.get("event") in ("run.started", _ENDED)]
-    if endings and endings[-1].get("outcome") == COMPLETED:
+    if has_ended(folder):
         raise ConfigError(
             f"run folder {path} exists, and its run is complete: choose another name, or write "
             f"its result once more with `coordinator export {path} --to FOLDER`"
@@ -91,7 +90,10 @@ def _unborn(config: ServeConfig) -> RunFolder | None:
     return None
 
 
-_ENDED = "run.ended"
+def has_ended(folder: RunFolder) -> bool:
+    """Return whether the run has come to its end, and whoever was there has been told."""
+    rows = [row for row in folder.rows(EVENTS) if row.get("event") in ("run.started", "run.ended")]
+    return bool(rows) and rows[-1].get("outcome") == COMPLETED
 
 
 def _forget_beginning(folder: RunFolder, names: tuple[str, ...]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.interface import Left, Received
 from coordinator.results.events import (
     AlreadyComplete,
     Exported,
     Listening,
+    RunFinished,
     RunPaused,
     Watcher,
 )
@@ -22,6 +25,7 @@ from coordinator.results.lifecycle import (
     COMPLETED,
     METRICS,
     Reopened,
+    has_ended,
     new_folder,
     reopened,
     restoring,
@@ -31,11 +35,17 @@ from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.command import stopping_on_signals
+from edge_sdk.deadline import Deadline
+from edge_sdk.errors import PeerGone
+from edge_sdk.protocol.messages import RunOver, Stamp
 from edge_sdk.transport.keys import KeyPair, load_key_pair
 
 # Seconds after Ctrl-C in which a run is left, with a step of its own or in the middle of one: less
 # than the 10 s after which containers are killed.
 STOP_S = 9.5
+# Seconds for devices that have not heard of the run's end: they are back within 5 s.
+FAREWELL_S = 10.0
+OVER = "the run is complete"
 
 
 def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
@@ -97,8 +107,32 @@ def _complete_again(run: Reopened, watcher: Watcher) -> None:
     folder = run.folder
     watchers, target = Watchers([RunFiles(folder), watcher]), folder.path / ADAPTER
     watchers.see(AlreadyComplete(folder.path))
+    if not has_ended(folder):
+        _tell_the_end(run, watchers)
     if not is_whole(folder, ADAPTER):
         watchers.see(Exported(ADAPTER, export_run(folder, target, merged=False), target))
+
+
+def _tell_the_end(run: Reopened, watcher: Watcher) -> None:
+    """Tell devices that the run is over: its coordinator was killed before it could.
+
+    Those that do not come soon have been told or have left.
+    """
+    assert run.checkpoint is not None
+    state, config, deadline = run.checkpoint.state, run.config, Deadline.after(FAREWELL_S)
+    missing = set(state["devices"])
+    with _gateway(config, load_key_pair(config.secret_key)) as gateway:
+        watcher.see(Listening(run.folder.path, gateway.address))
+        while (missing or gateway.devices()) and deadline.left_s():
+            for event in gateway.events(deadline.left_s()):
+                if isinstance(event, Left):
+                    missing.discard(event.device)
+                elif isinstance(event, Received):
+                    stamp = Stamp(run=state["run"], device=event.device)
+                    with suppress(PeerGone):
+                        gateway.send(event.device, RunOver(stamp=stamp, reason=OVER))
+                        gateway.drop(event.device, COMPLETED)
+    watcher.see(RunFinished(COMPLETED))
 
 
 def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from coordinator.results.events import AlreadyComplete, Exported, RunEvent
+from coordinator.results.events import AlreadyComplete, Exported, Listening, RunEvent, RunFinished
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import CONFIG, RunFolder
 from coordinator.rounds import launch
+from edge_sdk.client.client import EdgeClient
 from edge_sdk.config.describe import dump_config
 from edge_sdk.deadline import Deadline
 from edge_sdk.protocol.messages import StepReport
@@ -180,7 +181,7 @@ class Seen:
         return [type(event) for event in self.events]
 
 
-def ended(cluster: Cluster, *, is_killed: bool) -> Serving:
+def ended(cluster: Cluster, *, is_killed: bool) -> tuple[Serving, list[EdgeClient]]:
     """A run whose coordinator has ended, or was killed, before it wrote its adapter."""
     config = config_of(cluster)
     trap = Trap()
@@ -196,27 +197,32 @@ def ended(cluster: Cluster, *, is_killed: bool) -> Serving:
     serving.start()
     clients = cluster.start(data=held_out())
     assert serving.wait() == ("crashed" if is_killed else "completed")
-    for client in clients:
-        client.stop()
-    wait_all(clients)
-    return serving
+    return serving, clients
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["ended", "killed at its last row"])
 def test_a_complete_run_needs_no_device(cluster: Cluster, whole: Whole, is_killed: bool) -> None:
-    """Its last row stays whole; its adapter is written where it is missing or damaged, only."""
-    serving = ended(cluster, is_killed=is_killed)
+    """Its last row stays whole; its adapter is written where it is missing or damaged, only.
+
+    Devices that do not know of the end yet are told.
+    """
+    serving, clients = ended(cluster, is_killed=is_killed)
     path = serving.folder.path
     adapter = path / "adapter" / "adapter_model.safetensors"
     first, again, mended = Seen(), Seen(), Seen()
 
-    assert launch.resume(path, first, []) == "completed"
+    assert launch.resume(path, first, [f"listen={cluster.address}"]) == "completed"
+    wait_all(clients)
     written = adapter.read_bytes()
     assert launch.resume(path, again, []) == "completed"
     DAMAGES["a bit in the middle"](adapter)
     assert launch.resume(path, mended, []) == "completed"
 
-    assert first.kinds == mended.kinds == [AlreadyComplete, Exported]
+    if is_killed:
+        assert first.kinds == [AlreadyComplete, Listening, RunFinished, Exported]
+    else:
+        assert first.kinds == [AlreadyComplete, Exported]
+    assert mended.kinds == [AlreadyComplete, Exported]
     assert again.kinds == [AlreadyComplete]
     assert adapter.read_bytes() == written
     assert serving.metrics == whole.metrics
