@@ -132,8 +132,9 @@ class ProgressClock:
         found = Look([], self._settle(owed, here), [])
         for name, debt in sorted(owed.items()):
             wait = self._wait(name, debt, moved.get(name, 0))
-            if moved.get(name, 0) != wait.moved:
-                wait.moved, wait.quiet_s = moved.get(name, 0), 0.0
+            if moved.get(name, 0) > wait.moved:
+                wait.quiet_s = 0.0
+            wait.moved = moved.get(name, 0)  # less than before: the end of a session moves nothing
             is_due = wait.reminder.is_due(wait.quiet_s)
             if not is_due and wait.quiet_s < self.patience_s:
                 continue  # what others take is not looked up for everybody at every look

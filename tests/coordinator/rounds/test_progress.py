@@ -193,6 +193,20 @@ def test_a_device_on_its_way_back_has_the_patience_and_no_more() -> None:
     assert [s - 1 for s, _ in watch.lost] == [PATIENCE_S]
 
 
+def test_the_end_of_a_session_is_no_progress() -> None:
+    """Who left while it was waited for gets no second patience; a new session that moves counts."""
+    watch = Watch()
+    watch.wait(100, {"b": step(0, Owed.RETURN)}, {"b": 50})
+    watch.wait(10, {"b": step(0, Owed.RETURN)}, {})
+    assert watch.lost == []
+    watch.wait(1, {"b": step(0, Owed.RETURN)}, {"b": 1})
+    watch.wait(PATIENCE_S - 1, {"b": step(0, Owed.RETURN)}, {})
+    assert watch.lost == []
+    watch.wait(1, {"b": step(0, Owed.RETURN)}, {})
+
+    assert [late.device for _, late in watch.lost] == ["b"]
+
+
 def test_who_is_lost_again_and_again_sits_rounds_out() -> None:
     """Nothing after the first loss, then 1, 2, 4, 8 and 8 rounds; an upload clears it."""
     conduct, sat = Conduct(), []
