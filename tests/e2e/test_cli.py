@@ -98,6 +98,28 @@ def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
     assert "2 of 2 rounds" in status.text
 
 
+def test_one_ctrl_c_is_enough_beside_a_frozen_device(files: Cluster, start: Start) -> None:
+    """The coordinator leaves with 130 within 10 s; the frozen device wakes and joins again."""
+    serve = ("coordinator", "serve", "--config", "run.yaml", "rounds=5000", "min_devices=2")
+    coordinator = start(*serve)
+    coordinator.wait_for("listening at")
+    frozen, other = (start("edge-sdk", "run", "--config", f"{name}.yaml") for name in "ab")
+    other.wait_for("round 1")
+    frozen.freeze()
+
+    began_s = time.monotonic()
+    coordinator.interrupt()
+    assert coordinator.wait() == 130
+    assert time.monotonic() - began_s < 10.0
+    assert "stopped; go on with: coordinator resume" in coordinator.text
+
+    frozen.thaw()
+    resumed = start("coordinator", "resume", "runs/run")
+    resumed.wait_for("a: ready")
+    resumed.wait_for("b: ready")
+    resumed.wait_for_match(r"a: step +(\d+)/")
+
+
 def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
     """Once: a checkpoint, then exit 130, and it resumes. Twice: exit 130 at once."""
     serve = ("coordinator", "serve", "--config", "run.yaml", "rounds=5000", "min_devices=1")
