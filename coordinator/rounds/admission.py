@@ -43,9 +43,11 @@ from edge_sdk.protocol.messages import (
     Message,
     PartData,
     PartRequest,
+    Pause,
     PlanAssigned,
     Ready,
     Refused,
+    RoundStart,
     RunOver,
     Stamp,
     Welcome,
@@ -63,6 +65,8 @@ PART_DATA_BYTES = 4 * 1024 * 1024
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # A device may join again after so many errors that nobody foresaw; one more, and it is refused.
 MOST_UNFORESEEN = 2
+# Messages of which nothing was said by a device first.
+_OF_THE_RUN = (Welcome, PlanAssigned, RoundStart, Pause)
 
 
 class Admission:
@@ -119,7 +123,7 @@ class Admission:
             )
         self.codecs[device] = self._codec(device, hello)
         self._backends[device] = BACKENDS[hello.backend]
-        self._gateway.send(device, self._welcome(device))
+        self._deliver(device, self._welcome(device))
         if self._planner.is_fixed:
             self.assign(device)
 
@@ -146,10 +150,7 @@ class Admission:
                 return True
             parts = (*parts, graphs)
         assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts)
-        try:
-            self._gateway.send(device, assigned)
-        except LocalProtocolError as error:
-            raise ConfigError(f"the plan of {device} fits no message: {error}") from error
+        self._deliver(device, assigned)
         return True
 
     def _stamp(self, device: str) -> Stamp:
@@ -446,7 +447,26 @@ class Admission:
         That the device has left, and why, comes as an event of its own.
         """
         with self.part_of(device), suppress(PeerGone):
+            self._deliver(device, message, tensors)
+
+    def _deliver(
+        self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
+    ) -> None:
+        """Send a message; where no message can hold what the run wants to say, that is its fault.
+
+        Raises:
+            PeerGone: the device has no session.
+            ConfigError: the run is too large for a message.
+        """
+        try:
             self._gateway.send(device, message, tensors)
+        except LocalProtocolError as error:
+            if isinstance(message, _OF_THE_RUN):
+                raise ConfigError(
+                    f"what device {device} is to be told fits no message: {error}; train fewer "
+                    "weights (lora.target_modules)"
+                ) from error
+            raise
 
     def end(self, reason: str) -> None:
         """Tell every device that the run is over, and why."""

@@ -16,7 +16,9 @@ from coordinator.engine.local import LocalEngine
 from coordinator.results.events import RoundStarted, RunEvent
 from edge_sdk.errors import ConfigError, EdgeError, LocalProtocolError, NumericError, StorageError
 from edge_sdk.lora.adapters import Pair
+from edge_sdk.protocol import headers
 from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.headers import TensorSpec
 from edge_sdk.protocol.messages import AdapterUpload, Message, StepReport
 from edge_sdk.transport.link import NO_TENSORS
 from edge_sdk.transport.zmq_link import ZmqLink
@@ -210,3 +212,26 @@ def test_the_device_whose_part_cannot_be_computed_is_found(
     assert raised == [3, 1]
     [left] = [row for row in serving.events if row["event"] == "device.left"]
     assert (left["device"], "IndexError: nobody foresaw it" in left["reason"]) == ("b", True)
+
+
+@pytest.mark.parametrize("kind", ["Welcome", "PlanAssigned", "RoundStart"])
+def test_a_run_that_fits_no_message_blames_no_device(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A model with so many weights that a header cannot name them is a matter of the config."""
+    serving = cluster.serve()
+    encode = headers.encode_header
+
+    def short(message: Any, tensors: tuple[TensorSpec, ...] = ()) -> bytes:
+        if type(message).__name__ == kind:
+            raise LocalProtocolError(f"header of {kind} takes 70000 bytes")
+        return encode(message, tensors)
+
+    monkeypatch.setattr(headers, "encode_header", short)
+    serving.start()
+    clients = cluster.start()
+
+    with pytest.raises(ConfigError, match=r"fits no message: .*lora\.target_modules"):
+        serving.wait()
+
+    assert not any(client.wait(0.0) for client in clients)
