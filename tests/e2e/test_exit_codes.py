@@ -16,7 +16,7 @@ from edge_sdk.protocol import headers
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Gradient
 from edge_sdk.runtime.training import TrainingConfig
-from tests.e2e.cluster import Cluster, sentences, wait_all, write_rows
+from tests.e2e.cluster import PATIENCE_S, Cluster, sentences, wait_all, write_rows
 from tests.e2e.programs import Program, free_port, write_yaml
 
 Start = Callable[..., Program]
@@ -291,7 +291,7 @@ def test_a_welcome_of_another_protocol_is_refused(
     [client] = cluster.start("a")
 
     with pytest.raises(RefusedError, match=r"protocol version 2 \(edgesplit .*, this device 1 \("):
-        client.wait(20.0)
+        client.wait(PATIENCE_S)
 
 
 def test_a_newer_release_of_the_same_version_works(

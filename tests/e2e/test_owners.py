@@ -23,7 +23,7 @@ from edge_sdk.protocol.messages import AdapterUpload, Message, StepReport
 from edge_sdk.transport.link import NO_TENSORS
 from edge_sdk.transport.zmq_link import ZmqLink
 from profiler.profile import DeviceProfile
-from tests.e2e.cluster import Cluster, Trap, wait_all
+from tests.e2e.cluster import PATIENCE_S, Cluster, Trap, wait_all
 
 OURS: dict[str, Callable[[], Exception]] = {
     "full disk": lambda: StorageError("cannot write events.jsonl: No space left on device"),
@@ -101,7 +101,7 @@ def test_one_that_always_fails_is_sent_away(
     *_, bad = cluster.start()
 
     with pytest.raises(EdgeError, match="coordinator failed at what it sent: KeyError") as raised:
-        bad.wait(40.0)
+        bad.wait(PATIENCE_S)
     assert raised.value.exit_code == 1
     serving.coordinator.stop()
     assert serving.wait() == "paused"
@@ -168,7 +168,7 @@ def test_one_upload_spoils_nobody_elses_run(
     clients = dict(zip("abc", cluster.start(), strict=True))
 
     with pytest.raises(NumericError, match="beyond all measure"):
-        clients.pop("b").wait(40.0)
+        clients.pop("b").wait(PATIENCE_S)
     assert serving.wait() == "completed"
     wait_all(clients.values())
     assert all(row["train_loss"] < 10.0 for row in serving.rows[1:])
