@@ -42,7 +42,7 @@ from edge_sdk.transport.keys import KeyPair, load_key_pair
 
 # Seconds after Ctrl-C in which a run is left, with a step of its own or in the middle of one: less
 # than the 10 s after which containers are killed.
-STOP_S = 9.5
+STOP_S = 8.5
 # Seconds for devices that have not heard of the run's end: they are back within 5 s.
 FAREWELL_S = 10.0
 OVER = "the run is complete"

@@ -10,8 +10,8 @@ from coordinator.rounds.state import Action, Phase, debts
 
 # Seconds that a step may take to its end when the coordinator is to leave, and those that devices
 # then get to save their state. Together less than the 10 s after which a service is killed.
-STEP_PATIENCE_S = 4.5
-PAUSE_PATIENCE_S = 4.0
+STEP_PATIENCE_S = 4.0
+PAUSE_PATIENCE_S = 3.0
 
 
 class Pausing:

@@ -48,9 +48,9 @@ DEVICES = {
     "c": DeviceSettings(split=4, batch_size=4),
 }
 # A device that says something every BEAT_S is silent after SILENCE_S, on a slow machine too.
-BEAT_S, SILENCE_S = 0.1, 1.5
+BEAT_S, SILENCE_S = 0.1, 3.0
 # Long enough for every honest step of these tests.
-HANG_S = 4.0
+HANG_S = 6.0
 
 
 class Suspended(Callback):
