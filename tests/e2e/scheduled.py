@@ -108,9 +108,14 @@ class ScheduledLink:
         self.granted = 0
         """Messages that have arrived."""
         self.is_killed = False
+        self.dies_in = 0
+        """Messages of its own after which the process ends; 0: never."""
 
     def send(self, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
         """Put a message on its way; into a lost session nothing is sent."""
+        if self.dies_in:
+            self.dies_in -= 1
+            self.is_killed = not self.dies_in
         if self.is_killed:
             raise Killed
         self._session.ours.send(message, tensors)
@@ -234,7 +239,7 @@ class ScheduledGateway:
         self.next: Callable[[], list[Event]] = list
         self.fresh: list[Event] = []
         self.crash_in = 0
-        """Messages after which the process ends; 0: never."""
+        """Messages and events after which the process ends; 0: never."""
         self.has_rounded = False
         """Whether a device got factors and residual of later steps instead of its own state."""
         self._is_woken = False
@@ -261,14 +266,18 @@ class ScheduledGateway:
     ) -> None:
         """Put a message on its way."""
         session = self._find(device)
-        if self.crash_in:
-            self.crash_in -= 1
-            if not self.crash_in:
-                raise Crashed
+        self.come_nearer()
         if isinstance(message, RoundStart):
             self.has_rounded |= message.is_full and message.stamp.step > 0
         session.theirs.send(message, tensors)
         session.down += 1
+
+    def come_nearer(self) -> None:
+        """Come a message or an event nearer to a crash, where there is to be one."""
+        if self.crash_in:
+            self.crash_in -= 1
+            if not self.crash_in:
+                raise Crashed
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the size that a message of a device may have."""
