@@ -16,7 +16,7 @@ from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.server_model import ServerModel
-from coordinator.gateway.interface import Gateway
+from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher
@@ -36,6 +36,7 @@ from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
+from edge_sdk.protocol.messages import RunOver
 
 # Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
@@ -132,12 +133,17 @@ class Coordinator:
         After a pause there is no goodbye: devices keep trying, and join the run that is resumed.
         """
         gateway, deadline = self.gateway, Deadline.after(GOODBYE_S)
-        names = gateway.devices()
+        names = set(gateway.devices())
         for name in names:
             with suppress(PeerGone):
                 gateway.drop(name, COMPLETED)
-        while not set(names).isdisjoint(gateway.devices()) and deadline.left_s():
-            gateway.events(min(POLL_S, deadline.left_s()))
+        while not names.isdisjoint(gateway.devices()) and deadline.left_s():
+            for event in gateway.events(min(POLL_S, deadline.left_s())):
+                if isinstance(event, Received):  # of a new session: it has not heard of the end
+                    over = RunOver(stamp=self.run.stamp(event.device), reason="the run is complete")
+                    self.admission.send(event.device, over)
+                    with suppress(PeerGone):
+                        gateway.drop(event.device, COMPLETED)
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
