@@ -349,10 +349,12 @@ def model_of(config: ServeConfig, *, is_light: bool) -> ServerModel:
     return MODELS[id(config)]
 
 
-def go(kind: Kind, script: list[Step], seed: int, model: Path) -> Result:
+def go(
+    kind: Kind, script: list[Step], seed: int, model: Path, make_world: type[World] = World
+) -> Result:
     """Let a script happen to a run; look at what has been counted."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(BACKENDS, light=LIGHT):
-        world = World(Path(folder), kind, script, seed, str(model))
+        world = make_world(Path(folder), kind, script, seed, str(model))
         result = world.run()
     assert [row["round"] for row in result.rows] == list(range(ROUNDS + 1))
     for row in result.rows[1:]:
