@@ -26,7 +26,6 @@ from edge_sdk.errors import (
     EdgeError,
     OutOfMemory,
     RefusedError,
-    SessionLost,
     public_name,
     public_text,
 )
@@ -87,8 +86,6 @@ class Participant:
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop)
         self._stamp = Stamp()
-        self._unanswered = 0
-        """Hellos of this session that the coordinator has not answered."""
         self._welcome: Welcome | None = None
         self._assigned: PlanAssigned | None = None
         self._data: TokenizedData | None = None
@@ -143,7 +140,6 @@ class Participant:
     def _greet(self) -> Welcome:
         """Say Hello until the coordinator answers."""
         self._inbox.enter(State.GREETING)
-        self._unanswered += 1
         self._link.send(
             Hello(
                 stamp=self._stamp,
@@ -154,7 +150,8 @@ class Participant:
                 backend=self._setup.backend.name,
             )
         )
-        welcome = self._await_welcome()
+        patience_s = self._config.patience_s
+        welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
         if welcome.protocol != PROTOCOL_VERSION:
             raise RefusedError(
                 f"the coordinator speaks protocol version {welcome.protocol} (edgesplit "
@@ -162,19 +159,6 @@ class Participant:
                 f"{package_version()}); install the same version of edgesplit on both sides"
             )
         return welcome
-
-    def _await_welcome(self) -> Welcome:
-        """Return the answer to the last Hello; memory may have run out while one before waited."""
-        patience_s = self._config.patience_s
-        try:
-            while True:
-                welcome: Welcome = self._inbox.wait_for(Welcome, patience_s=patience_s).message
-                self._unanswered -= 1
-                if not self._unanswered:
-                    return welcome
-        except SessionLost:
-            self._unanswered = 0
-            raise
 
     def _enter(self, welcome: Welcome) -> None:
         """Enter the run that *welcome* describes."""

@@ -49,6 +49,8 @@ ORDERS = (PlanAssigned, RoundStart, Pause)
 _ALWAYS = {
     **dict.fromkeys((Refused, RunOver, Failure), MessageAction.END),
     **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), MessageAction.SKIP),
+    # The answer to a Hello before the last one: memory ran out while the device waited for it.
+    Welcome: MessageAction.SKIP,
 }
 # For a device that was ready before: its next Ready brings it back into the rounds.
 _LATE = dict.fromkeys((RoundStart, Pause), MessageAction.SKIP)
