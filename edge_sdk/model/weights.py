@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edge_sdk.errors import ModelError, StorageError, one_line
 from edge_sdk.files import atomic_write, storage_errors
@@ -245,7 +246,9 @@ class PartCache:
             now = _identity(path)
             if self._checked.get(part.sha256) == now:
                 return True
-            if now[1] == part.num_bytes and _digest(path) == part.sha256:
+            with path.open("rb") as file:
+                found = _digest(file) if now[1] == part.num_bytes else ""
+            if found == part.sha256:
                 self._checked[part.sha256] = now
                 return True
             log.warning("part.damaged name=%s file=%s; it is fetched again", part.name, path)
@@ -258,41 +261,56 @@ class PartCache:
 
     def received(self, part: Part) -> int:
         """Return the bytes of *part* that an interrupted download has left."""
-        partial = self._partial(part)
-        return partial.stat().st_size if partial.is_file() else 0
+        try:
+            return self._partial(part).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return 0  # not begun, or another device of this machine has finished it
 
     def append(self, part: Part, offset: int, data: memoryview | bytes) -> None:
         """Add a stretch of *part*; what is there already is written again with the same bytes.
 
-        Several devices of one machine may fetch the same part into the same folder at once.
+        Several devices of one machine may fetch the same part into the same folder at once: a
+        stretch that would leave a hole, as another of them has just finished the file, is dropped.
         """
-        if offset > self.received(part):
-            return
         with storage_errors(f"part {part.name!r} to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._partial(part), os.O_WRONLY | os.O_CREAT, 0o644)
+            how = os.O_WRONLY | (0 if offset else os.O_CREAT)
+            try:
+                handle = os.open(self._partial(part), how, 0o644)
+            except FileNotFoundError:
+                return
             with open(handle, "wb") as file:
-                file.seek(offset)
-                file.write(data)
+                if offset <= os.fstat(handle).st_size:
+                    file.seek(offset)
+                    file.write(data)
 
     def finish(self, part: Part) -> Path:
         """Check the hash of a complete download and move it into place.
 
+        Where another device of this machine has done so, and has begun anew, it is dropped.
+
         Raises:
             ModelError: the bytes are not those of the part; they are thrown away.
         """
-        partial = self._partial(part)
+        partial, path = self._partial(part), self.path(part)
+        own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
-            found = _digest(partial)
-            if found == part.sha256:
-                partial.replace(self.path(part))
-                self._checked[part.sha256] = _identity(self.path(part))
-                return self.path(part)
-            partial.unlink()
+            with partial.open("rb") as file:
+                checked, found = os.fstat(file.fileno()), _digest(file)
+            # Another device may put another file in its place meanwhile, but not in that of `own`.
+            partial.replace(own)
+            is_others = checked.st_size < part.num_bytes or own.stat().st_ino != checked.st_ino
+            if is_others or found != part.sha256:
+                own.unlink()
+            else:
+                own.replace(path)
+                self._checked[part.sha256] = _identity(path)
+            if is_others or found == part.sha256:
+                return path
         except FileNotFoundError:  # another device of this machine was faster
-            return self.path(part)
+            return path
         except OSError as error:
-            raise StorageError(f"cannot write {self.path(part)}: {error.strerror}") from error
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise ModelError(
             f"part {part.name!r} arrived damaged: sha256 {found[:12]}..., "
             f"expected {part.sha256[:12]}...; start again to fetch it again"
@@ -313,9 +331,8 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _digest(path: Path) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()

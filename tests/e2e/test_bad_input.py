@@ -163,7 +163,7 @@ def test_a_run_folder_that_cannot_be_written(
 ) -> None:
     """A file where the folder should be, and a name that is taken."""
     (cluster.folder / "file").write_text("")
-    (cluster.folder / "runs" / "old").mkdir(parents=True)
+    (cluster.folder / "runs" / "old" / "checkpoint-000006").mkdir(parents=True)
 
     assert "file" in refuse(capsys, 9, str(run_yaml), f"runs={cluster.folder / 'file'}")
     assert "resume" in refuse(capsys, 2, str(run_yaml), "name=old")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,27 @@ def test_a_whole_part_is_read_once_in_a_process(
     monkeypatch.setattr(weights, "_digest", None)
 
     assert cache.has(description)
+
+
+def test_devices_of_one_machine_fetch_a_part_at_once(
+    part: tuple[Part, bytes], tmp_path: Path
+) -> None:
+    """Each ends with the whole part, whoever finishes it first."""
+    description, data = part
+
+    def fetch(folder: Path) -> bytes:
+        cache = PartCache(folder)
+        while not cache.has(description):
+            offset = cache.received(description)
+            if offset < description.num_bytes:
+                cache.append(description, offset, data[offset : offset + len(data) // 8])
+                continue
+            cache.finish(description)
+        return cache.path(description).read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        for turn in range(50):
+            assert set(pool.map(fetch, [tmp_path / str(turn)] * 4)) == {data}
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(
