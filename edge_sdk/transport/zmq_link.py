@@ -59,6 +59,8 @@ class ZmqLink(AbstractContextManager["ZmqLink"]):
         if self._is_closed:
             raise LocalProtocolError("the link is closed")
         if self._io.dead is not None:
+            if not self._io.inbox.empty():
+                return  # why it is over is told by what came before, which `receive` has yet to say
             raise self._io.dead
         size = self._io.config.chunk_bytes
         # In a session that is lost meanwhile it is dropped, and `receive` says when that was.
