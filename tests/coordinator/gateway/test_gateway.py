@@ -21,7 +21,15 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError, SessionLost
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
-from edge_sdk.protocol.messages import AdapterUpload, Failure, Pause, Paused, Refused, Stamp
+from edge_sdk.protocol.messages import (
+    AdapterUpload,
+    Failure,
+    Goodbye,
+    Pause,
+    Paused,
+    Refused,
+    Stamp,
+)
 from edge_sdk.protocol.packets import Attach, Kind, Lane, Packet
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.keys import KeyPair, make_key_pair
@@ -225,6 +233,25 @@ def test_dropped_device_gets_what_was_queued_and_the_reason(gateway: ZmqGateway)
     assert events[-1] == Left("one", "wrong model")
     with pytest.raises(PeerGone, match="no session"):
         gateway.send("one", Pause(stamp=Stamp()))
+
+
+def test_a_device_that_speaks_hears_first_why_it_was_dropped(gateway: ZmqGateway) -> None:
+    """What it sends after the end raises nothing before it has received the last words."""
+    with open_link(gateway) as link:
+        until(gateway, Joined)
+        gateway.send("one", Refused(stamp=Stamp(), reason="the last words"))
+        gateway.drop("one", "dropped")
+        until(gateway, Left)  # it has confirmed them
+
+        deadline = Deadline.after(30)
+        while link._io.dead is None:
+            assert deadline.left_s()
+            time.sleep(0.01)
+        link.send(Goodbye(stamp=Stamp(), reason="stopped"))
+
+        assert link.receive(Deadline.after(30)).message.reason == "the last words"
+        with pytest.raises(RefusedError, match="dropped"):
+            link.receive(Deadline.after(30))
 
 
 def test_revoked_key_ends_a_live_session(gateway: ZmqGateway, allowed: AllowList) -> None:
