@@ -24,6 +24,8 @@ from edge_sdk.files import storage_errors
 
 # How a run ends: with its result, or so that it can go on.
 COMPLETED, PAUSED = "completed", "paused"
+# What devices are told of a run that has its result.
+OVER = "the run is complete"
 ADAPTER = "adapter"
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
 ENVIRONMENT = "env.json"

@@ -11,7 +11,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
-from coordinator.results.lifecycle import COMPLETED, PAUSED
+from coordinator.results.lifecycle import COMPLETED, OVER, PAUSED
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
@@ -187,5 +187,5 @@ class RoundExecutor:
     def _close(self) -> None:
         self._run.reporting.flush()
         self._checkpoints.save()  # whoever resumes it finds the last row complete
-        self._admission.end("the run is complete")
+        self._admission.end(OVER)
         self.outcome = COMPLETED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
@@ -33,11 +32,10 @@ from coordinator.results.lifecycle import (
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
-from coordinator.rounds.loop import Coordinator
+from coordinator.rounds.loop import Coordinator, tell_end
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import PeerGone
-from edge_sdk.protocol.messages import RunOver, Stamp
+from edge_sdk.protocol.messages import Stamp
 from edge_sdk.transport.keys import KeyPair, load_key_pair
 
 # Seconds after Ctrl-C in which a run is left, with a step of its own or in the middle of one: less
@@ -45,7 +43,6 @@ from edge_sdk.transport.keys import KeyPair, load_key_pair
 STOP_S = 8.5
 # Seconds for devices that have not heard of the run's end: they are back within 5 s.
 FAREWELL_S = 10.0
-OVER = "the run is complete"
 
 
 def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = None) -> str:
@@ -128,10 +125,7 @@ def _tell_the_end(run: Reopened, watcher: Watcher) -> None:
                 if isinstance(event, Left):
                     missing.discard(event.device)
                 elif isinstance(event, Received):
-                    stamp = Stamp(run=state["run"], device=event.device)
-                    with suppress(PeerGone):
-                        gateway.send(event.device, RunOver(stamp=stamp, reason=OVER))
-                        gateway.drop(event.device, COMPLETED)
+                    tell_end(gateway, Stamp(run=state["run"], device=event.device))
     watcher.see(RunFinished(COMPLETED))
 
 

@@ -20,7 +20,7 @@ from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher
-from coordinator.results.lifecycle import COMPLETED
+from coordinator.results.lifecycle import COMPLETED, OVER
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
@@ -36,7 +36,7 @@ from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
-from edge_sdk.protocol.messages import RunOver
+from edge_sdk.protocol.messages import RunOver, Stamp
 
 # Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
@@ -140,15 +140,19 @@ class Coordinator:
         while not names.isdisjoint(gateway.devices()) and deadline.left_s():
             for event in gateway.events(min(POLL_S, deadline.left_s())):
                 if isinstance(event, Received):  # of a new session: it has not heard of the end
-                    over = RunOver(stamp=self.run.stamp(event.device), reason="the run is complete")
-                    self.admission.send(event.device, over)
-                    with suppress(PeerGone):
-                        gateway.drop(event.device, COMPLETED)
+                    tell_end(gateway, self.run.stamp(event.device))
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
         self._executor.stop_asked = True
         self.gateway.wake()
+
+
+def tell_end(gateway: Gateway, stamp: Stamp) -> None:
+    """Tell the device of *stamp*, if it is still here, that the run is over; end its session."""
+    with suppress(PeerGone):
+        gateway.send(stamp.device, RunOver(stamp=stamp, reason=OVER))
+        gateway.drop(stamp.device, COMPLETED)
 
 
 def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
