@@ -198,6 +198,9 @@ def _run(command: list[str], cwd: Path, environment: dict[str, str], _output: No
     sys.exit(script.load()())
 
 
+Start = Callable[..., Program]
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as probe:

@@ -4,66 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import pytest
 
 from edge_sdk.transport.keys import create_key_pair, load_key_pair
-from tests.e2e.cluster import Cluster, sentences, write_rows
-from tests.e2e.programs import Program, free_port, write_yaml
+from tests.e2e.cluster import Cluster
+from tests.e2e.programs import Start
 
 NOISE = ("Traceback", "Warning", "warning:", "Loading weights", "%|", "it/s]", "Error in")
-Start = Callable[..., Program]
-
-
-@pytest.fixture
-def start(cluster: Cluster) -> Iterator[Start]:
-    """Start a program in the cluster's folder; it is ended with the test."""
-    programs: list[Program] = []
-
-    def begin(name: str, *arguments: str, is_cold: bool = False) -> Program:
-        programs.append(Program(name, *arguments, cwd=cluster.folder, is_cold=is_cold))
-        return programs[-1]
-
-    yield begin
-    for program in programs:
-        program.kill()
-
-
-@pytest.fixture
-def files(cluster: Cluster) -> Cluster:
-    """Configurations of a coordinator and of devices a, b and c in the cluster's folder."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    (cluster.folder / "coordinator.pub").write_text(cluster.public)
-    write_yaml(
-        cluster.folder / "run.yaml",
-        {
-            "model": str(cluster.model),
-            "listen": address,
-            "secret_key": "coordinator.key",
-            "allow_list": "devices.yaml",
-            "runs": "runs",
-            "name": "run",
-            "rounds": 2,
-            "steps_per_round": 3,
-            "min_devices": 2,
-            "default": {"split": 2, "batch_size": 4, "codec": "float32"},
-            "device": "cpu",
-        },
-    )
-    for name in cluster.names:
-        settings: dict[str, Any] = {
-            "coordinator": address,
-            "server_key": "coordinator.pub",
-            "secret_key": f"{name}.key",
-            "data": {"path": f"{name}.jsonl", "validation_fraction": 0.25},
-            "cache": str(cluster.parts),
-            "device": "cpu",
-        }
-        write_yaml(cluster.folder / f"{name}.yaml", settings)
-        write_rows(cluster.folder / f"{name}.jsonl", sentences(ord(name)))
-    return cluster
 
 
 def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,8 @@ from tests.e2e.cluster import (
     held_out,
     sentences,
     wait_all,
-    write_rows,
 )
-from tests.e2e.programs import PATIENCE_S, Program, free_port, write_yaml
+from tests.e2e.programs import PATIENCE_S, Program, Start
 from tests.e2e.test_resume import Whole, complete, config_of, leaving_at, same
 
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
@@ -230,57 +229,6 @@ def test_a_complete_run_needs_no_device(cluster: Cluster, whole: Whole, is_kille
 
 
 # ---- real programs ----
-
-Start = Callable[..., Program]
-
-
-@pytest.fixture
-def start(cluster: Cluster) -> Iterator[Start]:
-    """Start a program in the cluster's folder; it is ended with the test."""
-    programs: list[Program] = []
-
-    def begin(name: str, *arguments: str) -> Program:
-        programs.append(Program(name, *arguments, cwd=cluster.folder))
-        return programs[-1]
-
-    yield begin
-    for program in programs:
-        program.kill()
-
-
-@pytest.fixture
-def files(cluster: Cluster) -> Cluster:
-    """Configurations of a coordinator and of devices a and b in the cluster's folder."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    (cluster.folder / "coordinator.pub").write_text(cluster.public)
-    write_yaml(
-        cluster.folder / "run.yaml",
-        {
-            "model": str(cluster.model),
-            "listen": address,
-            "secret_key": "coordinator.key",
-            "allow_list": "devices.yaml",
-            "runs": "runs",
-            "name": "run",
-            "rounds": 2,
-            "steps_per_round": 3,
-            "min_devices": 2,
-            "default": {"split": 2, "batch_size": 4, "codec": "float32"},
-            "device": "cpu",
-        },
-    )
-    for name in "ab":
-        settings: dict[str, Any] = {
-            "coordinator": address,
-            "server_key": "coordinator.pub",
-            "secret_key": f"{name}.key",
-            "data": {"path": f"{name}.jsonl", "validation_fraction": 0.25},
-            "cache": str(cluster.parts),
-            "device": "cpu",
-        }
-        write_yaml(cluster.folder / f"{name}.yaml", settings)
-        write_rows(cluster.folder / f"{name}.jsonl", sentences(ord(name)))
-    return cluster
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:

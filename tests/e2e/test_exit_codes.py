@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,9 @@ from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Gradient
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import PATIENCE_S, Cluster, sentences, wait_all, write_rows
-from tests.e2e.programs import Program, free_port, write_yaml
+from tests.e2e.programs import Program, Start, free_port, write_yaml
 
-Start = Callable[..., Program]
 Sent = tuple[Any, dict[str, TensorOut]]
-
-
-@pytest.fixture
-def start(cluster: Cluster) -> Iterator[Start]:
-    """Start a program in the cluster's folder; it is ended with the test."""
-    programs: list[Program] = []
-
-    def begin(name: str, *arguments: str, **environment: str) -> Program:
-        programs.append(Program(name, *arguments, cwd=cluster.folder, **environment))
-        return programs[-1]
-
-    yield begin
-    for program in programs:
-        program.kill()
 
 
 def device_yaml(cluster: Cluster, address: str, name: str = "a") -> str:
