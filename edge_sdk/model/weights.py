@@ -73,6 +73,14 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def hub_origin(folder: Path) -> tuple[str, str] | tuple[None, None]:
+    """Return hub id and commit of a snapshot in a hub cache; two times None for other folders."""
+    names = folder.absolute().parts[-3:]
+    if len(names) < 3 or names[1] != "snapshots" or not names[0].startswith("models--"):
+        return None, None
+    return "/".join(names[0].split("--")[1:]), names[2]
+
+
 class ModelSource:
     """A model on local disk, opened for reading part by part; tensors stay memory-mapped."""
 
@@ -89,6 +97,10 @@ class ModelSource:
         from edge_sdk.model.layout import find_layout
 
         self.folder = locate(model, revision)
+        self.hub_id: str | None
+        self.revision: str | None
+        self.hub_id, self.revision = hub_origin(self.folder)
+        """Where others find the model: its hub id and commit; None for a folder of one's own."""
         self.task = task
         self.config = load_config(self.folder, num_labels)
         self.layout: Layout = find_layout(self.config, task)

@@ -156,6 +156,15 @@ def test_a_hub_id_comes_from_the_cache(folder: Path, tmp_path: Path) -> None:
     assert ModelSource(done.stdout.strip(), "causal-lm").layout.num_blocks == 5
 
 
+def test_a_source_remembers_where_others_find_it(folder: Path, tmp_path: Path) -> None:
+    """A snapshot in a hub cache is an id and a commit, a folder of one's own is neither."""
+    snapshot = fake_hub(folder, tmp_path)
+    cached, own = ModelSource(str(snapshot), "causal-lm"), ModelSource(str(folder), "causal-lm")
+
+    assert (cached.hub_id, cached.revision) == ("someone/tiny", snapshot.name)
+    assert (own.hub_id, own.revision) == (None, None)
+
+
 @pytest.mark.parametrize("model", ["nobody/absent", "./absent", "~/absent-model", "a b/c d/e"])
 def test_a_missing_model_is_one_line(model: str) -> None:
     """Neither a folder nor an id in the cache: one line that names it, exit code 8."""
