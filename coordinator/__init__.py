@@ -9,13 +9,13 @@ from profiler.door import lazy_door
 
 if TYPE_CHECKING:
     from coordinator.config.run import ServeConfig
-    from coordinator.results.export import export_run
+    from coordinator.export.run import export_run
     from coordinator.rounds.launch import resume, serve
 
 __all__ = ["export_run", "resume", "serve", "ServeConfig"]
 
 _HOMES = {
-    "export_run": "results.export",
+    "export_run": "export.run",
     "resume": "rounds.launch",
     "serve": "rounds.launch",
     "ServeConfig": "config.run",

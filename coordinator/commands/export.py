@@ -20,8 +20,8 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from coordinator.export.run import export_run
     from coordinator.lab.centralised.run import export_pooled
-    from coordinator.results.export import export_run
 
     if options.to.exists() and any(options.to.iterdir()):
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")

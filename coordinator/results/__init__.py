@@ -1,9 +1,8 @@
-"""What a run leaves behind and shows meanwhile: folder, metrics, console, exports."""
+"""What a run leaves behind and shows meanwhile: folder, metrics, console."""
 
 __all__ = [
     "console",
     "events",
-    "export",
     "history",
     "json_text",
     "lifecycle",

@@ -18,8 +18,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
+from coordinator.export.adapter import export_adapter
 from coordinator.planning.interface import Planning
-from coordinator.results.export import export_adapter
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.training_state import under

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
+from coordinator.export.run import export_run
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
@@ -18,7 +19,6 @@ from coordinator.results.events import (
     RunPaused,
     Watcher,
 )
-from coordinator.results.export import export_run
 from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,

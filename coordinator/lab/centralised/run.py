@@ -14,6 +14,8 @@ from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
+from coordinator.export.adapter import export_adapter
+from coordinator.export.merged import export_merged
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -30,7 +32,6 @@ from coordinator.results.events import (
     RunStarted,
     Watcher,
 )
-from coordinator.results.export import export_adapter, export_merged
 from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,

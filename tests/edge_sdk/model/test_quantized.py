@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from coordinator.results.export import export_adapter
+from coordinator.export.adapter import export_adapter
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError

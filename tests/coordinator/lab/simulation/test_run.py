@@ -14,6 +14,7 @@ import torch
 from coordinator.commands.simulate import load_simulation
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.export.run import export_run
 from coordinator.lab.simulation import device as simulated_device
 from coordinator.lab.simulation import run as simulation
 from coordinator.lab.simulation.boards import Board, Connection, Scale
@@ -23,7 +24,6 @@ from coordinator.lab.simulation.device import InstrumentedRuntime, SharedCompute
 from coordinator.lab.simulation.result import SimulationResult
 from coordinator.lab.simulation.run import simulate
 from coordinator.results.events import RunEvent, StepDone
-from coordinator.results.export import export_run
 from coordinator.results.run_folder import CONFIG
 from coordinator.results.watchers import Watchers
 from edge_sdk.config.loader import load_config

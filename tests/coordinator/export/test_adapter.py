@@ -11,14 +11,9 @@ import peft
 import pytest
 import torch
 
-from coordinator.results import export
-from coordinator.results.export import (
-    ExportError,
-    export_adapter,
-    export_merged,
-    load_base,
-    trained_slice,
-)
+from coordinator.export.adapter import export_adapter
+from coordinator.export.check import ExportError, load_base, trained_slice
+from coordinator.export.merged import export_merged
 from edge_sdk.errors import StorageError
 from edge_sdk.lora.factors import Factors, zero
 from edge_sdk.lora.targets import LoraConfig, find_targets
@@ -153,7 +148,7 @@ def test_a_run_that_learned_nothing_is_exported(tmp_path: Path) -> None:
     assert export_adapter(trained.source, nothing, {}, tmp_path / "out") == 0.0
 
 
-@pytest.mark.parametrize("write", [export.export_adapter, export.export_merged])
+@pytest.mark.parametrize("write", [export_adapter, export_merged])
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, write: Any) -> None:
     """A file in the folder's place: a storage error with exit code 9."""
     trained = Trained("llama", tmp_path / "base")

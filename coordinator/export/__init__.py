@@ -1,0 +1,8 @@
+"""A run's result in files that other programs read; each is read back before it counts as done."""
+
+__all__ = [
+    "adapter",
+    "check",
+    "merged",
+    "run",
+]
