@@ -1,3 +1,3 @@
 """Private rows to batches of tokens: reading, tokenising and batching, without torch."""
 
-__all__ = ["batches", "fast_tokenizer", "readers", "rows", "tokenize"]
+__all__ = ["batches", "fast_tokenizer", "readers", "rows", "schemas", "tokenize"]

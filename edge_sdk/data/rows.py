@@ -7,24 +7,15 @@ line and column, and never quote a sample: the data is private and errors travel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
 from edge_sdk.data.readers import RowSource, read_records, source_name
+from edge_sdk.data.schemas import SCHEMAS, WORDS, Schema, check_columns, read_fields
 from edge_sdk.errors import ConfigError, DataError
-
-Schema = Literal["text", "completion", "chat", "label"]
-SCHEMAS: dict[Schema, tuple[str, ...]] = {
-    "text": ("text",),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "label": ("text", "label"),
-}
-"""The columns that make each schema."""
-WORDS = ("text", "prompt", "completion", "messages", "label")
-ALLOWED = "text; prompt and completion; messages; or text and label"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +36,9 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Our word -> their column, e.g. {"prompt": "mr", "completion": "ref"}; then other columns
     are ignored. Empty: the columns have our names."""
+    alpaca: Literal["prompt", "chat"] = "prompt"
+    """What a row with instruction, input and output becomes: the prompt text of the Alpaca data
+    set, or a chat for the model's template."""
     labels: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers; needed where labels are strings."""
     max_length: int | None = None
@@ -67,7 +61,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         object.__setattr__(self, "labels", tuple(self.labels))
-        _check_columns(self.columns)
+        check_columns(self.columns)
+        if self.alpaca not in ("prompt", "chat"):
+            raise ValueError(f"alpaca must be 'prompt' or 'chat', got {self.alpaca!r}")
         for key in ("max_length", "limit"):
             value, least = getattr(self, key), 2 if key == "max_length" else 1
             if value is not None and (type(value) is not int or value < least):
@@ -94,7 +90,14 @@ class Row:
     prompt: str = ""
     completion: str = ""
     messages: tuple[dict[str, Any], ...] = ()
-    """Chat turns, each with `role` and `content`; at least one is the assistant's."""
+    """Chat turns as templates take them: `role`; `content`, None beside `tool_calls` alone;
+    `tool_calls`, whose arguments are objects; `tool_call_id`, `name`, and what else a turn has."""
+    targets: tuple[int, ...] = ()
+    """Positions in `messages` of the turns that carry loss, at least one, all the assistant's."""
+    asked: int = 0
+    """Turns at the beginning that are the prompt of a row with prompt and completion; else 0."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What a chat may call, each `{"type": "function", "function": {...}}`."""
     label: int | str | None = None
 
 
@@ -121,7 +124,8 @@ def load_rows(source: RowSource | None, config: DataConfig) -> list[Row]:
     records = read_records(source, wanted, config.name, config.split)
     rows: list[Row] = []
     for where, record in islice(records, config.limit):
-        row = _row(record, where, config)
+        _, fields = read_fields(record, where, config.columns, config.alpaca)
+        row = Row(where=where, **fields)
         if rows and row.schema != rows[0].schema:
             ours, first = " + ".join(SCHEMAS[row.schema]), " + ".join(SCHEMAS[rows[0].schema])
             raise DataError(f"{where}: has {ours}, but {rows[0].where} has {first}; do not mix")
@@ -161,8 +165,7 @@ def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row]
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        key = row.prompt if row.schema == "completion" else str(index)
-        groups.setdefault(key, []).append(index)
+        groups.setdefault(_prompt_of(row, str(index)), []).append(index)
     if len(groups) < 2:
         raise DataError(f"{rows[0].where}: too few rows to hold out a validation shard")
     wanted, chosen = max(1, round(fraction * len(rows))), set[int]()
@@ -175,6 +178,13 @@ def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row]
     return train, [rows[index] for index in sorted(chosen)]
 
 
+def _prompt_of(row: Row, default: str) -> str:
+    """Return what a row is an answer to, or *default* where that does not stand apart."""
+    if row.schema == "completion":
+        return row.prompt
+    return json.dumps(row.messages[: row.asked]) if row.asked else default
+
+
 def _load_validation(config: DataConfig) -> list[Row]:
     """Read the validation shard with the columns of *config*."""
     shard = DataConfig(
@@ -184,99 +194,3 @@ def _load_validation(config: DataConfig) -> list[Row]:
         columns=config.columns,
     )
     return load_rows(None, shard)
-
-
-def _check_columns(columns: Mapping[str, str]) -> None:
-    """Refuse a mapping that does not name the columns of exactly one schema."""
-    if not columns:
-        return
-    if sorted(columns) not in [sorted(words) for words in SCHEMAS.values()]:
-        raise ValueError(f"columns must name {ALLOWED}; got {sorted(columns)}")
-    if not all(isinstance(column, str) and column for column in columns.values()):
-        raise ValueError(f"columns must map to names of columns, got {dict(columns)}")
-
-
-def _missing(columns: Iterable[Any], where: str, config: DataConfig) -> DataError:
-    """Return the error for a row that has values in *columns* only, too few for any schema."""
-    have = ", ".join(sorted(map(str, columns))[:20]) or "no values"
-    if config.columns:
-        lost = sorted(set(config.columns.values()) - set(columns))
-        return DataError(f"{where}: lacks {', '.join(lost)}; it has {have}")
-    return DataError(f"{where}: needs {ALLOWED}; it has {have}. Map names with `columns`")
-
-
-def _row(record: Any, where: str, config: DataConfig) -> Row:
-    """Return *record* as a checked row.
-
-    Raises:
-        DataError: Not a dictionary, no or several schemas, or an unusable value.
-    """
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: is {type(record).__name__}, not an object with named columns")
-    names = config.columns or {word: word for word in WORDS}
-    values = {word: record.get(column) for word, column in names.items()}
-    values = {word: value for word, value in values.items() if value is not None}
-    schema = _schema(values.keys(), record, where, config)
-    checked: dict[str, Any] = {}
-    for word in SCHEMAS[schema]:
-        if word == "messages":
-            checked[word] = _messages(values[word], where)
-        elif word == "label":
-            checked[word] = _label(values[word], where)
-        else:
-            checked[word] = _text(values[word], where, word, may_be_empty=word == "prompt")
-    return Row(schema=schema, where=where, **checked)
-
-
-def _schema(
-    words: Iterable[str], record: Mapping[str, Any], where: str, config: DataConfig
-) -> Schema:
-    """Return the one schema whose columns are all among *words*."""
-    found = [schema for schema, needed in SCHEMAS.items() if set(needed) <= set(words)]
-    if "label" in found:
-        found.remove("text")
-    if config.columns and set(config.columns) != set(words) or not found:
-        present = [column for column, value in record.items() if value is not None]
-        raise _missing(present, where, config)
-    if len(found) > 1:
-        raise DataError(f"{where}: could be {' or '.join(found)}; say which with `columns`")
-    return found[0]
-
-
-def _text(value: Any, where: str, word: str, *, may_be_empty: bool) -> str:
-    """Return *value* if it is text that a tokenizer can take."""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {word} is {type(value).__name__}, not text")
-    if not may_be_empty and not value.strip():
-        raise DataError(f"{where}: {word} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {word} holds half of a surrogate pair") from error
-    return value
-
-
-def _label(value: Any, where: str) -> int | str:
-    """Return *value* if it can stand for a class."""
-    if isinstance(value, str) and value.strip():
-        return value
-    if hasattr(value, "__index__") and not isinstance(value, bool):
-        return int(value)
-    raise DataError(f"{where}: label is {type(value).__name__}, not a number or a name")
-
-
-def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Return the turns of a chat if each has a role and content and one is the assistant's."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where}: messages must be a list of turns")
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{where}: turn {number} of messages is not an object")
-        _text(turn.get("role"), where, f"role of turn {number}", may_be_empty=False)
-        is_ours = turn.get("role") == "assistant"
-        _text(turn.get("content"), where, f"content of turn {number}", may_be_empty=not is_ours)
-        turns.append({key: item for key, item in turn.items() if item is not None})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"{where}: messages hold no turn of the assistant, nothing to learn")
-    return tuple(turns)

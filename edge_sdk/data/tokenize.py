@@ -162,9 +162,7 @@ def chat_segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Segment]
     """
     whole = _render(row, len(row.messages), tokenizer)
     segments, done = [], 0
-    for index, turn in enumerate(row.messages):
-        if turn["role"] != "assistant":
-            continue
+    for index in row.targets:
         before = _render(row, index, tokenizer, ask=True) if index else ""
         after = _render(row, index + 1, tokenizer)
         if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):

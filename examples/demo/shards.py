@@ -14,7 +14,8 @@ from processes import ROOT
 
 from coordinator.lab.simulation.sharding import contiguous_shards, iid_shards
 from edge_sdk.data.readers import FILE_SUFFIXES
-from edge_sdk.data.rows import SCHEMAS, DataConfig, Row, hold_out, load_rows
+from edge_sdk.data.rows import DataConfig, Row, hold_out, load_rows
+from edge_sdk.data.schemas import SCHEMAS
 from edge_sdk.errors import ConfigError, DataError
 
 # Evaluated after every round, so not too many; spread over the whole file.

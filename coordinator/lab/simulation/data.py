@@ -18,7 +18,8 @@ from coordinator.lab.simulation.sharding import (
     length_classes,
 )
 from edge_sdk.data.readers import read_records
-from edge_sdk.data.rows import WORDS, DataConfig, Row, load_rows
+from edge_sdk.data.rows import DataConfig, Row, load_rows
+from edge_sdk.data.schemas import WORDS
 from edge_sdk.errors import ConfigError
 
 # Texts without a class are sorted into so many classes by their length.

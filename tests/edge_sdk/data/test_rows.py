@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.data.rows import SCHEMAS, DataConfig, Row, hold_out, load_data, load_rows
+from edge_sdk.data.rows import DataConfig, Row, hold_out, load_data, load_rows
+from edge_sdk.data.schemas import SCHEMAS
 from edge_sdk.errors import DataError
 
 PAIR = {"prompt": "p", "completion": "c"}
