@@ -18,6 +18,7 @@ from edge_sdk.client.backends import RuntimeRequest, choose_backend
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import load_data
+from edge_sdk.data.tally import Tally
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
 from edge_sdk.files import atomic_write
@@ -105,15 +106,19 @@ class RuntimeSetup:
         assert self._files is not None, "files come first"
         tokenizer = self.backend.tokenizer(self._files)
         seed = int(welcome.training["seed"])
-        rows, held_out = load_data(self._dataset, self._config.data, seed)
+        config, tally = self._config.data, Tally(self._config.data.bad_rows)
+        rows, held_out = load_data(self._dataset, config, seed, tally)
         limits = ModelLimits(
             vocab_size=welcome.vocab_size,
             max_positions=welcome.max_length,
             num_labels=welcome.num_labels or None,
         )
+        train = tokenize_rows(rows, tokenizer, config, limits, tally)
+        validation = tokenize_rows(held_out, tokenizer, config, limits, tally)
+        tally.say()
         return TokenizedData(
-            train=tokenize_rows(rows, tokenizer, self._config.data, limits),
-            validation=tokenize_rows(held_out, tokenizer, self._config.data, limits),
+            train=train,
+            validation=validation,
             vocab_size=len(tokenizer),
             pad_id=welcome.pad_id,
         )

@@ -1,3 +1,11 @@
 """Private rows to batches of tokens: reading, tokenising and batching, without torch."""
 
-__all__ = ["batches", "fast_tokenizer", "readers", "rows", "schemas", "tokenize"]
+__all__ = [
+    "batches",
+    "fast_tokenizer",
+    "readers",
+    "rows",
+    "schemas",
+    "tally",
+    "tokenize",
+]

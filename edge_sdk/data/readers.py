@@ -34,7 +34,8 @@ class Indexable(Protocol):
 
 RowSource = str | Path | Indexable | Iterable[Mapping[str, Any]]
 Records = Iterator[tuple[str, Any]]
-"""Pairs ``(where, record)``: ``file:line``, lines counted from 1, and hopefully a dictionary."""
+"""Pairs ``(where, record)``: ``file:line``, lines counted from 1, and hopefully a dictionary; or
+the `DataError` that says what is wrong there, where reading can go on behind it."""
 
 
 def source_name(source: RowSource) -> str:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from edge_sdk.data.readers import RowSource, read_records, source_name
 from edge_sdk.data.schemas import SCHEMAS, WORDS, Schema, check_columns, read_fields
+from edge_sdk.data.tally import Tally
 from edge_sdk.errors import ConfigError, DataError
+
+CHOICES = {
+    "alpaca": ("prompt", "chat"),
+    "bad_rows": ("refuse", "skip"),
+    "too_long": ("refuse", "cut", "drop"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +49,13 @@ class DataConfig:
     """Names of the classes in the order of their numbers; needed where labels are strings."""
     max_length: int | None = None
     """Tokens of the longest sequence; None: what the model can take."""
-    too_long: Literal["error", "cut"] = "error"
-    """What happens to a longer sequence: refuse the data set, or keep its first tokens."""
+    too_long: Literal["refuse", "cut", "drop", "error"] = "refuse"
+    """What happens to a longer sequence: refuse the data set; keep its first tokens, or leave the
+    row out where no target is among them; leave the row out. `error` is refuse by its old name."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What happens to a row that cannot be used (not JSON, an empty completion, an unknown class):
+    refuse the data set, or skip the row. How many were left out and where the first ones are is
+    said at the start."""
     validation: str | None = None
     """File or data set id of a private validation shard; same columns as the training data."""
     validation_split: str = "validation"
@@ -62,14 +73,15 @@ class DataConfig:
         """Check every field."""
         object.__setattr__(self, "labels", tuple(self.labels))
         check_columns(self.columns)
-        if self.alpaca not in ("prompt", "chat"):
-            raise ValueError(f"alpaca must be 'prompt' or 'chat', got {self.alpaca!r}")
+        if self.too_long == "error":
+            object.__setattr__(self, "too_long", "refuse")
+        for key, choices in CHOICES.items():
+            if (value := getattr(self, key)) not in choices:
+                raise ValueError(f"{key} must be {' or '.join(map(repr, choices))}, got {value!r}")
         for key in ("max_length", "limit"):
             value, least = getattr(self, key), 2 if key == "max_length" else 1
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{key} must be a number of at least {least}, got {value!r}")
-        if self.too_long not in ("error", "cut"):
-            raise ValueError(f"too_long must be 'error' or 'cut', got {self.too_long!r}")
         if not 0.0 <= self.validation_fraction < 1.0:
             value = self.validation_fraction
             raise ValueError(f"validation_fraction must be in [0, 1), got {value}")
@@ -101,13 +113,16 @@ class Row:
     label: int | str | None = None
 
 
-def load_rows(source: RowSource | None, config: DataConfig) -> list[Row]:
+def load_rows(
+    source: RowSource | None, config: DataConfig, tally: Tally | None = None
+) -> list[Row]:
     """Read and check every row of *source*, up to ``config.limit``.
 
     Args:
         source: A file, a data set id, an iterable of dictionaries, or a data set with ``len``
             and ``[]``; None stands for ``config.path``.
         config: Columns, split and limit; paths are relative to the working directory.
+        tally: Counts what is skipped; without one that goes to the log.
 
     Returns:
         The rows in their order, all of one schema.
@@ -120,32 +135,53 @@ def load_rows(source: RowSource | None, config: DataConfig) -> list[Row]:
         raise ConfigError("path must name a file or a data set, got None")
     source = config.path if source is None else source
     assert source is not None
+    counted = tally or Tally(config.bad_rows)
     wanted = set(config.columns.values()) or set(WORDS)
     records = read_records(source, wanted, config.name, config.split)
     rows: list[Row] = []
-    for where, record in islice(records, config.limit):
-        _, fields = read_fields(record, where, config.columns, config.alpaca)
-        row = Row(where=where, **fields)
-        if rows and row.schema != rows[0].schema:
-            ours, first = " + ".join(SCHEMAS[row.schema]), " + ".join(SCHEMAS[rows[0].schema])
-            raise DataError(f"{where}: has {ours}, but {rows[0].where} has {first}; do not mix")
-        rows.append(row)
+    while len(rows) != config.limit and (found := next(records, None)) is not None:
+        where, record = found
+        try:
+            rows.append(_row(record, where, config, rows[:1]))
+        except DataError as error:
+            counted.bad(error)
+    if tally is None:
+        counted.say()
     if not rows:
-        raise DataError(f"{source_name(source)}: holds no rows")
+        raise counted.refuse_empty(source_name(source))
     return rows
 
 
+def _row(record: Any, where: str, config: DataConfig, before: Sequence[Row]) -> Row:
+    """Return *record* as a checked row of the schema of the rows *before*."""
+    if isinstance(record, DataError):
+        raise record
+    _, fields = read_fields(record, where, config.columns, config.alpaca)
+    row = Row(where=where, **fields)
+    if before and row.schema != before[0].schema:
+        ours, first = " + ".join(SCHEMAS[row.schema]), " + ".join(SCHEMAS[before[0].schema])
+        raise DataError(f"{where}: has {ours}, but {before[0].where} has {first}; do not mix")
+    return row
+
+
 def load_data(
-    source: RowSource | None, config: DataConfig, seed: int
+    source: RowSource | None, config: DataConfig, seed: int, tally: Tally | None = None
 ) -> tuple[list[Row], list[Row]]:
     """Return the training rows and the validation rows (none unless *config* asks for some).
 
     Raises:
         DataError: As for load_rows; or the two sets differ in schema; or nothing is left to train.
     """
-    rows = load_rows(source, config)
+    rows = load_rows(source, config, tally)
     if config.validation is not None:
-        held_out = _load_validation(config)
+        shard = replace(
+            config,
+            path=config.validation,
+            split=config.validation_split,
+            validation=None,
+            limit=None,
+        )
+        held_out = load_rows(None, shard, tally)
         if held_out[0].schema != rows[0].schema:
             raise DataError(f"{held_out[0].where}: not the schema of {rows[0].where}")
         return rows, held_out
@@ -183,14 +219,3 @@ def _prompt_of(row: Row, default: str) -> str:
     if row.schema == "completion":
         return row.prompt
     return json.dumps(row.messages[: row.asked]) if row.asked else default
-
-
-def _load_validation(config: DataConfig) -> list[Row]:
-    """Read the validation shard with the columns of *config*."""
-    shard = DataConfig(
-        path=config.validation,
-        name=config.name,
-        split=config.validation_split,
-        columns=config.columns,
-    )
-    return load_rows(None, shard)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.rows import DataConfig, Row
+from edge_sdk.data.tally import Tally
 from edge_sdk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -61,21 +62,34 @@ class ModelLimits:
     """Classes of the head; None where the model is no classifier."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What an example may be, and where those are counted that are not."""
+
+    config: DataConfig
+    limits: ModelLimits
+    max_length: int | None
+    tally: Tally
+
+
 def tokenize_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     limits: ModelLimits,
+    tally: Tally | None = None,
 ) -> list[Example]:
     """Tokenise all *rows*, which are of one schema, and check every one of them.
 
     Loss is on text, on completions, or on the turns of the assistant. A sequence that starts with
     the token of its beginning (where the tokenizer adds one) has no loss on that. Special tokens
-    written out in the data, such as ``<|endoftext|>``, become those tokens.
+    written out in the data, such as ``<|endoftext|>``, become those tokens. What is too long, or
+    bad where bad rows are skipped, is counted in *tally*; without one the log says it.
 
     Raises:
         DataError: The tokenizer is empty or does not fit the model; or a row is too long, holds
-            no target, or has an unknown class. The message names the file and the line.
+            no target, or has an unknown class, and is not to be skipped; or none is left. The
+            message names the file and the line.
         ConfigError: ``max_length`` is more than the model can take, or there are more labels than
             the model has classes.
     """
@@ -83,18 +97,18 @@ def tokenize_rows(
     check_tokenizer(tokenizer, limits.vocab_size)
     if config.append_eos and tokenizer.eos_token_id is None:
         log.warning("tokenize.no_eos effect=%s", "the model will not learn where to end")
+    rules = _Rules(config, limits, max_length, tally or Tally(config.bad_rows))
     examples: list[Example] = []
     for first in range(0, len(rows), ROWS_PER_CALL):
         chunk = rows[first : first + ROWS_PER_CALL]
         if chunk[0].schema == "label":
-            examples += _label_examples(chunk, tokenizer, config, limits, max_length)
+            examples += _label_examples(chunk, tokenizer, rules)
         else:
-            examples += _causal_examples(chunk, tokenizer, config, max_length)
-    for example in examples:
-        highest = int(example.input_ids.max())
-        if highest >= limits.vocab_size:
-            known = f"the model knows ids below {limits.vocab_size}"
-            raise DataError(f"{example.where}: gives token {highest}, but {known}")
+            examples += _causal_examples(chunk, tokenizer, rules)
+    if tally is None:
+        rules.tally.say()
+    if rows and not examples:
+        raise rules.tally.refuse_empty("the data")
     return examples
 
 
@@ -193,71 +207,111 @@ def _render(
 
 
 def _causal_examples(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    max_length: int | None,
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rules: _Rules
 ) -> list[Example]:
     """Tokenise rows for a causal language model."""
-    segments = [_segments(row, tokenizer, config) for row in rows]
-    encoded = iter(_encode([part.text for parts in segments for part in parts], tokenizer))
+    config = rules.config
+    pieces: list[tuple[Row, list[Segment]]] = []
+    for row in rows:
+        try:
+            pieces.append((row, _segments(row, tokenizer, config)))
+        except DataError as error:
+            rules.tally.bad(error)
+    encoded = iter(_encode([part.text for _, parts in pieces for part in parts], tokenizer))
     is_chat = rows[0].schema == "chat"  # a chat template writes its own special tokens
     before = [] if is_chat else _bos(tokenizer)
     eos = tokenizer.eos_token_id if config.append_eos and not is_chat else None
     after = [] if eos is None else [eos]
     examples = []
-    for row, parts in zip(rows, segments, strict=True):
+    for row, parts in pieces:
         ids, labels = list(before), [IGNORE] * len(before)
         for part in parts:
             tokens = next(encoded)
             ids += tokens
             labels += tokens if part.is_target else [IGNORE] * len(tokens)
-        ids, labels = ids + after, labels + after
-        kept = _kept(len(ids), row, config, max_length)
-        examples.append(_causal_example(ids[:kept], labels[:kept], row))
+        example = _causal_example(ids + after, labels + after, row, rules)
+        examples += [] if example is None else [example]
     return examples
 
 
-def _causal_example(ids: list[int], labels: list[int], row: Row) -> Example:
-    """Return the example if it has a target that the model can be asked for."""
+def _causal_example(ids: list[int], labels: list[int], row: Row, rules: _Rules) -> Example | None:
+    """Return the example, cut where that is asked for; None where it is left out and counted."""
+    kept = _kept(len(ids), row, rules)
+    if not kept:
+        return None
+    held, is_cut = f"{len(ids)} tokens", kept < len(ids)
+    ids, labels = ids[:kept], labels[:kept]
     # Nothing predicts the first token, so its label never counts.
     if all(label == IGNORE for label in labels[1:]):
-        raise DataError(f"{row.where}: holds no target among its {len(ids)} tokens")
-    arrays = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
-    return Example(arrays[0], arrays[1], row.where)
+        if is_cut:
+            reason = f"holds no target among its first {kept} of {held}"
+            rules.tally.add("dropped", f"{row.where}: {reason}")
+        else:
+            rules.tally.bad(DataError(f"{row.where}: holds no target among its {held}"))
+        return None
+    if is_cut:
+        rules.tally.add("cut", f"{row.where}: has {held}, kept are the first {kept}")
+    return _example(ids, np.array(labels, dtype=np.int32), row, rules)
 
 
-def _kept(num_tokens: int, row: Row, config: DataConfig, max_length: int | None) -> int:
-    """Return how many of a row's tokens stay, or refuse the row."""
-    if max_length is None or num_tokens <= max_length:
+def _example(
+    ids: list[int], labels: npt.NDArray[np.int32] | int, row: Row, rules: _Rules
+) -> Example | None:
+    """Return the example if the model knows all of its tokens; None where it is skipped."""
+    if max(ids) >= rules.limits.vocab_size:
+        known = f"the model knows ids below {rules.limits.vocab_size}"
+        rules.tally.bad(DataError(f"{row.where}: gives token {max(ids)}, but {known}"))
+        return None
+    return Example(np.array(ids, dtype=np.int32), labels, row.where)
+
+
+def _kept(num_tokens: int, row: Row, rules: _Rules) -> int:
+    """Return how many of a row's tokens stay, 0 where it is dropped, or refuse the data."""
+    if rules.max_length is None or num_tokens <= rules.max_length:
         return num_tokens
-    if config.too_long == "cut":
-        return max_length
-    remedy = "`too_long: cut` keeps the first ones, `max_length` allows more"
-    raise DataError(f"{row.where}: has {num_tokens} tokens, allowed are {max_length}; {remedy}")
+    if rules.config.too_long == "cut":
+        return rules.max_length
+    reason = f"{row.where}: has {num_tokens} tokens, allowed are {rules.max_length}"
+    if rules.config.too_long == "drop":
+        rules.tally.add("dropped", reason)
+        return 0
+    remedy = "`too_long: cut` keeps the first ones, `drop` leaves such rows out"
+    raise DataError(f"{reason}; {remedy}, `max_length` allows more")
 
 
 def _label_examples(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    limits: ModelLimits,
-    max_length: int | None,
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rules: _Rules
 ) -> list[Example]:
     """Tokenise rows for a classifier, with the special tokens that its tokenizer adds."""
     texts = [row.text for row in rows]
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     examples = []
     for row, ids in zip(rows, encoded, strict=True):
-        if _kept(len(ids), row, config, max_length) < len(ids):
-            # The tokenizer cuts, not we: a closing [SEP] must survive.
-            cut = tokenizer(row.text, truncation=True, max_length=max_length, verbose=False)
-            ids = cut["input_ids"]
+        example = _label_example(ids, row, tokenizer, rules)
+        examples += [] if example is None else [example]
+    return examples
+
+
+def _label_example(
+    ids: list[int], row: Row, tokenizer: PreTrainedTokenizerBase, rules: _Rules
+) -> Example | None:
+    """Return the example, cut where that is asked for; None where it is left out and counted."""
+    num_tokens = len(ids)
+    try:
         if not ids:
             raise DataError(f"{row.where}: text gives no token")
-        number = class_number(row, config, limits)
-        examples.append(Example(np.array(ids, dtype=np.int32), number, row.where))
-    return examples
+        number = class_number(row, rules.config, rules.limits)
+    except DataError as error:
+        rules.tally.bad(error)
+        return None
+    kept = _kept(num_tokens, row, rules)
+    if not kept:
+        return None
+    if kept < num_tokens:
+        # The tokenizer cuts, not we: a closing [SEP] must survive.
+        ids = tokenizer(row.text, truncation=True, max_length=kept, verbose=False)["input_ids"]
+        rules.tally.add("cut", f"{row.where}: has {num_tokens} tokens, kept are {len(ids)}")
+    return _example(ids, number, row, rules)
 
 
 def class_number(row: Row, config: DataConfig, limits: ModelLimits) -> int:

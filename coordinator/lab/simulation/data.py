@@ -49,7 +49,8 @@ def deal(
         raise ConfigError(f"simulation.data: {len(rows)} rows for {len(names)} devices")
     wanted = set(fleet.data.columns.values()) or set(WORDS)
     numbered = read_records(fleet.data.path, wanted, fleet.data.name, fleet.data.split)
-    records = [record for _, record in islice(numbered, fleet.data.limit)]
+    used = {row.where for row in rows}
+    records = list(islice((record for where, record in numbered if where in used), len(used)))
     shards = _shards(fleet, rows, len(names), seed)
     return {name: [records[i] for i in shard] for name, shard in zip(names, shards, strict=True)}
 

@@ -1,0 +1,71 @@
+"""What became of the rows that were not taken as they stood: skipped, dropped or cut, and why.
+
+Reasons name places and never quote a sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from edge_sdk.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Fate = Literal["skipped", "dropped", "cut"]
+FATES: tuple[Fate, ...] = ("skipped", "dropped", "cut")
+# Reasons that a log line names; the places of thousands help nobody.
+FIRST = 3
+
+
+class Tally:
+    """Counts of one data set, with the first reasons of each kind."""
+
+    def __init__(self, on_bad: Literal["refuse", "skip"] = "refuse") -> None:
+        """Begin at zero.
+
+        Args:
+            on_bad: Whether `bad` raises what it is given or counts it.
+        """
+        self._on_bad = on_bad
+        self._counts: dict[Fate, int] = dict.fromkeys(FATES, 0)
+        self._first: dict[Fate, list[str]] = {fate: [] for fate in FATES}
+
+    def count(self, fate: Fate) -> int:
+        """Return how many rows had that *fate*."""
+        return self._counts[fate]
+
+    def first(self, fate: Fate) -> list[str]:
+        """Return the first reasons, at most FIRST, each beginning with its place."""
+        return self._first[fate]
+
+    def add(self, fate: Fate, reason: str) -> None:
+        """Count a row; *reason* begins with its place."""
+        self._counts[fate] += 1
+        if len(self._first[fate]) < FIRST:
+            self._first[fate].append(reason)
+
+    def bad(self, error: DataError) -> None:
+        """Count a row that cannot be used, or refuse all of its data set.
+
+        Raises:
+            DataError: *error*, unless bad rows are skipped.
+        """
+        if self._on_bad == "refuse":
+            raise error
+        self.add("skipped", str(error))
+
+    def refuse_empty(self, what: str) -> DataError:
+        """Return the error for *what* of which no row is left."""
+        reasons = [reason for fate in FATES for reason in self._first[fate]]
+        if not reasons:
+            return DataError(f"{what}: holds no rows")
+        lost = ", ".join(f"{self._counts[f]} {f}" for f in FATES if self._counts[f])
+        return DataError(f"{reasons[0]}; no row of {what} is left: {lost}")
+
+    def say(self) -> None:
+        """Log how many rows were not taken as they stood, a line for each kind."""
+        for fate in FATES:
+            if self._counts[fate]:
+                first = "; ".join(self._first[fate])
+                log.warning("data.%s rows=%d first=%s", fate, self._counts[fate], first)
