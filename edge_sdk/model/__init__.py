@@ -8,5 +8,6 @@ __all__ = [
     "quantized",
     "safetensors_files",
     "shape",
+    "shrunk",
     "weights",
 ]
