@@ -65,10 +65,11 @@ def _known(family: str, dtype: torch.dtype) -> Known:
     prefixes = tuple(f"{layout.blocks_path}.{i}." for i in range(SPLIT))
     shapes = find_targets(config, task, layout, LORA)
     targets = {n: s for n, s in shapes.items() if n.startswith(prefixes)}
-    return Known(config, task, layout, parts, _mapped(parts), targets)
+    return Known(config, task, layout, parts, stored_parts(parts), targets)
 
 
-def _mapped(parts: Mapping[str, Any]) -> dict[str, Mapping[str, Stored]]:
+def stored_parts(parts: Mapping[str, Any]) -> dict[str, Mapping[str, Stored]]:
+    """Parts as a device without torch has them."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{name}.safetensors" for name in parts}
         for name, tensors in parts.items():

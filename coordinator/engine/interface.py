@@ -34,6 +34,8 @@ class Job:
     lengths_B: np.ndarray
     labels: np.ndarray | None
     """None with `labels: device`."""
+    pooled_B: np.ndarray | None = None
+    """Where a decoder's classification head looks in each sequence; None: at its last token."""
 
 
 @dataclass(frozen=True)

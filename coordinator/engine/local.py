@@ -204,8 +204,15 @@ class LocalEngine:
                 batch = self.slice.middle(batch, lengths_B, job.split, stop)
         assert batch is not None, "a wave has at least one job"
         if to_logits:
-            batch = self.slice.logits(batch, lengths_B, jobs[-1].split)
+            batch = self.slice.logits(batch, lengths_B, jobs[-1].split, self._pooled(jobs))
         return batch, lengths_B
+
+    def _pooled(self, jobs: Sequence[Job]) -> torch.Tensor | None:
+        """Return where a classification head looks in each sequence; None: always at its end."""
+        if all(job.pooled_B is None for job in jobs):
+            return None
+        ends = (job.lengths_B - 1 if job.pooled_B is None else job.pooled_B for job in jobs)
+        return torch.from_numpy(np.concatenate(list(ends))).to(self._device, torch.int32)
 
     def evaluate(self, job: Job) -> TailSums | Array:
         """Return the loss of an evaluation micro-batch, or its final hidden state; see `Engine`."""

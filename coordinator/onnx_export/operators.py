@@ -442,15 +442,32 @@ def scatter_add(w: Writer, node: fx.Node) -> Value:
 def index(w: Writer, node: fx.Node) -> Value:
     """Look up by one index for each of the first dimensions."""
     indices: Any = node.args[1]
-    if any(entry is None for entry in indices):
-        raise ModelError("onnxruntime: no translation of an index that leaves dimensions out")
     rest = node.args[0].meta["val"].dim() - len(indices)  # type: ignore[union-attr]
     picked = out(node).shape[: out(node).dim() - rest]
+    return w.add("GatherND", w.value(node.args[0]), _places(w, indices, picked))
+
+
+@lowers("index_put.default")
+def index_put(w: Writer, node: fx.Node) -> Value:
+    """Write or add values where `index` would look them up."""
+    indices: Any = node.args[1]
+    dtype, rest = out(node).dtype, out(node).shape[len(indices) :]
+    picked: Any = torch.broadcast_shapes(*(entry.meta["val"].shape for entry in indices))
+    updates = w.add("Expand", w.operand(node.args[2], dtype), w.shape((*picked, *rest)))
+    reduction = "add" if arg(node, 3, False) else "none"
+    x, places = w.value(node.args[0]), _places(w, indices, picked)
+    return w.add("ScatterND", x, places, updates, reduction=reduction)
+
+
+def _places(w: Writer, indices: Any, picked: Any) -> str:
+    """Return the coordinates of what *indices* pick, of shape *picked*, in the first dimensions."""
+    if any(entry is None for entry in indices):
+        raise ModelError("onnxruntime: no translation of an index that leaves dimensions out")
     shape = w.shape(picked)
     columns = (
         w.add("Unsqueeze", w.add("Expand", w.value(entry), shape), w.ints(-1)) for entry in indices
     )
-    return w.add("GatherND", w.value(node.args[0]), w.add("Concat", *columns, axis=-1))
+    return w.add("Concat", *columns, axis=-1)
 
 
 # ---- making ----

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from coordinator.aggregation.limits import MAX_NUMBER, largest
 from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
@@ -73,6 +75,7 @@ class WaveInput:
         labels = tensors["labels"] if self._wants_labels else None
         if labels is not None:
             self._check_labels(labels)
+        pooled_B = self._pooled(message, lengths_B)
         return Job(
             device=member.name,
             split=plan.split,
@@ -81,7 +84,19 @@ class WaveInput:
             hidden_BTD=hidden_BTD,
             lengths_B=lengths_B,
             labels=labels,
+            pooled_B=pooled_B,
         )
+
+    def _pooled(self, message: Activation, lengths_B: Array) -> Array | None:
+        """Return where the head is to look in each sequence, if the message says so."""
+        if not message.pooled or not self._num_labels:
+            return None
+        pooled_B = np.array(message.pooled, dtype=np.int64)
+        if len(pooled_B) != len(lengths_B):
+            raise RemoteProtocolError(f"pooled: {len(pooled_B)} positions, {len(lengths_B)} rows")
+        if not ((pooled_B >= 0) & (pooled_B < lengths_B)).all():
+            raise RemoteProtocolError("pooled: a position outside its sequence")
+        return pooled_B.astype(np.int32)
 
     def most_tokens(self, plan: Plan) -> int:
         """Return how many tokens, and so targets, a step of *plan* can have at most."""

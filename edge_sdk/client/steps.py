@@ -131,8 +131,11 @@ class Steps:
             "hidden": self._coded(hidden_BTD),
             "lengths": (as_int32(batch.lengths), "int32"),
         }
+        pooled: tuple[int, ...] = ()
         if not self._keeps_labels:
             tensors["labels"] = (as_int32(batch.labels), "int32")
+            if batch.pooled is not None and (batch.pooled != batch.lengths - 1).any():
+                pooled = tuple(map(int, batch.pooled))
         self._link.send(
             Activation(
                 stamp=self._stamp,
@@ -140,6 +143,7 @@ class Steps:
                 num_micro=num_micro,
                 num_targets=targets,
                 is_eval=is_eval,
+                pooled=pooled,
             ),
             tensors,
         )

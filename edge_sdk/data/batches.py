@@ -37,6 +37,9 @@ class MicroBatch(NamedTuple):
     """(B,) tokens of each sequence before padding."""
     labels: IntArray
     """(B, T) not shifted, IGNORE where there is no loss; or (B,) class numbers."""
+    pooled: npt.NDArray[np.int32] | None = None
+    """(B,) position of the token at which a decoder with a classification head looks; None: the
+    last one."""
 
     @property
     def num_targets(self) -> int:
@@ -225,8 +228,21 @@ def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:
             classes.append(example.labels)
         else:
             labels_BT[row, : lengths[row]] = example.labels
-    labels = np.array(classes, dtype=np.int64) if classes else labels_BT
-    return MicroBatch(input_ids_BT, lengths, labels)
+    if not classes:
+        return MicroBatch(input_ids_BT, lengths, labels_BT)
+    labels_B = np.array(classes, dtype=np.int64)
+    return MicroBatch(input_ids_BT, lengths, labels_B, pooled_positions(input_ids_BT, pad_id))
+
+
+def pooled_positions(input_ids_BT: IntArray, pad_id: int) -> npt.NDArray[np.int32]:
+    """Return where transformers' decoders look for the class of each sequence, (B,).
+
+    At the rightmost token that is not *pad_id*, be that padding or part of the text: a text that
+    ends in it is pooled before its end. 0 where there is no other token.
+    """
+    positions_T = np.arange(input_ids_BT.shape[1], dtype=np.int32)
+    pooled: npt.NDArray[np.int32] = (positions_T * (input_ids_BT != pad_id)).max(1)
+    return pooled
 
 
 def _check_examples(examples: Sequence[Example]) -> None:

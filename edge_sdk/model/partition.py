@@ -136,12 +136,19 @@ class Slice:
         ):
             return self._call(ids_BT, lengths_B)
 
-    def logits(self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor, first: int) -> torch.Tensor:
+    def logits(
+        self,
+        hidden_BTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        first: int,
+        pooled_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run blocks first .. L-1 and the tail; returns (B, T, V), or (B, V) for a classifier.
 
-        `first` = L runs the tail alone.
+        `first` = L runs the tail alone. *pooled_B* says where a decoder's classification head looks
+        in each sequence, for the ids are not here: at its last token by default.
         """
-        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B)
+        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B if pooled_B is None else pooled_B + 1)
         last = self.layout.num_blocks
         if first < last:
             with self._stretch(first, last), self._starting(first, hidden_BTD):
@@ -164,7 +171,10 @@ class Slice:
         return logits
 
     def _stand_in_ids(self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Return token ids that tell only where the padding is: some heads pool by that."""
+        """Return token ids that are the padding token from *lengths_B* on: some heads pool by that.
+
+        The others differ from it, so that a decoder's classification head looks at the last one.
+        """
         pad = self._config.pad_token_id or 0
         other = pad + 1 if pad + 1 < self._config.vocab_size else 0
         positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -184,11 +185,33 @@ def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a trans
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}") from error
     config.use_cache = False
+    text_config = config.get_text_config()
+    vocab_size = getattr(text_config, "vocab_size", 0)
+    if not _is_token(getattr(text_config, "pad_token_id", None), vocab_size):
+        text_config.pad_token_id = None  # some say -1, or a token that was never given a row
     if num_labels:
         config.num_labels = num_labels
-        if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id or 0
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = _padding_token(folder, text_config, vocab_size)
+            config.pad_token_id = text_config.pad_token_id
     return config
+
+
+def _padding_token(folder: Path, config: Any, vocab_size: int) -> int:
+    """Return what fills up a batch for a classifier: the tokenizer's choice, or an end of text.
+
+    Decoders pool by it, so that whoever calls the result has to pad with the same.
+    """
+    own: int | None = None
+    with suppress(ModelError):  # none lies there, or none that can be read: others will say so
+        own = load_tokenizer(folder).pad_token_id
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    found: int = next(token for token in (own, *ends, 0) if _is_token(token, vocab_size))
+    return found
+
+
+def _is_token(token: object, vocab_size: int) -> bool:
+    return isinstance(token, int) and 0 <= token < vocab_size
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer

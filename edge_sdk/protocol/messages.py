@@ -146,6 +146,9 @@ class Activation:
     num_targets: int
     """Targets of the whole step: its loss is the sum over them divided by this number."""
     is_eval: bool = False
+    pooled: tuple[int, ...] = ()
+    """Where a decoder's classification head looks in each sequence; empty: at its last token.
+    Another place only where a text ends in the padding token, with `labels: server`."""
 
 
 @carries(Tensor("grad", "B T D"))

@@ -169,8 +169,10 @@ class OnnxRuntime:
             wanted += ["grad:hidden", *(f"grad:{name}" for name in self._head)]
         if not self._is_causal:
             labels_B = micro.labels.astype(np.int64)
-            lengths_B = micro.lengths.astype(np.int64)
-            outputs = self._model.tail(final_hidden_BTD, lengths_B, labels_B, wanted)
+            # Norm and head look at one position: where the sequence ends says which.
+            ends_B = micro.lengths if micro.pooled is None else micro.pooled + 1
+            ends_B = ends_B.astype(np.int64)
+            outputs = self._model.tail(final_hidden_BTD, ends_B, labels_B, wanted)
             loss_sum, hits = float(outputs["loss"].numpy()), int(outputs["hits"].numpy())
             sums = TailSums(loss_sum, len(labels_B), hits)
             return sums, self._tail_gradients(outputs, share)

@@ -161,12 +161,16 @@ class TorchRuntime:
 
     def _sums(self, final_hidden: torch.Tensor, micro: MicroBatch) -> LossSums:
         _, lengths_B, labels = self._tensors(micro)
+        pooled_B = None if micro.pooled is None else torch.from_numpy(micro.pooled)
+        if pooled_B is not None:
+            pooled_B = pooled_B.to(self._device)
         with autocast(self._compute, self._device):
-            logits = self._slice.logits(final_hidden, lengths_B, self._slice.layout.num_blocks)
+            last = self._slice.layout.num_blocks
+            logits = self._slice.logits(final_hidden, lengths_B, last, pooled_B)
             return loss_sums(logits, labels)
 
     def _tensors(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro)
+        ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro[:3])
         device = self._device
         return ids_BT.to(device), lengths_B.to(device), labels.to(device)
 

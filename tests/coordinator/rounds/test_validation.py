@@ -102,6 +102,31 @@ def test_classes_are_one_number_a_sequence() -> None:
             make_input(num_labels=CLASSES).job(MEMBER, PLAN, MESSAGE, tensors(labels=bad))
 
 
+POOLED: list[tuple[tuple[int, ...], str]] = [
+    ((4, 0), "2 positions, 3 rows"),
+    ((5, 0, 2), "outside its sequence"),
+    ((4, 1, 2), "outside its sequence"),
+    ((4, -1, 2), "outside its sequence"),
+    ((2**62, 0, 2), "outside its sequence"),
+]
+
+
+@pytest.mark.parametrize(("pooled", "message"), POOLED)
+def test_a_classifier_looks_inside_of_its_sequences(pooled: tuple[int, ...], message: str) -> None:
+    """Positions are one for each row and lie before its end; they are taken as they are."""
+    labels = np.array([0, 2, 1], np.int32)
+    judged = make_input(num_labels=CLASSES)
+
+    good = judged.job(MEMBER, PLAN, replace(MESSAGE, pooled=(3, 0, 2)), tensors(labels=labels))
+    usual = judged.job(MEMBER, PLAN, MESSAGE, tensors(labels=labels))
+
+    assert good.pooled_B is not None
+    assert good.pooled_B.tolist() == [3, 0, 2]
+    assert usual.pooled_B is None
+    with pytest.raises(RemoteProtocolError, match=message):
+        judged.job(MEMBER, PLAN, replace(MESSAGE, pooled=pooled), tensors(labels=labels))
+
+
 def hidden(*shape: int, dtype: Any = np.float32) -> Any:
     """A hidden state."""
     return np.zeros(shape, dtype)
