@@ -452,7 +452,8 @@ def index_put(w: Writer, node: fx.Node) -> Value:
     """Write or add values where `index` would look them up."""
     indices: Any = node.args[1]
     dtype, rest = out(node).dtype, out(node).shape[len(indices) :]
-    picked: Any = torch.broadcast_shapes(*(entry.meta["val"].shape for entry in indices))
+    shapes = (entry.meta["val"].shape for entry in indices)
+    picked: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     updates = w.add("Expand", w.operand(node.args[2], dtype), w.shape((*picked, *rest)))
     reduction = "add" if arg(node, 3, False) else "none"
     x, places = w.value(node.args[0]), _places(w, indices, picked)
