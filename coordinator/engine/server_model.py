@@ -89,6 +89,7 @@ class ServerModel:
             vocab_size=self.text_config.vocab_size,
             max_positions=wanted,
             num_labels=len(self._config.label_names) or None,
+            label_names=self._config.label_names,
         )
 
     @cached_property

@@ -112,6 +112,7 @@ class RuntimeSetup:
             vocab_size=welcome.vocab_size,
             max_positions=welcome.max_length,
             num_labels=welcome.num_labels or None,
+            label_names=welcome.label_names,
         )
         train = tokenize_rows(rows, tokenizer, config, limits, tally)
         validation = tokenize_rows(held_out, tokenizer, config, limits, tally)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "batches",
+    "encoding",
     "fast_tokenizer",
     "readers",
     "rows",

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.tokenize import IGNORE, Example
+from edge_sdk.data.encoding import IGNORE
+from edge_sdk.data.tokenize import Example
 from edge_sdk.errors import DataError
 
 # B = sequences of a micro-batch, T = tokens of its longest, N = samples of the data set.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ class PlainTokenizer:
             if name.endswith("_token") and (text := _text(value)) is not None
         }
         self.chat_template = _template(folder, settings)
+        self.is_fast = True
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
@@ -51,6 +51,16 @@ class PlainTokenizer:
     def _id(self, name: str) -> int | None:
         token = self._special.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens by their names."""
+        return self._special
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text, as it is written; None without one."""
+        return self._special.get("eos_token")
 
     @property
     def bos_token_id(self) -> int | None:
@@ -74,9 +84,13 @@ class PlainTokenizer:
         add_special_tokens: bool = True,
         truncation: bool = False,
         max_length: int | None = None,
+        return_offsets_mapping: bool = False,
         **_ignored: object,
     ) -> dict[str, Any]:
-        """Return the ids of one text or of several, as `input_ids`."""
+        """Return the ids of one text or of several, as `input_ids`.
+
+        With them, if asked, which letters each of them stands for, as `offset_mapping`.
+        """
         if truncation and max_length is not None:
             self._tokenizer.enable_truncation(max_length)
         try:
@@ -84,55 +98,12 @@ class PlainTokenizer:
                 ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
                 return {"input_ids": ids}
             found = self._tokenizer.encode_batch(list(text), add_special_tokens=add_special_tokens)
-            return {"input_ids": [encoding.ids for encoding in found]}
+            answer = {"input_ids": [encoding.ids for encoding in found]}
+            if return_offsets_mapping:
+                answer["offset_mapping"] = [encoding.offsets for encoding in found]
+            return answer
         finally:
             self._tokenizer.no_truncation()
-
-    def apply_chat_template(
-        self,
-        turns: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = False,
-        **_: object,
-    ) -> str:
-        """Render a chat as transformers does."""
-        template = _jinja().from_string(self.chat_template or "")
-        text: str = template.render(
-            messages=list(turns), add_generation_prompt=add_generation_prompt, **self._special
-        )
-        return text
-
-
-def _jinja() -> Any:
-    """Return an environment with what transformers gives to chat templates."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` only marks what the assistant has written."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(text: str) -> None:
-        raise TemplateError(text)
-
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    jinja.globals["raise_exception"] = refuse
-    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    jinja.filters["tojson"] = _to_json
-    return jinja
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Not jinja's own, which escapes what HTML must not hold.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,12 +122,11 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     own = folder / "chat_template.jinja"
     if own.is_file():
         return own.read_text("utf-8")
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in found}
-        found = named.get("default")
+        return {entry["name"]: entry["template"] for entry in found}
     return found

@@ -19,7 +19,9 @@ from edge_sdk.errors import ConfigError, DataError
 
 CHOICES = {
     "alpaca": ("prompt", "chat"),
+    "answers": ("each", "last"),
     "bad_rows": ("refuse", "skip"),
+    "system_turn": ("own", "user"),
     "too_long": ("refuse", "cut", "drop"),
 }
 
@@ -68,6 +70,13 @@ class DataConfig:
     """Whether the end-of-text token follows text and completions, so that generation ends."""
     limit: int | None = None
     """Number of rows to use, from the first; None: all."""
+    answers: Literal["each", "last"] = "each"
+    """Which answers of a chat carry loss: all that the data wants learned, or the last one."""
+    system_turn: Literal["own", "user"] = "own"
+    """What a system turn becomes: a turn of its own, or text before that of the first user turn,
+    for templates that know no system."""
+    chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {"enable_thinking": false}."""
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -12,8 +12,11 @@ from edge_sdk.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Fate = Literal["skipped", "dropped", "cut"]
-FATES: tuple[Fate, ...] = ("skipped", "dropped", "cut")
+Fate = Literal["skipped", "dropped", "cut", "shortened", "seams"]
+LOST: tuple[Fate, ...] = ("skipped", "dropped", "cut")
+# Trained, but not as somebody may expect: the chat template leaves out a part of an answer, or
+# prompt and answer tokenised at once would have other tokens than those that the model is served.
+FATES: tuple[Fate, ...] = (*LOST, "shortened", "seams")
 # Reasons that a log line names; the places of thousands help nobody.
 FIRST = 3
 
@@ -57,10 +60,10 @@ class Tally:
 
     def refuse_empty(self, what: str) -> DataError:
         """Return the error for *what* of which no row is left."""
-        reasons = [reason for fate in FATES for reason in self._first[fate]]
+        reasons = [reason for fate in LOST for reason in self._first[fate]]
         if not reasons:
             return DataError(f"{what}: holds no rows")
-        lost = ", ".join(f"{self._counts[f]} {f}" for f in FATES if self._counts[f])
+        lost = ", ".join(f"{self._counts[f]} {f}" for f in LOST if self._counts[f])
         return DataError(f"{reasons[0]}; no row of {what} is left: {lost}")
 
     def say(self) -> None:

@@ -1,8 +1,8 @@
 """Rows to token ids and targets, with an exact boundary between prompt and completion.
 
-Every row becomes segments, each wholly target or wholly context, and each segment is tokenised
-alone: at inference the model sees exactly the tokens of the prompt, never one that has swallowed
-the first letters of the answer. Batches and padding live in batches.py.
+Every row becomes segments, prompts and answers in turn, and each segment is tokenised alone: at
+inference the model sees exactly the tokens of the prompt, never one that has swallowed the first
+letters of the answer. Batches and padding live in batches.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.chats import chat_samples
+from edge_sdk.data.encoding import IGNORE, Encoder, Segment
+from edge_sdk.data.labels import Classes, find_classes
 from edge_sdk.data.rows import DataConfig, Row
 from edge_sdk.data.tally import Tally
+from edge_sdk.data.templates import ChatTemplate
 from edge_sdk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IGNORE = -100
-"""Label of a token that carries no loss, as in PyTorch and transformers."""
 # Rows per call into the tokenizer: large enough for its threads, small enough for a device.
 ROWS_PER_CALL = 512
 
@@ -42,14 +45,6 @@ class Example:
     """Origin for messages: `file:line`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of text that is target throughout or context throughout."""
-
-    text: str
-    is_target: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
     """What the model can take, from its configuration."""
@@ -60,6 +55,8 @@ class ModelLimits:
     """Tokens of the longest sequence; None: unlimited."""
     num_labels: int | None = None
     """Classes of the head; None where the model is no classifier."""
+    label_names: tuple[str, ...] = ()
+    """Names of these classes in the order of their numbers; empty where nobody has said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +95,14 @@ def tokenize_rows(
     if config.append_eos and tokenizer.eos_token_id is None:
         log.warning("tokenize.no_eos effect=%s", "the model will not learn where to end")
     rules = _Rules(config, limits, max_length, tally or Tally(config.bad_rows))
-    examples: list[Example] = []
-    for first in range(0, len(rows), ROWS_PER_CALL):
-        chunk = rows[first : first + ROWS_PER_CALL]
-        if chunk[0].schema == "label":
-            examples += _label_examples(chunk, tokenizer, rules)
-        else:
-            examples += _causal_examples(chunk, tokenizer, rules)
+    chunks = [rows[first : first + ROWS_PER_CALL] for first in range(0, len(rows), ROWS_PER_CALL)]
+    if rows and rows[0].schema == "label":
+        classes = find_classes(config.labels, limits.label_names, limits.num_labels)
+        made = [_label_examples(chunk, tokenizer, classes, rules) for chunk in chunks]
+    else:
+        causal = _Causal(tokenizer, rules)
+        made = [causal.examples(chunk) for chunk in chunks]
+    examples = list(chain.from_iterable(made))
     if tally is None:
         rules.tally.say()
     if rows and not examples:
@@ -120,7 +118,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
             *vocab_size* or more.
     """
     probe = "The boat leaves at noon."
-    ids = _encode([probe], tokenizer)[0]
+    ids = Encoder(tokenizer).texts([probe])[0]
     # transformers 5 builds a tokenizer of special tokens only where files are not found.
     if not set(ids) - set(tokenizer.all_special_ids):
         raise DataError("the tokenizer has an empty vocabulary; load it from the model's folder")
@@ -137,101 +135,63 @@ def _max_length(config: DataConfig, limits: ModelLimits) -> int | None:
     return possible if wanted is None else wanted
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the ids of each text, without special tokens around it."""
-    if not texts:
-        return []
-    # verbose=False: we judge lengths ourselves, with the line at hand.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+class _Causal:
+    """Makes the examples of a causal language model."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: _Rules) -> None:
+        self._tokenizer, self._rules = tokenizer, rules
+        self._template = ChatTemplate(tokenizer, rules.config.chat_template_kwargs)
+        self._encoder = Encoder(tokenizer)
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer puts before a text: the beginning-of-sequence token or nothing."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return [bos] if bos is not None and ids and ids[0] == bos else []
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Tokenise *rows*; a chat may give several examples."""
+        samples: list[tuple[Row, list[Segment]]] = []
+        for row in rows:
+            try:
+                samples += [(row, sample) for sample in self._samples(row)]
+            except DataError as error:
+                self._rules.tally.bad(error)
+        encoded = self._encoder.samples([sample for _, sample in samples])
+        examples = []
+        for (row, _), sample in zip(samples, encoded, strict=True):
+            if not sample.is_seamless:
+                reason = f"{row.where}: prompt and answer together have other tokens than alone"
+                self._rules.tally.add("seams", reason)
+            ids, labels = sample.ids, sample.labels
+            if row.schema != "chat":  # a chat template writes its own special tokens
+                ids, labels = self._with_special(ids, labels, row)
+            example = _causal_example(ids, labels, row, self._rules)
+            examples += [] if example is None else [example]
+        return examples
 
+    def _samples(self, row: Row) -> list[list[Segment]]:
+        """Return the segments of each sample of a row, in their order."""
+        if row.schema == "text":
+            return [[Segment.target(row.text)]]
+        if row.schema == "completion":
+            prompt = Segment.context(row.prompt + self._rules.config.separator)
+            return [[prompt, Segment.target(row.completion)]]
+        samples, is_shortened = chat_samples(row, self._template, self._rules.config)
+        if is_shortened:
+            reason = f"{row.where}: the chat template leaves out a part of an answer"
+            self._rules.tally.add("shortened", reason)
+        return samples
 
-def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Segment]:
-    """Return the segments of a causal row in their order."""
-    if row.schema == "text":
-        return [Segment(row.text, is_target=True)]
-    if row.schema == "completion":
-        prompt = Segment(row.prompt + config.separator, is_target=False)
-        return [prompt, Segment(row.completion, is_target=True)]
-    return chat_segments(row, tokenizer)
+    def _with_special(
+        self, ids: list[int], labels: list[int], row: Row
+    ) -> tuple[list[int], list[int]]:
+        """Return a text between the tokens of its beginning and its end, none of them twice."""
+        bos, eos = self._encoder.bos, self._tokenizer.eos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids, labels = [bos, *ids], [IGNORE, *labels]
+        if eos is not None and self._rules.config.append_eos and not self._ends(row, ids, eos):
+            ids, labels = [*ids, eos], [*labels, eos]
+        return ids, labels
 
-
-def chat_segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Render a chat with the tokenizer's template; the turns of the assistant are targets.
-
-    A turn begins where the template asks for an answer and ends where it ends the turn, so the
-    model also learns to stop.
-
-    Raises:
-        DataError: No template, the template refuses the chat, or it writes an earlier turn
-            differently once a later one follows, which leaves no exact boundary.
-    """
-    whole = _render(row, len(row.messages), tokenizer)
-    segments, done = [], 0
-    for index in row.targets:
-        before = _render(row, index, tokenizer, ask=True) if index else ""
-        after = _render(row, index + 1, tokenizer)
-        if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
-            what = f"the chat template rewrites turn {index + 1}"
-            raise DataError(f"{row.where}: {what} when others follow; train on prompt + completion")
-        segments.append(Segment(whole[done : len(before)], is_target=False))
-        segments.append(Segment(whole[len(before) : len(after)], is_target=True))
-        done = len(after)
-    # No target can see the turns after the assistant's last one: they are left out.
-    return segments
-
-
-def _render(
-    row: Row, num_turns: int, tokenizer: PreTrainedTokenizerBase, *, ask: bool = False
-) -> str:
-    """Return the first turns of a chat as text; *ask* opens the turn of the assistant."""
-    from jinja2 import TemplateError  # comes with the templates that need it
-
-    if not tokenizer.chat_template:
-        raise DataError(f"{row.where}: has messages, but the tokenizer has no chat template")
-    turns: list[dict[str, Any]] = list(row.messages[:num_turns])
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-    except TemplateError as error:
-        reason = str(error)[:200]
-        raise DataError(f"{row.where}: the chat template refuses it: {reason}") from error
-    return str(text)
-
-
-def _causal_examples(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rules: _Rules
-) -> list[Example]:
-    """Tokenise rows for a causal language model."""
-    config = rules.config
-    pieces: list[tuple[Row, list[Segment]]] = []
-    for row in rows:
-        try:
-            pieces.append((row, _segments(row, tokenizer, config)))
-        except DataError as error:
-            rules.tally.bad(error)
-    encoded = iter(_encode([part.text for _, parts in pieces for part in parts], tokenizer))
-    is_chat = rows[0].schema == "chat"  # a chat template writes its own special tokens
-    before = [] if is_chat else _bos(tokenizer)
-    eos = tokenizer.eos_token_id if config.append_eos and not is_chat else None
-    after = [] if eos is None else [eos]
-    examples = []
-    for row, parts in pieces:
-        ids, labels = list(before), [IGNORE] * len(before)
-        for part in parts:
-            tokens = next(encoded)
-            ids += tokens
-            labels += tokens if part.is_target else [IGNORE] * len(tokens)
-        example = _causal_example(ids + after, labels + after, row, rules)
-        examples += [] if example is None else [example]
-    return examples
+    def _ends(self, row: Row, ids: list[int], eos: int) -> bool:
+        """Return whether a text holds its end already; a line end may follow it."""
+        text = (row.text or row.completion).rstrip()
+        return eos in ids[1:] and text.endswith(str(self._tokenizer.eos_token))
 
 
 def _causal_example(ids: list[int], labels: list[int], row: Row, rules: _Rules) -> Example | None:
@@ -280,30 +240,30 @@ def _kept(num_tokens: int, row: Row, rules: _Rules) -> int:
 
 
 def _label_examples(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rules: _Rules
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, classes: Classes, rules: _Rules
 ) -> list[Example]:
     """Tokenise rows for a classifier, with the special tokens that its tokenizer adds."""
     texts = [row.text for row in rows]
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     examples = []
     for row, ids in zip(rows, encoded, strict=True):
-        example = _label_example(ids, row, tokenizer, rules)
+        try:
+            if not ids:
+                raise DataError(f"{row.where}: text gives no token")
+            number = classes.number(row)
+        except DataError as error:
+            rules.tally.bad(error)
+            continue
+        example = _label_example(ids, number, row, tokenizer, rules)
         examples += [] if example is None else [example]
     return examples
 
 
 def _label_example(
-    ids: list[int], row: Row, tokenizer: PreTrainedTokenizerBase, rules: _Rules
+    ids: list[int], number: int, row: Row, tokenizer: PreTrainedTokenizerBase, rules: _Rules
 ) -> Example | None:
     """Return the example, cut where that is asked for; None where it is left out and counted."""
     num_tokens = len(ids)
-    try:
-        if not ids:
-            raise DataError(f"{row.where}: text gives no token")
-        number = class_number(row, rules.config, rules.limits)
-    except DataError as error:
-        rules.tally.bad(error)
-        return None
     kept = _kept(num_tokens, row, rules)
     if not kept:
         return None
@@ -312,27 +272,3 @@ def _label_example(
         ids = tokenizer(row.text, truncation=True, max_length=kept, verbose=False)["input_ids"]
         rules.tally.add("cut", f"{row.where}: has {num_tokens} tokens, kept are {len(ids)}")
     return _example(ids, number, row, rules)
-
-
-def class_number(row: Row, config: DataConfig, limits: ModelLimits) -> int:
-    """Return the number of a row's class, from 0.
-
-    Raises:
-        DataError: A name that is not in the list of labels, or a number out of range.
-        ConfigError: More labels than the model has classes.
-    """
-    num_labels = limits.num_labels or len(config.labels) or None
-    if num_labels is not None and len(config.labels) > num_labels:
-        raise ConfigError(f"labels has {len(config.labels)} names, the model {num_labels} classes")
-    label = row.label
-    if isinstance(label, str) and label in config.labels:
-        return config.labels.index(label)
-    if isinstance(label, str) and not config.labels and label.isdecimal():
-        label = int(label)  # CSV knows only text
-    if not isinstance(label, int):
-        known = f"one of the {len(config.labels)}" if config.labels else "a number; list them as"
-        raise DataError(f"{row.where}: label is not {known} `labels`")
-    if label < 0 or (num_labels is not None and label >= num_labels):
-        bound = "" if num_labels is None else f" and below {num_labels}"
-        raise DataError(f"{row.where}: label is {label}, must be at least 0{bound}")
-    return label

@@ -254,6 +254,8 @@ class Welcome:
     """Which form of importance is measured: `free`, `reference` or `signed`."""
     importance_every: int = 0
     """Steps between two measurements; 0 for none."""
+    label_names: tuple[str, ...] = ()
+    """Classes of a classifier, in the order of their numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edge_sdk.data.batches import MicroBatch
-from edge_sdk.data.tokenize import IGNORE
+from edge_sdk.data.encoding import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.factors import Array
 from edge_sdk.lora.numpy_adapters import NumpyAdapters

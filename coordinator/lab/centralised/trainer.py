@@ -228,4 +228,5 @@ def _limits(config: ServeConfig, model: ServerModel) -> ModelLimits:
         vocab_size=model.text_config.vocab_size,
         max_positions=model.max_length,
         num_labels=len(config.label_names) or None,
+        label_names=config.label_names,
     )

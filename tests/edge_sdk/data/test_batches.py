@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, epoch_order, eval_batches
-from edge_sdk.data.tokenize import IGNORE, Example
+from edge_sdk.data.encoding import IGNORE
+from edge_sdk.data.tokenize import Example
 from edge_sdk.errors import DataError
 
 PAD = 9

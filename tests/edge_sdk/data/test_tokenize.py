@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.data.encoding import IGNORE
 from edge_sdk.data.rows import DataConfig, load_rows
-from edge_sdk.data.tokenize import IGNORE, Example, ModelLimits, check_tokenizer, tokenize_rows
+from edge_sdk.data.tokenize import Example, ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, DataError
 
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,307 @@
+"""Chats to samples: what the model reads when it is asked for an answer, and the answer it gives.
+
+What goes before an answer is what the template writes when that answer is asked for, so that
+training and use read the same text. Where a template leaves the text before an answer as it was
+when the next one is asked for, both are of one sample; where it rewrites it (thoughts of earlier
+answers are taken out), the next answer begins a sample of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
+
+from edge_sdk.data.encoding import Segment
+from edge_sdk.data.rows import DataConfig, Row
+from edge_sdk.data.templates import THOUGHTS, ChatTemplate, Rendered, TemplateRefusal, Turn
+from edge_sdk.errors import DataError
+
+SYSTEM = ("system", "developer")
+# Tags, bracketed words, single blanks, words: what a template writes in one piece.
+PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s|\w+|.")
+TAG = re.compile(r"<(/?)(\w+)>")
+
+
+def chat_samples(
+    row: Row, template: ChatTemplate, config: DataConfig
+) -> tuple[list[list[Segment]], bool]:
+    """Return the samples of a chat, each as the segments of its text.
+
+    Returns:
+        The samples, and whether the template has left out a part of an answer.
+
+    Raises:
+        DataError: No template, the template refuses the chat, leaves out a turn, calls or tools,
+            or changes the turns before an answer when that answer is given.
+    """
+    if not template.is_there:
+        raise DataError(f"{row.where}: has messages, but the tokenizer has no chat template")
+    turns, targets = [dict(turn) for turn in row.messages], list(row.targets)
+    if config.system_turn == "user" and turns[0]["role"] in SYSTEM:
+        turns, targets = _system_in_user(turns, row.where), [index - 1 for index in targets]
+    writer = _Writer(row.where, turns, row.tools, template)
+    try:
+        return writer.samples(targets[-1:] if config.answers == "last" else targets)
+    except DataError:
+        if writer.refuses_system():
+            raise writer.no_system() from None
+        raise
+
+
+def _system_in_user(turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Return *turns* with the text of the first one, the system's, in the first user turn."""
+    system, *others = turns
+    first = next((i for i, turn in enumerate(others) if turn["role"] == "user"), None)
+    if first is None:
+        raise DataError(f"{where}: has a system turn, but no user turn that could take it")
+    text = f"{system['content']}\n\n{others[first]['content']}"
+    return [*others[:first], others[first] | {"content": text}, *others[first + 1 :]]
+
+
+class _Writer:
+    """Makes the text of one chat."""
+
+    def __init__(
+        self, where: str, turns: list[dict[str, Any]], tools: Sequence[Turn], template: ChatTemplate
+    ) -> None:
+        self._where, self._turns, self._tools, self._template = where, turns, tools, template
+        self._written: dict[tuple[int, bool], Rendered] = {}
+
+    # ---- samples ----
+
+    def samples(self, targets: Sequence[int]) -> tuple[list[list[Segment]], bool]:
+        """Return the samples in which the turns at *targets* carry loss; see chat_samples."""
+        self._turns = self._in_form_that_is_taken(targets[-1])
+        samples: list[list[Segment]] = []
+        done, checked, is_shortened = "", 0, False
+        for index in targets:
+            before = self._question(index)
+            answer = self._answer(index, before)
+            for earlier in range(checked, index):
+                self._check_turn(earlier, index, ask=True)
+            self._check_turn(index, index + 1)
+            is_shortened = is_shortened or _is_shortened(self._turns[index], before, answer.text)
+            if not samples or not before.startswith(done):
+                samples.append([])
+                done = ""
+            samples[-1] += [Segment.context(before[len(done) :]), answer]
+            done, checked = before + answer.text, index + 1
+        self._check_tools(targets[0] + 1)
+        return samples, is_shortened
+
+    def _question(self, index: int) -> str:
+        """Return the text that the model reads when the answer at *index* is asked for."""
+        if index:
+            return self._render(index, ask=True).text
+        try:  # what opens an answer is never learned, but few templates render no turn at all
+            opened = self._template.render([], self._tools, ask=True).text
+        except TemplateRefusal:
+            return ""
+        return opened if self._render(1).text.startswith(opened) else ""
+
+    def _answer(self, index: int, before: str) -> Segment:
+        """Return what follows *before* where the answer at *index* is given."""
+        written = self._render(index + 1)
+        if written.text.startswith(before):
+            return self._from(written, len(before))
+        # The generation prompt may supply what the turn, once it is written, does not have: an
+        # empty block of thoughts, say. It stays in what the model reads.
+        plain = self._render(index).text if index else ""
+        if not (before.startswith(plain) and written.text.startswith(plain)):
+            what = f"the chat template rewrites turn {index} or one before it"
+            remedy = "train on prompt + completion"
+            raise DataError(f"{self._where}: {what} when turn {index + 1} follows; {remedy}")
+        opening, body = before[len(plain) :], written.text[len(plain) :]
+        shared = _shared(opening, body)
+        supplied, rest = opening[shared:], body[shared:]
+        tag = _unbalanced(supplied)
+        if tag is None:
+            return self._from(written, len(plain) + shared)
+        thought = _with_thoughts(_content(self._turns[index]), supplied, tag, rest)
+        if thought is None:
+            raise DataError(
+                f"{self._where}: the chat template asks for turn {index + 1} with "
+                f"{supplied.strip()!r} but writes it without; let the answers hold it "
+                f"(`<{tag}>...</{tag}>answer`), or set `chat_template_kwargs`"
+            )
+        return Segment.target(thought)
+
+    def _from(self, written: Rendered, start: int) -> Segment:
+        """Return what is written from *start* on, with the template's marks if it sets any."""
+        text = written.text[start:]
+        if not self._template.marks:
+            return Segment.target(text)
+        spans = [(max(0, first - start), stop - start) for first, stop in written.generated]
+        return Segment(text, tuple(span for span in spans if span[1] > 0))
+
+    # ---- what must not be lost ----
+
+    def _check_turn(self, index: int, stop: int, *, ask: bool = False) -> None:
+        """Refuse a template that drops what a turn says or calls from the first *stop* turns."""
+        turn = self._turns[index]
+        calls = turn.get("tool_calls") or []
+        for number in range(len(calls)):
+            others = calls[:number] + calls[number + 1 :]
+            change = {"tool_calls": others or None, "content": turn["content"] or ""}
+            if self._is_blind_to(index, stop, change, ask=ask):
+                what = f"the chat template leaves out a call of turn {index + 1}"
+                raise DataError(f"{self._where}: {what}; take a model that knows calls of tools")
+        content, role = _content(turn), turn["role"]
+        if role == "assistant" or not content.strip():
+            return
+        # A user's text is seldom lost, and seldom changed: looking for it costs least.
+        if role == "user" and _letters(content) in _letters(self._render(stop, ask=ask).text):
+            return
+        if self._is_blind_to(index, stop, {"content": f"{content} x"}, ask=ask):
+            if index == 0 and role in SYSTEM:
+                raise self.no_system()
+            what = f"the chat template leaves out turn {index + 1}, of role {role[:40]!r}"
+            raise DataError(f"{self._where}: {what}")
+
+    def _is_blind_to(self, index: int, stop: int, change: dict[str, Any], *, ask: bool) -> bool:
+        """Return whether the first *stop* turns read the same once one of them is changed."""
+        changed = [*self._turns[:stop]]
+        changed[index] = changed[index] | change
+        return self._render(stop, ask=ask).text == self._try(changed, self._tools, ask=ask)
+
+    def _check_tools(self, stop: int) -> None:
+        """Refuse a template that drops what may be called from the first *stop* turns."""
+        if self._tools and self._render(stop).text == self._try(self._turns[:stop]):
+            what = "the chat template leaves out the tools; take a model that knows tools"
+            raise DataError(f"{self._where}: {what}, or rows without")
+
+    def refuses_system(self) -> bool:
+        """Return whether the chat would be taken if its first turn were part of a user turn."""
+        if self._turns[0]["role"] not in SYSTEM:
+            return False
+        if self._try(self._turns, self._tools) is not None:
+            return False
+        try:
+            merged = _system_in_user(self._turns, self._where)
+            return self._try(merged, self._tools) is not None
+        except DataError:
+            return False
+
+    def no_system(self) -> DataError:
+        """Return the error for a template that knows no system turn."""
+        return DataError(
+            f"{self._where}: the chat template has no {self._turns[0]['role']} turn; "
+            "`system_turn: user` puts its text before that of the first user turn"
+        )
+
+    # ---- rendering ----
+
+    def _in_form_that_is_taken(self, last: int) -> list[dict[str, Any]]:
+        """Return the turns up to *last*, their calls and null contents as the template takes them.
+
+        Most templates expect arguments as objects, some join text with them; most know a turn of
+        calls without content, some need empty text.
+        """
+        turns = self._turns[: last + 1]
+        if not any("tool_calls" in turn for turn in turns):
+            return turns
+        wanted = list(_json_arguments(turns))
+        fallback: list[dict[str, Any]] | None = None
+        for change in (lambda turn: turn, _with_text_arguments):
+            for content in (None, ""):
+                form = [change(turn) for turn in turns]
+                form = [turn | {"content": turn["content"] or content} for turn in form]
+                text = self._try(form, self._tools)
+                if text is not None and all(arguments in text for arguments in wanted):
+                    return form
+                fallback = form if text is not None and fallback is None else fallback
+        return fallback or turns
+
+    def _render(self, count: int, *, ask: bool = False) -> Rendered:
+        """Return the first *count* turns as text."""
+        if (count, ask) not in self._written:
+            try:
+                rendered = self._template.render(self._turns[:count], self._tools, ask=ask)
+            except TemplateRefusal as error:
+                raise DataError(f"{self._where}: the chat template refuses it: {error}") from error
+            self._written[count, ask] = rendered
+        return self._written[count, ask]
+
+    def _try(
+        self, turns: Sequence[Turn], tools: Sequence[Turn] = (), *, ask: bool = False
+    ) -> str | None:
+        """Return *turns* as text, None if the template refuses them."""
+        try:
+            return self._template.render(turns, tools, ask=ask).text
+        except TemplateRefusal:
+            return None
+
+
+def _content(turn: Turn) -> str:
+    return str(turn.get("content") or "")
+
+
+def _letters(text: str) -> str:
+    """Return *text* without blanks: templates trim and fold them as they like."""
+    return "".join(text.split())
+
+
+def _is_shortened(turn: Turn, before: str, answer: str) -> bool:
+    """Return whether the template has left out a part of an answer, or its thoughts."""
+    opening = before[before.rstrip().rfind("\n") + 1 :]
+    written = _letters(opening + answer)
+    parts = [_content(turn), *(str(turn[name]) for name in THOUGHTS if turn.get(name))]
+    return any(_letters(part) not in written for part in parts)
+
+
+def _shared(opening: str, body: str) -> int:
+    """Return how many letters both texts begin with, in whole pieces."""
+    pairs = zip(PIECES.findall(opening), PIECES.findall(body), strict=False)
+    return sum(len(one) for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _unbalanced(text: str) -> str | None:
+    """Return the name of a tag that *text* opens or closes only, None without one."""
+    open_tags: list[str] = []
+    for slash, name in TAG.findall(text):
+        if not slash:
+            open_tags.append(name)
+        elif open_tags and open_tags[-1] == name:
+            open_tags.pop()
+        else:
+            return str(name)
+    return open_tags[-1] if open_tags else None
+
+
+def _with_thoughts(content: str, supplied: str, tag: str, rest: str) -> str | None:
+    """Return an answer with the thoughts that the template takes out, but without its opening.
+
+    None where the answer does not begin with what the generation prompt supplies.
+    """
+    content, opening = content.lstrip(), supplied.strip()
+    said = content.rpartition(f"</{tag}>")[2].strip()
+    at = rest.find(said)
+    if not content.startswith(opening) or not said or at < 0 or said == content.strip():
+        return None
+    own = content[len(opening) : content.rindex(said) + len(said)]
+    own = own.lstrip("\n") if supplied.endswith("\n") else own
+    return own + rest[at + len(said) :]
+
+
+def _with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn of which the calls have their arguments as JSON."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        arguments = function["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(call | {"function": function | {"arguments": arguments}})
+    return turn | {"tool_calls": calls}
+
+
+def _json_arguments(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the arguments of all calls as JSON."""
+    for turn in turns:
+        for call in _with_text_arguments(turn).get("tool_calls", ()):
+            yield call["function"]["arguments"]
