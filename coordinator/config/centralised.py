@@ -34,6 +34,6 @@ class PooledConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[str | tuple[str, ...], ...]:
         """The files or data sets to train on, in their order."""
         return self.files or (() if self.data.path is None else (self.data.path,))

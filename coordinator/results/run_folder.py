@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -38,7 +38,8 @@ from coordinator.results.checkpoint_files import (
 )
 from coordinator.results.json_text import json_text
 from edge_sdk.config.describe import dump_config
-from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.data.paths import data_files
+from edge_sdk.errors import ConfigError, DataError, StorageError
 from edge_sdk.files import atomic_write, storage_errors, sync
 
 CONFIG = "config.resolved.yaml"
@@ -270,15 +271,23 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def digest_of(config: object, data: Iterable[str | None]) -> str:
+def digest_of(config: object, data: Iterable[str | Sequence[str] | None]) -> str:
     """Return 12 letters that are equal for equal configs and equal bytes of *data*.
 
     Args:
         config: A dataclass, as `dump_config` takes it.
-        data: Files; ids of data sets and None stand for nothing.
+        data: Files, patterns, folders; ids of data sets and None stand for nothing.
     """
     found = hashlib.sha256(dump_config(config).encode())
-    for path in data:
-        if path is not None and Path(path).is_file():  # not the id of a data set
-            found.update(Path(path).read_bytes())
+    for source in data:
+        for path in _present(source):
+            found.update(path.read_bytes())
     return found.hexdigest()[:12]
+
+
+def _present(source: str | Sequence[str] | None) -> list[Path]:
+    """Return the files that *source* means and that are there."""
+    try:
+        return [] if source is None else [p for p in data_files(source) if p.is_file()]
+    except DataError:  # said by whoever reads them
+        return []

@@ -4,6 +4,7 @@ __all__ = [
     "batches",
     "encoding",
     "fast_tokenizer",
+    "paths",
     "readers",
     "rows",
     "schemas",

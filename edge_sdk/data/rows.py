@@ -34,13 +34,14 @@ class DataConfig:
         ValueError: A field is out of its range; the message names it.
     """
 
-    path: str | None = None
-    """A .jsonl, .csv or .parquet file, or the id of a Hugging Face data set; a relative path
-    starts from the working directory."""
+    path: str | tuple[str, ...] | None = None
+    """A file (docs/data.md lists the formats), a pattern such as `shards/*.jsonl`, a folder, a list
+    of these, or the id of a Hugging Face data set; relative ones start from the working directory."""
     name: str | None = None
     """Configuration of a Hugging Face data set, where it has several."""
     split: str = "train"
-    """Split of a Hugging Face data set; slices such as `train[:1000]` work."""
+    """Split of a Hugging Face data set, of which slices such as `train[:1000]` work; or of a folder
+    whose file names tell it."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our word -> their column, e.g. {"prompt": "mr", "completion": "ref"}; then other columns
     are ignored. Empty: the columns have our names."""
@@ -81,6 +82,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         object.__setattr__(self, "labels", tuple(self.labels))
+        if isinstance(self.path, list):
+            object.__setattr__(self, "path", tuple(self.path))
         check_columns(self.columns)
         if self.too_long == "error":
             object.__setattr__(self, "too_long", "refuse")

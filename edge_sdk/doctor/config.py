@@ -15,7 +15,10 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.config.sources import Entries, Node, from_overrides, read_layers
 from edge_sdk.config.values import Spot, build, by_key, default_of, field_types, type_words
+from edge_sdk.data.paths import data_files
+from edge_sdk.data.readers import source_name
 from edge_sdk.data.rows import DataConfig, load_data
+from edge_sdk.data.tally import Tally
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
 from edge_sdk.transport.keys import fingerprint, load_key_pair, load_public_key
@@ -92,16 +95,18 @@ def check_data(config: DataConfig) -> Finding:
     """Check by its first rows whether the private data can be read; nothing of it is shown."""
     if config.path is None:
         return skipped("data", "data.path is empty: the application hands its own rows over")
-    # A name without a suffix that is no folder either is that of a data set.
-    if not Path(config.path).suffix and not os.path.exists(os.path.expanduser(config.path)):
-        return skipped("data", f"{config.path} is no file: a data set, fetched when a run begins")
-    limit = min(config.limit or MOST_ROWS, MOST_ROWS)
+    name, limit = source_name(config.path), min(config.limit or MOST_ROWS, MOST_ROWS)
     try:
-        rows, held_out = load_data(None, replace(config, limit=limit), seed=0)
+        if not data_files(config.path, config.split) and not os.path.isdir(name):
+            return skipped("data", f"{name} is no file: a data set, fetched when a run begins")
+        tally = Tally(config.bad_rows)
+        rows, held_out = load_data(None, replace(config, limit=limit), 0, tally)
     except EdgeError as error:
         return failure("data", one_line(error), "correct the file, or data.path=FILE")
     except ModuleNotFoundError as error:
         return failure("data", one_line(error), "pip install 'edgesplit[data]'")
     extent = f"the first {limit} rows are" if len(rows) + len(held_out) >= limit else "all rows are"
     count = f"{len(rows)} to train, {len(held_out)} to validate"
-    return ok("data", f"{config.path}: {extent} of the schema {rows[0].schema}; {count}")
+    if skipped_rows := tally.count("skipped"):
+        count += f"; {skipped_rows} skipped, first {tally.first('skipped')[0]}"
+    return ok("data", f"{name}: {extent} of the schema {rows[0].schema}; {count}")

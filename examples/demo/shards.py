@@ -13,7 +13,7 @@ from typing import Any
 from processes import ROOT
 
 from coordinator.lab.simulation.sharding import contiguous_shards, iid_shards
-from edge_sdk.data.readers import FILE_SUFFIXES
+from edge_sdk.data.paths import kind_of
 from edge_sdk.data.rows import DataConfig, Row, hold_out, load_rows
 from edge_sdk.data.schemas import SCHEMAS
 from edge_sdk.errors import ConfigError, DataError
@@ -110,7 +110,7 @@ def _files(paths: list[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in FILE_SUFFIXES)
+        inside = sorted(p for p in path.iterdir() if kind_of(p) is not None)
         found += [p for p in inside if not p.name.lower().startswith("test")]
     return found
 
