@@ -36,7 +36,8 @@ class DataConfig:
 
     path: str | tuple[str, ...] | None = None
     """A file (docs/data.md lists the formats), a pattern such as `shards/*.jsonl`, a folder, a list
-    of these, or the id of a Hugging Face data set; relative ones start from the working directory."""
+    of these, or the id of a Hugging Face data set. Relative paths start from the working
+    directory."""
     name: str | None = None
     """Configuration of a Hugging Face data set, where it has several."""
     split: str = "train"

@@ -190,7 +190,12 @@ def _completion(values: Mapping[str, Any], where: str) -> Fields:
         remedy = "take such rows out to train on the wanted ones"
         raise DataError(f"{where}: is a preference (label: false), no sample; {remedy}")
     prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list | tuple) or not isinstance(completion, list | tuple):
+    are_turns = [isinstance(value, list | tuple) for value in (prompt, completion)]
+    if any(are_turns) and not all(are_turns):
+        prompt_is, completion_is = ("a list of turns" if one else "text" for one in are_turns)
+        what = f"prompt is {prompt_is}, completion is {completion_is}; both must be the same"
+        raise DataError(f"{where}: {what}")
+    if not any(are_turns):
         return {
             "schema": "completion",
             "prompt": text_of(prompt, where, "prompt", may_be_empty=True),
