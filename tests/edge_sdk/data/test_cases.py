@@ -170,10 +170,10 @@ def shards(folder: Path, names: Sequence[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "pattern", "expected"),
     [
-        (["b.jsonl", "a.jsonl", "notes.md"], "*", ["a.jsonl", "b.jsonl"]),
+        (["b.jsonl", "a.jsonl", "notes.txt"], "*", ["a.jsonl", "b.jsonl"]),
         (["b.jsonl", "a.json", "c.jsonl"], "*.jsonl", ["b.jsonl", "c.jsonl"]),
         (["x/a.jsonl", "a.jsonl"], "**/*.jsonl", ["a.jsonl", "x/a.jsonl"]),
-        (["b.jsonl", "a.jsonl", ".hidden.jsonl", "notes.md"], "", ["a.jsonl", "b.jsonl"]),
+        (["b.jsonl", "a.jsonl", ".hidden.jsonl", "notes.txt"], "", ["a.jsonl", "b.jsonl"]),
         (["shard-1.jsonl", "shard-0.jsonl", "dev.jsonl"], "", ["shard-0.jsonl", "shard-1.jsonl"]),
         (["my_train.jsonl", "my_test.jsonl", "my-val.jsonl"], "", ["my_train.jsonl"]),
         (["trainer.jsonl", "developer.jsonl"], "", ["developer.jsonl", "trainer.jsonl"]),
