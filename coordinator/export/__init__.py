@@ -3,6 +3,8 @@
 __all__ = [
     "adapter",
     "check",
+    "facts",
     "merged",
+    "options",
     "run",
 ]

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from coordinator.export.card import Card, base_name
 from coordinator.export.check import load_base, verify
+from coordinator.export.facts import RunFacts
+from coordinator.results.json_text import json_text
+from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
 from edge_sdk.lora.factors import Array, Factors, compress
-from edge_sdk.model.layout import is_transposed
+from edge_sdk.model.layout import build_empty, is_transposed
 from edge_sdk.model.weights import ModelSource
+
+LABELS = "labels.json"
+"""A classifier's classes and pad token, which PEFT's own files have no place for."""
+# What vLLM can be told to hold (`--max-lora-rank`), and what it holds unless it is told.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
 
 
 def export_adapter(
-    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
+    source: ModelSource,
+    learned: Mapping[str, Factors],
+    head: Mapping[str, Array],
+    folder: Path,
+    facts: RunFacts | None = None,
 ) -> float:
     """Write *learned* as a PEFT adapter; return the largest difference of a logit.
 
@@ -27,36 +41,122 @@ def export_adapter(
         ExportError: PEFT, given the export, computes something else.
         StorageError: the folder cannot be written.
     """
+    kept = least_ranks(learned)
+    ranks = {name: factors.rank for name, factors in kept.items()}
+    card = Card(source=source, format="peft", ranks=ranks, facts=facts)
+    settings = {
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": dict(ranks),
+    }
+    write_files(card, kept, head, settings, folder)
+    return _read_back(source, learned, head, folder)
+
+
+def export_uniform(
+    source: ModelSource, learned: Mapping[str, Factors], folder: Path, facts: RunFacts | None = None
+) -> float:
+    """Write the same for readers that know one rank and one alpha; return as `export_adapter` does.
+
+    vLLM reads `r` and `lora_alpha` alone; llama.cpp divides alpha by a tensor's own rank. All
+    weights get the same rank, with rows of zeros, and alpha equals it: everybody's scale is 1.
+
+    Raises:
+        ConfigError: the rank is more than vLLM takes.
+        ExportError: PEFT, given the export, computes something else.
+        StorageError: the folder cannot be written.
+    """
+    kept = least_ranks(learned)
+    rank = vllm_rank(max(factors.rank for factors in kept.values()))
+    padded = {name: pad(factors, rank) for name, factors in kept.items()}
+    card = Card(source=source, format="vllm", ranks=dict.fromkeys(kept, rank), facts=facts)
+    write_files(card, padded, {}, {"r": rank, "lora_alpha": rank}, folder)
+    return _read_back(source, learned, {}, folder)
+
+
+def least_ranks(learned: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return what was learned with as few ranks as it has; a zero adapter where it is nothing."""
+    kept = {n: compress(f)[0] for n, f in learned.items()}
+    return {n: f for n, f in kept.items() if f.rank} or _smallest(learned)
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the least rank of those that vLLM takes which holds *rank*.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    if not fitting:
+        most = VLLM_RANKS[-1]
+        raise ConfigError(
+            f"--format vllm: the adapter has rank {rank}, vLLM takes at most {most}; "
+            f"cut it with --max-rank {most} or less"
+        )
+    return fitting[0]
+
+
+def pad(factors: Factors, rank: int) -> Factors:
+    """Return the same matrix with *rank* ranks, the further ones zeros."""
+    missing = rank - factors.rank
+    return Factors(
+        np.pad(factors.b_OR, ((0, 0), (0, missing))), np.pad(factors.a_RI, ((0, missing), (0, 0)))
+    )
+
+
+def write_files(
+    card: Card,
+    factors: Mapping[str, Factors],
+    head: Mapping[str, Array],
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write *factors* and a *head* in PEFT's format, with the *settings* of its config."""
     from peft import LoraConfig as PeftConfig
-    from peft import PeftModel
     from safetensors.torch import save_file
 
-    kept = {n: compress(f)[0] for n, f in learned.items()}
-    kept = {n: f for n, f in kept.items() if f.rank} or _smallest(learned)
-    ranks = {name: factors.rank for name, factors in kept.items()}
-    modules = sorted({name.split(".")[0] for name in head})
+    source, base = card.source, base_name(card.source)
     config = PeftConfig(
         task_type="CAUSAL_LM" if source.task == "causal-lm" else "SEQ_CLS",
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        target_modules=sorted(ranks),
-        rank_pattern=ranks,
-        alpha_pattern=dict(ranks),
-        modules_to_save=modules or None,
-        base_model_name_or_path=str(source.folder),
-        fan_in_fan_out=_has_transposed(source),
+        target_modules=sorted(factors),
+        modules_to_save=sorted({name.split(".")[0] for name in head}) or None,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        fan_in_fan_out=has_transposed(source),
         inference_mode=True,
+        **settings,
     )
     tensors = {f"base_model.model.{n}": torch.from_numpy(np.array(v)) for n, v in head.items()}
-    for name, factors in kept.items():
-        for letter, value in (("A", factors.a_RI), ("B", factors.b_OR)):
+    for name, pair in factors.items():
+        for letter, value in (("A", pair.a_RI), ("B", pair.b_OR)):
             key = f"base_model.model.{name}.lora_{letter}.weight"
             tensors[key] = torch.from_numpy(np.ascontiguousarray(value))
     with storage_errors(f"adapter {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_card(source, ranks), encoding="utf-8")
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        if card.label_names:
+            (folder / LABELS).write_text(_labels(card), encoding="utf-8")
+
+
+def _labels(card: Card) -> str:
+    names = card.label_names
+    pad_token_id = card.source.config.get_text_config().pad_token_id
+    found = {
+        "id2label": {str(n): name for n, name in enumerate(names)},
+        "label2id": {name: n for n, name in enumerate(names)},
+        "pad_token_id": pad_token_id,
+    }
+    return json_text(found, indent=2) + "\n"
+
+
+def _read_back(
+    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
+) -> float:
+    from peft import PeftModel
+
     loaded = PeftModel.from_pretrained(load_base(source), folder)
     return verify(source, learned, head, loaded, folder)
 
@@ -68,19 +168,7 @@ def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:
     return {name: Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))}
 
 
-def _has_transposed(source: ModelSource) -> bool:
-    from edge_sdk.model.layout import build_empty
-
+def has_transposed(source: ModelSource) -> bool:
+    """Return whether the model keeps weights as (I, O), as GPT-2 does."""
     model = build_empty(source.config, source.task, torch.float32)
     return any(is_transposed(module) for module in model.modules())
-
-
-def _card(source: ModelSource, ranks: Mapping[str, int]) -> str:
-    config = json.dumps({"weights": len(ranks), "ranks": sorted(set(ranks.values()))})
-    return (
-        "---\nlibrary_name: peft\ntags: [lora, edgesplit]\n---\n\n"
-        "# LoRA adapter trained with EdgeSplit\n\n"
-        f"Base model: `{source.folder.name}`. Task: {source.task}. Adapted: `{config}`.\n\n"
-        "Trained across devices that kept their data; the adapter is the sum of what all of them\n"
-        "learned. Load it with `peft.PeftModel.from_pretrained(base, this_folder)`.\n"
-    )

@@ -6,7 +6,7 @@ Legend: B sequences, T positions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # Largest difference of a logit between the coordinator's model and the export read back.
 TOLERANCE = 1e-5
+# Most bytes of a model in float32 that is run as a whole to check it once it is merged.
+CHECK_BYTES = 4 << 30
 
 
 class ExportError(EdgeError):
@@ -48,14 +50,30 @@ def trained_slice(
     source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array]
 ) -> Slice:
     """Load the whole model as the coordinator computes it: the base, and dW as factors."""
-    slice_ = Slice(source.config, source.task, source.layout, torch.float32)
-    for part in source.layout.part_names():
-        slice_.add(part, source.tensors(part))
-    adapters = Adapters(slice_, {}, {}, LoraConfig())
-    adapters.set_residual(learned)
-    load_parameters({n: slice_.model.get_parameter(n) for n in head}, head)
+    slice_ = _slice_of(source, source.layout.part_names(), source.tensors)
+    _learn(slice_, learned, head)
     slice_.model.eval()
     return slice_
+
+
+def _slice_of(
+    source: ModelSource,
+    parts: Sequence[str],
+    tensors: Callable[[str], Mapping[str, torch.Tensor]],
+) -> Slice:
+    slice_ = Slice(source.config, source.task, source.layout, torch.float32)
+    for part in parts:
+        slice_.add(part, tensors(part))
+    return slice_
+
+
+def _learn(slice_: Slice, learned: Mapping[str, Factors], head: Mapping[str, Array]) -> None:
+    """Give a slice, all of it or its first blocks, what a run has learned."""
+    own = {name for part in slice_.present for name in slice_.layout.part(part)}
+    adapters = Adapters(slice_, {}, {}, LoraConfig())
+    adapters.set_residual({n: f for n, f in learned.items() if f"{n}.weight" in own})
+    values = {n: v for n, v in head.items() if n in own}
+    load_parameters({n: slice_.model.get_parameter(n) for n in values}, values)
 
 
 def verify(
@@ -71,18 +89,94 @@ def verify(
         ExportError: it is more than rounding.
     """
     ours = trained_slice(source, learned, head)
-    vocab = source.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(3, vocab, (2, 16), generator=generator)
-    lengths_B = torch.tensor([16, 16])
+    ids_BT, lengths_B = _inputs(source)
     with torch.no_grad():
         expected = ours.whole(ids_BT, lengths_B)
         found = loaded.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
-    difference = float((expected - found).abs().max() / expected.abs().max())
+    difference = _relative(expected, found)
+    _refuse_more_than_rounding(folder, difference)
+    log.info("export.verified folder=%s difference=%.1e", folder, difference)
+    return difference
+
+
+def compare_stretch(
+    source: ModelSource,
+    learned: Mapping[str, Factors],
+    head: Mapping[str, Array],
+    written: ModelSource,
+    tensors: Callable[[str], Mapping[str, torch.Tensor]],
+) -> float:
+    """Compare a merged model with what was to be written, and with what was trained.
+
+    A model that fits `CHECK_BYTES` is run as a whole, by transformers; of a larger one only its
+    first blocks.
+
+    Args:
+        source: The base.
+        learned: dW by weight.
+        head: Parameters that were trained in full.
+        written: What was written, opened again.
+        tensors: Returns the tensors of a part as they were to be written.
+
+    Returns:
+        The largest difference of a logit or hidden state between *written* and what was trained.
+
+    Raises:
+        ExportError: *written* is not what was to be written.
+    """
+    ids_BT, lengths_B = _inputs(source)
+    num_blocks = _blocks_that_fit(source)
+    is_whole = num_blocks == source.layout.num_blocks
+    parts = ["front", *(f"block.{i}" for i in range(num_blocks)), *(["tail"] if is_whole else [])]
+
+    def run(slice_: Slice) -> torch.Tensor:
+        slice_.model.eval()
+        with torch.no_grad():
+            if is_whole:
+                return slice_.whole(ids_BT, lengths_B)
+            return slice_.front(ids_BT, lengths_B, num_blocks)
+
+    expected = run(_slice_of(source, parts, tensors))
+    if is_whole:
+        loaded = load_base(written).eval()
+        with torch.no_grad():
+            found = loaded(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+        del loaded
+    else:
+        found = run(_slice_of(written, parts, written.tensors))
+    _refuse_more_than_rounding(written.folder, _relative(expected, found))
+    trained = _slice_of(source, parts, source.tensors)
+    _learn(trained, learned, head)
+    difference = _relative(run(trained), found)
+    log.info("export.verified folder=%s difference=%.1e", written.folder, difference)
+    return difference
+
+
+def _inputs(source: ModelSource) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (B, T) and lengths (B) that show a difference."""
+    vocab = source.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (2, 16), generator=generator), torch.tensor([16, 16])
+
+
+def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+def _refuse_more_than_rounding(folder: Path, difference: float) -> None:
     if not difference <= TOLERANCE:
         raise ExportError(
             f"{folder}: read back, its logits differ by {difference:.1e} (relative), "
             f"more than {TOLERANCE:.0e}"
         )
-    log.info("export.verified folder=%s difference=%.1e", folder, difference)
-    return difference
+
+
+def _blocks_that_fit(source: ModelSource) -> int:
+    """Return how many blocks are run to check a model: all, or as many as `CHECK_BYTES` holds."""
+    sizes = [
+        4 * sum(tensor.numel() for tensor in source.tensors(part).values())
+        for part in source.layout.part_names()
+    ]
+    if sum(sizes) <= CHECK_BYTES:
+        return source.layout.num_blocks
+    return 1

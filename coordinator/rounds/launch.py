@@ -107,7 +107,7 @@ def _complete_again(run: Reopened, watcher: Watcher) -> None:
     if not has_ended(folder):
         _tell_the_end(run, watchers)
     if not is_whole(folder, ADAPTER):
-        watchers.see(Exported(ADAPTER, export_run(folder, target, merged=False), target))
+        watchers.see(Exported(ADAPTER, export_run(folder, target), target))
 
 
 def _tell_the_end(run: Reopened, watcher: Watcher) -> None:
@@ -148,7 +148,8 @@ def _finish(coordinator: Coordinator) -> str:
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         target = path / ADAPTER
-        watcher.see(Exported(ADAPTER, coordinator.learned.export(target), target))
+        difference = coordinator.learned.export(coordinator.folder, target)
+        watcher.see(Exported(ADAPTER, difference, target))
     else:
         watcher.see(RunPaused(path))
     return outcome

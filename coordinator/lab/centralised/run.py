@@ -5,6 +5,7 @@ Its folder holds what that of any run does: config, events, metrics, telemetry, 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
+from coordinator.export.facts import run_facts
 from coordinator.export.merged import export_merged
+from coordinator.export.options import ExportOptions
+from coordinator.export.run import PEFT, Say, Trained, write_export
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -50,9 +54,10 @@ from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import storage_errors
 from edge_sdk.protocol.messages import EvalReport, Stamp
 from edge_sdk.runtime.torch_runtime import TorchRuntime
+
+log = logging.getLogger(__name__)
 
 MODEL = "model"
 """Folder of the result where all weights were trained; adapters are where every run has them."""
@@ -123,13 +128,19 @@ def result_name(config: ServeConfig) -> str:
     return MODEL if config.pooled.trains == "all" else ADAPTER
 
 
-def export_pooled(run: RunFolder, folder: Path, *, merged: bool) -> float:
-    """Export the newest checkpoint of *run*; return the largest difference of a logit."""
+def export_pooled(
+    run: RunFolder, folder: Path, *, options: ExportOptions = PEFT, say: Say = log.info
+) -> float:
+    """Export the newest checkpoint of *run*; return what `export_run` does."""
     _, config, checkpoint = reopen(run.path, [])
     model = ServerModel(config)
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
-    return write_result(config, model, runtime, folder, merged=merged)
+    adapters = runtime.state.adapters.products()
+    if not adapters and options == PEFT:
+        options = ExportOptions(format="merged")
+    trained = Trained(model.source, adapters, runtime.state.head(), run_facts(config, run))
+    return write_export(trained, config, folder, options, say)
 
 
 def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
@@ -146,26 +157,17 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
     runtime.state.restore(state)
 
 
-def write_result(
-    config: ServeConfig, model: ServerModel, runtime: TorchRuntime, folder: Path, *, merged: bool
-) -> float:
-    """Write an adapter, or the whole model; return the largest difference of a logit, read back.
+def write_result(run: RunFolder, config: ServeConfig, trainer: PooledTrainer) -> float:
+    """Write the result into the run's folder; return the largest difference of a logit, read back.
 
-    *model* must not be used after this: checking may write into the weights that it has open.
+    The trainer's model must not be used after this: checking may write into its weights.
     """
-    learned, head = runtime.state.adapters.products(), runtime.state.head()
-    if merged or config.pooled.trains == "all":
-        return export_merged(model.source, learned, head, folder)
-    difference = export_adapter(model.source, learned, head, folder)
-    card = folder / "README.md"
-    with storage_errors(card):
-        text = card.read_text(encoding="utf-8").partition("Trained across devices")[0]
-        card.write_text(
-            f"{text}Trained on pooled data. Load it with "
-            "`peft.PeftModel.from_pretrained(base, this_folder)`.\n",
-            encoding="utf-8",
-        )
-    return difference
+    state, source = trainer.runtime.state, trainer.model.source
+    learned, head, facts = state.adapters.products(), state.head(), run_facts(config, run)
+    folder = run.path / result_name(config)
+    if config.pooled.trains == "all":
+        return export_merged(source, learned, head, folder, facts, dtype="float32")
+    return export_adapter(source, learned, head, folder, facts)
 
 
 @contextmanager
@@ -291,8 +293,6 @@ class PooledRun:
         take_up(self.folder, checkpoint, self._watcher)
 
     def _write_result(self) -> None:
-        trainer = self.trainer
         what = result_name(self.config)
-        target = self.folder.path / what
-        difference = write_result(self.config, trainer.model, trainer.runtime, target, merged=False)
-        self._watcher.see(Exported(what, difference, target))
+        difference = write_result(self.folder, self.config, self.trainer)
+        self._watcher.see(Exported(what, difference, self.folder.path / what))

@@ -107,7 +107,8 @@ def _serve(coordinator: Coordinator) -> str:
     with stopping_on_signals(coordinator.stop):
         outcome = coordinator.serve()
     if outcome == COMPLETED:
-        difference = coordinator.learned.export(coordinator.folder.path / ADAPTER)
+        folder = coordinator.folder
+        difference = coordinator.learned.export(folder, folder.path / ADAPTER)
         coordinator.watcher.see(Exported(ADAPTER, difference))
     else:
         coordinator.run.reporting.flush()

@@ -19,9 +19,7 @@ PRODUCT = Path(__file__).parents[3] / "coordinator"
 # Who may write into the folder of a run.
 WRITERS = ("results", "rounds", "engine", "lab/centralised", "lab/simulation")
 # Who of them calls `json.dumps` itself.
-ALLOWED = {
-    "results/json_text.py": "the one place",
-}
+ALLOWED = {"results/json_text.py": "the one place"}
 
 
 def strict(text: str) -> Any:
