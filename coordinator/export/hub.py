@@ -46,7 +46,8 @@ def push(folder: Path, repo: str, *, public: bool) -> str:
             repo_id=url.repo_id, folder_path=folder, commit_message="Trained with EdgeSplit"
         )
     except Exception as error:  # noqa: BLE001 - the hub client raises a wide family of errors
+        cause = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
         raise TransportError(
-            f"{folder} is written, but not pushed to {repo!r}: {one_line(error)}"
+            f"{folder} is written, but not pushed to {repo!r}: {one_line(error)}{cause}"
         ) from error
     return str(url)
