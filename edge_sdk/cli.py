@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, one_line
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, DataError, one_line
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
@@ -55,7 +56,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     doctor.set_defaults(run=_doctor)
+    _add_data(commands.add_parser("data", help="look at the private data before a run does"))
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    preview = commands.add_parser(
+        "preview",
+        help="samples as tokens, their lengths, and the rows that do not fit",
+        description="Shows what a run would learn from: samples as tokens with what carries loss, "
+        "lengths, and the rows that a run would refuse, skip, drop or cut. Nothing leaves this "
+        "device. Exit code 7: a run would refuse this data.",
+    )
+    preview.add_argument("--config", type=Path, help="the device's YAML file")
+    preview.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="a file, pattern or folder in place of data.path; may be given several times",
+    )
+    preview.add_argument(
+        "--model",
+        help="folder with the tokenizer, or a Hugging Face id; default: `model` of the config, "
+        "else what the last run has left on this device",
+    )
+    preview.add_argument("--rows", type=_count, default=10_000, help="default: %(default)s")
+    preview.add_argument("--examples", type=_count, default=3, help="default: %(default)s")
+    preview.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+    preview.set_defaults(run=_preview)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
 
 
 class _Lines(Callback):
@@ -134,6 +170,32 @@ def _doctor(options: argparse.Namespace) -> int:
             print(as_lines(finding, doctor.NAME_WIDTH, width=width, colours=colours), flush=True)
     print(f"\n{summary(findings)}" if options.format == "text" else as_json(findings))
     return doctor.exit_code(findings)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from edge_sdk.preview.drawing import draw
+    from edge_sdk.preview.survey import find_model, survey
+
+    overrides = list(options.overrides)
+    if options.data:
+        overrides.append(f"data.path={json.dumps(options.data)}")
+    # Without a config nobody is asked for, so it does not matter where the coordinator is.
+    nobody = [] if options.config else ["coordinator=tcp://localhost:0", "server_key=none"]
+    config = load_config(ClientConfig, options.config, [*nobody, *overrides], env_prefix=ENV_PREFIX)
+    reader = find_model(config, options.model)
+    found = survey(config.data, reader, max(1, options.rows))
+    is_terminal = sys.stdout.isatty()
+    text = draw(
+        found,
+        reader.tokenizer,
+        num_examples=options.examples,
+        width=shutil.get_terminal_size().columns if is_terminal else 80,
+        colours=is_terminal and not os.environ.get("NO_COLOR"),
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    print(f"tokenizer  {reader.origin}\n{text}")
+    return DataError.exit_code if found.stops else 0
 
 
 if __name__ == "__main__":

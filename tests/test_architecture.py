@@ -39,7 +39,7 @@ ORDER = {
         ["data"],
         ["runtime"],
         ["client"],
-        ["doctor"],
+        ["doctor", "preview"],
         ["supervise"],
         ["command"],
         ["cli"],

@@ -105,6 +105,10 @@ class PlainTokenizer:
         finally:
             self._tokenizer.no_truncation()
 
+    def decode(self, ids: Sequence[int], **_ignored: object) -> str:
+        """Return what *ids* stand for, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():

@@ -155,9 +155,12 @@ def load_rows(
     while len(rows) != config.limit and (found := next(records, None)) is not None:
         where, record = found
         try:
-            rows.append(_row(record, where, config, rows[:1]))
+            schema, row = _row(record, where, config, rows[:1])
         except DataError as error:
             counted.bad(error)
+        else:
+            counted.schemas[schema] += 1
+            rows.append(row)
     if tally is None:
         counted.say()
     if not rows:
@@ -165,16 +168,16 @@ def load_rows(
     return rows
 
 
-def _row(record: Any, where: str, config: DataConfig, before: Sequence[Row]) -> Row:
-    """Return *record* as a checked row of the schema of the rows *before*."""
+def _row(record: Any, where: str, config: DataConfig, before: Sequence[Row]) -> tuple[str, Row]:
+    """Return the name of a record's schema, and its row, which is one of those of *before*."""
     if isinstance(record, DataError):
         raise record
-    _, fields = read_fields(record, where, config.columns, config.alpaca)
+    schema, fields = read_fields(record, where, config.columns, config.alpaca)
     row = Row(where=where, **fields)
     if before and row.schema != before[0].schema:
         ours, first = " + ".join(SCHEMAS[row.schema]), " + ".join(SCHEMAS[before[0].schema])
         raise DataError(f"{where}: has {ours}, but {before[0].where} has {first}; do not mix")
-    return row
+    return schema, row
 
 
 def load_data(

@@ -6,6 +6,8 @@ Reasons name places and never quote a sample.
 from __future__ import annotations
 
 import logging
+from array import array
+from collections import Counter
 from typing import Literal
 
 from edge_sdk.errors import DataError
@@ -33,6 +35,10 @@ class Tally:
         self._on_bad = on_bad
         self._counts: dict[Fate, int] = dict.fromkeys(FATES, 0)
         self._first: dict[Fate, list[str]] = {fate: [] for fate in FATES}
+        self.schemas = Counter[str]()
+        """Rows by the name of their schema."""
+        self.lengths = array("I")
+        """Tokens of each sample before it was cut or dropped."""
 
     def count(self, fate: Fate) -> int:
         """Return how many rows had that *fate*."""

@@ -227,6 +227,7 @@ def _example(
 
 def _kept(num_tokens: int, row: Row, rules: _Rules) -> int:
     """Return how many of a row's tokens stay, 0 where it is dropped, or refuse the data."""
+    rules.tally.lengths.append(num_tokens)
     if rules.max_length is None or num_tokens <= rules.max_length:
         return num_tokens
     if rules.config.too_long == "cut":
