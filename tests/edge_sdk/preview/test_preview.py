@@ -211,6 +211,9 @@ def test_it_works_without_torch_and_transformers(capsys: pytest.CaptureFixture[s
 
     small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    small_lines, whole_lines = small.stdout.splitlines(), preview(capsys, *arguments)[1].splitlines()
+    small_lines, whole_lines = (
+        small.stdout.splitlines(),
+        preview(capsys, *arguments)[1].splitlines(),
+    )
     assert small_lines[0].endswith("(by tokenizers)")
     assert small_lines[1:] == whole_lines[1:]
