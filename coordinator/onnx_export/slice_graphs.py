@@ -69,8 +69,8 @@ class Tracer:
         """Trace token ids and lengths to what enters block 0."""
 
         def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            with self._in_place(values), self._nothing_in(self._slice.blocks[0]):
-                return (self._slice.front(values["input_ids"], values["lengths"], 1),)
+            with self._in_place(values):
+                return (self._slice.front(values["input_ids"], values["lengths"], 0),)
 
         ids = Input(("B", "T"), torch.int64)
         weights = self._weights(self._slice.layout.front)
@@ -141,7 +141,7 @@ class Tracer:
     # ---- inputs ----
 
     def _hidden(self, rows: int | str = "B", positions: str = "T") -> Input:
-        return Input((rows, positions, self._config.hidden_size))
+        return Input((rows, positions, self._slice.layout.width))
 
     def _tail_names(self) -> list[str]:
         layout = self._slice.layout
@@ -193,21 +193,6 @@ class Tracer:
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def _nothing_in(self, block: nn.Module) -> Iterator[None]:
-        """Make *block* return what it is given."""
-        is_tuple = self._slice.layout.returns_tuple
-
-        def same(*args: Any, **kwargs: Any) -> Any:
-            hidden_BTD = args[0] if args else kwargs["hidden_states"]
-            return (hidden_BTD,) if is_tuple else hidden_BTD
-
-        block.forward = same
-        try:
-            yield
-        finally:
-            del block.forward
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         model = self._slice.model

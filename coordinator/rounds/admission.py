@@ -194,7 +194,8 @@ class Admission:
     def _largest_message(self, plan: Plan) -> int:
         """Return the bytes of the largest message that the plan can make a device send."""
         tokens = plan.micro_batch * self._model.max_length
-        activation: int = 4 * tokens * (self._model.text_config.hidden_size + 2)
+        layout = self._model.facts.layout
+        activation: int = 4 * tokens * (layout.width + 2 + layout.needs_ids)
         targets = self._model.facts.targets
         upload = sum(4 * rank * sum(targets[name]) for name, rank in plan.ranks.items())
         tail = 2 * self._model.parts["tail"].num_bytes if self._config.label_names else 0

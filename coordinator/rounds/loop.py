@@ -157,7 +157,7 @@ def tell_end(gateway: Gateway, stamp: Stamp) -> None:
 
 def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
     return WaveInput(
-        model.text_config.hidden_size,
+        model.facts.layout.width,
         model.text_config.vocab_size,
         len(config.label_names),
         model.max_length,

@@ -8,21 +8,17 @@ no files and no network.
 from __future__ import annotations
 
 import copy
+import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from edge_sdk.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
+from edge_sdk.model.weightless import POSITIONS, ROWS, own_tensors, watch
 
 Task = Literal["causal-lm", "sequence-classification"]
 
@@ -42,18 +38,63 @@ class Layout:
     """The same after the last block: final norm, head. Tied weights stand in `front` only."""
     tail_needs_front: bool
     """Whether the tail uses a tensor of the front: a head tied to the embeddings."""
-    returns_tuple: bool
-    """Whether a block returns (hidden, ...) rather than hidden."""
+    returned: int
+    """Values of the tuple that a block returns, the hidden state first; 0 where it is no tuple."""
+    hidden_axes: tuple[str | int, ...] = ("B", "T", 0)
+    """Axes of the hidden state as blocks see it: B, T, and the sizes of the others."""
+    late: tuple[str, ...] = ()
+    """Tensors of the front that blocks after the first need, beside the hidden state."""
+    needs_ids: bool = False
+    """Whether blocks after the first need the token ids, beside the hidden state."""
+    shared: tuple[tuple[int, int], ...] = ()
+    """Pairs of blocks of which the second reads what the first has kept."""
 
     def part(self, name: str) -> tuple[str, ...]:
-        """Return the tensor names of part *name*: `front`, `block.<i>` or `tail`."""
-        if name == "front":
-            return self.front
-        return self.tail if name == "tail" else self.blocks[int(name.removeprefix("block."))]
+        """Return the tensor names of part *name*: `front`, `late`, `block.<i>` or `tail`."""
+        outside = {"front": self.front, "late": self.late, "tail": self.tail}
+        if name in outside:
+            return outside[name]
+        return self.blocks[int(name.removeprefix("block."))]
 
     def part_names(self) -> tuple[str, ...]:
-        """Return the names of all parts, in model order."""
+        """Return the names of all parts, in model order; `late` is a part of the front."""
         return ("front", *(f"block.{i}" for i in range(self.num_blocks)), "tail")
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Numbers of blocks, 1 .. L, that a device can hold: no cut parts blocks that share."""
+        every = range(1, self.num_blocks + 1)
+        return tuple(k for k in every if not any(i < k <= j for i, j in self.shared))
+
+    @property
+    def width(self) -> int:
+        """D, the numbers that travel for each token."""
+        return math.prod(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [axis for axis in self.hidden_axes if isinstance(axis, int)]
+
+    @property
+    def _order(self) -> list[int]:
+        """Return where the axes B, T and the others stand."""
+        axes = list(self.hidden_axes)
+        rest = [i for i, axis in enumerate(axes) if isinstance(axis, int)]
+        return [axes.index("B"), axes.index("T"), *rest]
+
+    def as_it_travels(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a block's hidden state as (B, T, D)."""
+        if self._order == [0, 1, 2]:
+            return hidden
+        return hidden.permute(self._order).flatten(2)
+
+    def as_blocks_see(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Undo `as_it_travels`."""
+        order = self._order
+        if order == [0, 1, 2]:
+            return hidden_BTD
+        apart = hidden_BTD.reshape(*hidden_BTD.shape[:2], *self._sizes)
+        return apart.permute([order.index(i) for i in range(len(order))])
 
 
 def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
@@ -97,8 +138,7 @@ def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     factory: Any = AutoModelForCausalLM
     if task == "sequence-classification":
         factory = AutoModelForSequenceClassification
-    config = copy.deepcopy(config)
-    config.use_cache = False
+    config = without_cache(copy.deepcopy(config))
     try:
         model: nn.Module = factory.from_config(config, dtype=dtype)
     except (ValueError, AttributeError, KeyError) as error:
@@ -110,6 +150,17 @@ def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def without_cache(config: Any) -> Any:
+    """Turn the cache of past tokens off in *config* and in every config inside it; returns it."""
+    from transformers import PretrainedConfig
+
+    config.use_cache = False
+    for inner in vars(config).values():
+        if isinstance(inner, PretrainedConfig):
+            without_cache(inner)
+    return config
+
+
 def find_blocks(model: nn.Module) -> str:
     """Return the module path of the block list of *model*.
 
@@ -117,9 +168,13 @@ def find_blocks(model: nn.Module) -> str:
         ModelError: no `ModuleList` has `config.num_hidden_layers` entries.
     """
     config: Any = model.config
-    wanted = config.get_text_config().num_hidden_layers
+    text_config = config.get_text_config()
+    wanted = text_config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [name for name, module in lists.items() if len(module) == wanted]
+    # Other towers of the model may be as deep.
+    speaks = type(text_config)
+    fitting = [n for n in fitting if isinstance(_config_of(model, n), speaks)] or fitting
     if not fitting:
         seen = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
         raise ModelError(
@@ -131,79 +186,69 @@ def find_blocks(model: nn.Module) -> str:
     return str(max(fitting, key=sizes.__getitem__))
 
 
+def _config_of(model: nn.Module, path: str) -> Any:
+    """Return the config of the innermost module around *path* that has one."""
+    while path:
+        path = path.rpartition(".")[0]
+        if (config := getattr(model.get_submodule(path), "config", None)) is not None:
+            return config
+    return None
+
+
 def find_layout(config: Any, task: Task) -> Layout:
-    """Watch a weightless model of *config* run once and return what belongs where."""
-    # bfloat16: some grouped kernels have no other shape rule.
-    model = build_empty(config, task, torch.bfloat16).eval()
+    """Watch a weightless model of *config* run and return what belongs where.
+
+    Raises:
+        ModelError: it has no list of blocks, or none that can be cut; the message says why.
+    """
+    try:
+        # Some grouped kernels have no other shape rule.
+        return _layout_of(build_empty(config, task, torch.bfloat16).eval())
+    except ModelError:
+        # Some code makes float32 tensors, whatever its weights are.
+        return _layout_of(build_empty(config, task, torch.float32).eval())
+
+
+def _layout_of(model: nn.Module) -> Layout:
+    kind = type(model).__name__
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind}: an encoder with a decoder cannot be cut between its blocks")
     blocks_path = find_blocks(model)
-    blocks: Any = model.get_submodule(blocks_path)
-    name_of = {id(t): name for name, t in reversed(list(model.state_dict(keep_vars=True).items()))}
-    used: dict[str, dict[str, None]] = {"front": {}, "tail": {}}
-    outputs: list[Any] = []
-
-    def note(module: nn.Module, *_: object) -> None:
-        phase = used["tail" if outputs else "front"]
-        phase.update((name_of[id(tensor)], None) for tensor in _own_tensors(module))
-
-    inside = {id(m) for m in blocks.modules()}
-    for module in model.modules():
-        if id(module) not in inside:
-            module.register_forward_pre_hook(note)
-    blocks[-1].register_forward_hook(lambda _m, _i, output: outputs.append(output))
-    _run_weightless(model, blocks_path)
-    if not outputs:
-        raise ModelError(f"{type(model).__name__}: its blocks at {blocks_path!r} are never called")
+    names = {id(t): name for name, t in reversed(list(model.state_dict(keep_vars=True).items()))}
+    blocks = tuple(
+        tuple(names[id(t)] for m in block.modules() for t in own_tensors(m).values())
+        for block in model.get_submodule(blocks_path).children()
+    )
+    seen = watch(model, blocks_path)
+    owner = {name: i for i, own in enumerate(blocks) for name in own}
+    if read := sorted({owner[name] for name in seen.tail_needs if name in owner}):
+        raise ModelError(f"{kind}: its head reads block {read[0]} by another way than the last one")
+    late = {name for needs in seen.needs[1:] for name in needs if name not in owner}
     return Layout(
         blocks_path=blocks_path,
         num_blocks=len(blocks),
-        front=tuple(used["front"]),
-        blocks=tuple(
-            tuple(name_of[id(t)] for m in block.modules() for t in _own_tensors(m))
-            for block in blocks
+        front=seen.front,
+        blocks=blocks,
+        tail=tuple(name for name in seen.tail if name not in seen.front),
+        tail_needs_front=any(name in seen.front for name in seen.tail),
+        returned=seen.returned,
+        hidden_axes=_axes(kind, seen.hidden_shape),
+        late=tuple(name for name in seen.front if name in late),
+        needs_ids=seen.ids_matter,
+        shared=tuple(
+            (by, block)
+            for block, needs in enumerate(seen.needs)
+            for by in sorted({owner[name] for name in needs if name in owner})
         ),
-        tail=tuple(name for name in used["tail"] if name not in used["front"]),
-        tail_needs_front=any(name in used["front"] for name in used["tail"]),
-        returns_tuple=isinstance(outputs[0], tuple),
     )
 
 
-def _run_weightless(model: nn.Module, blocks_path: str) -> None:
-    """Call *model* on two tokens; whatever owns parameters is computed on the meta device.
-
-    The code in between (masks, positions) runs for real, because it looks at values.
-    """
-    on_meta: list[str] = []
-    for name, module in model.named_modules():
-        is_block = name.startswith(f"{blocks_path}.")
-        if (is_block or _own_tensors(module)) and not any(name.startswith(m) for m in on_meta):
-            on_meta.append(f"{name}.")
-            module.to("meta")
-            module.forward = partial(_shape_only, module.forward)
-    ids_BT = torch.ones(1, 2, dtype=torch.long)
-    try:
-        with torch.no_grad():
-            model(input_ids=ids_BT, attention_mask=ids_BT)
-    except Exception as error:  # noqa: BLE001 - somebody else's model code may raise anything
-        raise ModelError(f"{type(model).__name__} cannot be traced: {error}") from error
-
-
-def _shape_only(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run *forward* on the meta device and answer zeros of the shape that comes out."""
-    args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    return tree_map_only(
-        torch.Tensor,
-        lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape),
-        forward(*args, **kwargs),
-    )
-
-
-def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return parameters and persistent buffers that sit directly on *module*."""
-    buffers = {
-        n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set
-    }
-    own = [*module._parameters.values(), *buffers.values()]
-    return [tensor for tensor in own if tensor is not None]
+def _axes(kind: str, shape: tuple[int, ...]) -> tuple[str | int, ...]:
+    names = {ROWS: "B", POSITIONS: "T"}
+    if any(shape.count(size) != 1 for size in names) or len(shape) < 3:
+        raise ModelError(f"{kind}: its blocks pass on no state for each token, but {list(shape)}")
+    return tuple(names.get(size, size) for size in shape)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from edge_sdk.errors import ModelError
 from edge_sdk.model.layout import Layout, Task, build_empty
 from edge_sdk.model.quantized import Quantized, quantize_linears, take_weight
+from edge_sdk.model.weightless import hidden_of
 
 CPU = torch.device("cpu")
 
@@ -58,7 +60,6 @@ class Slice:
         self.blocks: list[nn.Module] = list(self._list_owner._modules[self._list_name].children())  # type: ignore[union-attr]
         whole_config: Any = self.model.config
         self._config = whole_config.get_text_config()
-        self._per_block = _per_block_settings(self._config, layout.num_blocks)
         for block in self.blocks:
             block.to("meta")
             if quantized:
@@ -111,29 +112,35 @@ class Slice:
         """Bring the non-persistent buffers of a block back from the meta device."""
         index = int(part.removeprefix("block."))
         block = self.blocks[index]
-        if not any(True for _ in block.buffers()):
+        path = f"{self.layout.blocks_path}.{index}"
+        stored = {name.removeprefix(f"{path}.") for name in self.layout.part(part)}
+        if all(name in stored for name, _ in block.named_buffers()):
             return block
         fresh = build_empty(self.model.config, self.task, self.dtype)
-        source = fresh.get_submodule(f"{self.layout.blocks_path}.{index}")
-        for name, buffer in source.named_buffers():
-            _set_tensor(block, name, buffer.to(self.device))
+        for name, buffer in fresh.get_submodule(path).named_buffers():
+            if name not in stored:
+                _set_tensor(block, name, buffer.to(self.device))
         return block
 
     def front(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor, stop: int) -> torch.Tensor:
         """Run embeddings and blocks 0 .. stop-1 on token ids; returns (B, T, D)."""
-        with self._stretch(0, stop), self._ending(stop - 1):
+        with self._ending(stop):
             return self._call(ids_BT, lengths_B)
 
     def middle(
-        self, hidden_BTD: torch.Tensor, lengths_B: torch.Tensor, first: int, stop: int
+        self,
+        hidden_BTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        first: int,
+        stop: int,
+        ids_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run blocks first .. stop-1 on a hidden state; returns (B, T, D)."""
-        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B)
-        with (
-            self._stretch(first, stop),
-            self._starting(first, hidden_BTD),
-            self._ending(stop - 1),
-        ):
+        """Run blocks first .. stop-1 on a hidden state; returns (B, T, D).
+
+        *ids_BT* is needed where the layout says so.
+        """
+        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B) if ids_BT is None else ids_BT
+        with self._starting(first, hidden_BTD), self._ending(stop):
             return self._call(ids_BT, lengths_B)
 
     def logits(
@@ -142,18 +149,17 @@ class Slice:
         lengths_B: torch.Tensor,
         first: int,
         pooled_B: torch.Tensor | None = None,
+        ids_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run blocks first .. L-1 and the tail; returns (B, T, V), or (B, V) for a classifier.
 
         `first` = L runs the tail alone. *pooled_B* says where a decoder's classification head looks
-        in each sequence, for the ids are not here: at its last token by default.
+        in each sequence where the ids are not here: at its last token by default. *ids_BT* is
+        needed where the layout says so.
         """
-        ids_BT = self._stand_in_ids(hidden_BTD, lengths_B if pooled_B is None else pooled_B + 1)
-        last = self.layout.num_blocks
-        if first < last:
-            with self._stretch(first, last), self._starting(first, hidden_BTD):
-                return self._call(ids_BT, lengths_B)
-        with self._stretch(last - 1, last), self._passing(self.blocks[-1], hidden_BTD):
+        if ids_BT is None:
+            ids_BT = self._stand_in_ids(hidden_BTD, lengths_B if pooled_B is None else pooled_B + 1)
+        with self._starting(first, hidden_BTD):
             return self._call(ids_BT, lengths_B)
 
     def whole(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
@@ -182,67 +188,64 @@ class Slice:
         return torch.where(is_real_BT, other, pad)
 
     @contextmanager
-    def _stretch(self, first: int, stop: int) -> Iterator[None]:
-        """Let the model see blocks first .. stop-1 only, in its list and in its config."""
-        whole_list = self._list_owner._modules[self._list_name]
-        self._list_owner._modules[self._list_name] = nn.ModuleList(self.blocks[first:stop])
-        # Some models cut their list at this number, or look settings up by position in the list.
-        self._config.num_hidden_layers = stop - first
-        for name, values in self._per_block.items():
-            setattr(self._config, name, values[first:stop])
-        try:
-            yield
-        finally:
-            self._list_owner._modules[self._list_name] = whole_list
-            self._config.num_hidden_layers = self.layout.num_blocks
-            for name, values in self._per_block.items():
-                setattr(self._config, name, values)
-
-    @contextmanager
     def _starting(self, first: int, hidden_BTD: torch.Tensor) -> Iterator[None]:
-        """Hand *hidden_BTD* to block *first* in place of what the embeddings made."""
+        """Hand *hidden_BTD* to block *first*, or to the tail; the blocks before it do nothing.
 
-        def swap(
-            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden_BTD, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden_BTD}
+        They stay in their list, whose length and places some models' code looks at.
+        """
+        hidden = self.layout.as_blocks_see(hidden_BTD)
+        skipped = self.blocks[:first]
+        for block in skipped:
+            block.forward = self._passing_on
+        if first == len(self.blocks):
+            handle = self.blocks[-1].register_forward_hook(lambda *_: self._answer(hidden))
+        else:
+            handle = self.blocks[first].register_forward_pre_hook(
+                partial(_replace_hidden, hidden), with_kwargs=True
+            )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in skipped:
+                del block.forward
 
-        handle = self.blocks[first].register_forward_pre_hook(swap, with_kwargs=True)
+    def _passing_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer the hidden state that a block was given."""
+        return self._answer(hidden_of(args, kwargs))
+
+    def _answer(self, hidden: torch.Tensor) -> Any:
+        """Return a hidden state as a block does."""
+        rest = (None,) * (self.layout.returned - 1)
+        return (hidden, *rest) if self.layout.returned else hidden
+
+    @contextmanager
+    def _ending(self, stop: int) -> Iterator[None]:
+        """Leave the model's forward with what would enter block *stop*, or the tail."""
+
+        def leave(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(self.layout.as_it_travels(hidden_of(args, kwargs)))
+
+        def leave_last(_m: nn.Module, _args: object, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            raise _Reached(self.layout.as_it_travels(hidden))
+
+        if stop == len(self.blocks):
+            handle = self.blocks[-1].register_forward_hook(leave_last)
+        else:
+            handle = self.blocks[stop].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    @contextmanager
-    def _ending(self, last: int) -> Iterator[None]:
-        """Leave the model's forward with the output of block *last*."""
 
-        def stop(_m: nn.Module, _args: object, output: Any) -> None:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-        handle = self.blocks[last].register_forward_hook(stop)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _passing(self, block: nn.Module, hidden_BTD: torch.Tensor) -> Iterator[None]:
-        """Make *block*, present or not, answer *hidden_BTD*."""
-        answer = (hidden_BTD,) if self.layout.returns_tuple else hidden_BTD
-        block.forward = lambda *_args, **_kwargs: answer
-        try:
-            yield
-        finally:
-            del block.forward
-
-
-def _per_block_settings(config: Any, num_blocks: int) -> dict[str, list[Any]]:
-    """Return settings of *config* that have one entry per block, such as `layer_types`."""
-    entries = {n: v for n, v in vars(config).items() if isinstance(v, list | tuple)}
-    return {n: list(v) for n, v in entries.items() if len(v) == num_blocks > 1}
+def _replace_hidden(
+    hidden: torch.Tensor, _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def _hollow(model: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -55,9 +55,9 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
     linears = _linears(slices[0], block)
     return ModelShape(
         num_blocks=layout.num_blocks,
-        hidden_size=text.hidden_size,
+        hidden_size=layout.width,
         intermediate_size=max(linear.num_inputs for linear in linears),
-        num_heads=text.num_attention_heads,
+        num_heads=getattr(text, "num_attention_heads", None) or 1,
         head_dim=getattr(text, "head_dim", None) or 0,
         vocab_size=text.vocab_size,
         linears=linears,
@@ -159,9 +159,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _watch(slice_: Slice, block: int, length: int, compute: torch.dtype) -> _Watch:
     """Run *block* forward on *length* tokens, without adapters but with a gradient to pass on."""
     module, watch = slice_.blocks[block], _Watch()
-    config: Any = slice_.model.config
-    size = config.get_text_config().hidden_size
-    hidden_BTD = torch.zeros(_ROWS, length, size, dtype=slice_.dtype, requires_grad=True)
+    size = (_ROWS, length, slice_.layout.width)
+    hidden_BTD = torch.zeros(size, dtype=slice_.dtype, requires_grad=True)
     lengths_B = torch.tensor([length] + [length - 1] * (_ROWS - 1))
     handles = [
         module.register_forward_pre_hook(watch.enter_block, with_kwargs=True),

@@ -179,12 +179,14 @@ def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a trans
     """Read config.json; a classifier gets *num_labels* and, if it has none, a padding token."""
     from transformers import AutoConfig
 
+    from edge_sdk.model.layout import without_cache
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}") from error
-    config.use_cache = False
+    without_cache(config)
     text_config = config.get_text_config()
     vocab_size = getattr(text_config, "vocab_size", 0)
     if not _is_token(getattr(text_config, "pad_token_id", None), vocab_size):

@@ -147,7 +147,7 @@ def whole_step(halves: Halves, micros: list[MicroBatch]) -> tuple[float, dict[st
     targets = sum(num_targets(micro) for micro in micros)
     loss = 0.0
     for micro in micros:
-        ids, lengths, labels = (torch.from_numpy(x) for x in micro)
+        ids, lengths, labels = (torch.from_numpy(x) for x in micro[:3])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         own = model(input_ids=ids, attention_mask=mask, labels=labels).loss * num_targets(micro)
         (own / targets).backward()
