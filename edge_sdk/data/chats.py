@@ -120,14 +120,14 @@ class _Writer:
         tag = _unbalanced(supplied)
         if tag is None:
             return self._from(written, len(plain) + shared)
-        thought = _with_thoughts(_content(self._turns[index]), supplied, tag, rest)
-        if thought is None:
+        answer = _after_opening(_content(self._turns[index]), supplied, tag, rest)
+        if answer is None:
             raise DataError(
                 f"{self._where}: the chat template asks for turn {index + 1} with "
                 f"{supplied.strip()!r} but writes it without; let the answers hold it "
                 f"(`<{tag}>...</{tag}>answer`), or set `chat_template_kwargs`"
             )
-        return Segment.target(thought)
+        return Segment.target(answer)
 
     def _from(self, written: Rendered, start: int) -> Segment:
         """Return what is written from *start* on, with the template's marks if it sets any."""
@@ -271,15 +271,21 @@ def _unbalanced(text: str) -> str | None:
     return open_tags[-1] if open_tags else None
 
 
-def _with_thoughts(content: str, supplied: str, tag: str, rest: str) -> str | None:
-    """Return an answer with the thoughts that the template takes out, but without its opening.
+def _after_opening(content: str, supplied: str, tag: str, rest: str) -> str | None:
+    """Return what follows a generation prompt that opens or closes the thoughts of an answer.
 
-    None where the answer does not begin with what the generation prompt supplies.
+    Where it opens them, an answer that holds thoughts goes on with them, although the template
+    takes them out; where it closes them, an answer goes on with what it says. None where neither
+    is possible.
     """
     content, opening = content.lstrip(), supplied.strip()
     said = content.rpartition(f"</{tag}>")[2].strip()
-    at = rest.find(said)
-    if not content.startswith(opening) or not said or at < 0 or said == content.strip():
+    at = rest.rfind(said)
+    if not said or at < 0:
+        return None
+    if f"</{tag}>" in supplied:
+        return rest[at:]
+    if not content.startswith(opening) or said == content.strip():
         return None
     own = content[len(opening) : content.rindex(said) + len(said)]
     own = own.lstrip("\n") if supplied.endswith("\n") else own

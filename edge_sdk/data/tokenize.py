@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # Rows per call into the tokenizer: large enough for its threads, small enough for a device.
 ROWS_PER_CALL = 512
+SEAM = "prompt and answer have other tokens at once than in turn; trained as the prompt is served"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,11 +153,11 @@ class _Causal:
             except DataError as error:
                 self._rules.tally.bad(error)
         encoded = self._encoder.samples([sample for _, sample in samples])
+        split = {row.where for (row, _), s in zip(samples, encoded, strict=True) if s.is_split}
+        for where in [row.where for row in rows if row.where in split]:
+            self._rules.tally.add("seams", f"{where}: {SEAM}")
         examples = []
         for (row, _), sample in zip(samples, encoded, strict=True):
-            if not sample.is_seamless:
-                reason = f"{row.where}: prompt and answer together have other tokens than alone"
-                self._rules.tally.add("seams", reason)
             ids, labels = sample.ids, sample.labels
             if row.schema != "chat":  # a chat template writes its own special tokens
                 ids, labels = self._with_special(ids, labels, row)
