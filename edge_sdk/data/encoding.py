@@ -13,9 +13,9 @@ IGNORE = -100
 """Label of a token that carries no loss, as in PyTorch and transformers."""
 Span = tuple[int, int]
 """Positions in a text: of the first letter, and of the one after the last."""
-# One of them stands before text that continues another, for tokenizers that begin every text with a
-# blank: the second before line ends, which may be one token together.
-ANCHORS = ("\n", ":")
+# Stands before text that continues another, for tokenizers that begin every text with a blank: a
+# sign so rare that no token joins it with the letters after it.
+ANCHOR = "\u2603"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Encoder:
         self.bos = bos if bos is not None and ids and ids[0] == bos else None
         """The token that the tokenizer puts before a text; None for nothing."""
         self._has_places = bool(getattr(tokenizer, "is_fast", False))
-        self._anchors = self._find_anchors()
+        self._anchor = self._find_anchor()
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens around it."""
@@ -85,19 +85,14 @@ class Encoder:
             found.append(Encoded(ids, labels, len(parts) > 1 and next(together) != ids))
         return found
 
-    def _find_anchors(self) -> dict[str, list[int]]:
-        """Return what may go before a continuation with its ids; nothing where nothing must.
+    def _find_anchor(self) -> list[int]:
+        """Return the ids of what must go before a continuation; empty where nothing must.
 
         SentencePiece begins every text with a blank, which a text that continues another lacks.
         """
-        first, *later = self.texts(["a", *ANCHORS, *(f"{anchor}a" for anchor in ANCHORS)])
-        found = dict(zip(ANCHORS, later, strict=False))
-        joined = zip(found.values(), later[len(ANCHORS) :], strict=True)
-        if all(
-            ids[: len(anchor)] == anchor and ids[len(anchor) :] != first for anchor, ids in joined
-        ):
-            return found
-        return {}
+        anchor, first, later = self.texts([ANCHOR, "a", f"{ANCHOR}a"])
+        size = len(anchor)
+        return anchor if later[:size] == anchor and later[size:] != first else []
 
     def _parts(self, sample: Sequence[Segment]) -> list[Segment]:
         """Return the segments that hold text, cut at their targets if tokens have no places."""
@@ -110,29 +105,25 @@ class Encoder:
     ) -> list[tuple[list[int], list[int]]]:
         """Return ids and labels of all parts, one after the other."""
         parts = [part for parts in parted for part in parts]
-        firsts = [index == 0 for parts in parted for index in range(len(parts))]
-        anchors = [
-            "" if is_first or not self._anchors else ANCHORS[part.text.startswith(ANCHORS[0])]
-            for part, is_first in zip(parts, firsts, strict=True)
-        ]
-        texts = [anchor + part.text for anchor, part in zip(anchors, parts, strict=True)]
+        continues = [index > 0 and bool(self._anchor) for p in parted for index in range(len(p))]
+        texts = [ANCHOR * later + part.text for part, later in zip(parts, continues, strict=True)]
         places = any(part.targets not in ((), ((0, len(part.text)),)) for part in parts)
         found = []
-        for part, anchor, (ids, spans) in zip(
-            parts, anchors, self._encode(texts, places=places), strict=True
+        for part, later, (ids, spans) in zip(
+            parts, continues, self._encode(texts, places=places), strict=True
         ):
-            if anchor:
-                ids, spans = self._without(anchor, part.text, ids, spans)
+            if later:
+                ids, spans = self._without_anchor(part.text, ids, spans)
             found.append((ids, _labels(part, ids, spans)))
         return found
 
-    def _without(
-        self, anchor: str, text: str, ids: list[int], spans: list[Span]
+    def _without_anchor(
+        self, text: str, ids: list[int], spans: list[Span]
     ) -> tuple[list[int], list[Span]]:
-        """Return what belongs to *text* of the tokens of *anchor* and *text*."""
-        size = len(self._anchors[anchor])
-        if ids[:size] == self._anchors[anchor]:
-            return ids[size:], [(a - len(anchor), b - len(anchor)) for a, b in spans[size:]]
+        """Return what belongs to *text* of the tokens of the anchor and *text*."""
+        size = len(self._anchor)
+        if ids[:size] == self._anchor:
+            return ids[size:], [(a - len(ANCHOR), b - len(ANCHOR)) for a, b in spans[size:]]
         return self._encode([text], places=bool(spans))[0]  # the first letters joined the anchor
 
     def _encode(
