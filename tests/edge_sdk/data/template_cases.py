@@ -1,6 +1,6 @@
 """Small tokenizers of every kind, templates in the manner of every family, and chats for both.
 
-`rows()` is the table of docs/models.md: what becomes of each kind of chat with each template.
+`rows()` is a table of what becomes of each kind of chat with each template.
 """
 
 from __future__ import annotations
