@@ -393,6 +393,17 @@ class DeviceJoined(DeviceEvent):
     """Blocks that it holds."""
     samples: int
     """Training samples that it has."""
+    left_out: int = 0
+    """Rows that it skips or drops."""
+    cut: int = 0
+    """Samples that it cuts."""
+
+    @property
+    def doing(self) -> str:
+        """What it does now, and how many of its rows it does not take as they stand."""
+        parts = {"rows left out": self.left_out, "samples cut": self.cut}
+        lost = [f"{count:,} {what}" for what, count in parts.items() if count]
+        return ", ".join([self.DOING, *lost])
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,8 +107,10 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
         case StepSkipped(step):
             return {"event": "step.skipped", "step": step, "reason": "gradient not finite"}
-        case DeviceJoined(device, split, samples):
-            return {"event": "device.joined", "device": device, "split": split, "samples": samples}
+        case DeviceJoined(device, split, samples, left_out, cut):
+            lost = {"left_out": left_out, "cut": cut} if left_out or cut else {}
+            rows = {"split": split, "samples": samples, **lost}
+            return {"event": "device.joined", "device": device, **rows}
         case DeviceLeft(device, reason):
             return {"event": "device.left", "device": device, "reason": reason}
         case MessageRejected(device, error):

@@ -125,8 +125,9 @@ class MessageHandler:
         self._run.watcher.see(DeviceStatus(device, "fetching its blocks"))
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
-        member = self._admission.admit(device, envelope.message)
-        self._run.join(member, envelope.message.num_samples)
+        ready: Ready = envelope.message
+        member = self._admission.admit(device, ready)
+        self._run.join(member, ready.num_samples, ready.left_out, ready.cut)
 
     def _on_activation(self, device: str, envelope: Envelope) -> None:
         """Take the input of a wave, of a later wave, or of an evaluation."""

@@ -116,12 +116,12 @@ class Run:
 
     # ---- devices come and go ----
 
-    def join(self, member: Member, num_samples: int) -> None:
+    def join(self, member: Member, num_samples: int, left_out: int = 0, cut: int = 0) -> None:
         """Take in a device that is ready; what it held of a round before is gone."""
         self.lose(member.name, "")
         self.gone.pop(member.name, None)
         self.state.join(member)
-        self.watcher.see(DeviceJoined(member.name, member.split, num_samples))
+        self.watcher.see(DeviceJoined(member.name, member.split, num_samples, left_out, cut))
 
     def lose(self, device: str, reason: str) -> None:
         """Let go of a device that is gone or, without a *reason*, begins anew."""

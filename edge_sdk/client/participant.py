@@ -193,12 +193,15 @@ class Participant:
     def _say_ready(self) -> None:
         """Tell the coordinator what this device has, and the steps to which it can go back."""
         assert self._data is not None
+        tally = self._data.tally
         self._link.send(
             Ready(
                 stamp=self._stamp,
                 vocab_size=self._data.vocab_size,
                 num_samples=len(self._data.train),
                 held_steps=self._state.steps(),
+                left_out=tally.count("skipped") + tally.count("dropped"),
+                cut=tally.count("cut"),
             )
         )
 

@@ -52,6 +52,8 @@ class TokenizedData:
     validation: list[Example]
     vocab_size: int
     pad_id: int
+    tally: Tally
+    """What became of the rows that were not taken as they stood."""
 
 
 class RuntimeSetup:
@@ -122,6 +124,7 @@ class RuntimeSetup:
             validation=validation,
             vocab_size=len(tokenizer),
             pad_id=welcome.pad_id,
+            tally=tally,
         )
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:

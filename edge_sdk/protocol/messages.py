@@ -122,6 +122,10 @@ class Ready:
     """Training samples on the device."""
     held_steps: tuple[int, ...]
     """Steps of the run at which this device holds a checkpoint of its own."""
+    left_out: int = 0
+    """Rows that the device skips or drops, by its own settings."""
+    cut: int = 0
+    """Samples that the device cuts to the longest sequence."""
 
 
 @carries(

@@ -196,7 +196,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def test_data_of_every_kind(cluster: Cluster) -> None:
-    """Text, prompt with completion and chats, from memory, torch data sets and files."""
+    """Text, pairs and chats, from memory, torch data sets and files with faults."""
     texts = sentences(1)
     pairs = [{"prompt": row["text"][:9], "completion": row["text"][9:] + "."} for row in texts]
     chats = [
@@ -209,7 +209,9 @@ def test_data_of_every_kind(cluster: Cluster) -> None:
         for row in texts
     ]
     serving = cluster.serve(cluster.config(rounds=3, min_devices=3)).start()
-    for_b = DataConfig(path=str(write_rows(cluster.folder / "b.jsonl", pairs)))
+    endless = [{"prompt": "x" * 70, "completion": "y"}]
+    path = write_rows(cluster.folder / "b.jsonl", [{"prompt": "x"}, *pairs, *endless])
+    for_b = DataConfig(path=str(path), bad_rows="skip", too_long="cut")
     clients = [
         cluster.client("a", Texts(texts)).start(),
         cluster.client("b", data=for_b).start(),
@@ -221,6 +223,12 @@ def test_data_of_every_kind(cluster: Cluster) -> None:
     wait_all(clients)
     losses = [row["train_loss_by_device"] for row in serving.rows[1:]]
     assert all(losses[-1][name] < losses[0][name] for name in "abc")
+    joined = [event for event in serving.events if event["event"] == "device.joined"]
+    assert {event["device"]: event.get("left_out", 0) for event in joined} == {
+        "a": 0,
+        "b": 2,
+        "c": 0,
+    }
 
 
 class Diary(Callback):

@@ -39,6 +39,10 @@ LINES: dict[str, RunEvent] = {
     ),
     '{"event": "step.skipped", "reason": "gradient not finite", "step": 3}': StepSkipped(3),
     '{"device": "a", "event": "device.joined", "samples": 9, "split": 2}': DeviceJoined("a", 2, 9),
+    (
+        '{"cut": 2, "device": "a", "event": "device.joined", "left_out": 1, "samples": 9, '
+        '"split": 2}'
+    ): DeviceJoined("a", 2, 9, 1, 2),
     '{"device": "a", "event": "device.left", "reason": "gone"}': DeviceLeft("a", "gone"),
     '{"device": "a", "error": "bad", "event": "message.rejected"}': MessageRejected("a", "bad"),
     (
