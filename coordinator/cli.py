@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from coordinator.commands.check import add_check
 from coordinator.commands.client import add_client, add_keygen
 from coordinator.commands.compare import add_compare
 from coordinator.commands.experiment import add_experiment
@@ -19,6 +20,7 @@ from edge_sdk.command import add_log_level, run_command
 COMMANDS = (
     add_serve,
     add_resume,
+    add_check,
     add_plan,
     add_simulate,
     add_compare,

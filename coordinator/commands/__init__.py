@@ -1,6 +1,7 @@
 """A file for each command of `coordinator`."""
 
 __all__ = [
+    "check",
     "client",
     "compare",
     "experiment",

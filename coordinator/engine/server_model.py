@@ -24,6 +24,7 @@ from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError, Storag
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.precision import compute_name
+from edge_sdk.model.split_proof import prove_split, prove_weights
 from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
@@ -37,7 +38,8 @@ class ServerModel:
     """A model on the coordinator's disk.
 
     Raises:
-        ModelError: it is missing, unreadable, or has no list of blocks.
+        ModelError: it is missing, unreadable, has no list of blocks, or computes something else
+            when it is cut between them.
         ConfigError: the config asks for what it cannot do.
         DataError: the evaluation file is malformed.
     """
@@ -53,19 +55,24 @@ class ServerModel:
         self.source = ModelSource(
             config.model, config.task, num_labels=num_labels, revision=config.revision
         )
+        self._cache = cache or PartCache()
+        is_split = config.trained_by == "devices"
+        if is_split:
+            prove_split(self.source.config, config.task, self._cache.folder)
         self.source.load_whole(config.training.seed)
         lora: LoraConfig = config.lora
         layout = self.source.layout
         self._check_tokenizer()
         self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
         self.first = check_config(config, self.facts)
-        self._cache = cache or PartCache()
         self._limits = self._find_limits()
         self.eval_batches = self._load_evaluation()
         self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
         self._by_hash = {part.sha256: part for part in self.parts.values()}
         self.graphs = GraphCache(self.source, self.facts, num_labels, self._cache)
         self.hash = model_hash(self.parts)
+        if is_split:
+            prove_weights(self.source, self.hash, self._cache.folder)
 
     @property
     def text_config(self) -> Any:

@@ -24,6 +24,7 @@ from edge_sdk.errors import ModelError
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.safetensors_files import map_part
+from edge_sdk.model.split_proof import prove_split
 from edge_sdk.model.weights import (
     FILE_NAMES,
     ModelSource,
@@ -152,7 +153,8 @@ class RuntimeSetup:
         """Return the tensors of *part*, from the local model where one is named.
 
         Raises:
-            ModelError: the local model is not the coordinator's.
+            ModelError: the local model is not the coordinator's, or this device's libraries compute
+            something else when it is cut.
         """
         is_streamed = self._config.base in ("int8", "int4")
         if self._config.model is None:
@@ -165,6 +167,7 @@ class RuntimeSetup:
                 num_labels=welcome.num_labels,
                 is_streamed=is_streamed,
             )
+            prove_split(self._local.config, task, self._cache.folder)
             self._local.load_whole(int(welcome.training["seed"]))
         sha256 = hashlib.sha256(self._local.pack(part.name)).hexdigest()
         if sha256 != part.sha256:

@@ -9,5 +9,7 @@ __all__ = [
     "safetensors_files",
     "shape",
     "shrunk",
+    "split_check",
+    "split_proof",
     "weights",
 ]

@@ -56,16 +56,21 @@ def _heads(name: str, old: int, config: Any) -> int:
 
 
 def _mamba_heads(_name: str, _old: int, config: Any) -> int:
-    expand = getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 2
-    return int(expand * HIDDEN) // HEAD_DIM
+    own = vars(config)
+    expand = own.get("mamba_expand") or own.get("expand") or 2
+    inner = 2 * HIDDEN if own.get("mamba_d_ssm") else int(expand * HIDDEN)
+    widths = (own.get(n) for n in ("mamba_d_head", "mamba_headdim", "mamba_head_dim"))
+    return inner // min(HEAD_DIM, *(w for w in widths if isinstance(w, int)), HEAD_DIM)
 
 
 def _at_most(most: int) -> Narrowing:
     return lambda _name, old, _config: min(old, most)
 
 
-def _experts_at_once(_name: str, old: int, _config: Any) -> int:
-    return min(old, 2)
+def _positions(_name: str, old: int, config: Any) -> int:
+    """Shorten a table of positions, and masks of that size; rotation has none."""
+    is_rotated = any(name.startswith("rope_") for name in vars(config))
+    return old if is_rotated else min(old, 128)
 
 
 # By kind: which settings, and what they become. The first rule that fits a name counts.
@@ -137,9 +142,19 @@ _RULES: tuple[tuple[str, str, Narrowing], ...] = (
         r"|keep_window_size)",
         _at_most(4),
     ),
+    ("positions", r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)", _positions),
     ("vocabulary", r"(.*vocab_size.*|ngram_vocab_size_base|num_hash_buckets)", _at_most(VOCAB)),
 )
-_ORDER = ("vocabulary", "inner", "experts", "windows", "ranks", "ssm", "hidden+heads+head_dim")
+_ORDER = (
+    "vocabulary",
+    "positions",
+    "inner",
+    "experts",
+    "windows",
+    "ranks",
+    "ssm",
+    "hidden+heads+head_dim",
+)
 
 
 def shrink(config: Any, task: Task) -> Any:
@@ -151,14 +166,14 @@ def shrink(config: Any, task: Task) -> Any:
     Raises:
         ModelError: transformers builds no model of *config* for *task*.
     """
-    config = copy.deepcopy(config)
-    _still(config)
+    config = silenced(copy.deepcopy(config))
     if task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0
     every = [kind for kinds in _ORDER for kind in kinds.split("+")]
-    narrow = _fewer_blocks(_narrowed(config, every), task)
-    if runs(narrow, task):
-        return narrow
+    for divisor in (0, 8):
+        narrow = _fewer_blocks(_narrowed(config, every, divisor), task)
+        if runs(narrow, task):
+            return narrow
     small = _fewer_blocks(config, task)
     for kinds in _ORDER:
         candidate = _narrowed(small, kinds.split("+"))
@@ -203,10 +218,10 @@ def _fewer_blocks(config: Any, task: Task) -> Any:
         kinds = _kinds_of(config, task)
     except ModelError:
         total = getattr(_text_config(config), "num_hidden_layers", None) or 0
-        return _with_blocks(config, range(min(total, 4)), total)
+        return with_blocks(config, range(min(total, 4)), total)
     best, best_score = config, (-1, 0)
     for kept in _selections(kinds):
-        candidate = _with_blocks(config, kept, len(kinds))
+        candidate = with_blocks(config, kept, len(kinds))
         try:
             found = _kinds_of(candidate, task)
         except Exception:  # noqa: BLE001 - somebody else's model code may raise anything
@@ -255,7 +270,7 @@ def _selections(kinds: Sequence[int]) -> Iterator[list[int]]:
         yield list(range(length))
 
 
-def _with_blocks(config: Any, kept: Sequence[int], total: int) -> Any:
+def with_blocks(config: Any, kept: Sequence[int], total: int) -> Any:
     """Return a copy of *config* that speaks of the blocks *kept* alone, of *total*."""
     config = copy.deepcopy(config)
     text = _text_config(config)
@@ -312,19 +327,25 @@ def _text_config(config: Any) -> Any:
         return config
 
 
-def _still(config: Any) -> None:
-    """Turn dropout and other noise of *config* off."""
+def silenced(config: Any) -> Any:
+    """Turn dropout and other noise of *config* off; returns it."""
     for part in configs_in(config):
         for name, value in list(vars(part).items()):
             noise = re.search(r"drop|jitter|noise", name)
             if noise and isinstance(value, float) and value:
                 setattr(part, name, 0.0)
+    return config
 
 
-def _narrowed(config: Any, kinds: Sequence[str]) -> Any:
-    """Return a copy of *config* in which the settings of *kinds* are small."""
+def _narrowed(config: Any, kinds: Sequence[str], divisor: int = 0) -> Any:
+    """Return a copy of *config* in which the settings of *kinds* are small.
+
+    With a *divisor* all widths of a head are divided by it: some of them are sums of others.
+    """
     config = copy.deepcopy(config)
     rules = [(re.compile(pattern), rule) for kind, pattern, rule in _RULES if kind in kinds]
+    if divisor:
+        rules.insert(0, (re.compile(r".*head_dim"), lambda _name, old, _config: old // divisor))
     for part in configs_in(config):
         overrides = _take_overrides(part)
         before = copy.copy(part)
@@ -333,7 +354,7 @@ def _narrowed(config: Any, kinds: Sequence[str]) -> Any:
             if rule is not None and (new := _smaller(rule, name, value, before)) != value:
                 setattr(part, name, new)
         if overrides:
-            part.per_layer_config = _narrow_overrides(overrides, rules, before)
+            part.per_layer_config = _narrow_overrides(overrides, rules, before, divisor)
     if "vocabulary" in kinds:
         _move_special_ids(config)
     if "head_dim" in kinds:
@@ -343,7 +364,10 @@ def _narrowed(config: Any, kinds: Sequence[str]) -> Any:
 
 
 def _narrow_overrides(
-    overrides: dict[int, dict[str, Any]], rules: Sequence[tuple[Any, Narrowing]], before: Any
+    overrides: dict[int, dict[str, Any]],
+    rules: Sequence[tuple[Any, Narrowing]],
+    before: Any,
+    divisor: int,
 ) -> dict[int, dict[str, Any]]:
     """Narrow what blocks have of their own; where it was larger than the others', it stays so."""
     for own in overrides.values():
@@ -351,8 +375,8 @@ def _narrow_overrides(
             rule = next((rule for pattern, rule in rules if pattern.fullmatch(name)), None)
             if rule is None or not isinstance(value, int):
                 continue
-            usual = getattr(before, name, value) or value
-            times = value // usual if usual and value > usual else 1
+            usual = vars(before).get(name) or value
+            times = 1 if name.endswith("head_dim") and divisor else max(1, value // usual)
             own[name] = _smaller(rule, name, value, before) * times
     return overrides
 

@@ -1,0 +1,121 @@
+"""`coordinator check`: whether a model can be trained in pieces, before anybody starts a run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coordinator.commands.parser import add_command
+from coordinator.config.presets import load_serve_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.lora.targets import LoraConfig, find_targets
+
+if TYPE_CHECKING:
+    from edge_sdk.model.layout import Layout, Task
+
+
+def add_check(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    text = "show how a model can be split, and prove that its pieces compute what it does"
+    check = add_command(commands, "check", text, _check)
+    check.add_argument("--config", type=Path, help="YAML file of a run")
+    check.add_argument("--model", metavar="FOLDER", help="folder or hub id, without a config")
+    check.add_argument("--task", choices=("causal-lm", "sequence-classification"))
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of a model whose pieces compute what it does."""
+
+    layout: Layout
+    num_adapted: int
+    """Adapted weight matrices of the blocks."""
+    share: float
+    """Numbers in them, as a share of all in the blocks' matrices."""
+
+
+def examine(config: Any, task: Task, lora: LoraConfig) -> Examined:
+    """Prove that the model of *config* can be split, on a narrow stand-in of it.
+
+    Raises:
+        ModelError: it cannot, or its pieces compute something else; the message says why.
+    """
+    import torch
+
+    from edge_sdk.model.layout import build_empty, find_layout
+    from edge_sdk.model.split_check import check_split
+
+    layout = find_layout(config, task)
+    check_split(config, task)
+    targets = find_targets(config, task, layout, lora)
+    state = build_empty(config, task, torch.float32).state_dict()
+    own = {name: state[name] for block in layout.blocks for name in block}
+    total = sum(t.numel() for t in own.values() if t.dim() > 1)
+    adapted = sum(math.prod(shape) for shape in targets.values())
+    return Examined(layout, len(targets), adapted / max(total, 1))
+
+
+def cuts_in_words(layout: Layout) -> str:
+    """Return how many blocks a device can hold, as `1-30` or `1, 4-8`."""
+    return _stretches(getattr(layout, "cuts", range(1, layout.num_blocks + 1)))
+
+
+def travels_in_words(layout: Layout) -> str:
+    """Return what goes from one party to the next for each token."""
+    ids = (
+        " and the token ids (`labels: server` only)" if getattr(layout, "needs_ids", False) else ""
+    )
+    return f"the hidden state{ids}"
+
+
+def _check(options: argparse.Namespace) -> int:
+    from edge_sdk.model.split_check import check_weights
+    from edge_sdk.model.weights import ModelSource, load_config, locate
+
+    if (options.config is None) == (options.model is None):
+        raise ConfigError("check: give either --config FILE or --model FOLDER")
+    lora, num_labels, seed, revision = LoraConfig(), 0, 0, None
+    model: str = options.model
+    task: Task = options.task or "causal-lm"
+    if options.config is not None:
+        run = load_serve_config(options.config, options.overrides)
+        model, task, revision = run.model, options.task or run.task, run.revision
+        lora, num_labels, seed = run.lora, len(run.label_names), run.training.seed
+    if task == "sequence-classification":
+        num_labels = num_labels or 2
+    began = time.monotonic()
+    config = load_config(locate(model, revision), num_labels)
+    found = examine(config, task, lora)
+    source = ModelSource(model, task, num_labels=num_labels, revision=revision)
+    source.load_whole(seed)
+    unseen = check_weights(config, task, found.layout, source.tensors)
+    weights = f"its own weights were not tried: {unseen}" if unseen else "its own weights too"
+    took = f"{time.monotonic() - began:.1f} s"
+    blocks = f"{found.layout.num_blocks} blocks"
+    lines = {
+        "model": f"{config.model_type}, {task}, {blocks}",
+        "cuts": f"a device can hold {cuts_in_words(found.layout)} of {blocks}",
+        "travels": travels_in_words(found.layout),
+        "adapters": f"on {found.num_adapted} weights, {found.share:.0%} of the blocks' numbers",
+        "split": f"the pieces compute what the whole model does; {weights} ({took})",
+    }
+    for name, said in lines.items():
+        sys.stdout.write(f"{name:<10}{said}\n")
+    return 0
+
+
+def _stretches(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
