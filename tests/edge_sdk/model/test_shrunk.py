@@ -18,7 +18,10 @@ FAMILIES: dict[str, tuple[Task, dict[str, Any]]] = {
     "gpt2": ("causal-lm", {}),
     "bert": ("sequence-classification", {}),
     "gemma3_text": ("causal-lm", {}),  # layer_types
-    "deepseek_v3": ("causal-lm", {"num_hidden_layers": 9, "n_routed_experts": 16}),  # first_k_dense_replace
+    "deepseek_v3": (
+        "causal-lm",
+        {"num_hidden_layers": 9, "n_routed_experts": 16},
+    ),  # first_k_dense_replace
     "qwen3_moe": ("causal-lm", {"mlp_only_layers": [1, 3], "num_hidden_layers": 8}),
     "jamba": ("causal-lm", {}),  # a period and an offset, twice
     "gpt_neo": ("causal-lm", {}),  # attention_types
