@@ -64,14 +64,12 @@ def examine(config: Any, task: Task, lora: LoraConfig) -> Examined:
 
 def cuts_in_words(layout: Layout) -> str:
     """Return how many blocks a device can hold, as `1-30` or `1, 4-8`."""
-    return _stretches(getattr(layout, "cuts", range(1, layout.num_blocks + 1)))
+    return _stretches(layout.cuts)
 
 
 def travels_in_words(layout: Layout) -> str:
     """Return what goes from one party to the next for each token."""
-    ids = (
-        " and the token ids (`labels: server` only)" if getattr(layout, "needs_ids", False) else ""
-    )
+    ids = " and the token ids (`labels: server` only)" if layout.needs_ids else ""
     return f"the hidden state{ids}"
 
 

@@ -167,8 +167,9 @@ def shrink(config: Any, task: Task) -> Any:
         ModelError: transformers builds no model of *config* for *task*.
     """
     config = silenced(copy.deepcopy(config))
-    if task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = getattr(config, "eos_token_id", None) or 0
+    text = _text_config(config)
+    if task == "sequence-classification" and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = config.pad_token_id = 0
     every = [kind for kinds in _ORDER for kind in kinds.split("+")]
     for divisor in (0, 8):
         narrow = _fewer_blocks(_narrowed(config, every, divisor), task)

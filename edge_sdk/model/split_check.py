@@ -367,14 +367,10 @@ def _as_short(stored: Parts, short: Layout, path: str, last: int) -> dict[str, A
 def _kinds_of_cuts(kinds: Sequence[int], layout: Layout) -> list[int]:
     """Return the first legal cut of every kind: which block comes before it and which after."""
     seen: dict[tuple[int, int], int] = {}
-    for cut in _cuts(layout):
+    for cut in layout.cuts:
         if cut < len(kinds):
             seen.setdefault((kinds[cut - 1], kinds[cut]), cut)
     return list(seen.values()) or [len(kinds)]
-
-
-def _cuts(layout: Layout) -> Sequence[int]:
-    return getattr(layout, "cuts", range(1, layout.num_blocks + 1))
 
 
 def _agree(kind: str, name: str, found: Found, wanted: Found) -> None:
