@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_sdk.errors import StorageError
 
@@ -54,12 +55,21 @@ def atomic_write(
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
     """
+    with atomic_file(path, mode=mode, sync=sync, what=what) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(
+    path: Path, *, mode: int = 0o666, sync: bool = True, what: str = ""
+) -> Iterator[BinaryIO]:
+    """Open a file for writing that becomes *path* when it is closed; see `atomic_write`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with storage_errors(f"{what} {path}".lstrip()):
         make_folder(path.parent)
         try:
             with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 if sync:
                     file.flush()
                     os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from coordinator.config.run import ServeConfig
@@ -188,7 +188,7 @@ class ServerModel:
         if not self._cache.has(part):
             if part.name not in self.parts:  # no stretch of the model: it was made for this run
                 raise StorageError(f"{part.name} {sha256[:12]}... are gone from the cache")
-            self._cache.store(part, self.source.pack(part.name))
+            self._cache.fill(part, partial(self.source.write, part.name))
         with self._cache.path(part).open("rb") as file:
             file.seek(offset)
             return part, file.read(num_bytes)

@@ -5,7 +5,6 @@ Nothing here trains. What is fetched is checked against its hash before it is us
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -169,7 +168,7 @@ class RuntimeSetup:
             )
             prove_split(self._local.config, task, self._cache.folder)
             self._local.load_whole(int(welcome.training["seed"]))
-        sha256 = hashlib.sha256(self._local.pack(part.name)).hexdigest()
+        sha256 = self._local.describe(part.name).sha256
         if sha256 != part.sha256:
             raise ModelError(
                 f"model {self._config.model!r} is not the coordinator's: part {part.name!r} has "

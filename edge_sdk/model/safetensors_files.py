@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -84,6 +84,41 @@ def _open_file(path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+class Sink(Protocol):
+    """Takes bytes, as a file or a hash does."""
+
+    def write(self, data: Any, /) -> object:
+        """Take *data*."""
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], sink: Sink) -> None:
+    """Write *tensors* as `safetensors.torch.save` does, to the bit, but one after the other.
+
+    Each is asked for twice, as the file begins with all their dtypes and shapes.
+    """
+    import torch
+    from safetensors.torch import save
+
+    dtypes: dict[str, torch.dtype] = {}
+    shapes: dict[str, torch.Size] = {}
+    for name in tensors:
+        tensor = tensors[name]
+        dtypes[name], shapes[name] = tensor.dtype, tensor.shape
+    # The library decides what stands in which order, and what dtypes are called.
+    empty = save({name: torch.empty(0, dtype=dtype) for name, dtype in dtypes.items()})
+    header: dict[str, Any] = json.loads(empty[8:])
+    stop = 0
+    for name, entry in header.items():
+        begin, stop = stop, stop + math.prod(shapes[name]) * dtypes[name].itemsize
+        entry["shape"], entry["data_offsets"] = list(shapes[name]), [begin, stop]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    for name in header:
+        if math.prod(shapes[name]):
+            sink.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
 
 
 # As safetensors calls them; bfloat16 is kept as the bits that it is.

@@ -8,23 +8,26 @@ running a model.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edge_sdk.errors import ModelError, StorageError, one_line
-from edge_sdk.files import atomic_write, storage_errors
-from edge_sdk.model.safetensors_files import Some, open_files
+from edge_sdk.files import atomic_file, storage_errors
+from edge_sdk.model.safetensors_files import Sink, Some, open_files, write_tensors
+from edge_sdk.model.torch_files import open_torch_files
 from edge_sdk.protocol.plan import Part
 
 if TYPE_CHECKING:
     import torch
 
+    from edge_sdk.model.checkpoint import Checkpoint
     from edge_sdk.model.layout import Layout, Task
 
 log = logging.getLogger(__name__)
@@ -65,8 +68,12 @@ def locate(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.safetensors.index.json", *FILE_NAMES]
+    older = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(model, revision=revision, allow_patterns=older))
+        return found
     except Exception as error:  # noqa: BLE001 - the hub client raises a wide family of errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -95,6 +102,7 @@ class ModelSource:
         is_streamed: bool = False,
     ) -> None:
         """Open *model*; *is_streamed*: see `open_files`."""
+        from edge_sdk.model.checkpoint import take_quantizer
         from edge_sdk.model.layout import find_layout
 
         self.folder = locate(model, revision)
@@ -104,36 +112,41 @@ class ModelSource:
         """Where others find the model: its hub id and commit; None for a folder of one's own."""
         self.task = task
         self.config = load_config(self.folder, num_labels)
+        quantizer = take_quantizer(self.config, self.folder)
+        stored = _open_tensors(self.folder, is_streamed)
+        self._dtype = _dtype(self.config, stored)
+        self._checkpoint = self._under_own_names(stored, quantizer)
+        if self._checkpoint.differs_where_tied():
+            # Two values for one tensor: the checkpoint is right, as transformers sees it.
+            for config in (self.config, self.config.get_text_config()):
+                config.tie_word_embeddings = False
+            self._checkpoint = self._under_own_names(stored, quantizer)
         self.layout: Layout = find_layout(self.config, task)
-        self._state = _open_tensors(self.folder, is_streamed)
-        self._renamed = not self._has_all()
 
-    def _has_all(self) -> bool:
-        return all(
-            name in self._state for p in self.layout.part_names() for name in self.layout.part(p)
-        )
+    def _under_own_names(self, stored: Mapping[str, torch.Tensor], quantizer: Any) -> Checkpoint:
+        from edge_sdk.model.checkpoint import Checkpoint
+        from edge_sdk.model.layout import build_empty
+
+        model: Any = build_empty(self.config, self.task, self._dtype)
+        return Checkpoint(model, stored, self.folder, quantizer)
 
     def load_whole(self, seed: int) -> None:
-        """Let transformers read the checkpoint when its names are not the model's own.
+        """Draw from *seed* what the checkpoint lacks: a head that it was not trained with.
 
-        Old spellings, a missing head (initialised from *seed*) and other formats need this; it
-        holds the whole model in memory.
+        Raises:
+            ModelError: it lacks something else.
         """
-        if not self._renamed:
+        names = [name for part in self.layout.part_names() for name in self.layout.part(part)]
+        if all(name in self._checkpoint for name in names):
             return
-        import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-        factory: Any = AutoModelForCausalLM
-        if self.task == "sequence-classification":
-            factory = AutoModelForSequenceClassification
-        torch.manual_seed(seed)
-        try:
-            model = factory.from_pretrained(self.folder, config=self.config, dtype="auto")
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"model {self.folder} cannot be read: {error}") from error
-        self._state = _InMemory(model.state_dict())
-        self._renamed = False
+        drawn = self._checkpoint.draw_missing(self._dtype, seed)
+        lost = [name for name in names if name in drawn and name not in self.layout.tail]
+        if lost:
+            raise ModelError(
+                f"{self.folder}: {len(lost)} of the model's weights are not in its files, the "
+                f"first is {lost[0]!r}; they are incomplete, or those of another model"
+            )
+        log.warning("model.drawn seed=%d tensors=%s", seed, ",".join(sorted(drawn)))
 
     def tensors(self, part: str) -> Mapping[str, torch.Tensor]:
         """Return the tensors of *part* by whole-model name, each read when it is asked for.
@@ -142,33 +155,41 @@ class ModelSource:
             ModelError: the folder does not hold them under these names.
         """
         names = self.layout.part(part)
-        missing = [name for name in names if name not in self._state]
+        missing = [name for name in names if name not in self._checkpoint]
         if missing:
             raise ModelError(f"{self.folder}: no tensor {missing[0]!r} (part {part!r})")
-        return Some(self._state, names)
+        return Some(self._checkpoint, names)
 
     def pack(self, part: str) -> bytes:
         """Return *part* as the bytes of a safetensors file, the same on every machine."""
+        packed = io.BytesIO()
+        self.write(part, packed)
+        return packed.getvalue()
+
+    def write(self, part: str, sink: Sink) -> None:
+        """Write what `pack` returns, a tensor at a time."""
         import torch
-        from safetensors.torch import save
 
         if part != "files":
-            return save({name: t.contiguous() for name, t in self.tensors(part).items()})
+            write_tensors(self.tensors(part), sink)
+            return
         files = {name: (self.folder / name) for name in FILE_NAMES}
         contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
         contents["config.json"] = self.config.to_json_string().encode()
-        return save(
+        write_tensors(
             {
                 name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 for name, data in contents.items()
                 if data
-            }
+            },
+            sink,
         )
 
     def describe(self, part: str) -> Part:
         """Return name, hash and size of *part*."""
-        data = self.pack(part)
-        return Part(name=part, sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
+        digest = _Digest()
+        self.write(part, digest)
+        return Part(name=part, sha256=digest.hexdigest(), num_bytes=digest.num_bytes)
 
     def part_names(self) -> tuple[str, ...]:
         """Return the names of all parts."""
@@ -238,8 +259,20 @@ def model_hash(parts: Mapping[str, Part]) -> str:
     return digest.hexdigest()
 
 
-class _InMemory(dict[str, "torch.Tensor"]):
-    """Tensors of a loaded model."""
+class _Digest:
+    """SHA-256 and size of what is written to it."""
+
+    def __init__(self) -> None:
+        self._sha256, self.num_bytes = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> None:
+        """Take *data* in."""
+        self._sha256.update(data)
+        self.num_bytes += memoryview(data).nbytes
+
+    def hexdigest(self) -> str:
+        """Return the hash of all that came."""
+        return self._sha256.hexdigest()
 
 
 def open_part(path: Path, *, is_streamed: bool = False) -> Mapping[str, torch.Tensor]:
@@ -247,16 +280,42 @@ def open_part(path: Path, *, is_streamed: bool = False) -> Mapping[str, torch.Te
     return open_files([path], is_streamed)
 
 
+# By preference, as transformers has it: each with the index of those that are in several files.
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+
+
 def _open_tensors(folder: Path, is_streamed: bool) -> Mapping[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
+    if paths := _weight_files(folder, SAFETENSORS):
+        return open_files(paths, is_streamed)
+    if paths := _weight_files(folder, TORCH):
+        return open_torch_files(paths)
+    raise ModelError(
+        f"{folder} holds no weights that can be read, neither {SAFETENSORS} nor {TORCH}; convert "
+        "what it holds with a version of transformers that reads it, by save_pretrained"
+    )
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """Return the file *name*, or those that its index lists; none where there is neither."""
+    index = folder / f"{name}.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            return [folder / name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is no index of safetensors files: {error!r}") from error
-        return open_files([folder / name for name in names], is_streamed)
-    single = folder / "model.safetensors"
-    return open_files([single], is_streamed) if single.is_file() else _InMemory()
+            raise ModelError(f"{index} is no index of files with weights: {error!r}") from error
+    return [folder / name] if (folder / name).is_file() else []
+
+
+def _dtype(config: Any, stored: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Return what transformers calls the dtype of a checkpoint."""
+    import torch
+
+    said = getattr(config, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    floats = (t.dtype for t in map(stored.__getitem__, stored) if t.is_floating_point())
+    return next(floats, torch.float32)
 
 
 class PartCache:
@@ -355,7 +414,12 @@ class PartCache:
 
     def store(self, part: Part, data: bytes) -> Path:
         """Put a whole part into the cache."""
-        atomic_write(self.path(part), data, sync=False)  # its hash tells whether it is whole
+        return self.fill(part, lambda file: file.write(data))
+
+    def fill(self, part: Part, write: Callable[[BinaryIO], object]) -> Path:
+        """Put a whole part into the cache, which *write* writes to a file."""
+        with atomic_file(self.path(part), sync=False) as file:  # its hash says if it is whole
+            write(file)
         self._checked[part.sha256] = _identity(self.path(part))
         return self.path(part)
 
