@@ -72,9 +72,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         for name in sorted(stored, key=dot_natural_key):
             self._place(name, renamings)
-        for other, name in self._tied().items():  # where one is there, it stands for both
-            if other in self._places:
-                self._places.setdefault(name, self._places[other])
+        tied = self._tied().items()
+        for one, other in (*tied, *((b, a) for a, b in tied)):  # either stands for both
+            if one in self._places:
+                self._places.setdefault(other, self._places[one])
 
     def _place(self, name: str, renamings: list[Any]) -> None:
         """Note what becomes of the tensor *name* on disk."""
@@ -171,20 +172,21 @@ def take_quantizer(config: Any, where: object) -> Any:
     if not owners:
         return None
     said = _said(owners[0])
-    method = said.get("quant_method", "an unknown method") if isinstance(said, dict) else said
+    quantizer, reason = None, "transformers has no way to"
     try:
-        quantizer = AutoHfQuantizer.from_config(said, pre_quantized=True)
-        can = "dequantize" in quantizer.get_load_operations()
+        made: Any = AutoHfQuantizer.from_config(said, pre_quantized=True)
+        quantizer = made if "dequantize" in made.get_load_operations() else None
     except (ImportError, ValueError, TypeError) as error:
-        raise ModelError(f"{where}: weights quantised by {method}: {one_line(error)}") from error
-    if not can:
+        reason = one_line(error)[:120]
+    if quantizer is None:
+        method = said.get("quant_method", "other means") if isinstance(said, dict) else "others"
         raise ModelError(
-            f"{where}: its weights are quantised by {method} and cannot be trained on here; take "
-            "the model that it was made from, and set base to int8 or int4 where memory is short"
+            f"{where}: its weights are quantised by {method}, and cannot be made dense ({reason}); "
+            "take the model that it was made from, with base: int8 or int4 where memory is short"
         )
     quantizer.quantization_config.dequantize = True
     for owner in owners:
-        del owner.quantization_config
+        owner.__dict__.pop("quantization_config", None)  # they may be one and the same
     return quantizer
 
 
