@@ -464,10 +464,8 @@ def _places(w: Writer, indices: Any, picked: Any) -> str:
     """Return the coordinates of what *indices* pick, of shape *picked*, in the first dimensions."""
     if any(entry is None for entry in indices):
         raise ModelError("onnxruntime: no translation of an index that leaves dimensions out")
-    shape = w.shape(picked)
-    columns = (
-        w.add("Unsqueeze", w.add("Expand", w.value(entry), shape), w.ints(-1)) for entry in indices
-    )
+    shape, last = w.shape(picked), w.ints(-1)
+    columns = (w.add("Unsqueeze", w.add("Expand", w.value(i), shape), last) for i in indices)
     return w.add("Concat", *columns, axis=-1)
 
 

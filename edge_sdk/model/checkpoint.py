@@ -45,7 +45,7 @@ class _Converted:
         return [self.first.replace(patterns[0], pattern, 1) for pattern in patterns]
 
 
-class Checkpoint(Mapping[str, torch.Tensor]):
+class ModelTensors(Mapping[str, torch.Tensor]):
     """The tensors in *stored* under the names of *model*, which has no weights.
 
     Raises:

@@ -27,7 +27,7 @@ from edge_sdk.protocol.plan import Part
 if TYPE_CHECKING:
     import torch
 
-    from edge_sdk.model.checkpoint import Checkpoint
+    from edge_sdk.model.checkpoint import ModelTensors
     from edge_sdk.model.layout import Layout, Task
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,12 @@ class ModelSource:
             self._checkpoint = self._under_own_names(stored, quantizer)
         self.layout: Layout = find_layout(self.config, task)
 
-    def _under_own_names(self, stored: Mapping[str, torch.Tensor], quantizer: Any) -> Checkpoint:
-        from edge_sdk.model.checkpoint import Checkpoint
+    def _under_own_names(self, stored: Mapping[str, torch.Tensor], quantizer: Any) -> ModelTensors:
+        from edge_sdk.model.checkpoint import ModelTensors
         from edge_sdk.model.layout import build_empty
 
         model: Any = build_empty(self.config, self.task, self._dtype)
-        return Checkpoint(model, stored, self.folder, quantizer)
+        return ModelTensors(model, stored, self.folder, quantizer)
 
     def load_whole(self, seed: int) -> None:
         """Draw from *seed* what the checkpoint lacks: a head that it was not trained with.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_sdk.errors import ModelError
-from edge_sdk.model.checkpoint import Checkpoint
+from edge_sdk.model.checkpoint import ModelTensors
 from edge_sdk.model.layout import build_empty
 from edge_sdk.model.weights import ModelSource
 from tests.edge_sdk.model.test_weights import fake_hub
@@ -109,7 +109,7 @@ def assert_same(folder: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     config = AutoConfig.from_pretrained(folder)
     model: Any = build_empty(config, "causal-lm", torch.float32)
-    found = Checkpoint(model, load_file(folder / "model.safetensors"), folder)
+    found = ModelTensors(model, load_file(folder / "model.safetensors"), folder)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
