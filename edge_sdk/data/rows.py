@@ -17,6 +17,8 @@ from edge_sdk.data.schemas import SCHEMAS, WORDS, Schema, check_columns, read_fi
 from edge_sdk.data.tally import Tally
 from edge_sdk.errors import ConfigError, DataError
 
+INPUT = "input"
+INPUT_LEFT_OUT = f"column {INPUT} is not among `columns`; map instruction, input and output instead"
 CHOICES = {
     "alpaca": ("prompt", "chat"),
     "answers": ("each", "last"),
@@ -150,6 +152,9 @@ def load_rows(
     assert source is not None
     counted = tally or Tally(config.bad_rows)
     wanted = set(config.columns.values()) or set(WORDS)
+    leaves_out = config.columns.get("prompt") == "instruction" and INPUT not in wanted
+    if leaves_out:
+        wanted.add(INPUT)
     records = read_records(source, wanted, config.name, config.split)
     rows: list[Row] = []
     while len(rows) != config.limit and (found := next(records, None)) is not None:
@@ -160,6 +165,8 @@ def load_rows(
             counted.bad(error)
         else:
             counted.schemas[schema] += 1
+            if leaves_out and record.get(INPUT):
+                counted.add("ignored", f"{where}: {INPUT_LEFT_OUT}")
             rows.append(row)
     if tally is None:
         counted.say()

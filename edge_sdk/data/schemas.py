@@ -6,7 +6,8 @@ never quote a sample: the data is private and errors travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from edge_sdk.data.turns import Turn, read_tools, read_turns, targets_of, text_of
@@ -102,9 +103,11 @@ def read_fields(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: is {type(record).__name__}, not an object with named columns")
-    names = columns or {word: word for word in WORDS}
-    values = {word: record.get(column) for word, column in names.items()}
-    values = {word: value for word, value in values.items() if value is not None}
+    if columns:
+        found_values = {word: record.get(column) for word, column in columns.items()}
+    else:
+        found_values = {word: record[word] for word in WORDS if word in record}
+    values = {word: value for word, value in found_values.items() if value is not None}
     name = _schema(values.keys(), record, where, columns)
     match name:
         case "text":
@@ -128,32 +131,37 @@ def _schema(
     words: Iterable[str], record: Mapping[str, Any], where: str, columns: Mapping[str, str]
 ) -> str:
     """Return the name of the one schema whose columns are all among *words*."""
-    present = set(words)
-    found: list[str] = []
-    for known in (OURS, THEIRS):
-        found = found or [name for name, one in known.items() if set(one.needed) <= present]
-    if "label" in found:
-        found.remove("text")
-    have = sorted(str(column) for column, value in record.items() if value is not None)
+    present = frozenset(words)
+    found = _fitting(present)
     if columns:
         known = OURS | THEIRS
         wanted = set(columns) - {word for name in found for word in known[name].optional}
-        lost = sorted(columns[word] for word in wanted - present)
-        if lost or not found:
-            raise DataError(f"{where}: lacks {', '.join(lost)}; it has {_listed(have)}")
-    if not found:
-        if PREFERENCES & set(have):
-            remedy = "map `columns` to prompt and completion to train on the chosen ones"
-            raise DataError(f"{where}: is a preference (chosen, rejected), no sample; {remedy}")
-        names = f"needs {ALLOWED}; it has {_listed(have)}"
-        raise DataError(f"{where}: {names}. Map names with `columns`")
+        if lost := sorted(columns[word] for word in wanted - present):
+            raise DataError(f"{where}: lacks {', '.join(lost)}; it has {_having(record)}")
     if len(found) > 1:
         raise DataError(f"{where}: could be {' or '.join(found)}; say which with `columns`")
+    if not found:
+        if any(record.get(column) is not None for column in PREFERENCES):
+            remedy = "map `columns` to prompt and completion to train on the chosen ones"
+            raise DataError(f"{where}: is a preference (chosen, rejected), no sample; {remedy}")
+        names = f"needs {ALLOWED}; it has {_having(record)}"
+        raise DataError(f"{where}: {names}. Map names with `columns`")
     return found[0]
 
 
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns[:20]) or "no values"
+@lru_cache
+def _fitting(present: frozenset[str]) -> tuple[str, ...]:
+    """Return the schemas whose columns are all *present*: ours, or else those of other tools."""
+    for known in (OURS, THEIRS):
+        if found := [name for name, one in known.items() if present.issuperset(one.needed)]:
+            return tuple(name for name in found if name != "text" or "label" not in found)
+    return ()
+
+
+def _having(record: Mapping[str, Any]) -> str:
+    """Return the names of the columns that hold something."""
+    have = sorted(str(column) for column, value in record.items() if value is not None)
+    return ", ".join(have[:20]) or "no values"
 
 
 def _text(values: Mapping[str, Any], word: str, where: str) -> str:

@@ -14,11 +14,12 @@ from edge_sdk.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Fate = Literal["skipped", "dropped", "cut", "shortened", "seams"]
+Fate = Literal["skipped", "dropped", "cut", "ignored", "shortened", "seams"]
 LOST: tuple[Fate, ...] = ("skipped", "dropped", "cut")
-# Trained, but not as somebody may expect: the chat template leaves out a part of an answer, or
-# prompt and answer tokenised at once would have other tokens than those that the model is served.
-FATES: tuple[Fate, ...] = (*LOST, "shortened", "seams")
+# Trained, but not as somebody may expect: `columns` leave out Alpaca's input; the chat template
+# leaves out a part of an answer; prompt and answer tokenised at once would have other tokens than
+# those that the model is served.
+FATES: tuple[Fate, ...] = (*LOST, "ignored", "shortened", "seams")
 # Reasons that a log line names; the places of thousands help nobody.
 FIRST = 3
 

@@ -31,6 +31,7 @@ MEANINGS: dict[Fate, str] = {
     "skipped": "cannot be used",
     "dropped": "too long",
     "cut": "too long, the first tokens are kept",
+    "ignored": "Alpaca's input is not learned",
     "shortened": "the chat template leaves out a part of an answer",
     "seams": "other tokens where prompt and answer meet than in the text as a whole",
 }

@@ -383,3 +383,15 @@ def test_limit_counts_the_rows_that_are_used() -> None:
     rows = read("bad_rows.jsonl", bad_rows="skip", limit=2)
 
     assert len(rows) == 2
+
+
+def test_columns_that_leave_out_the_input_of_alpaca_are_said() -> None:
+    """It stays possible to train without it, but not without a word."""
+    tally = Tally()
+
+    columns = {"prompt": "instruction", "completion": "output"}
+    rows = load_rows(CASES / "alpaca.jsonl", DataConfig(columns=columns), tally)
+
+    assert rows[0].prompt == "Add the numbers."
+    assert tally.count("ignored") == 1
+    assert ":1: column input is not among `columns`" in tally.first("ignored")[0]
