@@ -77,7 +77,7 @@ DOORS = {
     "msgspec": ["edge_sdk/protocol/headers.py"],
     "zmq": ["edge_sdk/transport/*.py", "coordinator/gateway/*.py"],
     "pynvml": ["profiler/sensors/sources.py"],
-    "onnxruntime": ["edge_sdk/runtime/onnx_session.py"],
+    "onnxruntime": ["edge_sdk/runtime/onnx_session.py", "edge_sdk/runtime/onnx_gradients.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],

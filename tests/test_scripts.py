@@ -32,7 +32,9 @@ def test_setup_leaves_somebodys_environment_alone() -> None:
     assert result.stdout == f"setup: using {sys.prefix} as it is (EDGESPLIT_VENV)\n"
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/lint", "scripts/docs"])
+@pytest.mark.parametrize(
+    "script", ["scripts/setup", "scripts/lint", "scripts/docs", "scripts/test-ort"]
+)
 def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
     """A script without its interpreter fails with one line that says what is missing."""
     result = run(script, str(tmp_path))
@@ -48,6 +50,7 @@ def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
         "scripts/setup",
         "scripts/lint",
         "scripts/test",
+        "scripts/test-ort",
         "scripts/docs",
         "scripts/same-bits",
         ".ci/run",

@@ -261,7 +261,8 @@ def layer_norm(w: Writer, node: fx.Node) -> Value:
     shape: Any = node.args[1]
     ones: Any = np.ones(shape, NUMPY_TYPES[out(node).dtype])
     inputs = [w.value(x), w.constant(ones) if weight is None else w.value(weight)]
-    inputs += [] if bias is None else [w.value(bias)]
+    # Written even if there is none: onnxruntime-training knows no gradient without it.
+    inputs += [w.constant(0 * ones) if bias is None else w.value(bias)]
     axis = -len(shape)
     return w.add_many("LayerNormalization", inputs, 3, axis=axis, epsilon=epsilon)
 

@@ -7,7 +7,8 @@ that computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edge_sdk.protocol.messages import Welcome
     from edge_sdk.protocol.plan import Part, Plan
     from edge_sdk.runtime.interface import Runtime
+    from edge_sdk.runtime.onnx_graphs import Graphs
     from edge_sdk.runtime.training import TrainingConfig
 
 
@@ -120,19 +122,34 @@ def choose_backend(config: ComputeSettings) -> Backend:
 
 
 def _installed(wanted: str) -> Backend:
-    candidates = list(BACKENDS.values()) if wanted == "auto" else [BACKENDS[wanted]]
+    automatic = (TORCH, ONNXRUNTIME)
+    candidates = automatic if wanted == "auto" else (BACKENDS[wanted],)
     for backend in candidates:
-        missing = [package for package in backend.needs if find_spec(package) is None]
+        missing = missing_packages(backend)
         if not missing:
             return backend
     if wanted == "auto":
         raise ConfigError(
-            f"backend: neither {' nor '.join(BACKENDS)} is installed; "
+            f"backend: neither {' nor '.join(one.name for one in automatic)} is installed; "
             f"{ONNXRUNTIME.install} (small) or {TORCH.install}"
         )
     raise ConfigError(
         f"backend: {wanted!r} needs {', '.join(missing)}, not installed; {backend.install}"
     )
+
+
+def missing_packages(backend: Backend) -> list[str]:
+    """Return what *backend* needs and is not installed; imports nothing."""
+    return [package for package in backend.needs if not _is_there(package)]
+
+
+def _is_there(package: str) -> bool:
+    """Return whether *package*, or a package inside another, is installed; imports neither."""
+    whole, _, inner = package.partition(".")
+    found = find_spec(whole)
+    if found is None or not inner:
+        return found is not None
+    return PathFinder.find_spec(package, found.submodule_search_locations) is not None
 
 
 # ---- torch ---------------------------------------------------------------------------------------
@@ -215,6 +232,16 @@ def _check_onnxruntime(settings: ComputeSettings) -> None:
 
 
 def _make_onnxruntime(request: RuntimeRequest) -> Runtime:
+    return _onnx_runtime(request, lambda graphs: graphs)
+
+
+def _make_onnxruntime_training(request: RuntimeRequest) -> Runtime:
+    from edge_sdk.runtime.onnx_gradients import with_own_gradients
+
+    return _onnx_runtime(request, with_own_gradients)
+
+
+def _onnx_runtime(request: RuntimeRequest, prepare: Callable[[Graphs], Graphs]) -> Runtime:
     from edge_sdk.model.safetensors_files import map_part
     from edge_sdk.runtime.onnx_graphs import PART_NAME, read_graphs
     from edge_sdk.runtime.onnx_runtime import OnnxRuntime
@@ -222,7 +249,7 @@ def _make_onnxruntime(request: RuntimeRequest) -> Runtime:
     paths = {part.name: request.fetch(part) for part in request.parts}
     if PART_NAME not in paths:
         raise ModelError("the coordinator sent no graphs; it may be older than this device")
-    graphs = read_graphs(paths.pop(PART_NAME))
+    graphs = prepare(read_graphs(paths.pop(PART_NAME)))
     return OnnxRuntime(
         graphs,
         {name: map_part(path) for name, path in paths.items()},
@@ -265,5 +292,15 @@ ONNXRUNTIME = Backend(
     wants_graphs=True,
     memory_model=lambda _: DeviceProfile(recompute="block"),
 )
-BACKENDS = {backend.name: backend for backend in (TORCH, ONNXRUNTIME)}
-"""Every backend by its name; `auto` takes the first that is installed."""
+ONNXRUNTIME_TRAINING = replace(
+    ONNXRUNTIME,
+    name="onnxruntime-training",
+    # Only the training build has this folder; onnx adds the gradient of the output as an input.
+    needs=("onnxruntime.training", "onnx", "tokenizers"),
+    wheels=("onnxruntime-training", "onnxruntime-training-cpu"),
+    install="pip install 'edgesplit[onnx-training]', which excludes onnxruntime: uninstall that "
+    "first",
+    make=_make_onnxruntime_training,
+)
+BACKENDS = {backend.name: backend for backend in (TORCH, ONNXRUNTIME, ONNXRUNTIME_TRAINING)}
+"""Every backend by its name; `auto` takes torch, else onnxruntime."""

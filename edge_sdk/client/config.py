@@ -39,7 +39,8 @@ class ClientConfig:
     """Where the device computes: `auto`, `cpu`, `cuda`."""
     backend: BackendName = "auto"
     """What computes: `torch`, or `onnxruntime`, which is small and needs no torch; auto is torch
-    where it is installed."""
+    where it is installed. `onnxruntime-training` is onnxruntime with gradients of its own making
+    (docs/onnx.md)."""
     compute: Compute = "auto"
     """Dtype of matrix products; auto is bfloat16 where the hardware itself has it."""
     base: Base = "float32"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from edge_sdk.client.backends import ONNXRUNTIME
 from edge_sdk.doctor.finding import Finding, failure, ok, warning
 from edge_sdk.doctor.packages import Versions, release, torch_cure, version_of
 from profiler.sensors.board import cpu_bf16, gpu, is_tegra, jetpack, native_bf16
@@ -307,12 +308,14 @@ def check_onnxruntime(
 ) -> Finding:
     """Check whether onnxruntime loads and multiplies; where torch computes, none is needed."""
     bad = failure if is_needed else warning
+    wheel = next((one for one in ONNXRUNTIME.wheels if versions(one)), ONNXRUNTIME.name)
+    cure = f"pip install --force-reinstall {wheel}"
     if outcome.found is None:
         meaning, _ = explain(outcome.trouble, sources, versions)
         text = outcome.trouble + (f"; {meaning}" if meaning else "")
-        return bad("onnxruntime", text, "pip install --force-reinstall onnxruntime")
+        return bad("onnxruntime", text, cure)
     if not outcome.error <= TOLERANCE["float32"]:
         text = f"computes wrong: relative error {outcome.error:.0e}"
-        return bad("onnxruntime", text, "pip install --force-reinstall onnxruntime")
+        return bad("onnxruntime", text, cure)
     version = outcome.found["version"]
     return ok("onnxruntime", f"{version}: a product, relative error {outcome.error:.0e}")

@@ -108,7 +108,7 @@ def look_at_compute(
         place = str((outcomes["torch"].found or {}).get("device", device))
         yield from _torch(outcomes, place, config, sources, versions)
     if ONNXRUNTIME.name in installed:
-        is_needed = used == ONNXRUNTIME.name
+        is_needed = used != TORCH.name
         outcome = compute.try_stages("cpu", ["onnxruntime"], run)["onnxruntime"]
         yield compute.check_onnxruntime(
             outcome, is_needed=is_needed, sources=sources, versions=versions

@@ -177,7 +177,7 @@ def check_backend(
             "neither torch nor onnxruntime is installed: nothing here can compute a block",
             f"{torch_cure(sources)}; or, small and on the CPU: {ONNXRUNTIME.install}",
         )
-    if found == [ONNXRUNTIME.name] and versions("tokenizers") is None:
+    if TORCH.name not in found and versions("tokenizers") is None:
         text = f"{several[0]} is there, but not tokenizers"
         return failure("backend", text, ONNXRUNTIME.install)
     companions = unmet([one for one in wanted if "extra == 'torch'" in one], versions)
@@ -185,5 +185,6 @@ def check_backend(
         needs = " ".join(f"'{one}'" for one in companions)
         text = f"torch {versions('torch')} is there, but not {', '.join(companions)}"
         return failure("backend", text, f"pip install {needs}")
-    wheels = [wheel for name in found for wheel in _wheels(BACKENDS[name], versions)]
+    # Backends may share a wheel.
+    wheels = dict.fromkeys(w for name in found for w in _wheels(BACKENDS[name], versions))
     return ok("backend", ", ".join(f"{wheel} {versions(wheel)}" for wheel in wheels))

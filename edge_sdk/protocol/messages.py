@@ -91,7 +91,8 @@ class Hello:
     model_hash: str = ""
     """Expected model; empty takes whatever the coordinator serves."""
     backend: str = "torch"
-    """What computes on the device: `torch`, or `onnxruntime`, which is sent graphs as well."""
+    """What computes on the device: `torch`, or `onnxruntime` or `onnxruntime-training`, which are
+    sent graphs as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "interface",
+    "onnx_gradients",
     "onnx_graphs",
     "onnx_runtime",
     "onnx_session",

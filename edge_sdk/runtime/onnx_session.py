@@ -1,6 +1,6 @@
 """A slice as onnxruntime sees it: sessions, weights mapped from disk, factors handed in.
 
-Only importer of onnxruntime. Knows blocks and tails as graphs (`onnx_graphs.py`); knows no
+Knows blocks and tails as graphs (`onnx_graphs.py`); knows no
 optimizer, no adapter rule and no network.
 
 Legend: B sequences, T positions, D hidden size.
@@ -22,6 +22,11 @@ from edge_sdk.runtime.onnx_graphs import Graphs
 
 # TensorProto.BFLOAT16: numpy has no dtype for it.
 BFLOAT16 = 16
+# A model of one Cast from float32 to bfloat16, from `x` to `y`.
+TO_BFLOAT16 = bytes.fromhex(
+    "08083a320a170a01781201792204436173742a090a02746f1810a001021201675a090a017812040a"
+    "02080162090a017912040a02081042040a001012"
+)
 # Warnings about what the optimizer of graphs could not do help nobody on a device.
 LOG_ERRORS = 3
 Factor = Callable[[str], Mapping[str, np.ndarray]]
@@ -177,16 +182,21 @@ def _only_wanted() -> Any:
 
 
 def _mapped(stored: Stored) -> Any:
-    """Return a weight where it lies."""
-    if stored.dtype == "BF16":
-        make = getattr(ort.OrtValue, "ortvalue_from_numpy_with_onnx_type", None)
-        if make is None:
-            raise ModelError(
-                f"onnxruntime {ort.__version__} cannot map bfloat16 weights; install a newer one, "
-                "or have the coordinator serve a model that is stored in float32 or float16"
-            )
+    """Return a weight where it lies; a copy where this onnxruntime maps no bfloat16, as 1.19."""
+    if stored.dtype != "BF16":
+        return ort.OrtValue.ortvalue_from_numpy(stored.array)
+    make = getattr(ort.OrtValue, "ortvalue_from_numpy_with_onnx_type", None)
+    if make is not None:
         return make(stored.array, BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(stored.array)
+    wide = ort.OrtValue.ortvalue_from_numpy(stored.float32())
+    return _to_bfloat16().run_with_ort_values(["y"], {"x": wide})[0]
+
+
+@cache
+def _to_bfloat16() -> Any:
+    options = _options(1)
+    options.enable_cpu_mem_arena = False  # it would keep the largest of what it was given
+    return ort.InferenceSession(TO_BFLOAT16, options, providers=["CPUExecutionProvider"])
 
 
 def _value(array: Any) -> Any:

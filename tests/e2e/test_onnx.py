@@ -15,6 +15,7 @@ import pytest
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.lora.targets import LoraConfig
 from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, held_out, sentences, wait_all
+from tests.runtimes import BACKENDS
 
 # Far above the rounding of 6 steps, far below what one wrong gradient would make of them.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
@@ -43,18 +44,19 @@ def pair(tmp_path: Path, llama: Path, parts: Path) -> Any:
 
 
 @pytest.fixture
-def start_lean(pair: Cluster) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def start_lean(pair: Cluster) -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
     """Start a device in a process that cannot import torch; it is ended with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(name: str) -> subprocess.Popen[str]:
+    def start(name: str, backend: str) -> subprocess.Popen[str]:
         settings = {
             "coordinator": pair.address,
             "server_key": pair.public,
             "secret_key": str(pair.folder / f"{name}.key"),
             "cache": str(pair.folder / "lean-parts"),
-            "state": str(pair.folder / "lean-state"),
+            "state": str(pair.folder / f"lean-{backend}"),
             "threads": 1,
+            "backend": backend,
         }
         command = [sys.executable, "-c", DEVICE, json.dumps([settings, sentences(ord(name))])]
         root = Path(__file__).parents[2]
@@ -74,15 +76,15 @@ def losses(serving: Serving) -> list[list[float]]:
 
 
 def test_a_mixed_run_learns_what_a_torch_run_learns(
-    pair: Cluster, start_lean: Callable[[str], subprocess.Popen[str]]
+    pair: Cluster, start_lean: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
     """One device with torch and one that cannot import it: same losses, same dW."""
     found = {}
-    for kind in ("torch", "mixed"):
+    for kind in BACKENDS:
         serving = pair.serve(pair.config(name=kind, labels="device")).start()
         names = ("a", "b") if kind == "torch" else ("a",)
         clients = pair.start(*names, data=held_out(), state=pair.folder / kind)
-        lean = start_lean("b") if kind == "mixed" else None
+        lean = start_lean("b", kind) if kind != "torch" else None
         assert serving.wait(6 * PATIENCE_S) == "completed"
         wait_all(clients)
         if lean is not None:
@@ -90,12 +92,13 @@ def test_a_mixed_run_learns_what_a_torch_run_learns(
             assert json.loads(out) == ["the run is complete", ["onnxruntime"]]
         found[kind] = losses(serving), serving.ledger.global_factors()
 
-    (torch_losses, torch_learned), (mixed_losses, mixed_learned) = found.values()
-    np.testing.assert_allclose(mixed_losses, torch_losses, rtol=LOSS_TOLERANCE)
-    for name, factors in torch_learned.items():
-        np.testing.assert_allclose(
-            mixed_learned[name].dense(), factors.dense(), atol=WEIGHT_TOLERANCE
-        )
+    torch_losses, torch_learned = found.pop("torch")
+    for mixed_losses, mixed_learned in found.values():
+        np.testing.assert_allclose(mixed_losses, torch_losses, rtol=LOSS_TOLERANCE)
+        for name, factors in torch_learned.items():
+            np.testing.assert_allclose(
+                mixed_learned[name].dense(), factors.dense(), atol=WEIGHT_TOLERANCE
+            )
 
 
 def test_dropout_is_refused_with_a_cure(pair: Cluster) -> None:

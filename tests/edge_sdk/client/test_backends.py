@@ -47,6 +47,19 @@ def test_neither_is_one_line_that_says_what_to_install(monkeypatch: pytest.Monke
         choose_backend(config(backend="onnxruntime"))
 
 
+@pytest.mark.parametrize("missing", [(), ("onnxruntime",), ("onnx", "tokenizers")])
+def test_gradients_of_its_own_need_the_training_build(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+) -> None:
+    """Plain onnxruntime has the same name: one line says which package, and what it excludes."""
+    absent(monkeypatch, *missing)
+
+    needs = ", ".join(("onnxruntime.training", *(n for n in missing if n != "onnxruntime")))
+    cure = r"pip install 'edgesplit\[onnx-training\]', which excludes onnxruntime"
+    with pytest.raises(ConfigError, match=f"needs {needs}, not installed; {cure}"):
+        choose_backend(config(backend="onnxruntime-training"))
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("device", "cuda"), ("compute", "bfloat16"), ("model", "gpt2")]
 )
@@ -58,7 +71,7 @@ def test_what_onnxruntime_cannot_do_is_refused(name: str, value: str) -> None:
 
 def test_a_backend_that_is_none_is_refused() -> None:
     """Also where the config is written in Python: the choices are those of the table."""
-    with pytest.raises(ValueError, match="one of auto, torch, onnxruntime, got 'jax'"):
+    with pytest.raises(ValueError, match="one of auto, torch, onnxruntime, .*, got 'jax'"):
         config(backend="jax")
 
 

@@ -257,6 +257,17 @@ def test_onnxruntime_matters_most_where_it_is_used(bare: Sources) -> None:
     assert compute.check_onnxruntime(fine, is_needed=True, sources=bare).status == "ok"
 
 
+@pytest.mark.parametrize("wheel", ["onnxruntime", "onnxruntime-training-cpu"])
+def test_what_is_installed_again_is_what_was_there(bare: Sources, wheel: str) -> None:
+    """The wheels exclude each other: another one would change what the device computes with."""
+    versions = installed(**{wheel.replace("-", "_"): "1.19.2"})
+    broken = Outcome(trouble="killed by SIGILL")
+
+    found = compute.check_onnxruntime(broken, is_needed=True, sources=bare, versions=versions)
+
+    assert found.cure == f"pip install --force-reinstall {wheel}"
+
+
 @pytest.mark.parametrize(("stage", "most"), (compute.TOLERANCE | compute.OURS_TOLERANCE).items())
 def test_real_kernels_stay_within_their_tolerance(stage: str, most: float) -> None:
     """What each stage computes here is as near to the exact result as its type allows."""

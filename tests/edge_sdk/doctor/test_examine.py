@@ -117,6 +117,17 @@ def test_the_backend_of_the_config_is_looked_at(tmp_path: Path) -> None:
     assert "device: 'cuda' is not possible" in impossible.text
 
 
+def test_a_training_build_that_is_missing_is_a_failure() -> None:
+    """The line is that of a run: it names the package, and what that excludes."""
+    given = ["coordinator=tcp://h:1", "server_key=k", "backend=onnxruntime-training"]
+    config, _ = written.read_config(None, given, {}, "EDGE_SDK_")
+
+    found = doctor.check_backend(config)
+
+    assert found.status == "failure"
+    assert "edgesplit[onnx-training]', which excludes onnxruntime" in found.text
+
+
 def test_the_exit_code_is_for_scripts() -> None:
     """Warnings and what was skipped are no failure."""
     fine = [ok("a", ""), warned("b", "", ""), skipped("c", "")]

@@ -80,6 +80,12 @@ def test_this_environment_is_in_order() -> None:
         ({"torch": "2.9", "peft": "0.18"}, "ok", "torch 2.9"),
         ({"onnxruntime": "1.31", "tokenizers": "0.22"}, "ok", "onnxruntime 1.31"),
         ({"onnxruntime": "1.31"}, "failure", "but not tokenizers"),
+        (
+            {"onnxruntime-training-cpu": "1.19.2", "tokenizers": "0.22"},
+            "ok",
+            "onnxruntime-training-cpu 1.19.2",
+        ),
+        ({"onnxruntime-training-cpu": "1.19.2"}, "failure", "but not tokenizers"),
         ({"torch": "2.9"}, "failure", "but not peft"),
         ({"torch": "2.1", "peft": "0.18"}, "failure", "but not torch>=2.4"),
         ({}, "failure", "neither torch nor onnxruntime"),
@@ -96,6 +102,7 @@ def test_something_must_compute(
 
     assert finding.status == status
     assert text in finding.text
+    assert finding.text.count("onnxruntime-training-cpu") <= 1
 
 
 @pytest.mark.parametrize(
