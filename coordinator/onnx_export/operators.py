@@ -257,14 +257,13 @@ def _untransposed(node: Any) -> tuple[Any, int]:
 @lowers("native_layer_norm.default")
 def layer_norm(w: Writer, node: fx.Node) -> Value:
     """Write output, mean and one over the deviation."""
-    x, weight, bias, epsilon = node.args[0], *node.args[2:]
-    shape: Any = node.args[1]
-    ones: Any = np.ones(shape, NUMPY_TYPES[out(node).dtype])
-    inputs = [w.value(x), w.constant(ones) if weight is None else w.value(weight)]
-    # Written even if there is none: onnxruntime-training knows no gradient without it.
-    inputs += [w.constant(0 * ones) if bias is None else w.value(bias)]
-    axis = -len(shape)
-    return w.add_many("LayerNormalization", inputs, 3, axis=axis, epsilon=epsilon)
+    given: Any = node.args
+    x, shape, weight, bias, epsilon = given
+    ones = np.ones(shape, NUMPY_TYPES[out(node).dtype])
+    # Both even if there is none: onnxruntime-training knows no gradient without them.
+    pairs = ((weight, ones), (bias, 0 * ones))
+    inputs = [w.value(x), *(w.constant(c) if n is None else w.value(n) for n, c in pairs)]
+    return w.add_many("LayerNormalization", inputs, 3, axis=-len(shape), epsilon=epsilon)
 
 
 @lowers("_safe_softmax.default")
@@ -494,7 +493,6 @@ def full(w: Writer, node: fx.Node) -> Value:
     """Write one number everywhere."""
     name = str(node.target).split(".")[1]
     number = MADE[name] if name in MADE else arg(node, 0 if name == "scalar_tensor" else -1)
-    number = node.args[1] if name in ("full", "full_like") else number
-    number = node.args[2] if name == "new_full" else number
+    number = node.args[2 if name == "new_full" else 1] if "full" in name else number
     value = w.operand(number, out(node).dtype)
     return w.add("Expand", value, w.shape(out(node).shape)) if out(node).dim() else value
