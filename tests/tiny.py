@@ -95,11 +95,46 @@ OTHERS: dict[str, tuple[Task, dict[str, Any]]] = {
         },
     ),
 }
+_EXPERTS = {**_SIZE, **_GROUPED, "num_experts_per_tok": 2}
+# Experts in one parameter: (E, O, I) with two linear layers made one, (E, I, O), and Llama 4, which
+# lies that way and of which PEFT believes the other; all experts at once, or the chosen ones.
+EXPERTS: dict[str, tuple[Task, dict[str, Any]]] = {
+    "mixtral": ("causal-lm", {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "causal-lm",
+        {
+            **_EXPERTS,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "gpt_oss": (
+        "causal-lm",
+        {
+            **_EXPERTS,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "sliding_window": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "llama4_text": (
+        "causal-lm",
+        {
+            **_EXPERTS,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 16,
+        },
+    ),
+}
 
 
 def make_config(family: str, **changes: Any) -> Any:
     """The config of a tiny model."""
-    _, settings = {**FAMILIES, **OTHERS}[family]
+    _, settings = {**FAMILIES, **OTHERS, **EXPERTS}[family]
     task = task_of(family)
     if task == "sequence-classification":
         settings = {**settings, "num_labels": CLASSES}
@@ -110,7 +145,7 @@ def make_config(family: str, **changes: Any) -> Any:
 
 def task_of(family: str) -> Task:
     """What the family is used for here."""
-    return {**FAMILIES, **OTHERS}[family][0]
+    return {**FAMILIES, **OTHERS, **EXPERTS}[family][0]
 
 
 def make_model(config: Any, task: Task, seed: int = 0) -> nn.Module:
@@ -119,7 +154,8 @@ def make_model(config: Any, task: Task, seed: int = 0) -> nn.Module:
     factory: Any = AutoModelForCausalLM
     if task == "sequence-classification":
         factory = AutoModelForSequenceClassification
-    model: nn.Module = factory.from_config(config, attn_implementation="sdpa")
+    kind = "eager" if config.model_type == "gpt_oss" else "sdpa"  # it has no other
+    model: nn.Module = factory.from_config(config, attn_implementation=kind)
     return model
 
 

@@ -104,7 +104,7 @@ class Ledger:
             return redistribute(self.totals[name], self._fresh(name, rank), scale)
         if held is None:
             return self._fresh(name, rank)
-        before = held.a_RI.shape[0]
+        before = held.a_RI.shape[-2]
         if before == rank:
             return held
         ratio = self._lora.scale(name, before) / self._lora.scale(name, rank)
@@ -129,7 +129,7 @@ class Ledger:
         }
 
     def _product(self, weight: str, pair: Pair) -> Factors:
-        return product(pair, self._lora.scale(weight, pair.a_RI.shape[0]))
+        return product(pair, self._lora.scale(weight, pair.a_RI.shape[-2]))
 
     def copy(self) -> Ledger:
         """Return a ledger that goes its own way from here; the numbers are shared."""
@@ -166,7 +166,7 @@ class Ledger:
                 update = self._rule.join(contributions, shape, self._max_rank)
                 self._note(weight, update, result)
         for name, report in reports.items():
-            ranks = {weight: pair.a_RI.shape[0] for weight, pair in report.pairs.items()}
+            ranks = {weight: pair.a_RI.shape[-2] for weight, pair in report.pairs.items()}
             self.pairs[name] = dict(report.pairs)
             if self._rule.restarts or self._rule.redistribute is not None:
                 held = {} if self._rule.restarts else report.pairs
@@ -190,7 +190,7 @@ class Ledger:
             if weight not in report.pairs or not samples:
                 continue
             after, before = report.pairs[weight], self.pairs[name][weight]
-            scale = self._lora.scale(weight, after.a_RI.shape[0])
+            scale = self._lora.scale(weight, after.a_RI.shape[-2])
             found[name] = Contribution(samples / total, scale, before, after)
         return found
 

@@ -7,6 +7,7 @@ good from what is bad.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -34,7 +35,8 @@ def exceeds(factors: Factors, most: float) -> bool:
     """Return whether the root mean square of a matrix is above *most*, or not finite."""
     if largest(factors) > MAX_NUMBER:
         return True
-    allowed = most * float(np.sqrt(factors.b_OR.shape[0] * factors.a_RI.shape[1]))
+    *rows, _ = factors.b_OR.shape  # (O,), or (E, O) of a stack
+    allowed = most * float(np.sqrt(math.prod(rows) * factors.a_RI.shape[-1]))
     bound = np.linalg.norm(factors.b_OR) * np.linalg.norm(factors.a_RI)  # cheaper, and never less
     return bool(bound > allowed and norm(factors) > allowed)
 

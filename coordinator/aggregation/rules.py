@@ -78,7 +78,7 @@ def fedavg(
     contributions: Mapping[str, Contribution], _shape: Shape, _max_rank: int | None
 ) -> Update:
     """Take the mean of A and the mean of B separately, of equal ranks (SplitLoRA eq. 8-9)."""
-    ranks = {name: c.after.a_RI.shape[0] for name, c in contributions.items()}
+    ranks = {name: c.after.a_RI.shape[-2] for name, c in contributions.items()}
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"aggregation 'fedavg' needs equal ranks, got {sorted(set(ranks.values()))}; "
@@ -137,13 +137,18 @@ def _mean_of_padded(
     contributions: Mapping[str, Contribution], weight: Mapping[str, float]
 ) -> Factors:
     """Return weighted means of all s B and of all A, padded with zeros to the largest rank."""
-    rank = max(c.after.a_RI.shape[0] for c in contributions.values())
+    rank = max(c.after.a_RI.shape[-2] for c in contributions.values())
     rows, columns = {}, {}
     for name, c in contributions.items():
-        missing = (0, rank - c.after.a_RI.shape[0])
-        rows[name] = np.pad(c.after.a_RI, (missing, (0, 0)))
-        columns[name] = np.pad(c.after.b_OR * c.scale, ((0, 0), missing))
+        rows[name] = _padded(c.after.a_RI, -2, rank)
+        columns[name] = _padded(c.after.b_OR * c.scale, -1, rank)
     return Factors(mean_of(columns, weight), mean_of(rows, weight))
+
+
+def _padded(array: Array, axis: int, size: int) -> Array:
+    missing = [(0, 0)] * array.ndim
+    missing[axis] = (0, size - array.shape[axis])
+    return np.pad(array, missing)
 
 
 def truncate(total: Factors, fresh: Pair, scale: float) -> Pair:
@@ -157,10 +162,10 @@ def svd_asymmetric(total: Factors, fresh: Pair, scale: float) -> Pair:
     The rest is in B. With the norms shared equally, B and A are so small in the first rounds that
     AdamW's steps and their own gradients do not fit them; docs/aggregation.md has measurements.
     """
-    length_R = np.maximum(np.linalg.norm(total.a_RI, axis=1), np.finfo(np.float32).tiny)
+    length_R = np.maximum(np.linalg.norm(total.a_RI, axis=-1), np.finfo(np.float32).tiny)
     drawn = 1.0 / np.sqrt(3.0)  # expected norm of a row of `initial_pair`
-    a_RI = total.a_RI * (drawn / length_R)[:, None].astype(np.float32)
-    b_OR = total.b_OR * (length_R / (drawn * scale)).astype(np.float32)
+    a_RI = total.a_RI * (drawn / length_R)[..., :, None].astype(np.float32)
+    b_OR = total.b_OR * (length_R / (drawn * scale))[..., None, :].astype(np.float32)
     return _fill(a_RI, b_OR, fresh)
 
 
@@ -172,10 +177,10 @@ def balanced(total: Factors, fresh: Pair, scale: float) -> Pair:
 
 def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
     """Return as many ranks as *fresh* has: first the given ones, then fresh ones, whose B is 0."""
-    rank = fresh.a_RI.shape[0]
-    a = np.concatenate([a_RI[:rank], fresh.a_RI[a_RI.shape[0] :]]).astype(np.float32)
-    b = np.concatenate([b_OR[:, :rank], fresh.b_OR[:, b_OR.shape[1] :]], axis=1)
-    return Pair(a, b.astype(np.float32))
+    rank, given = fresh.a_RI.shape[-2], a_RI.shape[-2]
+    a = np.concatenate([a_RI[..., :rank, :], fresh.a_RI[..., given:, :]], axis=-2)
+    b = np.concatenate([b_OR[..., :rank], fresh.b_OR[..., given:]], axis=-1)
+    return Pair(a.astype(np.float32), b.astype(np.float32))
 
 
 RULES: dict[str, Rule] = {

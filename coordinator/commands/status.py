@@ -7,11 +7,10 @@ import json
 from typing import Any
 
 from coordinator.commands.parser import add_command
-from coordinator.config.run import ServeConfig
 from coordinator.results.history import RunHistory
 from coordinator.results.json_text import json_text
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
+from coordinator.results.run_config import read_config
+from coordinator.results.run_folder import RunFolder
 
 
 def add_status(commands: Any) -> None:
@@ -25,7 +24,7 @@ def _status(options: argparse.Namespace) -> int:
     from coordinator.results.console import summary
 
     folder = RunFolder.open(options.folder)
-    config = load_config(ServeConfig, options.folder / CONFIG, env={})
+    config = read_config(options.folder)
     history = RunHistory(folder)
     last = history.events[-1] if history.events else None
     waiting, missing = history.waiting(), history.missing()

@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
 from coordinator.engine.local import make_local
-from coordinator.onnx_export.cache import GraphCache, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_experts, check_lora
 from coordinator.planning.fixed import check_config, plan_server
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from edge_sdk.client.profile import block_speed
@@ -169,6 +169,7 @@ class ServerModel:
             RefusedError: they cannot be made, or the run does what they cannot.
         """
         check_lora(self._config.lora)
+        check_experts(self.facts, plan.split)
         part = self.graphs.find(plan, measures=self._config.planning.measures_importance)
         if part is not None:
             self._by_hash[part.sha256] = part

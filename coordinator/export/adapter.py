@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,11 @@ import torch
 from coordinator.export.card import Card, base_name
 from coordinator.export.check import load_base, verify
 from coordinator.export.facts import RunFacts
+from coordinator.export.peft_names import as_peft, pad
 from coordinator.results.json_text import json_text
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
-from edge_sdk.lora.factors import Array, Factors, compress
+from edge_sdk.lora.factors import Array, Factors, compress, zero_like
 from edge_sdk.model.layout import build_empty, is_transposed
 from edge_sdk.model.weights import ModelSource
 
@@ -44,13 +44,7 @@ def export_adapter(
     kept = least_ranks(learned)
     ranks = {name: factors.rank for name, factors in kept.items()}
     card = Card(source=source, format="peft", ranks=ranks, facts=facts)
-    settings = {
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": ranks,
-        "alpha_pattern": dict(ranks),
-    }
-    write_files(card, kept, head, settings, folder)
+    write_files(card, kept, head, folder)
     return _read_back(source, learned, head, folder)
 
 
@@ -71,7 +65,7 @@ def export_uniform(
     rank = vllm_rank(max(factors.rank for factors in kept.values()))
     padded = {name: pad(factors, rank) for name, factors in kept.items()}
     card = Card(source=source, format="vllm", ranks=dict.fromkeys(kept, rank), facts=facts)
-    write_files(card, padded, {}, {"r": rank, "lora_alpha": rank}, folder)
+    write_files(card, padded, {}, folder, is_uniform=True)
     return _read_back(source, learned, {}, folder)
 
 
@@ -97,41 +91,30 @@ def vllm_rank(rank: int) -> int:
     return fitting[0]
 
 
-def pad(factors: Factors, rank: int) -> Factors:
-    """Return the same matrix with *rank* ranks, the further ones zeros."""
-    missing = rank - factors.rank
-    return Factors(
-        np.pad(factors.b_OR, ((0, 0), (0, missing))), np.pad(factors.a_RI, ((0, missing), (0, 0)))
-    )
-
-
 def write_files(
     card: Card,
     factors: Mapping[str, Factors],
     head: Mapping[str, Array],
-    settings: Mapping[str, Any],
     folder: Path,
+    *,
+    is_uniform: bool = False,
 ) -> None:
-    """Write *factors* and a *head* in PEFT's format, with the *settings* of its config."""
-    from peft import LoraConfig as PeftConfig
+    """Write *factors* and a *head* in PEFT's format; *is_uniform*: see `as_peft`."""
     from safetensors.torch import save_file
 
     source, base = card.source, base_name(card.source)
-    config = PeftConfig(
-        task_type="CAUSAL_LM" if source.task == "causal-lm" else "SEQ_CLS",
-        target_modules=sorted(factors),
-        modules_to_save=sorted({name.split(".")[0] for name in head}) or None,
-        base_model_name_or_path=base.name,
-        revision=base.revision,
-        fan_in_fan_out=has_transposed(source),
-        inference_mode=True,
-        **settings,
-    )
+    settings = {
+        "task_type": "CAUSAL_LM" if source.task == "causal-lm" else "SEQ_CLS",
+        "modules_to_save": sorted({name.split(".")[0] for name in head}) or None,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "fan_in_fan_out": has_transposed(source),
+        "inference_mode": True,
+    }
+    model = build_empty(source.config, source.task, torch.float32)
+    config, named = as_peft(model, factors, settings, is_uniform=is_uniform)
     tensors = {f"base_model.model.{n}": torch.from_numpy(np.array(v)) for n, v in head.items()}
-    for name, pair in factors.items():
-        for letter, value in (("A", pair.a_RI), ("B", pair.b_OR)):
-            key = f"base_model.model.{name}.lora_{letter}.weight"
-            tensors[key] = torch.from_numpy(np.ascontiguousarray(value))
+    tensors |= {key: torch.from_numpy(value) for key, value in named.items()}
     with storage_errors(f"adapter {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -164,8 +147,7 @@ def _read_back(
 def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:
     """Make a zero adapter of rank 1, for a run that has learned nothing."""
     name, factors = next(iter(learned.items()))
-    b_OR, a_RI = np.zeros((factors.b_OR.shape[0], 1)), np.zeros((1, factors.a_RI.shape[1]))
-    return {name: Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))}
+    return {name: zero_like(factors, 1)}
 
 
 def has_transposed(source: ModelSource) -> bool:

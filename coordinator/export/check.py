@@ -71,7 +71,7 @@ def _learn(slice_: Slice, learned: Mapping[str, Factors], head: Mapping[str, Arr
     """Give a slice, all of it or its first blocks, what a run has learned."""
     own = {name for part in slice_.present for name in slice_.layout.part(part)}
     adapters = Adapters(slice_, {}, {}, LoraConfig())
-    adapters.set_residual({n: f for n, f in learned.items() if f"{n}.weight" in own})
+    adapters.set_residual({n: f for n, f in learned.items() if n in own or f"{n}.weight" in own})
     values = {n: v for n, v in head.items() if n in own}
     load_parameters({n: slice_.model.get_parameter(n) for n in values}, values)
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.export.adapter import has_transposed, least_ranks, pad, write_files
+from coordinator.export.adapter import has_transposed, least_ranks, write_files
 from coordinator.export.card import Card
 from coordinator.export.check import TOLERANCE, ExportError
 from coordinator.export.facts import RunFacts
+from coordinator.export.peft_names import pad
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from edge_sdk.files import storage_errors
 from edge_sdk.lora.factors import Factors, norm
@@ -98,7 +99,7 @@ def export_gguf(
     card = Card(source=source, format="gguf", ranks=dict.fromkeys(kept, rank), facts=facts)
     with storage_errors(f"adapter {folder}"), tempfile.TemporaryDirectory() as scratch:
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(card, padded, {}, {"r": rank, "lora_alpha": rank}, Path(scratch))
+        write_files(card, padded, {}, Path(scratch), is_uniform=True)
         _convert(converter, Path(scratch), source, folder / ADAPTER_FILE)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         (folder / "Modelfile").write_text(MODELFILE, encoding="utf-8")

@@ -21,9 +21,11 @@ from coordinator.export.card import Card
 from coordinator.export.check import ExportError, compare_stretch
 from coordinator.export.facts import RunFacts
 from coordinator.export.options import Dtype
+from coordinator.export.peft_names import is_stacked
 from edge_sdk.errors import NumericError
 from edge_sdk.files import storage_errors
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.model.experts import lies_transposed
 from edge_sdk.model.layout import build_empty, is_transposed
 from edge_sdk.model.safetensors_files import open_files
 from edge_sdk.model.weights import FILE_NAMES, ModelSource
@@ -97,7 +99,10 @@ class _Merging:
     ) -> None:
         self.source = source
         self.model: Any = build_empty(source.config, source.task, torch.float32)
-        self._changes = {f"{name}.weight": factors for name, factors in learned.items()}
+        self._changes = {
+            name if is_stacked(factors) else f"{name}.weight": factors
+            for name, factors in learned.items()
+        }
         self._head = head
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
@@ -130,10 +135,22 @@ class _Merging:
         if name in self._head:
             value = torch.from_numpy(np.array(self._head[name]))
         if (factors := self._changes.get(name)) is not None and factors.rank:
-            change = torch.from_numpy(factors.dense())
-            module = self.model.get_submodule(name.removesuffix(".weight"))
-            value = value.float() + (change.T if is_transposed(module) else change)
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if is_stacked(factors):
+                value = _with_experts(value, factors, turned=lies_transposed(module))
+            else:
+                change = torch.from_numpy(factors.dense())
+                value = value.float() + (change.T if is_transposed(module) else change)
         return self.cast(name, value, own)
+
+
+def _with_experts(weight: torch.Tensor, factors: Factors, *, turned: bool) -> torch.Tensor:
+    """Return the matrices of all experts with what was learned of each, one after the other."""
+    merged = weight.to(torch.float32, copy=True)
+    for matrix, b_OR, a_RI in zip(merged, *factors, strict=True):
+        change = torch.from_numpy(b_OR @ a_RI)
+        matrix += change.T if turned else change
+    return merged
 
 
 class _Shards:

@@ -28,8 +28,9 @@ from coordinator.export.gguf_adapter import export_gguf, find_converter
 from coordinator.export.hub import check_push, push
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
+from coordinator.export.peft_names import is_stacked
+from coordinator.results.run_config import read_config
+from coordinator.results.run_folder import RunFolder
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.lora.factors import Array, Factors, compress
@@ -83,7 +84,7 @@ def export_run(
     if merged:
         options = ExportOptions(format="merged")
     check_options(options)
-    config = load_config(ServeConfig, run.path / CONFIG, env={})
+    config = read_config(run.path)
     source = ModelSource(
         config.model, config.task, num_labels=len(config.label_names), revision=config.revision
     )
@@ -133,6 +134,11 @@ def _check_result(trained: Trained, options: ExportOptions) -> None:
         raise ConfigError(
             f"--format {options.format}: all weights of this run were trained, there is no "
             "adapter; use --format merged"
+        )
+    if options.format in ("vllm", "gguf") and any(map(is_stacked, trained.learned.values())):
+        raise ConfigError(
+            f"--format {options.format}: adapters on experts have no place there; use --format "
+            "peft or merged"
         )
     if options.format in ("vllm", "gguf") and trained.head:
         raise ConfigError(

@@ -120,7 +120,7 @@ class GraphCache:
             split=plan.split,
             tail=plan.tail,
             measures=measures,
-            targets={n: self._facts.targets[n] for n in self._facts.weights(0, plan.split)},
+            targets={n: tuple(self._facts.targets[n]) for n in self._facts.weights(0, plan.split)},
             dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in stored.items()},
         )
 
@@ -164,6 +164,20 @@ class GraphCache:
             command = [sys.executable, "-m", MODULE, *map(str, arguments)]
             process = subprocess.Popen(command, stdout=errors, stderr=errors, env=env)
         return Build(process, folder)
+
+
+def check_experts(facts: ModelFacts, split: int) -> None:
+    """Refuse a device without torch if experts are adapted in its blocks 0 .. split-1.
+
+    Raises:
+        RefusedError: experts are adapted there.
+    """
+    stacked = [n for n in facts.weights(0, split) if facts.targets[n].num_experts]
+    if stacked:
+        raise RefusedError(
+            f"adapters on experts ({stacked[0]}, ...) are not possible with the onnxruntime "
+            "backend; set lora.experts to false, or install torch on this device"
+        )
 
 
 def check_lora(lora: LoraConfig) -> None:

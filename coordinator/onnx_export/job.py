@@ -24,7 +24,7 @@ class ExportJob:
     """Whether the tail is wanted too."""
     measures: bool
     """Whether the device measures importance."""
-    targets: Mapping[str, tuple[int, int]]
+    targets: Mapping[str, tuple[int, ...]]
     """(outputs, inputs) of each weight that may have an adapter, by module name."""
     dtypes: Mapping[str, str]
     """What each tensor of the slice is stored as, as torch calls it, by whole-model name."""

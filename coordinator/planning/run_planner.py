@@ -391,7 +391,7 @@ class Planner:
                 weight: rank
                 for weight, pair in reports[name].pairs.items()
                 if (rank := pruned_rank(before[name][weight], pair, training.rank_kept))
-                < pair.a_RI.shape[0]
+                < pair.a_RI.shape[-2]
             }
             if ranks:
                 self._pruned[name] = self._pruned.get(name, {}) | ranks

@@ -8,6 +8,7 @@ __all__ = [
     "lifecycle",
     "metrics",
     "result_files",
+    "run_config",
     "run_folder",
     "watchers",
 ]

@@ -15,10 +15,10 @@ from coordinator.config.run import ServeConfig
 from coordinator.results.checkpoint_files import FORMAT, check_format
 from coordinator.results.events import CheckpointDamaged, Watcher
 from coordinator.results.json_text import json_text
+from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
 from coordinator.results.run_lock import LOCK, locked
 from edge_sdk.config.describe import dump_config
-from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.files import storage_errors
 
@@ -132,7 +132,7 @@ def read_run(path: Path, overrides: list[str]) -> tuple[RunFolder, ServeConfig]:
     # Its own version wrote no other format: then that number is damaged, and nothing else is.
     if isinstance(about, dict) and about.get("edgesplit") != metadata.version("edgesplit"):
         check_format(path, about.get("format", FORMAT), about.get("edgesplit"))
-    return folder, load_config(ServeConfig, path / CONFIG, overrides, env={})
+    return folder, read_config(path, overrides)
 
 
 def reopen(path: Path, overrides: list[str]) -> tuple[RunFolder, ServeConfig, Checkpoint]:

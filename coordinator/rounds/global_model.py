@@ -55,8 +55,7 @@ class GlobalModel:
         for name, rank in plan.ranks.items():
             if rank:
                 size = self._model.facts.targets[name]
-                shapes[f"{name}.A"] = (rank, size.num_inputs)
-                shapes[f"{name}.B"] = (size.num_outputs, rank)
+                shapes[f"{name}.A"], shapes[f"{name}.B"] = size.factors(rank)
         return shapes, head
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
@@ -148,7 +147,7 @@ class GlobalModel:
         self.ledger.load_state(state["ledger"])
         engine = state["engine"]
         own = {n: v for n, v in under("own:", engine).items() if n.endswith(".A")}
-        ranks = {name.removesuffix(".A"): value.shape[0] for name, value in own.items()}
+        ranks = {name.removesuffix(".A"): value.shape[-2] for name, value in own.items()}
         first = int(engine["first"])
         if (first, ranks) != (self.engine.first, self.engine.ranks):
             self.engine = self._model.make_engine(first, ranks)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "adapters",
+    "expert_adapters",
     "factors",
     "importance",
     "numpy_adapters",

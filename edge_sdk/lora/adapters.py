@@ -4,7 +4,10 @@ Each adapted weight computes `W x + U V x + s B A x`: W frozen, U V the frozen r
 (docs/method.md, Aggregation), s B A the trained adapter. Knows no optimizer, no network and no
 aggregation rule.
 
-Legend: R rank, I inputs, O outputs, S rank of the residual.
+PEFT computes with linear layers. Experts that a model stacks in one parameter are its
+`target_parameters` and stand in `expert_adapters.py`.
+
+Legend: E experts, R rank, I inputs, O outputs, S rank of the residual.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edge_sdk.lora.factors import Array, Factors, zero
+from edge_sdk.lora.factors import Array, Factors, zero_like
 from edge_sdk.lora.targets import OWN, LoraConfig, Shape, peft_config
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ RESIDUAL = "residual"
 
 
 class Pair(NamedTuple):
-    """An adapter's own factors, scale not inside; float32."""
+    """An adapter's own factors, scale not inside; float32. Of experts, (E, R, I) and (E, O, R)."""
 
     a_RI: Array
     b_OR: Array
@@ -36,6 +39,11 @@ class Pair(NamedTuple):
 
 def initial_pair(name: str, rank: int, shape: Shape, seed: int) -> Pair:
     """Draw A as `nn.Linear` does, B = 0; a smaller rank has the first rows of a larger one."""
+    if shape.num_experts:
+        one = Shape(shape.num_outputs, shape.num_inputs)
+        own = (initial_pair(f"{name} {e}", rank, one, seed) for e in range(shape.num_experts))
+        a_ERI, b_EOR = (np.stack(factors) for factors in zip(*own, strict=True))
+        return Pair(a_ERI, b_EOR)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     bound = 1.0 / math.sqrt(shape.num_inputs)
@@ -53,15 +61,24 @@ class Adapters:
         alphas: Mapping[str, float],
         lora: LoraConfig,
     ) -> None:
+        from edge_sdk.lora.expert_adapters import ExpertAdapters
+
         self._model = slice_.model
         self._lora = lora
         self._tuner: Any = None
+        self._blocks_path = slice_.layout.blocks_path
+        self._experts = ExpertAdapters(slice_.model)
         self.ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         self.alphas = {name: alphas.get(name, lora.alpha_of(name)) for name in self.ranks}
         self.residual: dict[str, Factors] = {}
-        if self.ranks:
-            self._inject(self.ranks, OWN, alpha_pattern=self.alphas)
+        linear = {n: rank for n, rank in self.ranks.items() if n not in self._experts.shapes}
+        if linear:
+            self._inject(linear, OWN, alpha_pattern={n: self.alphas[n] for n in linear})
         self._activate()
+        for name in self.ranks.keys() - linear.keys():
+            # Whoever trains loads the factors of the run over them, as over those that PEFT draws.
+            pair = initial_pair(name, self.ranks[name], self._experts.shapes[name], seed=0)
+            self._experts.add(name, OWN, pair, self.scale(name), trained=True)
 
     def _inject(self, ranks: Mapping[str, int], adapter: str, **settings: Any) -> None:
         from peft.tuners.lora import LoraModel
@@ -76,10 +93,13 @@ class Adapters:
             **settings,
         )
         if self._tuner is None:
-            self._tuner = LoraModel(self._model, {adapter: config}, adapter)
+            # Without the model's config: PEFT would read it and mend names of earlier versions of
+            # transformers, which ours are not.
+            bare = _bare(self._model, self._blocks_path)
+            self._tuner = LoraModel(bare, {adapter: config}, adapter)
         else:
             self._tuner.peft_config[adapter] = config
-            self._tuner.inject_adapter(self._model, adapter)
+            self._tuner.inject_adapter(self._tuner.model, adapter)
 
     def _layers(self) -> dict[str, Any]:
         from peft.tuners.lora import LoraLayer
@@ -102,16 +122,19 @@ class Adapters:
 
     def product(self, name: str, pair: Pair) -> Factors:
         """Return the matrix s B A of a pair for weight *name*, with the run's alpha."""
-        return Factors(pair.b_OR * self._lora.scale(name, pair.a_RI.shape[0]), pair.a_RI)
+        return Factors(pair.b_OR * self._lora.scale(name, pair.a_RI.shape[-2]), pair.a_RI)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained factors, as `<weight>.A` and `<weight>.B`, in model order."""
         layers = self._layers()
-        return {
-            f"{name}.{factor}": getattr(layers[name], f"lora_{factor}")[OWN].weight
-            for name in self.ranks
-            for factor in "AB"
-        }
+        found: dict[str, nn.Parameter] = {}
+        for name in self.ranks:
+            if name in self._experts.shapes:
+                a, b = self._experts.factors(name, OWN)
+            else:
+                a, b = layers[name].lora_A[OWN].weight, layers[name].lora_B[OWN].weight
+            found |= {f"{name}.A": a, f"{name}.B": b}
+        return found
 
     def pairs(self) -> dict[str, Pair]:
         """Return copies of the trained factors."""
@@ -134,6 +157,10 @@ class Adapters:
         import torch
 
         new = {n: f for n, f in residual.items() if f.rank or n in self.residual}
+        self.residual.update(new)
+        for name in new.keys() & self._experts.shapes.keys():
+            b_EOR, a_ERI = new.pop(name)
+            self._experts.add(name, RESIDUAL, (a_ERI, b_EOR), 1.0, trained=False)
         layers = self._layers()
         bare = [n for n in new if n not in layers or RESIDUAL not in layers[n].lora_A]
         if bare:
@@ -151,16 +178,28 @@ class Adapters:
                 old = linear.weight
                 data = torch.from_numpy(np.ascontiguousarray(value)).to(old.device)
                 linear.weight = torch.nn.Parameter(data, requires_grad=False)
-        self.residual.update(new)
 
     def zero_residual(self) -> dict[str, Factors]:
         """Return a residual of rank 0 for every weight that has one now."""
-        return {n: zero(f.b_OR.shape[0], f.a_RI.shape[1]) for n, f in self.residual.items()}
+        return {n: zero_like(f) for n, f in self.residual.items()}
 
     def most_bytes(self) -> int:
         """Return an upper bound for the float32 bytes of all present factors and residuals."""
         weights = (p for p in self._model.parameters() if p.dim() == 2 and not p.is_meta)
-        return 4 * 4 * sum(sum(w.shape) * min(w.shape) for w in weights)
+        linear = sum(sum(w.shape) * min(w.shape) for w in weights)
+        return 4 * 4 * (linear + self._experts.most_numbers())
+
+
+def _bare(model: nn.Module, blocks_path: str) -> nn.Module:
+    """Return a module in which the blocks have their names, and nothing else is."""
+    from torch import nn
+
+    inner = model.get_submodule(blocks_path)
+    for name in reversed(blocks_path.split(".")):
+        outer = nn.Module()
+        outer.add_module(name, inner)
+        inner = outer
+    return inner
 
 
 def _overwrite(parameter: nn.Parameter, value: Array) -> None:

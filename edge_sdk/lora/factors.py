@@ -1,6 +1,10 @@
 """Low-rank matrices as pairs of factors: B @ A, never formed; numpy only.
 
-Legend: R rank, I inputs, O outputs, S sum of ranks, K least of S, I and O.
+A stack of matrices, one for each expert, has factors with one more dimension in front, and one rank
+for all: B (E, O, R) and A (E, R, I). Everything here counts dimensions from the end, so that a
+stack needs no code of its own.
+
+Legend: E experts, R rank, I inputs, O outputs, S sum of ranks, K least of S, I and O.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ ROUNDING = 2.0**-21
 
 
 class Factors(NamedTuple):
-    """The matrix `b_OR @ a_RI`; any scale is already inside."""
+    """The matrix `b_OR @ a_RI`, or one for each expert; any scale is already inside."""
 
     b_OR: Array
     a_RI: Array
@@ -28,37 +32,46 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """Number of columns of B; the matrix has at most this rank."""
-        return int(self.a_RI.shape[0])
+        return int(self.a_RI.shape[-2])
 
     def scaled(self, weight: float) -> Factors:
         """Return the same matrix times *weight*."""
         return Factors(self.b_OR * weight, self.a_RI)
 
     def dense(self) -> Array:
-        """Return the matrix itself, (O, I); for tests and for small matrices."""
+        """Return the matrix itself, (O, I) or (E, O, I); for tests and for small matrices."""
         return self.b_OR @ self.a_RI
 
 
-def zero(num_outputs: int, num_inputs: int) -> Factors:
-    """Return the zero matrix, of rank 0."""
-    return Factors(np.zeros((num_outputs, 0), np.float32), np.zeros((0, num_inputs), np.float32))
+def zero(*sizes: int) -> Factors:
+    """Return the zero matrix of *sizes*, (O, I) or (E, O, I), of rank 0."""
+    *stack, num_outputs, num_inputs = sizes
+    b_OR = np.zeros((*stack, num_outputs, 0), np.float32)
+    return Factors(b_OR, np.zeros((*stack, 0, num_inputs), np.float32))
+
+
+def zero_like(term: Factors, rank: int = 0) -> Factors:
+    """Return the zero matrix in the shape of *term*, with so many ranks."""
+    b_OR = np.zeros((*term.b_OR.shape[:-1], rank), np.float32)
+    *stack, _, num_inputs = term.a_RI.shape
+    return Factors(b_OR, np.zeros((*stack, rank, num_inputs), np.float32))
 
 
 def stack(terms: Sequence[Factors]) -> Factors:
     """Return the exact sum of *terms*, of rank S."""
     return Factors(
-        np.concatenate([term.b_OR for term in terms], axis=1),
-        np.concatenate([term.a_RI for term in terms], axis=0),
+        np.concatenate([term.b_OR for term in terms], axis=-1),
+        np.concatenate([term.a_RI for term in terms], axis=-2),
     )
 
 
 def norm(term: Factors) -> float:
-    """Return the Frobenius norm of the matrix: |R_left R_right^T| of the two QR decompositions."""
+    """Return the Frobenius norm: |R_left R_right^T| of the two QR decompositions."""
     if term.rank == 0:
         return 0.0
     r_left_SS = np.asarray(np.linalg.qr(term.b_OR.astype(np.float64), mode="r"))
-    r_right_SS = np.asarray(np.linalg.qr(term.a_RI.astype(np.float64).T, mode="r"))
-    return float(np.linalg.norm(r_left_SS @ r_right_SS.T))
+    r_right_SS = np.asarray(np.linalg.qr(_turned(term.a_RI.astype(np.float64)), mode="r"))
+    return float(np.linalg.norm(r_left_SS @ _turned(r_right_SS)))
 
 
 def compress(
@@ -72,7 +85,8 @@ def compress(
 
     QR of both factors, SVD of the small product: O((O + I) S^2 + S^3), no (O, I) matrix while S is
     smaller than O and I. The left factor keeps the singular values' square root as the right one
-    does, so that neither becomes tiny. Runs in float64 and returns float32.
+    does, so that neither becomes tiny. Runs in float64 and returns float32. Of a stack, each matrix
+    is compressed by itself, and all keep as many ranks as the one that needs most.
 
     Args:
         term: The matrix.
@@ -86,18 +100,18 @@ def compress(
     if term.rank == 0:
         return term, 0.0
     left_OK, u_KK, sigma_K, vt_KK, right_KI = _decomposed(term)
-    least = tolerance * sigma_K[0]
+    least = tolerance * float(sigma_K[..., 0].max())
     if cancels:
         left_OS, right_SI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
-        size_S = np.linalg.norm(left_OS, axis=0) * np.linalg.norm(right_SI, axis=1)
+        size_S = np.linalg.norm(left_OS, axis=-2) * np.linalg.norm(right_SI, axis=-1)
         least = max(least, ROUNDING * float(np.linalg.norm(size_S)))
-    kept = int(np.count_nonzero(sigma_K > least))
+    kept = int(np.count_nonzero(sigma_K > least, axis=-1).max())
     cut = kept if max_rank is None else min(kept, max_rank)
     total = float(np.sqrt(np.sum(sigma_K**2)))
-    error = float(np.sqrt(np.sum(sigma_K[cut:kept] ** 2))) / total if total > 0 else 0.0
-    root_R = np.sqrt(sigma_K[:cut])
-    b_OR = _times(left_OK, u_KK[:, :cut]) * root_R
-    a_RI = root_R[:, None] * _times(vt_KK[:cut], right_KI)
+    error = float(np.sqrt(np.sum(sigma_K[..., cut:kept] ** 2))) / total if total > 0 else 0.0
+    root_R = np.sqrt(sigma_K[..., :cut])
+    b_OR = _times(left_OK, u_KK[..., :cut]) * root_R[..., None, :]
+    a_RI = root_R[..., :, None] * _times(vt_KK[..., :cut, :], right_KI)
     return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32)), error
 
 
@@ -110,11 +124,15 @@ def _decomposed(
     then there is nothing to gain from QR.
     """
     b_OR, a_RI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
-    if term.rank >= min(b_OR.shape[0], a_RI.shape[1]):
+    if term.rank >= min(b_OR.shape[-2], a_RI.shape[-1]):
         return None, *np.linalg.svd(b_OR @ a_RI, full_matrices=False), None
     q_left_OK, r_left_KK = np.linalg.qr(b_OR)
-    q_right_IK, r_right_KK = np.linalg.qr(a_RI.T)
-    return q_left_OK, *np.linalg.svd(r_left_KK @ r_right_KK.T), q_right_IK.T
+    q_right_IK, r_right_KK = np.linalg.qr(_turned(a_RI))
+    return q_left_OK, *np.linalg.svd(r_left_KK @ _turned(r_right_KK)), _turned(q_right_IK)
+
+
+def _turned(matrix: Array) -> Array:
+    return np.swapaxes(matrix, -1, -2)
 
 
 def _times(left: Array | None, right: Array | None) -> Array:

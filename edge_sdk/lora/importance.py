@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from edge_sdk.model.experts import Matrix
+
 Form = Literal["free", "reference", "signed"]
 Share = float | Mapping[str, float]
 """Share of the samples that a participant stands for: of all weights, or weight by weight."""
@@ -125,7 +127,7 @@ class ImportanceAccumulator:
 
 
 class ImportanceMeter(ImportanceAccumulator):
-    """Measures the importance of linear layers at every K-th step of a torch model that trains."""
+    """Measures the importance of a torch model's weights at every K-th step, while it trains."""
 
     def __init__(
         self, model: nn.Module, weights: Iterable[str], form: Form = "free", every: int = 0
@@ -148,12 +150,35 @@ class ImportanceMeter(ImportanceAccumulator):
             return
         if step != self._watched:
             self._watched, self._raw = step, {}
+        from edge_sdk.model.experts import expert_weights
+
+        stacks = expert_weights(self._model)
         with ExitStack() as hooks:
             for name in self.weights:
-                layer = base_of(self._model.get_submodule(name))
-                watch = _Watch(layer, self.form, partial(self.add, name))
-                hooks.enter_context(layer.register_forward_pre_hook(watch.before))
-                hooks.enter_context(layer.register_forward_hook(watch.after))
+                hooks.enter_context(self._follow(name, is_stack=name in stacks))
+            yield
+
+    @contextmanager
+    def _follow(self, name: str, *, is_stack: bool) -> Iterator[None]:
+        """Follow one weight: a linear layer, or every matrix of a stack of experts."""
+        from edge_sdk.model.experts import take_place
+        from edge_sdk.model.layout import is_transposed
+
+        add = partial(self.add, name)
+        if is_stack:
+            stack = take_place(self._model, name)
+            stack.watch = partial(_follow_matrix, self.form, add)
+            try:
+                yield
+            finally:
+                stack.watch = None
+            return
+        layer = base_of(self._model.get_submodule(name))
+        watch = _Watch(partial(weight_of, layer), is_transposed(layer), self.form, add)
+        with (
+            layer.register_forward_pre_hook(watch.before),
+            layer.register_forward_hook(watch.after),
+        ):
             yield
 
     def close_step(self, step: int, divisor: Callable[[str], float] = lambda _: 1.0) -> None:
@@ -171,10 +196,17 @@ class _Watch:
     not computed: there the output is kept instead.
     """
 
-    def __init__(self, layer: nn.Module, form: Form, add: Callable[[torch.Tensor], None]) -> None:
-        self._layer, self._form, self._add = layer, form, add
+    def __init__(
+        self,
+        weight: Callable[[], torch.Tensor],
+        is_transposed: bool,
+        form: Form,
+        add: Callable[[torch.Tensor], None],
+    ) -> None:
+        self._weight, self._is_transposed = weight, is_transposed
+        self._form, self._add = form, add
 
-    def before(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(self, _layer: object, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Watch the gradient by the input, in this layer's part of it alone."""
         x = args[0]
         if self._form == "reference" or not _has_gradient(x):
@@ -183,7 +215,7 @@ class _Watch:
         own.register_hook(partial(self._dot, [x.detach()]))
         return (own, *args[1:])
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> Any:
+    def after(self, layer: object, args: tuple[Any, ...], y: torch.Tensor) -> Any:
         """Watch the gradient by the output, which this makes exist where nothing below needs it."""
         import torch
 
@@ -209,12 +241,28 @@ class _Watch:
 
     def _dense(self, kept: list[torch.Tensor], grad: torch.Tensor) -> None:
         """Add up |w_j g_j|; the dense gradient lives in here alone."""
-        from edge_sdk.model.layout import is_transposed
-
-        weight = weight_of(self._layer)
+        weight = self._weight()
         x_NI, d_NO = kept.pop().flatten(0, -2).float(), grad.flatten(0, -2).float()
-        product = x_NI.T @ d_NO if is_transposed(self._layer) else d_NO.T @ x_NI
+        product = x_NI.T @ d_NO if self._is_transposed else d_NO.T @ x_NI
         self._add(product.mul_(weight).abs_().sum())
+
+
+def _follow_matrix(
+    form: Form,
+    add: Callable[[torch.Tensor], None],
+    x: torch.Tensor,
+    matrix: Matrix,
+    is_turned: bool,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Follow one expert's matrix through a product; see `edge_sdk.model.experts.Watch`."""
+    watch = _Watch(matrix.base, not is_turned, form, add)
+    args = watch.before(None, (x,)) or (x,)
+
+    def leave(y: torch.Tensor) -> torch.Tensor:
+        watched: torch.Tensor | None = watch.after(None, args, y)
+        return y if watched is None else watched
+
+    return args[0], leave
 
 
 def _has_gradient(x: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_sdk.lora.adapters import Pair, initial_pair
-from edge_sdk.lora.factors import Array, Factors, zero
+from edge_sdk.lora.factors import Array, Factors, zero, zero_like
 from edge_sdk.lora.targets import LoraConfig, Shape
 
 
@@ -77,7 +77,7 @@ class NumpyAdapters:
 
     def zero_residual(self) -> dict[str, Factors]:
         """Return a residual of rank 0 for every weight that has one now."""
-        return {n: zero(f.b_OR.shape[0], f.a_RI.shape[1]) for n, f in self.residual.items()}
+        return {n: zero_like(f) for n, f in self.residual.items()}
 
     def factors(self, name: str) -> dict[str, Array]:
         """Return what weight *name* computes with: A, s B, V, U; a rank of 0 becomes one of zeros.
@@ -93,9 +93,7 @@ class NumpyAdapters:
 
 
 def _one_of_zeros(shape: Shape) -> Factors:
-    return Factors(
-        np.zeros((shape.num_outputs, 1), np.float32), np.zeros((1, shape.num_inputs), np.float32)
-    )
+    return zero_like(zero(*shape), 1)
 
 
 def _float32(array: Array) -> Array:

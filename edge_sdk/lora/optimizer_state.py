@@ -36,14 +36,14 @@ def _fit(
 ) -> np.ndarray:
     name, _, moment = key.rpartition(".")
     weight, _, factor = name.rpartition(".")
-    axis = {"A": 0, "B": 1}.get(factor)
+    axis = {"A": -2, "B": -1}.get(factor)
     if moment not in POWERS or axis is None or weight not in ranks:
         return value
     old, new = value.shape[axis], ranks[weight]
     if old == new:
         return value
     kept = np.take(value, range(min(old, new)), axis)
-    missing = [(0, 0), (0, 0)]
+    missing = [(0, 0)] * value.ndim
     missing[axis] = (0, new - kept.shape[axis])
     ratio = scale(weight, new) / scale(weight, old) if factor == "B" else 1.0
     return np.pad(kept * np.float32(ratio ** POWERS[moment]), missing)

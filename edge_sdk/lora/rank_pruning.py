@@ -30,7 +30,8 @@ def add_penalty(
     """Add the gradient of the penalty to what a backward pass has left.
 
     Args:
-        parameters: `<weight>.A` (R, I) and `<weight>.B` (O, R).
+        parameters: `<weight>.A` (..., R, I) and `<weight>.B` (..., O, R); a tail runs through all
+            experts of a stack.
         ranks: Rank of each weight.
         weight: Lambda, times whatever the loss was multiplied with.
         gamma: Share of the ranks before the tail.
@@ -43,31 +44,32 @@ def add_penalty(
             a_RI, b_OR = parameters[f"{name}.A"], parameters[f"{name}.B"]
             if kept == rank or a_RI.grad is None or b_OR.grad is None:
                 continue
-            tail_a, tail_b = a_RI[kept:], b_OR[:, kept:]
+            tail_a, tail_b = a_RI[..., kept:, :], b_OR[..., kept:]
             norm_a, norm_b = torch.linalg.norm(tail_a), torch.linalg.norm(tail_b)
             if norm_a > 0 and norm_b > 0:
-                a_RI.grad[kept:] += weight * norm_b / norm_a * tail_a
-                b_OR.grad[:, kept:] += weight * norm_a / norm_b * tail_b
+                a_RI.grad[..., kept:, :] += weight * norm_b / norm_a * tail_a
+                b_OR.grad[..., kept:] += weight * norm_a / norm_b * tail_b
 
 
 def penalty_gradients(pair: Pair, gamma: float) -> Pair:
     """Return what `add_penalty` adds to the gradients of A and B for lambda = 1; numpy only."""
-    kept = kept_rank(pair.a_RI.shape[0], gamma)
+    kept = kept_rank(pair.a_RI.shape[-2], gamma)
     grad_a, grad_b = np.zeros_like(pair.a_RI), np.zeros_like(pair.b_OR)
-    tail_a, tail_b = pair.a_RI[kept:], pair.b_OR[:, kept:]
+    tail_a, tail_b = pair.a_RI[..., kept:, :], pair.b_OR[..., kept:]
     norm_a, norm_b = np.linalg.norm(tail_a), np.linalg.norm(tail_b)
     if norm_a > 0 and norm_b > 0:
-        grad_a[kept:] = norm_b / norm_a * tail_a
-        grad_b[:, kept:] = norm_a / norm_b * tail_b
+        grad_a[..., kept:, :] = norm_b / norm_a * tail_a
+        grad_b[..., kept:] = norm_a / norm_b * tail_b
     return type(pair)(grad_a, grad_b)
 
 
 def pruned_rank(before: Pair, after: Pair, gamma: float) -> int:
     """Return the rank of an adapter after a round of training with the penalty."""
-    rank = after.a_RI.shape[0]
+    rank = after.a_RI.shape[-2]
     kept = kept_rank(rank, gamma)
     return kept if 0.0 < _tail(after, kept) < _tail(before, kept) else rank
 
 
 def _tail(pair: Pair, kept: int) -> float:
-    return float(np.linalg.norm(pair.b_OR[:, kept:]) * np.linalg.norm(pair.a_RI[kept:]))
+    norm_b = np.linalg.norm(pair.b_OR[..., kept:])
+    return float(norm_b * np.linalg.norm(pair.a_RI[..., kept:, :]))

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_sdk.errors import ConfigError
 
@@ -27,7 +27,8 @@ class LoraConfig:
     """Which weights get an adapter, and of what kind; names and meaning as in PEFT."""
 
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Module names, full or their last parts; `all-linear` is every linear layer of the blocks."""
+    """Names of modules, or of parameters that hold experts, full or their last parts; `all-linear`
+    is every linear layer of the blocks, with their experts."""
     r: int = 8
     """Rank where a device's own settings name none."""
     lora_alpha: float = 16.0
@@ -40,6 +41,9 @@ class LoraConfig:
     """Whether to scale by the square root of the rank (rsLoRA)."""
     lora_dropout: float = 0.0
     """Dropout before the adapter, while training."""
+    experts: bool = field(default=True, metadata={"on_wire": False})
+    """Whether `all-linear` includes experts that a model stacks in one parameter (PEFT's
+    `target_parameters`); they can also be named one by one in target_modules."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -71,11 +75,48 @@ def _first_fit(patterns: Mapping[str, T], weight: str, default: T) -> T:
     return next(fits, default)
 
 
-class Shape(NamedTuple):
-    """Size of a weight."""
+class Shape(tuple[int, ...]):
+    """Size of a weight as an array: (O, I), or (E, O, I) of a stack of experts."""
 
-    num_outputs: int
-    num_inputs: int
+    __slots__ = ()
+
+    def __new__(cls, *sizes: int) -> Shape:
+        """Take the sizes one by one."""
+        return super().__new__(cls, sizes)
+
+    def __getnewargs__(self) -> tuple[int, ...]:
+        """Let copies be made of the sizes, one by one."""
+        return tuple(self)
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of a matrix."""
+        return self[-2]
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of a matrix."""
+        return self[-1]
+
+    @property
+    def num_experts(self) -> int:
+        """Matrices of the stack; 0 for a linear layer."""
+        return self[0] if len(self) == 3 else 0
+
+    @property
+    def most_rank(self) -> int:
+        """Largest rank that a matrix can have."""
+        return min(self.num_outputs, self.num_inputs)
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of all matrices."""
+        return math.prod(self)
+
+    def factors(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B: (R, I) and (O, R), of experts (E, R, I) and (E, O, R)."""
+        stack = self[:-2]
+        return (*stack, rank, self.num_inputs), (*stack, self.num_outputs, rank)
 
 
 def find_targets(config: Any, task: Task, layout: Layout, lora: LoraConfig) -> dict[str, Shape]:
@@ -85,34 +126,54 @@ def find_targets(config: Any, task: Task, layout: Layout, lora: LoraConfig) -> d
         ConfigError: nothing matches, or the rank exceeds a weight.
     """
     import torch
-    from peft.tuners.lora import LoraModel
 
     from edge_sdk.model.layout import build_empty
 
     model = build_empty(config, task, torch.float32)
+    shapes = _adaptable(model, layout.blocks_path)
     names = lora.target_modules
-    wanted = "all-linear" if "all-linear" in names else list(names)
-    shapes = {name: _shape(m) for name, m in model.named_modules() if _shape(m)}
-    try:
-        tuner = LoraModel(model, {OWN: peft_config(wanted, model, r=1)}, OWN)
-    except ValueError:
-        matched: set[str] = set()
-    else:
-        matched = set(tuner.targeted_module_names)
     found = {
         name: shape
         for name, shape in shapes.items()
-        if shape and name in matched and name.startswith(f"{layout.blocks_path}.")
+        if any(_ends(name, n) for n in names)
+        or ("all-linear" in names and (lora.experts or not shape.num_experts))
     }
     unused = [n for n in names if n != "all-linear" and not any(_ends(f, n) for f in found)]
     if not found or unused:
-        leaves = sorted(
-            {n.rsplit(".", 1)[1] for n in shapes if n.startswith(f"{layout.blocks_path}.")}
-        )
+        leaves = sorted({n.rsplit(".", 1)[1] for n in shapes})
         raise ConfigError(
             f"lora.target_modules: {', '.join(unused or names)!r} matches no weight in the blocks; "
             f"they have {', '.join(leaves)}"
         )
+    stacked = [name for name, shape in found.items() if shape.num_experts]
+    if stacked and lora.lora_dropout:
+        raise ConfigError(
+            f"lora.lora_dropout: {lora.lora_dropout} is not possible with adapters on experts "
+            f"({stacked[0]}, ...), as in PEFT; set it to 0, or lora.experts to false"
+        )
+    return found
+
+
+def _adaptable(model: nn.Module, blocks_path: str) -> dict[str, Shape]:
+    """Return all weights of the blocks that can have an adapter, in model order."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from edge_sdk.model.experts import expert_weights
+
+    stacks = expert_weights(model)
+    found = {}
+    for path, module in model.named_modules():
+        if not path.startswith(f"{blocks_path}."):
+            continue
+        # What is derived from a linear layer may answer more than a product: a router, for one.
+        is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        shape = _shape(module) if is_plain else None
+        if shape:
+            found[path] = shape
+        for leaf in module._parameters:
+            if f"{path}.{leaf}" in stacks:
+                found[f"{path}.{leaf}"] = stacked_shape(module, leaf)
     return found
 
 
@@ -131,6 +192,15 @@ def _shape(module: nn.Module) -> Shape | None:
     return Shape(columns, rows) if is_transposed(module) else Shape(rows, columns)
 
 
+def stacked_shape(module: nn.Module, leaf: str) -> Shape:
+    """Return the size of the experts in parameter *leaf*, with outputs and inputs as in PEFT."""
+    from edge_sdk.model.experts import lies_transposed
+
+    num_experts, rows, columns = module._parameters[leaf].shape  # type: ignore[union-attr]
+    sides = (columns, rows) if lies_transposed(module) else (rows, columns)
+    return Shape(num_experts, *sides)
+
+
 def peft_config(targets: str | list[str], model: nn.Module, **settings: Any) -> Any:
     """Return PEFT's own configuration of adapters on *targets*."""
     import peft
@@ -143,9 +213,9 @@ def peft_config(targets: str | list[str], model: nn.Module, **settings: Any) -> 
 
 def check_rank(name: str, rank: int, shape: Shape, key: str = "r") -> None:
     """Refuse a rank that the weight cannot have; *key* is what gave it."""
-    if not 0 <= rank <= min(shape):
+    if not 0 <= rank <= shape.most_rank:
         raise ConfigError(
-            f"{key}: rank {rank} for {name!r} is outside 0..{min(shape)} "
+            f"{key}: rank {rank} for {name!r} is outside 0..{shape.most_rank} "
             f"(the weight is {shape.num_outputs} x {shape.num_inputs})"
         )
 

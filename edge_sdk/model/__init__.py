@@ -1,6 +1,7 @@
 """A transformers model in pieces: which tensors a stretch of blocks needs, and how it runs."""
 
 __all__ = [
+    "experts",
     "layout",
     "loss",
     "partition",

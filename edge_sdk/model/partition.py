@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import ModelError
+from edge_sdk.model.experts import expert_weights, find_stack, take_place
 from edge_sdk.model.layout import Layout, Task, build_empty
 from edge_sdk.model.quantized import Quantized, quantize_linears, take_weight
 from edge_sdk.model.weightless import hidden_of
@@ -64,6 +65,9 @@ class Slice:
             block.to("meta")
             if quantized:
                 quantize_linears(block, quantized)
+        if quantized:
+            for name in expert_weights(self.model):
+                take_place(self.model, name, device).quantize(quantized)
         for name in (*layout.front, *layout.tail):
             _set_tensor(self.model, name, _hollow(self.model, name, dtype).to(device))
         for name, buffer in list(self.model.named_buffers()):
@@ -100,6 +104,10 @@ class Slice:
             )
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and take_weight(_owner(self.model, path), value, self.device):
+            return
+        stack = find_stack(self.model, name)
+        if stack is not None and stack.packed:
+            stack.take_over(value, self.device)
             return
         dtype = self.dtype if value.is_floating_point() else value.dtype
         # A classifier's head is trained in place: never in the caller's tensors. Nor may a bias

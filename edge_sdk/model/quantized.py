@@ -64,9 +64,9 @@ def quantize_linears(block: nn.Module, kind: Quantized) -> None:
 
 def take_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> bool:
     """Let a quantised *layer* take *weight* over; returns False if *layer* is not quantised."""
-    if isinstance(layer, _Packed):
+    if isinstance(layer, Packed):
         layer.take(weight, device)
-    return isinstance(layer, _Packed)
+    return isinstance(layer, Packed)
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -152,43 +152,60 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 # ---- layers --------------------------------------------------------------------------------------
 
 
+def multiply(x: torch.Tensor, layer: Packed, *, by_outputs: bool = True) -> torch.Tensor:
+    """Return `x M^T + bias`, or `x M` if not *by_outputs*, for the quantised matrix M (O, I)."""
+    rows: Any = x.reshape(-1, x.shape[-1])
+    y: torch.Tensor = _Multiply.apply(rows, layer, by_outputs)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])  # out here, where a model may change it in place
+
+
 class _Multiply(torch.autograd.Function):
-    """`x W^T + b` with a W that is made when it is needed and not kept for the backward pass."""
+    """`x M^T` or `x M` with an M that is made when it is needed and not kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: _Packed) -> torch.Tensor:
-        """Multiply in autocast's dtype where there is one, as `nn.Linear` does."""
+    def forward(ctx: Any, x: torch.Tensor, layer: Packed, by_outputs: bool) -> torch.Tensor:
+        """Multiply rows in autocast's dtype where there is one, as `nn.Linear` does."""
         kind = x.device.type
         is_cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if is_cast else x.dtype
-        x_NI = x.reshape(-1, layer.num_inputs).to(dtype)
-        y_NO = x_NI.new_empty(x_NI.shape[0], layer.num_outputs)
-        for rows in layer.stretches():
-            torch.mm(x_NI, layer.rows(rows, dtype).T, out=y_NO[:, rows])
+        ctx.layer, ctx.dtype, ctx.by_outputs = layer, x.dtype, by_outputs
+        x = x.to(dtype)
+        y = _to_outputs(x, layer) if by_outputs else _to_inputs(x, layer).to(dtype)
         if layer.bias is not None:
-            y_NO += layer.bias.to(dtype)
-        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return y_NO.view(*x.shape[:-1], layer.num_outputs)
+            y += layer.bias.to(dtype)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return dL/dx = dL/dy W; stretches add up in float32."""
-        layer: _Packed = ctx.layer
-        grad_NO = grad.reshape(-1, layer.num_outputs)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total_NI = grad_NO.new_zeros(grad_NO.shape[0], layer.num_inputs, dtype=wide)
-        for rows in layer.stretches():
-            w_RI = layer.rows(rows, grad.dtype)
-            if wide == grad.dtype:
-                total_NI.addmm_(grad_NO[:, rows], w_RI)
-            else:
-                total_NI += grad_NO[:, rows] @ w_RI
-        return total_NI.to(ctx.dtype).view(ctx.shape), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return dL/dx = dL/dy M, or dL/dy M^T."""
+        back = _to_inputs if ctx.by_outputs else _to_outputs
+        return back(grad, ctx.layer).to(ctx.dtype), None, None
 
 
-class _Packed(nn.Module):
-    """What the two kinds of linear layers share; takes no memory until `take` gives it weights."""
+def _to_outputs(x_NI: torch.Tensor, layer: Packed) -> torch.Tensor:
+    """Return x M^T."""
+    y_NO = x_NI.new_empty(x_NI.shape[0], layer.num_outputs)
+    for rows in layer.stretches():
+        torch.mm(x_NI, layer.rows(rows, x_NI.dtype).T, out=y_NO[:, rows])
+    return y_NO
+
+
+def _to_inputs(y_NO: torch.Tensor, layer: Packed) -> torch.Tensor:
+    """Return y M; stretches add up in float32."""
+    wide = torch.promote_types(y_NO.dtype, torch.float32)
+    total_NI = y_NO.new_zeros(y_NO.shape[0], layer.num_inputs, dtype=wide)
+    for rows in layer.stretches():
+        w_RI = layer.rows(rows, y_NO.dtype)
+        if wide == y_NO.dtype:
+            total_NI.addmm_(y_NO[:, rows], w_RI)
+        else:
+            total_NI += y_NO[:, rows] @ w_RI
+    return total_NI
+
+
+class Packed(nn.Module):
+    """What both kinds of linear layers share; takes no memory until `take` gives it weights."""
 
     codes: nn.Parameter
     """(O, P) int8; two codes in each for int4."""
@@ -250,17 +267,16 @@ class _Packed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., I) to (..., O)."""
-        y: torch.Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
-        return y
+        return multiply(x, self)
 
 
 class _Promise(torch.Tensor):
     """A tensor without memory that is a layer's dense weight to any operation."""
 
-    _layer: _Packed
+    _layer: Packed
 
     @staticmethod
-    def __new__(cls, layer: _Packed) -> _Promise:
+    def __new__(cls, layer: Packed) -> _Promise:
         size = (layer.num_outputs, layer.num_inputs)[:: -1 if layer.is_transposed else 1]
         make: Any = torch.Tensor._make_wrapper_subclass
         promise: _Promise = make(cls, size, dtype=layer.dtype, device=layer.codes.device)
@@ -275,7 +291,7 @@ class _Promise(torch.Tensor):
         return func(*args, **kwargs)
 
 
-class QuantizedLinear(_Packed, nn.Linear):  # type: ignore[misc, override]
+class QuantizedLinear(Packed, nn.Linear):  # type: ignore[misc, override]
     """`nn.Linear`; to PEFT too, which puts adapters around it as around any other."""
 
     def __init__(self, twin: nn.Module, kind: Quantized) -> None:
@@ -283,7 +299,7 @@ class QuantizedLinear(_Packed, nn.Linear):  # type: ignore[misc, override]
         self.in_features, self.out_features = self.num_inputs, self.num_outputs
 
 
-class QuantizedConv1D(_Packed, Conv1D):  # type: ignore[misc]
+class QuantizedConv1D(Packed, Conv1D):  # type: ignore[misc]
     """GPT-2's linear layer, whose weight lies the other way round."""
 
     is_transposed = True
@@ -294,7 +310,13 @@ class QuantizedConv1D(_Packed, Conv1D):  # type: ignore[misc]
 
 
 # Exactly these: what is derived from them may look at its weight in ways of its own.
-TWINS: dict[type[nn.Module], type[_Packed]] = {
+TWINS: dict[type[nn.Module], type[Packed]] = {
     nn.Linear: QuantizedLinear,
     Conv1D: QuantizedConv1D,
 }
+
+
+def pack_matrix(num_outputs: int, num_inputs: int, dtype: torch.dtype, kind: Quantized) -> Packed:
+    """Return a matrix (O, I) without weights, which it will keep as *kind*; an expert's, say."""
+    twin = nn.Linear(num_inputs, num_outputs, bias=False, device="meta", dtype=dtype)
+    return QuantizedLinear(twin, kind)

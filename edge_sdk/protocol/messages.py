@@ -5,7 +5,7 @@ in order and exactly once is `channel.py`. Tensors travel beside a message, by n
 which.
 
 Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs,
-S rank of the frozen residual, N bytes.
+S rank of the frozen residual, E experts of a weight that is a stack of them, N bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from profiler.profile import DeviceProfile
 PROTOCOL_VERSION = 1
 
 FACTORS = (
-    Tensor("<weight>.A", "R I", "A factor of an adapted weight.", partner=".B"),
-    Tensor("<weight>.B", "O R", "The other one.", partner=".A"),
+    Tensor("<weight>.A", "R I|E R I", "A factor of an adapted weight.", partner=".B"),
+    Tensor("<weight>.B", "O R|E O R", "The other one.", partner=".A"),
 )
 RESIDUAL = (
-    Tensor("<weight>.U", "O S", "A factor of the weight's frozen residual.", partner=".V"),
-    Tensor("<weight>.V", "S I", "The other one.", partner=".U"),
+    Tensor("<weight>.U", "O S|E O S", "A factor of the weight's frozen residual.", partner=".V"),
+    Tensor("<weight>.V", "S I|E S I", "The other one.", partner=".U"),
 )
 HEAD = Tensor("<parameter>", "...", "A parameter of a trainable head, under its own name.")
 

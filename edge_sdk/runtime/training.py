@@ -68,11 +68,15 @@ class TrainingConfig:
 
 
 def to_pairs(config: Any) -> dict[str, str]:
-    """Write a flat config dataclass as strings, for the wire."""
+    """Write a flat config dataclass as strings, for the wire.
+
+    Patterns stay here, and what else says which weights are adapted: a plan names every weight.
+    """
+    is_local = {f.name for f in fields(config) if not f.metadata.get("on_wire", True)}
     return {
         name: ",".join(value) if isinstance(value, tuple) else str(value)
         for name, value in asdict(config).items()
-        if not isinstance(value, dict)  # patterns: the plan names every weight's own
+        if not isinstance(value, dict) and name not in is_local
     }
 
 

@@ -39,8 +39,10 @@ def facts_of(label_names: tuple[str, ...] = (), rounds: int = 3) -> RunFacts:
 class Result:
     """A tiny model on disk and what a run has learned about it."""
 
-    def __init__(self, family: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        model: Any = make_model(make_config(family), task_of(family)).to(dtype)
+    def __init__(
+        self, family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> None:
+        model: Any = make_model(make_config(family, **changes), task_of(family)).to(dtype)
         model.save_pretrained(folder)
         task = task_of(family)
         num_labels = CLASSES if task == "sequence-classification" else 0
@@ -51,8 +53,9 @@ class Result:
         self.learned: dict[str, Factors] = {}
         for index, (name, shape) in enumerate(targets.items()):
             rank = index % 4  # some weights have learned nothing
-            b_OR = generator.normal(0, 0.1, (shape.num_outputs, rank)).astype(np.float32)
-            a_RI = generator.normal(0, 0.1, (rank, shape.num_inputs)).astype(np.float32)
+            sizes_a, sizes_b = shape.factors(rank)
+            b_OR = generator.normal(0, 0.1, sizes_b).astype(np.float32)
+            a_RI = generator.normal(0, 0.1, sizes_a).astype(np.float32)
             self.learned[name] = Factors(b_OR, a_RI)
         self.head = {}
         if num_labels:
@@ -96,8 +99,9 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def add(model: Any, name: str, change_OI: torch.Tensor) -> None:
-    """Add to a weight, whichever way round it is kept."""
-    module = model.get_submodule(name)
-    turned = type(module).__name__ == "Conv1D"
+    """Add to a weight, of a linear layer or of experts, whichever way round it is kept."""
+    is_stacked = change_OI.dim() == 3
+    weight = model.get_parameter(name if is_stacked else f"{name}.weight")
+    turned = model.config.model_type == ("gpt_oss" if is_stacked else "gpt2")
     with torch.no_grad():
-        module.weight += change_OI.T if turned else change_OI
+        weight += change_OI.mT if turned else change_OI

@@ -16,8 +16,9 @@ from coordinator.export.merged import export_merged
 from edge_sdk.errors import StorageError
 from edge_sdk.lora.factors import zero
 from tests.coordinator.export.results import TOLERANCE, Result
+from tests.tiny import EXPERTS
 
-FAMILIES = ["llama", "gpt2", "bert"]
+FAMILIES = ["llama", "gpt2", "bert", *EXPERTS]
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -37,10 +38,35 @@ def test_peft_loads_the_adapter(trained: Result, tmp_path: Path) -> None:
     trained.check(model.merge_and_unload())
     assert difference <= TOLERANCE
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    ranks = {n: f.rank for n, f in trained.learned.items() if f.rank}
+    kept = {n: f for n, f in trained.learned.items() if f.rank}
+    ranks = {n: f.rank for n, f in kept.items() if f.a_RI.ndim == 2}
+    stacked = sorted(n for n in kept if n not in ranks)
+    assert config["target_parameters"] == (stacked or None)
+    assert not stacked or config["r"] == max(kept[n].rank for n in stacked)
     assert config["rank_pattern"] == ranks
     assert config["alpha_pattern"] == ranks
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_with_dense_blocks_beside_experts_is_read_by_peft(tmp_path: Path) -> None:
+    """PEFT takes today's dense layers for the experts of earlier versions, unless told better."""
+    trained = Result("qwen3_moe", tmp_path / "base", mlp_only_layers=[1, 3])
+
+    export_adapter(trained.source, trained.learned, trained.head, tmp_path / "out")
+
+    trained.check(peft.PeftModel.from_pretrained(load_base(trained.source), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_merged_model_with_experts_computes_what_was_trained(family: str, tmp_path: Path) -> None:
+    """What was learned of each expert is in its matrix, whichever way it lies."""
+    trained = Result(family, tmp_path / "base")
+
+    difference = export_merged(trained.source, trained.learned, trained.head, tmp_path / "out")
+
+    model = type(load_base(trained.source)).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    trained.check(model)
+    assert difference <= TOLERANCE
 
 
 def test_the_coordinator_s_own_model_is_the_same(trained: Result) -> None:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordinator.export.adapter import VLLM_RANKS, export_adapter, export_uniform, pad, vllm_rank
+from coordinator.export.adapter import VLLM_RANKS, export_adapter, export_uniform, vllm_rank
 from coordinator.export.check import load_base, trained_slice
+from coordinator.export.peft_names import pad
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.factors import Factors
 from tests.coordinator.export.results import TOLERANCE, Result, add, difference

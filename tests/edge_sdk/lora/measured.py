@@ -36,7 +36,7 @@ from tests.tiny import (
 
 FORMS: list[Form] = ["free", "reference", "signed"]
 MAIN = ["gpt2", "llama", "bert"]
-LORA = LoraConfig(r=3, lora_alpha=6.0)
+LORA = LoraConfig(experts=False, r=3, lora_alpha=6.0)
 # The meter works in float32, the reference in float64.
 CLOSE = {"rtol": 2e-4, "atol": 1e-7}
 STILL = TrainingConfig(optimizer="sgd", learning_rate=1e-20, lr_scheduler_type="constant")

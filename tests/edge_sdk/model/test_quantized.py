@@ -24,6 +24,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.lora.importance import Form
 from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model import quantized
+from edge_sdk.model.experts import expert_weights, find_stack
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import CPU, Slice
 from edge_sdk.model.precision import LINEAR_BYTES, Base
@@ -311,6 +312,10 @@ def layers_of(slice_: Slice) -> dict[str, Any]:
 def dense_parts(parts: Mapping[str, Any], slice_: Slice) -> dict[str, Any]:
     """*parts* with the weights that a quantised slice of them computes with."""
     dense = {f"{n}.weight": layer.dequantize() for n, layer in layers_of(slice_).items()}
+    for name, weight in expert_weights(slice_.model).items():
+        stack = find_stack(slice_.model, name)
+        assert stack is not None
+        dense[name] = torch.stack([stack.base(expert) for expert in range(weight.shape[0])])
     return {p: {n: dense.get(n, t) for n, t in own.items()} for p, own in parts.items()}
 
 
