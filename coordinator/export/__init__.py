@@ -7,4 +7,5 @@ __all__ = [
     "merged",
     "options",
     "run",
+    "run_facts",
 ]

@@ -19,9 +19,8 @@ from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
-from coordinator.export.facts import run_facts
+from coordinator.export.facts import RunFacts
 from coordinator.planning.interface import Planning
-from coordinator.results.run_folder import RunFolder
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.training_state import under
@@ -133,10 +132,10 @@ class GlobalModel:
 
     # ---- result and checkpoints ----
 
-    def export(self, run: RunFolder, folder: Path) -> float:
-        """Write what *run* learned as an adapter; return the largest difference of a logit."""
-        learned, facts = self.ledger.global_factors(), run_facts(self._config, run)
-        return export_adapter(self._model.source, learned, self.ledger.head, folder, facts)
+    def export(self, folder: Path, facts: RunFacts) -> float:
+        """Write what was learned as an adapter; return the largest difference of a logit."""
+        learned, head = self.ledger.global_factors(), self.ledger.head
+        return export_adapter(self._model.source, learned, head, folder, facts)
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
         """Return everything that a restart needs."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.run import export_run
+from coordinator.export.run_facts import run_facts
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
@@ -148,7 +149,7 @@ def _finish(coordinator: Coordinator) -> str:
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         target = path / ADAPTER
-        difference = coordinator.learned.export(coordinator.folder, target)
+        difference = coordinator.learned.export(target, run_facts(coordinator.folder))
         watcher.see(Exported(ADAPTER, difference, target))
     else:
         watcher.see(RunPaused(path))

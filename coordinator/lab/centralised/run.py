@@ -16,10 +16,10 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
-from coordinator.export.facts import run_facts
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
 from coordinator.export.run import PEFT, Say, Trained, write_export
+from coordinator.export.run_facts import run_facts
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -139,7 +139,7 @@ def export_pooled(
     adapters = runtime.state.adapters.products()
     if not adapters and options == PEFT:
         options = ExportOptions(format="merged")
-    trained = Trained(model.source, adapters, runtime.state.head(), run_facts(config, run))
+    trained = Trained(model.source, adapters, runtime.state.head(), run_facts(run))
     return write_export(trained, config, folder, options, say)
 
 
@@ -163,7 +163,7 @@ def write_result(run: RunFolder, config: ServeConfig, trainer: PooledTrainer) ->
     The trainer's model must not be used after this: checking may write into its weights.
     """
     state, source = trainer.runtime.state, trainer.model.source
-    learned, head, facts = state.adapters.products(), state.head(), run_facts(config, run)
+    learned, head, facts = state.adapters.products(), state.head(), run_facts(run)
     folder = run.path / result_name(config)
     if config.pooled.trains == "all":
         return export_merged(source, learned, head, folder, facts, dtype="float32")

@@ -17,6 +17,7 @@ from pathlib import Path
 from coordinator.config.run import ServeConfig
 from coordinator.engine.local import make_local
 from coordinator.engine.server_model import ServerModel
+from coordinator.export.run_facts import run_facts
 from coordinator.lab.simulation.clock import Costs
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal, own_data
@@ -108,7 +109,7 @@ def _serve(coordinator: Coordinator) -> str:
         outcome = coordinator.serve()
     if outcome == COMPLETED:
         folder = coordinator.folder
-        difference = coordinator.learned.export(folder, folder.path / ADAPTER)
+        difference = coordinator.learned.export(folder.path / ADAPTER, run_facts(folder))
         coordinator.watcher.see(Exported(ADAPTER, difference))
     else:
         coordinator.run.reporting.flush()
