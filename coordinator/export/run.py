@@ -28,15 +28,10 @@ from coordinator.export.gguf_adapter import export_gguf, find_converter
 from coordinator.export.hub import check_push, push
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
-<<<<<<< HEAD
 from coordinator.export.peft_names import is_stacked
+from coordinator.export.run_facts import run_facts
 from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import RunFolder
-=======
-from coordinator.export.run_facts import run_facts
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
->>>>>>> a0f265e ([coordinator] A run's facts are read apart from what a card is made of)
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.lora.factors import Array, Factors, compress

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from coordinator.config.run import ServeConfig
 from coordinator.export.facts import CurvePoint, RunFacts
 from coordinator.results.history import RunHistory, overall
-from coordinator.results.run_folder import CONFIG, RunFolder
-from edge_sdk.config.loader import load_config
+from coordinator.results.run_config import read_config
+from coordinator.results.run_folder import RunFolder
 
 PACKAGES = ("edgesplit", "torch", "transformers", "peft")
 
 
 def run_facts(folder: RunFolder) -> RunFacts:
     """Read the facts of a run from its folder."""
-    config = load_config(ServeConfig, folder.path / CONFIG, env={})
+    config = read_config(folder.path)
     history = RunHistory(folder)
     curve = []
     for row in history.metrics:
