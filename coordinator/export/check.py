@@ -124,37 +124,40 @@ def compare_stretch(
     Raises:
         ExportError: *written* is not what was to be written.
     """
-    ids_BT, lengths_B = _inputs(source)
     num_blocks = _blocks_that_fit(source)
     is_whole = num_blocks == source.layout.num_blocks
     parts = ["front", *(f"block.{i}" for i in range(num_blocks)), *(["tail"] if is_whole else [])]
-
-    def run(slice_: Slice) -> torch.Tensor:
-        slice_.model.eval()
-        with torch.no_grad():
-            if is_whole:
-                return slice_.whole(ids_BT, lengths_B)
-            return slice_.front(ids_BT, lengths_B, num_blocks)
-
-    expected = run(_slice_of(source, parts, tensors))
+    expected = _answer(_slice_of(source, parts, tensors), num_blocks)
     if is_whole:
-        loaded = load_base(written).eval()
+        ids_BT, _ = _inputs(source)
         with torch.no_grad():
-            found = loaded(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
-        del loaded
+            model = load_base(written).eval()
+            found = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+        del model
     else:
-        found = run(_slice_of(written, parts, written.tensors))
+        found = _answer(_slice_of(written, parts, written.tensors), num_blocks)
     _refuse_more_than_rounding(written.folder, _relative(expected, found))
     trained = _slice_of(source, parts, source.tensors)
     _learn(trained, learned, head)
-    difference = _relative(run(trained), found)
+    difference = _relative(_answer(trained, num_blocks), found)
     log.info("export.verified folder=%s difference=%.1e", written.folder, difference)
     return difference
 
 
-def _inputs(source: ModelSource) -> tuple[torch.Tensor, torch.Tensor]:
+def _answer(slice_: Slice, num_blocks: int) -> torch.Tensor:
+    """Return the logits of a whole model, or the hidden state after so many blocks of one."""
+    ids_BT, lengths_B = _inputs(slice_)
+    slice_.model.eval()
+    with torch.no_grad():
+        if num_blocks == slice_.layout.num_blocks:
+            return slice_.whole(ids_BT, lengths_B)
+        return slice_.front(ids_BT, lengths_B, num_blocks)
+
+
+def _inputs(of: ModelSource | Slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T) and lengths (B) that show a difference."""
-    vocab = source.config.get_text_config().vocab_size
+    config: Any = of.config if isinstance(of, ModelSource) else of.model.config
+    vocab = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, vocab, (2, 16), generator=generator), torch.tensor([16, 16])
 
