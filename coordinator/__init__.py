@@ -9,13 +9,15 @@ from profiler.door import lazy_door
 
 if TYPE_CHECKING:
     from coordinator.config.run import ServeConfig
+    from coordinator.export.options import ExportOptions
     from coordinator.export.run import export_run
     from coordinator.rounds.launch import resume, serve
 
-__all__ = ["export_run", "resume", "serve", "ServeConfig"]
+__all__ = ["export_run", "ExportOptions", "resume", "serve", "ServeConfig"]
 
 _HOMES = {
     "export_run": "export.run",
+    "ExportOptions": "export.options",
     "resume": "rounds.launch",
     "serve": "rounds.launch",
     "ServeConfig": "config.run",

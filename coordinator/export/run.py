@@ -60,7 +60,7 @@ class Trained(NamedTuple):
 
 
 def export_run(
-    run: RunFolder,
+    run: RunFolder | Path,
     folder: Path,
     *,
     merged: bool = False,
@@ -70,7 +70,7 @@ def export_run(
     """Export the newest checkpoint of *run*; return the largest difference of a logit.
 
     Args:
-        run: The run.
+        run: The run, or its folder.
         folder: What is written.
         merged: The same as the format `merged`.
         options: How it is written.
@@ -82,6 +82,8 @@ def export_run(
         StorageError: the folder cannot be written.
         TransportError: it was written, but not pushed.
     """
+    if isinstance(run, Path):
+        run = RunFolder.open(run)
     if merged:
         options = ExportOptions(format="merged")
     check_options(options)

@@ -9,11 +9,11 @@ import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.config.run import ServeConfig
+from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.merged import export_merged
@@ -133,7 +133,8 @@ def export_pooled(
 ) -> float:
     """Export the newest checkpoint of *run*; return what `export_run` does."""
     _, config, checkpoint = reopen(run.path, [])
-    model = ServerModel(config)
+    # Its data may be gone by now, and is not needed.
+    model = ServerModel(replace(config, evaluation=EvaluationConfig()))
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
     adapters = runtime.state.adapters.products()
