@@ -54,7 +54,8 @@ ALLOWED = (
     "text; prompt and completion; messages; text and label; instruction and output (Alpaca); "
     "or conversations (ShareGPT)"
 )
-PREFERENCES = frozenset(("chosen", "rejected"))
+PREFERENCES = ("chosen", "rejected")
+UNWANTED = ("label", "kto_tag")  # where they are false, the answer is one to keep away from
 # The prompt of the Alpaca data set, with and without `input`.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -109,6 +110,8 @@ def read_fields(
         found_values = {word: record[word] for word in WORDS if word in record}
     values = {word: value for word, value in found_values.items() if value is not None}
     name = _schema(values.keys(), record, where, columns)
+    if not columns:
+        _refuse_preference(name, record, where)
     match name:
         case "text":
             found: Fields = {"schema": "text", "text": _text(values, "text", where)}
@@ -141,12 +144,24 @@ def _schema(
     if len(found) > 1:
         raise DataError(f"{where}: could be {' or '.join(found)}; say which with `columns`")
     if not found:
-        if any(record.get(column) is not None for column in PREFERENCES):
-            remedy = "map `columns` to prompt and completion to train on the chosen ones"
-            raise DataError(f"{where}: is a preference (chosen, rejected), no sample; {remedy}")
+        _refuse_preference("", record, where)
         names = f"needs {ALLOWED}; it has {_having(record)}"
         raise DataError(f"{where}: {names}. Map names with `columns`")
     return found[0]
+
+
+def _refuse_preference(schema: str, record: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that holds what is not wanted: nothing here learns from that.
+
+    A row with our own columns may have those of a preference beside them, as it always could.
+    """
+    if schema not in OURS and any(record.get(column) is not None for column in PREFERENCES):
+        remedy = "map `columns` to prompt and completion to train on the chosen ones"
+        raise DataError(f"{where}: is a preference (chosen, rejected), no sample; {remedy}")
+    for column in UNWANTED:
+        if schema not in ("text", "label") and record.get(column) is False:
+            remedy = "take such rows out to train on the wanted ones"
+            raise DataError(f"{where}: is a preference ({column}: false), no sample; {remedy}")
 
 
 @lru_cache
@@ -194,9 +209,6 @@ def _system(values: Mapping[str, Any], where: str) -> list[Turn]:
 
 def _completion(values: Mapping[str, Any], where: str) -> Fields:
     """Return the fields of a prompt with its completion, both text or both turns."""
-    if values.get("label") is False:
-        remedy = "take such rows out to train on the wanted ones"
-        raise DataError(f"{where}: is a preference (label: false), no sample; {remedy}")
     prompt, completion = values["prompt"], values["completion"]
     are_turns = [isinstance(value, list | tuple) for value in (prompt, completion)]
     if any(are_turns) and not all(are_turns):

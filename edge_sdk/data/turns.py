@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from edge_sdk.errors import DataError
@@ -33,6 +34,9 @@ def read_turns(value: Any, where: str, word: str) -> tuple[Turn, ...]:
     Raises:
         DataError: No list, or a turn without a role or without content.
     """
+    if isinstance(value, str):  # tables know no lists
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f"{where}: {word} must be a list of turns")
     of = "" if word == "messages" else f" of {word}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import re
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -326,6 +328,37 @@ def test_conversational_prompt_and_completion() -> None:
     assert not {r.messages[0]["content"] for r in train} & {
         r.messages[0]["content"] for r in held_out
     }
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"conversations": TURNS, "chosen": TURNS[1], "rejected": TURNS[1]}, "(chosen, rejected)"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "(chosen, rejected)"),
+        ({"instruction": "a", "output": "b", "rejected": "c"}, "(chosen, rejected)"),
+        ({"messages": TURNS, "label": False}, "(label: false)"),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:], "label": False}, "(label: false)"),
+        ({"conversations": TURNS, "kto_tag": False}, "(kto_tag: false)"),
+    ],
+)
+def test_preferences_of_every_kind_are_refused(record: dict[str, Any], words: str) -> None:
+    """An answer that is not wanted is never trained on."""
+    with pytest.raises(DataError, match=re.escape(f"row:1: is a preference {words}")):
+        load_rows([record], DataConfig())
+
+
+def test_tables_hold_turns_and_tools_as_json(tmp_path: Path) -> None:
+    """A cell with JSON of a chat is that chat."""
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "tools"], [json.dumps(TURNS), json.dumps([TOOL])]])
+
+    (row,) = load_rows(path, DataConfig())
+
+    assert (row.messages, row.tools) == (tuple(TURNS), (TOOL,))
 
 
 def test_our_columns_come_before_those_of_others() -> None:
