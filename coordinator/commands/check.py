@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.commands.parser import add_command
 from coordinator.config.presets import load_serve_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.targets import LoraConfig, find_targets
+from edge_sdk.lora.targets import Coverage, LoraConfig, coverage, find_targets, stretches
 
 if TYPE_CHECKING:
     from edge_sdk.model.layout import Layout, Task
@@ -35,10 +33,8 @@ class Examined:
     """What is known of a model whose pieces compute what it does."""
 
     layout: Layout
-    num_adapted: int
-    """Adapted weight matrices of the blocks."""
-    share: float
-    """Numbers in them, as a share of all in the blocks' matrices."""
+    coverage: Coverage
+    """How much of its blocks has adapters."""
 
 
 def examine(config: Any, task: Task, lora: LoraConfig) -> Examined:
@@ -47,24 +43,18 @@ def examine(config: Any, task: Task, lora: LoraConfig) -> Examined:
     Raises:
         ModelError: it cannot, or its pieces compute something else; the message says why.
     """
-    import torch
-
-    from edge_sdk.model.layout import build_empty, find_layout
+    from edge_sdk.model.layout import find_layout
     from edge_sdk.model.split_check import check_split
 
     layout = find_layout(config, task)
     check_split(config, task)
     targets = find_targets(config, task, layout, lora)
-    state = build_empty(config, task, torch.float32).state_dict()
-    own = {name: state[name] for block in layout.blocks for name in block}
-    total = sum(t.numel() for t in own.values() if t.dim() > 1)
-    adapted = sum(math.prod(shape) for shape in targets.values())
-    return Examined(layout, len(targets), adapted / max(total, 1))
+    return Examined(layout, coverage(config, task, layout, targets))
 
 
 def cuts_in_words(layout: Layout) -> str:
     """Return how many blocks a device can hold, as `1-30` or `1, 4-8`."""
-    return _stretches(layout.cuts)
+    return stretches(layout.cuts)
 
 
 def travels_in_words(layout: Layout) -> str:
@@ -101,19 +91,9 @@ def _check(options: argparse.Namespace) -> int:
         "model": f"{config.model_type}, {task}, {blocks}",
         "cuts": f"a device can hold {cuts_in_words(found.layout)} of {blocks}",
         "travels": travels_in_words(found.layout),
-        "adapters": f"on {found.num_adapted} weights, {found.share:.0%} of the blocks' numbers",
+        "adapters": found.coverage.text.removeprefix("adapters "),
         "split": f"the pieces compute what the whole model does; {weights} ({took})",
     }
     for name, said in lines.items():
         sys.stdout.write(f"{name:<10}{said}\n")
     return 0
-
-
-def _stretches(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -99,6 +99,8 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
     from rich.console import Console
 
     out = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+    if problem.coverage is not None:
+        out.print(problem.coverage.text)
     out.print(_overview(problem, found))
     for device, plan in found.plans.items():
         out.print(f"{device}: adapters")

@@ -21,7 +21,13 @@ from edge_sdk.data.batches import MicroBatch, eval_batches
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError, StorageError
-from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
+from edge_sdk.lora.targets import (
+    Coverage,
+    LoraConfig,
+    ModelFacts,
+    coverage,
+    find_targets,
+)
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.precision import compute_name
 from edge_sdk.model.split_proof import prove_split, prove_weights
@@ -105,6 +111,12 @@ class ServerModel:
         from edge_sdk.model.shape import model_shape
 
         return model_shape(self.source.config, self._config.task, self.facts.layout)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """How much of the model's blocks has adapters."""
+        facts = self.facts
+        return coverage(self.source.config, self._config.task, facts.layout, facts.targets)
 
     def planning_problem(self) -> PlanningProblem | None:
         """Return what is to be planned before any device has come; None where that is nothing."""

@@ -15,7 +15,7 @@ from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
 from coordinator.planning.splits import SPLIT_RULES, SplitRule
-from edge_sdk.lora.targets import ModelFacts
+from edge_sdk.lora.targets import Coverage, ModelFacts
 from edge_sdk.protocol.plan import Plan
 from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile, problems
@@ -62,6 +62,8 @@ class PlanningProblem:
     """Global importance of adapted weights; None: not measured yet, so all count alike."""
     frozen: Mapping[str, str] = field(default_factory=dict)
     """Devices that compute forward only, each with why it cannot train."""
+    coverage: Coverage | None = None
+    """How much of the blocks has adapters, for people; None: not asked for."""
     steps: Mapping[str, StepSize] = field(default_factory=dict)
     """Devices that could not hold the config's micro-batches, each with what it can."""
 

@@ -24,7 +24,7 @@ def read_problem(
     Raises:
         ConfigError: as `check_config`; or a file cannot be used.
     """
-    from edge_sdk.lora.targets import find_targets
+    from edge_sdk.lora.targets import coverage, find_targets
     from edge_sdk.model.layout import find_layout, usable_positions
     from edge_sdk.model.shape import model_shape
     from edge_sdk.model.weights import load_config as load_model_config
@@ -42,6 +42,7 @@ def read_problem(
         config=config,
         facts=facts,
         model=model_shape(model_config, config.task, layout),
+        coverage=coverage(model_config, config.task, layout, facts.targets),
         profiles=profiles,
         server=ServerProfile(memory_bytes=memory_info().available.value),
         length=planning_length(config, positions),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from coordinator.planning.plan_set import PlanSet
+from edge_sdk.lora.targets import Coverage
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 
@@ -56,6 +57,18 @@ class RunStarted(RunEvent):
     run: str
     step: int
     """First step that is to be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted(RunEvent):
+    """Which weights the run trains."""
+
+    coverage: Coverage
+
+    @property
+    def text(self) -> str:
+        """How much of the blocks has adapters."""
+        return self.coverage.text
 
 
 @dataclass(frozen=True, slots=True)

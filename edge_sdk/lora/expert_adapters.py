@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from edge_sdk.lora.factors import Array
-from edge_sdk.lora.targets import Shape, stacked_shape
-from edge_sdk.model.experts import Term, expert_weights, find_stack, take_place
+from edge_sdk.lora.targets import Shape
+from edge_sdk.model.experts import Term, expert_sizes, expert_weights, find_stack, take_place
 
 
 class ExpertAdapters:
@@ -26,7 +26,7 @@ class ExpertAdapters:
         """Every parameter that may have an adapter."""
         for name in expert_weights(model):
             path, _, leaf = name.rpartition(".")
-            self.shapes[name] = stacked_shape(model.get_submodule(path), leaf)
+            self.shapes[name] = Shape(*expert_sizes(model.get_submodule(path), leaf))
 
     def add(
         self, name: str, adapter: str, factors: tuple[Array, Array], scale: float, *, trained: bool

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -159,7 +159,7 @@ def _adaptable(model: nn.Module, blocks_path: str) -> dict[str, Shape]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from edge_sdk.model.experts import expert_weights
+    from edge_sdk.model.experts import expert_sizes, expert_weights
 
     stacks = expert_weights(model)
     found = {}
@@ -173,7 +173,7 @@ def _adaptable(model: nn.Module, blocks_path: str) -> dict[str, Shape]:
             found[path] = shape
         for leaf in module._parameters:
             if f"{path}.{leaf}" in stacks:
-                found[f"{path}.{leaf}"] = stacked_shape(module, leaf)
+                found[f"{path}.{leaf}"] = Shape(*expert_sizes(module, leaf))
     return found
 
 
@@ -190,15 +190,6 @@ def _shape(module: nn.Module) -> Shape | None:
         return None
     rows, columns = (int(n) for n in weight.shape)
     return Shape(columns, rows) if is_transposed(module) else Shape(rows, columns)
-
-
-def stacked_shape(module: nn.Module, leaf: str) -> Shape:
-    """Return the size of the experts in parameter *leaf*, with outputs and inputs as in PEFT."""
-    from edge_sdk.model.experts import lies_transposed
-
-    num_experts, rows, columns = module._parameters[leaf].shape  # type: ignore[union-attr]
-    sides = (columns, rows) if lies_transposed(module) else (rows, columns)
-    return Shape(num_experts, *sides)
 
 
 def peft_config(targets: str | list[str], model: nn.Module, **settings: Any) -> Any:
@@ -235,3 +226,57 @@ class ModelFacts:
     def weights(self, first: int, stop: int) -> list[str]:
         """Return the adapted weights of blocks first .. stop-1."""
         return [name for name in self.targets if first <= self.block_of(name) < stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of the blocks has adapters."""
+
+    num_adapted: int
+    """Weight matrices with an adapter; a stack of experts counts as one."""
+    num_weights: int
+    """Weight matrices of all blocks."""
+    share: float
+    """Numbers in the adapted ones, as a share of those in all of them."""
+    bare_blocks: tuple[int, ...]
+    """Blocks without any adapter."""
+
+    @property
+    def text(self) -> str:
+        """One line for a person."""
+        return (
+            f"adapters on {self.num_adapted} of {self.num_weights} block weights "
+            f"({self.share:.0%}); blocks without any: {stretches(self.bare_blocks) or 'none'}"
+        )
+
+
+def coverage(config: Any, task: Task, layout: Layout, targets: Collection[str]) -> Coverage:
+    """Return how much of the blocks of a model *targets* are; no weights are read."""
+    import torch
+
+    from edge_sdk.model.layout import build_empty
+
+    facts = ModelFacts(layout, {})
+    model = build_empty(config, task, torch.float32)
+    inside = {name for block in layout.blocks for name in block}
+    sizes = {
+        name.removesuffix(".weight"): weight.numel()
+        for name, weight in model.named_parameters()
+        if name in inside and weight.dim() > 1 and not name.endswith("bias")
+    }
+    adapted = {name.removesuffix(".weight") for name in targets}
+    covered = sum(size for name, size in sizes.items() if name in adapted)
+    bare = set(range(layout.num_blocks)) - {facts.block_of(name) for name in targets}
+    share = covered / max(1, sum(sizes.values()))
+    return Coverage(len(adapted), len(sizes), share, tuple(sorted(bare)))
+
+
+def stretches(numbers: Iterable[int]) -> str:
+    """Return ascending numbers in words, such as `1, 4-8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

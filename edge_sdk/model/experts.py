@@ -57,6 +57,14 @@ def lies_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
+def expert_sizes(module: nn.Module, leaf: str) -> tuple[int, int, int]:
+    """Return how many matrices (O, I) parameter *leaf* of *module* holds, with their sizes."""
+    weight = module._parameters[leaf]
+    assert weight is not None
+    num_experts, rows, columns = weight.shape
+    return (num_experts, columns, rows) if lies_transposed(module) else (num_experts, rows, columns)
+
+
 def find_stack(model: nn.Module, name: str) -> Stack | None:
     """Return what stands in the place of parameter *name*; None while nothing does."""
     path, _, leaf = name.rpartition(".")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from edge_sdk.model.experts import expert_sizes, expert_weights
 from edge_sdk.model.layout import Layout, Task, is_transposed
 from edge_sdk.model.partition import CPU, Slice, head_names
 from edge_sdk.model.precision import autocast
@@ -52,7 +53,7 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
     block = blocks.index(max(blocks))
     for slice_ in slices:
         _add_zeros(slice_, block)
-    linears = _linears(slices[0], block)
+    linears = _linears(slices[0], block) + _experts(slices[0], block)
     return ModelShape(
         num_blocks=layout.num_blocks,
         hidden_size=layout.width,
@@ -68,7 +69,6 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
         num_labels=0 if task == "causal-lm" else int(text.num_labels),
         blocks_path=layout.blocks_path,
         head_params=_total(sizes, head_names(slices[0])),
-        routed_params=_routed_params(slices[0].blocks[block], text),
         kept=tuple(
             _kept(slice_, block, *widths) for slice_, widths in zip(slices, _WIDTHS, strict=True)
         ),
@@ -80,11 +80,23 @@ def _total(sizes: dict[str, int], names: Iterable[str]) -> int:
     return sum(sizes.get(name, 0) for name in names)
 
 
-def _routed_params(block: nn.Module, text_config: Any) -> int:
-    """Count the parameters of the experts that one token passes; experts are stacked in 3-D."""
-    per_token: int = getattr(text_config, "num_experts_per_tok", None) or 0
-    stacked = (p.shape for p in block.parameters() if p.dim() == 3)
-    return per_token * sum(shape[1] * shape[2] for shape in stacked)
+def _experts(slice_: Slice, block: int) -> tuple[Linear, ...]:
+    """Return the experts of a block, all of whose matrices lie in one parameter.
+
+    A token passes through as many as the config says; through all where it says nothing.
+    """
+    prefix = f"{slice_.layout.blocks_path}.{block}."
+    config: Any = slice_.model.config
+    per_token = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    found = []
+    for name in expert_weights(slice_.model):
+        if name.startswith(prefix):
+            path, _, leaf = name.rpartition(".")
+            count, outputs, inputs = expert_sizes(slice_.model.get_submodule(path), leaf)
+            inside = name.removeprefix(prefix)
+            active = per_token or count
+            found.append(Linear(inside, outputs, inputs, num_experts=count, num_active=active))
+    return tuple(found)
 
 
 def _add_zeros(slice_: Slice, block: int) -> None:

@@ -49,17 +49,16 @@ def estimate_flops(model: ModelShape, work: Work) -> FlopsEstimate:
 def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) -> FlopsEstimate:
     """Return both passes of one block; *is_lowest*: its input needs no gradient."""
     prefix = f"{model.blocks_path}.{block}."
-    tokens = work.tokens
-    attention = 4.0 * tokens * work.length * model.attention_size  # Q K^T and P V
-    routed = 2.0 * tokens * model.routed_params
-    forward, backward = attention + routed, 2.5 * attention + routed  # Q K^T is computed again
+    attention = 4.0 * work.tokens * work.length * model.attention_size  # Q K^T and P V
+    forward, backward = attention, 2.5 * attention  # Q K^T is computed again
     ranks = [work.ranks.get(prefix + linear.name, 0) for linear in model.linears]
     start = next((i for i, rank in enumerate(ranks) if rank > 0), 0) if is_lowest else 0
     for i, (linear, rank) in enumerate(zip(model.linears, ranks, strict=True)):
-        sides = linear.num_outputs + linear.num_inputs
-        most = min(linear.num_outputs, linear.num_inputs)
-        residual = min(work.residual_rank, most) if prefix + linear.name in work.ranks else 0
-        frozen, own = 2.0 * (linear.num_weights + residual * sides), 2.0 * rank * sides
+        sides, tokens = linear.num_outputs + linear.num_inputs, work.tokens * linear.num_active
+        is_target = prefix + linear.name in work.ranks
+        residual = min(work.residual_rank, linear.most_rank) if is_target else 0
+        frozen = 2.0 * (linear.num_outputs * linear.num_inputs + residual * sides)
+        own = 2.0 * rank * sides
         forward += tokens * (frozen + own)
         if i < start:
             continue

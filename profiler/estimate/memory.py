@@ -114,7 +114,8 @@ def adapter_bytes(
     """
     if rank == 0:
         return 0
-    trained = rank * (linear.num_outputs + linear.num_inputs)
+    trained = rank * linear.num_factors
+    tokens *= linear.num_active
     copies = 2 + _moments(optimizer)  # itself and its gradient
     kept = tokens * rank  # A x, for the gradient of B
     if compute_bytes != 4:  # autocast copies the factors, and the input for every adapter
@@ -150,7 +151,7 @@ def _base_bytes(model: ModelShape, work: Work) -> int:
 
 def _adapter_params(model: ModelShape, work: Work) -> int:
     return sum(
-        rank * (linear.num_outputs + linear.num_inputs)
+        rank * linear.num_factors
         for block in range(work.first, work.stop)
         for linear, rank in adapted_linears(model, work, block)
     )
@@ -158,8 +159,7 @@ def _adapter_params(model: ModelShape, work: Work) -> int:
 
 def _residual_params(model: ModelShape, work: Work) -> int:
     return sum(
-        min(work.residual_rank, linear.num_outputs, linear.num_inputs)
-        * (linear.num_outputs + linear.num_inputs)
+        min(work.residual_rank, linear.most_rank) * linear.num_factors
         for block in range(work.first, work.stop)
         for linear in _with_residual(model, work, block)
     )
@@ -210,20 +210,23 @@ def _kept_frozen(model: ModelShape, work: Work) -> float:
 def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
     """Return what the adapters of a block keep on top: their inputs and A x."""
     width, tokens = work.compute_bytes, work.tokens
-    kept = sum(width * tokens * rank for _, rank in adapted)
+    kept = sum(width * tokens * linear.num_active * rank for linear, rank in adapted)
     if work.shares_inputs:
         # Linear layers that read the same tensor keep one; what the block keeps costs nothing.
         inputs = {
-            linear.input_id if linear.input_id >= 0 else linear.name: linear.num_inputs
+            linear.input_id if linear.input_id >= 0 else linear.name: linear.num_active
+            * linear.num_inputs
             for linear, _ in adapted
             if not linear.input_is_kept
         }
         return kept + width * tokens * sum(inputs.values())
     # Every adapter has an input of its own, cast or dropped; a dropout keeps float32 noise too.
     noise = 4 if work.has_lora_dropout else 0
-    kept += sum((width + noise) * tokens * linear.num_inputs for linear, _ in adapted)
+    kept += sum(
+        (width + noise) * tokens * linear.num_active * linear.num_inputs for linear, _ in adapted
+    )
     if width != 4 and tokens:  # autocast's copies of the factors
-        kept += sum(width * rank * (li.num_outputs + li.num_inputs) for li, rank in adapted)
+        kept += sum(width * rank * linear.num_factors for linear, rank in adapted)
     return kept
 
 
@@ -270,7 +273,7 @@ def _freed(model: ModelShape, work: Work) -> float:
 
 def _freed_beside(linear: Linear, width: int) -> int:
     """Return what an adapter or residual frees beside a weight: B A x, its multiple, the sum."""
-    output = linear.num_outputs * width
+    output = linear.num_active * linear.num_outputs * width
     return 3 * output if output <= MAX_HEAP_BYTES else 0
 
 

@@ -23,10 +23,10 @@ TAIL_TARGETS = 128
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear layer of a block."""
+    """One linear layer of a block, or experts that lie in one parameter."""
 
     name: str
-    """Module name inside the block, such as `self_attn.q_proj`."""
+    """Name inside the block, such as `self_attn.q_proj` or `mlp.experts.down_proj`."""
     num_outputs: int
     num_inputs: int
     input_id: int = -1
@@ -36,10 +36,25 @@ class Linear:
     input_is_kept: bool = False
     """Whether a frozen block keeps the input anyway: attention's output does, for one."""
 
+    num_experts: int = 1
+    """Matrices of this size; 1 for a linear layer."""
+    num_active: int = 1
+    """Matrices that one token passes through."""
+
     @property
     def num_weights(self) -> int:
-        """Entries of the matrix."""
-        return self.num_outputs * self.num_inputs
+        """Entries of all matrices."""
+        return self.num_experts * self.num_outputs * self.num_inputs
+
+    @property
+    def num_factors(self) -> int:
+        """Entries of A and B for each rank."""
+        return self.num_experts * (self.num_outputs + self.num_inputs)
+
+    @property
+    def most_rank(self) -> int:
+        """Largest rank that a matrix can have."""
+        return min(self.num_outputs, self.num_inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +103,6 @@ class ModelShape:
     """Size of an attention head; 0: hidden_size / num_heads."""
     head_params: int = 0
     """Parameters of the tail that a classifier trains in full."""
-    routed_params: int = 0
-    """Parameters of a block's experts that one token passes through."""
     kept: tuple[Kept, ...] = ()
     """What a block keeps, for each width that was observed."""
 

@@ -29,6 +29,7 @@ from coordinator.lab.centralised.trainer import (
     plan_pooled,
 )
 from coordinator.results.events import (
+    Adapted,
     AlreadyComplete,
     Exported,
     RunFinished,
@@ -210,6 +211,8 @@ class PooledRun:
         config = self.config
         if not self.folder.rows("metrics.jsonl"):
             self._end_round(0, {})
+        if config.pooled.trains == "adapters":
+            self._watcher.see(Adapted(self.trainer.model.coverage))
         self._watcher.see(RunStarted(self._id, self._step))
         self._reporting.begin_round()
         while self._step < config.total_steps:
