@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from edge_sdk.data.encoding import Span
+from edge_sdk.errors import ConfigError
 
 Turn = Mapping[str, Any]
 # Noncharacters of Unicode, which no text holds, around what `{% generation %}` encloses.
@@ -41,12 +42,21 @@ class ChatTemplate:
     """The chat template of a tokenizer, with the variables that the user sets."""
 
     def __init__(self, tokenizer: Any, variables: Mapping[str, Any]) -> None:
-        """Take the template of *tokenizer*; *variables* go before its special tokens."""
+        """Take the template of *tokenizer*; *variables* go before its special tokens.
+
+        Raises:
+            ConfigError: The template has no such variable.
+        """
         found = getattr(tokenizer, "chat_template", None)
         self._sources: dict[str, str] = (
             found if isinstance(found, dict) else {"default": found or ""}
         )
         self._variables = {**tokenizer.special_tokens_map, **variables}
+        if variables and self.is_there:
+            known = set().union(*map(_names, self._sources.values()))
+            if unknown := sorted(set(variables) - known):
+                listed = ", ".join(map(repr, unknown))
+                raise ConfigError(f"chat_template_kwargs: the chat template knows no {listed}")
 
     @property
     def is_there(self) -> bool:
@@ -134,6 +144,18 @@ def _compiled(source: str) -> Any:
     jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     jinja.filters["tojson"] = _to_json
     return jinja.from_string(source)
+
+
+@lru_cache(maxsize=8)
+def _names(source: str) -> frozenset[str]:
+    """Return the names that a template does not set itself; none where it cannot be read."""
+    from jinja2 import TemplateError, meta
+
+    try:
+        jinja = _compiled(source).environment
+        return frozenset(meta.find_undeclared_variables(jinja.parse(source)))
+    except TemplateError:
+        return frozenset()  # each chat is refused with the reason
 
 
 def _to_json(
