@@ -76,6 +76,7 @@ def export_merged(
         _write_config(merging, folder, facts)
         for name in FILE_NAMES:
             if name != "config.json" and (source.folder / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.folder / name, folder / name)
         if source.task == "causal-lm":
             (folder / "Modelfile").write_text(MODELFILE, encoding="utf-8")

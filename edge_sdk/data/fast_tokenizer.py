@@ -37,6 +37,8 @@ class PlainTokenizer:
         self._tokenizer.no_truncation()
         settings = {**_read(folder / "special_tokens_map.json")}
         settings |= _read(folder / "tokenizer_config.json")
+        if isinstance(more := settings.get("extra_special_tokens"), dict):
+            settings = {**more, **settings}
         self._special = {
             name: text
             for name, value in settings.items()
@@ -129,7 +131,10 @@ def _text(value: Any) -> str | None:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     own = folder / "chat_template.jinja"
     if own.is_file():
-        return own.read_text("utf-8")
+        others = (folder / "additional_chat_templates").glob("*.jinja")
+        named = {path.stem: path.read_text("utf-8") for path in sorted(others)}
+        default = own.read_text("utf-8")
+        return {"default": default, **named} if named else default
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
         return {entry["name"]: entry["template"] for entry in found}

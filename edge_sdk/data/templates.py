@@ -77,7 +77,9 @@ class ChatTemplate:
             TemplateRefusal: The template raises, or cannot be read.
         """
         has_own = tools and self._sources.get("tool_use")
-        source = self._sources.get("tool_use" if has_own else "default") or ""
+        source = self._sources.get("tool_use" if has_own else "default")
+        if not source:
+            raise TemplateRefusal("of its templates none is named `default`")
         try:
             marked: str = _compiled(source).render(
                 messages=[_plain(turn) for turn in turns],

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # What a device needs besides weights: never code, never anything that could be executed.
 FILE_NAMES = (
     "added_tokens.json",
+    "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
     "config.json",
     "generation_config.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ def test_chats_are_rendered_as_by_transformers(folder: Path) -> None:
         wanted = reference.apply_chat_template(turns, **settings)
         for tokenizer in (reference, plain):
             assert ChatTemplate(tokenizer, {}).render(turns, ask=asks).text == wanted
+
+
+def test_named_templates_are_found_as_by_transformers(folder: Path) -> None:
+    """A template of its own for tools lies beside the first, or both in the settings."""
+    texts = {"default": "{{ messages | length }}", "tool_use": "{{ tools | tojson }}"}
+    (folder / "chat_template.jinja").write_text(texts["default"])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(texts["tool_use"])
+    assert [t.chat_template for t in pair(folder)] == [texts, texts]
+
+    (folder / "chat_template.jinja").unlink()
+    shutil.rmtree(folder / "additional_chat_templates")
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings["chat_template"] = [{"name": n, "template": text} for n, text in texts.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    assert [t.chat_template for t in pair(folder)] == [texts, texts]
 
 
 @pytest.mark.parametrize(
