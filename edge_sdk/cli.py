@@ -173,6 +173,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace) -> int:
+    from edge_sdk.data.rows import validation_shard
     from edge_sdk.preview.drawing import draw
     from edge_sdk.preview.survey import find_model, survey
 
@@ -183,19 +184,21 @@ def _preview(options: argparse.Namespace) -> int:
     nobody = [] if options.config else ["coordinator=tcp://localhost:0", "server_key=none"]
     config = load_config(ClientConfig, options.config, [*nobody, *overrides], env_prefix=ENV_PREFIX)
     reader = find_model(config, options.model)
-    found = survey(config.data, reader, max(1, options.rows))
     is_terminal = sys.stdout.isatty()
-    text = draw(
-        found,
-        reader.tokenizer,
-        num_examples=options.examples,
-        width=shutil.get_terminal_size().columns if is_terminal else 80,
-        colours=is_terminal and not os.environ.get("NO_COLOR"),
-    )
     encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    print(f"tokenizer  {reader.origin}\n{text}")
-    return DataError.exit_code if found.stops else 0
+    code, head = 0, f"tokenizer  {reader.origin}"
+    for data in filter(None, (config.data, validation_shard(config.data))):
+        found = survey(data, reader, max(1, options.rows))
+        text = draw(
+            found,
+            reader.tokenizer,
+            num_examples=options.examples if data is config.data else 0,
+            width=shutil.get_terminal_size().columns if is_terminal else 80,
+            colours=is_terminal and not os.environ.get("NO_COLOR"),
+        )
+        print(f"{head}\n{text}".encode(encoding, "backslashreplace").decode(encoding))
+        code, head = max(code, DataError.exit_code if found.stops else 0), ""
+    return code
 
 
 if __name__ == "__main__":

@@ -187,6 +187,14 @@ def _row(record: Any, where: str, config: DataConfig, before: Sequence[Row]) -> 
     return schema, row
 
 
+def validation_shard(config: DataConfig) -> DataConfig | None:
+    """Return how the validation shard is read; None where *config* names no other file for it."""
+    if config.validation is None:
+        return None
+    split, path = config.validation_split, config.validation
+    return replace(config, path=path, split=split, validation=None, limit=None)
+
+
 def load_data(
     source: RowSource | None, config: DataConfig, seed: int, tally: Tally | None = None
 ) -> tuple[list[Row], list[Row]]:
@@ -196,14 +204,7 @@ def load_data(
         DataError: As for load_rows; or the two sets differ in schema; or nothing is left to train.
     """
     rows = load_rows(source, config, tally)
-    if config.validation is not None:
-        shard = replace(
-            config,
-            path=config.validation,
-            split=config.validation_split,
-            validation=None,
-            limit=None,
-        )
+    if (shard := validation_shard(config)) is not None:
         held_out = load_rows(None, shard, tally)
         if held_out[0].schema != rows[0].schema:
             raise DataError(f"{held_out[0].where}: not the schema of {rows[0].where}")

@@ -128,6 +128,10 @@ def _write(path: Path, rows: Sequence[Row], end: str) -> Path:
     lines = []
     for row in rows:
         values = {word: getattr(row, word) for word in SCHEMAS[row.schema]}
+        if row.asked:
+            turns = values.pop("messages")
+            values |= {"prompt": turns[: row.asked], "completion": turns[row.asked :]}
+        values |= {"tools": row.tools} if row.tools else {}
         if end and row.schema == "completion":
             values["completion"] = values["completion"].strip() + end
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")

@@ -169,6 +169,20 @@ def test_a_config_says_what_to_look_at(capsys: pytest.CaptureFixture[str], tmp_p
     assert (code, "Alpaca (4)" in out, str(left) in out) == (0, True, True)
 
 
+def test_the_validation_shard_is_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run reads it, and so would stop at its rows; it is counted and not shown."""
+    dev = CASES / "bad_rows.csv"
+
+    code, out, _ = preview(
+        capsys, "--data", str(CASES / "pairs.csv"), f"data.validation={dev}", "--examples", "1"
+    )
+
+    assert code == 7
+    assert out.count("carry loss (") == 2
+    assert f"{dev}:3: not CSV" in out
+    assert len(re.findall(r": \d+ tokens, \d+ carry loss", out)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -194,3 +194,15 @@ def test_bad_training_data_is_refused_with_its_line(tmp_path: Path) -> None:
         deal(fleet_config(data=two), devices, 0)
     with pytest.raises(DataError, match=r"bad\.jsonl:2: text is int"):
         deal(fleet_config(data=bad), devices, 0)
+
+
+def test_skipped_rows_are_dealt_to_nobody(tmp_path: Path) -> None:
+    """With `bad_rows: skip` the devices get the good rows, and a limit counts those."""
+    rows: list[dict[str, Any]] = [{"text": "a"}, {"text": 1}, {"text": "b"}, {}, {"text": "c"}]
+    path = str(write_rows(tmp_path / "bad.jsonl", [*rows, {"text": "d"}]))
+    data = DataConfig(path=path, bad_rows="skip", limit=3)
+    devices = {name: SimulatedDeviceConfig() for name in "xy"}
+
+    dealt = deal(fleet_config(data=data), devices, 0)
+
+    assert sorted(row["text"] for rows in dealt.values() for row in rows) == ["a", "b", "c"]
