@@ -114,6 +114,10 @@ def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
 building = threading.RLock()
 
 
+# What gives a tensor its initial values, in torch and in torch.nn.init.
+_FILLING = ("normal_", "uniform_", "zeros_", "ones_", "zero_", "fill_", "erfinv_", "mul_", "add_")
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """Puts what this thread makes without initial values on the meta device.
 
@@ -124,7 +128,12 @@ class _EmptyOnMeta(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = {**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}
+        given = kwargs or {}
+        if func is torch.empty:
+            return func(*args, **{**given, "device": "meta"})
+        filled = args[0] if args else given.get("tensor")
+        if func.__name__ in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled  # initial values are made for each weight, at length, and seen by nobody
         return func(*args, **given)
 
 
