@@ -135,7 +135,8 @@ class ServeConfig:
     device: str = "auto"
     """Where the coordinator computes: `auto`, `cpu`, `cuda`, `cuda:1`."""
     compute: Compute = "auto"
-    """Dtype of the coordinator's matrix products; auto is bfloat16 where the hardware has it."""
+    """Dtype of the coordinator's matrix products; auto is bfloat16 where the hardware has it. Where
+    numbers do not fit into float16, products go on in bfloat16, and the log names the block."""
     save_total_limit: int = 2
     """Checkpoints that are kept."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
+from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
     TorchTrainingState,
@@ -59,6 +61,12 @@ class _Wave:
     final_hidden: torch.Tensor
     """Hidden states after the last block; logits where the labels are here."""
     lengths_B: torch.Tensor
+    step: int
+    micro: int
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return what goes back to the devices, the loss scale still inside."""
+        return [leaf.grad for leaf in self.leaves if leaf.grad is not None]
 
 
 @dataclass
@@ -95,14 +103,17 @@ class LocalEngine:
         self._layout: Layout = slice_.layout
         self._device = slice_.device
         self._training = training
-        self._compute = resolve_compute(compute, slice_.device)
+        asked = resolve_compute(compute, slice_.device)
+        self._products = Products(asked, slice_.device, slice_.blocks)
         self.open_step = _OpenStep()
         adapters = Adapters(slice_, ranks, {}, lora)
         head = named_parameters(slice_, head_names(slice_) if trains_head else ())
         parameters = {**adapters.parameters(), **head}
-        optimizer = Optimizer(parameters, training, total_steps, self._compute)
+        optimizer = Optimizer(parameters, training, total_steps, asked)
         meter = ImportanceMeter(slice_.model, ranks)
-        self.trained = TorchTrainingState(adapters, optimizer, meter, head, self.open_step)
+        self.trained = TorchTrainingState(
+            adapters, optimizer, meter, head, self.open_step, self._products
+        )
 
     # ---- training ----
 
@@ -114,16 +125,21 @@ class LocalEngine:
         """
         if not jobs:  # the devices of this micro-batch have left
             return []
-        wave = self._forward(jobs, step, micro, to_logits=True)
-        with autocast(self._compute, self._device):
-            sums = self._losses(wave)
-        total = torch.zeros((), device=self._device)
-        for job, own in zip(wave.jobs, sums, strict=True):
-            loss = own.loss_B.sum()
-            if not torch.isfinite(loss):
-                raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
-            total = total + (job.weight / job.num_targets) * loss
-        torch.autograd.backward(total * self.trained.optimizer.loss_scale)
+
+        def attempt() -> tuple[_Wave, list[LossSums]]:
+            wave = self._forward(jobs, step, micro, to_logits=True)
+            with autocast(self._products.dtype, self._device):
+                sums = self._losses(wave)
+            total = torch.zeros((), device=self._device)
+            for job, own in zip(wave.jobs, sums, strict=True):
+                loss = own.loss_B.sum()
+                if not torch.isfinite(loss):
+                    raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
+                total = total + (job.weight / job.num_targets) * loss
+            torch.autograd.backward(total * self.trained.optimizer.loss_scale)
+            return wave, sums
+
+        wave, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
         return self._answers(wave, sums, {job.device for job in jobs})
 
     def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
@@ -138,6 +154,19 @@ class LocalEngine:
         if not grads:
             return []
         assert wave is not None, "backward without forward"
+        again = partial(self._forward, wave.jobs, wave.step, wave.micro, to_logits=False)
+        waves = [wave]  # a wave can be gone back through once
+
+        def attempt() -> _Wave:
+            own = waves.pop() if waves else again()
+            self._pull(own, grads)
+            return own
+
+        wave = self.trained.optimizer.scaled(attempt, _Wave.gradients)
+        return self._answers(wave, [None] * len(wave.jobs), grads)
+
+    def _pull(self, wave: _Wave, grads: Mapping[str, Array]) -> None:
+        """Go back through a wave from what the devices have sent."""
         grad_BTD = torch.zeros_like(wave.final_hidden)
         start = 0
         for job in wave.jobs:
@@ -148,7 +177,6 @@ class LocalEngine:
                 grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
             start += rows
         torch.autograd.backward(wave.final_hidden, grad_BTD)
-        return self._answers(wave, [None] * len(wave.jobs), grads)
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
@@ -175,13 +203,17 @@ class LocalEngine:
 
     def _forward(self, jobs: Sequence[Job], step: int, micro: int, *, to_logits: bool) -> _Wave:
         self.slice.model.train()
-        seed_step(self._training.seed, self._device, "coordinator", step, micro)
         # By name within a split: the same wave gives the same bits whoever answered first.
         ordered = sorted(jobs, key=lambda job: (job.split, job.device))
         leaves = [self._leaf(job) for job in ordered]
-        with autocast(self._compute, self._device), self.trained.meter.watching(step):
-            final_hidden, lengths_B = self._run_blocks(ordered, leaves, to_logits=to_logits)
-        return _Wave(ordered, leaves, final_hidden, lengths_B)
+
+        def work() -> tuple[torch.Tensor, torch.Tensor]:
+            seed_step(self._training.seed, self._device, "coordinator", step, micro)
+            return self._run_blocks(ordered, leaves, to_logits=to_logits)
+
+        with self.trained.meter.watching(step):
+            final_hidden, lengths_B = self._products.run(work, lambda found: found[0])
+        return _Wave(ordered, leaves, final_hidden, lengths_B, step, micro)
 
     def _leaf(self, job: Job) -> torch.Tensor:
         return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
@@ -217,9 +249,10 @@ class LocalEngine:
     def evaluate(self, job: Job) -> TailSums | Array:
         """Return the loss of an evaluation micro-batch, or its final hidden state; see `Engine`."""
         self.slice.model.eval()
-        with torch.no_grad(), autocast(self._compute, self._device):
-            hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
-            final_hidden, _ = self._run_blocks([job], hidden, to_logits=job.labels is not None)
+        hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
+        run = partial(self._run_blocks, [job], hidden, to_logits=job.labels is not None)
+        with torch.no_grad():
+            final_hidden, _ = self._products.run(run, lambda found: found[0])
             if job.labels is None:
                 return to_numpy(final_hidden)
             return totals(loss_sums(final_hidden, self._labels(job.labels)))
@@ -260,8 +293,9 @@ class LocalEngine:
         """Return the loss of one micro-batch through the whole model; see `Engine`."""
         self.slice.model.eval()
         ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])
-        with torch.no_grad(), autocast(self._compute, self._device):
-            logits = self.slice.whole(ids_BT, lengths_B)
+        with torch.no_grad():
+            whole = partial(self.slice.whole, ids_BT, lengths_B)
+            logits = self._products.run(whole, lambda logits: logits)
             return totals(loss_sums(logits, self._labels(micro.labels)))
 
     # ---- adapters ----

@@ -20,7 +20,10 @@ from edge_sdk.errors import NumericError
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Activation, EvalResult, Gradient, TopHidden
+from edge_sdk.protocol.roomy import RoomyCodec
 from edge_sdk.runtime.interface import TailSums
+
+TOP = "hidden states after the last block"
 
 
 class WaveRunner:
@@ -45,6 +48,7 @@ class WaveRunner:
         """
         self._run, self._admission, self._learned = run, admission, learned
         self._worker, self._handle = worker, handle
+        self._roomy = RoomyCodec()
 
     # ---- waves ----
 
@@ -125,7 +129,7 @@ class WaveRunner:
                 self.blame(name, fault)
             elif name in self._run.state.members:
                 message = TopHidden(stamp=self._run.stamp(name), micro=self._run.state.micro)
-                self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD)})
+                self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD, TOP)})
 
     def backward(self) -> None:
         """Run the backward half of a wave whose labels stay on the devices."""
@@ -163,7 +167,7 @@ class WaveRunner:
             micro=self._run.state.micro,
             loss_sum=answer.sums.loss_sum if answer.sums else 0.0,
         )
-        grad = {"grad": self._coded(answer.device, answer.grad_BTD)}
+        grad = {"grad": self._coded(answer.device, answer.grad_BTD, "gradients")}
         is_frozen = self._admission.plans[answer.device].is_forward_only
         self._admission.send(answer.device, message, {} if is_frozen else grad)
 
@@ -175,8 +179,8 @@ class WaveRunner:
         for event in self._run.finish_wave():
             self._handle(event)
 
-    def _coded(self, device: str, array: Array) -> TensorOut:
-        return array, self._admission.codecs[device]
+    def _coded(self, device: str, array: Array, what: str) -> TensorOut:
+        return array, self._roomy.choose(self._admission.codecs[device], array, what)
 
     # ---- evaluation ----
 
@@ -211,4 +215,4 @@ class WaveRunner:
                 self._admission.send(device, answer)
             else:
                 top = TopHidden(stamp=message.stamp, micro=message.micro, is_eval=True)
-                self._admission.send(device, top, {"hidden": self._coded(device, result)})
+                self._admission.send(device, top, {"hidden": self._coded(device, result, TOP)})

@@ -42,7 +42,8 @@ class ClientConfig:
     where it is installed. `onnxruntime-training` is onnxruntime with gradients of its own making
     (docs/onnx.md)."""
     compute: Compute = "auto"
-    """Dtype of matrix products; auto is bfloat16 where the hardware itself has it."""
+    """Dtype of matrix products; auto is bfloat16 where the hardware itself has it. Where numbers do
+    not fit into float16, products go on in bfloat16, and the log names the block."""
     base: Base = "float32"
     """How the frozen weights lie in memory. With int8 and int4 the linear layers of the blocks are
     quantized, without a compiled extension; the rest is float32. See docs/quantized.md."""

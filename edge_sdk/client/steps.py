@@ -30,6 +30,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.roomy import RoomyCodec
 from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.runtime.interface import Runtime, TailSums
 from edge_sdk.transport.link import Link
@@ -47,7 +48,7 @@ class Steps:
         every = 0 if plan.is_forward_only else welcome.importance_every
         runtime.state.meter.measure(form, every)
         self._link, self._inbox = link, inbox
-        self._codec = welcome.codec
+        self._codec, self._roomy = welcome.codec, RoomyCodec()
         self._keeps_labels = welcome.labels == "device"
         # Every block is here: the coordinator computes nothing.
         self._is_whole = plan.split == welcome.num_blocks
@@ -109,7 +110,8 @@ class Steps:
             final_hidden_BTD = _checked(answer, "hidden", shape)
             sums, grad_BTD = runtime.tail(final_hidden_BTD, batch, step.num_targets)
             self._link.send(
-                TopGradient(stamp=self._stamp, micro=index), {"grad": self._coded(grad_BTD)}
+                TopGradient(stamp=self._stamp, micro=index),
+                {"grad": self._coded(grad_BTD, "gradient")},
             )
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
         if not self._plan.is_forward_only:
@@ -128,7 +130,7 @@ class Steps:
     ) -> None:
         require_finite(hidden_BTD, f"activation of step {self._stamp.step}")
         tensors: dict[str, TensorOut] = {
-            "hidden": self._coded(hidden_BTD),
+            "hidden": self._coded(hidden_BTD, f"hidden states after block {self._plan.split - 1}"),
             "lengths": (as_int32(batch.lengths), "int32"),
         }
         pooled: tuple[int, ...] = ()
@@ -182,8 +184,8 @@ class Steps:
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
-    def _coded(self, array: Array) -> TensorOut:
-        return array, self._codec
+    def _coded(self, array: Array, what: str) -> TensorOut:
+        return array, self._roomy.choose(self._codec, array, what)
 
 
 def _checked(answer: Envelope, name: str, shape: Shape) -> Array:

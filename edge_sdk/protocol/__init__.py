@@ -1,3 +1,13 @@
 """What device and coordinator say to each other, as functions of bytes: no I/O and no clock."""
 
-__all__ = ["channel", "codecs", "fragments", "messages", "packets", "plan", "session", "tensors"]
+__all__ = [
+    "channel",
+    "codecs",
+    "fragments",
+    "messages",
+    "packets",
+    "plan",
+    "roomy",
+    "session",
+    "tensors",
+]

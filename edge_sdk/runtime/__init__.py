@@ -1,6 +1,7 @@
 """What computes a device's blocks: torch, or onnxruntime with numpy."""
 
 __all__ = [
+    "half_range",
     "interface",
     "onnx_gradients",
     "onnx_graphs",

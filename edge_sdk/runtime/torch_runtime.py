@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout, Task
 from edge_sdk.model.loss import LossSums, loss_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
-from edge_sdk.model.precision import Base, Compute, autocast, resolve_compute
+from edge_sdk.model.precision import Base, Compute, resolve_compute
 from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import MemoryUse, TailSums, process_memory
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 from edge_sdk.runtime.training_state import Pending, TrainingState
@@ -55,11 +57,12 @@ class TorchRuntime:
         recompute: bool = False,
     ) -> None:
         self._device = pick_device(device)
-        self._compute = resolve_compute(compute, self._device)
-        dtype, quantized = resolve_base(base, self._compute)
+        asked = resolve_compute(compute, self._device)
+        dtype, quantized = resolve_base(base, asked)
         self._slice = Slice(config, task, layout, dtype, self._device, quantized)
         for name, tensors in parts.items():
             self._slice.add(name, tensors)
+        self._products = Products(asked, self._device, self._slice.blocks)
         self._plan = plan
         self._training = training
         self._recompute = recompute
@@ -69,9 +72,11 @@ class TorchRuntime:
         adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
         head = self._trained_head()
         trained = {**adapters.parameters(), **head}
-        optimizer = Optimizer(trained, training, total_steps, self._compute)
+        optimizer = Optimizer(trained, training, total_steps, asked)
         meter = ImportanceMeter(self._slice.model, plan.ranks)
-        self.state = TorchTrainingState(adapters, optimizer, meter, head, self._open)
+        self.state = TorchTrainingState(
+            adapters, optimizer, meter, head, self._open, self._products
+        )
 
     def _trained_head(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained beside the adapters, by whole-model name."""
@@ -92,24 +97,33 @@ class TorchRuntime:
     def _run_blocks(self, micro: MicroBatch, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""
         self._slice.model.train()
-        seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, _ = self._tensors(micro)
+
+        def work() -> torch.Tensor:
+            seed_step(self._training.seed, self._device, "device", step, index)
+            return self._slice.front(ids_BT, lengths_B, self._plan.split)
+
         # A pass without a graph has nothing to measure.
         watched = self.state.meter.watching(step) if torch.is_grad_enabled() else nullcontext()
-        with autocast(self._compute, self._device), watched:
-            return self._slice.front(ids_BT, lengths_B, self._plan.split)
+        with watched:
+            return self._products.run(work, lambda hidden: hidden)
 
     def tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; see `Runtime`."""
         self._slice.model.train()
-        final_hidden = torch.from_numpy(final_hidden_BTD).to(self._device).requires_grad_(True)
-        sums = self._sums(final_hidden, micro)
-        scale = self.state.optimizer.loss_scale
-        torch.autograd.backward(sums.loss_B.sum() * (scale / num_targets))
-        assert final_hidden.grad is not None
-        return totals(sums), to_numpy(final_hidden.grad / scale)
+
+        def attempt() -> tuple[LossSums, torch.Tensor]:
+            final_hidden = torch.from_numpy(final_hidden_BTD).to(self._device).requires_grad_(True)
+            sums = self._sums(final_hidden, micro)
+            scale = self.state.optimizer.loss_scale
+            torch.autograd.backward(sums.loss_B.sum() * (scale / num_targets))
+            assert final_hidden.grad is not None
+            return sums, final_hidden.grad / scale
+
+        sums, grad_BTD = self.state.optimizer.scaled(attempt, lambda found: (found[1],))
+        return totals(sums), to_numpy(grad_BTD)
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
@@ -126,10 +140,14 @@ class TorchRuntime:
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Run the whole model forward and backward; see `Runtime`."""
         self._slice.model.train()
-        seed_step(self._training.seed, self._device, "device", step, index)
         ids_BT, lengths_B, labels = self._tensors(micro)
-        with autocast(self._compute, self._device), self.state.meter.watching(step):
-            sums = loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
+
+        def work() -> LossSums:
+            seed_step(self._training.seed, self._device, "device", step, index)
+            return loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
+
+        with self.state.meter.watching(step):
+            sums = self._products.run(work, lambda sums: sums.loss_B)
         torch.autograd.backward(sums.loss_B.sum() * (self.state.optimizer.loss_scale / num_targets))
         return totals(sums)
 
@@ -150,8 +168,9 @@ class TorchRuntime:
         """Run the device's blocks without a graph; see `Runtime`."""
         self._slice.model.eval()
         ids_BT, lengths_B, _ = self._tensors(micro)
-        with torch.no_grad(), autocast(self._compute, self._device):
-            return to_numpy(self._slice.front(ids_BT, lengths_B, self._plan.split))
+        with torch.no_grad():
+            work = partial(self._slice.front, ids_BT, lengths_B, self._plan.split)
+            return to_numpy(self._products.run(work, lambda hidden: hidden))
 
     def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Return the loss without gradients; see `Runtime`."""
@@ -164,10 +183,13 @@ class TorchRuntime:
         pooled_B = None if micro.pooled is None else torch.from_numpy(micro.pooled)
         if pooled_B is not None:
             pooled_B = pooled_B.to(self._device)
-        with autocast(self._compute, self._device):
-            last = self._slice.layout.num_blocks
+        last = self._slice.layout.num_blocks
+
+        def work() -> LossSums:
             logits = self._slice.logits(final_hidden, lengths_B, last, pooled_B)
             return loss_sums(logits, labels)
+
+        return self._products.run(work, lambda sums: sums.loss_B)
 
     def _tensors(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro[:3])
@@ -205,10 +227,11 @@ class TorchTrainingState(TrainingState):
         meter: ImportanceMeter,
         head: Mapping[str, torch.nn.Parameter],
         pending: Pending,
+        products: Products,
     ) -> None:
         """Hold what is trained together; *head* is trained from now on. See `TrainingState`."""
         super().__init__(adapters, optimizer, meter, pending)
-        self._head = head
+        self._head, self._products = head, products
         for parameter in head.values():
             parameter.requires_grad_(True)
 
@@ -219,6 +242,15 @@ class TorchTrainingState(TrainingState):
     def load_head(self, head: Mapping[str, Array]) -> None:
         """Overwrite the trainable head; see `TrainingState`."""
         load_parameters(self._head, head)
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Return the optimizer's part of `checkpoint`, and whether float16 had no room."""
+        return {**super().moments(), **self._products.state()}
+
+    def load_moments(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `moments` returned; see `TrainingState`."""
+        super().load_moments(state)
+        self._products.load_state(state)
 
 
 def load_parameters(

@@ -6,10 +6,11 @@ talking about it. Knows no model and no network; torch is imported where it is u
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 # torch.amp.GradScaler starts and grows like this.
 FIRST_LOSS_SCALE = 65536.0
 STEPS_TO_DOUBLE_SCALE = 2000
@@ -166,6 +170,32 @@ class Optimizer:
         if self._is_scaled:
             self._adjust_scale(is_finite)
         return is_finite or self._is_scaled
+
+    def scaled(
+        self, attempt: Callable[[], Found], seen: Callable[[Found], Iterable[torch.Tensor]]
+    ) -> Found:
+        """Return what a backward pass finds, in float16 with a loss scale at which that is finite.
+
+        Where it is not, the scale is halved and *attempt* made again: what leaves this side of the
+        cut cannot wait for the next step. At a scale of 1 it is returned as it is.
+
+        Args:
+            attempt: Goes forward and backward with the loss scale that is due.
+            seen: Returns those gradients in what it finds that have to be finite.
+        """
+        if not self._is_scaled:
+            return attempt()
+        import torch
+
+        while True:
+            held = {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
+            found = attempt()
+            if self.loss_scale <= 1.0 or all(bool(torch.isfinite(g).all()) for g in seen(found)):
+                return found
+            for name, parameter in self.parameters.items():
+                parameter.grad = held[name].div_(2) if name in held else None
+            self.loss_scale, self._good_steps = self.loss_scale / 2, 0
+            log.warning("float16.gradient_overflow effect=loss scale is now %g", self.loss_scale)
 
     def _adjust_scale(self, is_finite: bool) -> None:
         self._good_steps = self._good_steps + 1 if is_finite else 0
