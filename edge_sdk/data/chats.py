@@ -41,7 +41,9 @@ def chat_samples(
         raise DataError(f"{row.where}: has messages, but the tokenizer has no chat template")
     turns, targets = [dict(turn) for turn in row.messages], list(row.targets)
     if config.system_turn == "user" and turns[0]["role"] in SYSTEM:
-        turns, targets = _system_in_user(turns, row.where), [index - 1 for index in targets]
+        merged = _system_in_user(turns, row.where)
+        targets = [index + len(merged) - len(turns) for index in targets]
+        turns = merged
     writer = _Writer(row.where, turns, row.tools, template)
     try:
         return writer.samples(targets[-1:] if config.answers == "last" else targets)
@@ -52,12 +54,13 @@ def chat_samples(
 
 
 def _system_in_user(turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Return *turns* with the text of the first one, the system's, in the first user turn."""
-    system, *others = turns
+    """Return *turns* with the text of the first ones, the system's, in the first user turn."""
+    system = list(takewhile(lambda turn: turn["role"] in SYSTEM, turns))
+    others = turns[len(system) :]
     first = next((i for i, turn in enumerate(others) if turn["role"] == "user"), None)
     if first is None:
         raise DataError(f"{where}: has a system turn, but no user turn that could take it")
-    text = f"{system['content']}\n\n{others[first]['content']}"
+    text = "\n\n".join(turn["content"] for turn in [*system, others[first]])
     return [*others[:first], others[first] | {"content": text}, *others[first + 1 :]]
 
 

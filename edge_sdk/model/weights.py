@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -48,6 +49,13 @@ FILE_NAMES = (
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+)
+# Texts on which tokenizers differ if they do: blanks, line ends, signs, other scripts.
+PROBES = (
+    "The boat leaves at noon.",
+    "  two  blanks \n\n\n and\tlines\n",
+    '### user:\nI\'ve 12345 of (them); {"a": 1}',
+    "caf\u00e9 e\u0301 \u4f60\u597d \u2603 \U0001f600",
 )
 
 
@@ -177,6 +185,8 @@ class ModelSource:
         files = {name: (self.folder / name) for name in FILE_NAMES}
         contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
         contents["config.json"] = self.config.to_json_string().encode()
+        if self._plain_tokenizer is not None:
+            contents["tokenizer.json"] = self._plain_tokenizer
         write_tensors(
             {
                 name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -185,6 +195,26 @@ class ModelSource:
             },
             sink,
         )
+
+    @cached_property
+    def _plain_tokenizer(self) -> bytes | None:
+        """The tokenizer.json with which a device without transformers tokenises as others do.
+
+        None where that is the one in the folder, as nearly always: some tokenizers are made anew
+        by transformers, and blanks around special tokens then differ from what the file says.
+        """
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = load_tokenizer(self.folder)
+        except ModelError:  # whoever needs it says so
+            return None
+        made = getattr(tokenizer, "backend_tokenizer", None)
+        if made is None or _tokenizes_alike(path, tokenizer):
+            return None
+        log.info("tokenizer.rewritten file=%s reason=%s", path, "transformers reads it otherwise")
+        return str(made.to_str()).encode()
 
     def describe(self, part: str) -> Part:
         """Return name, hash and size of *part*."""
@@ -250,6 +280,23 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - tokenizers raise plain Exception, and others more
         raise ModelError(f"{folder}: no tokenizer that can be read: {one_line(error)}") from error
+
+
+def _tokenizes_alike(path: Path, tokenizer: Any) -> bool:
+    """Return whether the tokenizer in the file *path* gives the ids of *tokenizer*."""
+    from tokenizers import Tokenizer
+
+    plain: Any = Tokenizer.from_file(str(path))
+    plain.no_padding()
+    plain.no_truncation()
+    special = tokenizer.all_special_tokens[:20]
+    probes = [*PROBES, *(f"a {token} b{token}\n{token}c" for token in special)]
+    return all(
+        plain.encode(text, add_special_tokens=adds).ids
+        == tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"]
+        for text in probes
+        for adds in (False, True)
+    )
 
 
 def model_hash(parts: Mapping[str, Part]) -> str:

@@ -15,6 +15,10 @@ from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.templates import ChatTemplate
 from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
 from edge_sdk.errors import DataError, ModelError
+from edge_sdk.model.safetensors_files import map_part
+from edge_sdk.model.weights import ModelSource
+from tests.edge_sdk.data.template_cases import tokenizer_folder
+from tests.tiny import make_config, make_model
 
 TEXTS = [
     "The boat leaves at noon.",
@@ -134,3 +138,48 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     """One line that says what is missing and how it is made."""
     with pytest.raises(ModelError, match=r"no tokenizer.json; .*save_pretrained"):
         PlainTokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model without a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    model: Any = make_model(make_config("llama"), "causal-lm")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "made_by", "is_rewritten"),
+    [
+        ("sentencepiece", "LlamaTokenizer", True),
+        ("no prefix", "LlamaTokenizer", True),
+        ("byte-level", "GPTNeoXTokenizer", True),
+        ("sentencepiece", "PreTrainedTokenizerFast", False),
+        ("byte-level", "GPT2Tokenizer", False),
+    ],
+)
+def test_a_tokenizer_travels_as_transformers_reads_it(
+    kind: str, made_by: str, is_rewritten: bool, llama: Path, tmp_path: Path
+) -> None:
+    """Where a class of transformers makes the tokenizer anew, a device without it has that one."""
+    folder = Path(shutil.copytree(llama, tmp_path / "served"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder(kind) / name, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings["tokenizer_class"] = made_by
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    (tmp_path / "files").write_bytes(ModelSource(str(folder), "causal-lm").pack("files"))
+    device = tmp_path / "device"
+    device.mkdir()
+    for name, stored in map_part(tmp_path / "files").items():
+        (device / name).write_bytes(stored.array.tobytes())
+
+    own = (folder / "tokenizer.json").read_bytes()
+    assert ((device / "tokenizer.json").read_bytes() != own) == is_rewritten
+    reference = AutoTokenizer.from_pretrained(folder)
+    for tokenizer in (PlainTokenizer(device), AutoTokenizer.from_pretrained(device)):
+        for text in [*TEXTS, "<s>[INST] a  b[/INST] c</s>\n", "### user:\n\n a"]:
+            for settings in ({}, {"add_special_tokens": False}):
+                wanted = reference(text, **settings)["input_ids"]
+                assert tokenizer(text, **settings)["input_ids"] == wanted
