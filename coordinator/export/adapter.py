@@ -41,6 +41,7 @@ def export_adapter(
         ExportError: PEFT, given the export, computes something else.
         StorageError: the folder cannot be written.
     """
+    head = {**_drawn(source), **head}
     kept = least_ranks(learned)
     ranks = {name: factors.rank for name, factors in kept.items()}
     card = Card(source=source, format="peft", ranks=ranks, facts=facts)
@@ -67,6 +68,18 @@ def export_uniform(
     card = Card(source=source, format="vllm", ranks=dict.fromkeys(kept, rank), facts=facts)
     write_files(card, padded, {}, folder, is_uniform=True)
     return _read_back(source, learned, {}, folder)
+
+
+def _drawn(source: ModelSource) -> dict[str, Array]:
+    """Return what was drawn for this run, which nobody else could draw again."""
+    tail = source.tensors("tail") if source.drawn else {}
+    return {name: tail[name].float().numpy() for name in source.drawn}
+
+
+def _saved_modules(source: ModelSource, head: Mapping[str, Array]) -> list[str]:
+    """Return the modules that PEFT keeps as a whole: the head, and what was drawn beside it."""
+    prefix = f"{build_empty(source.config, source.task, torch.float32).base_model_prefix}."
+    return sorted({n.rpartition(".")[0] if n.startswith(prefix) else n.split(".")[0] for n in head})
 
 
 def least_ranks(learned: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -105,7 +118,7 @@ def write_files(
     source, base = card.source, base_name(card.source)
     settings = {
         "task_type": "CAUSAL_LM" if source.task == "causal-lm" else "SEQ_CLS",
-        "modules_to_save": sorted({name.split(".")[0] for name in head}) or None,
+        "modules_to_save": (_saved_modules(source, head) if head else None),
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "fan_in_fan_out": has_transposed(source),

@@ -34,9 +34,15 @@ class ExportError(EdgeError):
 
 
 def load_base(source: ModelSource) -> nn.Module:
-    """Load the whole model in float32, as transformers does."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    """Load the whole model in float32, as transformers does.
 
+    One whose weights lie quantised on disk is made of the dense weights that the run had.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    on_disk = AutoConfig.from_pretrained(source.folder)
+    if any(hasattr(c, "quantization_config") for c in (on_disk, on_disk.get_text_config())):
+        return _slice_of(source, source.layout.part_names(), source.tensors).model
     factory: Any = AutoModelForCausalLM
     if source.task == "sequence-classification":
         factory = AutoModelForSequenceClassification

@@ -238,6 +238,9 @@ def _write_config(merging: _Merging, folder: Path, facts: RunFacts | None) -> No
 
     source = merging.source
     config: Any = AutoConfig.from_pretrained(source.folder)  # as it was, cache included
+    for part, own in zip(_both(config), _both(source.config), strict=True):
+        part.tie_word_embeddings = own.tie_word_embeddings
+        part.__dict__.pop("quantization_config", None)  # what is written is dense
     config.architectures = [type(merging.model).__name__]
     config.dtype = getattr(torch, merging.dtype_name)
     if source.task == "sequence-classification":
@@ -251,6 +254,11 @@ def _write_config(merging: _Merging, folder: Path, facts: RunFacts | None) -> No
     config.save_pretrained(folder)
     if source.task == "causal-lm" and not (source.folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(copy.deepcopy(config)).save_pretrained(folder)
+
+
+def _both(config: Any) -> tuple[Any, Any]:
+    """Return a config and the part of it that speaks of text, which may be the same."""
+    return config, config.get_text_config()
 
 
 def _num_labels(source: ModelSource) -> int:

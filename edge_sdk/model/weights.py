@@ -131,6 +131,8 @@ class ModelSource:
                 config.tie_word_embeddings = False
             self._checkpoint = self._under_own_names(stored, quantizer)
         self.layout: Layout = find_layout(self.config, task)
+        self.drawn: tuple[str, ...] = ()
+        """Tensors that `load_whole` has drawn, because the checkpoint lacks them."""
 
     def _under_own_names(self, stored: Mapping[str, torch.Tensor], quantizer: Any) -> ModelTensors:
         from edge_sdk.model.checkpoint import ModelTensors
@@ -146,7 +148,8 @@ class ModelSource:
             ModelError: it lacks something else.
         """
         names = [name for part in self.layout.part_names() for name in self.layout.part(part)]
-        if all(name in self._checkpoint for name in names):
+        self.drawn = tuple(name for name in names if name not in self._checkpoint)
+        if not self.drawn:
             return
         drawn = self._checkpoint.draw_missing(self._dtype, seed)
         lost = [name for name in names if name in drawn and name not in self.layout.tail]

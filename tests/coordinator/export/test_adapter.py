@@ -9,14 +9,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 from coordinator.export.adapter import export_adapter
 from coordinator.export.check import ExportError, load_base, trained_slice
 from coordinator.export.merged import export_merged
 from edge_sdk.errors import StorageError
 from edge_sdk.lora.factors import zero
-from tests.coordinator.export.results import TOLERANCE, Result
-from tests.tiny import EXPERTS
+from edge_sdk.model.weights import ModelSource
+from tests.coordinator.export.results import TOLERANCE, Result, difference
+from tests.tiny import EXPERTS, make_config
 
 FAMILIES = ["llama", "gpt2", "bert", *EXPERTS]
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
@@ -118,3 +120,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, write: Any)
         write(trained.source, trained.learned, {}, tmp_path / "out" / "x")
 
     assert caught.value.exit_code == 9
+
+
+def test_what_was_drawn_for_the_run_travels(tmp_path: Path) -> None:
+    """A pooler that the base lacks, and that was not trained, is nowhere else but in the run."""
+    config = make_config("bert")
+    model: Any = BertForMaskedLM(config)
+    model.save_pretrained(tmp_path / "base")
+    source = ModelSource(str(tmp_path / "base"), "sequence-classification", num_labels=4)
+    source.load_whole(7)
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(source.drawn)
+    trained = Result("bert", tmp_path / "other")
+
+    export_adapter(source, trained.learned, trained.head, tmp_path / "out")
+
+    loaded = peft.PeftModel.from_pretrained(load_base(source), tmp_path / "out")
+    ours = trained_slice(source, trained.learned, trained.head)
+    assert difference(trained.logits(loaded), trained.logits(ours.model)) <= TOLERANCE
