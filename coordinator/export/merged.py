@@ -147,7 +147,7 @@ class _Merging:
 
 def _with_experts(weight: torch.Tensor, factors: Factors, *, turned: bool) -> torch.Tensor:
     """Return the matrices of all experts with what was learned of each, one after the other."""
-    merged = weight.to(torch.float32, copy=True)
+    merged = weight.detach().to(torch.float32, copy=True)
     for matrix, b_OR, a_RI in zip(merged, *factors, strict=True):
         change = torch.from_numpy(b_OR @ a_RI)
         matrix += change.T if turned else change
