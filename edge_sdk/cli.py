@@ -196,8 +196,13 @@ def _preview(options: argparse.Namespace) -> int:
             width=shutil.get_terminal_size().columns if is_terminal else 80,
             colours=is_terminal and not os.environ.get("NO_COLOR"),
         )
-        print(f"{head}\n{text}".encode(encoding, "backslashreplace").decode(encoding))
-        code, head = max(code, DataError.exit_code if found.stops else 0), ""
+        code = max(code, DataError.exit_code if found.stops else 0)
+        try:
+            print(f"{head}\n{text}".encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        head = ""
     return code
 
 

@@ -165,6 +165,13 @@ class _Stream:
         """Pass one letter."""
         self._go(self._at + 1)
 
+    def step_line(self) -> None:
+        """Pass the rest of this line."""
+        while (end := self._text.find("\n", self._at)) < 0 and not self._is_over:
+            self._go(len(self._text))
+            self._more()
+        self._go(len(self._text) if end < 0 else end + 1)
+
     def value(self, where: str) -> Any:
         """Return the value that begins here, and pass it."""
         while True:
@@ -203,7 +210,14 @@ def _json_records(path: Path, file: IO[bytes]) -> Records:
             stream.letter()
         number += 1
         where = f"{path}:{stream.line} (item {number})"
-        yield where, stream.value(where)
+        try:
+            value = stream.value(where)
+        except DataError as error:
+            if is_list:  # behind a mistake nobody knows where the next item begins
+                raise
+            value = error
+            stream.step_line()
+        yield where, value
     if not is_list:
         return
     if not letter:

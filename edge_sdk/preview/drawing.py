@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,7 +52,9 @@ def draw(survey: Survey, tokenizer: Any, *, num_examples: int, width: int, colou
     chosen = np.linspace(0, len(survey.examples) - 1, min(num_examples, len(survey.examples)))
     for number in sorted({int(place) for place in chosen}):
         lines += ["", *_sample(survey, survey.examples[number], tokenizer, width, colours)]
-    if colours and num_examples:
+    if isinstance(survey.examples[0].labels, int):
+        pass  # a class has its loss on the whole
+    elif colours and num_examples:
         lines += ["", f"{SHADES[True][0]} carries loss {RESET} {SHADES[False][0]}does not{RESET}"]
     elif num_examples:
         lines += ["", f"{OPEN}carries loss{CLOSE}, | between tokens"]
@@ -71,7 +74,7 @@ def _summary(survey: Survey, width: int) -> Iterator[str]:
         "schema": ", ".join(f"{name} ({count:,})" for name, count in survey.schemas.items()),
         "rows": f"{rows}; {used} read, {len(survey.examples):,} samples"
         + "".join(f", {one}" for one in lost),
-        "classes": ", ".join(survey.classes),
+        "classes": _classes(survey),
         "tokens": f"{tokens:,}; {with_loss:,} carry loss ({with_loss / tokens:.1%})",
     }
     if isinstance(survey.examples[0].labels, int):
@@ -79,6 +82,13 @@ def _summary(survey: Survey, width: int) -> Iterator[str]:
     for name, text in facts.items():
         if text:
             yield _wrapped(name, text, width)
+
+
+def _classes(survey: Survey) -> str:
+    """Return the classes of a classifier, each with how many samples it has."""
+    counts = Counter(e.labels for e in survey.examples if isinstance(e.labels, int))
+    names = dict(enumerate(survey.classes))
+    return ", ".join(f"{names.get(label, label)} ({counts[label]:,})" for label in sorted(counts))
 
 
 def _wrapped(name: str, text: str, width: int) -> str:
