@@ -211,7 +211,7 @@ class _Writer:
         for change in (lambda turn: turn, _with_text_arguments):
             for content in (None, ""):
                 form = [change(turn) for turn in turns]
-                form = [turn | {"content": turn["content"] or content} for turn in form]
+                form = [t | {"content": content} if t["content"] is None else t for t in form]
                 text = self._try(form, self._tools)
                 if text is not None and all(arguments in text for arguments in wanted):
                     return form

@@ -275,6 +275,20 @@ def test_calls_reach_the_template_as_it_reads_them(
     assert wanted in "".join(target_texts(example, tokenizer))
 
 
+def test_a_tool_may_answer_nothing() -> None:
+    """Empty text stays empty text beside calls without content."""
+    tokenizer, _ = with_template("byte-level", "chatml")
+    content = "message.content"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        content, f"({content} if {content} is defined else message.tool_calls | tojson)"
+    )
+    messages = [QUESTION, turn("assistant", None, tool_calls=[CALL]), turn("tool", ""), ANSWER]
+
+    (example,) = examples_of({"messages": messages}, tokenizer)
+
+    assert "<|im_start|>tool\n<|im_end|>" in tokenizer_text(tokenizer, example)
+
+
 @pytest.mark.parametrize(
     ("template", "record", "words"),
     [
