@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_sdk.model.layout import Task, without_cache
+from tests.tiny import CLASSES, VOCAB
 
-VOCAB, BLOCKS, CLASSES = 97, 4, 3
+BLOCKS = 4
 
 _SIZE = {
     "vocab_size": VOCAB,

@@ -34,6 +34,8 @@ class Job:
     lengths_B: np.ndarray
     labels: np.ndarray | None
     """None with `labels: device`."""
+    ids_BT: np.ndarray | None = None
+    """Token ids, where later blocks of the model need them."""
     pooled_B: np.ndarray | None = None
     """Where a decoder's classification head looks in each sequence; None: at its last token."""
 

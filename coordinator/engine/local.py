@@ -224,6 +224,7 @@ class LocalEngine:
         """Run all blocks, letting each job's rows join at its own; returns result and lengths."""
         last = self._layout.num_blocks
         longest = max(h.shape[1] for h in hidden)
+        ids_BT = self._ids(jobs, longest)
         lengths_B = torch.zeros(0, dtype=torch.int32, device=self._device)
         batch: torch.Tensor | None = None
         stops = [*(job.split for job in jobs[1:]), last]
@@ -233,11 +234,25 @@ class LocalEngine:
             own_lengths = torch.from_numpy(job.lengths_B).to(self._device, torch.int32)
             lengths_B = torch.cat([lengths_B, own_lengths])
             if stop > job.split and not (to_logits and stop == last):
-                batch = self.slice.middle(batch, lengths_B, job.split, stop)
+                own_ids = None if ids_BT is None else ids_BT[: len(batch)]
+                batch = self.slice.middle(batch, lengths_B, job.split, stop, own_ids)
         assert batch is not None, "a wave has at least one job"
         if to_logits:
-            batch = self.slice.logits(batch, lengths_B, jobs[-1].split, self._pooled(jobs))
+            pooled_B = self._pooled(jobs)
+            batch = self.slice.logits(batch, lengths_B, jobs[-1].split, pooled_B, ids_BT)
         return batch, lengths_B
+
+    def _ids(self, jobs: Sequence[Job], longest: int) -> torch.Tensor | None:
+        """Return the token ids of a wave, padded; None where the model's blocks need none."""
+        if not self._layout.needs_ids:
+            return None
+        padded = []
+        for job in jobs:
+            assert job.ids_BT is not None, "blocks need the token ids"
+            ids_BT = torch.from_numpy(job.ids_BT).to(self._device, torch.int64)
+            padding = (0, longest - ids_BT.shape[1])
+            padded.append(F.pad(ids_BT, padding, value=self.slice.pad_id))
+        return torch.cat(padded)
 
     def _pooled(self, jobs: Sequence[Job]) -> torch.Tensor | None:
         """Return where a classification head looks in each sequence; None: always at its end."""

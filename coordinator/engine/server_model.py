@@ -5,6 +5,7 @@ It knows no network and no rounds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
 from coordinator.engine.local import make_local
-from coordinator.onnx_export.cache import GraphCache, check_experts, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_experts, check_layout, check_lora
 from coordinator.planning.fixed import check_config, plan_server
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from edge_sdk.client.profile import block_speed
@@ -36,6 +37,8 @@ from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.sizes import ModelShape
 from profiler.sensors.memory import memory_info
+
+log = logging.getLogger(__name__)
 
 ENGINES: dict[str, EngineMaker] = {"local": make_local}
 
@@ -71,6 +74,8 @@ class ServerModel:
         self._check_tokenizer()
         self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
         self.first = check_config(config, self.facts)
+        if layout.needs_ids and self.first < layout.num_blocks:
+            log.warning("ids.travel reason=%s", "blocks after the first need the token ids")
         self._limits = self._find_limits()
         self.eval_batches = self._load_evaluation()
         self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
@@ -182,6 +187,7 @@ class ServerModel:
         """
         check_lora(self._config.lora)
         check_experts(self.facts, plan.split)
+        check_layout(self.facts.layout)
         part = self.graphs.find(plan, measures=self._config.planning.measures_importance)
         if part is not None:
             self._by_hash[part.sha256] = part
@@ -225,6 +231,8 @@ class ServerModel:
         parts = [f"block.{i}" for i in range(present, layout.num_blocks)]
         if present == 0 or (has_tail and layout.tail_needs_front):
             parts.append("front")
+        elif layout.late and first < layout.num_blocks:
+            parts.append("late")
         parts += ["tail"] * has_tail
         spec = EngineSpec(self._config, self.source, tuple(parts), first, ranks)
         return self._make_engine(spec)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coordinator.onnx_export.job import ExportJob, job_text
 from edge_sdk.errors import RefusedError, one_line
@@ -24,6 +25,9 @@ from edge_sdk.lora.targets import LoraConfig, ModelFacts
 from edge_sdk.model.weights import ModelSource, PartCache
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import PART_NAME
+
+if TYPE_CHECKING:
+    from edge_sdk.model.layout import Layout
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ SOURCES = (
     "edge_sdk/runtime/onnx_graphs.py",
     "edge_sdk/model/layout.py",
     "edge_sdk/model/partition.py",
+    "edge_sdk/model/weightless.py",
 )
 
 
@@ -190,6 +195,22 @@ def check_lora(lora: LoraConfig) -> None:
         raise RefusedError(
             f"lora.lora_dropout: {lora.lora_dropout} is not possible with the onnxruntime backend, "
             "which draws no random numbers; set it to 0, or install torch on this device"
+        )
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse a device whose graphs would lack what its blocks get beside the hidden state.
+
+    Raises:
+        RefusedError: the message says what that is.
+    """
+    more = "the token ids" if layout.needs_ids else "a tensor of the embeddings' side"
+    if layout.shared:
+        more = "what an earlier block has kept"
+    if layout.shared or layout.needs_ids or layout.late:
+        raise RefusedError(
+            f"blocks of this model read {more} beside the hidden state, for which the onnxruntime "
+            "backend has no graphs; install torch on this device"
         )
 
 

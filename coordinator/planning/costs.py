@@ -251,11 +251,11 @@ def _codec_bytes(problem: PlanningProblem, device: str) -> float:
 
 
 def options(problem: PlanningProblem, device: str) -> list[Option]:
-    """Return what each split of a device costs, with the least ranks.
+    """Return what each split of a device that the model allows costs, with the least ranks.
 
     Times are None throughout where the device's speed or link is unknown.
     """
-    rows = [_option(problem, device, split) for split in range(1, problem.num_blocks + 1)]
+    rows = [_option(problem, device, split) for split in problem.facts.layout.cuts]
     if all(row.device_s is not None for row in rows):
         return rows
     return [

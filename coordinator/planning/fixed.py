@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from coordinator.aggregation.rules import RULES
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.targets import ModelFacts, check_rank
 from edge_sdk.protocol.plan import MOST_IN_FLIGHT, Plan
 
@@ -38,6 +38,7 @@ def make_plan(
 
     Raises:
         ConfigError: split, rank or micro-batch cannot be had.
+        ModelError: the model cannot be cut there.
     """
     where = f"devices.{device}" if device in config.devices else "default"
     settings, num_blocks = config.settings(device), facts.layout.num_blocks
@@ -45,6 +46,8 @@ def make_plan(
     assert batch is not None
     if not 1 <= split <= num_blocks:
         raise ConfigError(f"{where}.split: {split} is outside 1..{num_blocks} (the model's blocks)")
+    if split not in facts.layout.cuts:
+        raise ModelError(f"{where}.split: {split}: {facts.layout.why_not(split)}")
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
@@ -87,12 +90,23 @@ def _check_ranks(
 
 
 def check_config(config: ServeConfig, facts: ModelFacts) -> int:
-    """Refuse a config that some device could not run; returns the shallowest split."""
+    """Refuse a config that some device could not run; returns the shallowest split.
+
+    Raises:
+        ConfigError: it cannot be carried out; the message says what to change.
+        ModelError: the model cannot be cut as it asks.
+    """
     plans = {name: plan_device(config, facts, name) for name in config.devices}
     plans["default"] = plan_device(config, facts, "")
     first = min(plan.split for plan in plans.values())
     if config.planning.split != "fixed":
-        first = 1  # any device that joins may get it
+        first = facts.layout.cuts[0]  # any device that joins may get it
+    if facts.layout.needs_ids and config.labels == "device" and first < facts.layout.num_blocks:
+        raise ModelError(
+            f"labels: 'device': blocks after the first need the token ids of the texts, which may "
+            f"leave a device only with labels: server; or leave all {facts.layout.num_blocks} "
+            "blocks to every device, with split: all"
+        )
     check_planning(config, facts)
     ranks: dict[str, set[int]] = {}
     for held in (*(plan.ranks for plan in plans.values()), plan_server(config, facts, first)):

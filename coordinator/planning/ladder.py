@@ -61,7 +61,7 @@ def smaller(
 def _shallower(
     config: ServeConfig, facts: ModelFacts, plan: Plan, server_ranks: Mapping[str, int]
 ) -> Plan | None:
-    rule, split = RULES[config.aggregation], plan.split - 1
+    rule, split = RULES[config.aggregation], facts.layout.cut_below(plan.split)
     is_whole = plan.split == facts.layout.num_blocks
     if split < 1 or rule.needs_whole_model or (is_whole and config.planning.split == "fixed"):
         return None

@@ -269,7 +269,12 @@ class Planner:
 
     def _give_smaller(self, device: str, old: Plan) -> Plan | None:
         """Give a device the next smaller plan, whatever fits; None where there is none."""
-        new = smaller(self._config, self._facts, old, self._ranks_from(old.split - 1))
+        new = smaller(
+            self._config,
+            self._facts,
+            old,
+            self._ranks_from(self._facts.layout.cut_below(old.split)),
+        )
         if new is not None:
             self._smaller[device] = new
             self._take_smaller()
@@ -302,7 +307,7 @@ class Planner:
 
     def _give_what_fits(self, device: str, old: Plan) -> Plan | None:
         """Plan for a device with less memory than its plan took; None where nothing is less."""
-        ranks = self._ranks_from(old.split - 1)
+        ranks = self._ranks_from(self._facts.layout.cut_below(old.split))
         reduced = plan_less(self._problem, device, old, ranks)
         if reduced is None:
             return None

@@ -188,6 +188,7 @@ class Admission:
             wants_profile=not self._planner.is_fixed,
             importance=config.planning.importance,
             importance_every=config.planning.importance_every * config.planning.measures_importance,
+            wants_ids=model.facts.layout.needs_ids and config.labels == "server",
             label_names=config.label_names,
         )
 

@@ -163,6 +163,7 @@ def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
         len(config.label_names),
         model.max_length,
         config.labels,
+        wants_ids=model.facts.layout.needs_ids,
     )
 
 

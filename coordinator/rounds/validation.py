@@ -42,11 +42,18 @@ class WaveInput:
     """The shapes that the run allows."""
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, num_labels: int, max_length: int, labels: str
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_labels: int,
+        max_length: int,
+        labels: str,
+        *,
+        wants_ids: bool = False,
     ) -> None:
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
         self._num_labels, self._max_length = num_labels, max_length
-        self._wants_labels = labels == "server"
+        self._wants_labels, self._wants_ids = labels == "server", wants_ids
 
     def job(
         self, member: Member, plan: Plan, message: Activation, tensors: Mapping[str, Array]
@@ -54,8 +61,8 @@ class WaveInput:
         """Return the job that *message* asks for.
 
         Raises:
-            RemoteProtocolError: labels are missing or unwanted, or a tensor is too large, not of
-                the model's size, or out of range.
+            RemoteProtocolError: labels or ids are missing or unwanted, or a tensor is too large,
+                not of the model's size, or out of range.
             NumericError: it holds NaN or infinity.
         """
         hidden_BTD, lengths_B = tensors["hidden"], tensors["lengths"]
@@ -64,6 +71,8 @@ class WaveInput:
         shapes: dict[str, Shape] = {"hidden": hidden_BTD.shape, "lengths": (rows,)}
         if self._wants_labels:
             shapes["labels"] = (rows,) if self._num_labels else (rows, longest)
+        if self._wants_ids:
+            shapes["ids"] = (rows, longest)
         check_shapes(message, tensors, shapes)
         if lengths_B.min() < 1 or lengths_B.max() > longest:
             raise RemoteProtocolError(f"lengths outside 1..{longest}")
@@ -75,6 +84,9 @@ class WaveInput:
         labels = tensors["labels"] if self._wants_labels else None
         if labels is not None:
             self._check_labels(labels)
+        ids = tensors["ids"] if self._wants_ids else None
+        if ids is not None and not ((ids >= 0) & (ids < self._vocab_size)).all():
+            raise RemoteProtocolError(f"ids outside 0..{self._vocab_size - 1}")
         pooled_B = self._pooled(message, lengths_B)
         return Job(
             device=member.name,
@@ -85,6 +97,7 @@ class WaveInput:
             lengths_B=lengths_B,
             labels=labels,
             pooled_B=pooled_B,
+            ids_BT=ids,
         )
 
     def _pooled(self, message: Activation, lengths_B: Array) -> Array | None:

@@ -5,6 +5,7 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.setup import as_int32
 from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.tokenize import Example
+from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -35,6 +37,8 @@ from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.runtime.interface import Runtime, TailSums
 from edge_sdk.transport.link import Link
 
+log = logging.getLogger(__name__)
+
 
 class Steps:
     """The device's half of every micro-batch, and the messages around it."""
@@ -52,6 +56,11 @@ class Steps:
         self._keeps_labels = welcome.labels == "device"
         # Every block is here: the coordinator computes nothing.
         self._is_whole = plan.split == welcome.num_blocks
+        self._sends_ids = welcome.wants_ids
+        if self._sends_ids and self._keeps_labels:
+            raise RemoteProtocolError("asked for the token ids, which `labels: device` keeps here")
+        if self._sends_ids and not self._is_whole:
+            log.warning("ids.travel reason=%s", "the coordinator's blocks need the token ids")
         self._stamp = welcome.stamp
         self._waited_s = 0.0
 
@@ -138,6 +147,8 @@ class Steps:
             tensors["labels"] = (as_int32(batch.labels), "int32")
             if batch.pooled is not None and (batch.pooled != batch.lengths - 1).any():
                 pooled = tuple(map(int, batch.pooled))
+        if self._sends_ids:
+            tensors["ids"] = (as_int32(batch.input_ids), "int32")
         self._link.send(
             Activation(
                 stamp=self._stamp,

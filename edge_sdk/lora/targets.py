@@ -5,9 +5,11 @@ Importing this loads no torch; what looks into a model imports it where it is us
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edge_sdk.model.layout import Layout, Task
+
+log = logging.getLogger(__name__)
 
 # PEFT's name for an adapter where there is only one.
 OWN = "default"
@@ -138,6 +142,9 @@ def find_targets(config: Any, task: Task, layout: Layout, lora: LoraConfig) -> d
         if any(_ends(name, n) for n in names)
         or ("all-linear" in names and (lora.experts or not shape.num_experts))
     }
+    if forbidden := _forbidden(model, [name for name, s in found.items() if not s.num_experts]):
+        _say_left_out(forbidden, names, config.model_type)
+        found = {n: s for n, s in found.items() if n.rpartition(".")[2] not in forbidden}
     unused = [n for n in names if n != "all-linear" and not any(_ends(f, n) for f in found)]
     if not found or unused:
         leaves = sorted({n.rsplit(".", 1)[1] for n in shapes})
@@ -175,6 +182,31 @@ def _adaptable(model: nn.Module, blocks_path: str) -> dict[str, Shape]:
             if f"{path}.{leaf}" in stacks:
                 found[f"{path}.{leaf}"] = Shape(*expert_sizes(module, leaf))
     return found
+
+
+def _say_left_out(forbidden: Sequence[str], names: Iterable[str], kind: str) -> None:
+    """Say which modules get no adapter; refuse them where they were asked for by name."""
+    if named := [name for name in names if name.rpartition(".")[2] in forbidden]:
+        raise ConfigError(
+            f"lora.target_modules: PEFT puts no adapter on {', '.join(named)!r} in a model of type "
+            f"{kind!r}; leave it out"
+        )
+    what = ",".join(forbidden)
+    log.warning("adapters.left_out modules=%s reason=%s", what, "PEFT forbids them here")
+
+
+def _forbidden(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the last parts of *names* that PEFT refuses to adapt in such a model."""
+    from peft.tuners.lora import LoraModel
+
+    one_each = {name.rpartition(".")[2]: name for name in names}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses experts, for which it was not asked
+            LoraModel(model, {OWN: peft_config(list(one_each.values()), model, r=1)}, OWN)
+    except ValueError as error:
+        return sorted(leaf for leaf in one_each if f"'{leaf}'" in str(error))
+    return []
 
 
 def _ends(name: str, pattern: str) -> bool:

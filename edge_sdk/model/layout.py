@@ -66,6 +66,24 @@ class Layout:
         every = range(1, self.num_blocks + 1)
         return tuple(k for k in every if not any(i < k <= j for i, j in self.shared))
 
+    def cut_below(self, split: int) -> int:
+        """Return the next smaller number of blocks that a device can hold; 0 where none is."""
+        return max((k for k in self.cuts if k < split), default=0)
+
+    def why_not(self, split: int) -> str:
+        """Say why no device can hold just the first *split* blocks."""
+        readers: dict[int, list[int]] = {}
+        for source, reader in self.shared:
+            if source < split <= reader:
+                readers.setdefault(source, []).append(reader)
+        told = [
+            f"block{_listed(own)} what block {source} has kept" for source, own in readers.items()
+        ]
+        near = [k for k in (self.cut_below(split), *self.cuts) if k and not k < split][:1]
+        below = self.cut_below(split)
+        where = f"{below} or less, or {near[0]} or more" if below else f"{near[0]} or more"
+        return f"{' and '.join(told)}; the split can be {where}"
+
     @property
     def width(self) -> int:
         """D, the numbers that travel for each token."""
@@ -95,6 +113,15 @@ class Layout:
             return hidden_BTD
         apart = hidden_BTD.reshape(*hidden_BTD.shape[:2], *self._sizes)
         return apart.permute([order.index(i) for i in range(len(order))])
+
+
+def _listed(blocks: list[int]) -> str:
+    """Return ` 4 reads`, or `s 4 to 6 read`."""
+    if len(blocks) == 1:
+        return f" {blocks[0]} reads"
+    is_run = blocks == list(range(blocks[0], blocks[-1] + 1)) and len(blocks) > 2
+    names = f"{blocks[0]} to {blocks[-1]}" if is_run else " and ".join(map(str, blocks))
+    return f"s {names} read"
 
 
 def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:

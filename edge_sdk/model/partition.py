@@ -61,6 +61,7 @@ class Slice:
         self.blocks: list[nn.Module] = list(self._list_owner._modules[self._list_name].children())  # type: ignore[union-attr]
         whole_config: Any = self.model.config
         self._config = whole_config.get_text_config()
+        self.pad_id: int = self._config.pad_token_id or 0
         for block in self.blocks:
             block.to("meta")
             if quantized:
@@ -189,7 +190,7 @@ class Slice:
 
         The others differ from it, so that a decoder's classification head looks at the last one.
         """
-        pad = self._config.pad_token_id or 0
+        pad = self.pad_id
         other = pad + 1 if pad + 1 < self._config.vocab_size else 0
         positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         is_real_BT = positions_T[None, :] < lengths_B[:, None].to(hidden_BTD.device)

@@ -50,7 +50,9 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
     text = model.config.get_text_config()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     blocks = [_total(sizes, names) for names in layout.blocks]
-    block = blocks.index(max(blocks))
+    # A block that reads what an earlier one has kept cannot run alone.
+    alone = set(range(layout.num_blocks)) - {reader for _, reader in layout.shared}
+    block = max(sorted(alone), key=blocks.__getitem__)
     for slice_ in slices:
         _add_zeros(slice_, block)
     linears = _linears(slices[0], block) + _experts(slices[0], block)
@@ -62,8 +64,9 @@ def model_shape(config: Any, task: Task, layout: Layout) -> ModelShape:
         head_dim=getattr(text, "head_dim", None) or 0,
         vocab_size=text.vocab_size,
         linears=linears,
-        block_params=blocks[block],
+        block_params=max(blocks),
         front_params=_total(sizes, layout.front),
+        late_params=_total(sizes, layout.late),
         tail_params=_total(sizes, layout.tail),
         tail_needs_front=layout.tail_needs_front,
         num_labels=0 if task == "causal-lm" else int(text.num_labels),

@@ -295,6 +295,7 @@ class _Pieces:
         hidden: torch.Tensor | None = None
         sent: list[tuple[torch.Tensor, torch.Tensor]] = []
         is_classifier = self.task != "causal-lm"
+        ids_BT = batch.ids_BT if self.layout.needs_ids else None
         slices = {who: self._slice(who, cut) for who, _, _ in route}
         for slice_ in slices.values():
             slice_.model.train(training)
@@ -305,9 +306,9 @@ class _Pieces:
                     output = slices[who].front(batch.ids_BT, batch.lengths_B, stop)
                 elif stop > last:
                     pooled_B = batch.pooled(self._pad_id) if is_classifier else None
-                    output = slices[who].logits(hidden, batch.lengths_B, first, pooled_B)
+                    output = slices[who].logits(hidden, batch.lengths_B, first, pooled_B, ids_BT)
                 else:
-                    output = slices[who].middle(hidden, batch.lengths_B, first, stop)
+                    output = slices[who].middle(hidden, batch.lengths_B, first, stop, ids_BT)
                 hidden = output.detach().requires_grad_(training)
                 sent.append((output, hidden))
             logits = _real(sent[-1][0], batch, self.task)
@@ -318,12 +319,12 @@ class _Pieces:
         return Found(logits.detach(), self._grads(slices.values()))
 
     def _grads(self, slices: Any) -> dict[str, torch.Tensor]:
-        return {
-            name: parameter.grad
-            for slice_ in slices
-            for name, parameter in slice_.model.named_parameters()
-            if parameter.grad is not None
-        }
+        found: dict[str, torch.Tensor] = {}
+        for slice_ in slices:
+            for name, parameter in slice_.model.named_parameters():
+                if parameter.grad is not None:  # blocks on both sides may have a weight in common
+                    found[name] = found[name] + parameter.grad if name in found else parameter.grad
+        return found
 
     def _slice(self, who: str, cut: int) -> Slice:
         """Return the slice of *who* where the device holds *cut* blocks."""
@@ -338,12 +339,14 @@ class _Pieces:
         held = {
             "device": ["front", *own[:cut]],
             "device with tail": ["front", *own[:cut], "tail"],
-            "middle": own[cut:],
-            "server": [*own[cut:], *(["front"] * layout.tail_needs_front), "tail"],
+            "middle": ["late", *own[cut:]],
+            "server": ["late", *own[cut:], *(["front"] * layout.tail_needs_front), "tail"],
         }[who]
         slice_ = Slice(self.config, self.task, layout, torch.float32)
+        front = self._parts["front"]
+        late = {name: front[name] for name in layout.late}
         for name in held:
-            slice_.add(name, self._parts[name])
+            slice_.add(name, late if name == "late" else self._parts[name])
         for index, name in enumerate(own):
             if name in held:
                 slice_.blocks[index].requires_grad_(True)

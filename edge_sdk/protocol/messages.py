@@ -139,6 +139,13 @@ class Ready:
         dtype="int32",
         is_required=False,
     ),
+    Tensor(
+        "ids",
+        "B T",
+        "Token ids, where `Welcome` asks for them.",
+        dtype="int32",
+        is_required=False,
+    ),
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
@@ -261,6 +268,9 @@ class Welcome:
     """Steps between two measurements; 0 for none."""
     label_names: tuple[str, ...] = ()
     """Classes of a classifier, in the order of their numbers."""
+    wants_ids: bool = False
+    """Whether token ids come with every activation, as later blocks of the model need them; only
+    with `labels: server`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

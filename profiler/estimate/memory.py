@@ -142,6 +142,8 @@ def _base_bytes(model: ModelShape, work: Work) -> int:
     params = model.block_params * num_blocks
     if work.has_front or (work.has_tail and model.tail_needs_front):
         params += model.front_params
+    else:
+        params += model.late_params
     params += model.tail_params if work.has_tail else 0
     if work.linear_bytes is None:
         return work.base_bytes * params

@@ -103,6 +103,8 @@ class ModelShape:
     """Size of an attention head; 0: hidden_size / num_heads."""
     head_params: int = 0
     """Parameters of the tail that a classifier trains in full."""
+    late_params: int = 0
+    """Parameters of the front that blocks after the first compute with."""
     kept: tuple[Kept, ...] = ()
     """What a block keeps, for each width that was observed."""
 

@@ -30,6 +30,7 @@ from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.keys import create_key_pair, load_key_pair
 from edge_sdk.transport.link import Link, LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
+from tests.families import MORE, more_config, more_model
 from tests.tiny import CLASSES, VOCAB, make_config, make_model, task_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'-\n"
@@ -45,7 +46,10 @@ def save_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model: Any = make_model(make_config(family, **changes), task_of(family), seed)
+    if family in MORE:
+        model: Any = more_model(family, more_config(family, **changes))
+    else:
+        model = make_model(make_config(family, **changes), task_of(family), seed)
     model.save_pretrained(folder)
     vocab = {token: number for number, token in enumerate((*SPECIAL, *LETTERS))}
     assert len(vocab) <= VOCAB

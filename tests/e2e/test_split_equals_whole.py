@@ -8,19 +8,22 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
 
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, find_targets
-from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.partition import Slice
+from edge_sdk.model.precision import Base
+from edge_sdk.model.quantized import pack, unpack
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
+from tests.families import MORE, more_config, more_model
 from tests.tiny import (
-    BLOCKS,
     EXPERTS,
     FAMILIES,
     make_config,
@@ -40,16 +43,43 @@ RELATIVE = 1e-6
 RELATIVE_EXPERTS = 5e-6
 
 
+# One of each kind: a composite config, stored buffers, position biases, inputs for each
+# block with shared keys, what is made of the ids, and a family in which PEFT forbids names.
+BESIDE = ("gemma3", "apertus", "mpnet", "deberta", "gemma4", "gemma3n", "zamba2", "mamba2")
+
+
+def config_of(family: str) -> tuple[Any, Task]:
+    """Config and task of a tiny model."""
+    if family in BESIDE:
+        return more_config(family), MORE[family][1]
+    return make_config(family), task_of(family)
+
+
+def model_of(halves: Halves) -> nn.Module:
+    """The unsplit model; every call makes a new one."""
+    make = more_model if halves.family in BESIDE else None
+    model = make(halves.family, halves.config) if make else make_model(halves.config, halves.task)
+    blocks = list(model.get_submodule(halves.layout.blocks_path).children())
+    for block in blocks[: halves.split if halves.base == "int8" else 0]:
+        for linear in (m for m in block.modules() if type(m) is nn.Linear):
+            weight = linear.weight.data
+            weight.copy_(unpack(*pack(weight, "int8"), weight.shape[1]))
+    return model
+
+
 class Halves:
     """A device and a coordinator's engine over the same tiny model, without a network."""
 
-    def __init__(self, family: str, *, tail: bool, split: int = SPLIT) -> None:
-        self.config, self.task = make_config(family), task_of(family)
+    def __init__(
+        self, family: str, *, tail: bool, split: int = SPLIT, base: Base = "float32"
+    ) -> None:
+        self.family, self.base = family, base
+        self.split, self.tail = split, tail
+        self.config, self.task = config_of(family)
         self.layout: Layout = find_layout(self.config, self.task)
-        self.model = make_model(self.config, self.task)
+        self.model = model_of(self)
         self.shapes = find_targets(self.config, self.task, self.layout, LORA)
         self.start = {n: _warm_pair(n, s) for n, s in self.shapes.items()}
-        self.split, self.tail = split, tail
         self.device = self._make_device()
         self.engine = self._make_engine()
 
@@ -69,19 +99,28 @@ class Halves:
         )
         parts = make_parts(self.model, self.layout, names)
         runtime = TorchRuntime(
-            self.config, self.task, self.layout, parts, plan, LORA, TRAINING, 10, device="cpu"
+            self.config,
+            self.task,
+            self.layout,
+            parts,
+            plan,
+            LORA,
+            TRAINING,
+            10,
+            device="cpu",
+            base=self.base,
         )
         runtime.state.adapters.load_pairs({n: self.start[n] for n in plan.ranks})
         return runtime
 
     def _make_engine(self) -> LocalEngine:
         slice_ = Slice(self.config, self.task, self.layout, torch.float32)
-        names = [f"block.{i}" for i in range(self.split, BLOCKS)]
+        names = ["late", *(f"block.{i}" for i in range(self.split, self.layout.num_blocks))]
         if not self.tail:
             names += ["tail", *(["front"] if self.layout.tail_needs_front else [])]
         for name, tensors in make_parts(self.model, self.layout, names).items():
             slice_.add(name, tensors)
-        ranks = self._ranks(self.split, BLOCKS)
+        ranks = self._ranks(self.split, self.layout.num_blocks)
         engine = LocalEngine(
             slice_, self.split, ranks, LORA, TRAINING, 10, trains_head=not self.tail
         )
@@ -95,7 +134,8 @@ class Halves:
         for index, micro in enumerate(micros):
             hidden = self.device.forward(micro, 0, index)
             labels = None if self.tail else micro.labels
-            job = Job("d", self.split, WEIGHT, targets, hidden, micro.lengths, labels)
+            ids = micro.input_ids if self.layout.needs_ids else None
+            job = Job("d", self.split, WEIGHT, targets, hidden, micro.lengths, labels, ids)
             if self.tail:
                 top = self.engine.forward([job], 0, index)["d"]
                 sums, grad = self.device.tail(top, micro, targets)
@@ -138,7 +178,7 @@ def whole_step(halves: Halves, micros: list[MicroBatch]) -> tuple[float, dict[st
         lora_alpha=LORA.lora_alpha,
         fan_in_fan_out=halves.config.model_type == "gpt2",
     )
-    model = make_model(halves.config, halves.task)
+    model = model_of(halves)
     model = peft.inject_adapter_in_model(config, model).train()
     parameters = dict(model.named_parameters())
     head = set(halves.device.state.head()) | set(halves.engine.trained.head())
@@ -181,7 +221,22 @@ def flat(a_RI: Any, b_OR: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("num_micro", [1, 3])
 def test_loss_and_gradients_equal_peft(family: str, labels: str, num_micro: int) -> None:
     """Cut in two (labels: server) or three (device), loss and all gradients are PEFT's own."""
-    halves = Halves(family, tail=labels == "device")
+    _assert_equal(Halves(family, tail=labels == "device"), num_micro)
+
+
+@pytest.mark.parametrize("family", BESIDE)
+def test_blocks_that_get_more_than_a_hidden_state_train_as_peft_does(family: str) -> None:
+    """What blocks get beside it is on both sides: loss and all gradients are PEFT's own."""
+    _assert_equal(Halves(family, tail=False, split=1), num_micro=2)
+
+
+@pytest.mark.parametrize("family", ["apertus", "gemma4", "mpnet"])
+def test_such_blocks_are_quantised_as_others_are(family: str) -> None:
+    """A device's int8 weights and stored numbers train as the weights do that they stand for."""
+    _assert_equal(Halves(family, tail=False, split=1, base="int8"), num_micro=1)
+
+
+def _assert_equal(halves: Halves, num_micro: int) -> None:
     micros = [make_micro(halves.task, seed, longest=7 + seed) for seed in range(num_micro)]
 
     loss = halves.step(micros)
@@ -197,5 +252,5 @@ def test_loss_and_gradients_equal_peft(family: str, labels: str, num_micro: int)
             both = flat(gradients[f"{stem}.A"], gradients[f"{stem}.B"])
             found = torch.as_tensor(both["AB".index(factor)])
         error = (found - expected).norm() / expected.norm()
-        limit = RELATIVE_EXPERTS if family in EXPERTS else RELATIVE
+        limit = RELATIVE_EXPERTS if halves.family in EXPERTS else RELATIVE
         assert error <= limit, f"{name}: {error}"

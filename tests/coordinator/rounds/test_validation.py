@@ -341,3 +341,30 @@ def test_an_upload_is_what_the_plan_says(changes: dict[str, Any], message: str) 
     wrong = {name: value for name, value in {**sent, **changes}.items() if value is not None}
     with pytest.raises(RemoteProtocolError, match=message):
         judge_upload(wrong)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        (None, "ids"),
+        (np.full((3, 4), 7, np.int32), "ids"),
+        (np.full((3, 5), VOCAB, np.int32), f"ids outside 0..{VOCAB - 1}"),
+        (np.full((3, 5), -1, np.int32), f"ids outside 0..{VOCAB - 1}"),
+    ],
+)
+def test_token_ids_are_there_where_blocks_need_them(ids: Any, reason: str) -> None:
+    """Ids that are missing, of another shape or of no token are refused, and others taken over."""
+    judge_ids = WaveInput(HIDDEN, VOCAB, 0, LONGEST, "server", wants_ids=True)
+    fitting = np.full((3, 5), VOCAB - 1, np.int32)
+
+    job = judge_ids.job(MEMBER, PLAN, MESSAGE, tensors(ids=fitting))
+
+    assert job.ids_BT is fitting
+    with pytest.raises(RemoteProtocolError, match=reason):
+        judge_ids.job(MEMBER, PLAN, MESSAGE, tensors(ids=ids))
+
+
+def test_token_ids_that_nobody_asked_for_are_refused() -> None:
+    """A device cannot hand in what the run has no use for."""
+    with pytest.raises(RemoteProtocolError, match="ids"):
+        judge(tensors(ids=np.ones((3, 5), np.int32)))

@@ -11,7 +11,8 @@ from torch import nn
 from edge_sdk.errors import ModelError
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
-from tests.families import BLOCKS, CLASSES, MORE, VOCAB, more_config, more_model
+from tests.families import BLOCKS, MORE, more_config, more_model
+from tests.tiny import CLASSES, VOCAB
 
 EVERYWHERE = tuple(range(1, BLOCKS + 1))
 # What reaches blocks after the first beside the hidden state: (some of) the front, the ids; and
