@@ -17,6 +17,8 @@ from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.run import export_run
+from coordinator.results.run_folder import CONFIG
+from edge_sdk.config.describe import dump_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ModelError
 from edge_sdk.runtime.training import TrainingConfig
@@ -32,22 +34,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def peft_loss(cluster: Cluster, adapter: Path) -> float:
-    """The loss of the base with an exported adapter, as anybody would compute it."""
-    source = ServerModel(cluster.config())
-    base = AutoModelForCausalLM.from_pretrained(cluster.model, dtype=torch.float32)
-    model: Any = peft.PeftModel.from_pretrained(base, adapter).eval()
+def peft_loss(model: ServerModel, adapter: Path) -> float:
+    """The loss of the base with an exported adapter, called as anybody would call it."""
+    base = AutoModelForCausalLM.from_pretrained(model.source.folder, dtype=torch.float32)
+    loaded: Any = peft.PeftModel.from_pretrained(base, adapter).eval()
     loss_sum, targets = 0.0, 0
-    for row in ROWS:
-        ids = [*source.tokenizer(row["text"])["input_ids"], source.tokenizer.eos_token_id]
-        ids_BT = torch.tensor([ids if ids[0] == 0 else [0, *ids]])
+    for micro in model.eval_batches:
+        ids_BT, lengths_B, labels_BT = (torch.from_numpy(x).long() for x in micro[:3])
+        mask_BT = (torch.arange(ids_BT.shape[1])[None] < lengths_B[:, None]).long()
         with torch.no_grad():
-            logits = model(input_ids=ids_BT).logits
-        loss_sum += float(F.cross_entropy(logits[0, :-1], ids_BT[0, 1:], reduction="sum"))
-        targets += ids_BT.shape[1] - 1
+            logits_BTV = loaded(input_ids=ids_BT, attention_mask=mask_BT).logits
+        flat = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+        loss_sum += float(F.cross_entropy(*flat, reduction="sum"))
+        targets += micro.num_targets
     return loss_sum / targets
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_run_is_what_peft_computes(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     """Cut devices, whole ones and the coordinator agree, and PEFT reads the result back."""
     cluster.model = folder
@@ -67,8 +70,9 @@ def test_a_run_is_what_peft_computes(cluster: Cluster, folder: Path, tmp_path: P
     wait_all(clients)
 
     first, last = (serving.rows[i]["eval"]["loss"] for i in (0, -1))
+    serving.folder.write_text(CONFIG, dump_config(config))
     export_run(serving.folder, tmp_path / "adapter")
-    found = peft_loss(cluster, tmp_path / "adapter")
+    found = peft_loss(serving.model, tmp_path / "adapter")
 
     assert last != first
     assert found == pytest.approx(last, rel=1e-5)
