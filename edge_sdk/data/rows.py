@@ -62,8 +62,9 @@ class DataConfig:
     """What happens to a row that cannot be used (not JSON, an empty completion, an unknown class):
     refuse the data set, or skip the row. How many were left out and where the first ones are is
     said at the start."""
-    validation: str | None = None
-    """File or data set id of a private validation shard; same columns as the training data."""
+    validation: str | tuple[str, ...] | None = None
+    """Files or data set id of a private validation shard, as in `path`; same columns as the
+    training data."""
     validation_split: str = "validation"
     """Split of `validation` where that is a Hugging Face data set."""
     validation_fraction: float = 0.0
@@ -85,8 +86,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         object.__setattr__(self, "labels", tuple(self.labels))
-        if isinstance(self.path, list):
-            object.__setattr__(self, "path", tuple(self.path))
+        for key in ("path", "validation"):
+            if isinstance(value := getattr(self, key), list):
+                object.__setattr__(self, key, tuple(value))
         check_columns(self.columns)
         if self.too_long == "error":
             object.__setattr__(self, "too_long", "refuse")

@@ -35,7 +35,7 @@ class Columns(NamedTuple):
 OURS: dict[str, Columns] = {
     "text": Columns(("text",)),
     "completion": Columns(("prompt", "completion"), ("tools",)),
-    "chat": Columns(("messages",), ("tools",)),
+    "chat": Columns(("messages",), ("tools", "functions")),
     "label": Columns(("text", "label")),
 }
 THEIRS: dict[str, Columns] = {
@@ -197,7 +197,8 @@ def _chat(turns: tuple[Turn, ...], values: Mapping[str, Any], where: str, first:
     targets = targets_of(turns, first)
     if not targets:
         raise DataError(f"{where}: messages hold no turn of the assistant, nothing to learn")
-    tools = read_tools(values["tools"], where) if "tools" in values else ()
+    # `functions` is what OpenAI called them before.
+    tools = read_tools(values.get("tools") or values.get("functions") or [], where)
     return {"schema": "chat", "messages": turns, "targets": targets, "tools": tools}
 
 

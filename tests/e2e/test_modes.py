@@ -208,7 +208,10 @@ def test_data_of_every_kind(cluster: Cluster) -> None:
         }
         for row in texts
     ]
-    serving = cluster.serve(cluster.config(rounds=3, min_devices=3)).start()
+    dev = write_rows(cluster.folder / "dev.jsonl", [{}, {"text": "x" * 70}, *texts[:3]])
+    data = DataConfig(path=str(dev), bad_rows="skip", too_long="drop")
+    evaluation = EvaluationConfig(data=data)
+    serving = cluster.serve(cluster.config(rounds=3, min_devices=3, evaluation=evaluation)).start()
     endless = [{"prompt": "x" * 70, "completion": "y"}]
     path = write_rows(cluster.folder / "b.jsonl", [{"prompt": "x"}, *pairs, *endless])
     for_b = DataConfig(path=str(path), bad_rows="skip", too_long="cut")
