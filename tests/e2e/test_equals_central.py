@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from edge_sdk.lora.adapters import initial_pair
 from edge_sdk.lora.targets import find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.runtime.training import TrainingConfig
-from tests.e2e.cluster import Cluster, sentences, wait_all
+from tests.e2e.cluster import Cluster, save_model, sentences, wait_all
 from tests.tiny import VOCAB, make_config, make_model
 
 SPLITS = {"a": (1, 2), "b": (2, 5), "c": (4, 3)}
@@ -80,6 +81,14 @@ class Central:
         return self.factors[name].detach().numpy()
 
 
+@pytest.fixture
+def experts(tmp_path: Path, parts: Path) -> Iterator[Cluster]:
+    """The same around a mixture of experts."""
+    made = Cluster(tmp_path, save_model("mixtral", tmp_path / "model"), parts)
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("labels", ["server", "device"])
 def test_three_cuts_are_one_machine(cluster: Cluster, labels: str) -> None:
     """Devices at 1, 2 and 4 of 5 blocks, I = 1, SGD, fedavg: 20 steps equal centralised LoRA."""
@@ -116,8 +125,10 @@ def test_three_cuts_are_one_machine(cluster: Cluster, labels: str) -> None:
     assert min(moved.values()) > 1e-2
 
 
-def test_exact_adds_everybodys_progress(cluster: Cluster) -> None:
+@pytest.mark.parametrize("kind", ["cluster", "experts"])
+def test_exact_adds_everybodys_progress(kind: str, request: pytest.FixtureRequest) -> None:
     """With mixed ranks and cuts, one round's dW is the dense mean of all progress by samples."""
+    cluster: Cluster = request.getfixturevalue(kind)
     devices = {
         "a": DeviceSettings(split=1, batch_size=2, r=2),
         "b": DeviceSettings(split=2, batch_size=5, r=4),
@@ -156,7 +167,7 @@ def test_exact_adds_everybodys_progress(cluster: Cluster) -> None:
             if not size:
                 continue
             after, before = kept["after"][name][weight], kept["before"][name][weight]
-            scale = config.lora.scale(name, after.a_RI.shape[0])
+            scale = config.lora.scale(name, after.a_RI.shape[-2])
             change = after.b_OR @ after.a_RI - before.b_OR @ before.a_RI
             expected += size / sum(sizes.values()) * scale * change.astype(np.float64)
         moved = max(moved, np.abs(expected).max())

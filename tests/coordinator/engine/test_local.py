@@ -22,7 +22,7 @@ LORA = LoraConfig(r=4, lora_alpha=8)
 SGD = TrainingConfig(
     optimizer="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0
 )
-FAMILIES = ["llama", "gpt2", "bert"]
+FAMILIES = ["llama", "gpt2", "bert", "mixtral"]
 RELATIVE = 1e-6
 HIDDEN = 32
 

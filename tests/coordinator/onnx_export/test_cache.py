@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.onnx_export.cache import GraphCache, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_experts, check_lora
 from edge_sdk.errors import RefusedError
-from edge_sdk.lora.targets import LoraConfig, ModelFacts, find_targets
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape, find_targets
 from edge_sdk.model.weights import ModelSource, PartCache
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import read_graphs
@@ -81,6 +81,17 @@ def test_a_shop_that_closes_leaves_nothing_behind(source: ModelSource, tmp_path:
 
     assert build.process.poll() is not None
     assert not build.path.parent.exists()
+
+
+def test_adapted_experts_are_refused_with_a_cure(source: ModelSource) -> None:
+    """Only where a device would hold them; the setting and both ways out are named."""
+    path = source.layout.blocks_path
+    targets = {f"{path}.1.q_proj": Shape(4, 4), f"{path}.2.experts.down_proj": Shape(3, 4, 4)}
+    facts = ModelFacts(source.layout, targets)
+
+    check_experts(facts, 2)
+    with pytest.raises(RefusedError, match=r"2.experts.down_proj.* set lora.experts to false, or"):
+        check_experts(facts, 3)
 
 
 def test_dropout_is_refused_with_a_cure() -> None:

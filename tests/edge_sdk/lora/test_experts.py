@@ -16,11 +16,15 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.lora.adapters import Adapters, Pair, initial_pair
 from edge_sdk.lora.factors import Factors, compress, norm, stack
 from edge_sdk.lora.importance import Form, ImportanceMeter
-from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
+from edge_sdk.lora.targets import LoraConfig, Shape, coverage, find_targets
 from edge_sdk.model.experts import Matrix, expert_weights, find_stack, take_place
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.quantized import Quantized
+from edge_sdk.model.shape import model_shape
+from profiler.estimate.flops import estimate_flops
+from profiler.estimate.memory import estimate_memory
+from profiler.estimate.sizes import Work
 from tests.tiny import EXPERTS, make_config, make_micro, make_model, make_parts, task_of
 
 CHANGES = {"num_hidden_layers": 2}
@@ -316,3 +320,55 @@ def test_the_place_is_taken_once() -> None:
     name = known("mixtral").stacks[0]
 
     assert take_place(slice_.model, name) is take_place(slice_.model, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "adapters on 12 of 14 block weights (99%); blocks without any: none"),
+        ({"experts": False}, "adapters on 8 of 14 block weights (14%); blocks without any: none"),
+        (
+            {"target_modules": ("model.layers.1.mlp.experts.down_proj",)},
+            "adapters on 1 of 14 block weights (14%); blocks without any: 0",
+        ),
+    ],
+)
+def test_a_line_says_how_much_has_adapters(settings: Any, text: str) -> None:
+    """Matrices and their numbers: projections, experts as one matrix each, and routers."""
+    k = known("mixtral")
+    targets = find_targets(k.config, k.task, k.layout, LoraConfig(**settings))
+
+    found = coverage(k.config, k.task, k.layout, targets)
+
+    assert found.text == text
+    sizes = {n: p.numel() for n, p in k.model.named_parameters() if n.startswith("model.layers.")}
+    total = sum(size for name, size in sizes.items() if "norm" not in name)
+    own = sum(shape.num_weights for shape in targets.values())
+    assert found.share == pytest.approx(own / total)
+
+
+def test_estimates_count_experts() -> None:
+    """All experts lie in memory with factors of their own; a token is computed by two of them."""
+    k = known("mixtral")
+    shape = model_shape(k.config, k.task, k.layout)
+    stacks = {li.name: li for li in shape.linears if li.num_experts > 1}
+
+    assert {f"model.layers.0.{name}" for name in stacks} == set(k.stacks[:2])
+    down = stacks["mlp.experts.down_proj"]
+    assert (down.num_experts, down.num_active) == (4, 2)
+    assert down.num_weights == 4 * 32 * 48
+    ranks = {f"model.layers.0.{name}": 3 for name in stacks}
+    settings: dict[str, Any] = {"has_front": True, "has_tail": False, "micro_batch": 2, "length": 5}
+    work = Work(first=0, stop=1, ranks=ranks, linear_bytes=1.0, **settings)
+    bare = Work(first=0, stop=1, ranks={}, linear_bytes=1.0, **settings)
+    with_adapters, without = estimate_memory(shape, work), estimate_memory(shape, bare)
+    factors = sum(3 * 4 * (li.num_outputs + li.num_inputs) for li in stacks.values())
+    assert with_adapters.adapters == 4 * factors
+    norms = 4 * 2 * 32
+    packed = sum(li.num_weights for li in shape.linears)
+    assert without.base == norms + packed + 4 * shape.front_params
+    forward = estimate_flops(shape, work).forward - estimate_flops(shape, bare).forward
+    tokens = 10
+    assert forward == sum(
+        2 * tokens * 2 * 3 * (li.num_outputs + li.num_inputs) for li in stacks.values()
+    )
