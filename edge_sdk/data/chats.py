@@ -92,6 +92,9 @@ class _Writer:
                 done = ""
             samples[-1] += [Segment.context(before[len(done) :]), answer]
             done, checked = before + answer.text, index + 1
+            written = self._render(index + 1)
+            if self._template.marks and written.text == done:
+                samples[-1] = _marked(samples[-1], written)
         self._check_tools(targets[0] + 1)
         return samples, is_shortened
 
@@ -245,6 +248,17 @@ def _content(turn: Turn) -> str:
 def _letters(text: str) -> str:
     """Return *text* without blanks: templates trim and fold them as they like."""
     return "".join(text.split())
+
+
+def _marked(sample: list[Segment], written: Rendered) -> list[Segment]:
+    """Return *sample*, questions and answers in turn, with the marks of its text as a whole."""
+    found, end = [], 0
+    for number, segment in enumerate(sample):
+        start, end = end, end + len(segment.text)
+        spans = [(max(a, start) - start, min(b, end) - start) for a, b in written.generated]
+        is_answer = number % 2 == 1
+        found.append(Segment(segment.text, tuple(s for s in spans if is_answer and s[0] < s[1])))
+    return found
 
 
 def _is_shortened(turn: Turn, before: str, answer: str) -> bool:

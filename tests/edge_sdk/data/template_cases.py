@@ -199,12 +199,22 @@ def rows() -> Iterator[tuple[str, str, str]]:
             yield template, name, found.pop()
 
 
+def table() -> str:
+    """Return the rows as a table of Markdown: a line for each template, a column for each chat."""
+    lines = [["template", "what it does", *CHATS], ["---"] * (len(CHATS) + 2)]
+    fates = {(template, chat): fate for template, chat, fate in rows()}
+    for template in NAMES:
+        text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+        does = text.partition("{#")[2].partition("#}")[0].strip().replace("|", "/")
+        lines.append([f"`{template}`", does, *(fates[template, chat] for chat in CHATS)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _fate(record: dict[str, Any], tokenizer: Any) -> str:
     try:
         examples = examples_of(record, tokenizer)
     except DataError as error:
-        return f"refused: {str(error).partition(': ')[2]}"
+        reason = str(error).partition(": the chat template ")[2].partition(";")[0]
+        return f"refused: {reason}"
     answers = sum(len(target_texts(example, tokenizer)) for example in examples)
-    counted = [f"{len(examples)} example" + "s" * (len(examples) != 1)]
-    counted += [f"{answers} answer" + "s" * (answers != 1)]
-    return ", ".join(counted)
+    return f"{answers} in {len(examples)}"

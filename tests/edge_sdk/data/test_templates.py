@@ -131,10 +131,15 @@ def test_templates_are_rendered_as_by_transformers(template: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("marks", ["all answers", "the last one"])
 @pytest.mark.parametrize("name", ["one answer", "two answers", "system", "thoughts"])
-def test_marks_of_generation_are_those_of_transformers(kind: str, name: str) -> None:
+def test_marks_of_generation_are_those_of_transformers(kind: str, marks: str, name: str) -> None:
     """With `{% generation %}` the tokens that carry loss are those of transformers' own mask."""
     tokenizer, _ = with_template(kind, "marked")
+    if marks == "the last one":
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "message.role == 'assistant' %}", "message.role == 'assistant' and loop.last %}"
+        )
     encoded = tokenizer.apply_chat_template(
         CHATS[name]["messages"], return_dict=True, return_assistant_tokens_mask=True
     )
