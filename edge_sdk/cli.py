@@ -69,7 +69,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "lengths, and the rows that a run would refuse, skip, drop or cut. Nothing leaves this "
         "device. Exit code 7: a run would refuse this data.",
     )
-    preview.add_argument("--config", type=Path, help="the device's YAML file")
+    preview.add_argument("--config", type=Path, metavar="FILE", help="the device's YAML file")
     preview.add_argument(
         "--data",
         action="append",
@@ -81,8 +81,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="folder with the tokenizer, or a Hugging Face id; default: `model` of the config, "
         "else what the last run has left on this device",
     )
-    preview.add_argument("--rows", type=_count, default=10_000, help="default: %(default)s")
-    preview.add_argument("--examples", type=_count, default=3, help="default: %(default)s")
+    preview.add_argument(
+        "--rows", type=_count, default=10_000, metavar="N", help="default: %(default)s"
+    )
+    preview.add_argument(
+        "--examples", type=_count, default=3, metavar="N", help="default: %(default)s"
+    )
     preview.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     preview.set_defaults(run=_preview)
 
@@ -178,8 +182,10 @@ def _preview(options: argparse.Namespace) -> int:
     from edge_sdk.preview.survey import find_model, survey
 
     overrides = list(options.overrides)
-    if options.data:
-        overrides.append(f"data.path={json.dumps(options.data)}")
+    if options.data:  # a shell may have made several files of a pattern
+        files = [word for word in overrides if "=" not in word]
+        overrides = [word for word in overrides if "=" in word]
+        overrides.append(f"data.path={json.dumps([*options.data, *files])}")
     # Without a config nobody is asked for, so it does not matter where the coordinator is.
     nobody = [] if options.config else ["coordinator=tcp://localhost:0", "server_key=none"]
     config = load_config(ClientConfig, options.config, [*nobody, *overrides], env_prefix=ENV_PREFIX)

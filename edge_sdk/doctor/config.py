@@ -102,7 +102,8 @@ def check_data(config: DataConfig) -> Finding:
         tally = Tally(config.bad_rows)
         rows, held_out = load_data(None, replace(config, limit=limit), 0, tally)
     except EdgeError as error:
-        return failure("data", one_line(error), "correct the file, or data.path=FILE")
+        cure = "`edge-sdk data preview` shows such rows; or data.path=FILE"
+        return failure("data", one_line(error), cure)
     except ModuleNotFoundError as error:
         return failure("data", one_line(error), "pip install 'edgesplit[data]'")
     extent = f"the first {limit} rows are" if len(rows) + len(held_out) >= limit else "all rows are"

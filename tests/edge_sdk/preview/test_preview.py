@@ -169,6 +169,18 @@ def test_a_config_says_what_to_look_at(capsys: pytest.CaptureFixture[str], tmp_p
     assert (code, "Alpaca (4)" in out, str(left) in out) == (0, True, True)
 
 
+def test_files_that_a_shell_has_found_are_data(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--data *.csv` names several files, among them no setting."""
+    monkeypatch.chdir(CASES)
+
+    _, out, _ = preview(capsys, "--data", "pairs.csv", "pairs.tsv", "data.limit=5")
+
+    assert "data       pairs.csv, pairs.tsv\n" in out
+    assert "5 read" in out
+
+
 def test_the_validation_shard_is_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
     """A run reads it, and so would stop at its rows; it is counted and not shown."""
     dev = CASES / "bad_rows.csv"
