@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Largest difference of a logit between the coordinator's model and the export read back.
 TOLERANCE = 1e-5
 # Most bytes of a model in float32 that is run as a whole to check it once it is merged.
-CHECK_BYTES = 4 << 30
+CHECK_BYTES = 1 << 30
 
 
 class ExportError(EdgeError):

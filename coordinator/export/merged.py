@@ -32,8 +32,8 @@ from edge_sdk.model.weights import FILE_NAMES, ModelSource
 
 log = logging.getLogger(__name__)
 
-# Most bytes of a file of weights; so many lie in memory, and as many again while one is written.
-SHARD_BYTES = 2 << 30
+# Most bytes of a file of weights, which lie in memory until it is full.
+SHARD_BYTES = 1 << 30
 INDEX = "model.safetensors.index.json"
 MODELFILE = """\
 # For `ollama create NAME -f Modelfile`, in this folder.
