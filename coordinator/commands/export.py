@@ -32,6 +32,8 @@ def _export(options: argparse.Namespace) -> int:
     from coordinator.lab.centralised.run import export_pooled
 
     wanted = _wanted(options)
+    if options.to.exists() and not options.to.is_dir():
+        raise ConfigError(f"--to: {options.to} is a file; name a folder")
     if options.to.exists() and any(options.to.iterdir()):
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")
     check_options(wanted)

@@ -46,8 +46,9 @@ def push(folder: Path, repo: str, *, public: bool) -> str:
             repo_id=url.repo_id, folder_path=folder, commit_message="Trained with EdgeSplit"
         )
     except Exception as error:  # noqa: BLE001 - the hub client raises a wide family of errors
-        cause = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
+        # The client wraps some errors in one that says less.
+        told = dict.fromkeys(one_line(e) for e in (error, error.__cause__) if e is not None)
         raise TransportError(
-            f"{folder} is written, but not pushed to {repo!r}: {one_line(error)}{cause}"
+            f"{folder} is written, but not pushed to {repo!r}: {'; '.join(told)}"
         ) from error
     return str(url)
