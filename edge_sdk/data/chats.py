@@ -123,6 +123,10 @@ class _Writer:
         opening, body = before[len(plain) :], written.text[len(plain) :]
         shared = _shared(opening, body)
         supplied, rest = opening[shared:], body[shared:]
+        if supplied.strip() and rest.lstrip().startswith(supplied.lstrip()):
+            # Both have it, after other blanks.
+            blanks = len(rest) - len(rest.lstrip())
+            return self._from(written, len(plain) + shared + blanks + len(supplied.lstrip()))
         tag = _unbalanced(supplied)
         if tag is None:
             return self._from(written, len(plain) + shared)

@@ -236,6 +236,19 @@ def test_thoughts_are_left_out_where_the_generation_prompt_closes_them(
     assert "data.shortened rows=1 first=row:1: the chat template leaves out" in caplog.text
 
 
+def test_blanks_do_not_hide_what_the_generation_prompt_supplies() -> None:
+    """A block of thoughts that both write, after other blanks, is supplied all the same."""
+    tokenizer, _ = with_template("byte-level", "supplied")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content",
+        "('\n<think>\n\n</think>\n\n' if message.role == 'assistant' else '') + message.content",
+    )
+
+    (example,) = examples_of(CHATS["one answer"], tokenizer)
+
+    assert target_texts(example, tokenizer) == ["It leaves at noon.<|im_end|>\n"]
+
+
 def test_a_variable_that_the_template_does_not_know_is_refused() -> None:
     """A slip in a name would train another text than the one that is served."""
     tokenizer, _ = with_template("byte-level", "qwen3")
