@@ -41,10 +41,11 @@ def test_peft_loads_the_adapter(trained: Result, tmp_path: Path) -> None:
     assert difference <= TOLERANCE
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     kept = {n: f for n, f in trained.learned.items() if f.rank}
-    ranks = {n: f.rank for n, f in kept.items() if f.a_RI.ndim == 2}
-    stacked = sorted(n for n in kept if n not in ranks)
-    assert config["target_parameters"] == (stacked or None)
-    assert not stacked or config["r"] == max(kept[n].rank for n in stacked)
+    parameters = {n.removesuffix(".weight") for n in config["target_parameters"] or ()}
+    assert parameters >= {n for n, f in kept.items() if f.a_RI.ndim == 3}
+    assert {*config["target_modules"], *parameters} == kept.keys()
+    assert not parameters or config["r"] == max(kept[n].rank for n in parameters)
+    ranks = {n: f.rank for n, f in kept.items() if n not in parameters}
     assert config["rank_pattern"] == ranks
     assert config["alpha_pattern"] == ranks
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
