@@ -82,7 +82,8 @@ class ServeConfig:
     """Classes of a classifier, in the order of their numbers."""
     labels: Literal["server", "device"] = "device"
     """Who sees the labels. In causal-LM training they are the text itself: `server` hands the
-    private text to the coordinator; `device` keeps final norm and head on the device."""
+    private text to the coordinator; `device` keeps final norm and head on the device. A model whose
+    later blocks need the token ids can be cut only with `server`: they then travel too."""
     listen: str = "tcp://*:7070"
     """Address that devices dial, as ZeroMQ writes it; `*` is every interface, port `*` any."""
     secret_key: Path = Path("coordinator.key")

@@ -1,8 +1,8 @@
 """Find out which of a model's tensors belong before, in and after its blocks.
 
 Knows no model family: the block list is the `ModuleList` of length `config.num_hidden_layers`, and
-what runs before and after it is observed once, without weights (docs/method.md, Partition). Knows
-no files and no network.
+what runs before and after it, and what else reaches later blocks, is observed once, without weights
+(docs/method.md, Partition). Knows no files and no network.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class _Run:
         )
         late = set().union(*seen.needs[1:])
         before = self._by_ids(late)
-        if late or any(t.dtype == torch.int64 for call in before for t in call.given):
+        if late or any(_may_be_ids(t) for call in before for t in call.given):
             self._forget()
             self._call(other)
             after = self._by_ids(late)
@@ -295,6 +295,14 @@ class _Run:
             if (call.name.startswith(f"{self._path}.") and call.name != first)
             or late.intersection(call.weights)
         ]
+
+
+def _may_be_ids(tensor: torch.Tensor) -> bool:
+    """Return whether integers are no positions; most blocks are handed these."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        return False
+    positions = torch.arange(POSITIONS)
+    return tensor.shape[-1:] != positions.shape or bool((tensor != positions).any())
 
 
 def _same(before: Sequence[_Call], after: Sequence[_Call]) -> bool:

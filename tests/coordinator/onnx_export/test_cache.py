@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coordinator.onnx_export.cache import GraphCache, check_experts, check_lora
+from coordinator.onnx_export.cache import GraphCache, check_experts, check_layout, check_lora
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape, find_targets
 from edge_sdk.model.weights import ModelSource, PartCache
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import read_graphs
 from tests.e2e.cluster import save_model
+from tests.tiny import layout_of
 
 PLAN = Plan(split=1, ranks={}, alphas={}, batch_size=1, micro_batch=1)
 PATIENCE_S = 120.0
@@ -99,3 +102,20 @@ def test_dropout_is_refused_with_a_cure() -> None:
     check_lora(LoraConfig())
     with pytest.raises(RefusedError, match=r"lora_dropout: 0.2 .* set it to 0, or install torch"):
         check_lora(LoraConfig(lora_dropout=0.2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"late": ("front",)}, "a tensor of the embeddings' side"),
+        ({"needs_ids": True}, "the token ids"),
+        ({"shared": ((0, 1),)}, "what an earlier block has kept"),
+    ],
+)
+def test_graphs_that_would_lack_an_input_are_not_made(changes: Any, reason: str) -> None:
+    """A device without torch is told in one line what its blocks would need."""
+    layout = layout_of("llama")
+    check_layout(layout)
+
+    with pytest.raises(RefusedError, match=reason):
+        check_layout(replace(layout, **changes))
