@@ -49,7 +49,7 @@ def make_config(*, large: bool) -> Any:
     )
 
 
-def prepare(folder: Path, *, large: bool) -> None:
+def prepare(folder: Path, config: Any, split: int) -> None:
     """Write parts with random weights, the config, and the graphs; returns nothing but files."""
     import torch
     from safetensors.torch import save_file
@@ -59,8 +59,6 @@ def prepare(folder: Path, *, large: bool) -> None:
     from edge_sdk.lora.targets import LoraConfig, find_targets
     from edge_sdk.model.layout import build_empty, find_layout
 
-    config = make_config(large=large)
-    split = LARGE_SPLIT if large else SPLIT
     config.save_pretrained(folder)
     layout = find_layout(config, "causal-lm")
     shapes = {
@@ -114,13 +112,18 @@ def make_runtime(backend: str, folder: Path, facts: dict[str, Any]) -> Any:
     ranks = dict.fromkeys(facts["targets"], RANK)
     plan = Plan(split=split, ranks=ranks, alphas={}, batch_size=ROWS, micro_batch=ROWS)
     settings = (plan, LoraConfig(r=RANK), TrainingConfig(learning_rate=1e-3), 1000)
-    if backend == "onnxruntime":
+    if backend.startswith("onnxruntime"):
         from edge_sdk.model.safetensors_files import map_part
         from edge_sdk.runtime.onnx_graphs import read_graphs
         from edge_sdk.runtime.onnx_runtime import OnnxRuntime
 
         parts = {name: map_part(path) for name, path in paths.items()}
-        return OnnxRuntime(read_graphs(folder / "graphs"), parts, *settings, threads=1)
+        graphs = read_graphs(folder / "graphs")
+        if backend == "onnxruntime-training":
+            from edge_sdk.runtime.onnx_gradients import with_own_gradients
+
+            graphs = with_own_gradients(graphs)
+        return OnnxRuntime(graphs, parts, *settings, threads=1)
     import torch
 
     from edge_sdk.model.layout import find_layout
@@ -223,7 +226,7 @@ def compare(options: argparse.Namespace) -> str:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, large=False)
+        prepare(folder, make_config(large=False), SPLIT)
         facts = json.loads((folder / "facts.json").read_text())
         for _ in range(options.repeats):
             for name in BACKENDS:
@@ -281,7 +284,7 @@ def large(options: argparse.Namespace) -> str:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, large=True)
+        prepare(folder, make_config(large=True), LARGE_SPLIT)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         names = ("torch, graph kept", "onnxruntime")
         runs = [role(name, folder, steps=4, rows=1, length=32) for name in names]
