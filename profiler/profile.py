@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass, fields
 
 MOST_BYTES = 2.0**50
-RECOMPUTE = ("none", "slice", "block")
+RECOMPUTE = ("none", "slice", "block", "own-block")
 """What a device computes again in the backward pass: nothing; all of its blocks at once; one block
-after the other, so that never more than one block's activations are there."""
+after the other, so that never more than one block's activations are there; the same with gradient
+graphs of the device's own making, which keep more of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -301,6 +301,7 @@ ONNXRUNTIME_TRAINING = replace(
     install="pip install 'edgesplit[onnx-training]', which excludes onnxruntime: uninstall that "
     "first",
     make=_make_onnxruntime_training,
+    memory_model=lambda _: DeviceProfile(recompute="own-block"),
 )
 BACKENDS = {backend.name: backend for backend in (TORCH, ONNXRUNTIME, ONNXRUNTIME_TRAINING)}
 """Every backend by its name; `auto` takes torch, else onnxruntime."""

@@ -31,8 +31,9 @@ LOGITS_BYTES = 12
 # 18 MiB over the import floor on Linux x86-64, before any large tensor (benchmarks/memory.py).
 RUNTIME_BYTES = 16 * 2**20
 # What onnxruntime's arena holds after both passes of a block, as a multiple of what torch keeps of
-# it, and for every logit of a tail: 2.2 to 4 and 5.4 floats where measured (benchmarks/memory.py).
-ARENA_FACTOR, ARENA_LOGIT_BYTES = 2.7, 22
+# it, by how it computes the block again, and for every logit of a tail: 2.2 to 4 and 5.4 floats
+# where measured (benchmarks/memory.py, own_gradients.py).
+ARENA_FACTORS, ARENA_LOGIT_BYTES = {"block": 2.7, "own-block": 3.4}, 22
 # glibc never takes anything larger from its heap, where fragments are left.
 MAX_HEAP_BYTES = 32 * 2**20
 
@@ -240,7 +241,7 @@ def _workspace(model: ModelShape, work: Work, again: int) -> int:
         work: What is done.
         again: Activations that are there during the backward pass only.
     """
-    if work.recompute == "block":
+    if work.recompute in ARENA_FACTORS:
         return RUNTIME_BYTES + _arena(model, work)
     head = _head_workspace(model, work) if work.has_tail else 0
     fragments = round(work.fragmentation * _freed(model, work))
@@ -251,7 +252,7 @@ def _arena(model: ModelShape, work: Work) -> int:
     """Return what onnxruntime takes for the largest block and the tail, and never gives back."""
     reached = range(lowest_block(model, work), work.stop)
     own = [_kept_adapters(adapted_linears(model, work, block), work) for block in reached]
-    factor = ARENA_FACTOR if own else 1.0  # forward only
+    factor = ARENA_FACTORS[work.recompute] if own else 1.0  # forward only
     found = factor * (_kept_frozen(model, work) + max(own, default=0))
     if work.has_tail:
         outputs, rows = model.num_labels or model.vocab_size, min(work.tokens, TAIL_TARGETS)

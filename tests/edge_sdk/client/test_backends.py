@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.client.backends import choose_backend
+from edge_sdk.client.backends import BACKENDS, choose_backend
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.errors import ConfigError
 
@@ -58,6 +58,13 @@ def test_gradients_of_its_own_need_the_training_build(
     cure = r"pip install 'edgesplit\[onnx-training\]', which excludes onnxruntime"
     with pytest.raises(ConfigError, match=f"needs {needs}, not installed; {cure}"):
         choose_backend(config(backend="onnxruntime-training"))
+
+
+def test_memory_is_planned_by_the_form_of_the_gradients() -> None:
+    """Those that a device makes itself keep more of a block, and the planner is told."""
+    told = [BACKENDS[name].memory_model(config()).recompute for name in list(BACKENDS)[1:]]
+
+    assert told == ["block", "own-block"]
 
 
 @pytest.mark.parametrize(

@@ -48,4 +48,5 @@ def test_an_unknown_way_to_compute_is_refused() -> None:
     """A device of another version may say what nobody here can plan."""
     profile = replace(BY_HAND, recompute="sometimes")
 
-    assert problems(profile) == ["recompute is 'sometimes', not one of none, slice, block"]
+    known = "none, slice, block, own-block"
+    assert problems(profile) == [f"recompute is 'sometimes', not one of {known}"]

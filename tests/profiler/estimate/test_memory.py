@@ -60,7 +60,7 @@ WORKS = st.builds(
     optimizer=st.sampled_from(["adamw", "sgd"]),
     trains_head=st.booleans(),
     in_flight=st.integers(1, 4),
-    recompute=st.sampled_from(["none", "slice", "block"]),
+    recompute=st.sampled_from(["none", "slice", "block", "own-block"]),
     residual_rank=st.integers(0, 4),
     has_lora_dropout=st.booleans(),
     fragmentation=st.sampled_from([0.0, 0.5]),
@@ -137,6 +137,16 @@ def test_wider_numbers_take_more_memory(model: ModelShape, work: Work) -> None:
 
     assert estimate_memory(model, wide).base == 2 * estimate_memory(model, narrow).base
     assert estimate_memory(model, wide).adapters == estimate_memory(model, narrow).adapters
+
+
+def test_gradients_of_its_own_making_take_more_memory() -> None:
+    """What onnxruntime keeps of a block grows with the form, and nothing else does."""
+    sent, own = (
+        estimate_memory(MODEL, replace(WORK, recompute=how)) for how in ("block", "own-block")
+    )
+
+    assert own.workspace > sent.workspace
+    assert replace(own, workspace=sent.workspace) == sent
 
 
 def test_a_device_by_hand() -> None:
