@@ -162,6 +162,14 @@ class ServerModel:
                 "they do not belong together"
             )
         check_tokenizer(self.tokenizer, rows)
+        pad_id, own = self.text_config.pad_token_id, self.tokenizer.pad_token_id
+        if self._config.task == "sequence-classification" and own not in (None, pad_id):
+            log.warning(
+                "model.padding model=%s tokenizer=%s effect=a decoder pools by the model's: whoever "
+                "calls the result with several texts at once pads with that",
+                pad_id,
+                own,
+            )
 
     def _load_evaluation(self) -> list[MicroBatch]:
         evaluation = self._config.evaluation

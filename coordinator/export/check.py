@@ -5,6 +5,7 @@ Legend: B sequences, T positions.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,10 +47,13 @@ def load_base(source: ModelSource) -> nn.Module:
     factory: Any = AutoModelForCausalLM
     if source.task == "sequence-classification":
         factory = AutoModelForSequenceClassification
-    model: nn.Module = factory.from_pretrained(
-        source.folder, config=source.config, dtype=torch.float32
-    )
-    return model
+    config = copy.deepcopy(source.config)
+    dtype: Any = torch.float32
+    if source.quantization is not None:
+        # Made dense in the dtype in which the run had it made dense.
+        config.quantization_config, dtype = source.quantization, "auto"
+    model: nn.Module = factory.from_pretrained(source.folder, config=config, dtype=dtype)
+    return model.float()
 
 
 def trained_slice(

@@ -28,7 +28,7 @@ from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.experts import lies_transposed
 from edge_sdk.model.layout import build_empty, is_transposed
 from edge_sdk.model.safetensors_files import open_files
-from edge_sdk.model.weights import FILE_NAMES, ModelSource
+from edge_sdk.model.weights import FILE_NAMES, ModelSource, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ def export_merged(
             if name != "config.json" and (source.folder / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.folder / name, folder / name)
+        if source.task == "sequence-classification":
+            _pad_alike(folder, source.config.get_text_config().pad_token_id)
         if source.task == "causal-lm":
             (folder / "Modelfile").write_text(MODELFILE, encoding="utf-8")
         card = Card(source=source, format="merged", ranks={}, facts=facts, dtype=merging.dtype_name)
@@ -254,6 +256,21 @@ def _write_config(merging: _Merging, folder: Path, facts: RunFacts | None) -> No
     config.save_pretrained(folder)
     if source.task == "causal-lm" and not (source.folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(copy.deepcopy(config)).save_pretrained(folder)
+
+
+def _pad_alike(folder: Path, pad_token_id: int) -> None:
+    """Let the tokenizer pad with the token by which a decoder with a head for classes pools."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token_id == pad_token_id:
+        return
+    token = tokenizer.convert_ids_to_tokens(pad_token_id)
+    for told in (path, folder / "special_tokens_map.json"):
+        if told.is_file():
+            settings = json.loads(told.read_text(encoding="utf-8")) | {"pad_token": token}
+            told.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _both(config: Any) -> tuple[Any, Any]:

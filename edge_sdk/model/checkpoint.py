@@ -168,10 +168,9 @@ def take_quantizer(config: Any, where: object) -> Any:
     Raises:
         ModelError: weights of that kind are not made dense.
     """
-    owners = [part for part in (config, config.get_text_config()) if _said(part)]
-    if not owners:
+    said = quantization_of(config)
+    if not said:
         return None
-    said = _said(owners[0])
     quantizer, reason = None, "transformers has no way to"
     try:
         made: Any = AutoHfQuantizer.from_config(said, pre_quantized=True)
@@ -185,10 +184,12 @@ def take_quantizer(config: Any, where: object) -> Any:
             "take the model that it was made from, with base: int8 or int4 where memory is short"
         )
     quantizer.quantization_config.dequantize = True
-    for owner in owners:
-        owner.__dict__.pop("quantization_config", None)  # they may be one and the same
+    for owner in (config, config.get_text_config()):
+        owner.__dict__.pop("quantization_config", None)
     return quantizer
 
 
-def _said(config: Any) -> Any:
-    return getattr(config, "quantization_config", None)
+def quantization_of(config: Any) -> Any:
+    """Return what *config* says of how the weights on disk are quantised; None if they are not."""
+    owners = (config, config.get_text_config())
+    return next(filter(None, (getattr(o, "quantization_config", None) for o in owners)), None)

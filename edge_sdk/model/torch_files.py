@@ -38,6 +38,11 @@ def _open_file(path: Path) -> dict[str, torch.Tensor]:
         is_mapped = zipfile.is_zipfile(path)
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # noqa: BLE001 - damaged files raise a dozen kinds
+        if "Weights only load failed" in str(error):
+            raise ModelError(
+                f"{path} cannot be read: it is damaged, or holds something else than tensors, "
+                "which is not run; take the model as safetensors"
+            ) from error
         raise ModelError(f"{path} cannot be read: {one_line(error)[:200]}") from error
     if not isinstance(held, dict):
         raise ModelError(f"{path} holds no tensors by name, but a {type(held).__name__}")

@@ -111,7 +111,7 @@ class ModelSource:
         is_streamed: bool = False,
     ) -> None:
         """Open *model*; *is_streamed*: see `open_files`."""
-        from edge_sdk.model.checkpoint import take_quantizer
+        from edge_sdk.model.checkpoint import quantization_of, take_quantizer
         from edge_sdk.model.layout import find_layout
 
         self.folder = locate(model, revision)
@@ -121,6 +121,8 @@ class ModelSource:
         """Where others find the model: its hub id and commit; None for a folder of one's own."""
         self.task = task
         self.config = load_config(self.folder, num_labels)
+        self.quantization = quantization_of(self.config)
+        """What the checkpoint says of its quantised weights; `config` no longer does."""
         quantizer = take_quantizer(self.config, self.folder)
         stored = _open_tensors(self.folder, is_streamed)
         self._dtype = _dtype(self.config, stored)
