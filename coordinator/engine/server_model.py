@@ -165,8 +165,8 @@ class ServerModel:
         pad_id, own = self.text_config.pad_token_id, self.tokenizer.pad_token_id
         if self._config.task == "sequence-classification" and own not in (None, pad_id):
             log.warning(
-                "model.padding model=%s tokenizer=%s effect=a decoder pools by the model's: whoever "
-                "calls the result with several texts at once pads with that",
+                "model.padding model=%s tokenizer=%s effect=a decoder pools by the model's: pad "
+                "with that where several texts are given to the result at once",
                 pad_id,
                 own,
             )
