@@ -60,7 +60,7 @@ class RunStarted(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted(RunEvent):
+class WeightsAdapted(RunEvent):
     """Which weights the run trains."""
 
     coverage: Coverage

@@ -19,7 +19,7 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.run_planner import Planner
-from coordinator.results.events import Adapted, RunFinished, RunStarted, StopAsked, Watcher
+from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher, WeightsAdapted
 from coordinator.results.lifecycle import COMPLETED, OVER
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
@@ -103,7 +103,7 @@ class Coordinator:
         """Serve until the run is over or `stop` was called; return how it ended."""
         run, executor = self.run, self._executor
         executor.begin()
-        self.watcher.see(Adapted(self.model.coverage))
+        self.watcher.see(WeightsAdapted(self.model.coverage))
         self.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:

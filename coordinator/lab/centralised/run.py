@@ -29,13 +29,13 @@ from coordinator.lab.centralised.trainer import (
     plan_pooled,
 )
 from coordinator.results.events import (
-    Adapted,
     AlreadyComplete,
     Exported,
     RunFinished,
     RunPaused,
     RunStarted,
     Watcher,
+    WeightsAdapted,
 )
 from coordinator.results.lifecycle import (
     ADAPTER,
@@ -212,7 +212,7 @@ class PooledRun:
         if not self.folder.rows("metrics.jsonl"):
             self._end_round(0, {})
         if config.pooled.trains == "adapters":
-            self._watcher.see(Adapted(self.trainer.model.coverage))
+            self._watcher.see(WeightsAdapted(self.trainer.model.coverage))
         self._watcher.see(RunStarted(self._id, self._step))
         self._reporting.begin_round()
         while self._step < config.total_steps:
