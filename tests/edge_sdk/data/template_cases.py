@@ -1,6 +1,6 @@
 """Small tokenizers of every kind, templates in the manner of every family, and chats for both.
 
-`rows()` is a table of what becomes of each kind of chat with each template.
+python -m tests.edge_sdk.data.template_cases     write the table of them in docs/data.md
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import DataError
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
+PAGE = Path(__file__).parents[3] / "docs" / "data.md"
+BEGIN = "<!-- Templates: written by tests/edge_sdk/data/template_cases.py. -->"
+END = "<!-- End of templates. -->"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 SPECIAL = ["<s>", "</s>", "<unk>"]
 ADDED = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "[INST]", "[/INST]"]
@@ -199,6 +202,12 @@ def rows() -> Iterator[tuple[str, str, str]]:
             yield template, name, found.pop()
 
 
+def page() -> str:
+    """Return the page with the table made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    return f"{text.partition(BEGIN)[0]}{BEGIN}\n{table()}\n{END}{text.partition(END)[2]}"
+
+
 def table() -> str:
     """Return the rows as a table of Markdown: a line for each template, a column for each chat."""
     lines = [["template", "what it does", *CHATS], ["---"] * (len(CHATS) + 2)]
@@ -218,3 +227,7 @@ def _fate(record: dict[str, Any], tokenizer: Any) -> str:
         return f"refused: {reason}"
     answers = sum(len(target_texts(example, tokenizer)) for example in examples)
     return f"{answers} in {len(examples)}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
