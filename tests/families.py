@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
-from edge_sdk.model.layout import Task, without_cache
+from edge_sdk.model.layout import Task, auto_class, without_cache
 from tests.tiny import CLASSES, VOCAB
 
 BLOCKS = 4
@@ -73,6 +73,31 @@ MORE: dict[str, tuple[str, Task, dict[str, Any]]] = {
         "gemma3",
         "causal-lm",
         {"text_config": {**_GROUPED, **_MIXED}, "vision_config": _VISION},
+    ),
+    # Of these two transformers makes no AutoModelForCausalLM.
+    "mistral3": (
+        "mistral3",
+        "causal-lm",
+        {
+            "text_config": {"model_type": "mistral", **_GROUPED},
+            "vision_config": {"model_type": "pixtral", **_VISION},
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        "causal-lm",
+        {
+            "text_config": {
+                **_GROUPED,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            "vision_config": {"hidden_size": 16, "intermediate_size": 16, "depth": 1}
+            | {"num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        },
     ),
     "qwen3_5": ("qwen3_5", "causal-lm", {"text_config": {**_GROUPED, **_DELTA}}),
     "llama4": (
@@ -214,9 +239,7 @@ def more_config(name: str, **changes: Any) -> Any:
 
 def more_model(name: str, config: Any) -> nn.Module:
     """The whole model; no weight and no stored number is as it was initialised."""
-    factory: Any = AutoModelForCausalLM
-    if MORE[name][1] != "causal-lm":
-        factory = AutoModelForSequenceClassification
+    factory = auto_class(config, MORE[name][1])
     torch.manual_seed(0)
     model: nn.Module = factory.from_config(copy.deepcopy(config)).eval()
     for tensor in model.state_dict().values():

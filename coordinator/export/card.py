@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from coordinator.export.facts import RunFacts
 from coordinator.export.options import Format
+from edge_sdk.model.layout import auto_class
 from edge_sdk.model.weights import ModelSource
 
 # Most rows of the table of losses; more of them are thinned out.
@@ -153,8 +154,8 @@ def _gguf(_card: Card) -> str:
 
 
 def _factory(card: Card) -> str:
-    is_lm = card.source.task == "causal-lm"
-    return "AutoModelForCausalLM" if is_lm else "AutoModelForSequenceClassification"
+    name: str = auto_class(card.source.config, card.source.task).__name__
+    return name
 
 
 def _class_lines(card: Card) -> list[str]:

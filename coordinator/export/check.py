@@ -18,6 +18,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.layout import auto_class
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.weights import ModelSource
 from edge_sdk.runtime.torch_runtime import load_parameters
@@ -39,14 +40,12 @@ def load_base(source: ModelSource) -> nn.Module:
 
     One whose weights lie quantised on disk is made of the dense weights that the run had.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     on_disk = AutoConfig.from_pretrained(source.folder)
     if any(hasattr(c, "quantization_config") for c in (on_disk, on_disk.get_text_config())):
         return _slice_of(source, source.layout.part_names(), source.tensors).model
-    factory: Any = AutoModelForCausalLM
-    if source.task == "sequence-classification":
-        factory = AutoModelForSequenceClassification
+    factory = auto_class(source.config, source.task)
     config = copy.deepcopy(source.config)
     dtype: Any = torch.float32
     if source.quantization is not None:

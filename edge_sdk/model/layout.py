@@ -168,12 +168,29 @@ def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
 
 
-def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def auto_class(config: Any, task: Task) -> Any:
+    """Return the auto class of transformers that makes a model of *config* for *task*.
 
-    factory: Any = AutoModelForCausalLM
+    Some models of images and text have no other class that speaks.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
+
     if task == "sequence-classification":
-        factory = AutoModelForSequenceClassification
+        return AutoModelForSequenceClassification
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
+    factory = auto_class(config, task)
     config = without_cache(copy.deepcopy(config))
     try:
         model: nn.Module = factory.from_config(config, dtype=dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import ModelError
-from edge_sdk.model.layout import Task, build_empty, find_blocks
+from edge_sdk.model.layout import Task, auto_class, build_empty, find_blocks
 
 HIDDEN, HEADS, HEAD_DIM, INNER, VOCAB = 64, 4, 16, 96, 256
 # Token ids above these are special ones, moved there; the check draws its own below.
@@ -436,11 +436,7 @@ def _narrow_rotation(part: Any) -> None:
 
 def runs(config: Any, task: Task, *, weightless: bool = False) -> bool:
     """Return whether the model of *config* can be built and answers to a few tokens."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    factory: Any = AutoModelForCausalLM
-    if task == "sequence-classification":
-        factory = AutoModelForSequenceClassification
+    factory = auto_class(config, task)
     config = copy.deepcopy(config)
     for part in configs_in(config):
         part.use_cache = False

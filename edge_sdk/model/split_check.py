@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import EdgeError, ModelError, is_out_of_memory, one_line
-from edge_sdk.model.layout import Layout, Task, build_empty, building, find_layout
+from edge_sdk.model.layout import Layout, Task, auto_class, build_empty, building, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.shrunk import FIRST_SPECIAL, block_kinds, shrink, silenced, with_blocks
 
@@ -158,11 +158,7 @@ class _Differs(ModelError):
 
 def _whole(config: Any, task: Task) -> nn.Module:
     """Return the model as transformers makes it, with random weights of a size that shows."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    factory: Any = AutoModelForCausalLM
-    if task == "sequence-classification":
-        factory = AutoModelForSequenceClassification
+    factory = auto_class(config, task)
     torch.manual_seed(0)
     model: nn.Module = factory.from_config(copy.deepcopy(config), dtype=torch.float32)
     tensors = [*model.parameters(), *model.buffers()]

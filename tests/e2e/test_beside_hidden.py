@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
 from coordinator.engine.interface import Job
@@ -21,6 +20,7 @@ from coordinator.results.run_folder import CONFIG
 from edge_sdk.config.describe import dump_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ModelError
+from edge_sdk.model.layout import auto_class
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import Cluster, save_model, sentences, wait_all, write_rows
 from tests.families import BLOCKS
@@ -28,7 +28,7 @@ from tests.families import BLOCKS
 ROWS = sentences(7, count=4)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
+@pytest.fixture(scope="module", params=["mistral3", "gemma4"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A composite model; one whose blocks read the ids, and keys that others have kept."""
     return save_model(request.param, tmp_path_factory.mktemp(request.param))
@@ -36,7 +36,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def peft_loss(model: ServerModel, adapter: Path) -> float:
     """The loss of the base with an exported adapter, called as anybody would call it."""
-    base = AutoModelForCausalLM.from_pretrained(model.source.folder, dtype=torch.float32)
+    factory = auto_class(model.source.config, "causal-lm")
+    base = factory.from_pretrained(model.source.folder, dtype=torch.float32)
     loaded: Any = peft.PeftModel.from_pretrained(base, adapter).eval()
     loss_sum, targets = 0.0, 0
     for micro in model.eval_batches:
