@@ -183,6 +183,20 @@ def shrink(config: Any, task: Task) -> Any:
     return small
 
 
+def shorten(config: Any, task: Task) -> tuple[Any, dict[int, int]]:
+    """Return *config* with few blocks in their own width, and what they stand for.
+
+    Returns:
+        The config, and by the first of its blocks of each kind the number of those in the model.
+
+    Raises:
+        ModelError: transformers builds no model of *config* for *task*.
+    """
+    short = _fewer_blocks(config, task)
+    kinds, found = _kinds_of(config, task), _kinds_of(short, task)
+    return short, {found.index(kind): kinds.count(kind) for kind in sorted(set(found))}
+
+
 def block_kinds(blocks: Sequence[nn.Module]) -> list[int]:
     """Return a number for each block: equal where the blocks differ in numbers only by index."""
     seen: dict[Any, int] = {}
