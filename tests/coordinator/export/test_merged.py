@@ -21,6 +21,7 @@ from edge_sdk.lora.factors import Factors
 from edge_sdk.model.weights import ModelSource
 from tests.coordinator.export.results import NAMES, TOLERANCE, Result
 from tests.e2e.cluster import save_model
+from tests.tiny import make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -174,6 +175,25 @@ def test_only_tensors_of_the_model_are_written(tmp_path: Path) -> None:
     export_merged(source, trained.learned, {}, tmp_path / "out")
 
     assert tensors_in(tmp_path / "out").keys() == state.keys()
+
+
+def test_the_part_that_sees_pictures_is_kept(tmp_path: Path) -> None:
+    """A run on text never calls it; it stands in the merged model as it does in the base."""
+    text = make_config("gemma3_text", num_hidden_layers=2).to_dict()
+    seeing = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    seeing |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=seeing, mm_tokens_per_image=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    source = ModelSource(str(tmp_path / "base"), "causal-lm")
+
+    export_merged(source, {}, {}, tmp_path / "out")
+
+    before, after = tensors_in(tmp_path / "base"), tensors_in(tmp_path / "out")
+    assert [name for name in before if "vision" in name]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
