@@ -214,7 +214,7 @@ def keep(seen: dict[str, Any], name: str) -> Any:
 
 def mean_loss(model: nn.Module, micro: MicroBatch, targets: int) -> torch.Tensor:
     """Sum of the micro-batch's losses over the targets of the step."""
-    ids, lengths, labels = (torch.from_numpy(x) for x in micro)
+    ids, lengths, labels = (torch.from_numpy(x) for x in micro[:3])
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     if labels.dim() == 2:
