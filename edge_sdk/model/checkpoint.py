@@ -9,6 +9,7 @@ folders and no parts.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,6 +66,8 @@ class ModelTensors(Mapping[str, torch.Tensor]):
         """
         self._stored, self._model, self._where = stored, model, where
         self._empty: dict[str, torch.Tensor] = model.state_dict()
+        # What some models compute in float32 whatever the rest is in, routers of experts mostly.
+        self._wide = [n.replace("*", ".*") for n in model._keep_in_fp32_modules_strict or ()]
         self._drawn: dict[str, torch.Tensor] = {}
         self._places: dict[str, str | _Converted] = {}
         rules = get_model_conversion_mapping(model, hf_quantizer=quantizer)
@@ -121,7 +124,11 @@ class ModelTensors(Mapping[str, torch.Tensor]):
         if tensor.shape != wanted:
             shapes = f"shape {tuple(tensor.shape)}, the config says {tuple(wanted)}"
             raise ModelError(f"{self._where}: {name}: {shapes}")
-        return tensor
+        is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+        return tensor.float() if is_half and self._is_wide(name) else tensor
+
+    def _is_wide(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._wide)
 
     def _convert(self, place: _Converted) -> Tensors:
         converter = copy.deepcopy(place.converter)

@@ -104,11 +104,11 @@ def changed(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def assert_same(folder: Path) -> None:
+def assert_same(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Every tensor of the model is, to the bit, what `from_pretrained` makes of the folder."""
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     config = AutoConfig.from_pretrained(folder)
-    model: Any = build_empty(config, "causal-lm", torch.float32)
+    model: Any = build_empty(config, "causal-lm", dtype)
     found = ModelTensors(model, load_file(folder / "model.safetensors"), folder)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -122,6 +122,16 @@ def test_it_reads_what_transformers_saves(family: str, tmp_path: Path) -> None:
     saved(family, tmp_path)
 
     assert_same(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_it_reads_half_precision_as_transformers_does(family: str, tmp_path: Path) -> None:
+    """In bfloat16, but for what the model computes in float32 in any case."""
+    tensors = saved(family, tmp_path)
+    written({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path)
+    changed(tmp_path, dtype="bfloat16")
+
+    assert_same(tmp_path, torch.bfloat16)
 
 
 def old_bert(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
