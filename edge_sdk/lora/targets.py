@@ -173,15 +173,33 @@ def _adaptable(model: nn.Module, blocks_path: str) -> dict[str, Shape]:
     for path, module in model.named_modules():
         if not path.startswith(f"{blocks_path}."):
             continue
-        # What is derived from a linear layer may answer more than a product: a router, for one.
-        is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-        shape = _shape(module) if is_plain else None
+        shape = _shape(module) if isinstance(module, nn.Linear | Conv1D) else None
+        if shape and not _is_product(module, shape):
+            shape = None
         if shape:
             found[path] = shape
         for leaf in module._parameters:
             if f"{path}.{leaf}" in stacks:
                 found[f"{path}.{leaf}"] = Shape(*expert_sizes(module, leaf))
     return found
+
+
+def _is_product(module: nn.Module, shape: Shape) -> bool:
+    """Return whether a layer answers a product and nothing else.
+
+    What is derived from a linear layer may answer more: a router, for one.
+    """
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = module(torch.empty(2, shape.num_inputs, device="meta"))
+    except Exception:  # noqa: BLE001 - somebody else's layer may want anything
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (2, shape.num_outputs)
 
 
 def _say_left_out(forbidden: Sequence[str], names: Iterable[str], kind: str) -> None:

@@ -141,6 +141,9 @@ def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
 building = threading.RLock()
 
 
+# Some experts begin as zeros, of more memory than there is; no buffer is that large.
+_FILLED = (torch.zeros, torch.ones, torch.rand, torch.randn)
+MOST_FILLED = 1 << 24
 # What gives a tensor its initial values, in torch and in torch.nn.init.
 _FILLING = ("normal_", "uniform_", "zeros_", "ones_", "zero_", "fill_", "erfinv_", "mul_", "add_")
 
@@ -156,8 +159,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = kwargs or {}
+        on_meta = {**given, "device": "meta"}
         if func is torch.empty:
-            return func(*args, **{**given, "device": "meta"})
+            return func(*args, **on_meta)
+        if func in _FILLED and func(*args, **on_meta).numel() >= MOST_FILLED:
+            return func(*args, **on_meta)
         filled = args[0] if args else given.get("tensor")
         if func.__name__ in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
             return filled  # initial values are made for each weight, at length, and seen by nobody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoConfig
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, find_targets
@@ -37,3 +38,17 @@ def test_a_module_that_peft_refuses_is_not_left_out_where_it_is_named() -> None:
         find_targets(config, "causal-lm", find_layout(config, "causal-lm"), lora)
 
     assert "\n" not in str(caught.value)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_has_an_adapter() -> None:
+    """Falcon's layers multiply by other code than torch's; all of them are adapted, as in PEFT."""
+    config = AutoConfig.for_model(
+        "falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    layout = find_layout(config, "causal-lm")
+
+    found = find_targets(config, "causal-lm", layout, LoraConfig())
+
+    leaves = {name.rpartition(".")[2] for name in found}
+    assert leaves == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert len(found) == 8
