@@ -7,6 +7,7 @@ append it to `CODECS`; configuration, greeting, doctor and planner read that tab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.errors import LocalProtocolError, NumericError
+from edge_sdk.protocol import quantize
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -117,6 +119,65 @@ class Bfloat16(Codec):
         return bits.view("<f4")
 
 
+class GroupedCodec(Codec):
+    """Whole numbers of few bits, with a scale for every 64 of them (`quantize.py`).
+
+    8 bits keep 2 digits and more of each number: nobody is off by over 1/254 of the largest of its
+    group. Fewer bits are rotated first, which spreads what a group loses evenly; of a group's
+    energy they lose about 1 % (4 bits), 4 % (3 bits) and 12 % (2 bits), and never more than there
+    is. What is not finite arrives as NaN, as does all of its group. The last group of a tensor is
+    filled up with zeros.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(f"int{bits}", "u1")
+        self._bits, self._size = bits, quantize.group_bytes(bits)
+
+    @property
+    def bytes_per_number(self) -> float:
+        """Bytes that a number of a large tensor takes on the wire, its part of a scale included."""
+        return self._size / quantize.GROUP
+
+    def group(self, shape: Sequence[int]) -> int:
+        """Return the numbers of a group; all of a tensor that is not made of whole groups."""
+        total = math.prod(map(int, shape))
+        return total if total % quantize.GROUP else quantize.GROUP
+
+    def num_bytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of all groups."""
+        return -(-math.prod(map(int, shape)) // quantize.GROUP) * self._size
+
+    def encode_into(self, groups_GN: Array, out: Bytes) -> None:
+        """Write whole groups, or a whole tensor."""
+        coded_GS = out.reshape(-1, self._size)
+        rest = groups_GN.size % quantize.GROUP
+        if rest:
+            row = groups_GN.reshape(-1)
+            whole = groups_GN.size - rest
+            self._encode(row[:whole].reshape(-1, quantize.GROUP), coded_GS[:-1])
+            last_1N = np.zeros((1, quantize.GROUP), np.float32)
+            last_1N[0, :rest] = row[whole:]
+            self._encode(last_1N, coded_GS[-1:])
+        else:
+            self._encode(groups_GN.reshape(-1, quantize.GROUP), coded_GS)
+
+    def _encode(self, numbers_GN: Array, coded_GS: Bytes) -> None:
+        if self._bits == 8:
+            quantize.encode_plain(numbers_GN, coded_GS)
+        else:
+            quantize.encode_rotated(numbers_GN, self._bits, coded_GS)
+
+    def decode(self, buffer: Any, shape: Sequence[int], memory: Memory) -> Array:
+        """Return the numbers of all groups, without those that filled up the last one."""
+        coded_GS = np.frombuffer(buffer, np.uint8).reshape(-1, self._size)
+        found_GN = np.empty((len(coded_GS), quantize.GROUP), np.float32)
+        if self._bits == 8:
+            quantize.decode_plain(coded_GS, found_GN)
+        else:
+            quantize.decode_rotated(coded_GS, self._bits, found_GN)
+        return found_GN.reshape(-1)[: math.prod(map(int, shape))]
+
+
 # The place in this table is the codec's number on the wire: append, never reorder.
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -127,6 +188,7 @@ CODECS: dict[str, Codec] = {
         Codec("int32", "<i4", "<i4"),
         Codec("int64", "<i8", "<i8"),
         Codec("uint8", "u1", "u1"),
+        *map(GroupedCodec, (8, 4, 3, 2)),
     )
 }
 
@@ -198,6 +260,11 @@ def decode(buffer: Any, name: str, shape: Sequence[int], memory: Memory | None =
         return codec.decode(buffer, shape, {} if memory is None else memory).reshape(tuple(shape))
     except (ValueError, OverflowError) as error:  # (0, 2**62, 2**62): no bytes, yet too large
         raise LocalProtocolError(f"shape {tuple(shape)} is not possible: {error}") from error
+
+
+def as_read(array: Array, name: str) -> Array:
+    """Return what a reader makes of *array*, bit for bit; for codecs without memory."""
+    return decode(encode(array, name), name, array.shape)
 
 
 def require_finite(array: Array, what: str) -> None:
