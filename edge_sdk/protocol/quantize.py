@@ -1,6 +1,7 @@
 """Numbers in few bits, in groups that share a scale: the arithmetic alone, in numpy, without loops.
 
-Not here: what such tensors are called, and where they are used (`codecs.py`). Legend: G groups, N numbers of a group, S bytes of a group.
+Not here: what such tensors are called, and where they are used (`codecs.py`). Legend: G groups, N
+numbers of a group, S bytes of a group.
 
 A group is `GROUP` numbers: first its scale, two bytes, then the codes of its numbers. A scale is
 the upper half of a float32: dL/dh is often smaller than the smallest float16. Decoding multiplies
