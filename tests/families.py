@@ -144,6 +144,8 @@ MORE: dict[str, tuple[str, Task, dict[str, Any]]] = {
         },
     ),
     "deepseek_v4": ("deepseek_v4", "causal-lm", {**_GROUPED, **_EXPERTS, "num_hash_layers": 2}),
+    # Its head is made before its embeddings.
+    "xlm_roberta": ("xlm-roberta", "causal-lm", {**_ENCODER, "is_decoder": True}),
     "mpnet": ("mpnet", "sequence-classification", _ENCODER),
     "roformer": ("roformer", "sequence-classification", _ENCODER),
     "deberta": (

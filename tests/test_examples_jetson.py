@@ -294,7 +294,9 @@ def test_extras_exist() -> None:
 
     extras = {one or other for one, other in named}
 
-    assert extras == {"onnx", "torch"} == {extra_of(b.install) for b in BACKENDS.values()}
+    # onnxruntime-training has no wheels for the boards' processors.
+    assert extras == {"onnx", "torch"}
+    assert extras < {extra_of(b.install) for b in BACKENDS.values()}
     assert all(re.search(rf"^{extra} = \[", project, flags=re.MULTILINE) for extra in extras)
 
 

@@ -64,8 +64,7 @@ def travels_in_words(layout: Layout) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from edge_sdk.model.split_check import check_weights
-    from edge_sdk.model.weights import ModelSource, load_config, locate
+    from edge_sdk.model.weights import load_config, locate
 
     if (options.config is None) == (options.model is None):
         raise ConfigError("check: give either --config FILE or --model FOLDER")
@@ -76,14 +75,13 @@ def _check(options: argparse.Namespace) -> int:
         run = load_serve_config(options.config, options.overrides)
         model, task, revision = run.model, options.task or run.task, run.revision
         lora, num_labels, seed = run.lora, len(run.label_names), run.training.seed
-    if task == "sequence-classification":
-        num_labels = num_labels or 2
     began = time.monotonic()
-    config = load_config(locate(model, revision), num_labels)
+    folder = locate(model, revision)
+    if task == "sequence-classification":
+        num_labels = num_labels or load_config(folder, 0).num_labels
+    config = load_config(folder, num_labels)
     found = examine(config, task, lora)
-    source = ModelSource(model, task, num_labels=num_labels, revision=revision)
-    source.load_whole(seed)
-    unseen = check_weights(config, task, found.layout, source.tensors)
+    unseen = _check_weights(folder, found.layout, task, num_labels, seed)
     weights = f"its own weights were not tried: {unseen}" if unseen else "its own weights too"
     took = f"{time.monotonic() - began:.1f} s"
     blocks = f"{found.layout.num_blocks} blocks"
@@ -97,3 +95,15 @@ def _check(options: argparse.Namespace) -> int:
     for name, said in lines.items():
         sys.stdout.write(f"{name:<10}{said}\n")
     return 0
+
+
+def _check_weights(folder: Path, layout: Layout, task: Task, num_labels: int, seed: int) -> str:
+    """Make sure of the same with the model's own weights; returns why that was not tried."""
+    from edge_sdk.model.split_check import check_weights
+    from edge_sdk.model.weights import ModelSource, has_weights
+
+    if not has_weights(folder):
+        return "none lie beside its config"
+    source = ModelSource(str(folder), task, num_labels=num_labels)
+    source.load_whole(seed)
+    return check_weights(source.config, task, layout, source.tensors)

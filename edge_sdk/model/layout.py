@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from edge_sdk.errors import ModelError
-from edge_sdk.model.weightless import POSITIONS, ROWS, own_tensors, watch
+from edge_sdk.errors import ModelError, is_out_of_memory, one_line
+from edge_sdk.model.weightless import POSITIONS, ROWS, first_names, own_tensors, watch
 
 Task = Literal["causal-lm", "sequence-classification"]
 
@@ -200,9 +200,11 @@ def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     config = without_cache(copy.deepcopy(config))
     try:
         model: nn.Module = factory.from_config(config, dtype=dtype)
-    except (ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - somebody else's model code may raise anything
+        if is_out_of_memory(error):
+            raise
         kind = getattr(config, "model_type", type(config).__name__)
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise ModelError(
             f"transformers builds no {task} model of type {kind!r}: {reason}"
         ) from None
@@ -274,7 +276,7 @@ def _layout_of(model: nn.Module) -> Layout:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind}: an encoder with a decoder cannot be cut between its blocks")
     blocks_path = find_blocks(model)
-    names = {id(t): name for name, t in reversed(list(model.state_dict(keep_vars=True).items()))}
+    names = first_names(model)
     blocks = tuple(
         tuple(names[id(t)] for m in block.modules() for t in own_tensors(m).values())
         for block in model.get_submodule(blocks_path).children()

@@ -378,10 +378,12 @@ def _kinds_of_cuts(kinds: Sequence[int], layout: Layout) -> list[int]:
 
 def _agree(kind: str, name: str, found: Found, wanted: Found) -> None:
     _same(kind, f"logits {name}", found.logits, wanted.logits)
-    for weight, grad in found.grads.items():
-        if weight not in wanted.grads:
-            raise _Differs(f"{kind} in pieces has a gradient of {weight!r}, the whole model none")
-        _same(kind, f"the gradient of {weight!r} {name}", grad, wanted.grads[weight])
+    for weight in sorted({*found.grads, *wanted.grads}):
+        here, there = found.grads.get(weight), wanted.grads.get(weight)
+        if here is None or there is None:
+            where = "pieces alone" if there is None else "whole model alone"
+            raise _Differs(f"{kind}: {weight!r} has a gradient in the {where}")
+        _same(kind, f"the gradient of {weight!r} {name}", here, there)
 
 
 def _same(kind: str, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -63,6 +63,17 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
 
 
+def first_names(model: nn.Module) -> dict[int, str]:
+    """Return the name of every tensor by its identity: of several the one that others are tied to.
+
+    That is mostly the first; but some models make their heads before their embeddings.
+    """
+    state = model.state_dict(keep_vars=True)
+    sources = set(getattr(model, "all_tied_weights_keys", {}).values())
+    by_rank = sorted(state, key=lambda name: name not in sources)
+    return {id(state[name]): name for name in reversed(by_rank)}
+
+
 def hidden_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the hidden state among a block's arguments."""
     return args[0] if args else kwargs["hidden_states"]
@@ -103,9 +114,7 @@ class _Run:
         self._model, self._path = model, blocks_path
         listed: Any = model.get_submodule(blocks_path)
         self._blocks: list[nn.Module] = list(listed)
-        # Of several names for one tensor the first counts.
-        named = reversed(list(model.state_dict(keep_vars=True).items()))
-        self._name_of = {id(tensor): name for name, tensor in named}
+        self._name_of = first_names(model)
         """Names by the identity of whatever stands for a tensor here."""
         self._names = {
             id(module): tuple(self._name_of[id(t)] for t in own_tensors(module).values())
@@ -268,6 +277,10 @@ class _Run:
         if called != wanted:
             times = "never" if not called else "not one after the other, once each"
             raise ModelError(f"{kind}: its blocks at {self._path!r} are called {times}")
+        if len(self._inputs) != len(wanted) + 1:
+            raise ModelError(
+                f"{kind}: its blocks hide what they are given: they are not called as modules are"
+            )
         logits: torch.Tensor = output.logits
         return logits
 

@@ -348,6 +348,11 @@ def _open_tensors(folder: Path, is_streamed: bool) -> Mapping[str, torch.Tensor]
     )
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether weights that can be read lie in *folder*."""
+    return any(_weight_files(folder, name) for name in (SAFETENSORS, TORCH))
+
+
 def _weight_files(folder: Path, name: str) -> list[Path]:
     """Return the file *name*, or those that its index lists; none where there is neither."""
     index = folder / f"{name}.index.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from coordinator.cli import main as coordinator_main
 from coordinator.rounds.loop import Coordinator
@@ -102,19 +103,16 @@ def test_a_model_that_cannot_be_read(
     vocab |= {f"word{n}": len(vocab) + n for n in range(40)}
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     shared = cluster.folder / "shared"
-    shared.mkdir()
-    settings = {"model_type": "albert", "num_hidden_layers": 5, "num_hidden_groups": 1}
-    (shared / "config.json").write_text(
-        json.dumps(
-            {
-                **settings,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "intermediate_size": 48,
-                "embedding_size": 8,
-            }
-        )
+    config = AutoConfig.for_model(
+        "albert",
+        num_hidden_layers=5,
+        num_hidden_groups=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+        embedding_size=8,
     )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(shared)
     task = ("task=sequence-classification", "label_names=[a, b]")
 
     cases = {

@@ -16,6 +16,7 @@ from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.protocol.messages import StepReport
 from tests.e2e.cluster import (
+    WORDS,
     Cluster,
     Serving,
     Trap,
@@ -27,6 +28,8 @@ from tests.e2e.cluster import (
 )
 from tests.tiny import CLASSES
 
+# As many classes as the model of these tests has.
+LABELS = tuple(sorted(WORDS[:CLASSES]))
 DEVICES = {
     "a": DeviceSettings(split=1, r=2),
     "b": DeviceSettings(split=3, batch_size=6, micro_batch=2),
@@ -279,12 +282,11 @@ def test_a_classifiers_head_survives(cluster: Cluster, bert: Any) -> None:
     cluster.model = bert
     config = cluster.config(
         task="sequence-classification",
-        label_names=tuple("abcd"[:CLASSES]),
+        label_names=LABELS,
         labels="device",
         devices={"a": DeviceSettings(split=2), "b": DeviceSettings(split=5)},
     )
-    names = tuple(sorted({row["label"] for row in classified(0, 99)}))
-    data = DataConfig(labels=names)
+    data = DataConfig(labels=LABELS)
 
     def begin(state: str) -> list[EdgeClient]:
         folder = cluster.folder / state

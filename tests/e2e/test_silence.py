@@ -63,7 +63,7 @@ class Suspended(Callback):
 
     def on_step_end(self, report: StepReport) -> None:
         """Fall asleep once, the main thread first."""
-        if report.stamp.step == self._step and not self.is_asleep.is_set():
+        if report.stamp.step >= self._step and not self.is_asleep.is_set():
             self._is_running.clear()
             self.is_asleep.set()
             self._is_running.wait(PATIENCE_S)

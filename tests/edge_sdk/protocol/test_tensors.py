@@ -48,8 +48,8 @@ WRONG = [
     (Pause(stamp=Stamp()), {"x": floats(1)}, "Pause: tensor 'x': not expected; allowed: none"),
     (START, factors(w_B=None), "RoundStart: tensor 'w.B': missing beside 'w.A'"),
     (START, factors(w_U=None), "RoundStart: tensor 'w.U': missing beside 'w.V'"),
-    (START, factors(w_B=floats(4, 3)), "'w.B': float32 (4, 3), allowed: float32 (O, R) with R = 2"),
-    (START, factors(w_V=floats(0, 4)), "'w.V': float32 (0, 4), allowed: float32 (S, I) with R = 2"),
+    (START, factors(w_B=floats(4, 3)), "'w.B': float32 (4, 3), allowed: float32 (O, R) or"),
+    (START, factors(w_V=floats(0, 4)), "'w.V': float32 (0, 4), allowed: float32 (S, I) or"),
     (START, factors(score=np.zeros(7, np.int32)), "'score': int32 (7,), allowed: float32 (...)"),
     (AdapterUpload(stamp=Stamp()), {"w.A": floats(2)}, "'w.A': float32 (2,), allowed: float32 (R"),
 ]
