@@ -109,6 +109,19 @@ def create_file(path: Path, text: str, mode: int) -> None:
         os.fsync(file.fileno())
 
 
+def identity(path: Path) -> tuple[int, int, int, int]:
+    """Return inode, size, and the times in ns of a file's content and of its last change at all.
+
+    Who writes to a file changes this; who then sets the time of its content back, changes the
+    other time.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def sync(path: Path) -> None:
     """Make sure that a file, or the names in a folder, survive a power cut."""
     _sync(path)

@@ -29,10 +29,12 @@ from edge_sdk.lora.targets import (
     coverage,
     find_targets,
 )
+from edge_sdk.model.kept.part_cache import PartCache
+from edge_sdk.model.kept.part_hashes import PartHashes
+from edge_sdk.model.kept.split_proof import prove_split, prove_weights
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.precision import compute_name
-from edge_sdk.model.split_proof import prove_split, prove_weights
-from edge_sdk.model.weights import ModelSource, PartCache, load_tokenizer, model_hash
+from edge_sdk.model.weights import ModelSource, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.sizes import ModelShape
@@ -78,7 +80,9 @@ class ServerModel:
             log.warning("ids.travel reason=%s", "blocks after the first need the token ids")
         self._limits = self._find_limits()
         self.eval_batches = self._load_evaluation()
-        self.parts = {name: self.source.describe(name) for name in self.source.part_names()}
+        hashes = PartHashes(self.source, self._cache.folder)
+        self.parts = {name: hashes.describe(name) for name in self.source.part_names()}
+        self._forget_hashes = hashes.forget
         self._by_hash = {part.sha256: part for part in self.parts.values()}
         self.graphs = GraphCache(self.source, self.facts, num_labels, self._cache)
         self.hash = model_hash(self.parts)
@@ -215,10 +219,22 @@ class ServerModel:
         if not self._cache.has(part):
             if part.name not in self.parts:  # no stretch of the model: it was made for this run
                 raise StorageError(f"{part.name} {sha256[:12]}... are gone from the cache")
-            self._cache.fill(part, partial(self.source.write, part.name))
+            self._fill(part)
         with self._cache.path(part).open("rb") as file:
             file.seek(offset)
             return part, file.read(num_bytes)
+
+    def _fill(self, part: Part) -> None:
+        """Put a part of the model into the cache.
+
+        Raises:
+            ModelError: its files are no longer those that the run began with.
+        """
+        try:
+            self._cache.fill(part, partial(self.source.write, part.name))
+        except ModelError:
+            self._forget_hashes()
+            raise
 
     # ---- engine ----
 

@@ -22,7 +22,8 @@ from coordinator.onnx_export.job import ExportJob, job_text
 from edge_sdk.errors import RefusedError, one_line
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from edge_sdk.model.weights import ModelSource, PartCache
+from edge_sdk.model.kept.part_cache import PartCache
+from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import PART_NAME
 

@@ -22,14 +22,11 @@ from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.model.kept.part_cache import PartCache
+from edge_sdk.model.kept.part_hashes import PartHashes
+from edge_sdk.model.kept.split_proof import prove_split
 from edge_sdk.model.safetensors_files import map_part
-from edge_sdk.model.split_proof import prove_split
-from edge_sdk.model.weights import (
-    FILE_NAMES,
-    ModelSource,
-    PartCache,
-    open_part,
-)
+from edge_sdk.model.weights import FILE_NAMES, ModelSource, open_part
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.protocol.plan import Part
@@ -64,6 +61,7 @@ class RuntimeSetup:
         self.backend = choose_backend(config)
         self._cache = PartCache(config.cache)
         self._local: ModelSource | None = None
+        self._hashes: PartHashes | None = None
         self._files: Path | None = None
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
@@ -158,7 +156,7 @@ class RuntimeSetup:
         is_streamed = self._config.base in ("int8", "int4")
         if self._config.model is None:
             return open_part(self.fetch(part, ask, welcome.stamp), is_streamed=is_streamed)
-        if self._local is None:
+        if self._local is None or self._hashes is None:
             task: Any = welcome.task
             self._local = ModelSource(
                 self._config.model,
@@ -168,7 +166,8 @@ class RuntimeSetup:
             )
             prove_split(self._local.config, task, self._cache.folder)
             self._local.load_whole(int(welcome.training["seed"]))
-        sha256 = self._local.describe(part.name).sha256
+            self._hashes = PartHashes(self._local, self._cache.folder)
+        sha256 = self._hashes.describe(part.name).sha256
         if sha256 != part.sha256:
             raise ModelError(
                 f"model {self._config.model!r} is not the coordinator's: part {part.name!r} has "

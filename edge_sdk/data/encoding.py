@@ -66,6 +66,7 @@ class Encoder:
         self.bos = bos if bos is not None and ids and ids[0] == bos else None
         """The token that the tokenizer puts before a text; None for nothing."""
         self._has_places = bool(getattr(tokenizer, "is_fast", False))
+        self._rust = _rust_of(tokenizer)
         self._anchor = self._find_anchor()
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -130,10 +131,19 @@ class Encoder:
         self, texts: Sequence[str], *, places: bool = False
     ) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of each text and, if asked, which letters each stands for."""
+        alone = list(dict.fromkeys(texts))  # prompts come again and again
+        found = dict(zip(alone, self._encode_each(alone, places=places), strict=True))
+        return [found[text] for text in texts]
+
+    def _encode_each(self, texts: list[str], *, places: bool) -> list[tuple[list[int], list[Span]]]:
         if not texts:
             return []
+        rust = self._rust
+        if rust is not None and not places and rust.truncation is None and rust.padding is None:
+            encodings = rust.encode_batch_fast(texts, add_special_tokens=False)
+            return [(encoding.ids, []) for encoding in encodings]
         encoded = self._tokenizer(
-            list(texts),
+            texts,
             add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,  # we judge lengths ourselves, with the line at hand
@@ -141,6 +151,20 @@ class Encoder:
         )
         spans = encoded["offset_mapping"] if places else [[]] * len(texts)
         return list(zip(encoded["input_ids"], spans, strict=True))
+
+
+def _rust_of(tokenizer: Any) -> Any:
+    """Return what a tokenizer of transformers leaves every text to, so that it can be asked itself.
+
+    That saves what is made of each text beside its ids. None where its class does more than that,
+    or it is none of transformers.
+    """
+    callers = {"__call__", "_encode_plus", "_batch_encode_plus"}
+    owners = [kind.__module__ for kind in type(tokenizer).__mro__ if callers & vars(kind).keys()]
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    is_plain = all(owner.startswith("transformers.tokenization_utils") for owner in owners)
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    return rust if is_plain and not splits and hasattr(rust, "encode_batch_fast") else None
 
 
 def _text(parts: Sequence[Segment]) -> str:

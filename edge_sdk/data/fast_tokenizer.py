@@ -99,7 +99,10 @@ class PlainTokenizer:
             if isinstance(text, str):
                 ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
                 return {"input_ids": ids}
-            found = self._tokenizer.encode_batch(list(text), add_special_tokens=add_special_tokens)
+            rust = self._tokenizer
+            is_short = not return_offsets_mapping and hasattr(rust, "encode_batch_fast")
+            encode = rust.encode_batch_fast if is_short else rust.encode_batch
+            found = encode(list(text), add_special_tokens=add_special_tokens)
             answer = {"input_ids": [encoding.ids for encoding in found]}
             if return_offsets_mapping:
                 answer["offset_mapping"] = [encoding.offsets for encoding in found]

@@ -17,7 +17,7 @@ from edge_sdk.doctor import config as written
 from edge_sdk.doctor import link as links
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped
 from edge_sdk.errors import ConfigError, EdgeError, one_line
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.transport.handshake import shake_hands
 from edge_sdk.transport.keys import load_key_pair, load_public_key
 from edge_sdk.transport.link import LinkConfig

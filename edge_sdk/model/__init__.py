@@ -2,6 +2,7 @@
 
 __all__ = [
     "experts",
+    "kept",
     "layout",
     "loss",
     "partition",
@@ -11,6 +12,5 @@ __all__ = [
     "shape",
     "shrunk",
     "split_check",
-    "split_proof",
     "weights",
 ]

@@ -11,16 +11,14 @@ import hashlib
 import io
 import json
 import logging
-import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from edge_sdk.errors import ModelError, StorageError, one_line
-from edge_sdk.files import atomic_file, storage_errors
+from edge_sdk.errors import ModelError, one_line
+from edge_sdk.model.kept.findings import Looks, looks_of
 from edge_sdk.model.safetensors_files import Sink, Some, open_files, write_tensors
 from edge_sdk.model.torch_files import open_torch_files
 from edge_sdk.protocol.plan import Part
@@ -115,6 +113,8 @@ class ModelSource:
         from edge_sdk.model.layout import find_layout
 
         self.folder = locate(model, revision)
+        self.looks = self.looks_now()
+        """What its files looked like before any of them was opened."""
         self.hub_id: str | None
         self.revision: str | None
         self.hub_id, self.revision = hub_origin(self.folder)
@@ -226,6 +226,12 @@ class ModelSource:
         digest = _Digest()
         self.write(part, digest)
         return Part(name=part, sha256=digest.hexdigest(), num_bytes=digest.num_bytes)
+
+    def looks_now(self) -> Looks:
+        """Return what every file looks like on which the bytes of parts depend."""
+        there = [path for path in self.folder.iterdir() if path.is_file()]
+        named = [self.folder / name for name in FILE_NAMES]
+        return looks_of([*there, *named, *weight_files(self.folder)])
 
     def part_names(self) -> tuple[str, ...]:
         """Return the names of all parts."""
@@ -353,6 +359,11 @@ def has_weights(folder: Path) -> bool:
     return any(_weight_files(folder, name) for name in (SAFETENSORS, TORCH))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files with weights that are read in *folder*; none where there are none."""
+    return _weight_files(folder, SAFETENSORS) or _weight_files(folder, TORCH)
+
+
 def _weight_files(folder: Path, name: str) -> list[Path]:
     """Return the file *name*, or those that its index lists; none where there is neither."""
     index = folder / f"{name}.index.json"
@@ -374,124 +385,3 @@ def _dtype(config: Any, stored: Mapping[str, torch.Tensor]) -> torch.dtype:
         return said
     floats = (t.dtype for t in map(stored.__getitem__, stored) if t.is_floating_point())
     return next(floats, torch.float32)
-
-
-class PartCache:
-    """Parts on disk under their hashes; partial downloads are kept and continued."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = folder or Path(root) / "edgesplit" / "parts"
-        self._checked: dict[str, tuple[int, int, int]] = {}
-        """Inode, size and time of change of files whose hash this process has seen to be right."""
-
-    def path(self, part: Part) -> Path:
-        """Return where *part* lies once it is complete."""
-        return self.folder / f"{part.sha256}.safetensors"
-
-    def has(self, part: Part) -> bool:
-        """Return whether *part* is complete and whole.
-
-        The hash of a file is computed once in a process, and again when the file has changed. One
-        that is damaged is thrown away: its content can be had again.
-        """
-        path = self.path(part)
-        try:
-            now = _identity(path)
-            if self._checked.get(part.sha256) == now:
-                return True
-            with path.open("rb") as file:
-                found = _digest(file) if now[1] == part.num_bytes else ""
-            if found == part.sha256:
-                self._checked[part.sha256] = now
-                return True
-            log.warning("part.damaged name=%s file=%s; it is fetched again", part.name, path)
-            path.unlink()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
-        return False
-
-    def received(self, part: Part) -> int:
-        """Return the bytes of *part* that an interrupted download has left."""
-        try:
-            return self._partial(part).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return 0  # not begun, or another device of this machine has finished it
-
-    def append(self, part: Part, offset: int, data: memoryview | bytes) -> None:
-        """Add a stretch of *part*; what is there already is written again with the same bytes.
-
-        Several devices of one machine may fetch the same part into the same folder at once: a
-        stretch that would leave a hole, as another of them has just finished the file, is dropped.
-        """
-        with storage_errors(f"part {part.name!r} to {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            how = os.O_WRONLY | (0 if offset else os.O_CREAT)
-            try:
-                handle = os.open(self._partial(part), how, 0o644)
-            except FileNotFoundError:
-                return
-            with open(handle, "wb") as file:
-                if offset <= os.fstat(handle).st_size:
-                    file.seek(offset)
-                    file.write(data)
-
-    def finish(self, part: Part) -> Path:
-        """Check the hash of a complete download and move it into place.
-
-        Where another device of this machine has done so, and has begun anew, it is dropped.
-
-        Raises:
-            ModelError: the bytes are not those of the part; they are thrown away.
-        """
-        partial, path = self._partial(part), self.path(part)
-        own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        try:
-            with partial.open("rb") as file:
-                checked, found = os.fstat(file.fileno()), _digest(file)
-            # Another device may put another file in its place meanwhile, but not in that of `own`.
-            partial.replace(own)
-            is_others = checked.st_size < part.num_bytes or own.stat().st_ino != checked.st_ino
-            if is_others or found != part.sha256:
-                own.unlink()
-            else:
-                own.replace(path)
-                self._checked[part.sha256] = _identity(path)
-            if is_others or found == part.sha256:
-                return path
-        except FileNotFoundError:  # another device of this machine was faster
-            return path
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
-        raise ModelError(
-            f"part {part.name!r} arrived damaged: sha256 {found[:12]}..., "
-            f"expected {part.sha256[:12]}...; start again to fetch it again"
-        )
-
-    def store(self, part: Part, data: bytes) -> Path:
-        """Put a whole part into the cache."""
-        return self.fill(part, lambda file: file.write(data))
-
-    def fill(self, part: Part, write: Callable[[BinaryIO], object]) -> Path:
-        """Put a whole part into the cache, which *write* writes to a file."""
-        with atomic_file(self.path(part), sync=False) as file:  # its hash says if it is whole
-            write(file)
-        self._checked[part.sha256] = _identity(self.path(part))
-        return self.path(part)
-
-    def _partial(self, part: Part) -> Path:
-        return self.folder / f"{part.sha256}.partial"
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -19,7 +19,8 @@ from edge_sdk.data.rows import DataConfig, Row, load_rows
 from edge_sdk.data.tally import Tally
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ConfigError, ModelError, one_line
-from edge_sdk.model.weights import PartCache, load_tokenizer, locate
+from edge_sdk.model.kept.part_cache import PartCache
+from edge_sdk.model.weights import load_tokenizer, locate
 
 # What configurations call the longest sequence of a model.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")

@@ -24,7 +24,7 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.deadline import Deadline
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.keys import create_key_pair, load_key_pair

@@ -30,7 +30,7 @@ from coordinator.rounds.loop import GOODBYE_S, Coordinator
 from edge_sdk.client.backends import BACKENDS
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.runtime.training import TrainingConfig
 from tests.e2e.cluster import held_out, save_model, sentences
 from tests.e2e.light import LIGHT, LightEngine

@@ -34,7 +34,7 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from profiler.profile import DeviceProfile
 
 # File of what was simulated, beside the configuration of the coordinator.

@@ -12,7 +12,8 @@ import pytest
 from coordinator.onnx_export.cache import GraphCache, check_experts, check_layout, check_lora
 from edge_sdk.errors import RefusedError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape, find_targets
-from edge_sdk.model.weights import ModelSource, PartCache
+from edge_sdk.model.kept.part_cache import PartCache
+from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.onnx_graphs import read_graphs
 from tests.e2e.cluster import save_model

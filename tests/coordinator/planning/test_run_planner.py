@@ -19,7 +19,7 @@ from coordinator.planning.run_planner import Planner
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from profiler.estimate.sizes import ModelShape
 from profiler.profile import DeviceProfile
 from tests.coordinator.planning.problems import FAST, SLOW, make_problem, model_of

@@ -28,7 +28,7 @@ from coordinator.rounds.loop import Coordinator
 from coordinator.rounds.state import Phase
 from edge_sdk.errors import MAX_TEXT, LocalProtocolError, PeerGone, RemoteProtocolError
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.weights import PartCache
+from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.protocol import headers
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, TensorOut
 from edge_sdk.protocol.messages import (

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoConfig
 
 from edge_sdk.errors import ModelError
-from edge_sdk.model import split_check, split_proof
+from edge_sdk.model import split_check
+from edge_sdk.model.kept import split_proof
+from edge_sdk.model.kept.split_proof import prove_split
 from edge_sdk.model.layout import Task, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.model.split_check import check_split, check_weights
-from edge_sdk.model.split_proof import prove_split
 from tests.tiny import FAMILIES, make_config, make_model, make_parts, task_of
 
 

@@ -103,6 +103,6 @@ def _read(path: Path) -> str | None:
 def _key(subject: str) -> str:
     versions = [importlib.metadata.version(name) for name in COMPUTERS]
     digest = hashlib.sha256(json.dumps([subject, versions]).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
