@@ -37,7 +37,7 @@ from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout
-from edge_sdk.model.loss import IGNORED, LossSums, loss_sums
+from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums, whole_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.runtime.half_range import Products
@@ -59,10 +59,12 @@ class _Wave:
     jobs: list[Job]
     leaves: list[torch.Tensor]
     final_hidden: torch.Tensor
-    """Hidden states after the last block; logits where the labels are here."""
+    """Hidden states after the last block; logits where `has_logits`."""
     lengths_B: torch.Tensor
     step: int
     micro: int
+    has_logits: bool = False
+    """Whether the tail has run on all positions, with the blocks."""
 
     def gradients(self) -> list[torch.Tensor]:
         """Return what goes back to the devices, the loss scale still inside."""
@@ -127,9 +129,8 @@ class LocalEngine:
             return []
 
         def attempt() -> tuple[_Wave, list[LossSums]]:
-            wave = self._forward(jobs, step, micro, to_logits=True)
-            with autocast(self._products.dtype, self._device):
-                sums = self._losses(wave)
+            wave = self._forward(jobs, step, micro, to_logits=not self.slice.has_local_tail)
+            sums = self._losses(wave)
             total = torch.zeros((), device=self._device)
             for job, own in zip(wave.jobs, sums, strict=True):
                 loss = own.loss_B.sum()
@@ -213,7 +214,7 @@ class LocalEngine:
 
         with self.trained.meter.watching(step):
             final_hidden, lengths_B = self._products.run(work, lambda found: found[0])
-        return _Wave(ordered, leaves, final_hidden, lengths_B, step, micro)
+        return _Wave(ordered, leaves, final_hidden, lengths_B, step, micro, to_logits)
 
     def _leaf(self, job: Job) -> torch.Tensor:
         return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
@@ -265,18 +266,35 @@ class LocalEngine:
         """Return the loss of an evaluation micro-batch, or its final hidden state; see `Engine`."""
         self.slice.model.eval()
         hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
-        run = partial(self._run_blocks, [job], hidden, to_logits=job.labels is not None)
+        to_logits = job.labels is not None and not self.slice.has_local_tail
+        run = partial(self._run_blocks, [job], hidden, to_logits=to_logits)
         with torch.no_grad():
             final_hidden, _ = self._products.run(run, lambda found: found[0])
             if job.labels is None:
                 return to_numpy(final_hidden)
-            return totals(loss_sums(final_hidden, self._labels(job.labels)))
+            labels = self._labels(job.labels)
+            return totals(self._sums(final_hidden, labels, has_logits=to_logits))
+
+    def _sums(
+        self,
+        final_hidden: torch.Tensor,
+        labels: torch.Tensor,
+        unit_B: torch.Tensor | None = None,
+        *,
+        has_logits: bool,
+    ) -> LossSums:
+        """Return the loss of what comes out of the blocks, or of the tail; see `target_sums`."""
+        if has_logits:
+            with autocast(self._products.dtype, self._device):
+                return loss_sums(final_hidden, labels)
+        tail = partial(target_sums, self.slice, final_hidden, labels, unit_B)
+        return self._products.run(tail, lambda sums: sums.loss_B)
 
     def _labels(self, labels: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
 
     def _losses(self, wave: _Wave) -> list[LossSums]:
-        """Compute a wave's losses at once, so that no logits are sliced; return them by job."""
+        """Compute a wave's losses at once, so that nothing is sliced; return them by job."""
         longest = max(job.hidden_BTD.shape[1] for job in wave.jobs)
         labels = []
         for job in wave.jobs:
@@ -285,8 +303,11 @@ class LocalEngine:
             labels.append(
                 F.pad(own, (0, longest - own.shape[1]), value=IGNORED) if own.dim() == 2 else own
             )
-        whole = loss_sums(wave.final_hidden, torch.cat(labels))
         rows = [len(job.lengths_B) for job in wave.jobs]
+        scale = self.trained.optimizer.loss_scale
+        units = [scale * job.weight / job.num_targets for job in wave.jobs]
+        unit_B = torch.tensor(units).repeat_interleave(torch.tensor(rows))
+        whole = self._sums(wave.final_hidden, torch.cat(labels), unit_B, has_logits=wave.has_logits)
         by_job = [torch.split(column, rows) for column in whole]
         return [LossSums(*columns) for columns in zip(*by_job, strict=True)]
 
@@ -309,9 +330,9 @@ class LocalEngine:
         self.slice.model.eval()
         ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])
         with torch.no_grad():
-            whole = partial(self.slice.whole, ids_BT, lengths_B)
-            logits = self._products.run(whole, lambda logits: logits)
-            return totals(loss_sums(logits, self._labels(micro.labels)))
+            labels = self._labels(micro.labels)
+            whole = partial(whole_sums, self.slice, ids_BT, lengths_B, labels)
+            return totals(self._products.run(whole, lambda sums: sums.loss_B))
 
     # ---- adapters ----
 

@@ -36,7 +36,7 @@ from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import ModelFacts, find_targets
-from edge_sdk.model.loss import loss_sums
+from edge_sdk.model.loss import whole_sums
 from edge_sdk.model.weights import ModelSource
 
 log = logging.getLogger(__name__)
@@ -231,8 +231,8 @@ def _eval_loss(trained: Trained, batches: list[MicroBatch]) -> float:
     with torch.no_grad():
         for batch in batches:
             lengths_B = torch.from_numpy(np.asarray(batch.lengths))
-            logits = model.whole(torch.from_numpy(batch.input_ids), lengths_B)
-            sums = loss_sums(logits, torch.from_numpy(batch.labels))
+            ids_BT, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
+            sums = whole_sums(model, ids_BT, lengths_B, labels)
             loss += float(sums.loss_B.sum())
             targets += int(sums.targets_B.sum())
     return loss / max(1, targets)

@@ -3,11 +3,13 @@
 Every parameter keeps its whole-model name; absent blocks take no memory. Which tensors belong to
 which part is found in `layout.py`; knows no files and no network.
 
-Legend: B sequences, T positions, D hidden size, V vocabulary or classes, L blocks of the model.
+Legend: B sequences, T positions, D hidden size, N single positions, V vocabulary or classes, L
+blocks of the model.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,13 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_sdk.errors import ModelError
+from edge_sdk.errors import ModelError, is_out_of_memory, one_line
 from edge_sdk.model.experts import expert_weights, find_stack, take_place
 from edge_sdk.model.layout import Layout, Task, build_empty
 from edge_sdk.model.quantized import Quantized, quantize_linears, take_weight
 from edge_sdk.model.weightless import hidden_of
 
+log = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
+# Rows on which a tail is tried: some of their positions alone, and in another order.
+TRIED_LENGTHS, TRIED = (5, 3), ((0, 1), (1, 2), (0, 4), (1, 0))
+# Largest relative difference of their logits that comes from rounding, in float32 and in less.
+LOCAL_BOUND, LOCAL_HALF_BOUND = 1e-4, 3e-2
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
@@ -62,6 +70,8 @@ class Slice:
         whole_config: Any = self.model.config
         self._config = whole_config.get_text_config()
         self.pad_id: int = self._config.pad_token_id or 0
+        self.vocab_size: int = self._config.vocab_size
+        self._has_local_tail: bool | None = None
         for block in self.blocks:
             block.to("meta")
             if quantized:
@@ -174,6 +184,92 @@ class Slice:
     def whole(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Run the whole model on token ids; returns logits."""
         return self._call(ids_BT, lengths_B)
+
+    # ---- the tail at single positions ----
+
+    @property
+    def has_local_tail(self) -> bool:
+        """Whether the logits of a position depend on the hidden state there alone.
+
+        Found out once, when the tail is present, by a few states. Where they depend on others, or
+        the model's code does not take single positions, the tail runs on all of them.
+        """
+        if self._has_local_tail is None:
+            reason = "it is a classifier's" if self.task != "causal-lm" else self._try_tail()
+            if reason and self.task == "causal-lm":
+                log.warning("tail.all_positions reason=%s", reason)
+            self._has_local_tail = not reason
+        return self._has_local_tail
+
+    def at_positions(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Run a local tail on the states of single positions; returns (N, V).
+
+        Each is a sequence of its own: no mask between them, and no position beyond the model's.
+        """
+        ones_N = torch.ones(len(hidden_ND), dtype=torch.int32, device=hidden_ND.device)
+        # Not `[:, 0]`, whose gradient would be a copy.
+        return self.logits(hidden_ND[:, None], ones_N, len(self.blocks)).flatten(0, 1)
+
+    def before_head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Run what lies between the last block and the head, as `at_positions` would; (N, D)."""
+        assert self.head is not None, "the model has no head of its own"
+
+        def leave(_m: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = self.head.register_forward_pre_hook(leave)
+        try:
+            return self.at_positions(hidden_ND)
+        finally:
+            handle.remove()
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The model's output layer, as transformers knows it; None where it knows none."""
+        model: Any = self.model
+        found: nn.Module | None = model.get_output_embeddings()
+        return found
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound to which the config says that logits are bent."""
+        return getattr(self._config, "final_logit_softcapping", None)
+
+    def some_states(self, rows: int, positions: int) -> torch.Tensor:
+        """Return random hidden states (B, T, D), always the same ones."""
+        shape = (rows, positions, self.layout.width)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Run without gradients, dropout and casts."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _try_tail(self) -> str:
+        """Return why the tail has to see all positions; nothing if it has not."""
+        lengths_B = torch.tensor(TRIED_LENGTHS, dtype=torch.int32, device=self.device)
+        hidden_BTD = self.some_states(len(TRIED_LENGTHS), max(TRIED_LENGTHS))
+        where = tuple(torch.tensor(TRIED, device=self.device).t())
+        with self.plainly():
+            wanted_NV = self.logits(hidden_BTD, lengths_B, len(self.blocks))[where].float()
+            try:
+                difference_NV = self.at_positions(hidden_BTD[where]).float() - wanted_NV
+            except Exception as error:  # somebody else's model code may raise anything
+                if is_out_of_memory(error):
+                    raise
+                return one_line(f"{type(error).__name__}: {error}")
+        found = float(difference_NV.norm() / wanted_NV.norm().clamp_min(1e-30))
+        bound = LOCAL_BOUND if self.dtype == torch.float32 else LOCAL_HALF_BOUND
+        return "" if found <= bound else f"its logits depend on other positions, by {found:.0e}"
+
+    # ---- running the model's code ----
 
     def _call(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)

@@ -2,7 +2,8 @@
 
 A narrow stand-in of the model (`shrunk.py`) runs once as transformers runs it and once as devices
 and coordinator do: slices that hold only their own parts, at every kind of cut, with padding, in
-training and in evaluation. Logits and gradients must agree. Knows no files and no network.
+training and in evaluation, the tail at single positions where it looks at no others. Logits and
+gradients must agree. Knows no files and no network.
 
 Legend: B sequences, T positions, D hidden size.
 """
@@ -294,7 +295,6 @@ class _Pieces:
         last, cut = self.layout.num_blocks, route[0][2]
         hidden: torch.Tensor | None = None
         sent: list[tuple[torch.Tensor, torch.Tensor]] = []
-        is_classifier = self.task != "causal-lm"
         ids_BT = batch.ids_BT if self.layout.needs_ids else None
         slices = {who: self._slice(who, cut) for who, _, _ in route}
         for slice_ in slices.values():
@@ -305,18 +305,34 @@ class _Pieces:
                 if hidden is None:
                     output = slices[who].front(batch.ids_BT, batch.lengths_B, stop)
                 elif stop > last:
-                    pooled_B = batch.pooled(self._pad_id) if is_classifier else None
-                    output = slices[who].logits(hidden, batch.lengths_B, first, pooled_B, ids_BT)
+                    output = self._logits(slices[who], first, hidden, batch)
                 else:
                     output = slices[who].middle(hidden, batch.lengths_B, first, stop, ids_BT)
                 hidden = output.detach().requires_grad_(training)
                 sent.append((output, hidden))
-            logits = _real(sent[-1][0], batch, self.task)
+            logits = sent[-1][0]
             if training:
                 torch.autograd.backward(_loss(logits))
                 for output, received in reversed(sent[:-1]):
                     torch.autograd.backward(output, received.grad)
         return Found(logits.detach(), self._grads(slices.values()))
+
+    def _logits(
+        self, slice_: Slice, first: int, hidden_BTD: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Return the logits that count, by the way that a run takes to them.
+
+        A tail that looks at one position at a time is given nothing but the positions that count.
+        """
+        last, lengths_B = self.layout.num_blocks, batch.lengths_B
+        ids_BT = batch.ids_BT if self.layout.needs_ids else None
+        if slice_.has_local_tail:
+            if first < last:
+                hidden_BTD = slice_.middle(hidden_BTD, lengths_B, first, last, ids_BT)
+            return slice_.at_positions(hidden_BTD[batch.mask().bool()])
+        pooled_B = batch.pooled(self._pad_id) if self.task != "causal-lm" else None
+        logits = slice_.logits(hidden_BTD, lengths_B, first, pooled_B, ids_BT)
+        return _real(logits, batch, self.task)
 
     def _grads(self, slices: Any) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}

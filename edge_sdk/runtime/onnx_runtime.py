@@ -30,7 +30,7 @@ from edge_sdk.runtime.onnx_graphs import Graphs
 from edge_sdk.runtime.onnx_session import OnnxModel
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.runtime.training_state import NumpyTrainingState
-from profiler.estimate.sizes import TAIL_TARGETS
+from profiler.estimate.sizes import TAIL_TARGETS, targets_at_once
 
 
 class _Open(NamedTuple):
@@ -79,6 +79,9 @@ class OnnxRuntime:
         self._plan, self._is_causal = plan, graphs.about.task == "causal-lm"
         self._model = OnnxModel(graphs, weights, threads)
         self._matrices = [t.array.shape for t in weights.values() if t.array.ndim == 2]
+        # No matrix is longer than the vocabulary is, or little.
+        longest = max((max(shape) for shape in self._matrices), default=1)
+        self._tail_targets = min(TAIL_TARGETS, targets_at_once(longest))
         targets = self._model.targets()
         self._adapters = NumpyAdapters(targets, plan.ranks, plan.alphas, lora, training.seed)
         head = graphs.about.head if plan.tail else ()
@@ -195,8 +198,9 @@ class OnnxRuntime:
         rows_N, positions_N = np.nonzero(labels_BT != IGNORE)
         grad_BTD = None if share is None else np.zeros_like(final_hidden_BTD)
         loss_sum, hits = 0.0, 0
-        for first in range(0, len(rows_N), TAIL_TARGETS):
-            where = rows_N[first : first + TAIL_TARGETS], positions_N[first : first + TAIL_TARGETS]
+        for first in range(0, len(rows_N), self._tail_targets):
+            part = slice(first, first + self._tail_targets)
+            where = rows_N[part], positions_N[part]
             labels_N = labels_BT[where].astype(np.int64)
             lengths = np.array([len(labels_N)])
             outputs = self._model.tail(final_hidden_BTD[where][None], lengths, labels_N, wanted)

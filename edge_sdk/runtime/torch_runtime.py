@@ -19,7 +19,7 @@ from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout, Task
-from edge_sdk.model.loss import LossSums, loss_sums
+from edge_sdk.model.loss import LossSums, loss_sums, target_sums, whole_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Base, Compute, resolve_compute
 from edge_sdk.model.quantized import resolve_base
@@ -116,9 +116,10 @@ class TorchRuntime:
 
         def attempt() -> tuple[LossSums, torch.Tensor]:
             final_hidden = torch.from_numpy(final_hidden_BTD).to(self._device).requires_grad_(True)
-            sums = self._sums(final_hidden, micro)
             scale = self.state.optimizer.loss_scale
-            torch.autograd.backward(sums.loss_B.sum() * (scale / num_targets))
+            unit = scale / num_targets
+            sums = self._sums(final_hidden, micro, unit)
+            torch.autograd.backward(sums.loss_B.sum() * unit)
             assert final_hidden.grad is not None
             return sums, final_hidden.grad / scale
 
@@ -141,14 +142,15 @@ class TorchRuntime:
         """Run the whole model forward and backward; see `Runtime`."""
         self._slice.model.train()
         ids_BT, lengths_B, labels = self._tensors(micro)
+        unit = self.state.optimizer.loss_scale / num_targets
 
         def work() -> LossSums:
             seed_step(self._training.seed, self._device, "device", step, index)
-            return loss_sums(self._slice.whole(ids_BT, lengths_B), labels)
+            return whole_sums(self._slice, ids_BT, lengths_B, labels, _same(unit, labels))
 
         with self.state.meter.watching(step):
             sums = self._products.run(work, lambda sums: sums.loss_B)
-        torch.autograd.backward(sums.loss_B.sum() * (self.state.optimizer.loss_scale / num_targets))
+        torch.autograd.backward(sums.loss_B.sum() * unit)
         return totals(sums)
 
     def step(self, step: int) -> None:
@@ -178,7 +180,8 @@ class TorchRuntime:
         with torch.no_grad():
             return totals(self._sums(torch.from_numpy(final_hidden_BTD).to(self._device), micro))
 
-    def _sums(self, final_hidden: torch.Tensor, micro: MicroBatch) -> LossSums:
+    def _sums(self, final_hidden: torch.Tensor, micro: MicroBatch, unit: float = 1.0) -> LossSums:
+        """Return the loss of a final hidden state; see `target_sums`."""
         _, lengths_B, labels = self._tensors(micro)
         pooled_B = None if micro.pooled is None else torch.from_numpy(micro.pooled)
         if pooled_B is not None:
@@ -186,6 +189,8 @@ class TorchRuntime:
         last = self._slice.layout.num_blocks
 
         def work() -> LossSums:
+            if self._slice.has_local_tail:
+                return target_sums(self._slice, final_hidden, labels, _same(unit, labels))
             logits = self._slice.logits(final_hidden, lengths_B, last, pooled_B)
             return loss_sums(logits, labels)
 
@@ -251,6 +256,11 @@ class TorchTrainingState(TrainingState):
         """Take over what `moments` returned; see `TrainingState`."""
         super().load_moments(state)
         self._products.load_state(state)
+
+
+def _same(unit: float, labels: torch.Tensor) -> torch.Tensor:
+    """Return *unit* for each row of *labels*."""
+    return torch.full((len(labels),), unit, device=labels.device)
 
 
 def load_parameters(

@@ -20,13 +20,17 @@ from profiler.estimate.sizes import (
     Work,
     adapted_linears,
     lowest_block,
+    targets_at_once,
 )
 
 # Adapters, their gradients and Adam's moments are float32 whatever the base is.
 ADAPTER_BYTES = 4
 MOMENTS = {"adamw": 2, "sgd": 0}
-# Logits of all positions, those with a target, their softmax (or, later, its gradient).
+# Logits of some targets, their softmax, in whose place their gradient comes, and what is kept of a
+# soft cap or of half precision: 8 without these (benchmarks/targets.py).
 LOGITS_BYTES = 12
+# A classifier's: logits, softmax, gradient.
+CLASSES_BYTES = 12
 # Model code, optimizer and PEFT layers that are loaded on first use, and BLAS's buffers: 14 to
 # 18 MiB over the import floor on Linux x86-64, before any large tensor (benchmarks/memory.py).
 RUNTIME_BYTES = 16 * 2**20
@@ -255,7 +259,8 @@ def _arena(model: ModelShape, work: Work) -> int:
     factor = ARENA_FACTORS[work.recompute] if own else 1.0  # forward only
     found = factor * (_kept_frozen(model, work) + max(own, default=0))
     if work.has_tail:
-        outputs, rows = model.num_labels or model.vocab_size, min(work.tokens, TAIL_TARGETS)
+        outputs = model.num_labels or model.vocab_size
+        rows = min(work.tokens, TAIL_TARGETS, targets_at_once(outputs))
         found += 2 * 4 * work.tokens * model.hidden_size + ARENA_LOGIT_BYTES * rows * outputs
     return round(found)
 
@@ -289,9 +294,13 @@ def _block_workspace(model: ModelShape, work: Work) -> int:
 
 
 def _head_workspace(model: ModelShape, work: Work) -> int:
-    top = 2 * 4 * work.tokens * model.hidden_size  # final norm and its gradient
-    outputs = model.num_labels or model.vocab_size
-    return top + LOGITS_BYTES * work.tokens * outputs
+    """Return what a tail takes beside its weights; every token counts as a target."""
+    state = 4 * work.tokens * model.hidden_size
+    if model.num_labels:
+        return 2 * state + CLASSES_BYTES * work.tokens * model.num_labels  # norm and its gradient
+    # States of the targets, their gradient, and that among those of all positions.
+    rows = min(work.tokens, targets_at_once(model.vocab_size))
+    return 3 * state + LOGITS_BYTES * rows * model.vocab_size
 
 
 def _wire(model: ModelShape, work: Work) -> int:

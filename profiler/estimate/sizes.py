@@ -19,6 +19,9 @@ FRAGMENTATION = 0.55
 # Targets whose logits a device on onnxruntime has at the same time: 26 MB with a vocabulary of
 # 50,000. Half as many cost time, twice as many only memory.
 TAIL_TARGETS = 128
+# Logits that a tail has at the same time: 64 MiB in float32, of 110 targets with a vocabulary of
+# 151,936. Fewer would read the head more often than they compute with it.
+TAIL_LOGITS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,11 @@ class Work:
     def shares_inputs(self) -> bool:
         """Whether adapters keep the block's own tensors, not casts or dropouts of them."""
         return self.compute_bytes == 4 and not self.has_lora_dropout
+
+
+def targets_at_once(vocab_size: int) -> int:
+    """Return the targets of which a tail has logits at the same time."""
+    return max(1, TAIL_LOGITS // vocab_size)
 
 
 def adapted_linears(model: ModelShape, work: Work, block: int) -> list[tuple[Linear, int]]:

@@ -239,3 +239,40 @@ def test_a_failing_stretch_leaves_the_model_as_it_was() -> None:
 
     with torch.no_grad():
         assert model.error(every.whole(model.ids_BT, model.lengths_B)) == 0.0
+
+
+@pytest.mark.parametrize("family", [f for f in ALL if task_of(f) == "causal-lm"])
+def test_a_tail_looks_at_one_position_at_a_time(family: str) -> None:
+    """Any few positions give the logits that they have among all others."""
+    model = whole(family)
+    piece = model.piece("front", *model.blocks(0, BLOCKS), "tail")
+    chosen_BT = torch.rand(3, 9, generator=torch.Generator().manual_seed(5)) < 0.4
+
+    with torch.no_grad():
+        hidden_BTD = piece.front(model.ids_BT, model.lengths_B, BLOCKS)
+        logits_NV = piece.at_positions(hidden_BTD[chosen_BT & model.mask_BT.bool()])
+
+    wanted_NV = model.logits[chosen_BT & model.mask_BT.bool()]
+    assert piece.has_local_tail
+    assert float((logits_NV - wanted_NV).norm() / wanted_NV.norm()) <= 1e-6
+
+
+def test_a_tail_that_looks_around_is_given_all_positions(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A norm over all positions is found out, and said once in a line of the log."""
+    model = whole("llama")
+    piece = model.piece(*model.top())
+    norm = piece.model.get_submodule("model.norm")
+    monkeypatch.setattr(norm, "forward", lambda x: x - x.mean(1, keepdim=True))
+
+    assert [piece.has_local_tail, piece.has_local_tail] == [False, False]
+    assert [r.message for r in caplog.records].count(caplog.records[0].message) == 1
+    assert "tail.all_positions reason=its logits depend on other positions" in caplog.text
+
+
+def test_a_classifier_has_no_tail_for_single_positions() -> None:
+    """Its head looks at a sequence; nothing is said of it."""
+    model = whole("bert")
+
+    assert not model.piece(*model.top()).has_local_tail

@@ -42,6 +42,25 @@ def test_whoever_computes_something_else_is_found(
         check_split(make_config("llama"), "causal-lm")
 
 
+def test_a_tail_that_is_wrong_at_single_positions_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a few states do not show is found by the logits of a whole model."""
+    right = Slice.at_positions
+    monkeypatch.setattr(Slice, "has_local_tail", True)
+    monkeypatch.setattr(Slice, "at_positions", lambda self, hidden: right(self, hidden) + 0.001)
+
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not compute the same in pieces"):
+        check_split(make_config("llama"), "causal-lm")
+
+
+def test_a_tail_that_looks_around_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given all positions, as before, and that is compared with the whole."""
+    monkeypatch.setattr(Slice, "has_local_tail", False)
+
+    check_split(make_config("llama"), "causal-lm")
+
+
 def test_a_gradient_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut through which too little gradient flows refuses the model, with the right logits."""
     right = Slice.front
