@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from coordinator.aggregation.accounts import Accounts, Handout
 from coordinator.aggregation.rules import (
     RULES,
     SERVER,
@@ -58,6 +59,8 @@ class RoundResult:
     """Whether the optimizers begin anew as well."""
     keeps_residuals: bool = True
     """Whether a residual completes own factors to dW; else they stand for dW themselves."""
+    handouts: dict[str, Handout] = field(default_factory=dict)
+    """What each device is given of the changes, where less than all travels."""
 
     def changes_for(self, participant: str) -> dict[str, Factors]:
         """Return the changes that *participant* is to add to its residuals, by weight."""
@@ -69,8 +72,16 @@ class Ledger:
     """Factors of every participant at the start of the round, dW, and the trained head."""
 
     def __init__(
-        self, facts: ModelFacts, lora: LoraConfig, rule: str, max_rank: int | None, seed: int
+        self,
+        facts: ModelFacts,
+        lora: LoraConfig,
+        rule: str,
+        max_rank: int | None,
+        seed: int,
+        accounts: Accounts | None = None,
     ) -> None:
+        self.accounts = accounts
+        """What devices have been given; None where all that has changed travels as it is."""
         self._facts, self._lora, self._seed = facts, lora, seed
         self._rule = RULES[rule]
         self._max_rank = max_rank
@@ -92,6 +103,9 @@ class Ledger:
     def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
         """Return the own factors that *participant* is to hold, resized or drawn where needed."""
         held = self.pairs.get(participant, {})
+        known = {name: pair.a_RI.shape[-2] for name, pair in held.items()}
+        if self.accounts is not None and known != {n: rank for n, rank in ranks.items() if rank}:
+            self.accounts.close(participant)
         self.pairs[participant] = {
             name: self._own(name, rank, held.get(name)) for name, rank in ranks.items() if rank
         }
@@ -136,6 +150,7 @@ class Ledger:
         other = copy(self)
         other.totals, other.pairs = dict(self.totals), dict(self.pairs)
         other._memory = dict(self._memory)
+        other.accounts = self.accounts and self.accounts.copy()
         return other
 
     def aggregate(self, reports: Mapping[str, Report]) -> RoundResult:
@@ -149,11 +164,31 @@ class Ledger:
         """
         before = self.copy()
         try:
-            return self._join(reports)
+            result = self._join(reports)
+            if self.accounts is not None:
+                result.handouts = self._settle(self.accounts, reports)
+            return result
         except BaseException:
             self.totals, self.pairs, self.head = before.totals, before.pairs, before.head
             self._memory, self.rounds = before._memory, before.rounds
+            self.accounts = before.accounts
             raise
+
+    def _settle(self, accounts: Accounts, reports: Mapping[str, Report]) -> dict[str, Handout]:
+        """Give every device of the round a part of what it lacks."""
+        devices = {name: reports[name] for name in sorted(reports) if name != SERVER}
+        total = sum(report.num_samples for report in devices.values())
+        accounts.close_others(devices)
+        return {
+            name: accounts.settle(
+                name,
+                self._facts.weights(0, report.split),
+                self.totals,
+                self.pairs[name],
+                report.num_samples / total if total else 0.0,
+            )
+            for name, report in devices.items()
+        }
 
     def _join(self, reports: Mapping[str, Report]) -> RoundResult:
         self.rounds += 1
@@ -236,6 +271,8 @@ class Ledger:
                 state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
         for name, factors in self.totals.items():
             state |= {f"total:{name}.A": factors.a_RI, f"total:{name}.B": factors.b_OR}
+        if self.accounts is not None:
+            state |= self.accounts.state()
         for name, memory in self._memory.items():
             state |= {f"memory:{name}:{key}": value for key, value in memory.items()}
         return state | {f"head:{name}": value for name, value in self.head.items()}
@@ -261,6 +298,8 @@ class Ledger:
             else:
                 self.totals[name] = Factors(b, a)
         self._memory = dict(memory)
+        if self.accounts is not None:
+            self.accounts.load_state(state)
 
 
 def _numbers(result: RoundResult, totals: Mapping[str, Factors]) -> Iterator[tuple[str, Array]]:

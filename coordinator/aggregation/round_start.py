@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from coordinator.aggregation.ledger import Ledger, RoundResult
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import ModelFacts
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import RoundStart, Stamp
@@ -42,43 +42,72 @@ class RoundStartBuilder:
         own = self._ledger.enrol(device, plan.ranks)
         if device in self.current and self._result is not None:
             result = self._result
-            changes = {n: f for n, f in result.changes_for(device).items() if n in weights}
-            tensors = _tensors(result.replaced.get(device, {}), changes)
-            head = result.head
-            start = RoundStart(
-                stamp=stamp,
-                end_step=end_step,
-                is_full=False,
-                restarts=result.restarts,
-                evaluate=evaluate,
-            )
-        elif stamp.step in held:
-            return RoundStart(
-                stamp=stamp,
-                end_step=end_step,
-                is_full=False,
-                restore_step=stamp.step,
-                evaluate=evaluate,
-            ), {}
+            changes = {n: f for n, f in self._changes(result, device).items() if n in weights}
+            tensors = _tensors(result.replaced.get(device, {}), changes, self._codec)
+            head, is_full, restarts = result.head, False, result.restarts
         else:
-            tensors = _tensors(own, self._ledger.residuals(device, weights))
-            head = self._ledger.head
-            start = RoundStart(
-                stamp=stamp,
-                end_step=end_step,
-                is_full=True,
-                restarts=self._ledger.restarts,
-                evaluate=evaluate,
-            )
+            held_already = self._residuals(device, weights, own)
+            if stamp.step in held:
+                return RoundStart(
+                    stamp=stamp,
+                    end_step=end_step,
+                    is_full=False,
+                    restore_step=stamp.step,
+                    evaluate=evaluate,
+                ), {}
+            tensors = _tensors(own, held_already, "float32")
+            head, is_full, restarts = self._ledger.head, True, self._ledger.restarts
         if plan.tail:
             tensors |= {name: (value, "float32") for name, value in head.items()}
-        return start, tensors
+        kept, most_rank = self._kept(device, weights)
+        return RoundStart(
+            stamp=stamp,
+            end_step=end_step,
+            is_full=is_full,
+            restarts=restarts,
+            evaluate=evaluate,
+            kept=kept,
+            most_rank=most_rank,
+        ), tensors
+
+    @property
+    def _codec(self) -> str:
+        """How changes travel; what is sent whole travels as it is."""
+        return "float32" if self._ledger.accounts is None else self._ledger.accounts.codec
+
+    def _changes(self, result: RoundResult, device: str) -> Mapping[str, Factors]:
+        """Return what a device of the last round is given, by weight."""
+        if self._ledger.accounts is None:
+            return result.changes_for(device)
+        return result.handouts[device].changes
+
+    def _residuals(
+        self, device: str, weights: list[str], own: Mapping[str, Pair]
+    ) -> dict[str, Factors]:
+        """Return what makes dW of own factors; with accounts, what counts as given to the device.
+
+        A device that goes back to a checkpoint of its own has been given the same, in a message
+        that may be in no checkpoint of ours.
+        """
+        accounts = self._ledger.accounts
+        if accounts is None:
+            return self._ledger.residuals(device, weights)
+        return accounts.open(device, weights, self._ledger.totals, own)
+
+    def _kept(self, device: str, weights: list[str]) -> tuple[float, int]:
+        """Return `kept` and `most_rank` of a RoundStart."""
+        accounts = self._ledger.accounts
+        if accounts is None:
+            return 0.0, 0
+        return accounts.kept.get(device, 0.0), accounts.most_rank(self._ledger.totals, weights)
 
 
-def _tensors(pairs: Mapping[str, Pair], residual: Mapping[str, Factors]) -> dict[str, TensorOut]:
-    tensors: dict[str, Array] = {}
+def _tensors(
+    pairs: Mapping[str, Pair], residual: Mapping[str, Factors], codec: str
+) -> dict[str, TensorOut]:
+    tensors: dict[str, TensorOut] = {}
     for name, pair in pairs.items():
-        tensors |= {f"{name}.A": pair.a_RI, f"{name}.B": pair.b_OR}
+        tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
     for name, factors in residual.items():
-        tensors |= {f"{name}.V": factors.a_RI, f"{name}.U": factors.b_OR}
-    return {name: (value, "float32") for name, value in tensors.items()}
+        tensors |= {f"{name}.V": (factors.a_RI, codec), f"{name}.U": (factors.b_OR, codec)}
+    return tensors

@@ -52,6 +52,9 @@ def _status(options: argparse.Namespace) -> int:
         print(f"round {missing['round']} has {here} of the {least} devices that it needs")
         for device, why in missing["why"].items():
             print(f"{device} {why} (at {missing['time']})")
+    if history.metrics and (lags := history.metrics[-1].get("lag_by_device")):
+        shares = ", ".join(f"{device} {lag:.1%}" for device, lag in lags.items())
+        print(f"devices lack of what the run has learned: {shares}")
     for name, reason in damaged.items():
         print(f"{name} is damaged: {reason}")
     RichConsole(highlight=False).print(summary(history))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation.rules import RULES
 from coordinator.config.centralised import PooledConfig
+from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
@@ -101,6 +102,8 @@ class ServeConfig:
     """Optimizer steps between two aggregations."""
     aggregation: Aggregation = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """How factors and changes travel between rounds."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     """Who chooses split points and ranks."""
     trained_by: Literal["devices", "coordinator"] = "devices"
@@ -158,6 +161,11 @@ class ServeConfig:
         if self.aggregation not in RULES:
             names = ", ".join(RULES)
             raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
+        if not self.exchange.is_plain and self.aggregation != "exact":
+            raise ValueError(
+                "exchange with another codec than float32 or downlink: budget needs "
+                f"aggregation: exact, got {self.aggregation}"
+            )
 
     @property
     def total_steps(self) -> int:

@@ -104,6 +104,8 @@ class Console:
         if found := scores(row):
             named = "  ".join(f"{name} {_score(score)}" for name, score in found.items())
             parts.append(f"{_measure(found.values())}: {named}")
+        if "lag" in row:
+            parts.append(f"lag up to {row['lag']:.1%}")
         if len(parts) > 1:
             self.note("  ".join(parts))
 

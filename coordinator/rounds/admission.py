@@ -188,6 +188,7 @@ class Admission:
             wants_profile=not self._planner.is_fixed,
             importance=config.planning.importance,
             importance_every=config.planning.importance_every * config.planning.measures_importance,
+            exchange="" if config.exchange.is_plain else config.exchange.codec,
             wants_ids=model.facts.layout.needs_ids and config.labels == "server",
             label_names=config.label_names,
         )

@@ -163,6 +163,9 @@ class RoundExecutor:
             "cut_error": done.result.cut_error,
             "rank": max((f.rank for f in self._learned.ledger.totals.values()), default=0),
         }
+        if handouts := done.result.handouts:
+            facts["lag"] = max(handout.lag for handout in handouts.values())
+            facts["lag_by_device"] = {name: handouts[name].lag for name in sorted(handouts)}
         if run.cut_off.devices:
             facts["cut_off"] = sorted(run.cut_off.devices)
         self._end_row(facts, done.evaluated)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest, oversized
 from coordinator.aggregation.rules import SERVER
@@ -21,6 +22,8 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.facts import RunFacts
 from coordinator.planning.interface import Planning
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.exchange import moved
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.training_state import under
@@ -43,7 +46,12 @@ class GlobalModel:
         self._config, self._model, self._planner = config, model, planner
         self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(
-            model.facts, config.lora, config.aggregation, config.max_rank, config.training.seed
+            model.facts,
+            config.lora,
+            config.aggregation,
+            config.max_rank,
+            config.training.seed,
+            _accounts(config),
         )
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
 
@@ -56,6 +64,16 @@ class GlobalModel:
                 size = self._model.facts.targets[name]
                 shapes[f"{name}.A"], shapes[f"{name}.B"] = size.factors(rank)
         return shapes, head
+
+    def uploaded(
+        self, device: str, plan: Plan, tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, Pair]:
+        """Return a device's own factors, of what it has uploaded."""
+        names = [name for name, rank in plan.ranks.items() if rank]
+        pairs = {name: Pair(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+        if self.ledger.accounts is None:
+            return pairs
+        return {name: moved(self.ledger.pairs[device][name], pairs[name]) for name in names}
 
     def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
         """Join what devices and coordinator have learned; add the coordinator's to *reports*.
@@ -151,3 +169,15 @@ class GlobalModel:
         if (first, ranks) != (self.engine.first, self.engine.ranks):
             self.engine = self._model.make_engine(first, ranks)
         self.engine.load_state(engine)
+
+
+def _accounts(config: ServeConfig) -> Accounts | None:
+    """Return empty accounts, where a device is not sent all that has changed as it is."""
+    exchange, lora = config.exchange, config.lora
+    if exchange.is_plain:
+        return None
+
+    def most_ranks(own_rank: int) -> int | None:
+        return exchange.most_ranks(own_rank or lora.r)
+
+    return Accounts(exchange.codec, most_ranks, lora.scale)

@@ -24,7 +24,6 @@ from coordinator.rounds.validation import (
 )
 from edge_sdk.client.states import MessageAction
 from edge_sdk.errors import RemoteProtocolError, public_text
-from edge_sdk.lora.adapters import Pair
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     Activation,
@@ -201,9 +200,7 @@ class MessageHandler:
         report = Report(
             split=plan.split,
             num_samples=plan.batch_size * self._run.state.num_steps(device),
-            pairs={
-                n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n, r in plan.ranks.items() if r
-            },
+            pairs=self._learned.uploaded(device, plan, tensors),
             head={name: tensors[name] for name in head},
             importance=message.importance,
         )

@@ -30,6 +30,7 @@ from edge_sdk.errors import (
     public_text,
 )
 from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.exchange import Known, finer, refined
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -91,6 +92,8 @@ class Participant:
         self._data: TokenizedData | None = None
         self._runtime: Runtime | None = None
         self._steps: Steps | None = None
+        self._known: Known | None = None
+        """What the coordinator knows of the adapters; None where that is all there is to know."""
         self._folder = config.state
         self._state = LocalState(config.state)
         self._measured: DeviceProfile | None = None
@@ -221,6 +224,7 @@ class Participant:
         self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
         self._runtime = self._setup.runtime(welcome, assigned, self._ask)
+        self._known = Known(welcome.exchange) if welcome.exchange else None
         self._drift = self._drift.of_new_plan()
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
@@ -304,30 +308,58 @@ class Participant:
         pairs = state.adapters.pairs().items()
         own = {f"own:{n}.{f}": v for n, p in pairs for f, v in zip("AB", p, strict=True)}
         head = {f"head:{name}": value for name, value in state.head().items()}
-        held = self._state.try_load(step, {n: v.shape for n, v in (own | head).items()})
+        known = {} if self._known is None else {f"known:{n[4:]}": v for n, v in own.items()}
+        held = self._state.try_load(step, {n: v.shape for n, v in (own | head | known).items()})
         if held is None:
             return False
         state.restore(held)
+        if self._known is not None:
+            self._known.load_state(held)
         return True
 
     def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Take over what the aggregation hands out."""
         state = self._ready()[0].state
         self._check(start, tensors)
+        # Factors and residual come with the message; moments are best where they were left.
+        left = self._state.moments(start.stamp.step) if start.is_full else {}
         if start.restarts:
             state.load_moments({})
         elif start.is_full:
-            # Factors and residual come with the message; moments are best where they were left.
-            state.load_moments(self._state.moments(start.stamp.step))
+            state.load_moments(left)
         own = {name[:-2] for name in tensors if name.endswith(".A")}
         changed = {name[:-2] for name in tensors if name.endswith(".V")}
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
-        state.adapters.load_pairs({n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own})
+        pairs = {n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own}
+        if self._known is not None:
+            state.adapters.load_pairs(refined(pairs, left))
+            state.set_residual(self._given(self._known, start, pairs, residual))
+        else:
+            state.adapters.load_pairs(pairs)
+            self._set_residual(start, residual)
+        state.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+
+    def _set_residual(self, start: RoundStart, residual: dict[str, Factors]) -> None:
+        state = self._ready()[0].state
         if start.is_full:
             state.set_residual(residual)
         else:
             state.merge_change(residual)
-        state.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+
+    def _given(
+        self,
+        known: Known,
+        start: RoundStart,
+        pairs: dict[str, Pair],
+        given: dict[str, Factors],
+    ) -> dict[str, Factors]:
+        """Return the residual where a device is given a part of what it lacks."""
+        if start.is_full:
+            known.begin(pairs, given)
+        else:
+            known.add(given, start.most_rank)
+        known.kept = start.kept
+        return known.residual(self._ready()[0].state.adapters.scale)
 
     def _check(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Refuse factors and parameters of another size than ours; the residual's rank is free."""
@@ -341,7 +373,8 @@ class Participant:
 
     def _save(self, step: int) -> None:
         assert self._runtime is not None
-        self._state.save(step, self._runtime.state.checkpoint())
+        known = {} if self._known is None else self._known.state()
+        self._state.save(step, self._runtime.state.checkpoint() | known)
 
     # ---- training ----
 
@@ -361,9 +394,15 @@ class Participant:
             self._link.send(report)
             self._callback.on_step_end(report)
             self._inbox.poll()
-        self._state.save_moments(start.end_step, self._ready()[0].state.moments())
+        upload = self._made_upload()
+        state = self._ready()[0].state
+        left = state.moments()
+        if self._known is not None:
+            left |= finer(state.adapters.pairs(), self._known.pairs)
+        self._state.save_moments(start.end_step, left)
         self._look_at_pace()
-        self._upload()
+        importance = state.meter.take()
+        self._link.send(AdapterUpload(stamp=self._stamp, importance=importance), upload)
         stats = self._link.stats()
         self._callback.on_round_end(
             RoundSummary(
@@ -398,14 +437,17 @@ class Participant:
             self._told = self._measured
             self._link.send(Profiled(stamp=self._stamp, profile=self._measured))
 
-    def _upload(self) -> None:
-        state = self._ready()[0].state
+    def _made_upload(self) -> dict[str, TensorOut]:
+        """Return what the coordinator is to know of the factors and the head."""
+        state, known = self._ready()[0].state, self._known
+        pairs, codec = state.adapters.pairs(), "float32"
+        if known is not None:
+            pairs, codec = known.changes(pairs), known.codec
+            known.told(pairs)
         tensors: dict[str, TensorOut] = {}
-        for name, pair in state.adapters.pairs().items():
-            tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
-        tensors |= {name: (value, "float32") for name, value in state.head().items()}
-        importance = state.meter.take()
-        self._link.send(AdapterUpload(stamp=self._stamp, importance=importance), tensors)
+        for name, pair in pairs.items():
+            tensors |= {f"{name}.A": (pair.a_RI, codec), f"{name}.B": (pair.b_OR, codec)}
+        return tensors | {name: (value, "float32") for name, value in state.head().items()}
 
     # ---- small things ----
 

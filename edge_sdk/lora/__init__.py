@@ -2,6 +2,7 @@
 
 __all__ = [
     "adapters",
+    "exchange",
     "expert_adapters",
     "factors",
     "importance",

@@ -102,9 +102,7 @@ def compress(
     left_OK, u_KK, sigma_K, vt_KK, right_KI = _decomposed(term)
     least = tolerance * float(sigma_K[..., 0].max())
     if cancels:
-        left_OS, right_SI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
-        size_S = np.linalg.norm(left_OS, axis=-2) * np.linalg.norm(right_SI, axis=-1)
-        least = max(least, ROUNDING * float(np.linalg.norm(size_S)))
+        least = max(least, _rounding_of(term))
     kept = int(np.count_nonzero(sigma_K > least, axis=-1).max())
     cut = kept if max_rank is None else min(kept, max_rank)
     total = float(np.sqrt(np.sum(sigma_K**2)))
@@ -113,6 +111,36 @@ def compress(
     b_OR = _times(left_OK, u_KK[..., :cut]) * root_R[..., None, :]
     a_RI = root_R[..., :, None] * _times(vt_KK[..., :cut, :], right_KI)
     return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32)), error
+
+
+def leading(term: Factors, max_rank: int | None = None, tolerance: float = TOLERANCE) -> Factors:
+    """Return the best approximation of *term*, a stack whose terms may cancel.
+
+    As `compress`, but the left factor has columns of length 1 and the right one all of the singular
+    values: each row of a right factor, and each number of a left one, then has a size of its own,
+    as codecs by groups want it.
+
+    Args:
+        term: The matrix.
+        max_rank: Keep at most this many singular values; None keeps all that matter.
+        tolerance: Singular values below `tolerance` times the largest do not matter.
+    """
+    if term.rank == 0:
+        return term
+    left_OK, u_KK, sigma_K, vt_KK, right_KI = _decomposed(term)
+    least = max(tolerance * float(sigma_K[..., 0].max()), _rounding_of(term))
+    kept = int(np.count_nonzero(sigma_K > least, axis=-1).max())
+    cut = kept if max_rank is None else min(kept, max_rank)
+    b_OR = _times(left_OK, u_KK[..., :cut])
+    a_RI = sigma_K[..., :cut, None] * _times(vt_KK[..., :cut, :], right_KI)
+    return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))
+
+
+def _rounding_of(term: Factors) -> float:
+    """Return how large a singular value can be that is only the rounding of terms that cancel."""
+    left_OS, right_SI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
+    size_S = np.linalg.norm(left_OS, axis=-2) * np.linalg.norm(right_SI, axis=-1)
+    return ROUNDING * float(np.linalg.norm(size_S))
 
 
 def _decomposed(

@@ -194,7 +194,11 @@ class StepReport:
 @carries(*FACTORS, HEAD)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUpload:
-    """The device's own factors at the end of a round. Device -> coordinator."""
+    """The device's own factors at the end of a round. Device -> coordinator.
+
+    Where the run has an `exchange`, A and B are what has to be added to the factors that the
+    coordinator has.
+    """
 
     stamp: Stamp
     importance: dict[str, float] = field(default_factory=dict)
@@ -268,6 +272,9 @@ class Welcome:
     """Steps between two measurements; 0 for none."""
     label_names: tuple[str, ...] = ()
     """Classes of a classifier, in the order of their numbers."""
+    exchange: str = ""
+    """Codec in which changes of factors and of residuals travel, each against what the other side
+    has; empty where factors and changes travel as they are."""
     wants_ids: bool = False
     """Whether token ids come with every activation, as later blocks of the model need them; only
     with `labels: server`."""
@@ -310,6 +317,10 @@ class RoundStart:
 
     A device that starts or restarts (`is_full`) gets factors and frozen residual of every weight;
     the others get what the aggregation changed, with the *change* of the residual in U and V.
+
+    Where the run has an `exchange`, U and V are what the device has been given so far (`is_full`),
+    or is given now; its residual is all of that, and `kept` - 1 times the product of its factors as
+    the coordinator has them.
     """
 
     stamp: Stamp
@@ -322,6 +333,11 @@ class RoundStart:
     """Whether the optimizer begins without moments."""
     evaluate: bool = False
     """Whether to go through the private validation data before training, and report."""
+    kept: float = 0.0
+    """Share of the product of its own factors that the device goes on to compute with; only where
+    the run has an `exchange`."""
+    most_rank: int = 0
+    """Ranks in which the device keeps what it has been given of a weight; likewise."""
 
 
 @carries(

@@ -1,0 +1,104 @@
+"""Runs that tell less than everything go on, after any stop, as if nothing had happened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.config.exchange import ExchangeConfig
+from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from edge_sdk.data.rows import DataConfig
+from tests.e2e.cluster import Cluster, held_out, sentences, wait_all, write_rows
+from tests.e2e.test_resume import Whole, complete, leaving_at, same
+
+DEVICES = {
+    "a": DeviceSettings(split=1, r=2),
+    "b": DeviceSettings(split=3, batch_size=6, micro_batch=2),
+    "c": DeviceSettings(split=4, r=3),
+}
+BUDGET = ExchangeConfig(downlink="budget", rank=2, codec="int8")
+
+
+def config_of(cluster: Cluster, exchange: ExchangeConfig = BUDGET, **settings: Any) -> ServeConfig:
+    """Four rounds of two steps, in which devices lag."""
+    shard = write_rows(cluster.folder / "dev.jsonl", sentences(9, 6))
+    evaluation = EvaluationConfig(data=DataConfig(path=str(shard)))
+    return cluster.config(
+        **{"devices": DEVICES, "evaluation": evaluation, "rounds": 4, "steps_per_round": 2}
+        | settings,
+        exchange=exchange,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: Path) -> Whole:
+    """The undisturbed run."""
+    cluster = Cluster(tmp_path_factory.mktemp("whole"), llama, parts)
+    return complete(cluster, config_of(cluster))
+
+
+@pytest.mark.parametrize(("step", "restarts"), [(3, False), (4, True), (7, True)])
+def test_a_stopped_run_goes_on(cluster: Cluster, whole: Whole, step: int, restarts: bool) -> None:
+    """Stopped in a round or between two, with its devices or without: every bit is the same."""
+    config = config_of(cluster)
+    stopped = cluster.serve(config).stop_at(step).start()
+    clients = cluster.start(data=held_out())
+    assert stopped.wait() == "paused"
+    if restarts:
+        for client in clients:
+            client.stop()
+        wait_all(clients)
+
+    resumed = cluster.serve(config).start()
+    if restarts:
+        clients = cluster.start(data=held_out())
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    same(resumed, whole)
+
+
+def test_a_killed_coordinator_goes_on(cluster: Cluster, whole: Whole) -> None:
+    """Accounts go back to the last checkpoint, as the devices do."""
+    config = config_of(cluster)
+    killed = cluster.serve(config).crash_at(5).start()
+    clients = cluster.start(data=held_out())
+    assert killed.wait() == "crashed"
+
+    resumed = cluster.serve(config).start()
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    same(resumed, whole)
+
+
+def test_a_device_that_leaves_after_its_upload_comes_back(cluster: Cluster, whole: Whole) -> None:
+    """What rounding has kept from the coordinator is on the device's own disk."""
+    config = config_of(cluster)
+    serving = cluster.serve(config).start()
+    staying = cluster.start("a", "c", data=held_out())
+    leaving = leaving_at(4, cluster, "b", sentences(ord("b")), data=held_out()).start()
+    leaving.wait()
+    back = cluster.start("b", data=held_out())
+
+    assert serving.wait() == "completed"
+
+    wait_all([*staying, *back])
+    same(serving, whole)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_full_changes_in_float32_numbers_learn_the_same(cluster: Cluster, labels: Any) -> None:
+    """With room for all ranks in float32, a budget is `full` up to rounding."""
+    plain = config_of(cluster, ExchangeConfig(), labels=labels, name="plain")
+    roomy = ExchangeConfig(downlink="budget", rank=64)
+    full = complete(cluster, plain, state=cluster.folder / "plain-state")
+
+    found = complete(cluster, replace(plain, name="roomy", exchange=roomy))
+
+    for name, value in full.ledger.items():
+        if name.startswith("pair:"):
+            assert found.ledger[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
