@@ -9,6 +9,7 @@ Legend: B sequences, T positions, D hidden size, V vocabulary or classes, N targ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ from edge_sdk.model.partition import Slice
 from profiler.estimate.sizes import targets_at_once
 
 IGNORED = -100
+# Parts in which a piece's loss is computed.
+LOSS_PARTS = 8
 # Largest relative difference of the logits of a head that counts as the plain one.
 PLAIN_BOUND = 1e-5
 PLAIN_STATES = 4
@@ -181,17 +184,23 @@ def _some(
     entered_ND = hidden_ND.detach().requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
         logits_NV = slice_.at_positions(entered_ND)
-    is_correct_N = logits_NV.detach().argmax(-1) == labels_N
-    scores_NV = torch.log_softmax(logits_NV.detach(), -1, dtype=torch.float32)
-    index_N1 = labels_N[:, None]
-    loss_N = -scores_NV.gather(1, index_N1)[:, 0]
+    given_NV = logits_NV.detach()
+    dlogits_NV = torch.empty_like(given_NV) if wants_gradient else None
+    losses = []
+    # What cross-entropy takes on its way is as large as the logits, several times.
+    size = max(1, math.ceil(len(labels_N) / LOSS_PARTS))
+    for first in range(0, max(1, len(labels_N)), size):
+        part = slice(first, first + size)
+        with torch.set_grad_enabled(wants_gradient):
+            own_NV = given_NV[part].float().requires_grad_(wants_gradient)
+            loss_N = F.cross_entropy(own_NV, labels_N[part], reduction="none")
+        if dlogits_NV is not None:
+            dlogits_NV[part] = torch.autograd.grad(loss_N, own_NV, unit_N[part])[0]
+        losses.append(loss_N.detach())
+    is_correct_N = given_NV.argmax(-1) == labels_N
     if grad_ND is not None:
-        # The derivative by the logits, in the place of the scores: softmax, less 1 at the target.
-        unit_N1 = unit_N[:, None].float()
-        dlogits_NV = scores_NV.exp_().mul_(unit_N1).scatter_add_(1, index_N1, -unit_N1)
-        (found_ND,) = torch.autograd.grad(logits_NV, entered_ND, dlogits_NV.to(logits_NV.dtype))
-        grad_ND.copy_(found_ND)
-    return loss_N, is_correct_N
+        grad_ND.copy_(torch.autograd.grad(logits_NV, entered_ND, dlogits_NV)[0])
+    return torch.cat(losses), is_correct_N
 
 
 # ---- fused, on CUDA ----

@@ -26,8 +26,8 @@ from profiler.estimate.sizes import (
 # Adapters, their gradients and Adam's moments are float32 whatever the base is.
 ADAPTER_BYTES = 4
 MOMENTS = {"adamw": 2, "sgd": 0}
-# Logits of some targets, their softmax, in whose place their gradient comes, and what is kept of a
-# soft cap or of half precision: 8 without these (benchmarks/targets.py).
+# Logits of some targets, their gradient, an eighth of both three times, and what is kept of a
+# soft cap or of half precision: 9.5 without these (benchmarks/targets.py).
 LOGITS_BYTES = 12
 # A classifier's: logits, softmax, gradient.
 CLASSES_BYTES = 12
