@@ -30,7 +30,7 @@ ORDER = {
     "edge_sdk": [
         ["errors"],
         ["deadline", "files"],
-        ["running_note"],
+        ["held_states", "running_note"],
         ["config"],
         ["protocol"],
         ["transport"],

@@ -17,13 +17,14 @@ from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
 from edge_sdk.protocol.codecs import float_codecs
+from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
 
 if TYPE_CHECKING:
     Aggregation = str
     Codec = str
 else:  # the rules and codecs themselves are the choices
-    Aggregation, Codec = Literal[tuple(RULES)], Literal[float_codecs()]
+    Aggregation, Codec = Literal[tuple(RULES)], Literal[(*float_codecs(), RESIDUAL)]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
@@ -45,7 +46,8 @@ class DeviceSettings:
     them help where delays vary."""
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device; `int8` keeps what training
-    needs in half the bytes of `bfloat16`, fewer bits are for slow links."""
+    needs in half the bytes of `bfloat16`, `residual` sends what has changed of a sample's hidden
+    states since the epoch before, in 2 bits a number, and gradients in 4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,13 @@ class ServeConfig:
     """Settings of every device that `devices` does not name."""
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     """Settings by device name, as registered."""
+    held_bytes: int = 256 * 2**20
+    """Most bytes of hidden states that coordinator and device each hold of a device's samples, for
+    the codec `residual`; samples beyond that are sent whole in each epoch. While a round goes on,
+    what it has changed takes as much again."""
+    keep_held: bool = True
+    """Whether they are also written to the run's folder, at the start of each round, so that a
+    coordinator that resumes the run need not be sent whole ones again."""
     server_rank: int | None = None
     """Rank of the coordinator's own adapters; None: lora.r."""
     max_length: int | None = None

@@ -15,6 +15,7 @@ from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
 from edge_sdk.protocol.codecs import find
+from edge_sdk.protocol.residual import plain
 from profiler.estimate.flops import estimate_flops
 from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
@@ -244,7 +245,7 @@ def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
 def _codec_bytes(problem: PlanningProblem, device: str) -> float:
     codec = problem.config.settings(device).codec
     assert codec is not None, "settings fill in every field"
-    return find(codec).bytes_per_number
+    return find(plain(codec, is_once=False)).bytes_per_number
 
 
 # ---- tables ----

@@ -53,6 +53,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import to_pairs
 from edge_sdk.transport.link import NO_TENSORS, package_version
 from profiler.profile import DeviceProfile
@@ -190,6 +191,7 @@ class Admission:
             importance_every=config.planning.importance_every * config.planning.measures_importance,
             exchange="" if config.exchange.is_plain else config.exchange.codec,
             wants_ids=model.facts.layout.needs_ids and config.labels == "server",
+            held_bytes=config.held_bytes if self.codecs[device] == RESIDUAL else 0,
             label_names=config.label_names,
         )
 

@@ -37,6 +37,7 @@ from edge_sdk.protocol.messages import (
     Probe,
     Profiled,
     Ready,
+    Resend,
     StepReport,
     TopGradient,
 )
@@ -146,6 +147,12 @@ class MessageHandler:
             raise RemoteProtocolError(
                 f"micro-batch {message.micro} of {message.num_micro}: not the plan's"
             )
+        whole = self._run.residuals.read(device, envelope, self._admission.codecs[device])
+        if whole is None:
+            self._admission.send(device, Resend(stamp=message.stamp, micro=message.micro))
+            return
+        envelope = whole
+        message = envelope.message
         where, state = (message.stamp.step, message.micro), self._run.state
         if where == (state.step, state.micro):
             if device not in state.arrived and not state.is_forward_done:

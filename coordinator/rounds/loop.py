@@ -18,6 +18,7 @@ from coordinator.engine.compute_thread import Worker
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
+from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher, WeightsAdapted
 from coordinator.results.lifecycle import COMPLETED, OVER
@@ -38,6 +39,8 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import RunOver, Stamp
 
+# Folder of hidden states that are held of the devices' samples, in the run's folder.
+HELD = "held"
 # Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
 # Seconds for the last words to all devices.
@@ -79,7 +82,10 @@ class Coordinator:
         self.planner = Planner(config, model.facts, model.planning_problem())
         self.learned = GlobalModel(config, model, self.planner)
         round_start = RoundStartBuilder(self.learned.ledger, model.facts)
-        self.run = Run(run_id, _beginning(config, least_devices), round_start, reporting)
+        kept = folder.path / HELD if config.keep_held else None
+        residuals = Residuals(config.held_bytes, kept)
+        beginning = _beginning(config, least_devices)
+        self.run = Run(run_id, beginning, round_start, reporting, residuals)
         self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
         limits, probing = _limits(config, model), Probing(gateway)
         handlers = self._handlers = MessageHandler(

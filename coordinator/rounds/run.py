@@ -14,6 +14,7 @@ from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Received
+from coordinator.gateway.residuals import Residuals
 from coordinator.results.events import (
     DeviceJoined,
     DeviceLeft,
@@ -83,9 +84,15 @@ class Run:
     """One run between two events."""
 
     def __init__(
-        self, run_id: str, state: RunState, round_start: RoundStartBuilder, reporting: Reporting
+        self,
+        run_id: str,
+        state: RunState,
+        round_start: RoundStartBuilder,
+        reporting: Reporting,
+        residuals: Residuals,
     ) -> None:
         self.id, self.state = run_id, state
+        self.residuals = residuals
         self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
         """Whether the round was given up: everything must go back to the last checkpoint."""
@@ -201,6 +208,7 @@ class Run:
         for device in sorted(resting - self.state.members.keys()):
             self.watcher.see(DeviceStatus(device, RESTS))
         self.inputs = PendingInputs(evals=self.inputs.evals)
+        self.residuals.begin_round(self.state.round)
         self.cut_off.begin_round()
         self.reporting.begin_round()
         state, boards = self.state, self.reporting.boards()
@@ -261,8 +269,13 @@ class Run:
         }
 
     def saved(self) -> None:
-        """Note a checkpoint of this step, to which a rewind goes back from now on."""
+        """Note a checkpoint of this step, to which a rewind goes back from now on.
+
+        Raises:
+            StorageError: what is held of the devices' samples cannot be written.
+        """
         self.state.saved()
+        self.residuals.commit(self.state.step)
 
     def restore(self, facts: Mapping[str, Any], *, in_new_process: bool) -> None:
         """Go back to where `facts` found the run; in a new process, wait for its devices."""

@@ -18,6 +18,7 @@ from coordinator.rounds.run import Run
 from coordinator.rounds.state import Phase
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.factors import Array
+from edge_sdk.protocol import residual
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Activation, EvalResult, Gradient, TopHidden
 from edge_sdk.protocol.roomy import RoomyCodec
@@ -180,7 +181,8 @@ class WaveRunner:
             self._handle(event)
 
     def _coded(self, device: str, array: Array, what: str) -> TensorOut:
-        return array, self._roomy.choose(self._admission.codecs[device], array, what)
+        name = residual.plain(self._admission.codecs[device], is_once=what == TOP)
+        return array, self._roomy.choose(name, array, what)
 
     # ---- evaluation ----
 

@@ -60,6 +60,9 @@ class ClientConfig:
     coordinator asks. `memory_bytes` is the budget of the whole process."""
     state: Path = Path("edge-state")
     """Checkpoints of this device's adapters and optimizer, a folder for each run."""
+    keep_held: bool = False
+    """Whether hidden states that are held for the codec `residual` are also written to `state`, at
+    the start of each round, so that a device that restarts need not send whole ones again."""
     patience_s: float = 600.0
     """Seconds that an unreachable coordinator is retried before giving up."""
     chunk_bytes: int = 1024 * 1024

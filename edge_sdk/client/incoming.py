@@ -87,15 +87,24 @@ class Inbox:
             if envelope is not None and (not kinds or isinstance(envelope.message, kinds)):
                 return envelope
 
-    def wait_for_reply(self, kind: type, stamp: Stamp, micro: int | None = None) -> Envelope:
+    def wait_for_reply(
+        self, kind: type, stamp: Stamp, micro: int | None = None, *also: type
+    ) -> Envelope:
         """Return the answer to what was just sent, by its stamp; older ones are stale.
+
+        Args:
+            kind: The answer.
+            stamp: Its stamp.
+            micro: Its micro-batch; None for an answer to none.
+            also: What else is due under this stamp, of any micro-batch.
 
         Raises as `wait_for` does.
         """
         while True:
-            envelope = self.wait_for(kind)
+            envelope = self.wait_for(kind, *also)
             message = envelope.message
-            if message.stamp == stamp and (micro is None or message.micro == micro):
+            is_due = micro is None or message.micro == micro or isinstance(message, also)
+            if message.stamp == stamp and is_due:
                 return envelope
             log.debug("message.stale kind=%s step=%d", kind.__name__, message.stamp.step)
 

@@ -29,9 +29,11 @@ from edge_sdk.errors import (
     public_name,
     public_text,
 )
+from edge_sdk.held_states import HeldStates
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.exchange import Known, finer, refined
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.protocol import residual
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (
@@ -94,6 +96,8 @@ class Participant:
         self._steps: Steps | None = None
         self._known: Known | None = None
         """What the coordinator knows of the adapters; None where that is all there is to know."""
+        self._held: HeldStates | None = None
+        """What the coordinator holds of the samples as well; for the whole run."""
         self._folder = config.state
         self._state = LocalState(config.state)
         self._measured: DeviceProfile | None = None
@@ -148,7 +152,7 @@ class Participant:
                 stamp=self._stamp,
                 protocol=PROTOCOL_VERSION,
                 sdk_version=package_version(),
-                codecs=float_codecs(),
+                codecs=(*float_codecs(), residual.RESIDUAL),
                 model_hash=self._config.model_hash,
                 backend=self._setup.backend.name,
             )
@@ -170,6 +174,7 @@ class Participant:
                 self._note.remove()
                 self._note = None
             self._welcome, self._assigned, self._data = welcome, None, None
+            self._held = None
         self._stamp = welcome.stamp
         self._folder = self._config.state / welcome.stamp.run / welcome.stamp.device
         LocalState(self._folder).prepare()
@@ -226,9 +231,20 @@ class Participant:
         self._runtime = self._setup.runtime(welcome, assigned, self._ask)
         self._known = Known(welcome.exchange) if welcome.exchange else None
         self._drift = self._drift.of_new_plan()
-        self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox)
+        welcome = replace(welcome, codec=assigned.codec or welcome.codec)
+        held = self._hold(welcome)
+        self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox, held)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
         self._assigned = assigned
+
+    def _hold(self, welcome: Welcome) -> HeldStates | None:
+        """Return what is held of the samples; None where hidden states are sent whole."""
+        if welcome.codec != residual.RESIDUAL:
+            return None
+        if self._held is None:
+            path = self._folder / "held.log" if self._config.keep_held else None
+            self._held = HeldStates(welcome.held_bytes, path)
+        return self._held
 
     def forget(self) -> None:
         """Let go of the model; its checkpoints stay."""
@@ -289,6 +305,8 @@ class Participant:
         runtime, steps = self._ready()
         self._stamp = start.stamp
         self._state.forget_after(start.stamp.step)
+        if self._held is not None:
+            self._held.begin_round(start.stamp.round)
         if start.restore_step >= 0:
             if not self._restore(start.restore_step):
                 return False
@@ -375,6 +393,8 @@ class Participant:
         assert self._runtime is not None
         known = {} if self._known is None else self._known.state()
         self._state.save(step, self._runtime.state.checkpoint() | known)
+        if self._held is not None:
+            self._held.commit(step)
 
     # ---- training ----
 

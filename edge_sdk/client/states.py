@@ -17,6 +17,7 @@ from edge_sdk.protocol.messages import (
     PlanAssigned,
     Probe,
     Refused,
+    Resend,
     RoundStart,
     RunOver,
     TopHidden,
@@ -48,7 +49,8 @@ class MessageAction(Enum):
 ORDERS = (PlanAssigned, RoundStart, Pause)
 _ALWAYS = {
     **dict.fromkeys((Refused, RunOver, Failure), MessageAction.END),
-    **dict.fromkeys((Gradient, TopHidden, EvalResult, Probe, PartData), MessageAction.SKIP),
+    **dict.fromkeys((Gradient, TopHidden, Resend, EvalResult), MessageAction.SKIP),
+    **dict.fromkeys((Probe, PartData), MessageAction.SKIP),
     # The answer to a Hello before the last one: memory ran out while the device waited for it.
     Welcome: MessageAction.SKIP,
 }
@@ -77,7 +79,7 @@ ACTIONS: dict[State, dict[type, MessageAction]] = {
     State.TRAINING: {
         **_ALWAYS,
         **dict.fromkeys(ORDERS, MessageAction.OBEY),
-        **dict.fromkeys((Gradient, TopHidden, EvalResult), MessageAction.TAKE),
+        **dict.fromkeys((Gradient, TopHidden, Resend, EvalResult), MessageAction.TAKE),
     },
     State.MEASURING: {
         **_ALWAYS,

@@ -10,14 +10,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.setup import as_int32
 from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.tokenize import Example
 from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.held_states import HeldStates
 from edge_sdk.lora.factors import Array
+from edge_sdk.protocol import residual
 from edge_sdk.protocol.codecs import require_finite
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (
@@ -25,6 +27,7 @@ from edge_sdk.protocol.messages import (
     EvalReport,
     EvalResult,
     Gradient,
+    Resend,
     Stamp,
     StepReport,
     TopGradient,
@@ -40,13 +43,40 @@ from edge_sdk.transport.link import Link
 log = logging.getLogger(__name__)
 
 
+class _Sent(NamedTuple):
+    """A micro-batch that may have to be sent again."""
+
+    hidden_BTD: Array
+    batch: MicroBatch
+    num_micro: int
+    num_targets: int
+
+
 class Steps:
     """The device's half of every micro-batch, and the messages around it."""
 
     def __init__(
-        self, runtime: Runtime, plan: Plan, welcome: Welcome, link: Link, inbox: Inbox
+        self,
+        runtime: Runtime,
+        plan: Plan,
+        welcome: Welcome,
+        link: Link,
+        inbox: Inbox,
+        held: HeldStates | None = None,
     ) -> None:
-        self._runtime, self._plan = runtime, plan
+        """Take part with *runtime* under *plan*.
+
+        Args:
+            runtime: What computes the device's blocks.
+            plan: What the device runs.
+            welcome: What the run is about; its codec is that of the plan.
+            link: To the coordinator.
+            inbox: What comes from there.
+            held: What both sides hold of the samples, with the codec `residual`.
+        """
+        self._runtime, self._plan, self._held = runtime, plan, held
+        self._sent: dict[int, _Sent] = {}
+        """Micro-batches under way whose changes the coordinator may not understand."""
         form: Any = welcome.importance
         # Without a backward pass there is nothing to measure.
         every = 0 if plan.is_forward_only else welcome.importance_every
@@ -96,6 +126,7 @@ class Steps:
         While the coordinator has one of them, the next ones are computed here.
         """
         loss_sum, under_way = 0.0, deque[tuple[int, ...]]()
+        self._sent.clear()
         coming = iter(enumerate(step.micro_batches))
         for index, batch in enumerate(step.micro_batches):
             for later, other in islice(coming, self._plan.in_flight - len(under_way)):
@@ -106,7 +137,10 @@ class Steps:
     def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
         """Send a micro-batch on its way; return the shape of its hidden state."""
         hidden_BTD = self._runtime.forward(batch, step.step, index)  # the device's blocks
-        self._send_activation(hidden_BTD, batch, index, len(step.micro_batches), step.num_targets)
+        sent = _Sent(hidden_BTD, batch, len(step.micro_batches), step.num_targets)
+        if self._held is not None:
+            self._sent[index] = sent
+        self._send_activation(sent, index)
         return hidden_BTD.shape
 
     def _end_micro(
@@ -125,23 +159,21 @@ class Steps:
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
         if not self._plan.is_forward_only:
             runtime.backward(_checked(answer, "grad", shape))
+        self._sent.pop(index, None)
         return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
 
-    def _send_activation(
-        self,
-        hidden_BTD: Array,
-        batch: MicroBatch,
-        index: int,
-        num_micro: int,
-        targets: int,
-        *,
-        is_eval: bool = False,
-    ) -> None:
+    def _send_activation(self, sent: _Sent, index: int, *, is_eval: bool = False) -> None:
+        hidden_BTD, batch, num_micro, targets = sent
         require_finite(hidden_BTD, f"activation of step {self._stamp.step}")
-        tensors: dict[str, TensorOut] = {
-            "hidden": self._coded(hidden_BTD, f"hidden states after block {self._plan.split - 1}"),
-            "lengths": (as_int32(batch.lengths), "int32"),
-        }
+        what = f"hidden states after block {self._plan.split - 1}"
+        tensors: dict[str, TensorOut] = {"lengths": (as_int32(batch.lengths), "int32")}
+        samples, starts = batch.samples, tuple[int, ...]()
+        if self._held is None or is_eval:
+            samples, tensors["hidden"] = (), self._coded(hidden_BTD, what, is_once=True)
+        else:
+            self._held.begin_step(self._stamp.step)
+            coded, starts = residual.code(hidden_BTD, batch.lengths.tolist(), samples, self._held)
+            tensors |= coded
         pooled: tuple[int, ...] = ()
         if not self._keeps_labels:
             tensors["labels"] = (as_int32(batch.labels), "int32")
@@ -157,15 +189,32 @@ class Steps:
                 num_targets=targets,
                 is_eval=is_eval,
                 pooled=pooled,
+                samples=samples,
+                starts=starts,
             ),
             tensors,
         )
 
     def _wait(self, kind: type[Any], micro: int) -> Envelope:
         began = time.monotonic()
-        envelope = self._inbox.wait_for_reply(kind, self._stamp, micro)
+        while True:
+            envelope = self._inbox.wait_for_reply(kind, self._stamp, micro, Resend)
+            if not isinstance(envelope.message, Resend):
+                break
+            self._send_whole(envelope.message.micro)
         self._waited_s += time.monotonic() - began
         return envelope
+
+    def _send_whole(self, micro: int) -> None:
+        """Send a micro-batch again, of which the coordinator holds something else than we do."""
+        if self._held is None or micro not in self._sent:
+            raise RemoteProtocolError(
+                f"asked again for micro-batch {micro}, which is not under way"
+            )
+        sent = self._sent[micro]
+        log.info("residual.whole step=%d micro=%d", self._stamp.step, micro)
+        self._held.forget(sent.batch.samples)
+        self._send_activation(sent, micro)
 
     def evaluate(self, examples: Sequence[Example], pad_id: int, stamp: Stamp) -> EvalReport:
         """Go through the private validation data; report zeros when there is none."""
@@ -188,15 +237,17 @@ class Steps:
         hidden_BTD = runtime.forward_eval(batch)
         if self._is_whole:
             return runtime.tail_eval(hidden_BTD, batch)
-        self._send_activation(hidden_BTD, batch, index, 1, batch.num_targets, is_eval=True)
+        sent = _Sent(hidden_BTD, batch, 1, batch.num_targets)
+        self._send_activation(sent, index, is_eval=True)
         if self._keeps_labels:
             answer = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
             return runtime.tail_eval(_checked(answer, "hidden", hidden_BTD.shape), batch)
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
-    def _coded(self, array: Array, what: str) -> TensorOut:
-        return array, self._roomy.choose(self._codec, array, what)
+    def _coded(self, array: Array, what: str, *, is_once: bool = False) -> TensorOut:
+        name = residual.plain(self._codec, is_once=is_once)
+        return array, self._roomy.choose(name, array, what)
 
 
 def _checked(answer: Envelope, name: str, shape: Shape) -> Array:

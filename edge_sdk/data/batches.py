@@ -41,6 +41,8 @@ class MicroBatch(NamedTuple):
     pooled: npt.NDArray[np.int32] | None = None
     """(B,) position of the token at which a decoder with a classification head looks; None: the
     last one."""
+    samples: tuple[int, ...] = ()
+    """Positions of the sequences in the list of examples; empty where nothing is trained."""
 
     @property
     def num_targets(self) -> int:
@@ -136,7 +138,9 @@ class Batches:
         longest_first = chosen[np.argsort(-self._lengths[chosen], kind="stable")]
         size = self._micro_batch
         micro_batches = tuple(
-            pad([self._examples[i] for i in part], self._pad_id)
+            pad([self._examples[i] for i in part], self._pad_id)._replace(
+                samples=tuple(part.tolist())
+            )
             for part in np.split(longest_first, range(size, len(longest_first), size))
         )
         return StepBatch(

@@ -7,6 +7,8 @@ __all__ = [
     "messages",
     "packets",
     "plan",
+    "quantize",
+    "residual",
     "roomy",
     "session",
     "tensors",

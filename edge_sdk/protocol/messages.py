@@ -146,6 +146,12 @@ class Ready:
         dtype="int32",
         is_required=False,
     ),
+    Tensor(
+        "rest",
+        "W T D",
+        "With `starts`: to be added to the sequences that start from zeros, in their order.",
+        is_required=False,
+    ),
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
@@ -161,6 +167,11 @@ class Activation:
     pooled: tuple[int, ...] = ()
     """Where a decoder's classification head looks in each sequence; empty: at its last token.
     Another place only where a text ends in the padding token, with `labels: server`."""
+    samples: tuple[int, ...] = ()
+    """Number of each sequence's sample among those of the device; empty without `starts`."""
+    starts: tuple[int, ...] = ()
+    """With the codec `residual`: `hidden` is what has changed since what both sides hold of the
+    sample, which for each sequence is named by its hash; 0: zeros. Empty: `hidden` is all of it."""
 
 
 @carries(Tensor("grad", "B T D"))
@@ -278,6 +289,9 @@ class Welcome:
     wants_ids: bool = False
     """Whether token ids come with every activation, as later blocks of the model need them; only
     with `labels: server`."""
+    held_bytes: int = 0
+    """Most bytes of hidden states that each side holds of the device's samples, with the codec
+    `residual`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +309,8 @@ class PlanAssigned:
     stamp: Stamp
     plan: Plan
     parts: tuple[Part, ...]
+    codec: str = ""
+    """How hidden states and their gradients travel under this plan; empty: as `Welcome` says."""
 
 
 @carries(Tensor("data", "N", "The bytes from `offset` on.", dtype="uint8"))
@@ -369,6 +385,17 @@ class TopHidden:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resend:
+    """Send a micro-batch's Activation again, without `starts` that are not held here.
+
+    Coordinator -> device.
+    """
+
+    stamp: Stamp
+    micro: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
     """Loss of one evaluated micro-batch; `labels: server`. Coordinator -> device."""
 
@@ -417,6 +444,7 @@ FromCoordinator = (
     | RoundStart
     | Gradient
     | TopHidden
+    | Resend
     | EvalResult
     | Pause
     | RunOver

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import ServeConfig
+from coordinator.gateway.residuals import Residuals
 from coordinator.results.events import RunEvent
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.progress import Waits
@@ -47,7 +48,7 @@ class Scene:
         self.notes: list[str] = []
         state = make_state(min_devices=settings.get("min_devices", 3))
         round_start: Any = SimpleNamespace(forget=lambda *_: None)
-        self.run = Run("r", state, round_start, Reporting(self, False))
+        self.run = Run("r", state, round_start, Reporting(self, False), Residuals(0, None))
         self.links, self.missed, self.now_s = Links(), list[str](), 0.0
         planner: Any = SimpleNamespace(missed=self.missed.append)
         links: Any = self.links
