@@ -47,7 +47,7 @@ class DeviceSettings:
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device; `int8` keeps what training
     needs in half the bytes of `bfloat16`, `residual` sends what has changed of a sample's hidden
-    states since the epoch before, in 2 bits a number, and gradients in 4."""
+    states since the epoch before, in 2 bits a number, and gradients in 3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from edge_sdk.protocol.codecs import Array
 RESIDUAL = "residual"
 """What configuration and messages call this way of sending."""
 CHANGE, REST = "int2", "int2"
-GRADIENT = "int4"
+GRADIENT = "int3"
 """Codec of the gradients that come back, and of all that is not held of samples."""
 WHOLE = "int8"
 """Codec of what is sent once: evaluations, and hidden states from which a loss is computed."""
