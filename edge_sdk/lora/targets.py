@@ -290,6 +290,8 @@ class Coverage:
     """Numbers in the adapted ones, as a share of those in all of them."""
     bare_blocks: tuple[int, ...]
     """Blocks without any adapter."""
+    bare_weights: tuple[str, ...] = ()
+    """What the matrices without an adapter are called in their blocks, numbers left out."""
 
     @property
     def text(self) -> str:
@@ -318,7 +320,9 @@ def coverage(config: Any, task: Task, layout: Layout, targets: Collection[str]) 
     covered = sum(size for name, size in sizes.items() if name in adapted)
     bare = set(range(layout.num_blocks)) - {facts.block_of(name) for name in targets}
     share = covered / max(1, sum(sizes.values()))
-    return Coverage(len(adapted), len(sizes), share, tuple(sorted(bare)))
+    plain = re.compile(rf"{re.escape(layout.blocks_path)}\.\d+\.|(?<=\.)\d+\.")
+    bare_weights = tuple(sorted({plain.sub("", name) for name in sizes.keys() - adapted}))
+    return Coverage(len(adapted), len(sizes), share, tuple(sorted(bare)), bare_weights)
 
 
 def stretches(numbers: Iterable[int]) -> str:

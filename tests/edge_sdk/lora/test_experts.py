@@ -323,17 +323,26 @@ def test_the_place_is_taken_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "text", "bare"),
     [
-        ({}, "adapters on 12 of 14 block weights (99%); blocks without any: none"),
-        ({"experts": False}, "adapters on 8 of 14 block weights (14%); blocks without any: none"),
+        ({}, "adapters on 12 of 14 block weights (99%); blocks without any: none", []),
+        (
+            {"experts": False},
+            "adapters on 8 of 14 block weights (14%); blocks without any: none",
+            ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        ),
         (
             {"target_modules": ("model.layers.1.mlp.experts.down_proj",)},
             "adapters on 1 of 14 block weights (14%); blocks without any: 0",
+            [
+                "mlp.experts.down_proj",  # of block 0
+                "mlp.experts.gate_up_proj",
+                *(f"self_attn.{letter}_proj" for letter in "kqov"),
+            ],
         ),
     ],
 )
-def test_a_line_says_how_much_has_adapters(settings: Any, text: str) -> None:
+def test_a_line_says_how_much_has_adapters(settings: Any, text: str, bare: list[str]) -> None:
     """Matrices and their numbers: projections, experts as one matrix each, and routers."""
     k = known("mixtral")
     targets = find_targets(k.config, k.task, k.layout, LoraConfig(**settings))
@@ -341,6 +350,7 @@ def test_a_line_says_how_much_has_adapters(settings: Any, text: str) -> None:
     found = coverage(k.config, k.task, k.layout, targets)
 
     assert found.text == text
+    assert found.bare_weights == tuple(sorted(["mlp.gate", *bare]))
     sizes = {n: p.numel() for n, p in k.model.named_parameters() if n.startswith("model.layers.")}
     total = sum(size for name, size in sizes.items() if "norm" not in name)
     own = sum(shape.num_weights for shape in targets.values())
