@@ -45,6 +45,7 @@ SLOW = (
     "coordinator/onnx_export/",
     "coordinator/lab/comparison/",
     "test_examples_jetson.py",
+    "test_models_page.py",
     "edge_sdk/lora/test_importance_",
     "coordinator/lab/centralised/",
     "profiler/test_measure.py",

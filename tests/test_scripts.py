@@ -33,7 +33,8 @@ def test_setup_leaves_somebodys_environment_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/setup", "scripts/lint", "scripts/docs", "scripts/test-ort"]
+    "script",
+    ["scripts/setup", "scripts/lint", "scripts/docs", "scripts/docs-models", "scripts/test-ort"],
 )
 def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
     """A script without its interpreter fails with one line that says what is missing."""
@@ -52,6 +53,7 @@ def test_a_missing_environment_is_named(script: str, tmp_path: Path) -> None:
         "scripts/test",
         "scripts/test-ort",
         "scripts/docs",
+        "scripts/docs-models",
         "scripts/same-bits",
         ".ci/run",
     ],
