@@ -38,6 +38,15 @@ class Job:
     """Token ids, where later blocks of the model need them."""
     pooled_B: np.ndarray | None = None
     """Where a decoder's classification head looks in each sequence; None: at its last token."""
+    wanted_BT: np.ndarray | None = None
+    """With `labels: device`, where the device needs its final hidden state; None: everywhere."""
+
+    @property
+    def top_shape(self) -> tuple[int, ...]:
+        """Shape of the final hidden state as the device gets it, and of its gradient."""
+        if self.wanted_BT is None:
+            return self.hidden_BTD.shape
+        return int(self.wanted_BT.sum()), self.hidden_BTD.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,16 @@ class Engine(Protocol):
         """
 
     def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Return the final hidden states of a wave whose labels stay on the devices, by device."""
+        """Return the final hidden states of a wave whose labels stay on the devices, by device.
+
+        Each is of its job's `top_shape`: (B, T, D), or the wanted positions alone.
+        """
 
     def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Go back through the last `forward` from each device's gradient of its own loss."""
+        """Go back through the last `forward` from each device's gradient of its own loss.
+
+        Each has the shape of what `forward` has returned.
+        """
 
     def finish_step(self, step: int) -> bool:
         """Update the adapters; False when a gradient was not finite and nothing was changed."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,8 @@ class LocalEngine:
             if job.device in grads:
                 own = torch.from_numpy(grads[job.device]).to(self._device)
                 scale = job.weight * self.trained.optimizer.loss_scale
-                grad_BTD[start : start + rows, :length] = (own * scale).to(grad_BTD.dtype)
+                own_rows = grad_BTD[start : start + rows, :length]
+                own_rows[_wanted(job)] = (own * scale).to(grad_BTD.dtype)
             start += rows
         torch.autograd.backward(wave.final_hidden, grad_BTD)
 
@@ -271,7 +273,7 @@ class LocalEngine:
         with torch.no_grad():
             final_hidden, _ = self._products.run(run, lambda found: found[0])
             if job.labels is None:
-                return to_numpy(final_hidden)
+                return to_numpy(final_hidden[_wanted(job)])
             labels = self._labels(job.labels)
             return totals(self._sums(final_hidden, labels, has_logits=to_logits))
 
@@ -431,6 +433,12 @@ def _unstack(wave: _Wave) -> dict[str, Array]:
     final_hidden, start = {}, 0
     for job in wave.jobs:
         rows, length = job.hidden_BTD.shape[:2]
-        final_hidden[job.device] = to_numpy(wave.final_hidden[start : start + rows, :length])
+        own = wave.final_hidden[start : start + rows, :length]
+        final_hidden[job.device] = to_numpy(own[_wanted(job)])
         start += rows
     return final_hidden
+
+
+def _wanted(job: Job) -> Any:
+    """Return the index of what a device wants of the rows of its final hidden state."""
+    return ... if job.wanted_BT is None else torch.from_numpy(job.wanted_BT)

@@ -24,6 +24,7 @@ from edge_sdk.protocol.messages import (
     TopGradient,
 )
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.positions import Mask, from_runs
 from edge_sdk.protocol.tensors import Shape, check_shapes
 
 # Importance is loss times relative change, about 1 in tiny models; sums of this bound are finite.
@@ -98,7 +99,14 @@ class WaveInput:
             labels=labels,
             pooled_B=pooled_B,
             ids_BT=ids,
+            wanted_BT=self._wanted(message, rows, longest),
         )
+
+    def _wanted(self, message: Activation, rows: int, longest: int) -> Mask | None:
+        """Return where the device wants its final hidden state; None: everywhere, or not at all."""
+        if not message.wanted or self._wants_labels:
+            return None
+        return from_runs(message.wanted, rows, longest)
 
     def _pooled(self, message: Activation, lengths_B: Array) -> Array | None:
         """Return where the head is to look in each sequence, if the message says so."""
@@ -137,7 +145,7 @@ class WaveInput:
 
 def check_gradient(message: TopGradient, tensors: Mapping[str, Array], job: Job) -> Array:
     """Return the gradient; refuse one that does not fit the hidden state it belongs to."""
-    check_shapes(message, tensors, {"grad": job.hidden_BTD.shape})
+    check_shapes(message, tensors, {"grad": job.top_shape})
     require_finite(tensors["grad"], "grad")
     return tensors["grad"]
 

@@ -1,6 +1,6 @@
 """A step and an evaluation of one device, read from top to bottom in `_train_waves`.
 
-Legend: B sequences, T positions, D hidden size.
+Legend: B sequences, T positions, D hidden size, W positions whose final hidden state is wanted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from edge_sdk.client.incoming import Inbox
 from edge_sdk.client.setup import as_int32
@@ -35,6 +37,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.positions import Mask, to_runs
 from edge_sdk.protocol.roomy import RoomyCodec
 from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.runtime.interface import Runtime, TailSums
@@ -150,11 +153,11 @@ class Steps:
         runtime, sums = self._runtime, None
         if self._keeps_labels:
             answer = self._wait(TopHidden, index)  # the coordinator's blocks
-            final_hidden_BTD = _checked(answer, "hidden", shape)
-            sums, grad_BTD = runtime.tail(final_hidden_BTD, batch, step.num_targets)
+            top = _Top(answer, shape, self._wanted(batch))
+            sums, grad_BTD = runtime.tail(top.hidden_BTD, batch, step.num_targets)
             self._link.send(
                 TopGradient(stamp=self._stamp, micro=index),
-                {"grad": self._coded(grad_BTD, "gradient")},
+                {"grad": self._coded(top.as_it_came(grad_BTD), "gradient")},
             )
         answer = self._wait(Gradient, index)  # the coordinator's backward pass
         if not self._plan.is_forward_only:
@@ -179,6 +182,7 @@ class Steps:
             tensors["labels"] = (as_int32(batch.labels), "int32")
             if batch.pooled is not None and (batch.pooled != batch.lengths - 1).any():
                 pooled = tuple(map(int, batch.pooled))
+        wanted = self._wanted(batch)
         if self._sends_ids:
             tensors["ids"] = (as_int32(batch.input_ids), "int32")
         self._link.send(
@@ -191,9 +195,19 @@ class Steps:
                 pooled=pooled,
                 samples=samples,
                 starts=starts,
+                wanted=() if wanted is None else to_runs(wanted),
             ),
             tensors,
         )
+
+    def _wanted(self, batch: MicroBatch) -> Mask | None:
+        """Return where the tail needs the final hidden state; None: everywhere, or nowhere here."""
+        if not self._keeps_labels or not self._runtime.has_local_tail:
+            return None
+        wanted_BT = batch.predicts
+        if wanted_BT is not None and not wanted_BT.any():
+            wanted_BT[0, 0] = True  # something has to travel
+        return wanted_BT
 
     def _wait(self, kind: type[Any], micro: int) -> Envelope:
         began = time.monotonic()
@@ -241,13 +255,33 @@ class Steps:
         self._send_activation(sent, index, is_eval=True)
         if self._keeps_labels:
             answer = self._inbox.wait_for_reply(TopHidden, self._stamp, index)
-            return runtime.tail_eval(_checked(answer, "hidden", hidden_BTD.shape), batch)
+            top = _Top(answer, hidden_BTD.shape, self._wanted(batch))
+            return runtime.tail_eval(top.hidden_BTD, batch)
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
     def _coded(self, array: Array, what: str, *, is_once: bool = False) -> TensorOut:
         name = residual.plain(self._codec, is_once=is_once)
         return array, self._roomy.choose(name, array, what)
+
+
+class _Top:
+    """The final hidden state, as it came: of the positions that were wanted, or of all."""
+
+    def __init__(self, answer: Envelope, shape: Shape, wanted_BT: Mask | None) -> None:
+        # A coordinator of version 0.1.0 knows of no wishes.
+        is_whole = wanted_BT is None or len(answer.tensors["hidden"].shape) == len(shape)
+        self._where = None if is_whole else wanted_BT
+        if self._where is None:
+            self.hidden_BTD = _checked(answer, "hidden", shape)
+        else:
+            hidden_WD = _checked(answer, "hidden", (int(self._where.sum()), shape[-1]))
+            self.hidden_BTD = np.zeros(shape, dtype=np.float32)
+            self.hidden_BTD[self._where] = hidden_WD
+
+    def as_it_came(self, array_BTD: Array) -> Array:
+        """Return those positions of *array_BTD* that the coordinator has sent."""
+        return array_BTD if self._where is None else array_BTD[self._where]
 
 
 def _checked(answer: Envelope, name: str, shape: Shape) -> Array:

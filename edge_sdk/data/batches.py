@@ -53,6 +53,15 @@ class MicroBatch(NamedTuple):
         return int(np.count_nonzero(self.labels[:, 1:] != IGNORE))
 
     @property
+    def predicts(self) -> npt.NDArray[np.bool_] | None:
+        """(B, T) positions that predict a target; None for classes, which are of sequences."""
+        if self.labels.ndim == 1:
+            return None
+        found = np.zeros(self.labels.shape, dtype=np.bool_)
+        found[:, :-1] = self.labels[:, 1:] != IGNORE
+        return found
+
+    @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return int(self.lengths.sum())

@@ -7,6 +7,7 @@ __all__ = [
     "messages",
     "packets",
     "plan",
+    "positions",
     "quantize",
     "residual",
     "roomy",

@@ -5,7 +5,8 @@ in order and exactly once is `channel.py`. Tensors travel beside a message, by n
 which.
 
 Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs,
-S rank of the frozen residual, E experts of a weight that is a stack of them, N bytes.
+S rank of the frozen residual, E experts of a weight that is a stack of them, N bytes, W positions
+that are wanted.
 """
 
 from __future__ import annotations
@@ -172,9 +173,13 @@ class Activation:
     starts: tuple[int, ...] = ()
     """With the codec `residual`: `hidden` is what has changed since what both sides hold of the
     sample, which for each sequence is named by its hash; 0: zeros. Empty: `hidden` is all of it."""
+    wanted: tuple[int, ...] = ()
+    """With `labels: device`, the positions for which the device wants the `TopHidden` and will send
+    the `TopGradient`: those that predict a target. Counted row by row, runs as first position and
+    last + 1, ascending; empty: all."""
 
 
-@carries(Tensor("grad", "B T D"))
+@carries(Tensor("grad", "B T D|W D", "Of the positions that were `wanted`, in their order."))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopGradient:
     """Gradient of the device's loss by the top hidden state. Device -> coordinator.
@@ -374,7 +379,14 @@ class Gradient:
     """Sum of the losses of this micro-batch's targets; 0 when the device computed them itself."""
 
 
-@carries(Tensor("hidden", "B T D"))
+@carries(
+    Tensor(
+        "hidden",
+        "B T D|W D",
+        "Of the positions that the `Activation` has `wanted`, in their order; of all where it "
+        "named none. Version 0.1.0 always sends all.",
+    )
+)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopHidden:
     """Hidden state after the server's last block; `labels: device`. Coordinator -> device."""

@@ -56,6 +56,10 @@ class Runtime(Protocol):
     def state(self) -> TrainingState:
         """Adapters, optimizer, trainable head and importance meter."""
 
+    @property
+    def has_local_tail(self) -> bool:
+        """Whether the tail needs the final hidden state only where a target is predicted."""
+
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks for training; return h (B, T, D), float32, and keep a graph.
 
@@ -68,7 +72,8 @@ class Runtime(Protocol):
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; a trainable head gets its gradient here.
 
-        L is the sum over the micro-batch divided by the *num_targets* of the whole step.
+        L is the sum over the micro-batch divided by the *num_targets* of the whole step. A local
+        tail reads nothing else than the positions that predict a target; elsewhere dL/dh is 0.
         """
 
     def backward(self, grad_BTD: Array) -> None:

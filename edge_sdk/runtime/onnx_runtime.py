@@ -98,6 +98,11 @@ class OnnxRuntime:
 
     # ---- training ----
 
+    @property
+    def has_local_tail(self) -> bool:
+        """Whether the tail looks at single positions; see `Runtime`. Its graph takes no others."""
+        return self._is_causal
+
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         *entered, hidden = self._run_blocks(micro)

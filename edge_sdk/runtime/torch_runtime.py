@@ -85,6 +85,11 @@ class TorchRuntime:
 
     # ---- training ----
 
+    @property
+    def has_local_tail(self) -> bool:
+        """Whether the tail looks at single positions; see `Runtime`."""
+        return self._slice.has_local_tail
+
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         keeps_graph = not (self._recompute or self._plan.is_forward_only)

@@ -93,6 +93,8 @@ def _sums(final_BTD: Array, count: int) -> TailSums:
 class LightRuntime(_Half):
     """A device's half."""
 
+    has_local_tail = False
+
     def __init__(self, request: RuntimeRequest) -> None:
         stored = {n: t for part in request.parts for n, t in map_part(request.fetch(part)).items()}
         plan = request.plan

@@ -170,6 +170,11 @@ class InstrumentedRuntime:
         """What is trained; whatever happens to it between steps takes no modelled time."""
         return self._runtime.state
 
+    @property
+    def has_local_tail(self) -> bool:
+        """Whether the tail looks at single positions; see `Runtime`."""
+        return self._run(lambda: self._runtime.has_local_tail)
+
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
         self._listener.forward(self._device, self._plan, micro)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -219,6 +220,44 @@ def test_forward_and_backward_equal_train(family: str) -> None:
     theirs = raw_gradients(whole)
     for name, grad in raw_gradients(split).items():
         assert error(grad, theirs[name]) <= RELATIVE, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_device_that_wants_few_positions_gets_what_others_get(family: str) -> None:
+    """Whoever names its targets is sent these alone; all gradients are those of whole states."""
+    jobs = make_jobs(family)
+    wishes = [replace(job, wanted_BT=targets_of(job)) for job in jobs if job.device in "ac"]
+    mixed = [*wishes, *(job for job in jobs if job.device in "bd")]
+    whole, some = (make_engine(family, trains_head=False) for _ in range(2))
+
+    tops, few = whole.forward(jobs, 0, 0), some.forward(mixed, 0, 0)
+    grads = tail_gradients(whole, jobs, tops)
+    expected = {a.device: a for a in whole.backward(grads)}
+    sent = {j.device: grads[j.device][targets_of(j)] for j in wishes}
+    answers = some.backward({**grads, **sent})
+
+    for job in mixed:
+        assert few[job.device].shape == job.top_shape
+    for job in wishes:
+        assert np.array_equal(few[job.device], tops[job.device][targets_of(job)])
+        assert np.array_equal(some.evaluate(without_labels(job)), few[job.device])
+    for answer in answers:
+        assert np.array_equal(answer.grad_BTD, expected[answer.device].grad_BTD)
+    theirs = raw_gradients(whole)
+    assert all(np.array_equal(g, theirs[name]) for name, g in raw_gradients(some).items())
+
+
+def targets_of(job: Job) -> np.ndarray:
+    """Where a job predicts its targets."""
+    assert job.labels is not None
+    found = np.zeros(job.labels.shape, dtype=bool)
+    found[:, :-1] = job.labels[:, 1:] != -100
+    return found
+
+
+def without_labels(job: Job) -> Job:
+    """The job of a device that keeps them."""
+    return replace(job, labels=None)
 
 
 def test_a_device_that_leaves_between_forward_and_backward_counts_nothing() -> None:

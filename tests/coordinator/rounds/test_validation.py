@@ -318,6 +318,32 @@ def test_a_gradient_fits_its_hidden_state(grad: Any) -> None:
     assert check_gradient(GRADIENT, {"grad": good}, job) is good
 
 
+def test_a_device_may_name_the_positions_that_it_wants() -> None:
+    """With its labels at home; what comes back is of these, and so is the gradient."""
+    message = replace(MESSAGE, wanted=(1, 4, 12, 14))
+    sent = tensors(labels=None)
+
+    job = make_input("device").job(MEMBER, PLAN, message, sent)
+
+    assert job.top_shape == (5, HIDDEN)
+    assert job.wanted_BT is not None
+    assert np.flatnonzero(job.wanted_BT.ravel()).tolist() == [1, 2, 3, 12, 13]
+    good = hidden(5, HIDDEN)
+    check_tensors(GRADIENT, {"grad": good})
+    assert check_gradient(GRADIENT, {"grad": good}, job) is good
+    with pytest.raises(RemoteProtocolError, match=r"'grad': \(3, 5, 8\), allowed: \(5, 8\)"):
+        check_gradient(GRADIENT, {"grad": hidden(3, 5, HIDDEN)}, job)
+
+
+def test_positions_that_are_not_there_are_refused() -> None:
+    """Beyond the last one; with the labels here they mean nothing."""
+    message = replace(MESSAGE, wanted=(1, 16))
+
+    with pytest.raises(RemoteProtocolError, match="wanted: no ascending runs of 3 x 5 positions"):
+        make_input("device").job(MEMBER, PLAN, message, tensors(labels=None))
+    assert make_input().job(MEMBER, PLAN, message, tensors()).wanted_BT is None
+
+
 SHAPES = {"w.A": (2, 3), "w.B": (4, 2)}
 
 
