@@ -243,7 +243,9 @@ class PlanningProblem:
         """Ranks of the frozen residual, once everybody has learned something.
 
         The sum of everybody's largest ranks, which the joined update cannot exceed; 0 under rules
-        that hand out factors alone. Whoever is frozen now may train later.
+        that hand out factors alone. Whoever is frozen now may train later. With an exchange of its
+        own, a device holds its own factors once more as the coordinator knows them, and these times
+        a share of them beside the residual.
         """
         if self.frozen:
             return replace(self, frozen={}).residual_rank
@@ -253,7 +255,8 @@ class PlanningProblem:
             device: max(self.ranks(device, weight)[-1] for weight in self.facts.targets)
             for device in (SERVER, *self.profiles)
         }
-        return min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
+        total = min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
+        return total if self.config.exchange.is_plain else total + 2 * max(most.values())
 
 
 def planning_length(config: ServeConfig, positions: int) -> int:

@@ -85,13 +85,18 @@ class Known:
             self.received[name] = received(self.received.get(name), change, most_rank)
 
     def residual(self, scale: Scale) -> dict[str, Factors]:
-        """Return what completes the own adapters: what was given, less what they add themselves."""
+        """Return what completes the own adapters: what was given, less what they add themselves.
+
+        What was given is from then on a part of what this returns, and takes no memory of its own.
+        """
         found = {}
         for name, given in self.received.items():
             terms = [given]
             if name in self.pairs:
                 terms.append(product(name, self.pairs[name], scale, self.kept - 1.0))
-            found[name] = stack(terms)
+            b_OR, a_RI = found[name] = stack(terms)
+            rank = given.rank
+            self.received[name] = Factors(b_OR[..., :rank], a_RI[..., :rank, :])
         return found
 
     # ---- checkpoints ----

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from edge_sdk.data.rows import DataConfig
-from tests.e2e.cluster import Cluster, held_out, sentences, wait_all, write_rows
+from tests.e2e.cluster import (
+    PATIENCE_S,
+    Cluster,
+    held_out,
+    save_model,
+    sentences,
+    wait_all,
+    write_rows,
+)
 from tests.e2e.test_resume import Whole, complete, leaving_at, same
+from tests.runtimes import BACKENDS
 
 DEVICES = {
     "a": DeviceSettings(split=1, r=2),
@@ -38,6 +50,45 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: Path) ->
     """The undisturbed run."""
     cluster = Cluster(tmp_path_factory.mktemp("whole"), llama, parts)
     return complete(cluster, config_of(cluster))
+
+
+@pytest.fixture
+def experts(tmp_path: Path, parts: Path) -> Iterator[Cluster]:
+    """The same around a mixture of experts."""
+    made = Cluster(tmp_path, save_model("mixtral", tmp_path / "model"), parts)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("experts", "torch"), *(("cluster", name) for name in BACKENDS)]
+)
+def test_both_sides_know_the_same(kind: str, backend: str, request: Any) -> None:
+    """At the end of a run an account is, bit for bit, what its device has, whatever computes it."""
+    cluster: Cluster = request.getfixturevalue(kind)
+    serving = cluster.serve(config_of(cluster, rounds=3)).start()
+    clients = cluster.start("a", "c", data=held_out())
+    clients += cluster.start("b", data=held_out(), backend=backend)
+
+    assert serving.wait(6 * PATIENCE_S) == "completed"
+
+    wait_all(clients)
+    ledger = serving.ledger.state()
+    lags = serving.rows[-1]["lag_by_device"]
+    assert lags.keys() == {"a", "b", "c"}
+    assert all(0.001 < lag < 1.0 for lag in lags.values())
+    for name in ("a", "b", "c"):
+        (file,) = (cluster.folder / "state" / "run-1" / name).glob("step-000006-*.safetensors")
+        device = load_file(file)
+        given = {key: value for key, value in ledger.items() if key.startswith(f"given:{name}:")}
+        assert given
+        for key, value in given.items():
+            on_device = device[key.replace(f"given:{name}:", "received:")]
+            np.testing.assert_array_equal(on_device, value, err_msg=key)
+        for key in (key for key in device if key.startswith("known:")):
+            np.testing.assert_array_equal(
+                device[key], ledger[key.replace("known:", f"pair:{name}:")], err_msg=key
+            )
 
 
 @pytest.mark.parametrize(("step", "restarts"), [(3, False), (4, True), (7, True)])
