@@ -17,6 +17,7 @@ from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
 from edge_sdk.protocol.codecs import float_codecs
+from edge_sdk.protocol.plan import Residual
 from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
 
@@ -48,6 +49,11 @@ class DeviceSettings:
     """How hidden states and gradients travel to and from this device; `int8` keeps what training
     needs in half the bytes of `bfloat16`, `residual` sends what has changed of a sample's hidden
     states since the epoch before, in 2 bits a number, and gradients in 3."""
+    residual: Residual | None = None
+    """How the device computes with what the others have learned; None: as the run's `residual`."""
+    residual_rank: int | None = None
+    """Most ranks of a residual that stands beside its weight, as beside quantised ones; what a step
+    leaves out the device still holds and tells in its log. None, or 0: all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +119,12 @@ class ServeConfig:
     the data of `pooled`, without any device, as a centralised baseline."""
     pooled: PooledConfig = field(default_factory=PooledConfig)
     """What a coordinator without devices trains on, and what it trains."""
+    residual: Residual = "auto"
+    """How frozen residuals are computed with, here and on devices that `devices` does not tell
+    otherwise: `folded` adds them to the frozen weights once a round, so that no step pays for them;
+    `low-rank` keeps them beside the weights; `auto` folds unless a device lacks the memory for
+    weights of its own instead of a file's. Quantised weights take nothing in. See
+    docs/aggregation.md."""
     max_rank: int | None = None
     """Most ranks of each round's update that are kept; None loses nothing."""
     min_devices: int = 1
@@ -189,7 +201,14 @@ class ServeConfig:
     def settings(self, device: str) -> DeviceSettings:
         """Return what *device* runs: its own fields over those of `default`."""
         own = self.devices.get(device, DeviceSettings())
-        first = DeviceSettings(split=1, batch_size=8, codec="bfloat16", r=self.lora.r, in_flight=2)
+        first = DeviceSettings(
+            split=1,
+            batch_size=8,
+            codec="bfloat16",
+            r=self.lora.r,
+            in_flight=2,
+            residual=self.residual,
+        )
         merged = {
             name: next(
                 (v for s in (own, self.default, first) if (v := getattr(s, name)) is not None),

@@ -35,12 +35,14 @@ from coordinator.engine.interface import (
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.folding import folds
 from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums, whole_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
+from edge_sdk.protocol.plan import Residual
 from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
@@ -100,6 +102,7 @@ class LocalEngine:
         *,
         trains_head: bool,
         compute: Compute = "auto",
+        residual: Residual = "auto",
     ) -> None:
         self.slice = slice_
         self.first = first
@@ -109,11 +112,12 @@ class LocalEngine:
         asked = resolve_compute(compute, slice_.device)
         self._products = Products(asked, slice_.device, slice_.blocks)
         self.open_step = _OpenStep()
-        adapters = Adapters(slice_, ranks, {}, lora)
+        is_folded = folds(residual, is_quantized=False)
+        adapters = Adapters(slice_, ranks, {}, lora, folds=is_folded)
         head = named_parameters(slice_, head_names(slice_) if trains_head else ())
         parameters = {**adapters.parameters(), **head}
         optimizer = Optimizer(parameters, training, total_steps, asked)
-        meter = ImportanceMeter(slice_.model, ranks)
+        meter = ImportanceMeter(slice_.model, ranks, folded=adapters.folded)
         self.trained = TorchTrainingState(
             adapters, optimizer, meter, head, self.open_step, self._products
         )
@@ -422,6 +426,7 @@ def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine)
         config.total_steps,
         trains_head=config.labels == "server",
         compute=config.compute,
+        residual=config.residual,
     )
     planning = config.planning
     if planning.measures_importance:

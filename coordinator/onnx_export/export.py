@@ -9,10 +9,12 @@ and changes torch's modules while it does: a coordinator runs it as a process of
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ from coordinator.onnx_export.writer import Writer
 from edge_sdk.errors import EdgeError, one_line
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import Shape
-from edge_sdk.model.layout import Layout, find_layout
+from edge_sdk.model.layout import Layout, find_layout, is_transposed
 from edge_sdk.model.partition import Slice, head_names
 from edge_sdk.model.weights import load_config
-from edge_sdk.runtime.onnx_graphs import About, Graphs
+from edge_sdk.runtime.onnx_graphs import FOLDED, TRANSPOSED, About, Graphs
 
 
 def export_slice(config: Any, job: ExportJob, layout: Layout | None = None) -> Graphs:
@@ -49,13 +51,17 @@ def export_slice(config: Any, job: ExportJob, layout: Layout | None = None) -> G
     kinds: list[int] = []
     known: dict[bytes, int] = {}
     for index in range(job.split):
-        block = _written(lambda index=index: tracer.block(index))  # type: ignore[misc]
+        block = _written(partial(tracer.block, index))
         kind = known.setdefault(block, len(known))
         kinds.append(kind)
         if f"block.{kind}" not in models:
-            models |= {f"block.{kind}": block, **_gradients(tracer, index, kind, job)}
+            folded = _written(partial(tracer.block, index, folded=True))
+            models |= {f"block.{kind}": block, f"{FOLDED}block.{kind}": folded}
+            models |= _gradients(tracer, index, kind, job)
     if job.tail:
         models["tail"] = _written(tracer.tail)
+    transposed = sorted(n for n in targets if is_transposed(slice_.model.get_submodule(n)))
+    models[TRANSPOSED] = json.dumps(transposed).encode()
     about = About(
         blocks_path=layout.blocks_path,
         kinds=tuple(kinds),
@@ -66,9 +72,12 @@ def export_slice(config: Any, job: ExportJob, layout: Layout | None = None) -> G
 
 
 def _gradients(tracer: Tracer, index: int, kind: int, job: ExportJob) -> dict[str, bytes]:
-    models = {f"vjp.{kind}": _written(lambda: tracer.block_vjp(index))}
-    if job.measures:
-        models[f"measure.{kind}"] = _written(lambda: tracer.block_vjp(index, measures=True))
+    models = {}
+    for prefix, folded in (("", False), (FOLDED, True)):
+        vjp = partial(tracer.block_vjp, index, folded=folded)
+        models[f"{prefix}vjp.{kind}"] = _written(vjp)
+        if job.measures:
+            models[f"{prefix}measure.{kind}"] = _written(partial(vjp, measures=True))
     return models
 
 

@@ -38,6 +38,8 @@ class Seen(NamedTuple):
     is_transposed: bool
     x: torch.Tensor
     plain: torch.Tensor
+    inside: tuple[torch.Tensor, torch.Tensor] | None
+    """V and U of a residual that is inside the weight and does not count as such."""
 
 
 class Tracer:
@@ -78,26 +80,36 @@ class Tracer:
             run, {"input_ids": ids, "lengths": LENGTHS, **weights}, ("out",), self._largest
         )
 
-    def block(self, index: int) -> Traced:
-        """Trace what enters a block to what leaves it; names are those inside the block."""
-        inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **self._block_inputs(index)}
-        return trace(lambda values: (self._block(index, values),), inputs, ("out",), self._largest)
+    def block(self, index: int, *, folded: bool = False) -> Traced:
+        """Trace what enters a block to what leaves it; names are those inside the block.
 
-    def block_vjp(self, index: int, *, measures: bool = False) -> Traced:
+        *folded*: the residuals are inside the targets' weights, which are float32 therefore.
+        """
+        own = self._block_inputs(index, folded=folded)
+        inputs = {"hidden": self._hidden(), "lengths": LENGTHS, **own}
+        return trace(
+            lambda values: (self._block(index, values, {}, folded=folded),),
+            inputs,
+            ("out",),
+            self._largest,
+        )
+
+    def block_vjp(self, index: int, *, measures: bool = False, folded: bool = False) -> Traced:
         """Trace the same and dL/dout to dL/dhidden, and to dL/dA and dL/d(s B) of every target.
 
         The forward pass is part of it: nothing is kept between a block's two graphs. With
         *measures*, every form of `edge_sdk.lora.importance` of every target comes out as well.
         """
         inputs = {"hidden": self._hidden(), "lengths": LENGTHS, "grad": self._hidden()}
-        inputs |= self._block_inputs(index)
-        trained = ["hidden", *(n for n in self._block_inputs(index) if n.endswith((".A", ".B")))]
+        own = self._block_inputs(index, folded=folded, measures=measures)
+        inputs |= own
+        trained = ["hidden", *(n for n in own if n.endswith((".A", ".B")))]
         targets = [n.removesuffix(".A") for n in trained if n.endswith(".A")] * measures
 
         def run(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             leaves = {n: values[n].detach().requires_grad_(True) for n in trained}
             seen: dict[str, Seen] = {}
-            out_BTD = self._block(index, {**values, **leaves}, seen)
+            out_BTD = self._block(index, {**values, **leaves}, seen, folded=folded)
             wanted = [*leaves.values(), *(seen[n].plain for n in targets)]
             grads = torch.autograd.grad(out_BTD, wanted, values["grad"])
             pairs = zip(targets, grads[len(trained) :], strict=True)
@@ -156,11 +168,20 @@ class Tracer:
     def _prefix(self, index: int) -> str:
         return f"{self._slice.layout.blocks_path}.{index}."
 
-    def _block_inputs(self, index: int) -> dict[str, Input]:
-        """Return weights and factors, by their names inside the block."""
+    def _block_inputs(
+        self, index: int, *, folded: bool, measures: bool = False
+    ) -> dict[str, Input]:
+        """Return weights and factors, by their names inside the block.
+
+        Who measures takes out what is inside a weight, and needs to know it.
+        """
         inputs = self._weights(self._slice.layout.blocks[index])
+        pairs = (("A", "B"), ("V", "U"))[: 1 if folded and not measures else 2]
         for name, shape in self._targets.items():
-            for down, up in ("AB", "VU") if name.startswith(self._prefix(index)) else ():
+            is_here = name.startswith(self._prefix(index))
+            if is_here and folded:
+                inputs[f"{name}.weight"] = Input(inputs[f"{name}.weight"].shape)
+            for down, up in pairs if is_here else ():
                 inputs[f"{name}.{down}"] = Input(("R", shape.num_inputs))
                 inputs[f"{name}.{up}"] = Input((shape.num_outputs, "R"))
         return {name.removeprefix(self._prefix(index)): entry for name, entry in inputs.items()}
@@ -168,25 +189,38 @@ class Tracer:
     # ---- running the model's code ----
 
     def _block(
-        self, index: int, values: dict[str, torch.Tensor], seen: dict[str, Seen] | None = None
+        self,
+        index: int,
+        values: dict[str, torch.Tensor],
+        seen: dict[str, Seen],
+        *,
+        folded: bool,
     ) -> torch.Tensor:
         prefix = self._prefix(index)
         named = {prefix + n: v for n, v in values.items()} | values
-        with self._in_place(named), self._adapted(index, values, {} if seen is None else seen):
+        with self._in_place(named), self._adapted(index, values, seen, folded=folded):
             return self._slice.middle(values["hidden"], values["lengths"], index, index + 1)
 
     @contextmanager
     def _adapted(
-        self, index: int, values: Mapping[str, torch.Tensor], seen: dict[str, Seen]
+        self,
+        index: int,
+        values: Mapping[str, torch.Tensor],
+        seen: dict[str, Seen],
+        *,
+        folded: bool,
     ) -> Iterator[None]:
-        """Let the targets of a block return W x + s B A x + U V x; the scale is inside B."""
+        """Let the targets of a block return W x + s B A x + U V x; the scale is inside B.
+
+        *folded*: W has U V in it.
+        """
         prefix, model = self._prefix(index), self._slice.model
         handles = []
         for name in self._targets:
             if name.startswith(prefix):
                 inside = name.removeprefix(prefix)
-                factors = tuple(values[f"{inside}.{factor}"] for factor in FACTORS)
-                hook = partial(_add_adapters, factors, seen, inside)
+                factors = {f: values.get(f"{inside}.{f}") for f in FACTORS}
+                hook = partial(_add_adapters, factors, seen, inside, folded)
                 handles.append(model.get_submodule(name).register_forward_hook(hook))
         try:
             yield
@@ -221,18 +255,22 @@ class Tracer:
 
 
 def _add_adapters(
-    factors: tuple[torch.Tensor, ...],
+    factors: Mapping[str, Any],
     seen: dict[str, Seen],
     name: str,
+    folded: bool,
     module: nn.Module,
     args: tuple[Any, ...],
     out: torch.Tensor,
 ) -> torch.Tensor:
-    a_RI, b_OR, v_SI, u_OS = factors
+    a_RI, b_OR, v_SI, u_OS = (factors[letter] for letter in FACTORS)
     x_MI = args[0].reshape(-1, args[0].shape[-1])
     y_MO = out.reshape(-1, out.shape[-1])
-    seen[name] = Seen(module.weight, module.bias, is_transposed(module), x_MI, y_MO)  # type: ignore[arg-type]
-    y_MO = torch.addmm(y_MO, x_MI @ v_SI.t(), u_OS.t())
+    layer: Any = module
+    inside = (v_SI, u_OS) if folded and v_SI is not None else None
+    seen[name] = Seen(layer.weight, layer.bias, is_transposed(module), x_MI, y_MO, inside)
+    if not folded:
+        y_MO = torch.addmm(y_MO, x_MI @ v_SI.t(), u_OS.t())
     y_MO = torch.addmm(y_MO, x_MI @ a_RI.t(), b_OR.t())
     return y_MO.reshape(out.shape)
 
@@ -240,9 +278,14 @@ def _add_adapters(
 def _importance(seen: Seen, grad_MO: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return what each of `FORMS` finds in one micro-batch; see `edge_sdk.lora.importance`."""
     plain_MO = seen.plain if seen.bias is None else seen.plain - seen.bias
+    weight = seen.weight
+    if seen.inside is not None:
+        v_SI, u_OS = seen.inside
+        plain_MO = plain_MO - (seen.x @ v_SI.t()) @ u_OS.t()
+        weight = weight - (v_SI.t() @ u_OS.t() if seen.is_transposed else u_OS @ v_SI)
     dots_M = (grad_MO * plain_MO).sum(-1)
     product = seen.x.t() @ grad_MO if seen.is_transposed else grad_MO.t() @ seen.x
-    return dots_M.abs().sum(), dots_M.sum(), (product * seen.weight).abs().sum()
+    return dots_M.abs().sum(), dots_M.sum(), (product * weight).abs().sum()
 
 
 def _computed(value: torch.Tensor) -> torch.Tensor:

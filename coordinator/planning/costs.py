@@ -141,6 +141,8 @@ def _device_work(problem: PlanningProblem, device: str, split: int, ranks: Ranks
         optimizer=config.training.optimizer,
         trains_head=has_tail and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
+        residual_cut=config.settings(device).residual_rank or 0,
+        folds_residual=problem.folds(device),
         has_lora_dropout=config.lora.lora_dropout > 0,
     )
 
@@ -185,6 +187,7 @@ def _server_work(
         optimizer=config.training.optimizer,
         trains_head=config.labels == "server" and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
+        folds_residual=problem.folds(SERVER),
         has_lora_dropout=config.lora.lora_dropout > 0,
     )
 

@@ -55,6 +55,8 @@ def make_plan(
     if not 1 <= settings.in_flight <= MOST_IN_FLIGHT:
         raise ConfigError(f"{where}.in_flight: {settings.in_flight} is outside 1..{MOST_IN_FLIGHT}")
     _check_ranks(config, facts, ranks, f"{where}.r")
+    if (settings.residual_rank or 0) < 0:
+        raise ConfigError(f"{where}.residual_rank: {settings.residual_rank} is below 0")
     if split == num_blocks and not any(ranks.values()):
         raise ConfigError(
             f"{where}.r: 0 on all {num_blocks} blocks trains nothing; give it a rank, or a split "
@@ -68,6 +70,8 @@ def make_plan(
         micro_batch=micro,
         in_flight=min(settings.in_flight, batch // micro),
         tail=config.labels == "device" or split == num_blocks,
+        residual=settings.residual or config.residual,
+        residual_rank=settings.residual_rank or 0,
     )
 
 

@@ -50,8 +50,12 @@ def smaller(
         plan: What was too much.
         server_ranks: Ranks that the coordinator would train weights with.
     """
+    step = smaller_step(plan)
+    if step is not None and plan.split == facts.layout.num_blocks:
+        # One after the other is no less where no gradient comes from elsewhere, but below.
+        plan, step = (plan, step) if step.micro_batch < plan.micro_batch else (step, None)
     return (
-        smaller_step(plan)
+        step
         or _shallower(config, facts, plan, server_ranks)
         or _of_lower_ranks(plan, _free_weights(config, plan))
         or _forward_only(config, facts, plan)

@@ -15,6 +15,7 @@ from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
 from coordinator.planning.ranks import possible_ranks
 from coordinator.planning.splits import SPLIT_RULES, SplitRule
+from edge_sdk.lora.folding import folds
 from edge_sdk.lora.targets import Coverage, ModelFacts
 from edge_sdk.protocol.plan import Plan
 from profiler.estimate.sizes import ModelShape
@@ -257,6 +258,14 @@ class PlanningProblem:
         }
         total = min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
         return total if self.config.exchange.is_plain else total + 2 * max(most.values())
+
+    def folds(self, device: str) -> bool:
+        """Return whether a device, or `SERVER`, adds the residual to its frozen weights."""
+        if device == SERVER:
+            return folds(self.config.residual, is_quantized=False)
+        profile, own = self.profile(device), self.config.settings(device).residual
+        is_quantized = profile.linear_bytes is not None and profile.base_bytes != 2
+        return folds(own or self.config.residual, is_quantized=is_quantized)
 
 
 def planning_length(config: ServeConfig, positions: int) -> int:

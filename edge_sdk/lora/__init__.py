@@ -5,6 +5,7 @@ __all__ = [
     "exchange",
     "expert_adapters",
     "factors",
+    "folding",
     "importance",
     "numpy_adapters",
     "optimizer_state",

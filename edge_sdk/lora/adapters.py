@@ -1,8 +1,8 @@
 """PEFT's LoRA layers on the present blocks of a slice: factors in and out, residual, head.
 
 Each adapted weight computes `W x + U V x + s B A x`: W frozen, U V the frozen residual
-(docs/method.md, Aggregation), s B A the trained adapter. Knows no optimizer, no network and no
-aggregation rule.
+(docs/method.md, Aggregation), s B A the trained adapter; or `(W + U V) x + s B A x`, with the sum
+made once a round in `folding.py`. Knows no optimizer, no network and no aggregation rule.
 
 PEFT computes with linear layers. Experts that a model stacks in one parameter are its
 `target_parameters` and stand in `expert_adapters.py`.
@@ -13,19 +13,23 @@ Legend: E experts, R rank, I inputs, O outputs, S rank of the residual.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edge_sdk.lora.factors import Array, Factors, zero_like
+from edge_sdk.lora.factors import Array, Factors, compress, zero_like
+from edge_sdk.lora.folding import FoldedWeights
 from edge_sdk.lora.targets import OWN, LoraConfig, Shape, peft_config
 
 if TYPE_CHECKING:
     from torch import nn
 
     from edge_sdk.model.partition import Slice
+
+log = logging.getLogger(__name__)
 
 RESIDUAL = "residual"
 
@@ -60,7 +64,20 @@ class Adapters:
         ranks: Mapping[str, int],
         alphas: Mapping[str, float],
         lora: LoraConfig,
+        *,
+        folds: bool = False,
+        most_beside: int = 0,
     ) -> None:
+        """Put adapters of *ranks* on a slice.
+
+        Args:
+            slice_: The blocks.
+            ranks: Rank of each weight; 0 stands for none.
+            alphas: LoRA alpha of each; the config's where it is not named.
+            lora: LoRA configuration of the run.
+            folds: Whether residuals are added to the frozen weights; else they stand beside them.
+            most_beside: Most ranks that stand there; 0: all that a residual has.
+        """
         from edge_sdk.lora.expert_adapters import ExpertAdapters
 
         self._model = slice_.model
@@ -71,6 +88,8 @@ class Adapters:
         self.ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         self.alphas = {name: alphas.get(name, lora.alpha_of(name)) for name in self.ranks}
         self.residual: dict[str, Factors] = {}
+        self._folded = FoldedWeights(slice_) if folds else None
+        self._most_beside = most_beside
         linear = {n: rank for n, rank in self.ranks.items() if n not in self._experts.shapes}
         if linear:
             self._inject(linear, OWN, alpha_pattern={n: self.alphas[n] for n in linear})
@@ -152,12 +171,48 @@ class Adapters:
         """Return what the trained adapters add to their weights: s B A, scale inside."""
         return {n: Factors(p.b_OR * self.scale(n), p.a_RI) for n, p in self.pairs().items()}
 
+    @property
+    def folded(self) -> Mapping[str, Factors]:
+        """The residuals that are inside the frozen weights, by weight."""
+        return self.residual if self._folded else {}
+
     def set_residual(self, residual: Mapping[str, Factors]) -> None:
         """Replace the frozen residual of the named weights; absent names keep theirs."""
-        import torch
-
         new = {n: f for n, f in residual.items() if f.rank or n in self.residual}
         self.residual.update(new)
+        if self._folded:
+            self._fold(self._folded, new)
+        else:
+            self._set_beside(self._cut(new))
+
+    def _fold(self, weights: FoldedWeights, new: Mapping[str, Factors]) -> None:
+        """Let frozen weights be what they were at first and their residual."""
+        from edge_sdk.model.experts import lies_transposed
+        from edge_sdk.model.layout import is_transposed
+
+        for name, factors in new.items():
+            if name in self._experts.shapes:
+                owner = self._model.get_submodule(name.rpartition(".")[0])
+                weights.fold(name, factors, is_transposed=lies_transposed(owner))
+            else:
+                layer: Any = self._model.get_submodule(name)
+                turned = is_transposed(getattr(layer, "base_layer", layer))
+                weights.fold(f"{name}.weight", factors, is_transposed=turned)
+
+    def _cut(self, new: dict[str, Factors]) -> dict[str, Factors]:
+        """Return residuals of as many ranks as a step may compute with; `residual` keeps all."""
+        most = self._most_beside
+        if not most or all(factors.rank <= most for factors in new.values()):
+            return new
+        found = {n: compress(f, most) if f.rank > most else (f, 0.0) for n, f in new.items()}
+        worst = max(found, key=lambda name: found[name][1])
+        log.info("residual.cut ranks=%d worst=%s error=%.3g", most, worst, found[worst][1])
+        return {name: factors for name, (factors, _) in found.items()}
+
+    def _set_beside(self, new: dict[str, Factors]) -> None:
+        """Let residuals stand beside their frozen weights."""
+        import torch
+
         for name in new.keys() & self._experts.shapes.keys():
             b_EOR, a_ERI = new.pop(name)
             self._experts.add(name, RESIDUAL, (a_ERI, b_EOR), 1.0, trained=False)

@@ -12,10 +12,11 @@ tokens t, on the frozen W alone (no bias, no adapter, no residual):
     free        sum_t |<d_t, W x_t>|     from what the backward pass computes anyway
     signed      |sum_t <d_t, W x_t>|     = |sum_j w_j dL/dw_j|, the other reading of the paper
 
+Where a layer's weight is W + U V, with a residual inside, the part of U V is taken out again.
 Measured while a model trains, and only then: between measurements nothing hangs on it. Knows no
 network and no planner: costs come from there.
 
-Legend: B sequences, T positions, N tokens of a micro-batch, I inputs, O outputs.
+Legend: B sequences, T positions, N tokens of a micro-batch, I inputs, O outputs, S rank of U V.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.factors import Factors
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
     from torch import nn
 
     from edge_sdk.model.experts import Matrix
+
+    Inside: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
 
 Form = Literal["free", "reference", "signed"]
 Share = float | Mapping[str, float]
@@ -50,6 +57,8 @@ REFERENCE_PERIODS = 2
 # Numbers that are multiplied at a time: 1 MiB stays in a processor's cache (512 x 3072 then take
 # 0.7 ms instead of 1.8 ms on one), and no second copy of an activation is ever made.
 CHUNK = 1 << 18
+# Stretches in which a residual is taken out of a weight, so that no copy of the whole is made.
+PARTS = 8
 
 
 class ImportanceAccumulator:
@@ -130,11 +139,26 @@ class ImportanceMeter(ImportanceAccumulator):
     """Measures the importance of a torch model's weights at every K-th step, while it trains."""
 
     def __init__(
-        self, model: nn.Module, weights: Iterable[str], form: Form = "free", every: int = 0
+        self,
+        model: nn.Module,
+        weights: Iterable[str],
+        form: Form = "free",
+        every: int = 0,
+        *,
+        folded: Mapping[str, Factors] = MappingProxyType({}),
     ) -> None:
-        """Take the layers of *model* to measure; see `ImportanceAccumulator`."""
+        """Take the layers of *model* to measure; see `ImportanceAccumulator`.
+
+        Args:
+            model: Has the layers.
+            weights: Their names.
+            form: What is measured.
+            every: How often.
+            folded: What is inside their frozen weights and does not count, by weight; looked at
+                whenever something is measured.
+        """
         super().__init__(weights, form, every)
-        self._model = model
+        self._model, self._folded = model, folded
         self._watched: int | None = None
         """The step whose forward passes were followed last."""
 
@@ -165,16 +189,20 @@ class ImportanceMeter(ImportanceAccumulator):
         from edge_sdk.model.layout import is_transposed
 
         add = partial(self.add, name)
+        inside = _tensors(
+            self._folded.get(name), self._model.get_submodule(name.rpartition(".")[0])
+        )
         if is_stack:
             stack = take_place(self._model, name)
-            stack.watch = partial(_follow_matrix, self.form, add)
+            stack.watch = partial(_follow_matrix, self.form, add, inside)
             try:
                 yield
             finally:
                 stack.watch = None
             return
         layer = base_of(self._model.get_submodule(name))
-        watch = _Watch(partial(weight_of, layer), is_transposed(layer), self.form, add)
+        weight = partial(weight_of, layer)
+        watch = _Watch(weight, is_transposed(layer), self.form, add, inside)
         with (
             layer.register_forward_pre_hook(watch.before),
             layer.register_forward_hook(watch.after),
@@ -202,9 +230,15 @@ class _Watch:
         is_transposed: bool,
         form: Form,
         add: Callable[[torch.Tensor], None],
+        inside: Inside = None,
     ) -> None:
+        """Follow a layer that computes x W^T, or x W where its weight *is_transposed*.
+
+        *inside* is what to leave out of it: (U, V) as the product is x (U V)^T.
+        """
         self._weight, self._is_transposed = weight, is_transposed
-        self._form, self._add = form, add
+        self._form, self._add, self._inside = form, add, inside
+        self._less_N: torch.Tensor | None = None
 
     def before(self, _layer: object, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Watch the gradient by the input, in this layer's part of it alone."""
@@ -215,11 +249,27 @@ class _Watch:
         own.register_hook(partial(self._dot, [x.detach()]))
         return (own, *args[1:])
 
+    def _take_out(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Subtract <d_t, U V x_t> of each token from <W^T d_t, x_t>, which comes after it."""
+        if self._inside is None:
+            return
+        u_OS, v_SI = self._inside
+        down_NS: Any = (x.detach().float() @ v_SI.T).flatten(0, -2)
+
+        def keep(grad: torch.Tensor) -> None:
+            self._less_N = ((grad.float() @ u_OS).flatten(0, -2) * down_NS).sum(-1)
+
+        hooked: Any = y
+        hooked.register_hook(keep)
+
     def after(self, layer: object, args: tuple[Any, ...], y: torch.Tensor) -> Any:
         """Watch the gradient by the output, which this makes exist where nothing below needs it."""
         import torch
 
-        if not torch.is_grad_enabled() or (self._form != "reference" and _has_gradient(args[0])):
+        if self._form != "reference" and _has_gradient(args[0]):
+            self._take_out(args[0], y)
+            return None
+        if not torch.is_grad_enabled():
             return None
         watched: Any = y if y.requires_grad else y.detach().requires_grad_(True)
         if self._form == "reference":
@@ -227,6 +277,9 @@ class _Watch:
         else:
             bias = getattr(layer, "bias", None)
             plain = y.detach() if bias is None else y.detach() - bias
+            if self._inside is not None:
+                u_OS, v_SI = self._inside
+                plain = plain.float() - (args[0].detach().float() @ v_SI.T) @ u_OS.T
             watched.register_hook(partial(self._dot, [plain]))
         return watched
 
@@ -235,8 +288,11 @@ class _Watch:
         x_NI: Any = kept.pop().flatten(0, -2)
         grad_NI: Any = grad.flatten(0, -2)
         rows = max(1, CHUNK // x_NI.shape[1])
-        for x, g in zip(x_NI.split(rows), grad_NI.split(rows), strict=True):
+        less, self._less_N = self._less_N, None
+        for i, (x, g) in enumerate(zip(x_NI.split(rows), grad_NI.split(rows), strict=True)):
             dots_N = (g.float() * x.float()).sum(-1)
+            if less is not None:
+                dots_N -= less[i * rows : (i + 1) * rows]
             self._add((dots_N if self._form == "signed" else dots_N.abs()).sum())
 
     def _dense(self, kept: list[torch.Tensor], grad: torch.Tensor) -> None:
@@ -244,18 +300,32 @@ class _Watch:
         weight = self._weight()
         x_NI, d_NO = kept.pop().flatten(0, -2).float(), grad.flatten(0, -2).float()
         product = x_NI.T @ d_NO if self._is_transposed else d_NO.T @ x_NI
-        self._add(product.mul_(weight).abs_().sum())
+        if self._inside is None:
+            product.mul_(weight)
+        else:
+            left, right = (
+                (f.T for f in reversed(self._inside)) if self._is_transposed else self._inside
+            )
+            stretches = (t.tensor_split(PARTS) for t in (product, weight, left))
+            for own, whole, rows in zip(*stretches, strict=True):
+                own.mul_(whole - rows @ right)
+        self._add(product.abs_().sum())
 
 
 def _follow_matrix(
     form: Form,
     add: Callable[[torch.Tensor], None],
+    inside: Inside,
     x: torch.Tensor,
     matrix: Matrix,
     is_turned: bool,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """Follow one expert's matrix through a product; see `edge_sdk.model.experts.Watch`."""
-    watch = _Watch(matrix.base, not is_turned, form, add)
+    if inside is not None:
+        u_OS, v_SI = (factor[matrix.expert] for factor in inside)
+        # The residual is that of M, (O, I), whichever way the product goes.
+        inside = (u_OS, v_SI) if is_turned != matrix.is_transposed else (v_SI.T, u_OS.T)
+    watch = _Watch(matrix.base, not is_turned, form, add, inside)
     args = watch.before(None, (x,)) or (x,)
 
     def leave(y: torch.Tensor) -> torch.Tensor:
@@ -263,6 +333,17 @@ def _follow_matrix(
         return y if watched is None else watched
 
     return args[0], leave
+
+
+def _tensors(factors: Factors | None, beside: nn.Module) -> Inside:
+    """Return U and V where the parameters of *beside* lie; None without a rank."""
+    import torch
+
+    if factors is None or not factors.rank:
+        return None
+    where = next((p.device for p in beside.parameters()), torch.device("cpu"))
+    u, v = (torch.from_numpy(np.ascontiguousarray(factor)).to(where) for factor in factors)
+    return u, v
 
 
 def _has_gradient(x: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ Legend: R rank, I inputs, O outputs, S rank of the residual.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class NumpyAdapters:
         alphas: LoRA alpha of each; the config's where it is not named.
         lora: LoRA configuration of the run.
         seed: Seed of the initial factors.
+        fold: Takes each new residual in where weights hold theirs; None where they stand beside.
     """
 
     def __init__(
@@ -34,7 +35,10 @@ class NumpyAdapters:
         alphas: Mapping[str, float],
         lora: LoraConfig,
         seed: int,
+        *,
+        fold: Callable[[str, Factors], None] | None = None,
     ) -> None:
+        self._fold = fold
         self.shapes, self._lora = dict(shapes), lora
         self.ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         self.alphas = {name: alphas.get(name, lora.alpha_of(name)) for name in self.ranks}
@@ -74,6 +78,9 @@ class NumpyAdapters:
         """Replace the frozen residual of the named weights; absent names keep theirs."""
         new = {n: f for n, f in residual.items() if f.rank or n in self.residual}
         self.residual |= {n: Factors(*map(_float32, f)) for n, f in new.items()}
+        for name in new if self._fold else ():
+            assert self._fold is not None
+            self._fold(name, self.residual[name])
 
     def zero_residual(self) -> dict[str, Factors]:
         """Return a residual of rank 0 for every weight that has one now."""

@@ -202,6 +202,16 @@ class Matrix(torch.Tensor):
         matrix._stack, matrix._expert = stack, expert
         return matrix
 
+    @property
+    def expert(self) -> int:
+        """Number of the expert in its stack."""
+        return self._expert
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the parameter holds M as (I, O)."""
+        return self._stack.is_transposed
+
     def base(self) -> torch.Tensor:
         """Return the frozen matrix as the parameter holds it, dense."""
         return self._stack.base(self._expert)

@@ -63,6 +63,8 @@ class Slice:
         self.dtype = dtype
         self.device = device
         self.present: set[str] = set()
+        self._sources: dict[str, Mapping[str, torch.Tensor]] = {}
+        """Where each tensor of a block came from, to be read again."""
         self._is_quantized = quantized is not None
         path, _, self._list_name = layout.blocks_path.rpartition(".")
         self._list_owner = self.model.get_submodule(path)
@@ -102,9 +104,24 @@ class Slice:
             if name not in tensors:
                 raise ModelError(f"part {part!r} lacks tensor {name!r}")
             self._put(part, name, tensors[name])
+            if part.startswith("block.") and not self._is_quantized:
+                self._sources[name] = tensors
         tie: Any = self.model.tie_weights
         tie()
         self.present.add(part)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor of a present block as it lies where `add` took it from, read anew."""
+        return self._sources[name][name]
+
+    def block_bytes(self) -> int:
+        """Return the bytes of all parameters of present blocks."""
+        here = (p for block in self.blocks for p in block.parameters() if not p.is_meta)
+        return sum(p.numel() * p.element_size() for p in here)
+
+    def replace(self, name: str, value: torch.Tensor) -> None:
+        """Let *value* stand for a tensor of a present block, frozen, on its device."""
+        _set_tensor(self.model, name, value.to(self.device, self.dtype))
 
     def _put(self, part: str, name: str, value: torch.Tensor) -> None:
         """Make one tensor present; no other reference to it remains, unless it is kept."""

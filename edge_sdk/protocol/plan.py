@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 # Micro-batches that a device may have under way; the coordinator keeps the input of all but one.
 MOST_IN_FLIGHT = 4
+
+Residual = Literal["auto", "folded", "low-rank"]
+"""How a frozen residual is computed with: added to the frozen weight once a round, or as factors
+beside it at every step; `auto` adds it where nothing is lost by that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,10 @@ class Plan:
     """Micro-batches of a step that are under way at the same time."""
     tail: bool = False
     """Whether final norm and head run on the device (labels: device, or split = all blocks)."""
+    residual: str = "auto"
+    """How the frozen residual is computed with: `auto`, `folded` or `low-rank`."""
+    residual_rank: int = 0
+    """Most ranks of a residual beside a weight that are computed with; 0: all of them."""
 
     @property
     def is_forward_only(self) -> bool:

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 
 from edge_sdk.errors import ModelError, one_line
-from edge_sdk.runtime.onnx_graphs import Graphs
+from edge_sdk.runtime.onnx_graphs import FOLDED, Graphs
 from edge_sdk.runtime.onnx_session import LOG_ERRORS
 
 
@@ -25,7 +25,12 @@ def with_own_gradients(graphs: Graphs) -> Graphs:
         ModelError: this onnxruntime is no training build, or knows no gradient of an operator.
     """
     kinds = sorted(set(graphs.about.kinds))
-    own = {f"vjp.{kind}": _gradient(graphs.models[f"block.{kind}"]) for kind in kinds}
+    forms = ("", FOLDED) if graphs.can_fold else ("",)
+    own = {
+        f"{form}vjp.{kind}": _gradient(graphs.models[f"{form}block.{kind}"])
+        for kind in kinds
+        for form in forms
+    }
     return replace(graphs, models={**graphs.models, **own})
 
 

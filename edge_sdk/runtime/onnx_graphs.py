@@ -18,6 +18,11 @@ from edge_sdk.errors import ModelError, one_line
 
 PART_NAME = "graphs"
 ABOUT = "about"
+# Before the names of a block's graphs: those for weights with the residual inside, without inputs
+# for it. Earlier versions of the SDK do not know them and use the others.
+FOLDED = "folded."
+TRANSPOSED = "transposed"
+"""A list of the targets whose weights lie as (inputs, outputs), as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +41,29 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """ONNX models by name: `front`, `block.<kind>`, `vjp.<kind>`, `measure.<kind>`, `tail`."""
+    """ONNX models by name: `front`, `block.<kind>`, `vjp.<kind>`, `measure.<kind>`, `tail`.
+
+    Those of blocks are there again after `FOLDED`.
+    """
 
     about: About
     models: Mapping[str, bytes]
+
+    @property
+    def can_fold(self) -> bool:
+        """Whether there are graphs for weights with the residual inside."""
+        return TRANSPOSED in self.models
+
+    def transposed(self) -> frozenset[str]:
+        """Return the targets whose weights lie as (inputs, outputs), by module name.
+
+        Raises:
+            ModelError: the list is damaged.
+        """
+        try:
+            return frozenset(map(str, json.loads(self.models[TRANSPOSED])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"the graphs' list of weights: {one_line(error)}") from error
 
     def pack(self) -> bytes:
         """Return the bytes of a safetensors file, the same for the same graphs."""

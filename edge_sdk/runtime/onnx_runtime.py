@@ -18,7 +18,8 @@ import numpy as np
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.data.encoding import IGNORE
 from edge_sdk.errors import ConfigError, NumericError
-from edge_sdk.lora.factors import Array
+from edge_sdk.lora.factors import Array, zero
+from edge_sdk.lora.folding import FoldedArrays, has_room
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.rank_pruning import penalty_gradients
 from edge_sdk.lora.targets import LoraConfig
@@ -31,6 +32,7 @@ from edge_sdk.runtime.onnx_session import OnnxModel
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.runtime.training_state import NumpyTrainingState
 from profiler.estimate.sizes import TAIL_TARGETS, targets_at_once
+from profiler.sensors.memory import memory_info
 
 
 class _Open(NamedTuple):
@@ -40,6 +42,15 @@ class _Open(NamedTuple):
     """What entered each block."""
     lengths_B: np.ndarray
     is_measured: bool
+
+
+def _folds(graphs: Graphs, weights: Mapping[str, Stored], plan: Plan) -> bool:
+    """Return whether residuals go into the weights; see `edge_sdk/lora/folding.py`."""
+    if plan.residual == "low-rank" or not graphs.can_fold:
+        return False
+    matrices = (t.array for n, t in weights.items() if n.startswith(graphs.about.blocks_path))
+    num_bytes = sum(4 * array.size for array in matrices)
+    return plan.residual == "folded" or has_room(num_bytes, memory_info().total.value)
 
 
 class OnnxRuntime:
@@ -77,13 +88,25 @@ class OnnxRuntime:
         weights = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
         self._training = training
         self._plan, self._is_causal = plan, graphs.about.task == "causal-lm"
-        self._model = OnnxModel(graphs, weights, threads)
+        folds = _folds(graphs, weights, plan)
+        self._model = OnnxModel(graphs, weights, threads, folds=folds)
         self._matrices = [t.array.shape for t in weights.values() if t.array.ndim == 2]
         # No matrix is longer than the vocabulary is, or little.
         longest = max((max(shape) for shape in self._matrices), default=1)
         self._tail_targets = min(TAIL_TARGETS, targets_at_once(longest))
         targets = self._model.targets()
-        self._adapters = NumpyAdapters(targets, plan.ranks, plan.alphas, lora, training.seed)
+        folded = FoldedArrays(weights, graphs.transposed(), self._model.replace) if folds else None
+        for name, shape in targets.items() if folded else ():
+            assert folded is not None
+            folded.fold(name, zero(*shape))
+        self._adapters = NumpyAdapters(
+            targets,
+            plan.ranks,
+            plan.alphas,
+            lora,
+            training.seed,
+            fold=folded.fold if folded else None,
+        )
         head = graphs.about.head if plan.tail else ()
         self._head: dict[str, Array] = {name: weights[name].float32() for name in head}
         for name, array in self._head.items():

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from edge_sdk.errors import DeviceError, ModelError, one_line
 from edge_sdk.lora.targets import Shape
 from edge_sdk.model.safetensors_files import Stored
-from edge_sdk.runtime.onnx_graphs import Graphs
+from edge_sdk.runtime.onnx_graphs import FOLDED, Graphs
 
 # TensorProto.BFLOAT16: numpy has no dtype for it.
 BFLOAT16 = 16
@@ -39,12 +39,19 @@ class OnnxModel:
         graphs: What `coordinator/onnx_export/export.py` has made for the slice.
         weights: Tensors of all its parts, by whole-model name.
         threads: CPU threads; None leaves onnxruntime's own choice.
+        folds: Whether targets' weights have their residuals inside; they are float32 then.
     """
 
     def __init__(
-        self, graphs: Graphs, weights: Mapping[str, Stored], threads: int | None = None
+        self,
+        graphs: Graphs,
+        weights: Mapping[str, Stored],
+        threads: int | None = None,
+        *,
+        folds: bool = False,
     ) -> None:
         self.about = graphs.about
+        self._form = FOLDED if folds else ""
         self._graphs = graphs
         self._options = _options(threads)
         self._weights = {name: _mapped(stored) for name, stored in weights.items()}
@@ -64,7 +71,7 @@ class OnnxModel:
         """Return the weights that may have an adapter, by module name, in the graphs' order."""
         targets: dict[str, Shape] = {}
         for index, kind in enumerate(self.about.kinds):
-            sizes = {i.name: i.shape for i in self._session(f"vjp.{kind}").get_inputs()}
+            sizes = {i.name: i.shape for i in self._session(f"{self._form}vjp.{kind}").get_inputs()}
             for name in [n.removesuffix(".A") for n in sizes if n.endswith(".A")]:
                 shape = Shape(sizes[f"{name}.B"][0], sizes[f"{name}.A"][1])
                 targets[self.prefix(index) + name] = shape
@@ -92,7 +99,7 @@ class OnnxModel:
     def block(self, index: int, hidden: Any, lengths: np.ndarray, factors: Factor) -> Any:
         """Run a block; return its output (B, T, D)."""
         given = {"hidden": hidden, "lengths": lengths, **self._factors(index, factors)}
-        name = f"block.{self.about.kinds[index]}"
+        name = f"{self._form}block.{self.about.kinds[index]}"
         return self._run(name, ["out"], given, self.prefix(index))["out"]
 
     def pull(
@@ -114,7 +121,8 @@ class OnnxModel:
                 measures, `<form>:<weight inside the block>`. Nothing else is computed.
             measures: Use the graph that also knows importance.
         """
-        name = f"{'measure' if measures else 'vjp'}.{self.about.kinds[index]}"
+        what = "measure" if measures else "vjp"
+        name = f"{self._form}{what}.{self.about.kinds[index]}"
         return self._run(
             name, wanted, {**given, **self._factors(index, factors)}, self.prefix(index)
         )
@@ -128,7 +136,7 @@ class OnnxModel:
 
     def _factors(self, index: int, factors: Factor) -> dict[str, Any]:
         prefix, kind = self.prefix(index), self.about.kinds[index]
-        names = [i.name for i in self._session(f"block.{kind}").get_inputs()]
+        names = [i.name for i in self._session(f"{self._form}block.{kind}").get_inputs()]
         return {
             f"{name.removesuffix('.A')}.{factor}": array
             for name in names

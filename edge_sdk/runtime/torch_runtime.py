@@ -15,6 +15,7 @@ from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Adapters
 from edge_sdk.lora.factors import Array
+from edge_sdk.lora.folding import folds, has_room
 from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.rank_pruning import add_penalty
 from edge_sdk.lora.targets import LoraConfig
@@ -28,6 +29,7 @@ from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import MemoryUse, TailSums, process_memory
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 from edge_sdk.runtime.training_state import Pending, TrainingState
+from profiler.sensors.memory import memory_info
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,14 +71,29 @@ class TorchRuntime:
         self._open: deque[torch.Tensor | tuple[MicroBatch, int, int]] = deque()
         """Hidden states whose gradient is awaited, the oldest first; or, where the backward pass
         is to compute them again, what `forward` was given."""
-        adapters = Adapters(self._slice, plan.ranks, plan.alphas, lora)
+        is_folded = self._folds(is_quantized=quantized is not None)
+        adapters = Adapters(
+            self._slice,
+            plan.ranks,
+            plan.alphas,
+            lora,
+            folds=is_folded,
+            most_beside=plan.residual_rank,
+        )
         head = self._trained_head()
         trained = {**adapters.parameters(), **head}
         optimizer = Optimizer(trained, training, total_steps, asked)
-        meter = ImportanceMeter(self._slice.model, plan.ranks)
+        meter = ImportanceMeter(self._slice.model, plan.ranks, folded=adapters.folded)
         self.state = TorchTrainingState(
             adapters, optimizer, meter, head, self._open, self._products
         )
+
+    def _folds(self, *, is_quantized: bool) -> bool:
+        """Return whether residuals go into the weights; see `folding.py`."""
+        wanted = folds(self._plan.residual, is_quantized=is_quantized)
+        if not wanted or self._plan.residual != "auto" or self._device.type != "cpu":
+            return wanted
+        return has_room(self._slice.block_bytes(), memory_info().total.value)
 
     def _trained_head(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained beside the adapters, by whole-model name."""

@@ -56,7 +56,7 @@ def _block_flops(model: ModelShape, work: Work, block: int, *, is_lowest: bool) 
     for i, (linear, rank) in enumerate(zip(model.linears, ranks, strict=True)):
         sides, tokens = linear.num_outputs + linear.num_inputs, work.tokens * linear.num_active
         is_target = prefix + linear.name in work.ranks
-        residual = min(work.residual_rank, linear.most_rank) if is_target else 0
+        residual = min(work.residual_used, linear.most_rank) if is_target else 0
         frozen = 2.0 * (linear.num_outputs * linear.num_inputs + residual * sides)
         own = 2.0 * rank * sides
         forward += tokens * (frozen + own)

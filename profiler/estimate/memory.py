@@ -47,7 +47,8 @@ class MemoryEstimate:
     """Peak memory by what it is for, in bytes."""
 
     base: int
-    """Frozen weights. All pages count, also of embedding rows that were not looked up yet."""
+    """Frozen weights. All pages count, also of embedding rows that were not looked up yet, whether
+    they are those of a file or hold a weight with the residual inside, in its place."""
     adapters: int
     gradients: int
     optimizer: int
@@ -83,7 +84,7 @@ def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> M
         adapters=ADAPTER_BYTES * trained,
         gradients=ADAPTER_BYTES * (trained + head),
         optimizer=ADAPTER_BYTES * _moments(work.optimizer) * (trained + head),
-        residual=ADAPTER_BYTES * _residual_params(model, work),
+        residual=ADAPTER_BYTES * _residual_params(model, work) + _folding_bytes(model, work),
         activations=between,
         workspace=_workspace(model, work, max(0, activations - between)),
         wire=_wire(model, work),
@@ -165,11 +166,23 @@ def _adapter_params(model: ModelShape, work: Work) -> int:
 
 
 def _residual_params(model: ModelShape, work: Work) -> int:
+    is_cut = 0 < work.residual_used < work.residual_rank
+    cut = work.residual_used if is_cut else 0
     return sum(
-        min(work.residual_rank, linear.most_rank) * linear.num_factors
+        (min(work.residual_rank, linear.most_rank) + min(cut, linear.most_rank))
+        * linear.num_factors
         for block in range(work.first, work.stop)
         for linear in _with_residual(model, work, block)
     )
+
+
+def _folding_bytes(model: ModelShape, work: Work) -> int:
+    """Return what making weights anew takes beside them: the largest as it was at first."""
+    if not work.folds_residual:
+        return 0
+    blocks = range(work.first, work.stop)
+    found = (li for block in blocks for li in _with_residual(model, work, block))
+    return work.base_bytes * max((linear.num_weights for linear in found), default=0)
 
 
 def _with_residual(model: ModelShape, work: Work, block: int) -> list[Linear]:
@@ -275,7 +288,8 @@ def _freed(model: ModelShape, work: Work) -> float:
     for block in range(lowest_block(model, work), work.stop):
         freed += frozen
         freed += sum(_freed_beside(li, width) for li, _ in adapted_linears(model, work, block))
-        freed += sum(_freed_beside(li, width) for li in _with_residual(model, work, block))
+        if not work.folds_residual:
+            freed += sum(_freed_beside(li, width) for li in _with_residual(model, work, block))
     return freed
 
 

@@ -150,6 +150,10 @@ class Work:
     """What the backward pass computes again: one of `RECOMPUTE` of `profile.py`."""
     residual_rank: int = 0
     """Rank of the frozen residual of every weight in `ranks`."""
+    residual_cut: int = 0
+    """Most ranks of it that a step computes with, held beside all of it; 0: a step takes all."""
+    folds_residual: bool = False
+    """Whether it is added to the frozen weights once a round, and no step computes with it."""
     has_lora_dropout: bool = False
     """Whether adapters drop part of their input."""
     fragmentation: float = FRAGMENTATION
@@ -159,6 +163,13 @@ class Work:
     def tokens(self) -> int:
         """Tokens of the micro-batch, padding included."""
         return self.micro_batch * self.length
+
+    @property
+    def residual_used(self) -> int:
+        """Ranks of the residual that a step computes with."""
+        if self.folds_residual:
+            return 0
+        return min(self.residual_rank, self.residual_cut or self.residual_rank)
 
     @property
     def shares_inputs(self) -> bool:

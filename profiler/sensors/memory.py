@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import resource
 import sys
@@ -67,6 +68,37 @@ def return_freed() -> None:
     gc.collect()  # what refers to itself is not free before
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
+
+
+def drop_mapped(address: int, num_bytes: int, root: Path = ROOT) -> bool:
+    """Let go of pages of a mapped file that were only read; whoever reads them again has them.
+
+    Args:
+        address: Where the stretch begins.
+        num_bytes: Its length; only whole pages inside it go.
+        root: Where /proc lies.
+
+    Returns:
+        Whether they went: not where the stretch is memory without a file.
+    """
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform != "linux" or first >= stop or not _is_of_file(first, stop, root):
+        return False
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    return bool(
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED) == 0
+    )
+
+
+def _is_of_file(first: int, stop: int, root: Path) -> bool:
+    """Return whether addresses first .. stop-1 of this process lie in one mapping of a file."""
+    for line in (read_text(root / "proc/self/maps") or "").split("\n"):
+        begin, _, rest = line.partition("-")
+        end = rest.partition(" ")[0]
+        if line and int(begin, 16) <= first and stop <= int(end, 16):
+            return line.split()[4] != "0"
+    return False
 
 
 def memory_info(root: Path = ROOT) -> MemoryInfo:

@@ -83,6 +83,7 @@ def test_a_forward_only_device_is_planned_as_one(llama: tuple[ModelFacts, ModelS
         has_tail=False,
         ranks=plan.ranks,  # frozen residuals of what the other device learns
         residual_rank=problem.residual_rank,
+        folds_residual=True,
         micro_batch=2,
         length=16,
     )

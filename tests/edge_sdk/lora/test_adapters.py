@@ -44,16 +44,17 @@ def random_factors(shape: Shape, rank: int, seed: int = 0) -> Factors:
     return Factors(b_OR, generator.normal(0, 0.1, (rank, shape.num_inputs)).astype(np.float32))
 
 
+@pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapter_and_residual_add_up(family: str, use_rslora: bool) -> None:
-    """The model computes W + U V + s B A for every mixture of ranks, residual with or without."""
+def test_adapter_and_residual_add_up(family: str, use_rslora: bool, folds: bool) -> None:
+    """The model computes W + U V + s B A for every mixture of ranks, residual in W or beside it."""
     config, _, shapes = known(family)
     lora = LoraConfig(r=4, lora_alpha=6.0, use_rslora=use_rslora)
     slice_ = make_slice(family)
     names = list(shapes)
     ranks = {n: 1 + i % 4 for i, n in enumerate(names) if i % 3}
-    adapters = Adapters(slice_, ranks, {}, lora)
+    adapters = Adapters(slice_, ranks, {}, lora, folds=folds)
     own = {n: random_factors(shapes[n], r) for n, r in ranks.items()}
     adapters.load_pairs({n: Pair(f.a_RI, f.b_OR) for n, f in own.items()})
     residual = {n: random_factors(shapes[n], 2 + i % 2, 1) for i, n in enumerate(names) if i % 2}

@@ -63,10 +63,10 @@ class Known:
         slice_.model.eval()
         return slice_
 
-    def adapted(self) -> tuple[Slice, Adapters]:
+    def adapted(self, *, folds: bool = False) -> tuple[Slice, Adapters]:
         """The same with warm adapters, and residuals on some experts."""
         slice_ = self.slice()
-        adapters = Adapters(slice_, self.ranks, {}, LoraConfig())
+        adapters = Adapters(slice_, self.ranks, {}, LoraConfig(), folds=folds)
         adapters.load_pairs(self.pairs)
         adapters.set_residual(self.residual)
         return slice_, adapters
@@ -110,11 +110,12 @@ def merged_model(family: str, added: dict[str, Factors]) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("family", EXPERTS)
-def test_adapters_and_residuals_add_up(family: str) -> None:
+def test_adapters_and_residuals_add_up(family: str, folds: bool) -> None:
     """Logits and all gradients are those of the model with W + U V + s B A in its weights."""
     k, micro = known(family), make_micro(task_of(family), 1)
-    slice_, adapters = k.adapted()
+    slice_, adapters = k.adapted(folds=folds)
     added = adapters.products()
     added |= {n: stack([added[n], factors]) for n, factors in k.residual.items()}
     model = merged_model(family, added)
@@ -227,6 +228,24 @@ def test_importance_is_that_of_a_dense_model(family: str) -> None:
         assert found.keys() == own.keys()
         for name, value in found.items():
             assert value == pytest.approx(due[form, name], rel=1e-3), (form, name)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_what_is_inside_the_experts_does_not_count(family: str) -> None:
+    """A residual in the weights leaves every form of importance what it is with one beside them."""
+    k, micro, found = known(family), make_micro(task_of(family), 3), []
+    for folds in (False, True):
+        slice_, adapters = k.adapted(folds=folds)
+        for form in ("reference", "signed", "free"):
+            meter = ImportanceMeter(slice_.model, k.shapes, form, 1, folded=adapters.folded)
+            with meter.watching(0):
+                out = slice_.whole(*inputs(micro))
+            (out**2).sum().backward()  # type: ignore[no-untyped-call]
+            meter.close_step(0)
+            found.append(meter.take())
+
+    for beside, inside in zip(found[:3], found[3:], strict=True):
+        assert inside == pytest.approx(beside, rel=2e-3)
 
 
 def test_any_operation_sees_the_adapted_weights() -> None:

@@ -12,6 +12,7 @@ from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.factors import Array
 from edge_sdk.runtime.interface import Runtime
+from edge_sdk.runtime.onnx_graphs import FOLDED, TRANSPOSED
 from tests.runtimes import (
     BACKENDS,
     LORA,
@@ -362,11 +363,13 @@ def test_pruning_pulls_at_the_tail_ranks(backend: str) -> None:
 
 
 def test_blocks_of_one_kind_share_their_graphs() -> None:
-    """Both blocks of the slice run the same three graphs."""
+    """Both blocks of the slice run the same three graphs, with residuals inside or beside."""
     found = graphs("llama")
 
     assert found.about.kinds == (0,) * SPLIT
-    assert found.models.keys() == {"front", "block.0", "vjp.0", "measure.0", "tail"}
+    shared = {"block.0", "vjp.0", "measure.0"}
+    folded = {f"{FOLDED}{name}" for name in shared}
+    assert found.models.keys() == {"front", "tail", TRANSPOSED, *shared, *folded}
 
 
 def test_dropout_is_refused() -> None:

@@ -62,6 +62,8 @@ WORKS = st.builds(
     in_flight=st.integers(1, 4),
     recompute=st.sampled_from(["none", "slice", "block", "own-block"]),
     residual_rank=st.integers(0, 4),
+    folds_residual=st.booleans(),
+    residual_cut=st.integers(0, 2),
     has_lora_dropout=st.booleans(),
     fragmentation=st.sampled_from([0.0, 0.5]),
 )
