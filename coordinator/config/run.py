@@ -21,11 +21,14 @@ from edge_sdk.protocol.plan import Residual
 from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
 
+AUTO = "auto"
+"""The codec that the planner chooses."""
+
 if TYPE_CHECKING:
     Aggregation = str
     Codec = str
 else:  # the rules and codecs themselves are the choices
-    Aggregation, Codec = Literal[tuple(RULES)], Literal[(*float_codecs(), RESIDUAL)]
+    Aggregation, Codec = Literal[tuple(RULES)], Literal[(*float_codecs(), RESIDUAL, AUTO)]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
@@ -48,7 +51,8 @@ class DeviceSettings:
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device; `int8` keeps what training
     needs in half the bytes of `bfloat16`, `residual` sends what has changed of a sample's hidden
-    states since the epoch before, in 2 bits a number, and gradients in 3."""
+    states since the epoch before, in 2 bits a number, and gradients in 3; `auto` leaves it to the
+    planner, which takes as many bytes as the device's link carries in time."""
     residual: Residual | None = None
     """How the device computes with what the others have learned; None: as the run's `residual`."""
     residual_rank: int | None = None

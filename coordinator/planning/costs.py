@@ -11,11 +11,12 @@ from functools import partial
 from typing import NamedTuple
 
 from coordinator.aggregation.rules import SERVER
+from coordinator.config.run import AUTO
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
 from edge_sdk.protocol.codecs import find
-from edge_sdk.protocol.residual import plain
+from edge_sdk.protocol.residual import CHANGE, RESIDUAL, plain
 from profiler.estimate.flops import estimate_flops
 from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
@@ -23,6 +24,12 @@ from profiler.estimate.sizes import Work
 Ranks = Mapping[str, int]
 # Combinations of the ranks of weights that read the same input: more are not listed.
 MOST_COMBINATIONS = 1000
+# Codecs from which `auto` chooses, the most exact first.
+AUTO_CODECS = ("bfloat16", "int8", RESIDUAL)
+# What `auto` means where speed or link are unknown: what is lost in 8 bits is hardly measurable.
+UNKNOWN_CODEC = "int8"
+# Most of a device's own computing time that its link may take before it is given fewer bytes.
+LINK_SHARE = 0.25
 
 
 class Load(NamedTuple):
@@ -108,9 +115,19 @@ def _in_flight(problem: PlanningProblem, device: str, split: int) -> int:
 
 def device_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Return the peak bytes of a device's process."""
+    codec = codec_of(problem, device, split)
+    work = _device_work(problem, device, split, ranks, codec)
+    return _memory(problem, device, work) + _held_bytes(problem, codec)
+
+
+def _memory(problem: PlanningProblem, device: str, work: Work) -> float:
     overhead = int(problem.profile(device).overhead_bytes or 0)
-    work = _device_work(problem, device, split, ranks)
     return estimate_memory(problem.model, work, overhead).total
+
+
+def _held_bytes(problem: PlanningProblem, codec: str) -> float:
+    """Return what one side holds of a device's samples."""
+    return problem.config.held_bytes if codec == RESIDUAL else 0
 
 
 def device_base_bytes(problem: PlanningProblem, device: str, split: int) -> float:
@@ -120,7 +137,9 @@ def device_base_bytes(problem: PlanningProblem, device: str, split: int) -> floa
     return total - adapters_bytes(problem, ranks, device_loads(problem, device, split))
 
 
-def _device_work(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> Work:
+def _device_work(
+    problem: PlanningProblem, device: str, split: int, ranks: Ranks, codec: str = UNKNOWN_CODEC
+) -> Work:
     config = problem.config
     has_tail = config.labels == "device" or split == problem.num_blocks
     base_bytes, compute_bytes = _widths(problem, device)
@@ -137,7 +156,7 @@ def _device_work(problem: PlanningProblem, device: str, split: int, ranks: Ranks
         micro_batch=problem.micro_batch(device),
         in_flight=_in_flight(problem, device, split),
         length=problem.length,
-        codec_bytes=_codec_bytes(problem, device),
+        codec_bytes=_codec_bytes(codec)[1],
         optimizer=config.training.optimizer,
         trains_head=has_tail and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
@@ -166,7 +185,8 @@ def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: 
     model = problem.model
     with_rows = _server_work(problem, device, split, ranks)
     empty = _server_work(problem, SERVER, split, ranks)
-    return estimate_memory(model, with_rows).total - estimate_memory(model, empty).total
+    rows = estimate_memory(model, with_rows).total - estimate_memory(model, empty).total
+    return rows + _held_bytes(problem, codec_of(problem, device, split))
 
 
 def _server_work(
@@ -183,7 +203,7 @@ def _server_work(
         ranks=dict(ranks),
         micro_batch=0 if device == SERVER else problem.micro_batch(device),
         length=problem.length,
-        codec_bytes=2 if device == SERVER else _codec_bytes(problem, device),
+        codec_bytes=2 if device == SERVER else _codec_bytes(codec_of(problem, device, split))[1],
         optimizer=config.training.optimizer,
         trains_head=config.labels == "server" and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
@@ -208,32 +228,38 @@ def device_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
     flops = device_flops(problem, device, split, ranks)
     link_s: float | None = 0.0
     if split < problem.num_blocks:
-        link_s = link_seconds(problem, device, trains=any(ranks.values()))
+        codec = codec_of(problem, device, split)
+        link_s = link_seconds(problem, device, codec, trains=any(ranks.values()))
     return None if link_s is None else flops / profile.flops_per_s + link_s
 
 
-def link_seconds(problem: PlanningProblem, device: str, *, trains: bool) -> float | None:
+def link_seconds(
+    problem: PlanningProblem, device: str, codec: str, *, trains: bool
+) -> float | None:
     """Return the seconds of a device's tensors on its link in a wave; None: bandwidth unknown.
 
     Args:
         problem: The situation.
         device: Whose link.
+        codec: How hidden states and gradients travel.
         trains: Whether dL/dh comes back; a device that computes forward only gets none.
     """
     profile = problem.profile(device)
     up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
     if up is None or down is None:
         return None
-    one_way = hidden_bytes(
-        problem.model,
-        problem.micro_batch(device),
-        problem.length,
-        _codec_bytes(problem, device),
+    hidden, gradient = (
+        hidden_bytes(problem.model, problem.micro_batch(device), problem.length, width)
+        for width in _codec_bytes(codec)
     )
     # There and back once for h and dL/dh; with the tail on the device once more for its ends.
-    exchanges = 2 if problem.config.labels == "device" else 1
-    downs = exchanges if trains else exchanges - 1
-    return exchanges * (one_way / up + (profile.round_trip_s or 0.0)) + downs * one_way / down
+    seconds = hidden / up + (profile.round_trip_s or 0.0)
+    seconds += gradient / down if trains else 0.0
+    if problem.config.labels == "device":
+        top = find(plain(codec, is_once=True)).bytes_per_number
+        ends = hidden_bytes(problem.model, problem.micro_batch(device), problem.length, top)
+        seconds += gradient / up + (profile.round_trip_s or 0.0) + ends / down
+    return seconds
 
 
 def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
@@ -245,10 +271,52 @@ def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
     return None if speed is None else estimate_flops(problem.model, work).total / speed
 
 
-def _codec_bytes(problem: PlanningProblem, device: str) -> float:
+def _codec_bytes(codec: str) -> tuple[float, float]:
+    """Return the bytes of a number of a hidden state, and of a gradient."""
+    change = CHANGE if codec == RESIDUAL else codec
+    gradient = plain(codec, is_once=False)
+    return find(change).bytes_per_number, find(gradient).bytes_per_number
+
+
+def codec_of(problem: PlanningProblem, device: str, split: int) -> str:
+    """Return how a device's hidden states and gradients travel at a split.
+
+    With `auto` as exactly as the link carries in LINK_SHARE of the time in which the device
+    computes; changes of what is held only where there is memory for that.
+    """
     codec = problem.config.settings(device).codec
     assert codec is not None, "settings fill in every field"
-    return find(plain(codec, is_once=False)).bytes_per_number
+    if codec != AUTO:
+        return codec
+    shares = link_shares(problem, device, split)
+    if shares is None:
+        return UNKNOWN_CODEC
+    codec = next((name for name, share in shares.items() if share <= LINK_SHARE), RESIDUAL)
+    if codec == RESIDUAL:
+        ranks = first_ranks(problem, device, 0, split)
+        least = _memory(problem, device, _device_work(problem, device, split, ranks))
+        if least + problem.config.held_bytes > problem.limit_bytes(device):
+            return UNKNOWN_CODEC
+    return codec
+
+
+def link_shares(problem: PlanningProblem, device: str, split: int) -> dict[str, float] | None:
+    """Return a device's seconds on the link beside those in which it computes, by codec.
+
+    None where its speed or link is unknown.
+    """
+    speed = problem.profile(device).flops_per_s if device in problem.profiles else None
+    if speed is None:
+        return None
+    ranks = first_ranks(problem, device, 0, split)
+    compute_s = device_flops(problem, device, split, ranks) / speed
+    found = {}
+    for name in AUTO_CODECS:
+        link_s = link_seconds(problem, device, name, trains=any(ranks.values()))
+        if link_s is None:
+            return None
+        found[name] = link_s / compute_s
+    return found
 
 
 # ---- tables ----

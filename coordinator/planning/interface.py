@@ -64,6 +64,9 @@ class Planning(Protocol):
             ConfigError: the config asks for what nobody can do.
         """
 
+    def codec(self, device: str, plan: Plan) -> str:
+        """Return how a device's hidden states and gradients travel under its plan."""
+
     def ran_out_of_memory(self, device: str) -> None:
         """Plan less for a device that could not hold its plan.
 

@@ -12,14 +12,18 @@ from dataclasses import replace
 from functools import partial
 
 from coordinator.aggregation.rules import RULES, SERVER
+from coordinator.config.run import AUTO
 from coordinator.planning.costs import (
+    LINK_SHARE,
     Load,
     Ranks,
     adapter_budget,
     adapters_bytes,
+    codec_of,
     device_bytes,
     device_loads,
     device_seconds,
+    link_shares,
     options,
     rank_tables,
     server_side,
@@ -229,11 +233,11 @@ def _story(
 
 
 def _device_notes(problem: PlanningProblem, device: str, plan: Plan) -> tuple[str, ...]:
-    profile, found = problem.profile(device), []
+    profile, found = problem.profile(device), _codec_notes(problem, device, plan)
     if problem.is_fixed:
         peak = device_bytes(problem, device, plan.split, plan.ranks)
         is_large = peak > problem.budget_bytes(device)
-        return ("the config gives it more than fits its memory",) if is_large else ()
+        return (*found, *("the config gives it more than fits its memory" for _ in range(is_large)))
     if device in problem.frozen:
         found.append(f"computes forward only: {problem.frozen[device]}")
     if profile.memory_bytes is None:
@@ -249,6 +253,20 @@ def _device_notes(problem: PlanningProblem, device: str, plan: Plan) -> tuple[st
         if unknown:
             found.append(f"{', '.join(unknown)} unknown: only memory decides its split")
     return tuple(found)
+
+
+def _codec_notes(problem: PlanningProblem, device: str, plan: Plan) -> list[str]:
+    """Say which codec `auto` stands for, and why."""
+    if problem.config.settings(device).codec != AUTO or plan.split == problem.num_blocks:
+        return []
+    codec = codec_of(problem, device, plan.split)
+    shares = link_shares(problem, device, plan.split)
+    if shares is None:
+        return [f"codec {codec}: speed or link unknown"]
+    told = ", ".join(f"{share:.0%} with {name}" for name, share in shares.items())
+    is_short = shares[codec] > LINK_SHARE
+    why = f"{LINK_SHARE:.0%} is enough" if not is_short else f"above {LINK_SHARE:.0%} all the same"
+    return [f"codec {codec}: its link takes, of its computing time, {told}; {why}"]
 
 
 def _server_story(problem: PlanningProblem, splits: Splits, ranks: Ranks) -> ServerExplanation:

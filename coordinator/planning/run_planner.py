@@ -17,8 +17,8 @@ import numpy as np
 
 from coordinator.aggregation.ledger import Report
 from coordinator.aggregation.rules import SERVER
-from coordinator.config.run import ServeConfig
-from coordinator.planning.costs import device_bytes, device_flops
+from coordinator.config.run import AUTO, ServeConfig
+from coordinator.planning.costs import UNKNOWN_CODEC, codec_of, device_bytes, device_flops
 from coordinator.planning.fixed import plan_device, plan_server
 from coordinator.planning.joint import plan_all
 from coordinator.planning.ladder import difference, smaller
@@ -162,6 +162,13 @@ class Planner:
         if device not in self.plans.plans or self._is_outgrown(device):
             self._add(device)
         return self.plans.plans[device]
+
+    def codec(self, device: str, plan: Plan) -> str:
+        """Return how a device's hidden states and gradients travel under its plan."""
+        codec = self._config.settings(device).codec
+        if codec is not None and codec != AUTO:
+            return codec
+        return UNKNOWN_CODEC if self.is_fixed else codec_of(self._problem, device, plan.split)
 
     def _is_outgrown(self, device: str) -> bool:
         """Return whether a device's plan takes more than it offers by now."""

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from coordinator.aggregation.ledger import Report
-from coordinator.config.run import ServeConfig
+from coordinator.config.run import AUTO, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
+from coordinator.planning.costs import UNKNOWN_CODEC
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
@@ -53,7 +54,6 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import Plan
-from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import to_pairs
 from edge_sdk.transport.link import NO_TENSORS, package_version
 from profiler.profile import DeviceProfile
@@ -88,6 +88,8 @@ class Admission:
         self.codecs: dict[str, str] = {}
         self.held_steps: dict[str, tuple[int, ...]] = {}
         """Steps of which a device has a checkpoint of its own."""
+        self._spoken: dict[str, tuple[str, ...]] = {}
+        """Codecs that a device can read and write."""
         self._backends: dict[str, Backend] = {}
         self._waiting: set[str] = set()
         """Devices whose plan is known while their graphs are still being made."""
@@ -122,7 +124,9 @@ class Admission:
                 f"backend {hello.backend!r} is not known here; this coordinator serves "
                 f"{' and '.join(BACKENDS)}"
             )
-        self.codecs[device] = self._codec(device, hello)
+        self._spoken[device] = hello.codecs
+        wanted = self._config.settings(device).codec or AUTO
+        self.codecs[device] = self._codec(device, UNKNOWN_CODEC if wanted == AUTO else wanted)
         self._backends[device] = BACKENDS[hello.backend]
         self._deliver(device, self._welcome(device))
         if self._planner.is_fixed:
@@ -150,7 +154,8 @@ class Admission:
                 self._waiting.add(device)
                 return True
             parts = (*parts, graphs)
-        assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts)
+        codec = self.codecs[device] = self._codec(device, self._planner.codec(device, plan))
+        assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts, codec=codec)
         self._deliver(device, assigned)
         return True
 
@@ -158,13 +163,13 @@ class Admission:
         """Return a stamp of what belongs to no round."""
         return Stamp(run=self._run.id, device=device)
 
-    def _codec(self, device: str, hello: Hello) -> str:
-        wanted = self._config.settings(device).codec
-        assert wanted is not None
-        if wanted in hello.codecs:
+    def _codec(self, device: str, wanted: str) -> str:
+        """Return *wanted* where the device speaks it."""
+        spoken = self._spoken[device]
+        if wanted in spoken:
             return wanted
-        if "float32" not in hello.codecs:
-            raise RefusedError(f"no common codec: the device speaks {', '.join(hello.codecs)}")
+        if "float32" not in spoken:
+            raise RefusedError(f"no common codec: the device speaks {', '.join(spoken)}")
         return "float32"
 
     def _welcome(self, device: str) -> Welcome:
@@ -191,7 +196,7 @@ class Admission:
             importance_every=config.planning.importance_every * config.planning.measures_importance,
             exchange="" if config.exchange.is_plain else config.exchange.codec,
             wants_ids=model.facts.layout.needs_ids and config.labels == "server",
-            held_bytes=config.held_bytes if self.codecs[device] == RESIDUAL else 0,
+            held_bytes=config.held_bytes,
             label_names=config.label_names,
         )
 
@@ -371,7 +376,7 @@ class Admission:
 
     def forget(self, device: str) -> None:
         """Let go of what a session was told: a device says Hello again in the next one."""
-        for known in (self.codecs, self.plans, self.held_steps, self._backends):
+        for known in (self.codecs, self._spoken, self.plans, self.held_steps, self._backends):
             known.pop(device, None)
         self._waiting.discard(device)
         self.leaving.discard(device)

@@ -138,3 +138,14 @@ def test_what_is_lost_is_sent_again(
     assert (num_whole(caplog) > 0) == (who == "coordinator")
     samples = [row.get("samples") for row in second.rows[1:]]
     assert samples == [4 * (6 + 6 + 6)] * 4
+
+
+def test_auto_is_told_with_the_plan(cluster: Cluster) -> None:
+    """Fixed plans measure no link: `auto` is int8 for everybody, on both sides."""
+    default, told = DeviceSettings(split=2, batch_size=6, codec="auto"), set()
+    serving = cluster.serve(cluster.config(default=default, rounds=1))
+    serving.trap.on_step = lambda device, _: told.add(serving.admission.codecs[device])
+    serving.start()
+    ended(serving, cluster.start())
+
+    assert told == {"int8"}
