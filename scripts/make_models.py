@@ -31,7 +31,7 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from coordinator.commands.check import cuts_in_words, examine
-from edge_sdk.errors import EdgeError
+from edge_sdk.errors import EdgeError, ModelError
 from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import Task, build_empty, find_layout
 from edge_sdk.model.shrunk import shrink
@@ -46,6 +46,14 @@ END = "<!-- End of models. -->"
 PATIENCE_S, MOST_BYTES = 240.0, 6 << 30
 # Characters of a reason.
 MOST_REASON = 240
+
+# What every checkpoint's config says of how positions are turned, and the default one does not.
+GLM = {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+ROTATIONS: dict[str, dict[str, object]] = {
+    **dict.fromkeys(("paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), {"mrope_section": [16, 24, 24]}),
+    **dict.fromkeys(("glm46v", "glm4v", "glmga"), GLM),
+    "glm_ocr": {"mrope_section": [8, 12, 12]},
+}
 
 Fate = Literal["exact", "refused", "not built", "no verdict"]
 
@@ -155,8 +163,14 @@ def _default_config(case: Case) -> Any:  # noqa: ANN401 - a transformers config
     """Return the family's default config, read from a file as that of a model is."""
     num_labels = 0 if case.task == "causal-lm" else 2
     with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.for_model(case.family).save_pretrained(folder)
-        return load_config(Path(folder), num_labels)
+        config = AutoConfig.for_model(case.family)
+        if case.family in ROTATIONS:
+            config.get_text_config().rope_parameters.update(ROTATIONS[case.family])
+        config.save_pretrained(folder)
+        try:
+            return load_config(Path(folder), num_labels)
+        except ModelError as error:
+            raise ModelError(str(error).replace(f"{folder}/", "")) from None
 
 
 class _Unproven(logging.Handler):

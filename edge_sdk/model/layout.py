@@ -230,7 +230,9 @@ def find_blocks(model: nn.Module) -> str:
     """
     config: Any = model.config
     text_config = config.get_text_config()
-    wanted = text_config.num_hidden_layers
+    wanted = getattr(text_config, "num_hidden_layers", None)
+    if wanted is None:
+        raise ModelError(f"{type(model).__name__}: its config has no num_hidden_layers")
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [name for name, module in lists.items() if len(module) == wanted]
     # Other towers of the model may be as deep.

@@ -236,6 +236,9 @@ class _Run:
         pad = config.get_text_config().pad_token_id
         one, other = [token for token in range(1, 4) if token != pad][:2]
         logits = self._call(one)
+        if any(id(m) not in self._names for block in self._blocks for m in block.modules()):
+            kind = type(self._model).__name__
+            raise ModelError(f"{kind} makes parts of its blocks anew while it runs")
         needs = [self._reached(hidden) for hidden in self._inputs]
         tail_needs = self._reached(logits)
         blocks = [

@@ -246,11 +246,11 @@ def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a trans
 
     try:
         config = AutoConfig.from_pretrained(folder)
+        text_config = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}") from error
     without_cache(config)
-    text_config = config.get_text_config()
     vocab_size = getattr(text_config, "vocab_size", 0)
     if not _is_token(getattr(text_config, "pad_token_id", None), vocab_size):
         text_config.pad_token_id = None  # some say -1, or a token that was never given a row
