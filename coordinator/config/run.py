@@ -13,6 +13,7 @@ from coordinator.aggregation.rules import RULES
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
+from coordinator.config.replay import ReplayConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
@@ -152,6 +153,8 @@ class ServeConfig:
     keep_held: bool = True
     """Whether they are also written to the run's folder, at the start of each round, so that a
     coordinator that resumes the run need not be sent whole ones again."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Whether hidden states of frozen blocks are sent once, and kept."""
     server_rank: int | None = None
     """Rank of the coordinator's own adapters; None: lora.r."""
     max_length: int | None = None

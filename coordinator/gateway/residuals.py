@@ -71,11 +71,13 @@ class Residuals:
             RemoteProtocolError: it is not what the codec says.
         """
         message: Activation = envelope.message
-        if not message.starts and not message.samples:
+        if not message.starts:
             return envelope
         if codec != residual.RESIDUAL:
             raise RemoteProtocolError(f"Activation with `starts`, but the codec is {codec}")
         tensors, held = envelope.tensors, self.of(device)
+        if message.replays or len(tensors.get("hidden", ())) != len(tensors["lengths"]):
+            raise RemoteProtocolError("Activation with `starts`, but not of all its sequences")
         held.begin_step(message.stamp.step)
         hidden_BTD = residual.read(tensors, message.samples, message.starts, held)
         if hidden_BTD is None:

@@ -198,6 +198,7 @@ class Admission:
             wants_ids=model.facts.layout.needs_ids and config.labels == "server",
             held_bytes=config.held_bytes,
             label_names=config.label_names,
+            replays=config.replay.applies(config.labels),
         )
 
     def _largest_message(self, plan: Plan) -> int:

@@ -166,6 +166,8 @@ class RoundExecutor:
         if handouts := done.result.handouts:
             facts["lag"] = max(handout.lag for handout in handouts.values())
             facts["lag_by_device"] = {name: handouts[name].lag for name in sorted(handouts)}
+        if replayed := run.replays.take_replayed():
+            facts["replayed"] = replayed
         if run.cut_off.devices:
             facts["cut_off"] = sorted(run.cut_off.devices)
         self._end_row(facts, done.evaluated)

@@ -156,7 +156,9 @@ class MessageHandler:
         where, state = (message.stamp.step, message.micro), self._run.state
         if where == (state.step, state.micro):
             if device not in state.arrived and not state.is_forward_done:
-                job = self._limits.job(member, plan, message, envelope.tensors)
+                tensors = self._run.replays.whole(device, envelope).tensors
+                job = self._limits.job(member, plan, message, tensors)
+                self._run.replays.keep(device, message, tensors, plan)
                 self._targets.add(message, job)
                 self._run.take_input(job)
         elif where in state.soon():
@@ -181,7 +183,8 @@ class MessageHandler:
         if self._run.is_current(report.stamp):
             check_report(report, self._limits.most_tokens(self._admission.plans[device]))
             self._check_turn(device, report)
-            self._planner.stepped(device, report.num_tokens, report.compute_s)
+            if not self._run.replays.has_replayed(device, report.stamp.step):
+                self._planner.stepped(device, report.num_tokens, report.compute_s)
             self._run.take_step(device, report)
 
     def _check_turn(self, device: str, report: StepReport) -> None:

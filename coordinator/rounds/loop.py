@@ -18,6 +18,7 @@ from coordinator.engine.compute_thread import Worker
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
+from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher, WeightsAdapted
@@ -41,6 +42,8 @@ from edge_sdk.protocol.messages import RunOver, Stamp
 
 # Folder of hidden states that are held of the devices' samples, in the run's folder.
 HELD = "held"
+# Folder of the hidden states that frozen blocks have computed, in the run's folder.
+KEPT_STATES = "kept-states"
 # Seconds after which the loop comes round at the latest, to notice silence and Ctrl-C.
 POLL_S = 0.5
 # Seconds for the last words to all devices.
@@ -82,10 +85,8 @@ class Coordinator:
         self.planner = Planner(config, model.facts, model.planning_problem())
         self.learned = GlobalModel(config, model, self.planner)
         round_start = RoundStartBuilder(self.learned.ledger, model.facts)
-        kept = folder.path / HELD if config.keep_held else None
-        residuals = Residuals(config.held_bytes, kept)
-        beginning = _beginning(config, least_devices)
-        self.run = Run(run_id, beginning, round_start, reporting, residuals)
+        beginning, kept = _beginning(config, least_devices), _kept_states(config, folder)
+        self.run = Run(run_id, beginning, round_start, reporting, *kept)
         self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
         limits, probing = _limits(config, model), Probing(gateway)
         handlers = self._handlers = MessageHandler(
@@ -123,6 +124,7 @@ class Coordinator:
         finally:
             self._worker.close()
             self.model.graphs.close()
+            run.replays.close()
         self.watcher.see(RunFinished(executor.outcome))
         if executor.outcome == COMPLETED:
             self._say_goodbye()
@@ -171,6 +173,14 @@ def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
         config.labels,
         wants_ids=model.facts.layout.needs_ids,
     )
+
+
+def _kept_states(config: ServeConfig, folder: RunFolder) -> tuple[Residuals, Replays]:
+    """Return what will hold the devices' hidden states: to send changes, or nothing again."""
+    held = folder.path / HELD if config.keep_held else None
+    replay = config.replay
+    path = folder.path / KEPT_STATES if replay.applies(config.labels) else None
+    return Residuals(config.held_bytes, held), Replays(path, replay.max_bytes, replay.dtype)
 
 
 def _beginning(config: ServeConfig, least_devices: int | None) -> RunState:

@@ -14,6 +14,7 @@ from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Received
+from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.results.events import (
     DeviceJoined,
@@ -90,9 +91,10 @@ class Run:
         round_start: RoundStartBuilder,
         reporting: Reporting,
         residuals: Residuals,
+        replays: Replays | None = None,
     ) -> None:
         self.id, self.state = run_id, state
-        self.residuals = residuals
+        self.residuals, self.replays = residuals, replays or Replays()
         self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
         """Whether the round was given up: everything must go back to the last checkpoint."""
@@ -140,6 +142,7 @@ class Run:
         self.must_rewind |= self.state.leave(device)
         self._round_start.forget(device)
         self.inputs.forget(device)
+        self.replays.forget(device)
         if was_ready and reason:
             self.watcher.see(DeviceLeft(device, public_text(reason)))
 
@@ -235,6 +238,7 @@ class Run:
         )
         if start.evaluate and stamp.device in state.members:
             state.evaluating.add(stamp.device)
+        self.replays.begin(start, tensors)
         if start.restore_step < 0:
             state.begin_at(stamp.device, stamp.step)
         return start, tensors

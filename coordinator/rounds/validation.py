@@ -66,6 +66,8 @@ class WaveInput:
                 not of the model's size, or out of range.
             NumericError: it holds NaN or infinity.
         """
+        if "hidden" not in tensors:
+            raise RemoteProtocolError("Activation without hidden states")
         hidden_BTD, lengths_B = tensors["hidden"], tensors["lengths"]
         self._check_hidden(hidden_BTD, plan)
         rows, longest = hidden_BTD.shape[:2]

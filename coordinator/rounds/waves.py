@@ -167,6 +167,9 @@ class WaveRunner:
             stamp=self._run.stamp(answer.device),
             micro=self._run.state.micro,
             loss_sum=answer.sums.loss_sum if answer.sums else 0.0,
+            kept=self._run.replays.take_kept(
+                answer.device, self._run.state.step, self._run.state.micro
+            ),
         )
         grad = {"grad": self._coded(answer.device, answer.grad_BTD, "gradients")}
         is_frozen = self._admission.plans[answer.device].is_forward_only

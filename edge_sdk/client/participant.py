@@ -201,6 +201,7 @@ class Participant:
     def _say_ready(self) -> None:
         """Tell the coordinator what this device has, and the steps to which it can go back."""
         assert self._data is not None
+        self._ready()[1].replaying.forget()
         tally = self._data.tally
         self._link.send(
             Ready(
@@ -290,6 +291,7 @@ class Participant:
     def _run_round(self, envelope: Envelope) -> None:
         self._inbox.enter(State.TRAINING)
         start: RoundStart = envelope.message
+        self._ready()[1].replaying.begin(start, envelope.tensors)
         if not self._begin_round(start, envelope.tensors):
             self._say_ready()
             return
@@ -441,6 +443,8 @@ class Participant:
             if self._monitor.take_change():
                 self._drift.begin_anew()
                 return
+        if self._steps is not None and self._steps.replaying.is_used:
+            return  # what was not computed says nothing of how fast the board is
         self._drift.step(report.num_tokens, report.compute_s, report.wait_s)
 
     def _look_at_pace(self) -> None:

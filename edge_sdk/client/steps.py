@@ -1,6 +1,7 @@
 """A step and an evaluation of one device, read from top to bottom in `_train_waves`.
 
-Legend: B sequences, T positions, D hidden size, W positions whose final hidden state is wanted.
+Legend: B sequences, C of them whose state is sent, T positions, D hidden size, W positions whose
+final hidden state is wanted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edge_sdk.client.incoming import Inbox
+from edge_sdk.client.replaying import Replaying, without
 from edge_sdk.client.setup import as_int32
 from edge_sdk.data.batches import MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.tokenize import Example
@@ -49,10 +51,13 @@ log = logging.getLogger(__name__)
 class _Sent(NamedTuple):
     """A micro-batch that may have to be sent again."""
 
-    hidden_BTD: Array
+    hidden_CTD: Array | None
+    """States of the sequences that are not replayed; None where all are."""
     batch: MicroBatch
     num_micro: int
     num_targets: int
+    replays: tuple[int, ...] = ()
+    """Sequences whose state the coordinator has kept."""
 
 
 class Steps:
@@ -94,6 +99,9 @@ class Steps:
             raise RemoteProtocolError("asked for the token ids, which `labels: device` keeps here")
         if self._sends_ids and not self._is_whole:
             log.warning("ids.travel reason=%s", "the coordinator's blocks need the token ids")
+        self.replaying = Replaying(is_asked=welcome.replays and plan.is_forward_only)
+        self._width = 0
+        """D, once a hidden state has been computed."""
         self._stamp = welcome.stamp
         self._waited_s = 0.0
 
@@ -101,7 +109,7 @@ class Steps:
         """Do one optimizer step of the device and return its report."""
         self._stamp = stamp
         runtime = self._runtime
-        began, self._waited_s = time.monotonic(), 0.0
+        began, self._waited_s, self.replaying.is_used = time.monotonic(), 0.0, False
         loss_sum = self._train_alone(batch) if self._is_whole else self._train_waves(batch)
         runtime.step(batch.step)
         spent = time.monotonic() - began
@@ -139,12 +147,16 @@ class Steps:
 
     def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
         """Send a micro-batch on its way; return the shape of its hidden state."""
-        hidden_BTD = self._runtime.forward(batch, step.step, index)  # the device's blocks
-        sent = _Sent(hidden_BTD, batch, len(step.micro_batches), step.num_targets)
+        replays, hidden_CTD = self.replaying.rows(batch), None
+        if len(replays) < len(batch.lengths):
+            rest = without(batch, replays)
+            hidden_CTD = self._runtime.forward(rest, step.step, index)  # the device's blocks
+            self._width = hidden_CTD.shape[2]
+        sent = _Sent(hidden_CTD, batch, len(step.micro_batches), step.num_targets, replays)
         if self._held is not None:
             self._sent[index] = sent
         self._send_activation(sent, index)
-        return hidden_BTD.shape
+        return *batch.input_ids.shape, self._width
 
     def _end_micro(
         self, batch: MicroBatch, index: int, step: StepBatch, shape: tuple[int, ...]
@@ -163,20 +175,23 @@ class Steps:
         if not self._plan.is_forward_only:
             runtime.backward(_checked(answer, "grad", shape))
         self._sent.pop(index, None)
+        self.replaying.answered(batch, kept=answer.message.kept)
         return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
 
     def _send_activation(self, sent: _Sent, index: int, *, is_eval: bool = False) -> None:
-        hidden_BTD, batch, num_micro, targets = sent
-        require_finite(hidden_BTD, f"activation of step {self._stamp.step}")
-        what = f"hidden states after block {self._plan.split - 1}"
+        batch, starts = sent.batch, tuple[int, ...]()
         tensors: dict[str, TensorOut] = {"lengths": (as_int32(batch.lengths), "int32")}
-        samples, starts = batch.samples, tuple[int, ...]()
-        if self._held is None or is_eval:
-            samples, tensors["hidden"] = (), self._coded(hidden_BTD, what, is_once=True)
-        else:
-            self._held.begin_step(self._stamp.step)
-            coded, starts = residual.code(hidden_BTD, batch.lengths.tolist(), samples, self._held)
-            tensors |= coded
+        samples = self._named_samples(sent, is_eval=is_eval)
+        if sent.hidden_CTD is not None:
+            require_finite(sent.hidden_CTD, f"activation of step {self._stamp.step}")
+            if self._held is None or is_eval or samples:
+                what = f"hidden states after block {self._plan.split - 1}"
+                tensors["hidden"] = self._coded(sent.hidden_CTD, what, is_once=True)
+            else:
+                self._held.begin_step(self._stamp.step)
+                lengths, samples = batch.lengths.tolist(), batch.samples
+                coded, starts = residual.code(sent.hidden_CTD, lengths, samples, self._held)
+                tensors |= coded
         pooled: tuple[int, ...] = ()
         if not self._keeps_labels:
             tensors["labels"] = (as_int32(batch.labels), "int32")
@@ -189,13 +204,14 @@ class Steps:
             Activation(
                 stamp=self._stamp,
                 micro=index,
-                num_micro=num_micro,
-                num_targets=targets,
+                num_micro=sent.num_micro,
+                num_targets=sent.num_targets,
                 is_eval=is_eval,
                 pooled=pooled,
                 samples=samples,
                 starts=starts,
                 wanted=() if wanted is None else to_runs(wanted),
+                replays=sent.replays,
             ),
             tensors,
         )
@@ -208,6 +224,12 @@ class Steps:
         if wanted_BT is not None and not wanted_BT.any():
             wanted_BT[0, 0] = True  # something has to travel
         return wanted_BT
+
+    def _named_samples(self, sent: _Sent, *, is_eval: bool) -> tuple[int, ...]:
+        """Return the samples whose states may be kept, or have been."""
+        if sent.replays:
+            return sent.batch.samples
+        return () if is_eval else self.replaying.samples(sent.batch, self._runtime)
 
     def _wait(self, kind: type[Any], micro: int) -> Envelope:
         began = time.monotonic()

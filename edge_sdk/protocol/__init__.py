@@ -9,6 +9,7 @@ __all__ = [
     "plan",
     "positions",
     "quantize",
+    "replay",
     "residual",
     "roomy",
     "session",

@@ -4,9 +4,9 @@ Frozen dataclasses without behaviour. How they become bytes is `headers.py`, how
 in order and exactly once is `channel.py`. Tensors travel beside a message, by name: `carries` says
 which.
 
-Legend: B sequences, T positions of the longest of them, D hidden size, R rank, I inputs, O outputs,
-S rank of the frozen residual, E experts of a weight that is a stack of them, N bytes, W positions
-that are wanted.
+Legend: B sequences, C some of them, T positions of the longest, D hidden size, R rank, I inputs,
+O outputs, S rank of the frozen residual, E experts of a weight that is a stack of them, N bytes,
+W positions that are wanted.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ class Ready:
 
 
 @carries(
-    Tensor("hidden", "B T D"),
+    Tensor(
+        "hidden",
+        "C T D",
+        "Of all sequences, in their order, but those in `replays`.",
+        is_required=False,
+    ),
     Tensor("lengths", "B", "Real positions; sequences are padded on the right.", dtype="int32"),
     Tensor(
         "labels",
@@ -169,7 +174,8 @@ class Activation:
     """Where a decoder's classification head looks in each sequence; empty: at its last token.
     Another place only where a text ends in the padding token, with `labels: server`."""
     samples: tuple[int, ...] = ()
-    """Number of each sequence's sample among those of the device; empty without `starts`."""
+    """Number of each sequence's sample among those of the device; empty where neither `starts` nor
+    `Welcome.replays` asks for it."""
     starts: tuple[int, ...] = ()
     """With the codec `residual`: `hidden` is what has changed since what both sides hold of the
     sample, which for each sequence is named by its hash; 0: zeros. Empty: `hidden` is all of it."""
@@ -177,6 +183,8 @@ class Activation:
     """With `labels: device`, the positions for which the device wants the `TopHidden` and will send
     the `TopGradient`: those that predict a target. Counted row by row, runs as first position and
     last + 1, ascending; empty: all."""
+    replays: tuple[int, ...] = ()
+    """Sequences, by their place, of whose samples the coordinator has kept the state."""
 
 
 @carries(Tensor("grad", "B T D|W D", "Of the positions that were `wanted`, in their order."))
@@ -291,6 +299,8 @@ class Welcome:
     exchange: str = ""
     """Codec in which changes of factors and of residuals travel, each against what the other side
     has; empty where factors and changes travel as they are."""
+    replays: bool = False
+    """Whether hidden states of frozen blocks are kept, so that they are sent once."""
     wants_ids: bool = False
     """Whether token ids come with every activation, as later blocks of the model need them; only
     with `labels: server`."""
@@ -377,6 +387,9 @@ class Gradient:
     micro: int
     loss_sum: float
     """Sum of the losses of this micro-batch's targets; 0 when the device computed them itself."""
+    kept: bool = False
+    """Whether the state of every sample of the micro-batch is kept, and need not be sent again
+    while the device's blocks stay as they are."""
 
 
 @carries(

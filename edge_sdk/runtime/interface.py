@@ -67,6 +67,9 @@ class Runtime(Protocol):
         nothing is kept.
         """
 
+    def is_random(self, micro: MicroBatch) -> bool:
+        """Return whether `forward` gives another h each time, as it does with dropout."""
+
     def tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:

@@ -135,6 +135,10 @@ class OnnxRuntime:
         hidden_BTD: Array = hidden.numpy()
         return hidden_BTD
 
+    def is_random(self, micro: MicroBatch) -> bool:
+        """Return whether `forward` gives another h each time; graphs draw no random numbers."""
+        return False
+
     def _run_blocks(self, micro: MicroBatch) -> list[Any]:
         """Return what enters each block, and what leaves the last one."""
         lengths_B = micro.lengths.astype(np.int64)

@@ -130,6 +130,13 @@ class TorchRuntime:
         with watched:
             return self._products.run(work, lambda hidden: hidden)
 
+    @torch.no_grad()
+    def is_random(self, micro: MicroBatch) -> bool:
+        """Return whether `forward` gives another h each time; see `Runtime`."""
+        first = self._run_blocks(micro, -1, 0)
+        others = (self._run_blocks(micro, -1, index) for index in range(1, 4))
+        return any(not torch.equal(first, other) for other in others)
+
     def tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:

@@ -180,6 +180,10 @@ class InstrumentedRuntime:
         self._listener.forward(self._device, self._plan, micro)
         return self._run(self._runtime.forward, micro, step, index)
 
+    def is_random(self, micro: MicroBatch) -> bool:
+        """Return whether `forward` gives another h each time; this takes no modelled time."""
+        return self._run(self._runtime.is_random, micro)
+
     def tail(
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
