@@ -31,22 +31,29 @@ NUM_PROCESSES = 2
 RATE = 5e-3
 SHORT_ROUNDS = 4
 EXPERIMENT = EXPERIMENTS["banking-ranks"]
-BUDGET = ["exchange.codec=int8", "exchange.downlink=budget"]
+
+
+def _budget(codec: str, rank: int | None = None) -> tuple[str, list[str]]:
+    settings = [f"exchange.codec={codec}", "exchange.downlink=budget"]
+    return "exact", [*settings, *([] if rank is None else [f"exchange.rank={rank}"])]
+
+
 METHODS: dict[str, tuple[str, list[str]]] = {
     "exact, full": ("exact", []),
-    "exact, budget, int8": ("exact", BUDGET),
-    "exact, budget of 4, int8": ("exact", [*BUDGET, "exchange.rank=4"]),
+    "exact, budget, int8": _budget("int8"),
+    "exact, budget of 8, int4": _budget("int4", 8),
     "svd": ("svd", []),
     "zeropad": ("zeropad", []),
 }
 """Rule and settings."""
 MORE: dict[str, tuple[str, list[str]]] = {
-    "exact, full, int8": ("exact", ["exchange.codec=int8"]),
-    "exact, full, bfloat16": ("exact", ["exchange.codec=bfloat16"]),
     **{
-        f"exact, budget of {rank}, int8": ("exact", [*BUDGET, f"exchange.rank={rank}"])
-        for rank in (1, 2, 8)
+        f"exact, full, {codec}": ("exact", [f"exchange.codec={codec}"])
+        for codec in ("bfloat16", "int8", "int4")
     },
+    "exact, budget, int4": _budget("int4"),
+    **{f"exact, budget of {rank}, int8": _budget("int8", rank) for rank in (1, 2, 4, 8)},
+    **{f"exact, budget of {rank}, int4": _budget("int4", rank) for rank in (1, 2, 4, 16)},
 }
 """What is run where --only asks for it."""
 

@@ -26,7 +26,7 @@ class ExchangeConfig:
     """With `downlink: budget`, most ranks of a weight's change that a device is sent in a round;
     None: as many as let all that it sends and gets take 1.5 times the bytes that `aggregation: svd`
     would take for its ranks."""
-    codec: Literal["float32", "bfloat16", "int8"] = "float32"
+    codec: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """How the numbers of factors and changes travel. With one of the smaller ones what rounding
     loses is added to the next round's message, in both directions; only with `aggregation: exact`.
     A trainable head travels in float32."""

@@ -91,6 +91,24 @@ def test_both_sides_know_the_same(kind: str, backend: str, request: Any) -> None
             )
 
 
+def test_a_frozen_device_is_given_what_others_learn(cluster: Cluster) -> None:
+    """A device that computes forward only has an account as well, without factors of its own."""
+    devices = {**DEVICES, "b": DeviceSettings(split=3, batch_size=6, micro_batch=2, r=0)}
+    serving = cluster.serve(config_of(cluster, devices=devices)).start()
+    clients = cluster.start(data=held_out())
+
+    assert serving.wait() == "completed"
+
+    wait_all(clients)
+    (file,) = (cluster.folder / "state" / "run-1" / "b").glob("step-000008-*.safetensors")
+    device, ledger = load_file(file), serving.ledger.state()
+    given = [key for key in device if key.startswith("received:")]
+    assert given
+    for key in given:
+        np.testing.assert_array_equal(device[key], ledger[key.replace("received:", "given:b:")])
+        np.testing.assert_array_equal(device[key], device[key.replace("received:", "residual:")])
+
+
 @pytest.mark.parametrize(("step", "restarts"), [(3, False), (4, True), (7, True)])
 def test_a_stopped_run_goes_on(cluster: Cluster, whole: Whole, step: int, restarts: bool) -> None:
     """Stopped in a round or between two, with its devices or without: every bit is the same."""

@@ -99,7 +99,7 @@ class Run:
         return float(np.sqrt(lacks / size))
 
 
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
 def test_a_device_has_what_its_account_says(codec: str) -> None:
     """Round for round both sides hold the same bits, and the lag is what the result states."""
     run = Run(codec)

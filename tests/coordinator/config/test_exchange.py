@@ -11,7 +11,7 @@ from coordinator.config.run import ServeConfig
 from edge_sdk.protocol.codecs import find
 
 
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rank", [1, 2, 4, 16])
 def test_the_default_budget_keeps_within_its_bytes(codec: Any, rank: int) -> None:
     """Factors up and a change down take at most 1.5 times what `svd` takes up and down."""
