@@ -9,8 +9,15 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import DeviceJoined, DevicesMissing, RoundStarted, Waiting
+from coordinator.results.events import (
+    DeviceJoined,
+    DevicesMissing,
+    RoundDone,
+    RoundStarted,
+    Waiting,
+)
 from coordinator.results.lifecycle import new_folder
+from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles
 
 
@@ -41,3 +48,14 @@ def test_who_is_waited_for_is_named(folder: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["waiting"]["b"]["what"] == "step 1"
     assert found["missing"] is None
+
+
+def test_how_far_devices_lag_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a device is given less than all, the share that it lacks is shown by name."""
+    files = RunFiles(RunFolder(folder))
+    files.see(RoundDone({"round": 1, "step": 3, "lag_by_device": {"a": 0.0573, "b": 0.1}}, {}))
+
+    assert main(["status", str(folder)]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "devices lack of what the run has learned: a 5.7%, b 10.0%" in lines
