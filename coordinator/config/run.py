@@ -18,7 +18,7 @@ from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
 from edge_sdk.protocol.codecs import float_codecs
-from edge_sdk.protocol.plan import Residual
+from edge_sdk.protocol.plan import MOST_AWAY, Residual
 from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     Codec = str
 else:  # the rules and codecs themselves are the choices
     Aggregation, Codec = Literal[tuple(RULES)], Literal[(*float_codecs(), RESIDUAL, AUTO)]
+# Tokens of a wave of what is there, where none are configured: enough for a GPU. With
+# `labels: device` each micro-batch is a wave of its own, as all of a wave wait for one another.
+WAVE_TOKENS = {"server": 4096, "device": 1}
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
@@ -113,6 +116,14 @@ class ServeConfig:
     """Aggregations in the run."""
     steps_per_round: int = 20
     """Optimizer steps between two aggregations."""
+    waves: Literal["gathered", "available"] = "gathered"
+    """What the coordinator computes together. `available`: whatever is there when it is free, so
+    that nobody waits for others inside a step. `gathered`: the j-th micro-batch of every device, so
+    that equal runs give equal numbers to the last bit, at the pace of whoever is late each time."""
+    wave_tokens: int | None = None
+    """Most tokens, padding included, that `waves: available` computes together; a single
+    micro-batch may have more. None: 4096 with `labels: server`, one micro-batch with
+    `labels: device`, where micro-batches that are computed together wait for one another."""
     aggregation: Aggregation = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
@@ -177,6 +188,8 @@ class ServeConfig:
         for name in ("rounds", "steps_per_round", "min_devices", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.wave_tokens is not None and self.wave_tokens < 1:
+            raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
         if self.patience_s <= 0:
@@ -199,6 +212,16 @@ class ServeConfig:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.rounds * self.steps_per_round
+
+    @property
+    def most_wave_tokens(self) -> int | None:
+        """Most tokens of a wave of what is there; None where waves are gathered."""
+        return None if self.waves == "gathered" else self.wave_tokens or WAVE_TOKENS[self.labels]
+
+    @property
+    def open_micros(self) -> int:
+        """Micro-batches of each device that the coordinator holds for their backward pass."""
+        return MOST_AWAY if self.waves == "available" and self.labels == "device" else 1
 
     def evaluates_after(self, rounds_done: int) -> bool:
         """Return whether the model is evaluated after so many rounds, as it is before the first."""

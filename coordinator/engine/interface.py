@@ -15,6 +15,7 @@ from edge_sdk.errors import EdgeError, NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.weights import ModelSource
+from edge_sdk.protocol.plan import Place
 from edge_sdk.runtime.interface import TailSums
 
 NOTHING: Mapping[str, Factors] = MappingProxyType({})
@@ -40,6 +41,13 @@ class Job:
     """Where a decoder's classification head looks in each sequence; None: at its last token."""
     wanted_BT: np.ndarray | None = None
     """With `labels: device`, where the device needs its final hidden state; None: everywhere."""
+    micro: int = 0
+    """Number of the micro-batch in the device's step."""
+
+    @property
+    def place(self) -> Place:
+        """What it is known by in its step."""
+        return self.device, self.micro
 
     @property
     def top_shape(self) -> tuple[int, ...]:
@@ -56,6 +64,8 @@ class Answer:
     device: str
     grad_BTD: Array
     sums: TailSums | None
+    micro: int = 0
+    """Number of the micro-batch that it answers."""
 
 
 class DeviceFault(NumericError):
@@ -127,23 +137,30 @@ class Engine(Protocol):
 
     # ---- waves ----
 
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+    def train(self, jobs: Sequence[Job], step: int, wave: int) -> list[Answer]:
         """Run forward, loss and backward of a wave whose labels are here.
+
+        Args:
+            jobs: Micro-batches of any devices, several of one device as well.
+            step: The step that they belong to.
+            wave: Number of the wave in its step, from which random numbers are drawn.
 
         Raises:
             DeviceFault: a device's loss is not finite; nothing was accumulated.
         """
 
-    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
-        """Return the final hidden states of a wave whose labels stay on the devices, by device.
+    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+        """Return the final hidden states of a wave whose labels stay on the devices.
 
-        Each is of its job's `top_shape`: (B, T, D), or the wanted positions alone.
+        Each is of its job's `top_shape`: (B, T, D), or the wanted positions alone. Several waves of
+        a step may await their gradients at the same time.
         """
 
-    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Go back through the last `forward` from each device's gradient of its own loss.
+    def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
+        """Go back through the waves that these micro-batches were in, which are then over.
 
-        Each has the shape of what `forward` has returned.
+        Each gradient has the shape of what `forward` has returned. A micro-batch of such a wave
+        without a gradient of its device's own loss counts nothing.
         """
 
     def finish_step(self, step: int) -> bool:

@@ -42,7 +42,7 @@ from edge_sdk.model.layout import Layout
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums, whole_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
-from edge_sdk.protocol.plan import Residual
+from edge_sdk.protocol.plan import Place, Residual
 from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
@@ -55,7 +55,7 @@ from edge_sdk.runtime.torch_runtime import (
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 
 
-@dataclass
+@dataclass(eq=False)
 class _Wave:
     """A wave between its forward and its backward."""
 
@@ -65,9 +65,11 @@ class _Wave:
     """Hidden states after the last block; logits where `has_logits`."""
     lengths_B: torch.Tensor
     step: int
-    micro: int
+    number: int
     has_logits: bool = False
     """Whether the tail has run on all positions, with the blocks."""
+    is_spent: bool = False
+    """Whether its graph is used up: a wave can be gone back through once."""
 
     def gradients(self) -> list[torch.Tensor]:
         """Return what goes back to the devices, the loss scale still inside."""
@@ -78,14 +80,18 @@ class _Wave:
 class _OpenStep:
     """What is there between the first forward pass of a step and its update."""
 
-    wave: _Wave | None = None
-    """The wave that awaits its gradients."""
+    waves: list[_Wave] = field(default_factory=list)
+    """Waves that await their gradients, the oldest first."""
     served: dict[str, Job] = field(default_factory=dict)
     """Who was served in the step, by device."""
 
     def clear(self) -> None:
         """Drop all of it."""
-        self.wave, self.served = None, {}
+        self.waves, self.served = [], {}
+
+    def waves_of(self, places: Container[Place]) -> list[_Wave]:
+        """Return the waves that any of *places* was in."""
+        return [w for w in self.waves if any(job.place in places for job in w.jobs)]
 
 
 class LocalEngine:
@@ -124,7 +130,7 @@ class LocalEngine:
 
     # ---- training ----
 
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+    def train(self, jobs: Sequence[Job], step: int, wave: int) -> list[Answer]:
         """Run forward, loss and backward of a wave; see `Engine`.
 
         Raises:
@@ -134,51 +140,57 @@ class LocalEngine:
             return []
 
         def attempt() -> tuple[_Wave, list[LossSums]]:
-            wave = self._forward(jobs, step, micro, to_logits=not self.slice.has_local_tail)
-            sums = self._losses(wave)
+            own = self._forward(jobs, step, wave, to_logits=not self.slice.has_local_tail)
+            sums = self._losses(own)
             total = torch.zeros((), device=self._device)
-            for job, own in zip(wave.jobs, sums, strict=True):
-                loss = own.loss_B.sum()
+            for job, its in zip(own.jobs, sums, strict=True):
+                loss = its.loss_B.sum()
                 if not torch.isfinite(loss):
                     raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
                 total = total + (job.weight / job.num_targets) * loss
             torch.autograd.backward(total * self.trained.optimizer.loss_scale)
-            return wave, sums
+            return own, sums
 
-        wave, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
-        return self._answers(wave, sums, {job.device for job in jobs})
+        own, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
+        return self._answers(own, sums, {job.place for job in jobs})
 
-    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
-        wave = self._forward(jobs, step, micro, to_logits=False) if jobs else None
-        self.open_step.wave = wave
-        return _unstack(wave) if wave else {}
+        if not jobs:
+            return {}
+        own = self._forward(jobs, step, wave, to_logits=False)
+        self.open_step.waves.append(own)
+        return _unstack(own)
 
-    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Go back through the last `forward`; a device without a gradient counts nothing."""
-        wave, self.open_step.wave = self.open_step.wave, None
-        if not grads:
-            return []
-        assert wave is not None, "backward without forward"
-        again = partial(self._forward, wave.jobs, wave.step, wave.micro, to_logits=False)
-        waves = [wave]  # a wave can be gone back through once
+    def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
+        """Go back through what `forward` has left of these micro-batches; see `Engine`."""
+        waves = self.open_step.waves_of(grads)
+        places = {job.place for wave in waves for job in wave.jobs}
+        assert places >= grads.keys(), "backward without forward"
+        answers = [answer for wave in waves for answer in self._go_back(wave, grads)]
+        self.open_step.waves = [wave for wave in self.open_step.waves if wave not in waves]
+        return answers
 
+    def _go_back(self, wave: _Wave, grads: Mapping[Place, Array]) -> list[Answer]:
         def attempt() -> _Wave:
-            own = waves.pop() if waves else again()
+            own = wave
+            if wave.is_spent:
+                own = self._forward(wave.jobs, wave.step, wave.number, to_logits=False)
+            wave.is_spent = True
             self._pull(own, grads)
             return own
 
-        wave = self.trained.optimizer.scaled(attempt, _Wave.gradients)
-        return self._answers(wave, [None] * len(wave.jobs), grads)
+        done = self.trained.optimizer.scaled(attempt, _Wave.gradients)
+        return self._answers(done, [None] * len(done.jobs), grads)
 
-    def _pull(self, wave: _Wave, grads: Mapping[str, Array]) -> None:
+    def _pull(self, wave: _Wave, grads: Mapping[Place, Array]) -> None:
         """Go back through a wave from what the devices have sent."""
         grad_BTD = torch.zeros_like(wave.final_hidden)
         start = 0
         for job in wave.jobs:
             rows, length = job.hidden_BTD.shape[:2]
-            if job.device in grads:
-                own = torch.from_numpy(grads[job.device]).to(self._device)
+            if job.place in grads:
+                own = torch.from_numpy(grads[job.place]).to(self._device)
                 scale = job.weight * self.trained.optimizer.loss_scale
                 own_rows = grad_BTD[start : start + rows, :length]
                 own_rows[_wanted(job)] = (own * scale).to(grad_BTD.dtype)
@@ -187,7 +199,8 @@ class LocalEngine:
 
     def finish_step(self, step: int) -> bool:
         """Divide each block's gradient by the samples served in it, clip, update."""
-        served, self.open_step.served = list(self.open_step.served.values()), {}
+        served = list(self.open_step.served.values())
+        self.open_step.clear()  # also of waves whose devices have all left
         scale = self.trained.optimizer.loss_scale
         for name, parameter in self.trained.optimizer.parameters.items():
             if parameter.grad is not None:
@@ -208,19 +221,19 @@ class LocalEngine:
             return None
         return int(name.removeprefix(prefix).split(".", 1)[0])
 
-    def _forward(self, jobs: Sequence[Job], step: int, micro: int, *, to_logits: bool) -> _Wave:
+    def _forward(self, jobs: Sequence[Job], step: int, number: int, *, to_logits: bool) -> _Wave:
         self.slice.model.train()
         # By name within a split: the same wave gives the same bits whoever answered first.
-        ordered = sorted(jobs, key=lambda job: (job.split, job.device))
+        ordered = sorted(jobs, key=lambda job: (job.split, job.device, job.micro))
         leaves = [self._leaf(job) for job in ordered]
 
         def work() -> tuple[torch.Tensor, torch.Tensor]:
-            seed_step(self._training.seed, self._device, "coordinator", step, micro)
+            seed_step(self._training.seed, self._device, "coordinator", step, number)
             return self._run_blocks(ordered, leaves, to_logits=to_logits)
 
         with self.trained.meter.watching(step):
             final_hidden, lengths_B = self._products.run(work, lambda found: found[0])
-        return _Wave(ordered, leaves, final_hidden, lengths_B, step, micro, to_logits)
+        return _Wave(ordered, leaves, final_hidden, lengths_B, step, number, to_logits)
 
     def _leaf(self, job: Job) -> torch.Tensor:
         return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
@@ -318,16 +331,16 @@ class LocalEngine:
         return [LossSums(*columns) for columns in zip(*by_job, strict=True)]
 
     def _answers(
-        self, wave: _Wave, sums: Sequence[LossSums | None], devices: Container[str]
+        self, wave: _Wave, sums: Sequence[LossSums | None], places: Container[Place]
     ) -> list[Answer]:
         answers = []
         for job, leaf, own in zip(wave.jobs, wave.leaves, sums, strict=True):
-            if job.device not in devices:
+            if job.place not in places:
                 continue
             assert leaf.grad is not None
             grad = leaf.grad / (job.weight * self.trained.optimizer.loss_scale)
             found = None if own is None else totals(own)
-            answers.append(Answer(job.device, to_numpy(grad), found))
+            answers.append(Answer(job.device, to_numpy(grad), found, job.micro))
             self.open_step.served[job.device] = job
         return answers
 
@@ -434,12 +447,12 @@ def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine)
     return engine
 
 
-def _unstack(wave: _Wave) -> dict[str, Array]:
+def _unstack(wave: _Wave) -> dict[Place, Array]:
     final_hidden, start = {}, 0
     for job in wave.jobs:
         rows, length = job.hidden_BTD.shape[:2]
         own = wave.final_hidden[start : start + rows, :length]
-        final_hidden[job.device] = to_numpy(own[_wanted(job)])
+        final_hidden[job.place] = to_numpy(own[_wanted(job)])
         start += rows
     return final_hidden
 

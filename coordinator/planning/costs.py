@@ -202,6 +202,7 @@ def _server_work(
         has_tail=has_tail,
         ranks=dict(ranks),
         micro_batch=0 if device == SERVER else problem.micro_batch(device),
+        in_flight=config.open_micros,
         length=problem.length,
         codec_bytes=2 if device == SERVER else _codec_bytes(codec_of(problem, device, split))[1],
         optimizer=config.training.optimizer,

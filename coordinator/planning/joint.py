@@ -192,7 +192,9 @@ def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
             for device, option in splits.chosen.items()
             if option.split <= block
         )
-        found |= dict.fromkeys(problem.weights(block, block + 1), Load(tokens))
+        found |= dict.fromkeys(
+            problem.weights(block, block + 1), Load(tokens, problem.config.open_micros)
+        )
     return found
 
 

@@ -231,6 +231,7 @@ class Admission:
             batch_size=plan.batch_size,
             num_micro=plan.batch_size // plan.micro_batch,
             is_local=plan.split == self._model.facts.layout.num_blocks,
+            looks_ahead=ready.looks_ahead,
         )
 
     def holds(self, device: str, step: int) -> None:

@@ -101,6 +101,7 @@ class RoundExecutor:
             Action.RUN_WAVE: self._waves.run_wave,
             Action.FORWARD: self._waves.forward,
             Action.BACKWARD: self._waves.backward,
+            Action.FINISH_STEP: self._waves.finish_step,
             Action.AGGREGATE: self._aggregate,
             Action.HAND_OUT: self._hand_out,
             Action.CLOSE: self._close,

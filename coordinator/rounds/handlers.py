@@ -13,6 +13,8 @@ from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import RoundWork, Run
+from coordinator.rounds.state import awaits_gradient, judge, wave
+from coordinator.rounds.step.open_step import Arrival
 from coordinator.rounds.validation import (
     TargetCount,
     WaveInput,
@@ -154,29 +156,36 @@ class MessageHandler:
         envelope = whole
         message = envelope.message
         where, state = (message.stamp.step, message.micro), self._run.state
-        if where == (state.step, state.micro):
-            if device not in state.arrived and not state.is_forward_done:
-                tensors = self._run.replays.whole(device, envelope).tensors
-                job = self._limits.job(member, plan, message, tensors)
-                self._run.replays.keep(device, message, tensors, plan)
-                self._targets.add(message, job)
-                self._run.take_input(job)
-        elif where in state.soon():
+        arrival = judge(state, device, *where)
+        if arrival is Arrival.NOW:
+            tensors = self._run.replays.whole(device, envelope).tensors
+            job = self._limits.job(member, plan, message, tensors)
+            self._run.replays.keep(device, message, tensors, plan)
+            self._targets.add(message, job)
+            self._run.take_input(job)
+            following = (message.stamp.step, message.micro + 1)
+            kept = None if state.is_gathered else self._run.inputs.take_early(device, following)
+            if kept is not None:
+                self._on_activation(device, kept)
+        elif arrival is Arrival.LATER:
             self._run.inputs.keep_early(device, where, envelope)
-        elif where > (state.step, state.micro):
+        elif arrival is Arrival.BEYOND:
             raise RemoteProtocolError(
-                f"step {where[0]}.{where[1]} while the others are at {state.step}.{state.micro}"
+                f"step {where[0]}.{where[1]} while the others are at {state.step}.{wave(state)}"
             )
 
     def _on_gradient(self, device: str, envelope: Envelope) -> None:
         message, state = envelope.message, self._run.state
-        is_due = (message.stamp.step, message.micro) == (state.step, state.micro)
-        if not self._run.is_current(message.stamp) or not is_due:
+        if not self._run.is_current(message.stamp) or message.stamp.step != state.step:
             return
-        if not state.is_forward_done or device not in self._run.inputs.jobs:
+        place = device, message.micro
+        is_due = awaits_gradient(state, place)
+        if is_due is None:
+            return
+        if not is_due or place not in self._run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
-        job = self._run.inputs.jobs[device]
-        self._run.take_gradient(device, check_gradient(message, envelope.tensors, job))
+        job = self._run.inputs.jobs[place]
+        self._run.take_gradient(place, check_gradient(message, envelope.tensors, job))
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
         report: StepReport = envelope.message

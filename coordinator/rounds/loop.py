@@ -189,5 +189,6 @@ def _beginning(config: ServeConfig, least_devices: int | None) -> RunState:
         steps_per_round=config.steps_per_round,
         min_devices=config.min_devices,
         labels_on_device=config.labels == "device",
+        wave_tokens=config.most_wave_tokens,
         least_devices=least_devices,
     )

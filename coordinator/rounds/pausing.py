@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from coordinator.results.events import StopBegun, StopForced
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import Action, Phase, debts
+from coordinator.rounds.state import Action, Phase, debts, is_between_steps
 
 # Seconds that a step may take to its end when the coordinator is to leave, and those that devices
 # then get to save their state. Together less than the 10 s after which a service is killed.
@@ -45,8 +45,7 @@ class Pausing:
         if state.phase in (Phase.GATHERING, Phase.CLOSING):
             # A round that can start does, so that devices save what the last one has taught them.
             return action is Action.WAIT
-        is_between = state.micro == 0 and not state.is_forward_done
-        return is_between if state.phase is Phase.TRAINING else self._has_local()
+        return is_between_steps(state) if state.phase is Phase.TRAINING else self._has_local()
 
     def _has_local(self) -> bool:
         """Return whether a member trains steps of its own, at which nobody else can stop."""

@@ -26,6 +26,7 @@ from coordinator.results.events import (
 )
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.state import Conduct, Member, RunState, drop_member
+from coordinator.rounds.step.wave_choice import Rows
 from edge_sdk.errors import public_text
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -38,7 +39,7 @@ from edge_sdk.protocol.messages import (
     StepReport,
     TopGradient,
 )
-from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.plan import Place, Plan
 
 RESTS = "sits this round out: it was lost, or too late, again and again"
 RoundWork = Activation | TopGradient | StepReport | AdapterUpload
@@ -48,9 +49,9 @@ RoundWork = Activation | TopGradient | StepReport | AdapterUpload
 class PendingInputs:
     """What devices have sent and nobody has used yet, by device."""
 
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[Place, Job] = field(default_factory=dict)
     """Input of the current wave."""
-    grads: dict[str, Array] = field(default_factory=dict)
+    grads: dict[Place, Array] = field(default_factory=dict)
     """Gradients of its final hidden states."""
     early: dict[str, dict[tuple[int, int], Envelope]] = field(default_factory=dict)
     """Activations of later waves, by step and micro-batch."""
@@ -63,9 +64,15 @@ class PendingInputs:
         """Keep an activation until its wave, by step and micro-batch, has its turn."""
         self.early.setdefault(device, {})[where] = envelope
 
-    def use_up(self) -> None:
-        """Drop the inputs of the current wave, which is computed."""
-        self.jobs, self.grads = {}, {}
+    def take_early(self, device: str, where: tuple[int, int]) -> Envelope | None:
+        """Return what was kept for a micro-batch that has its turn now, if anything was."""
+        return self.early.get(device, {}).pop(where, None)
+
+    def use_up(self, places: Collection[Place]) -> None:
+        """Drop the inputs of a wave, which is computed."""
+        for place in places:
+            self.jobs.pop(place, None)
+            self.grads.pop(place, None)
 
     def take_evals(self) -> list[tuple[Activation, Job]]:
         """Return the micro-batches to evaluate, which then wait no longer."""
@@ -74,8 +81,8 @@ class PendingInputs:
 
     def forget(self, device: str) -> None:
         """Drop everything from one device."""
-        self.jobs.pop(device, None)
-        self.grads.pop(device, None)
+        self.jobs = {place: job for place, job in self.jobs.items() if place[0] != device}
+        self.grads = {place: grad for place, grad in self.grads.items() if place[0] != device}
         self.early.pop(device, None)
         self.reports.pop(device, None)
         self.evals = [(message, job) for message, job in self.evals if job.device != device]
@@ -160,13 +167,19 @@ class Run:
 
     def take_input(self, job: Job) -> None:
         """Take a member's input of the current wave."""
-        self.inputs.jobs[job.device] = job
-        self.state.arrive(job.device)
+        self.inputs.jobs[job.place] = job
+        if self.state.is_gathered:
+            self.state.arrive(job.device)
+        else:
+            self.state.here.arrive(job.place, Rows(*job.hidden_BTD.shape[:2]))
 
-    def take_gradient(self, device: str, grad: Array) -> None:
+    def take_gradient(self, place: Place, grad: Array) -> None:
         """Take the gradient of a member's final hidden states."""
-        self.inputs.grads[device] = grad
-        self.state.arrive(device)
+        self.inputs.grads[place] = grad
+        if self.state.is_gathered:
+            self.state.arrive(place[0])
+        else:
+            self.state.here.come_back(place)
 
     def take_step(self, device: str, report: StepReport) -> None:
         """Take a member's report of a step."""
@@ -188,12 +201,24 @@ class Run:
 
     # ---- waves ----
 
-    def finish_forward(self) -> None:
-        """Await the members' gradients."""
-        self.state.finish_forward()
+    def take_wave(self, places: Collection[Place], *, is_answered: bool) -> None:
+        """Note that a wave has gone forward, and awaits the members' gradients, or is answered."""
+        state = self.state
+        if is_answered:
+            self.inputs.use_up(places)
+        if state.is_gathered and not is_answered:
+            state.finish_forward()
+        elif not is_answered:
+            state.here.send_away(places)
+        elif not state.is_gathered:
+            state.here.answer(places, is_new_wave=not state.labels_on_device)
 
     def finish_wave(self) -> list[Received]:
-        """Go on to the next wave; return what has been kept for later ones."""
+        """Go on to the next wave or, where waves are not gathered, to the next step.
+
+        Returns:
+            What has been kept for later.
+        """
         self.state.finish_wave()
         early, self.inputs.early = self.inputs.early, {}
         return [

@@ -1,7 +1,8 @@
 """Where a run stands and what the coordinator must do next. Pure: no socket, no clock, no tensor.
 
-A round is a sequence of steps, a step a sequence of waves: wave j takes the j-th micro-batch of
-every member that has one. With `labels: device` a wave has two halves, forward and backward.
+A round is a sequence of steps, a step a sequence of waves. With `waves: gathered` wave j takes the
+j-th micro-batch of every member that has one; with `waves: available` waves are made of what is
+there (`step/open_step.py`). With `labels: device` a wave has two halves, forward and backward.
 
     GATHERING --enough devices--> TRAINING --last step--> COLLECTING --all uploads--> GATHERING
         ^                            |                        |                  or CLOSING
@@ -20,8 +21,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
+from coordinator.rounds.step.open_step import Arrival, Doing, Due, OpenStep
 from edge_sdk.errors import LocalProtocolError
-from edge_sdk.protocol.plan import MOST_IN_FLIGHT
+from edge_sdk.protocol.plan import MOST_IN_FLIGHT, Place
 
 # Losses and misses in a row after which a device sits out rounds, and the most that it sits out.
 LOSSES_UNTIL_REST, MOST_REST = 2, 8
@@ -29,7 +31,10 @@ LOSSES_UNTIL_REST, MOST_REST = 2, 8
 MOST_EXPULSIONS = 3
 NOBODY: Mapping[str, int] = MappingProxyType({})
 Phase = Enum("Phase", "GATHERING TRAINING COLLECTING CLOSING")
-Action = Enum("Action", "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE AGGREGATE HAND_OUT CLOSE")
+Action = Enum(
+    "Action",
+    "WAIT START_ROUND FORWARD BACKWARD RUN_WAVE FINISH_STEP AGGREGATE HAND_OUT CLOSE",
+)
 Owed = Enum("Owed", "RETURN INPUT GRADIENT UPLOAD EVALUATION")
 
 
@@ -51,6 +56,8 @@ class Member:
     num_micro: int
     is_local: bool
     """Whether it holds the whole model and takes no part in waves."""
+    looks_ahead: bool = False
+    """Whether it takes a final hidden state before the gradient of the micro-batch before."""
 
 
 @dataclass
@@ -61,6 +68,8 @@ class RunState:
     steps_per_round: int
     min_devices: int
     labels_on_device: bool
+    wave_tokens: int | None = None
+    """Most tokens of a wave that is made of what is there; None: waves are gathered."""
     least_devices: int | None = None
     """Devices that a round needs once a step of the run is done; None: as many as before."""
     phase: Phase = Phase.GATHERING
@@ -86,6 +95,8 @@ class RunState:
     """Devices that took part before the coordinator restarted: a round waits for them too."""
     begins: dict[str, int] = field(default_factory=dict)
     """First step of the round that a member trains; missing where it is the round's own first."""
+    here: OpenStep = field(default_factory=OpenStep)
+    """What is here of the step, where waves are not gathered."""
 
     @property
     def first_step(self) -> int:
@@ -101,6 +112,19 @@ class RunState:
     def is_in_round(self) -> bool:
         """Whether members are on their way through a round."""
         return self.phase in _IN_ROUND
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether a wave waits for its micro-batch of every member."""
+        return self.wave_tokens is None
+
+    @property
+    def work(self) -> Due:
+        """What can be computed now of a step whose waves are not gathered."""
+        assert self.wave_tokens is not None
+        return self.here.work(
+            self.members, self.wave_tokens, labels_on_device=self.labels_on_device
+        )
 
     # ---- what happens ----
 
@@ -168,7 +192,7 @@ class RunState:
         self.begins[name] = step
 
     def arrive(self, name: str) -> None:
-        """Note that a member's part of the current half-wave is here."""
+        """Note that a member's part of the current half-wave is here; waves are gathered."""
         self.arrived.add(name)
 
     def finish_forward(self) -> None:
@@ -178,8 +202,9 @@ class RunState:
 
     def finish_wave(self) -> None:
         """End the wave and, where it was the last one, the step."""
-        self._begin_wave(self.micro + 1)
-        if not self.expected():
+        if self.is_gathered:
+            self._begin_wave(self.micro + 1)
+        if not (self.is_gathered and self.expected()):
             self.step += 1
             self._begin_wave(0)
             self._skip_empty()
@@ -217,6 +242,7 @@ class RunState:
 
     def _begin_wave(self, micro: int) -> None:
         self.micro, self.arrived, self.is_forward_done = micro, set(), False
+        self.here = OpenStep()
 
     def _skip_empty(self) -> None:
         """Skip steps in which nobody needs the coordinator."""
@@ -258,6 +284,8 @@ class RunState:
         return Action.WAIT if self.is_handed_out or self.awaited else Action.HAND_OUT
 
     def _decide_wave(self) -> Action:
+        if not self.is_gathered:
+            return _DOING[self.work.doing]
         if not self.arrived >= self.expected():
             return Action.WAIT
         if not self.labels_on_device:
@@ -266,19 +294,34 @@ class RunState:
 
 
 _IN_ROUND = (Phase.TRAINING, Phase.COLLECTING)
+_DOING = {
+    Doing.NOTHING: Action.WAIT,
+    Doing.TRAIN: Action.RUN_WAVE,
+    Doing.FORWARD: Action.FORWARD,
+    Doing.BACKWARD: Action.BACKWARD,
+    Doing.FINISH: Action.FINISH_STEP,
+}
 
 
 def drop_member(state: RunState, name: str) -> bool:
     """Let the round go on without a member, which stays ready; return whether it was one."""
     for names in (state.arrived, state.uploaded, state.evaluating):
         names.discard(name)
+    state.here.drop(name)
     return state.members.pop(name, None) is not None
 
 
 def debts(state: RunState) -> dict[str, Debt]:
     """Return what devices owe that the run waits for, by device."""
     where = state.attempt, state.step, state.micro
-    if state.phase is Phase.TRAINING:
+    if state.phase is Phase.TRAINING and not state.is_gathered:
+        owed = {
+            name: Debt(
+                Owed.GRADIENT if is_gradient else Owed.INPUT, (state.attempt, state.step, micro)
+            )
+            for name, (is_gradient, micro) in state.here.owing(state.members).items()
+        }
+    elif state.phase is Phase.TRAINING:
         kind = Owed.GRADIENT if state.is_forward_done else Owed.INPUT
         owed = dict.fromkeys(state.expected() - state.arrived, Debt(kind, where))
     elif state.phase is Phase.COLLECTING:
@@ -290,6 +333,53 @@ def debts(state: RunState) -> dict[str, Debt]:
         return dict.fromkeys(names, Debt(Owed.EVALUATION, where)) | returns
     evaluating = state.evaluating & owed.keys()
     return owed | dict.fromkeys(evaluating, Debt(Owed.EVALUATION, where))
+
+
+def judge(state: RunState, name: str, step: int, micro: int) -> Arrival:
+    """Return what becomes of a member's hidden state of a step and micro-batch."""
+    where, now = (step, micro), (state.step, state.micro)
+    if not state.is_gathered and step == state.step:
+        return state.here.judge(name, micro)
+    if where == now:
+        is_due = name not in state.arrived and not state.is_forward_done
+        return Arrival.NOW if is_due else Arrival.STALE
+    is_next = step == state.step + 1 and micro < MOST_IN_FLIGHT
+    if is_next if not state.is_gathered else where in state.soon():
+        return Arrival.LATER
+    return Arrival.BEYOND if where > now else Arrival.STALE
+
+
+def awaits_gradient(state: RunState, place: Place) -> bool | None:
+    """Return whether a gradient of this step is due; None for one that is stale."""
+    device, micro = place
+    if state.is_gathered:
+        return state.is_forward_done if micro == state.micro else None
+    is_stale = micro < state.here.answered.get(device, 0) or place in state.here.returned
+    return None if is_stale else state.here.is_away(place)
+
+
+def is_between_steps(state: RunState) -> bool:
+    """Return whether nothing of the step has been computed yet."""
+    return state.micro == 0 and not state.is_forward_done and not state.here.num_waves
+
+
+def wave(state: RunState) -> int:
+    """Return the number in its step of the wave that is run next."""
+    return state.micro if state.is_gathered else state.here.num_waves
+
+
+def places(state: RunState) -> list[Place]:
+    """Return the micro-batches that take part in what is to be computed now."""
+    if state.is_gathered:
+        return [(name, state.micro) for name in sorted(state.expected())]
+    return state.work.places
+
+
+def is_step_complete(state: RunState) -> bool:
+    """Return whether the wave that is over was the last one of its step."""
+    if not state.is_gathered:
+        return state.here.is_complete(state.members)
+    return not any(m.num_micro > state.micro + 1 for m in state.members.values())
 
 
 @dataclass

@@ -102,6 +102,7 @@ class WaveInput:
             pooled_B=pooled_B,
             ids_BT=ids,
             wanted_BT=self._wanted(message, rows, longest),
+            micro=message.micro,
         )
 
     def _wanted(self, message: Activation, rows: int, longest: int) -> Mask | None:

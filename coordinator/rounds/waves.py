@@ -15,12 +15,13 @@ from coordinator.results.events import StepSkipped
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import Phase
+from coordinator.rounds.state import Phase, is_step_complete, places, wave
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol import residual
 from edge_sdk.protocol.fragments import TensorOut
 from edge_sdk.protocol.messages import Activation, EvalResult, Gradient, TopHidden
+from edge_sdk.protocol.plan import Place
 from edge_sdk.protocol.roomy import RoomyCodec
 from edge_sdk.runtime.interface import TailSums
 
@@ -57,18 +58,18 @@ class WaveRunner:
         """Run a wave whose labels are here, forward and backward."""
         state = self._run.state
         jobs = self._jobs()
-        compute = partial(self._learned.engine.train, jobs, state.step, state.micro)
+        compute = partial(self._learned.engine.train, jobs, state.step, wave(state))
         self._start(compute, jobs, self._answer_wave)
 
     def forward(self) -> None:
         """Run the forward half of a wave whose labels stay on the devices."""
         state = self._run.state
         jobs = self._jobs()
-        compute = partial(self._learned.engine.forward, jobs, state.step, state.micro)
+        compute = partial(self._learned.engine.forward, jobs, state.step, wave(state))
         self._start(compute, jobs, self._send_final_hidden)
 
     def _jobs(self) -> list[Job]:
-        return [self._run.inputs.jobs[name] for name in self._run.state.expected()]
+        return [self._run.inputs.jobs[place] for place in places(self._run.state)]
 
     def _start(
         self,
@@ -86,11 +87,13 @@ class WaveRunner:
         Raises:
             ComputeFailed: it is one device's.
         """
-        parts = {job.device: job for job in jobs}
+        devices = sorted({job.device for job in jobs})
 
         def works_alone(device: str) -> bool:
             try:
-                self._learned.engine.evaluate(parts[device])
+                for job in jobs:
+                    if job.device == device:
+                        self._learned.engine.evaluate(job)
             except Exception:  # noqa: BLE001 - that one was raised is the answer
                 return False
             return True
@@ -98,7 +101,7 @@ class WaveRunner:
         try:
             return compute()
         except Exception as error:
-            found = owned(error, sorted(parts), works_alone)
+            found = owned(error, devices, works_alone)
             if found is error:
                 raise
             raise found from error
@@ -120,22 +123,21 @@ class WaveRunner:
         """Return whether what was computed for a wave comes too late for it."""
         return attempt != self._run.state.attempt or self._run.state.phase is not Phase.TRAINING
 
-    def _send_final_hidden(self, attempt: int, final_hidden: dict[str, Array]) -> None:
+    def _send_final_hidden(self, attempt: int, final_hidden: dict[Place, Array]) -> None:
         if self._is_over(attempt):
             return
-        self._run.finish_forward()
-        for name, hidden_BTD in final_hidden.items():
+        self._run.take_wave(final_hidden, is_answered=False)
+        for (name, micro), hidden_BTD in final_hidden.items():
             if not np.isfinite(hidden_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
                 self.blame(name, fault)
             elif name in self._run.state.members:
-                message = TopHidden(stamp=self._run.stamp(name), micro=self._run.state.micro)
+                message = TopHidden(stamp=self._run.stamp(name), micro=micro)
                 self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD, TOP)})
 
     def backward(self) -> None:
         """Run the backward half of a wave whose labels stay on the devices."""
-        state = self._run.state
-        grads = {name: self._run.inputs.grads[name] for name in state.expected()}
+        grads = {place: self._run.inputs.grads[place] for place in places(self._run.state)}
         compute = partial(self._learned.engine.backward, grads)
         self._start(compute, self._jobs(), self._answer_wave)
 
@@ -154,22 +156,25 @@ class WaveRunner:
                     self._answer(answer)
         if state.phase is not Phase.TRAINING:
             return
-        self._run.inputs.use_up()
-        is_last = not any(m.num_micro > state.micro + 1 for m in state.members.values())
-        if is_last:
-            compute = partial(self._learned.engine.finish_step, state.step)
-            self._worker.start(compute, partial(self._wave_done, attempt))
-        else:
+        answered = [(answer.device, answer.micro) for answer in answers]
+        self._run.take_wave(answered, is_answered=True)
+        if is_step_complete(state):
+            self.finish_step()
+        elif state.is_gathered:
             self._wave_done(attempt, True)
+
+    def finish_step(self) -> None:
+        """Update the coordinator's adapters: every device has its answers."""
+        state = self._run.state
+        compute = partial(self._learned.engine.finish_step, state.step)
+        self._worker.start(compute, partial(self._wave_done, state.attempt))
 
     def _answer(self, answer: Answer) -> None:
         message = Gradient(
             stamp=self._run.stamp(answer.device),
-            micro=self._run.state.micro,
+            micro=answer.micro,
             loss_sum=answer.sums.loss_sum if answer.sums else 0.0,
-            kept=self._run.replays.take_kept(
-                answer.device, self._run.state.step, self._run.state.micro
-            ),
+            kept=self._run.replays.take_kept(answer.device, self._run.state.step, answer.micro),
         )
         grad = {"grad": self._coded(answer.device, answer.grad_BTD, "gradients")}
         is_frozen = self._admission.plans[answer.device].is_forward_only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 
 from edge_sdk import errors
@@ -87,26 +88,29 @@ class Inbox:
             if envelope is not None and (not kinds or isinstance(envelope.message, kinds)):
                 return envelope
 
-    def wait_for_reply(
-        self, kind: type, stamp: Stamp, micro: int | None = None, *also: type
-    ) -> Envelope:
+    def wait_for_reply(self, kind: type, stamp: Stamp, micro: int | None = None) -> Envelope:
         """Return the answer to what was just sent, by its stamp; older ones are stale.
 
+        Raises as `wait_for` does.
+        """
+        return self.wait_for_first({kind: micro}, stamp)
+
+    def wait_for_first(self, due: Mapping[type, int | None], stamp: Stamp) -> Envelope:
+        """Return the first answer that comes of those that are *due*; older ones are stale.
+
         Args:
-            kind: The answer.
-            stamp: Its stamp.
-            micro: Its micro-batch; None for an answer to none.
-            also: What else is due under this stamp, of any micro-batch.
+            due: The micro-batch that an answer of each kind is for; None: any.
+            stamp: What the answers belong to.
 
         Raises as `wait_for` does.
         """
         while True:
-            envelope = self.wait_for(kind, *also)
+            envelope = self.wait_for(*due)
             message = envelope.message
-            is_due = micro is None or message.micro == micro or isinstance(message, also)
-            if message.stamp == stamp and is_due:
+            micro = due[type(message)]
+            if message.stamp == stamp and (micro is None or message.micro == micro):
                 return envelope
-            log.debug("message.stale kind=%s step=%d", kind.__name__, message.stamp.step)
+            log.debug("message.stale kind=%s step=%d", type(message).__name__, message.stamp.step)
 
     def poll(self) -> None:
         """Look for a new order or an end between two steps; raise if there is one."""

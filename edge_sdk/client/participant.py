@@ -211,6 +211,7 @@ class Participant:
                 held_steps=self._state.steps(),
                 left_out=tally.count("skipped") + tally.count("dropped"),
                 cut=tally.count("cut"),
+                looks_ahead=True,
             )
         )
 

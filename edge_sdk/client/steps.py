@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -134,15 +133,33 @@ class Steps:
     def _train_waves(self, step: StepBatch) -> float:
         """Send micro-batches through a model that is mostly elsewhere; return the sum of losses.
 
-        While the coordinator has one of them, the next ones are computed here.
+        While the coordinator has one of them, others are computed here: the next ones forward, and
+        with the labels here the loss of whichever comes back first.
         """
-        loss_sum, under_way = 0.0, deque[tuple[int, ...]]()
+        loss_sum, shapes = 0.0, list[tuple[int, ...]]()
         self._sent.clear()
         coming = iter(enumerate(step.micro_batches))
-        for index, batch in enumerate(step.micro_batches):
-            for later, other in islice(coming, self._plan.in_flight - len(under_way)):
-                under_way.append(self._begin_micro(other, later, step))
-            loss_sum += self._end_micro(batch, index, step, under_way.popleft()).loss_sum
+        tops = grads = 0
+        while grads < len(step.micro_batches):
+            for index, batch in islice(coming, self._plan.in_flight - (len(shapes) - grads)):
+                shapes.append(self._begin_micro(batch, index, step))
+            due: dict[type[Any], int] = {}
+            if self._keeps_labels and tops < len(shapes):
+                due[TopHidden] = tops
+            if not self._keeps_labels or grads < tops:
+                due[Gradient] = grads
+            answer = self._wait(due)
+            index = answer.message.micro
+            if isinstance(answer.message, TopHidden):  # the coordinator's blocks
+                loss_sum += self._end_loss(answer, step.micro_batches[index], step, shapes[index])
+                tops += 1
+            else:  # the coordinator's backward pass
+                loss_sum += answer.message.loss_sum
+                if not self._plan.is_forward_only:
+                    self._runtime.backward(_checked(answer, "grad", shapes[index]))
+                self._sent.pop(index, None)
+                self.replaying.answered(step.micro_batches[index], kept=answer.message.kept)
+                grads += 1
         return loss_sum
 
     def _begin_micro(self, batch: MicroBatch, index: int, step: StepBatch) -> tuple[int, ...]:
@@ -158,25 +175,15 @@ class Steps:
         self._send_activation(sent, index)
         return *batch.input_ids.shape, self._width
 
-    def _end_micro(
-        self, batch: MicroBatch, index: int, step: StepBatch, shape: tuple[int, ...]
-    ) -> TailSums:
-        """Go on with what comes back for a micro-batch that was sent."""
-        runtime, sums = self._runtime, None
-        if self._keeps_labels:
-            answer = self._wait(TopHidden, index)  # the coordinator's blocks
-            top = _Top(answer, shape, self._wanted(batch))
-            sums, grad_BTD = runtime.tail(top.hidden_BTD, batch, step.num_targets)
-            self._link.send(
-                TopGradient(stamp=self._stamp, micro=index),
-                {"grad": self._coded(top.as_it_came(grad_BTD), "gradient")},
-            )
-        answer = self._wait(Gradient, index)  # the coordinator's backward pass
-        if not self._plan.is_forward_only:
-            runtime.backward(_checked(answer, "grad", shape))
-        self._sent.pop(index, None)
-        self.replaying.answered(batch, kept=answer.message.kept)
-        return sums or TailSums(answer.message.loss_sum, batch.num_targets, 0)
+    def _end_loss(
+        self, answer: Envelope, batch: MicroBatch, step: StepBatch, shape: tuple[int, ...]
+    ) -> float:
+        """Take the loss of a final hidden state, and send its gradient; return the loss."""
+        top = _Top(answer, shape, self._wanted(batch))
+        sums, grad_BTD = self._runtime.tail(top.hidden_BTD, batch, step.num_targets)
+        message = TopGradient(stamp=self._stamp, micro=answer.message.micro)
+        self._link.send(message, {"grad": self._coded(top.as_it_came(grad_BTD), "gradient")})
+        return sums.loss_sum
 
     def _send_activation(self, sent: _Sent, index: int, *, is_eval: bool = False) -> None:
         batch, starts = sent.batch, tuple[int, ...]()
@@ -231,10 +238,10 @@ class Steps:
             return sent.batch.samples
         return () if is_eval else self.replaying.samples(sent.batch, self._runtime)
 
-    def _wait(self, kind: type[Any], micro: int) -> Envelope:
+    def _wait(self, due: Mapping[type[Any], int]) -> Envelope:
         began = time.monotonic()
         while True:
-            envelope = self._inbox.wait_for_reply(kind, self._stamp, micro, Resend)
+            envelope = self._inbox.wait_for_first({**due, Resend: None}, self._stamp)
             if not isinstance(envelope.message, Resend):
                 break
             self._send_whole(envelope.message.micro)

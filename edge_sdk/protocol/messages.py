@@ -128,6 +128,8 @@ class Ready:
     """Rows that the device skips or drops, by its own settings."""
     cut: int = 0
     """Samples that the device cuts to the longest sequence."""
+    looks_ahead: bool = False
+    """Whether the device takes a `TopHidden` before the `Gradient` of the micro-batch before."""
 
 
 @carries(

@@ -11,6 +11,11 @@ from typing import Literal
 
 # Micro-batches that a device may have under way; the coordinator keeps the input of all but one.
 MOST_IN_FLIGHT = 4
+# Where waves are made of what is there and labels stay on the devices, the coordinator has as many
+# rows between forward and backward pass as so many micro-batches of every device.
+MOST_AWAY = 2
+Place = tuple[str, int]
+"""Device and number of a micro-batch in its step."""
 
 Residual = Literal["auto", "folded", "low-rank"]
 """How a frozen residual is computed with: added to the frozen weight once a round, or as factors

@@ -28,6 +28,7 @@ from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.safetensors_files import map_part
+from edge_sdk.protocol.plan import Place
 from edge_sdk.runtime.interface import TailSums, process_memory
 from edge_sdk.runtime.numpy_optimizer import NumpyOptimizer
 from edge_sdk.runtime.training import TrainingConfig
@@ -171,31 +172,35 @@ class LightEngine(_Half):
         """Return nothing: there is no head."""
         return {}
 
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+    def train(self, jobs: Sequence[Job], step: int, wave: int) -> list[Answer]:
         """Go forward and backward; see `Engine`."""
-        final = self.forward(jobs, step, micro)
-        counts = {job.device: np.float32(job.num_targets) for job in jobs}
-        answers = self.backward({name: hidden / counts[name] for name, hidden in final.items()})
-        own = {job.device: _count(job.labels) for job in jobs}
-        return [replace(a, sums=_sums(final[a.device], own[a.device])) for a in answers]
+        final = self.forward(jobs, step, wave)
+        counts = {job.place: np.float32(job.num_targets) for job in jobs}
+        answers = self.backward({place: hidden / counts[place] for place, hidden in final.items()})
+        own = {job.place: _count(job.labels) for job in jobs}
+        sums = {place: _sums(hidden, own[place]) for place, hidden in final.items()}
+        return [replace(a, sums=sums[a.device, a.micro]) for a in answers]
 
-    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
         """Go forward; see `Engine`."""
-        self.open.clear()
-        self.open.extend(sorted(jobs, key=lambda job: job.device))
+        here = sorted(jobs, key=lambda job: job.place)
+        self.open.extend(here)
         factor = self.factor()
-        return {job.device: job.hidden_BTD * factor for job in self.open}
+        return {job.place: job.hidden_BTD * factor for job in here}
 
-    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
+    def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
         """Go backward; see `Engine`."""
-        jobs, factor = [job for job in self.open if job.device in grads], self.factor()
+        jobs, factor = [job for job in self.open if job.place in grads], self.factor()
+        rest = [job for job in self.open if job.place not in grads]
         self.open.clear()
+        self.open.extend(rest)
         for job in jobs:
-            self.learn(_slope(grads[job.device], job.hidden_BTD) / len(jobs))
-        return [Answer(job.device, grads[job.device] * factor, None) for job in jobs]
+            self.learn(_slope(grads[job.place], job.hidden_BTD) / len(jobs))
+        return [Answer(j.device, grads[j.place] * factor, None, j.micro) for j in jobs]
 
     def finish_step(self, step: int) -> bool:
         """Update the factors; see `Engine`."""
+        self.open.clear()
         return self.optimizer.step(step)
 
     def evaluate(self, job: Job) -> TailSums | Array:

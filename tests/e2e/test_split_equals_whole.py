@@ -135,11 +135,12 @@ class Halves:
             hidden = self.device.forward(micro, 0, index)
             labels = None if self.tail else micro.labels
             ids = micro.input_ids if self.layout.needs_ids else None
-            job = Job("d", self.split, WEIGHT, targets, hidden, micro.lengths, labels, ids)
+            sizes = WEIGHT, targets, hidden, micro.lengths
+            job = Job("d", self.split, *sizes, labels, ids, micro=index)
             if self.tail:
-                top = self.engine.forward([job], 0, index)["d"]
+                top = self.engine.forward([job], 0, index)["d", index]
                 sums, grad = self.device.tail(top, micro, targets)
-                (answer,) = self.engine.backward({"d": grad})
+                (answer,) = self.engine.backward({("d", index): grad})
                 loss += sums.loss_sum
             else:
                 (answer,) = self.engine.train([job], 0, index)

@@ -85,6 +85,20 @@ class Clock:
         self._coordinator = _Node(coordinator)
         self._read_s = 0.0
 
+    @property
+    def now_s(self) -> float:
+        """Seconds that have passed for the coordinator."""
+        return self._coordinator.now_s
+
+    def wait_until(self, now_s: float) -> None:
+        """Let the coordinator do nothing until then."""
+        self._coordinator.now_s = max(self._coordinator.now_s, now_s)
+
+    def arrival_s(self, device: str) -> float:
+        """Return when all that *device* has sent so far has reached the coordinator."""
+        node = self._devices[device]
+        return max(node.arrived_s, node.now_s)
+
     def compute(self, device: str, flops: float) -> None:
         """Let *device* compute; nobody else waits for that."""
         self._devices[device].compute(flops)
@@ -106,17 +120,20 @@ class Clock:
         node.usage.up_s += seconds
         node.usage.bytes_up += num_bytes
 
-    def serve(self, devices: Iterable[str], flops: float = 0.0, what: Hashable = None) -> None:
-        """Let the coordinator compute what needs a message of each of *devices*.
+    def await_message(self, device: str, what: Hashable) -> None:
+        """Let the coordinator wait for the message of that name."""
+        node = self._devices[device]
+        self.wait_until(node.arrivals_s.pop(what, node.arrived_s))
+
+    def serve(self, devices: Iterable[str], flops: float = 0.0) -> None:
+        """Let the coordinator compute what needs the last message of each of *devices*.
 
         Args:
             devices: The senders of the messages.
             flops: Operations that it computes.
-            what: Name of the messages; None: the last of each device.
         """
         node = self._coordinator
-        senders = [self._devices[device] for device in devices]
-        arrivals = [sender.arrivals_s.pop(what, sender.arrived_s) for sender in senders]
+        arrivals = [self._devices[device].arrived_s for device in devices]
         node.now_s = max((node.now_s, *arrivals))
         node.compute(flops)
 

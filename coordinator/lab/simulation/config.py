@@ -58,6 +58,9 @@ class FleetConfig:
     win where they are set."""
     utilisation: float = 0.3
     """Share of a board's peak that training reaches."""
+    jitter: float = 0.0
+    """Largest share by which the speed of a device differs from one computation to the next, drawn
+    anew for each stretch of a micro-batch."""
     overhead_bytes: float = 0.6e9
     """What a device's process takes before any part of the model."""
     boards: dict[str, Board] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class FleetConfig:
     def __post_init__(self) -> None:
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation must be above 0 and at most 1, got {self.utilisation}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must be at least 0 and below 1, got {self.jitter}")
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be a number above 0, got {self.alpha}")
         if self.overhead_bytes < 0:

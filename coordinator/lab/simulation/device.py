@@ -64,6 +64,19 @@ class SimulationListener:
     def received(self, device: str, message: Message) -> None:
         """A device has taken in a message."""
 
+    # ---- modelled time, where there is one ----
+
+    def take_arrivals(self, device: str) -> list[float]:
+        """Return when what *device* has sent since the last call reaches the coordinator."""
+        return []
+
+    def now_s(self) -> float:
+        """Return the seconds that have passed for the coordinator."""
+        return 0.0
+
+    def wait_until(self, now_s: float) -> None:
+        """Let the coordinator do nothing until then."""
+
 
 class SharedCompute(Executor):
     """The thread that computes for all devices of a process and their coordinator.

@@ -1,7 +1,8 @@
 """A gateway to devices that live in this process: the same messages, no sockets.
 
 The coordinator asks for events; before it gets any, each device with news has its turn, in the
-order of the names. Nothing waits for a real clock.
+order of the names. Nothing waits for a real clock. In modelled time, the coordinator gets what has
+reached it by then; else all that there is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received, Rejected
+from coordinator.lab.simulation.arrivals import Arrivals
 from coordinator.lab.simulation.device import SimulatedDevice, SimulationListener
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import (
@@ -31,12 +33,17 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
     address = "memory"
 
     def __init__(
-        self, devices: Mapping[str, SimulatedDevice], listener: SimulationListener
+        self,
+        devices: Mapping[str, SimulatedDevice],
+        listener: SimulationListener,
+        *,
+        is_timed: bool = False,
     ) -> None:
         self._present = dict(sorted(devices.items()))
         self._all = list(self._present.values())
         self._listener = listener
-        self._is_woken = False
+        self._is_woken, self._is_timed = False, is_timed
+        self._arrivals = Arrivals()
 
     def devices(self) -> list[str]:
         """Return the names of all devices with a session; see `Gateway`."""
@@ -63,17 +70,32 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             EdgeError: a device has failed, as that says.
             TransportError: everybody waits for everybody else.
         """
-        if self._is_woken:  # the coordinator has something to do itself
-            self._is_woken = False
+        is_woken, self._is_woken = self._is_woken, False
+        if is_woken and not self._is_timed:  # the coordinator has something to do itself
             return []
         events: list[Event] = []
         due = [device for device in self._all if device.is_due and not device.is_over]
         for device in due:
             device.advance()
-            events += self._heard(device)
+            heard = self._heard(device)
+            if self._is_timed:
+                self._arrivals.add(device.name, heard, self._listener.take_arrivals(device.name))
+            else:
+                events += heard
             _raise_failure(device)
-        if not due and not events and any(not device.is_over for device in self._all):
+        if self._is_timed:
+            events = self._arrived(may_wait=not is_woken)
+        is_still = not (due or events or is_woken or self._arrivals)
+        if is_still and any(not device.is_over for device in self._all):
             raise TransportError("the simulation stands still: every device waits for a message")
+        return events
+
+    def _arrived(self, *, may_wait: bool) -> list[Event]:
+        """Return what has reached the coordinator by now, or what does so next."""
+        events = self._arrivals.until(self._listener.now_s())
+        if not events and may_wait and self._arrivals:
+            self._listener.wait_until(self._arrivals.first_s())
+            events = self._arrivals.until(self._arrivals.first_s())
         return events
 
     def _heard(self, device: SimulatedDevice) -> list[Event]:

@@ -25,7 +25,12 @@ from coordinator.lab.simulation.device import SharedCompute, SimulatedDevice
 from coordinator.lab.simulation.fleet import Fleet, make_fleet
 from coordinator.lab.simulation.gateway import SimulatedGateway
 from coordinator.lab.simulation.result import SimulationResult, read_result
-from coordinator.lab.simulation.timing import ClockListener, ClockWatcher, TimedEngine
+from coordinator.lab.simulation.timing import (
+    ClockListener,
+    ClockWatcher,
+    Jitter,
+    TimedEngine,
+)
 from coordinator.results.events import Exported, RunEvent, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder
 from coordinator.results.watchers import Watchers
@@ -71,7 +76,8 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     fleet = make_fleet(config.simulation, config.planning)
     serve_config = _served(config, fleet)
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
-    listener = ClockListener(fleet.machines, fleet.coordinator)
+    jitter = Jitter(config.simulation.jitter, config.training.seed)
+    listener = ClockListener(fleet.machines, fleet.coordinator, jitter)
     timed = partial(TimedEngine, listener)
     cache = PartCache(config.simulation.cache)
     model = ServerModel(serve_config, cache, partial(make_local, kind=timed))
@@ -88,7 +94,8 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             )
             for name, profile in fleet.profiles.items()
         }
-        with SimulatedGateway(devices, listener) as gateway:
+        is_timed = serve_config.waves == "available"
+        with SimulatedGateway(devices, listener, is_timed=is_timed) as gateway:
             clock = ClockWatcher(folder, listener)
             coordinator = Coordinator(
                 serve_config,

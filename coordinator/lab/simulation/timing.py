@@ -31,17 +31,41 @@ from edge_sdk.protocol.messages import (
     TopGradient,
     TopHidden,
 )
-from edge_sdk.protocol.plan import Plan
+from edge_sdk.protocol.plan import Place, Plan
 from profiler.estimate.flops import FlopsEstimate
 
 CLOCK = "clock.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)
 
 
+class Jitter:
+    """By how much longer or shorter than usual each computation of a device takes.
+
+    Args:
+        share: Largest share by which its speed differs.
+        seed: Seed of what is drawn.
+    """
+
+    def __init__(self, share: float = 0.0, seed: int = 0) -> None:
+        self._share, self._seed = share, seed
+        self._draws: dict[str, np.random.Generator] = {}
+
+    def factor(self, device: str) -> float:
+        """Return by what the next computation of *device* is multiplied."""
+        if not self._share:
+            return 1.0
+        if device not in self._draws:
+            self._draws[device] = np.random.default_rng([self._seed, *device.encode()])
+        return 1.0 / (1.0 + self._draws[device].uniform(-self._share, self._share))
+
+
 class ClockListener(SimulationListener):
     """Tells the clock what devices and coordinator do."""
 
-    def __init__(self, devices: Mapping[str, Machine], coordinator: Machine) -> None:
+    def __init__(
+        self, devices: Mapping[str, Machine], coordinator: Machine, jitter: Jitter | None = None
+    ) -> None:
+        self._jitter = jitter or Jitter()
         self.clock = Clock(devices, coordinator)
         self.machines, self.coordinator = dict(devices), coordinator
         self.plans: dict[str, Plan] = {}
@@ -49,17 +73,18 @@ class ClockListener(SimulationListener):
         self.costs: Costs | None = None
         """Costs of the model; set before any device computes."""
         self._held: dict[str, set[str]] = {name: set() for name in devices}
+        self._arrivals: dict[str, list[float]] = {name: [] for name in devices}
         self._attempt = 0
 
     # ---- devices ----
 
     def forward(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """The device's blocks, forward."""
-        self.clock.compute(device, self._own(plan, micro.input_ids).forward)
+        self._compute(device, self._own(plan, micro.input_ids).forward)
 
     def backward(self, device: str, plan: Plan, grad_BTD: Array) -> None:
         """The device's blocks, backward."""
-        self.clock.compute(device, self._own(plan, grad_BTD).backward)
+        self._compute(device, self._own(plan, grad_BTD).backward)
 
     def tail(self, device: str, plan: Plan, micro: MicroBatch) -> None:
         """Final norm and head, both ways."""
@@ -81,7 +106,10 @@ class ClockListener(SimulationListener):
         return self._costs.flops(0, plan.split, plan.ranks, *batch.shape[:2], front=True)
 
     def _both(self, device: str, flops: FlopsEstimate) -> None:
-        self.clock.compute(device, flops.total)
+        self._compute(device, flops.total)
+
+    def _compute(self, device: str, flops: float) -> None:
+        self.clock.compute(device, flops * self._jitter.factor(device))
 
     # ---- what travels ----
 
@@ -89,6 +117,20 @@ class ClockListener(SimulationListener):
         """A device has sent a message."""
         if _counts(message):
             self.clock.upload(device, num_bytes, _name_of(message))
+        self._arrivals[device].append(self.clock.arrival_s(device))
+
+    def take_arrivals(self, device: str) -> list[float]:
+        """Return when what *device* has sent since the last call reaches the coordinator."""
+        taken, self._arrivals[device] = self._arrivals[device], []
+        return taken
+
+    def now_s(self) -> float:
+        """Return the seconds that have passed for the coordinator."""
+        return self.clock.now_s
+
+    def wait_until(self, now_s: float) -> None:
+        """Let the coordinator do nothing until then."""
+        self.clock.wait_until(now_s)
 
     def down(self, device: str, message: Message, num_bytes: int) -> None:
         """The coordinator has sent a message."""
@@ -121,7 +163,7 @@ class ClockListener(SimulationListener):
         self,
         jobs: Sequence[Job],
         ranks: Mapping[str, int],
-        what: Hashable,
+        message: tuple[type, int],
         *,
         up: bool,
         down: bool,
@@ -132,17 +174,18 @@ class ClockListener(SimulationListener):
         Args:
             jobs: The wave.
             ranks: Ranks of the coordinator's adapters.
-            what: Name of the messages that it has waited for.
+            message: Kind and step of the messages that it has waited for.
             up: Whether it runs forward.
             down: Whether it runs backward.
             tail: Whether the loss is its own.
         """
         total, last = 0.0, self._costs.num_blocks
         # By name, as a sum of floats depends on its order.
-        for job in sorted(jobs, key=lambda job: job.device):
+        for job in sorted(jobs, key=lambda job: job.place):
             flops = self._costs.flops(job.split, last, ranks, *job.hidden_BTD.shape[:2], tail=tail)
             total += up * flops.forward + down * flops.backward
-        self.clock.serve([job.device for job in jobs], total, what)
+            self.clock.await_message(job.device, (*message, job.micro))
+        self.clock.serve((), total)
 
 
 def _name_of(message: Message) -> Hashable:
@@ -162,29 +205,30 @@ class TimedEngine(LocalEngine):
     def __init__(self, listener: ClockListener, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._listener = listener
-        self._jobs: list[Job] = []
-        """The wave between its forward and its backward."""
-        self._where = (0, 0)
-        """Step and micro-batch of this wave."""
+        self._jobs: dict[Place, Job] = {}
+        """What is between its forward and its backward."""
+        self._step = 0
+        """Step of these."""
 
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+    def train(self, jobs: Sequence[Job], step: int, wave: int) -> list[Answer]:
         """Run forward, loss and backward of a wave; see `Engine`."""
-        what = (Activation, step, micro)
-        self._listener.serve(jobs, self.ranks, what, up=True, down=True, tail=True)
-        return super().train(jobs, step, micro)
+        message = (Activation, step)
+        self._listener.serve(jobs, self.ranks, message, up=True, down=True, tail=True)
+        return super().train(jobs, step, wave)
 
-    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
-        self._jobs, self._where = list(jobs), (step, micro)
-        what = (Activation, step, micro)
-        self._listener.serve(jobs, self.ranks, what, up=True, down=False, tail=False)
-        return super().forward(jobs, step, micro)
+        self._jobs |= {job.place: job for job in jobs}
+        self._step = step
+        message = (Activation, step)
+        self._listener.serve(jobs, self.ranks, message, up=True, down=False, tail=False)
+        return super().forward(jobs, step, wave)
 
-    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
-        """Go back through the last `forward`; see `Engine`."""
-        jobs = [job for job in self._jobs if job.device in grads]
-        what = (TopGradient, *self._where)
-        self._listener.serve(jobs, self.ranks, what, up=False, down=True, tail=False)
+    def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
+        """Go back through what `forward` has left of these micro-batches; see `Engine`."""
+        jobs = [self._jobs.pop(place) for place in grads]
+        message = (TopGradient, self._step)
+        self._listener.serve(jobs, self.ranks, message, up=False, down=True, tail=False)
         return super().backward(grads)
 
 

@@ -16,6 +16,7 @@ from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, Shape, find_targets
 from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
+from edge_sdk.protocol.plan import Place
 from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import BLOCKS, CLASSES, VOCAB, make_config, make_model, make_parts, task_of
 
@@ -185,12 +186,12 @@ def test_the_order_of_jobs_changes_no_bit(family: str) -> None:
 
 
 def tail_gradients(
-    engine: LocalEngine, jobs: list[Job], tops: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+    engine: LocalEngine, jobs: list[Job], tops: dict[Place, np.ndarray]
+) -> dict[Place, np.ndarray]:
     """What devices that hold the tail compute: dL/dtop of their own mean loss."""
     grads = {}
     for job in jobs:
-        top = torch.from_numpy(tops[job.device]).requires_grad_(True)
+        top = torch.from_numpy(tops[job.place]).requires_grad_(True)
         lengths = torch.from_numpy(job.lengths_B)
         logits = engine.slice.logits(top, lengths, BLOCKS)
         assert job.labels is not None
@@ -199,7 +200,7 @@ def tail_gradients(
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         (grad,) = torch.autograd.grad(loss / job.num_targets, top)
-        grads[job.device] = grad.numpy()
+        grads[job.place] = grad.numpy()
     return grads
 
 
@@ -233,14 +234,14 @@ def test_a_device_that_wants_few_positions_gets_what_others_get(family: str) -> 
     tops, few = whole.forward(jobs, 0, 0), some.forward(mixed, 0, 0)
     grads = tail_gradients(whole, jobs, tops)
     expected = {a.device: a for a in whole.backward(grads)}
-    sent = {j.device: grads[j.device][targets_of(j)] for j in wishes}
+    sent = {j.place: grads[j.place][targets_of(j)] for j in wishes}
     answers = some.backward({**grads, **sent})
 
     for job in mixed:
-        assert few[job.device].shape == job.top_shape
+        assert few[job.place].shape == job.top_shape
     for job in wishes:
-        assert np.array_equal(few[job.device], tops[job.device][targets_of(job)])
-        assert np.array_equal(some.evaluate(without_labels(job)), few[job.device])
+        assert np.array_equal(few[job.place], tops[job.place][targets_of(job)])
+        assert np.array_equal(some.evaluate(without_labels(job)), few[job.place])
     for answer in answers:
         assert np.array_equal(answer.grad_BTD, expected[answer.device].grad_BTD)
     theirs = raw_gradients(whole)
@@ -356,7 +357,7 @@ def test_the_optimizer_skips_what_is_not_finite() -> None:
     engine = make_engine("llama")
     before = engine.state()
     engine.forward(make_jobs("llama"), 0, 0)
-    bad = {j.device: np.full(j.hidden_BTD.shape, np.nan, np.float32) for j in make_jobs("llama")}
+    bad = {j.place: np.full(j.hidden_BTD.shape, np.nan, np.float32) for j in make_jobs("llama")}
     engine.backward(bad)
 
     was_finite = engine.finish_step(0)

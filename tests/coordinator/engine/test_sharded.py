@@ -14,6 +14,7 @@ from coordinator.engine.interface import Answer, Engine, EngineSpec, Job
 from coordinator.engine.local import LocalEngine, make_local
 from coordinator.engine.server_model import ENGINES
 from edge_sdk.lora.factors import Array
+from edge_sdk.protocol.plan import Place
 from tests.coordinator.engine.test_local import make_engine, make_jobs, tail_gradients
 from tests.e2e.cluster import Cluster, save_model, wait_all
 
@@ -31,7 +32,7 @@ class ShardedEngine:
 
     def __init__(self, one: LocalEngine, two: LocalEngine) -> None:
         self._one, self._two = one, two
-        self._ones: set[str] = set()
+        self._ones: set[Place] = set()
         self.first, self.ranks, self.head_shapes = one.first, one.ranks, one.head_shapes
         self.evaluate, self.evaluate_whole = one.evaluate, one.evaluate_whole
         self.carried, self.state = one.carried, one.state
@@ -39,20 +40,21 @@ class ShardedEngine:
         self.begin, self.take = on_each(one.begin, two.begin), on_each(one.take, two.take)
         self.load_state = on_each(one.load_state, two.load_state)
 
-    def train(self, jobs: Sequence[Job], step: int, micro: int) -> list[Answer]:
+    def train(self, jobs: Sequence[Job], step: int, wave: int) -> list[Answer]:
         """Deal the devices."""
-        return self._one.train(jobs[::2], step, micro) + self._two.train(jobs[1::2], step, micro)
+        return self._one.train(jobs[::2], step, wave) + self._two.train(jobs[1::2], step, wave)
 
-    def forward(self, jobs: Sequence[Job], step: int, micro: int) -> dict[str, Array]:
+    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
         """Deal the devices."""
-        self._ones = {job.device for job in jobs[::2]}
         ones, twos = jobs[::2], jobs[1::2]
-        return self._one.forward(ones, step, micro) | self._two.forward(twos, step, micro)
+        self._ones |= {job.place for job in ones}
+        return self._one.forward(ones, step, wave) | self._two.forward(twos, step, wave)
 
-    def backward(self, grads: Mapping[str, Array]) -> list[Answer]:
+    def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
         """Give each its devices' gradients."""
-        ones = {name: grads[name] for name in grads if name in self._ones}
-        twos = {name: grads[name] for name in grads if name not in self._ones}
+        ones = {place: grads[place] for place in grads if place in self._ones}
+        twos = {place: grads[place] for place in grads if place not in self._ones}
+        self._ones -= ones.keys()
         return self._one.backward(ones) + self._two.backward(twos)
 
     def finish_step(self, step: int) -> bool:

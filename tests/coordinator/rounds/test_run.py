@@ -18,7 +18,7 @@ METHODS = {name for name, _ in inspect.getmembers(RunState, inspect.isfunction)}
 MUTATORS = {"add", "discard", "remove", "pop", "update", "clear", "setdefault"}
 OTHERS = sorted(
     path
-    for path in [*ROOT.glob("coordinator/rounds/*.py"), *ROOT.glob("coordinator/lab/*/*.py")]
+    for path in [*ROOT.glob("coordinator/rounds/**/*.py"), *ROOT.glob("coordinator/lab/*/*.py")]
     if path.name not in ("run.py", "state.py") or path.parent.name != "rounds"
 )
 

@@ -73,8 +73,14 @@ class Coordinator:
         """Keep what the device sends."""
         self.sent.append(Sent(message, {n: array for n, (array, _) in tensors.items()}))
 
-    def wait_for_reply(self, kind: type, stamp: Stamp, micro: int, *_also: type) -> Envelope:
+    def wait_for_first(self, due: Mapping[type, int | None], stamp: Stamp) -> Envelope:
+        """Answer what is due first."""
+        kind = TopHidden if TopHidden in due else Gradient
+        return self.wait_for_reply(kind, stamp, due[kind])
+
+    def wait_for_reply(self, kind: type, stamp: Stamp, micro: int | None) -> Envelope:
         """Answer as the last activation calls for."""
+        assert micro is not None
         sent = next(s for s in reversed(self.sent) if isinstance(s.message, Activation))
         hidden_BTD = sent.tensors["hidden"]
         if kind is Gradient:
@@ -184,7 +190,7 @@ def test_more_or_fewer_positions_than_were_asked_for_are_refused() -> None:
     coordinator = Coordinator(knows_wishes=True)
     answer = coordinator.wait_for_reply
 
-    def fewer(kind: type, stamp: Stamp, micro: int, *_also: type) -> Envelope:
+    def fewer(kind: type, stamp: Stamp, micro: int | None) -> Envelope:
         envelope = answer(kind, stamp, micro)
         return Envelope(envelope.message, {n: a[:-1] for n, a in envelope.tensors.items()})
 

@@ -91,8 +91,8 @@ def test_device_and_coordinator_together_equal_the_whole(
         if labels == "server":
             (answer,) = engine.train([job], 0, index)
         else:
-            _, grad = runtime.tail(engine.forward([job], 0, index)["a"], micro, targets)
-            (answer,) = engine.backward({"a": grad})
+            _, grad = runtime.tail(engine.forward([job], 0, index)["a", 0], micro, targets)
+            (answer,) = engine.backward({("a", 0): grad})
         runtime.backward(answer.grad_BTD)
     runtime.step(0)
     engine.finish_step(0)
@@ -156,8 +156,8 @@ def test_a_device_that_left_counts_nothing() -> None:
     tops = engine.forward(jobs, 0, 0)
     micro = make_micro("causal-lm", 1, rows=3, longest=6)
 
-    _, grad = runtimes["b"].tail(tops["b"], micro, num_targets(micro))
-    engine.backward({"b": grad})
+    _, grad = runtimes["b"].tail(tops["b", 0], micro, num_targets(micro))
+    engine.backward({("b", 0): grad})
     engine.finish_step(0)
 
     names = known("llama").names(SPLITS["b"], BLOCKS)

@@ -146,8 +146,8 @@ def wave(own: LocalEngine, *, has_labels: bool) -> Answer:
     if has_labels:
         answers = own.train([asked], 0, 0)
     else:
-        top = own.forward([asked], 0, 0)["a"]
-        answers = own.backward({"a": top / np.abs(top).max() / TARGETS})
+        top = own.forward([asked], 0, 0)["a", 0]
+        answers = own.backward({("a", 0): top / np.abs(top).max() / TARGETS})
     assert own.finish_step(0)
     return answers[0]
 

@@ -1,0 +1,90 @@
+"""Who is run together: whoever is behind, with rows of about the same length."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.rounds.step.wave_choice import MOST_PADDING, Candidate, Limits, Rows, choose
+
+WIDE = Limits(tokens=10_000, rows=100)
+
+
+def waiting(device: str, micro: int = 0, longest: int = 10, left: int = 1) -> Candidate:
+    """A micro-batch of two rows."""
+    return Candidate((device, micro), Rows(2, longest), left)
+
+
+def test_nothing_waits() -> None:
+    """Where nothing waits nothing is run."""
+    assert choose([], WIDE) == []
+
+
+def test_all_that_is_there_is_run_together() -> None:
+    """Several micro-batches of a device, and those of the others."""
+    there = [waiting("a", 0, left=2), waiting("b"), waiting("a", 1)]
+
+    assert sorted(choose(there, WIDE)) == [("a", 0), ("a", 1), ("b", 0)]
+
+
+def test_whoever_is_behind_comes_first() -> None:
+    """Where not all fit, the device with the most left is served."""
+    there = [waiting("a", 2, left=1), waiting("b", 0, left=3), waiting("c", 1, left=2)]
+
+    assert choose(there, Limits(tokens=20, rows=2)) == [("b", 0)]
+    assert choose(there, Limits(tokens=40, rows=100)) == [("b", 0), ("c", 1)]
+
+
+def test_rows_of_similar_length_are_run_together() -> None:
+    """Nobody is padded to more than twice its length; the nearest lengths come first."""
+    there = [waiting("a", longest=10), waiting("b", longest=50), waiting("c", longest=12)]
+
+    assert choose(there, WIDE) == [("a", 0), ("c", 0)]
+    assert choose(there[1:], WIDE) == [("b", 0)]
+
+
+def test_padding_counts() -> None:
+    """Tokens are those of all rows at the length of the longest."""
+    there = [waiting("a", longest=10), waiting("b", longest=20)]
+
+    assert choose(there, Limits(tokens=79, rows=100)) == [("a", 0)]
+    assert choose(there, Limits(tokens=80, rows=100)) == [("a", 0), ("b", 0)]
+
+
+def test_one_alone_is_always_run() -> None:
+    """A micro-batch that is larger than any wave may be is a wave of its own."""
+    assert choose([waiting("a", longest=900)], Limits(tokens=1, rows=1)) == [("a", 0)]
+
+
+DEVICES = st.lists(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 99)), max_size=4), max_size=5
+)
+
+
+@given(DEVICES, st.integers(1, 2000), st.integers(1, 12))
+def test_every_wave_keeps_order_and_limits(
+    sizes: list[list[tuple[int, int]]], tokens: int, rows: int
+) -> None:
+    """Whatever waits: each device in its order, within the limits, until nothing is left."""
+    there = [
+        Candidate((f"d{device}", micro), Rows(*size), len(own) - micro)
+        for device, own in enumerate(sizes)
+        for micro, size in enumerate(own)
+    ]
+    sizes_by_place = {one.place: one.rows for one in there}
+    done: list[tuple[str, int]] = []
+    while there:
+        wave = choose(there, Limits(tokens, rows))
+        assert wave
+        chosen = [sizes_by_place[place] for place in wave]
+        longest = max(one.longest for one in chosen)
+        if len(wave) > 1:
+            total = sum(one.num for one in chosen)
+            assert total <= rows
+            assert total * longest <= tokens
+            assert longest <= MOST_PADDING * min(one.longest for one in chosen)
+        done += wave
+        there = [one for one in there if one.place not in wave]
+
+    for device, own in enumerate(sizes):
+        assert [micro for name, micro in done if name == f"d{device}"] == list(range(len(own)))
