@@ -26,9 +26,9 @@ from profiler.estimate.sizes import (
 # Adapters, their gradients and Adam's moments are float32 whatever the base is.
 ADAPTER_BYTES = 4
 MOMENTS = {"adamw": 2, "sgd": 0}
-# Logits of some targets, their gradient, an eighth of both three times, and what is kept of a
-# soft cap or of half precision: 9.5 without these (benchmarks/targets.py).
-LOGITS_BYTES = 12
+# Logits of some targets, their gradient, an eighth of both three times, and what BLAS takes or a
+# soft cap keeps: 9.5 without, 14 in a process that has done nothing yet (benchmarks/targets.py).
+LOGITS_BYTES = 14
 # A classifier's: logits, softmax, gradient.
 CLASSES_BYTES = 12
 # Model code, optimizer and PEFT layers that are loaded on first use, and BLAS's buffers: 14 to

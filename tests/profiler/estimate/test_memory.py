@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.estimate.flops import estimate_flops
-from profiler.estimate.memory import MemoryEstimate, adapter_bytes, estimate_memory, hidden_bytes
+from profiler.estimate.memory import (
+    LOGITS_BYTES,
+    MemoryEstimate,
+    adapter_bytes,
+    estimate_memory,
+    hidden_bytes,
+)
 from profiler.estimate.sizes import Kept, Linear, ModelShape, Work
 
 BLOCKS = 4
@@ -248,3 +254,23 @@ def test_large_tensors_do_not_fragment() -> None:
         estimate_memory(MODEL, work).total
         == estimate_memory(MODEL, replace(work, fragmentation=0.0)).total
     )
+
+
+def test_a_head_takes_no_more_for_more_tokens_than_have_logits_at_once() -> None:
+    """With 151,936 words twice the tokens cost three more states each, and no more logits."""
+    model = replace(MODEL, vocab_size=151_936, num_labels=0)
+
+    def workspace(length: int) -> int:
+        work = Work(
+            first=MODEL.num_blocks,
+            stop=MODEL.num_blocks,
+            has_front=False,
+            has_tail=True,
+            ranks={},
+            micro_batch=1,
+            length=length,
+        )
+        return estimate_memory(model, work).workspace
+
+    assert workspace(2048) - workspace(1024) == 3 * 4 * 1024 * MODEL.hidden_size
+    assert workspace(2048) < 300 * 2**20 < LOGITS_BYTES * 1024 * 151_936
