@@ -123,7 +123,8 @@ def test_more_work_takes_no_less_memory(model: ModelShape, work: Work, field: st
     """No part shrinks when one thing grows, but for tensors that need no wire any more."""
     before, after = estimate_memory(model, work), estimate_memory(model, more(work, field))
 
-    assert after.total >= before.total
+    # A tiny model's last block weighs less than the tensors that need no wire with it.
+    assert after.total - after.wire >= before.total - before.wire
     for name in {f.name for f in fields(MemoryEstimate)} - {"wire"}:
         assert getattr(after, name) >= getattr(before, name)
 
