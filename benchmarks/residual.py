@@ -1,6 +1,6 @@
 """What the frozen residual costs a step: folded into the weights, beside them, and not there.
 
-    python benchmarks/residual.py [--steps 15] [--blocks 4]
+    python benchmarks/residual.py [--steps 15] [--blocks 4] [--onnx]
 
 A Llama-shaped stack, 768 wide, all linear layers adapted, AdamW, one thread. Five devices of ranks
 4 to 64 share the run; the step of the first and of the last of them is timed in round 1, without a
@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 RANKS = (4, 8, 16, 32, 64)
@@ -48,7 +49,7 @@ def make_micro() -> Any:
     from edge_sdk.data.batches import MicroBatch
 
     ids = np.random.default_rng(SEED).integers(1, VOCAB, (BATCH, LENGTH)).astype(np.int64)
-    return MicroBatch(ids.astype(np.int32), np.full(BATCH, LENGTH, np.int32), ids)
+    return MicroBatch(ids, np.full(BATCH, LENGTH, np.int32), ids)
 
 
 def learned(shapes: Mapping[str, Any], own: int) -> dict[str, Any]:
@@ -135,6 +136,90 @@ def own_step(
     return step, seconds
 
 
+def onnx_step(
+    model: Any, rank: int, form: str, *, has_residual: bool
+) -> tuple[Callable[[int], None], float]:
+    """Return the same on onnxruntime: both passes and the update of all blocks, without a tail."""
+    import numpy as np
+
+    from edge_sdk.lora.targets import LoraConfig, find_targets
+    from edge_sdk.model.layout import find_layout
+    from edge_sdk.protocol.plan import Plan
+    from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+    from edge_sdk.runtime.training import TrainingConfig
+
+    layout, lora = find_layout(model.config, "causal-lm"), LoraConfig(r=rank)
+    shapes = find_targets(model.config, "causal-lm", layout, lora)
+    parts = mapped_parts(model, layout)
+    plan = Plan(
+        split=layout.num_blocks,
+        ranks=dict.fromkeys(shapes, rank),
+        alphas={},
+        batch_size=BATCH,
+        micro_batch=BATCH,
+        residual=form,
+    )
+    graphs = graphs_of(layout.num_blocks)
+    training = TrainingConfig(learning_rate=1e-4)
+    runtime = OnnxRuntime(graphs, parts, plan, lora, training, 1000, threads=1)
+    seconds = 0.0
+    if has_residual:
+        residual = learned(shapes, rank)
+        began = time.process_time()
+        runtime.state.set_residual(residual)
+        seconds = time.process_time() - began
+    micro = make_micro()
+    grad = np.full((BATCH, LENGTH, model.config.hidden_size), 1e-3, np.float32)
+
+    def step(number: int) -> None:
+        runtime.forward(micro, number, 0)
+        runtime.backward(grad)
+        runtime.step(number)
+
+    return step, seconds
+
+
+@cache
+def graphs_of(blocks: int) -> Any:
+    """What the coordinator would send; ranks are symbols in it."""
+    from coordinator.onnx_export.export import export_slice
+    from coordinator.onnx_export.job import ExportJob
+    from edge_sdk.lora.targets import LoraConfig, find_targets
+    from edge_sdk.model.layout import find_layout
+
+    config = make_model(blocks).config
+    layout = find_layout(config, "causal-lm")
+    names = [n for part in layout.part_names() for n in layout.part(part)]
+    job = ExportJob(
+        task="causal-lm",
+        num_labels=0,
+        split=blocks,
+        tail=False,
+        measures=False,
+        targets=find_targets(config, "causal-lm", layout, LoraConfig()),
+        dtypes=dict.fromkeys(names, "float32"),
+    )
+    return export_slice(config, job, layout)
+
+
+def mapped_parts(model: Any, layout: Any) -> dict[str, Any]:
+    """Embeddings and blocks of a model as a device without torch has them."""
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    from edge_sdk.model.safetensors_files import map_part
+
+    state, parts = model.state_dict(), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("front", *(f"block.{i}" for i in range(layout.num_blocks))):
+            path = Path(scratch) / f"{name}.safetensors"
+            save_file({n: state[n].contiguous() for n in layout.part(name)}, path)
+            parts[name] = map_part(path)
+    return parts
+
+
 def measure(options: argparse.Namespace) -> str:
     """Time all variants in turn and return the report."""
     import torch
@@ -152,9 +237,13 @@ def measure(options: argparse.Namespace) -> str:
             "round 20, folded": ("auto", True),
             "round 20, low-rank": ("low-rank", True),
         }
+        if options.onnx:
+            steps, once = {}, {}
+            variants["round 1, inputs for a residual"] = ("low-rank", False)
+        make = onnx_step if options.onnx else own_step
         for name, (form, has_residual) in variants.items():
             model = make_model(options.blocks)
-            steps[name], once[name] = own_step(model, rank, form, has_residual=has_residual)
+            steps[name], once[name] = make(model, rank, form, has_residual=has_residual)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(options.steps + SKIPPED):
             for name, step in steps.items():
@@ -163,7 +252,8 @@ def measure(options: argparse.Namespace) -> str:
                 seconds[name].append(time.process_time() - began)
         timed = {name: own[SKIPPED:] for name, own in seconds.items()}
         for name, own in timed.items():
-            to_plain, to_first = (ratios(own, timed[base]) for base in (PLAIN, "round 1"))
+            bases = ("round 1" if options.onnx else PLAIN, "round 1")
+            to_plain, to_first = (ratios(own, timed[base]) for base in bases)
             spread = f"{min(own):.3f}-{max(own):.3f}"
             median = f"{statistics.median(own):.3f}"
             rows.append((rank, name, median, spread, to_plain, to_first, f"{once[name]:.2f}"))
@@ -190,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--onnx", action="store_true", help="blocks alone, on onnxruntime")
     parser.add_argument("--no-write", action="store_true", help="print the report alone")
     options = parser.parse_args()
     text = measure(options)
@@ -198,7 +289,7 @@ def main() -> None:
         return
     from report import save
 
-    save("residual", text)
+    save("residual-onnx" if options.onnx else "residual", text)
 
 
 if __name__ == "__main__":
