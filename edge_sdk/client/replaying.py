@@ -46,7 +46,8 @@ class Replaying:
     def samples(self, batch: MicroBatch, runtime: Runtime) -> tuple[int, ...]:
         """Return the samples whose states may be kept; none where another pass gives others."""
         if self.is_asked and not self._is_checked:
-            self._is_checked, self.is_asked = True, not runtime.is_random(batch)
+            one = without(batch, range(1, len(batch.lengths)))  # noise is in every sequence
+            self._is_checked, self.is_asked = True, not runtime.is_random(one)
             if not self.is_asked:
                 log.warning("replay.off reason=%s", "its frozen blocks draw numbers, as dropout")
         return batch.samples if self.is_asked else ()

@@ -239,3 +239,14 @@ def test_a_device_without_torch_sends_once_too(cluster: Cluster) -> None:
     assert sent.replayed == 2 * ROWS
     for name, value in learned(serving).items():
         np.testing.assert_allclose(value, learned(plain)[name], atol=1e-4)
+
+
+def test_waves_of_what_is_there_replay_too(cluster: Cluster) -> None:
+    """Whichever micro-batches are computed together, each sample is sent once."""
+    plain, _ = run(cluster, "a", "b", name="plain")
+
+    kept, sent = run(cluster, "a", "b", name="kept", replay=AUTO, waves="available")
+
+    assert sent.replayed == 2 * (EPOCHS - 1) * ROWS
+    for name, value in learned(kept).items():
+        np.testing.assert_allclose(value, learned(plain)[name], atol=2e-3)
