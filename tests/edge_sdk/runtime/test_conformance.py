@@ -13,6 +13,7 @@ from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.factors import Array
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.runtime.onnx_graphs import FOLDED, TRANSPOSED
+from profiler.estimate import sizes
 from tests.runtimes import (
     BACKENDS,
     LORA,
@@ -23,7 +24,7 @@ from tests.runtimes import (
     random_change,
     random_pairs,
 )
-from tests.tiny import make_micro, num_targets
+from tests.tiny import VOCAB, make_micro, num_targets
 
 OTHERS = BACKENDS[1:]
 """All backends but torch, which they are compared with."""
@@ -291,6 +292,26 @@ def test_evaluation_changes_nothing(backend: str) -> None:
     runtime.step(0)
 
     assert np.array_equal(learned(runtime), before)
+
+
+def test_a_tail_in_pieces_is_the_tail_at_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets at a time, as with a very large vocabulary, give loss, hits and gradient."""
+    found = {}
+    for count in (2, 1000):
+        monkeypatch.setattr(sizes, "TAIL_LOGITS", count * VOCAB)
+        runtime, micro = make_runtime(backend, "llama"), micro_of("llama", 0)
+        top = runtime.forward_eval(micro)
+        found[count] = runtime.tail(top, micro, micro.num_targets)
+
+    (sums, gradient), predicts_BT = found[2], micro.predicts
+    assert predicts_BT is not None
+    assert runtime.has_local_tail
+    assert sums.loss_sum == pytest.approx(found[1000][0].loss_sum, rel=1e-6)
+    assert sums[1:] == found[1000][0][1:]
+    assert relative(gradient, found[1000][1]) <= 1e-6
+    assert not gradient[~predicts_BT].any()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
