@@ -55,7 +55,7 @@ class DeviceSettings:
     codec: Codec | None = None
     """How hidden states and gradients travel to and from this device; `int8` keeps what training
     needs in half the bytes of `bfloat16`, `residual` sends what has changed of a sample's hidden
-    states since the epoch before, in 2 bits a number, and gradients in 3; `auto` leaves it to the
+    states since the epoch before, in 2 bits a number, and gradients in 2; `auto` leaves it to the
     planner, which takes as many bytes as the device's link carries in time."""
     residual: Residual | None = None
     """How the device computes with what the others have learned; None: as the run's `residual`."""

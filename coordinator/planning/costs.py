@@ -16,7 +16,7 @@ from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
 from edge_sdk.protocol.codecs import find
-from edge_sdk.protocol.residual import CHANGE, RESIDUAL, plain
+from edge_sdk.protocol.residual import CHANGE, GRADIENT, RESIDUAL, TOP_GRADIENT, WHOLE, plain
 from profiler.estimate.flops import estimate_flops
 from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
@@ -156,7 +156,7 @@ def _device_work(
         micro_batch=problem.micro_batch(device),
         in_flight=_in_flight(problem, device, split),
         length=problem.length,
-        codec_bytes=_codec_bytes(codec)[1],
+        codec_bytes=_buffer_bytes(codec),
         optimizer=config.training.optimizer,
         trains_head=has_tail and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
@@ -204,7 +204,7 @@ def _server_work(
         micro_batch=0 if device == SERVER else problem.micro_batch(device),
         in_flight=config.open_micros,
         length=problem.length,
-        codec_bytes=2 if device == SERVER else _codec_bytes(codec_of(problem, device, split))[1],
+        codec_bytes=2 if device == SERVER else _buffer_bytes(codec_of(problem, device, split)),
         optimizer=config.training.optimizer,
         trains_head=config.labels == "server" and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
@@ -257,9 +257,11 @@ def link_seconds(
     seconds = hidden / up + (profile.round_trip_s or 0.0)
     seconds += gradient / down if trains else 0.0
     if problem.config.labels == "device":
-        top = find(plain(codec, is_once=True)).bytes_per_number
+        top = find(plain(codec, WHOLE)).bytes_per_number
         ends = hidden_bytes(problem.model, problem.micro_batch(device), problem.length, top)
-        seconds += gradient / up + (profile.round_trip_s or 0.0) + ends / down
+        grad = find(plain(codec, TOP_GRADIENT)).bytes_per_number
+        back = hidden_bytes(problem.model, problem.micro_batch(device), problem.length, grad)
+        seconds += back / up + (profile.round_trip_s or 0.0) + ends / down
     return seconds
 
 
@@ -275,8 +277,16 @@ def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ran
 def _codec_bytes(codec: str) -> tuple[float, float]:
     """Return the bytes of a number of a hidden state, and of a gradient."""
     change = CHANGE if codec == RESIDUAL else codec
-    gradient = plain(codec, is_once=False)
+    gradient = plain(codec, GRADIENT)
     return find(change).bytes_per_number, find(gradient).bytes_per_number
+
+
+def _buffer_bytes(codec: str) -> float:
+    """Return the bytes of a number of a hidden state while it is written or read.
+
+    Beside a change in float32 lie what it starts from, and what the other side makes of it.
+    """
+    return 12.0 if codec == RESIDUAL else find(codec).bytes_per_number
 
 
 def codec_of(problem: PlanningProblem, device: str, split: int) -> str:

@@ -189,7 +189,8 @@ class WaveRunner:
             self._handle(event)
 
     def _coded(self, device: str, array: Array, what: str) -> TensorOut:
-        name = residual.plain(self._admission.codecs[device], is_once=what == TOP)
+        own = residual.WHOLE if what == TOP else residual.GRADIENT
+        name = residual.plain(self._admission.codecs[device], own)
         return array, self._roomy.choose(name, array, what)
 
     # ---- evaluation ----

@@ -182,7 +182,8 @@ class Steps:
         top = _Top(answer, shape, self._wanted(batch))
         sums, grad_BTD = self._runtime.tail(top.hidden_BTD, batch, step.num_targets)
         message = TopGradient(stamp=self._stamp, micro=answer.message.micro)
-        self._link.send(message, {"grad": self._coded(top.as_it_came(grad_BTD), "gradient")})
+        grad = self._coded(top.as_it_came(grad_BTD), "gradient", residual.TOP_GRADIENT)
+        self._link.send(message, {"grad": grad})
         return sums.loss_sum
 
     def _send_activation(self, sent: _Sent, index: int, *, is_eval: bool = False) -> None:
@@ -193,7 +194,7 @@ class Steps:
             require_finite(sent.hidden_CTD, f"activation of step {self._stamp.step}")
             if self._held is None or is_eval or samples:
                 what = f"hidden states after block {self._plan.split - 1}"
-                tensors["hidden"] = self._coded(sent.hidden_CTD, what, is_once=True)
+                tensors["hidden"] = self._coded(sent.hidden_CTD, what, residual.WHOLE)
             else:
                 self._held.begin_step(self._stamp.step)
                 lengths, samples = batch.lengths.tolist(), batch.samples
@@ -289,8 +290,9 @@ class Steps:
         result: EvalResult = self._inbox.wait_for_reply(EvalResult, self._stamp, index).message
         return TailSums(result.loss_sum, result.num_targets, result.num_correct)
 
-    def _coded(self, array: Array, what: str, *, is_once: bool = False) -> TensorOut:
-        name = residual.plain(self._codec, is_once=is_once)
+    def _coded(self, array: Array, what: str, own: str) -> TensorOut:
+        """Return what is to be sent whole; *own* is its codec beside changes."""
+        name = residual.plain(self._codec, own)
         return array, self._roomy.choose(name, array, what)
 
 

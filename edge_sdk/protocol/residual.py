@@ -4,7 +4,7 @@ Both sides hold, of each sample, what the receiver got the last time, bit for bi
 what its changes start from by a mark, a hash of the bytes; a receiver that holds something else, or
 nothing, asks for whole tensors. What is lost of a change is part of the next one, so that errors do
 not add up (AQ-SGD, arXiv 2206.01299). A sample without a start is written as a change from zeros,
-and what that loses once more as `rest`: half of the bits twice are nearly as good as all at once.
+and what that loses as `rest`: in parts, bits are nearly as good as all at once.
 
 Legend: B sequences, T positions, D hidden size; W sequences that start from zeros.
 """
@@ -22,9 +22,9 @@ from edge_sdk.protocol.codecs import Array
 
 RESIDUAL = "residual"
 """What configuration and messages call this way of sending."""
-CHANGE, REST = "int2", "int2"
-GRADIENT = "int3"
-"""Codec of the gradients that come back, and of all that is not held of samples."""
+CHANGE, REST = "int2", "int4"
+GRADIENT, TOP_GRADIENT = "int2", "int4"
+"""Codecs of the gradients that come back, and of those from which the coordinator's own follow."""
 WHOLE = "int8"
 """Codec of what is sent once: evaluations, and hidden states from which a loss is computed."""
 # Of a change with more energy than so much of the state itself, whole tensors are as good.
@@ -63,16 +63,9 @@ class Coded(NamedTuple):
     """For each sequence the mark of what its change starts from; 0: zeros."""
 
 
-def plain(name: str, *, is_once: bool) -> str:
-    """Return the codec of tensors that are not changes where a run's codec is *name*.
-
-    Args:
-        name: The codec of configuration and messages.
-        is_once: Whether a loss is computed from the tensor, rather than an update.
-    """
-    if name != RESIDUAL:
-        return name
-    return WHOLE if is_once else GRADIENT
+def plain(name: str, own: str) -> str:
+    """Return the codec of tensors that are not changes: *own* where *name* is `residual`."""
+    return own if name == RESIDUAL else name
 
 
 def code(hidden_BTD: Array, lengths_B: Sequence[int], samples: Sequence[int], held: Holds) -> Coded:
