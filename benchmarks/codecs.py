@@ -1,6 +1,6 @@
 """How hidden states, gradients and adapters travel: bytes, quality and time of every codec.
 
-    python benchmarks/codecs.py [--epochs 4] [--samples 160] [--seeds 0 1 2] [--trial]
+    python benchmarks/codecs.py [--epochs 5] [--samples 128] [--seeds 0 1 2] [--trial]
 
 E2E NLG, three devices cut after blocks 2, 3 and 4 (our base model: 8 blocks, hidden size 128;
 stories260K: 5 blocks, hidden size 64), r = 8 on all linear layers, batch 8 a device, `exact`.
@@ -48,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "int4": {"codec": "int4"},
     "residual": {"codec": "residual"},
     "residual, adapters in 8 bits": {"codec": "residual", "exchange": {"codec": "int8"}},
+    "residual, adapters in 4 bits": {"codec": "residual", "exchange": {"codec": "int4"}},
 }
 
 
@@ -212,8 +213,8 @@ def main() -> None:
     """Run all and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=160, help="of each device")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=128, help="of each device")
     parser.add_argument("--interval", type=int, default=40, help="steps between aggregations")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--dev", type=int, default=500)

@@ -90,6 +90,8 @@ class Steps:
         runtime.state.meter.measure(form, every)
         self._link, self._inbox = link, inbox
         self._codec, self._roomy = welcome.codec, RoomyCodec()
+        is_short = held is not None and max(welcome.vocab_size, welcome.num_labels) < 2**15
+        self._label_codec = "int16" if is_short else "int32"
         self._keeps_labels = welcome.labels == "device"
         # Every block is here: the coordinator computes nothing.
         self._is_whole = plan.split == welcome.num_blocks
@@ -202,7 +204,7 @@ class Steps:
                 tensors |= coded
         pooled: tuple[int, ...] = ()
         if not self._keeps_labels:
-            tensors["labels"] = (as_int32(batch.labels), "int32")
+            tensors["labels"] = (as_int32(batch.labels), self._label_codec)
             if batch.pooled is not None and (batch.pooled != batch.lengths - 1).any():
                 pooled = tuple(map(int, batch.pooled))
         wanted = self._wanted(batch)

@@ -189,6 +189,7 @@ CODECS: dict[str, Codec] = {
         Codec("int64", "<i8", "<i8"),
         Codec("uint8", "u1", "u1"),
         *map(GroupedCodec, (8, 4, 3, 2)),
+        Codec("int16", "<i2", "<i4"),
     )
 }
 

@@ -86,6 +86,16 @@ def test_wrong_sizes_and_types_are_refused(name: str, length: int, shape: tuple[
         codecs.decode(bytes(length), name, shape)
 
 
+def test_short_whole_numbers_come_back_as_int32() -> None:
+    """int16 is how labels travel that fit: -100 and every token of a small vocabulary."""
+    labels = np.array([[-100, 0, 5], [4095, 32767, -1]], np.int32)
+
+    back = codecs.decode(codecs.encode(labels, "int16"), "int16", labels.shape)
+
+    assert back.dtype == np.int32
+    np.testing.assert_array_equal(back, labels)
+
+
 def test_encode_wants_the_codecs_own_dtype() -> None:
     """Nothing is cast on the quiet: float64 is not written as float32."""
     with pytest.raises(LocalProtocolError, match="float64"):
