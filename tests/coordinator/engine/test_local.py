@@ -248,6 +248,31 @@ def test_a_device_that_wants_few_positions_gets_what_others_get(family: str) -> 
     assert all(np.array_equal(g, theirs[name]) for name, g in raw_gradients(some).items())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tail_on_all_positions_gives_the_same(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models whose tail looks around are trained and evaluated as the others are."""
+    jobs = make_jobs(family)
+    some = make_engine(family)
+    few = {a.device: a for a in some.train(jobs, 0, 0)}
+    evaluated = [some.evaluate(job) for job in jobs]
+    monkeypatch.setattr(Slice, "has_local_tail", False)
+    every = make_engine(family)
+
+    whole = {a.device: a for a in every.train(jobs, 0, 0)}
+
+    for name, answer in whole.items():
+        mine = few[name]
+        assert error(mine.grad_BTD, answer.grad_BTD) <= RELATIVE
+        assert mine.sums is not None
+        assert mine.sums == pytest.approx(answer.sums, rel=RELATIVE)
+    for mine, job in zip(evaluated, jobs, strict=True):
+        assert mine == pytest.approx(every.evaluate(job), rel=RELATIVE)
+    theirs = raw_gradients(every)
+    assert all(error(g, theirs[name]) <= RELATIVE for name, g in raw_gradients(some).items())
+
+
 def targets_of(job: Job) -> np.ndarray:
     """Where a job predicts its targets."""
     assert job.labels is not None
