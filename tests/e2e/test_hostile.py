@@ -263,8 +263,8 @@ def test_factors_of_another_rank_are_refused(
 ) -> None:
     """A device whose coordinator hands out what is not its plan's says so by name, and ends."""
 
-    def cut(pairs: Any, residual: Any) -> dict[str, TensorOut]:
-        found = tensors_of(pairs, residual)
+    def cut(pairs: Any, residual: Any, codec: str) -> dict[str, TensorOut]:
+        found = tensors_of(pairs, residual, codec)
         name = next(name for name in found if name.endswith(".A"))[:-2]
         found[f"{name}.A"] = (found[f"{name}.A"][0][1:], "float32")
         found[f"{name}.B"] = (found[f"{name}.B"][0][:, 1:], "float32")
