@@ -1,6 +1,6 @@
 """CPU time of a step of three devices and a coordinator, beside plain PEFT on the same samples.
 
-    python benchmarks/residual_run.py [--rounds 8] [--labels device] [--profile NAME]
+    python benchmarks/residual_run.py [--rounds 8] [--labels device]
 
 examples/base on E2E, all linear layers, rank 8, splits 2, 3 and 4 of 8, 8 sequences a device and
 step, a round every 5 steps; every process has one thread. The processor time of all four processes
@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ def device(options: argparse.Namespace) -> None:
         state=options.folder / f"state-{name}",
         threads=1,
     )
-    with profiled(options, name):
-        EdgeClient(config, callback=Say()).run()
+    EdgeClient(config, callback=Say()).run()
 
 
 def coordinator(options: argparse.Namespace) -> None:
@@ -135,32 +133,7 @@ def coordinator(options: argparse.Namespace) -> None:
         evaluation=EvaluationConfig(on_devices=False),
         max_length=256,
     )
-    with profiled(options, "coordinator"):
-        serve(config, Watchers())
-
-
-def profiled(options: argparse.Namespace, name: str) -> Any:
-    """Return what writes a profile of its body, all threads, where one was asked for."""
-    from contextlib import contextmanager, nullcontext
-
-    if options.profile != name:
-        return nullcontext()
-
-    @contextmanager
-    def writing() -> Any:
-        import cProfile
-        import threading
-
-        profile = cProfile.Profile(time.thread_time)
-        threading.setprofile(lambda *_: None)
-        profile.enable()
-        try:
-            yield
-        finally:
-            profile.disable()
-            profile.dump_stats(f"{name}.prof")
-
-    return writing()
+    serve(config, Watchers())
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -222,7 +195,7 @@ def run_split(options: argparse.Namespace, aggregation: str, residual: str) -> l
             create_key_pair(folder / f"{name}.key")
         flags = {"folder": folder, "port": options.port, "rounds": options.rounds}
         flags |= {"labels": options.labels, "aggregation": aggregation, "residual": residual}
-        flags |= {"data": options.data, "profile": options.profile}
+        flags |= {"data": options.data}
         processes = [start("coordinator", **flags)]
         processes += [start("device", number=n, **flags) for n in range(len(SPLITS))]
         try:
@@ -285,7 +258,6 @@ def main() -> None:
     parser.add_argument("--labels", default="device")
     parser.add_argument("--aggregation", default="exact")
     parser.add_argument("--residual", default="auto")
-    parser.add_argument("--profile", default="", help="write NAME.prof: coordinator, d0, d1, d2")
     parser.add_argument("--no-write", action="store_true", help="print the report alone")
     options = parser.parse_args()
     roles = {"plain": plain, "device": device, "coordinator": coordinator}
