@@ -81,6 +81,7 @@ class Case:
             "name": self.name,
             "rounds": 3,
             "steps_per_round": 3,
+            "waves": "gathered",
             "min_devices": len(self.devices),
             "max_length": MAX_LENGTH,
             "default": {"split": 2, "batch_size": 4, "codec": "bfloat16"},

@@ -210,6 +210,7 @@ class Cluster:
             "steps_per_round": 3,
             "min_devices": len(self.names),
             "labels": "server",
+            "waves": "gathered",
             "default": DeviceSettings(split=2, batch_size=4, codec="float32"),
             "lora": LoraConfig(r=4, lora_alpha=8),
             "training": TrainingConfig(learning_rate=1e-2),

@@ -325,6 +325,7 @@ def make_config(kind: Kind, model: str) -> ServeConfig:
         steps_per_round=STEPS,
         min_devices=kind.min_devices,
         labels=kind.labels,
+        waves="gathered",
         default=DeviceSettings(
             split=2, batch_size=BATCH, micro_batch=2, in_flight=kind.in_flight, codec="float32"
         ),

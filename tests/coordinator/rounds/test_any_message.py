@@ -341,7 +341,7 @@ class Play:
             if device not in state.members or state.step >= state.end_step or start is None:
                 return
             stamp = dataclasses.replace(start.stamp, step=state.step)
-            if state.is_forward_done:
+            if state.is_forward_done or state.here.away:
                 sent = tensors_of(TopGradient, None, 0.5, self._labels)
                 yield arriving(device, TopGradient(stamp=stamp, micro=0), sent)
             else:
@@ -393,11 +393,11 @@ PLANNING = PlanningConfig(
 )
 
 
-@pytest.fixture(scope="module", params=["server", "device", "planned"])
+@pytest.fixture(scope="module", params=["server", "device", "planned", "available", "away"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ServeConfig, ServerModel]:
-    """A tiny GPT-2, whose LayerNorm makes NaN of what overflows: labels here, there, and plans."""
+    """A tiny GPT-2, whose LayerNorm makes NaN of what overflows; labels, plans and waves differ."""
     folder = tmp_path_factory.mktemp("model")
     config = ServeConfig(
         model=str(save_model("gpt2", folder)),
@@ -406,7 +406,8 @@ def model(
         rounds=1000,
         steps_per_round=2,
         min_devices=1,
-        labels="device" if request.param == "device" else "server",
+        labels="device" if request.param in ("device", "away") else "server",
+        waves="available" if request.param in ("available", "away") else "gathered",
         default=DeviceSettings(
             split=None if request.param == "planned" else 2, batch_size=ROWS, codec="float32"
         ),
