@@ -1,6 +1,7 @@
 """Four emulated boards, real clock: hsplitlora against splitlora and hetlora, time to target.
 
-    python benchmarks/boards.py [--rounds 8] [--steps 8] [--limit 900] [--out DIR] [--smoke]
+    python benchmarks/boards.py [--rounds 8] [--steps 8] [--limit 900] [--waves available]
+                                [--out DIR] [--smoke]
 
 Boards are processes with limits of memory (control groups), CPU time (shares 4 : 3 : 2 : 1, the
 strongest has --cores of a core) and link (a relay; one board is behind `4g-good`). The sum of all
@@ -62,6 +63,7 @@ def make_config(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "max_length": 128,
         "rounds": options.rounds,
         "steps_per_round": options.steps,
+        "waves": options.waves,
         "default": {
             "batch_size": 64,
             "micro_batch": 2,
@@ -132,6 +134,7 @@ def main() -> None:
     parser.add_argument("--cores", type=float, default=0.3, help="of the strongest board")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run, then stopped")
     parser.add_argument("--methods", nargs="+", default=["hsplitlora", "splitlora", "hetlora"])
+    parser.add_argument("--waves", choices=["gathered", "available"], default="available")
     parser.add_argument("--out", type=Path, default=Path("boards"))
     parser.add_argument("--smoke", action="store_true", help="two rounds of two steps")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Waves of what is there against gathered ones: how near a run comes to its slowest resource.
 
-    python benchmarks/waves.py [--devices 16] [--steps 8] [--cases server device link] [--smoke]
+    python benchmarks/waves.py [--devices 16] [--steps 10] [--cases server device link] [--smoke]
 
 Simulated devices whose speeds lie between 1 - --spread and 1 + --spread of their mean, and differ
 by as much from one micro-batch to the next (--jitter). Training is real, time is modelled, so that
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from report import header, save, table
 
 from coordinator.config.planning import PlanningConfig
-from coordinator.config.run import DeviceSettings, ServeConfig
+from coordinator.config.run import DeviceSettings
 from coordinator.lab.simulation.boards import Board, Connection
 from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig, SimulationConfig
 from coordinator.lab.simulation.run import simulate
@@ -110,9 +110,8 @@ def run(
         "planning": PlanningConfig(server_flops_per_s=speeds.server_flops),
         "device": "cpu",
         "labels": labels,
+        "waves": waves,
     }
-    if "waves" in ServeConfig.__dataclass_fields__:
-        settings["waves"] = waves
     result = simulate(SimulationConfig(**settings, simulation=fleet), Watchers())
     return read(result.rounds[1:])
 
@@ -169,9 +168,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--micro", type=int, default=8, help="micro-batches of a step")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--micro", type=int, default=16, help="micro-batches of a step")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--spread", type=float, default=0.3)
     parser.add_argument("--jitter", type=float, default=0.3)
