@@ -1,3 +1,3 @@
 """What devices and coordinator have learned in a round, made one."""
 
-__all__ = ["accounts", "ledger", "limits", "round_start", "rules"]
+__all__ = ["accounts", "buffer", "ledger", "limits", "round_start", "rules", "versions"]

@@ -7,6 +7,7 @@ be it new, back from a crash, or just one round further. It knows no network and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -162,12 +163,52 @@ class Ledger:
             ConfigError: the rule does not allow the reported ranks.
             NumericError: what comes of them is not finite.
         """
-        before = self.copy()
-        try:
-            result = self._join(reports)
+        with self._unchanged_by_errors():
+            self.rounds += 1
+            result = self._combine(
+                {w: self._contributions(w, reports) for w in self._facts.targets},
+                self._join_heads(reports),
+            )
+            for name, report in reports.items():
+                ranks = {weight: pair.a_RI.shape[-2] for weight, pair in report.pairs.items()}
+                self.pairs[name] = dict(report.pairs)
+                if self._rule.restarts or self._rule.redistribute is not None:
+                    held = {} if self._rule.restarts else report.pairs
+                    self.pairs[name] = {w: self._own(w, r, held.get(w)) for w, r in ranks.items()}
+                    result.replaced[name] = self.pairs[name]
+            self._check(result)
             if self.accounts is not None:
                 result.handouts = self._settle(self.accounts, reports)
             return result
+
+    def add(
+        self,
+        contributions: Mapping[str, Mapping[str, Contribution]],
+        pairs: Mapping[str, Pair],
+        head: Mapping[str, Array],
+    ) -> RoundResult:
+        """Add what came in to dW, whenever it began; what raises an error has changed nothing.
+
+        Args:
+            contributions: By weight and name; see `buffer.py`.
+            pairs: The coordinator's own factors by now.
+            head: The trained head by now; empty where nobody has one.
+
+        Raises:
+            NumericError: what comes of them is not finite.
+        """
+        with self._unchanged_by_errors():
+            self.rounds += 1
+            result = self._combine(contributions, dict(head))
+            self.pairs[SERVER] = dict(pairs)
+            self._check(result)
+            return result
+
+    @contextmanager
+    def _unchanged_by_errors(self) -> Iterator[None]:
+        before = self.copy()
+        try:
+            yield
         except BaseException:
             self.totals, self.pairs, self.head = before.totals, before.pairs, before.head
             self._memory, self.rounds = before._memory, before.rounds
@@ -190,28 +231,24 @@ class Ledger:
             for name, report in devices.items()
         }
 
-    def _join(self, reports: Mapping[str, Report]) -> RoundResult:
-        self.rounds += 1
-        result = RoundResult({}, {}, self._join_heads(reports), 0.0)
+    def _combine(
+        self, contributions: Mapping[str, Mapping[str, Contribution]], head: dict[str, Array]
+    ) -> RoundResult:
+        """Join what there is of each weight into dW."""
+        result = RoundResult({}, {}, head, 0.0)
         result.restarts = self._rule.restarts
         result.keeps_residuals = self._rule.redistribute is None
         for weight, shape in self._facts.targets.items():
-            contributions = self._contributions(weight, reports)
-            if contributions:
-                update = self._rule.join(contributions, shape, self._max_rank)
-                self._note(weight, update, result)
-        for name, report in reports.items():
-            ranks = {weight: pair.a_RI.shape[-2] for weight, pair in report.pairs.items()}
-            self.pairs[name] = dict(report.pairs)
-            if self._rule.restarts or self._rule.redistribute is not None:
-                held = {} if self._rule.restarts else report.pairs
-                self.pairs[name] = {w: self._own(w, r, held.get(w)) for w, r in ranks.items()}
-                result.replaced[name] = self.pairs[name]
+            if found := contributions.get(weight):
+                self._note(weight, self._rule.join(found, shape, self._max_rank), result)
+        return result
+
+    def _check(self, result: RoundResult) -> None:
+        """Take over the head, if all of *result* is finite."""
         self.head = result.head or self.head
         for name, array in _numbers(result, self.totals):
             if not np.isfinite(array).all():
                 raise NumericError(f"what the round has made of {name} is not finite")
-        return result
 
     def _contributions(self, weight: str, reports: Mapping[str, Report]) -> dict[str, Contribution]:
         """Count every sample once: for a device that holds the block, else for the coordinator."""

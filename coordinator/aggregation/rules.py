@@ -32,6 +32,8 @@ class Contribution:
     scale: float
     before: Pair
     after: Pair
+    freshness: float = 1.0
+    """How much of what it has learned counts: less than 1 where it began from an old dW."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Rule:
     needs_whole_model: bool = False
     """Whether every device must hold all blocks: the rule does not weigh by samples, so it cannot
     join what devices and coordinator learned from different shares of them."""
+    is_additive: bool = False
+    """Whether progress may be added to dW whenever it comes, against the dW that it began from."""
     can_prune: bool = False
     """Whether devices may cut ranks off during the run (`training.rank_penalty`)."""
     server_optimizer: ServerOptimizer | None = None
@@ -121,16 +125,17 @@ def exact(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int
     for name in sorted(contributions):
         c = contributions[name]
         if c.before.b_OR.any():
-            terms.append(product(c.before, -weight[name] * c.scale))
+            terms.append(product(c.before, -weight[name] * c.freshness * c.scale))
     change, error = compress(stack(terms), max_rank)
     return Update(change=change, cut_error=error)
 
 
 def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:
-    """Return the stacked factors of sum_i p_i s_i B_i A_i."""
+    """Return the stacked factors of sum_i p_i s_i B_i A_i, less of it where it is not fresh."""
     weight = shares(contributions)
     ordered = [(weight[n], contributions[n]) for n in sorted(contributions)]
-    return stack([zero(*shape), *(product(c.after, share * c.scale) for share, c in ordered)])
+    parts = [product(c.after, share * c.freshness * c.scale) for share, c in ordered]
+    return stack([zero(*shape), *parts])
 
 
 def _mean_of_padded(
@@ -184,7 +189,7 @@ def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
 
 
 RULES: dict[str, Rule] = {
-    "exact": Rule(exact),
+    "exact": Rule(exact, is_additive=True),
     "stack": Rule(exact, restarts=True),
     "svd": Rule(svd, svd_asymmetric),
     "svd-balanced": Rule(svd, balanced),

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.aggregation.buffer import expected_staleness
 from coordinator.config.presets import load_serve_config
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
@@ -23,6 +24,7 @@ from profiler.profile import DeviceProfile
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from coordinator.config.run import ServeConfig
     from coordinator.planning.plan_set import DeviceExplanation, PlanSet
     from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.problem_files import read_problem
@@ -114,7 +116,7 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
             out.print(f"  {line}")
     for device, reason in found.refused.items():
         out.print(f"{device}: refused, {reason}")
-    for note in _all_notes(found):
+    for note in (*_all_notes(found), *_tempo_notes(problem.config, found)):
         out.print(f"note: {note}")
 
 
@@ -203,6 +205,22 @@ def _all_notes(found: PlanSet) -> list[str]:
     for device, story in found.explanation.devices.items():
         notes += [f"{device}: {note}" for note in story.notes]
     return notes
+
+
+def _tempo_notes(config: ServeConfig, found: PlanSet) -> list[str]:
+    """Say how far behind each device would be where nobody waits for anybody."""
+    stories = found.explanation.devices.items()
+    waves = {d: found.plans[d].batch_size / found.plans[d].micro_batch for d, _ in stories}
+    seconds = {d: waves[d] * story.device_s for d, story in stories if story.device_s}
+    if config.round_mode != "buffered" or len(seconds) < len(waves):
+        return []
+    own = config.buffered
+    ages = expected_staleness(seconds, own.size or len(seconds))
+    too_old = {d: "; more than max_staleness" for d, age in ages.items() if age > own.max_staleness}
+    return [
+        f"{device}: about {age:.1f} merges behind{too_old.get(device, '')}"
+        for device, age in ages.items()
+    ]
 
 
 def _mib(num_bytes: float) -> str:

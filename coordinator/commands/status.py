@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from coordinator.commands.parser import add_command
@@ -27,7 +28,7 @@ def _status(options: argparse.Namespace) -> int:
     config = read_config(options.folder)
     history = RunHistory(folder)
     last = history.events[-1] if history.events else None
-    waiting, missing = history.waiting(), history.missing()
+    waiting, missing, tours = history.waiting(), history.missing(), history.tours()
     damaged = {damage.checkpoint.name: damage.reason for damage in folder.damages()}
     facts = {
         "run": folder.name,
@@ -36,6 +37,7 @@ def _status(options: argparse.Namespace) -> int:
         "last_event": last,
         "waiting": waiting,
         "missing": missing,
+        "tours": tours,
         "checkpoints": [p.name for p in folder.checkpoints() if p.name not in damaged],
         "damaged": damaged,
         "metrics": history.metrics[-1] if history.metrics else None,
@@ -45,6 +47,8 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     print(f"run {folder.name}: {history.rounds_done} of {config.rounds} rounds", end="")
     print(f"; {last['event']} at {last['time']}" if last else "")
+    for line in _standing(tours):
+        print(line)
     for device, wait in waiting.items():
         print(f"waiting for {device} since {wait['since']}: {wait['what']}")
     if missing is not None:
@@ -59,3 +63,14 @@ def _status(options: argparse.Namespace) -> int:
         print(f"{name} is damaged: {reason}")
     RichConsole(highlight=False).print(summary(history))
     return 0
+
+
+def _standing(tours: Mapping[str, Any] | None) -> list[str]:
+    """Say where each device stood at the last merge, where nobody waits for anybody."""
+    if tours is None:
+        return []
+    newest = tours["version"]
+    return [
+        f"{device} trains with version {on['version']} of {newest}, {on['staleness']} merges behind"
+        for device, on in tours["on_tour"].items()
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation.rules import RULES
+from coordinator.config.buffered import BufferedConfig
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
@@ -124,6 +125,11 @@ class ServeConfig:
     """Most tokens, padding included, that `waves: available` computes together; a single
     micro-batch may have more. None: 4096 with `labels: server`, one micro-batch with
     `labels: device`, where micro-batches that are computed together wait for one another."""
+    round_mode: Literal["synchronous", "buffered"] = "synchronous"
+    """`synchronous`: a round ends for all devices at once; `buffered`: each trains at its own pace,
+    and what it has learned is merged when it comes; see docs/aggregation.md."""
+    buffered: BufferedConfig = field(default_factory=BufferedConfig)
+    """When that is, with `round_mode: buffered`; `rounds` then counts merges."""
     aggregation: Aggregation = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
@@ -206,6 +212,46 @@ class ServeConfig:
             raise ValueError(
                 "exchange with another codec than float32 or downlink: budget needs "
                 f"aggregation: exact, got {self.aggregation}"
+            )
+        if self.round_mode == "buffered":
+            self._check_buffered()
+
+    def _check_buffered(self) -> None:
+        """Refuse what needs everybody at the same moment."""
+        if self.trained_by != "devices":
+            raise ValueError("round_mode: 'buffered' is about devices, and trained_by has none")
+        rule, planning = self.aggregation, self.planning
+        if not RULES[rule].is_additive:
+            raise ValueError(
+                f"round_mode: 'buffered' needs aggregation: exact: {rule!r} joins what everybody "
+                "holds at one moment"
+            )
+        if RESIDUAL in (self.settings(name).codec for name in ("", *self.devices)):
+            raise ValueError(
+                "codec: 'residual' counts rounds that all devices begin together, which "
+                "round_mode: 'buffered' has not; use int8"
+            )
+        if self.replay.when != "never":
+            raise ValueError(
+                f"replay.when: {self.replay.when!r} counts the steps of rounds, which round_mode: "
+                "'buffered' has not; set it to never"
+            )
+        if not self.exchange.is_plain:
+            raise ValueError(
+                "exchange: with round_mode: 'buffered' factors and changes travel whole; use "
+                "downlink: full and codec: float32"
+            )
+        if self.round_deadline_s is not None:
+            raise ValueError("round_deadline_s: with round_mode: 'buffered' no round has an end")
+        if planning.ranks == "rngwp":
+            raise ValueError(
+                "planning.ranks: 'rngwp' moves ranks between rounds, which round_mode: 'buffered' "
+                "has not; use uniform or fixed"
+            )
+        if planning.replan and not planning.split == planning.ranks == "fixed":
+            raise ValueError(
+                "planning.replan: plans change between rounds, which round_mode: 'buffered' has "
+                "not; set it to false"
             )
 
     @property

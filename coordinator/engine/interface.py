@@ -43,6 +43,10 @@ class Job:
     """With `labels: device`, where the device needs its final hidden state; None: everywhere."""
     micro: int = 0
     """Number of the micro-batch in the device's step."""
+    samples: float | None = None
+    """Samples for which it moves the coordinator's adapters, where the micro-batches of a device's
+    step may go into different updates; 0: for none, it is computed for the device alone. None: the
+    step is in one update as a whole."""
 
     @property
     def place(self) -> Place:
@@ -149,11 +153,19 @@ class Engine(Protocol):
             DeviceFault: a device's loss is not finite; nothing was accumulated.
         """
 
-    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+    def forward(
+        self, jobs: Sequence[Job], step: int, wave: int, *, keeps: bool = True
+    ) -> dict[Place, Array]:
         """Return the final hidden states of a wave whose labels stay on the devices.
 
         Each is of its job's `top_shape`: (B, T, D), or the wanted positions alone. Several waves of
         a step may await their gradients at the same time.
+
+        Args:
+            jobs: As in `train`.
+            step: As in `train`.
+            wave: As in `train`.
+            keeps: Whether `backward` is to find what it needs; else nothing is kept.
         """
 
     def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:

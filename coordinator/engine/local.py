@@ -14,7 +14,8 @@ Legend: B sequences, T positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,7 +84,14 @@ class _OpenStep:
     waves: list[_Wave] = field(default_factory=list)
     """Waves that await their gradients, the oldest first."""
     served: dict[str, Job] = field(default_factory=dict)
-    """Who was served in the step, by device."""
+    """Who was served in the step, by device; by micro-batch where these count for themselves."""
+
+    def serve(self, job: Job) -> None:
+        """Note that the step has gradients of a micro-batch."""
+        if job.samples is None:
+            self.served[job.device] = job
+        elif job.samples:
+            self.served[f"{job.device} {len(self.served)}"] = job
 
     def clear(self) -> None:
         """Drop all of it."""
@@ -151,15 +159,20 @@ class LocalEngine:
             torch.autograd.backward(total * self.trained.optimizer.loss_scale)
             return own, sums
 
-        own, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
+        with self._moved_by(jobs):
+            own, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
         return self._answers(own, sums, {job.place for job in jobs})
 
-    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+    def forward(
+        self, jobs: Sequence[Job], step: int, wave: int, *, keeps: bool = True
+    ) -> dict[Place, Array]:
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
         if not jobs:
             return {}
-        own = self._forward(jobs, step, wave, to_logits=False)
-        self.open_step.waves.append(own)
+        with self._moved_by(jobs):
+            own = self._forward(jobs, step, wave, to_logits=False)
+        if keeps:
+            self.open_step.waves.append(own)
         return _unstack(own)
 
     def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
@@ -180,8 +193,24 @@ class LocalEngine:
             self._pull(own, grads)
             return own
 
-        done = self.trained.optimizer.scaled(attempt, _Wave.gradients)
+        with self._moved_by(wave.jobs):
+            done = self.trained.optimizer.scaled(attempt, _Wave.gradients)
         return self._answers(done, [None] * len(done.jobs), grads)
+
+    @contextmanager
+    def _moved_by(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Leave the trained parameters out of a graph that is to move none of them."""
+        if not jobs or any(job.samples != 0.0 for job in jobs):
+            yield
+            return
+        parameters = list(self.trained.optimizer.parameters.values())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def _pull(self, wave: _Wave, grads: Mapping[Place, Array]) -> None:
         """Go back through a wave from what the devices have sent."""
@@ -212,7 +241,11 @@ class LocalEngine:
     def _samples(self, name: str, served: Iterable[Job]) -> float:
         """Count the samples whose gradients the weight *name* has seen."""
         block = self.block_of(name)
-        return sum(job.weight for job in served if block is None or job.split <= block)
+        return sum(
+            job.weight if job.samples is None else job.samples
+            for job in served
+            if block is None or job.split <= block
+        )
 
     def block_of(self, name: str) -> int | None:
         """Return the block that a weight belongs to; None outside the blocks."""
@@ -341,7 +374,7 @@ class LocalEngine:
             grad = leaf.grad / (job.weight * self.trained.optimizer.loss_scale)
             found = None if own is None else totals(own)
             answers.append(Answer(job.device, to_numpy(grad), found, job.micro))
-            self.open_step.served[job.device] = job
+            self.open_step.serve(job)
         return answers
 
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:

@@ -293,7 +293,8 @@ def codec_of(problem: PlanningProblem, device: str, split: int) -> str:
     """Return how a device's hidden states and gradients travel at a split.
 
     With `auto` as exactly as the link carries in LINK_SHARE of the time in which the device
-    computes; changes of what is held only where there is memory for that.
+    computes; changes of what is held only where there is memory for that, and rounds have a
+    barrier.
     """
     codec = problem.config.settings(device).codec
     assert codec is not None, "settings fill in every field"
@@ -306,7 +307,8 @@ def codec_of(problem: PlanningProblem, device: str, split: int) -> str:
     if codec == RESIDUAL:
         ranks = first_ranks(problem, device, 0, split)
         least = _memory(problem, device, _device_work(problem, device, split, ranks))
-        if least + problem.config.held_bytes > problem.limit_bytes(device):
+        is_too_much = least + problem.config.held_bytes > problem.limit_bytes(device)
+        if is_too_much or problem.config.round_mode == "buffered":
             return UNKNOWN_CODEC
     return codec
 

@@ -86,6 +86,10 @@ class RunHistory:
                 found = None
         return found
 
+    def tours(self) -> Row | None:
+        """Return the last merge of a run without a barrier, as its event says; else None."""
+        return next((r for r in reversed(self.events) if r["event"] == "tours.merged"), None)
+
     @property
     def rounds_done(self) -> int:
         """Aggregations of which the row is complete."""

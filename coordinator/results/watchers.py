@@ -23,6 +23,7 @@ from coordinator.results.events import (
     RunStarted,
     StepSkipped,
     Telemetry,
+    ToursMerged,
     Waiting,
     WaitingOver,
     Watcher,
@@ -105,6 +106,11 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
         case RoundStarted(round_, attempt, devices):
             names = list(devices)
             return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
+        case ToursMerged(version, updates, standing, dropped):
+            on_tour = {n: {"version": v, "staleness": age} for n, (v, age) in standing.items()}
+            merged: dict[str, Any] = {"event": "tours.merged", "version": version}
+            merged |= {"updates": dict(updates), "on_tour": on_tour}
+            return merged | ({"dropped": dropped} if dropped else {})
         case StepSkipped(step):
             return {"event": "step.skipped", "step": step, "reason": "gradient not finite"}
         case DeviceJoined(device, split, samples, left_out, cut):

@@ -1,3 +1,14 @@
 """Steps, rounds and runs: what must happen next, and who carries it out."""
 
-__all__ = ["launch", "loop"]
+__all__ = [
+    "executor",
+    "global_model",
+    "handlers",
+    "launch",
+    "loop",
+    "pausing",
+    "run",
+    "state",
+    "validation",
+    "waves",
+]

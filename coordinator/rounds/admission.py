@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from coordinator.planning.costs import UNKNOWN_CODEC
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
-from coordinator.results.watchers import Watchers
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
@@ -70,6 +70,13 @@ MOST_UNFORESEEN = 2
 _OF_THE_RUN = (Welcome, PlanAssigned, RoundStart, Pause)
 
 
+class Onlookers(Protocol):
+    """Those who look on at a run, as far as they may fail."""
+
+    failure: Exception | None
+    """What one of them has raised."""
+
+
 class Admission:
     """Decides who may take part, and tells every device its plan."""
 
@@ -80,7 +87,7 @@ class Admission:
         gateway: Gateway,
         planner: Planning,
         run: Run,
-        watchers: Watchers,
+        watchers: Onlookers,
     ) -> None:
         self._config, self._model, self._gateway = config, model, gateway
         self._planner, self._run, self._watchers = planner, run, watchers

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
 from coordinator.planning.interface import Planning
 from coordinator.results.lifecycle import METRICS, PLANS, TELEMETRY, take_up
 from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run
+
+
+class SavedModel(Protocol):
+    """What a run has learned, as far as it is saved."""
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return everything that a restart needs."""
+
+    def load_state(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Take over what `state` returned."""
 
 
 class Checkpoints:
     """The checkpoints in a run's folder."""
 
     def __init__(
-        self, folder: RunFolder, keep: int, run: Run, learned: GlobalModel, planner: Planning
+        self, folder: RunFolder, keep: int, run: Run, learned: SavedModel, planner: Planning
     ) -> None:
         self._folder, self._keep = folder, keep
         self._run, self._learned, self._planner = run, learned, planner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from coordinator.aggregation.ledger import Report
 from coordinator.config.run import ServeConfig
@@ -18,9 +18,31 @@ from coordinator.rounds.global_model import Aggregated, GlobalModel
 from coordinator.rounds.pausing import Pausing
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
-from coordinator.rounds.waves import WaveRunner
+from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
 from edge_sdk.runtime.interface import TailSums
+
+
+class Waves(Protocol):
+    """What is computed between two aggregations, as it is started here."""
+
+    def run_wave(self) -> None:
+        """Run a wave whose labels are here, forward and backward."""
+
+    def forward(self) -> None:
+        """Run the forward half of a wave whose labels stay on the devices."""
+
+    def backward(self) -> None:
+        """Run the backward half of a wave whose labels stay on the devices."""
+
+    def finish_step(self) -> None:
+        """Update the coordinator's adapters."""
+
+    def evaluate(self) -> None:
+        """Run all micro-batches that devices want to have evaluated."""
+
+    def blame(self, device: str, error: NumericError) -> None:
+        """Expel a device of which nothing finite comes, unless that is no fault of its own."""
 
 
 class RoundExecutor:
@@ -33,7 +55,7 @@ class RoundExecutor:
         admission: Admission,
         learned: GlobalModel,
         checkpoints: Checkpoints,
-        waves: WaveRunner,
+        waves: Waves,
         worker: Worker,
     ) -> None:
         self._config, self._run, self._admission = config, run, admission

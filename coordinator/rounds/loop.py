@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
+from dataclasses import dataclass
 
 from coordinator.aggregation.round_start import RoundStartBuilder
+from coordinator.aggregation.versions import VersionedStart
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.server_model import ServerModel
@@ -27,13 +29,19 @@ from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.admission import Admission
+from coordinator.rounds.buffered.executor import TourExecutor
+from coordinator.rounds.buffered.handlers import TourHandler
+from coordinator.rounds.buffered.model import BufferedModel
+from coordinator.rounds.buffered.run import BufferedRun
+from coordinator.rounds.buffered.tours import BufferedState, tour_debts
+from coordinator.rounds.buffered.visits import VisitRunner
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.executor import RoundExecutor
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.progress import Waits
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import RunState
+from coordinator.rounds.state import Debt, RunState, debts
 from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
 from edge_sdk.deadline import Deadline
@@ -48,6 +56,79 @@ KEPT_STATES = "kept-states"
 POLL_S = 0.5
 # Seconds for the last words to all devices.
 GOODBYE_S = 35.0
+
+
+Kept = tuple[Residuals, Replays]
+
+
+@dataclass(frozen=True)
+class RoundForm:
+    """The parts of a run that depend on whether its rounds have a barrier."""
+
+    model: type[GlobalModel]
+    handler: type[MessageHandler]
+    waves: type[WaveRunner]
+    executor: type[RoundExecutor]
+    owed: Callable[[RunState], dict[str, Debt]]
+    make_run: Callable[
+        [str, ServeConfig, int | None, GlobalModel, ServerModel, Reporting, Kept], Run
+    ]
+    """Takes the run's name, its config, the devices that are enough once a step is done, what is
+    learned, the model, who is told, and what will hold the devices' hidden states."""
+
+
+def _synchronous(
+    run_id: str,
+    config: ServeConfig,
+    least_devices: int | None,
+    learned: GlobalModel,
+    model: ServerModel,
+    reporting: Reporting,
+    kept: Kept,
+) -> Run:
+    state = RunState(
+        total_rounds=config.rounds,
+        steps_per_round=config.steps_per_round,
+        min_devices=config.min_devices,
+        labels_on_device=config.labels == "device",
+        wave_tokens=config.most_wave_tokens,
+        least_devices=least_devices,
+    )
+    starts = RoundStartBuilder(learned.ledger, model.facts)
+    return Run(run_id, state, starts, reporting, *kept)
+
+
+def _buffered(
+    run_id: str,
+    config: ServeConfig,
+    least_devices: int | None,
+    learned: GlobalModel,
+    model: ServerModel,
+    reporting: Reporting,
+    kept: Kept,
+) -> Run:
+    own = config.buffered
+    state = BufferedState(
+        total_rounds=config.rounds,
+        steps_per_round=config.steps_per_round,
+        min_devices=config.min_devices,
+        labels_on_device=config.labels == "device",
+        size=own.size,
+        max_staleness=own.max_staleness,
+    )
+    starts = VersionedStart(learned.ledger, model.facts, own.max_staleness + 1)
+    return BufferedRun(run_id, state, starts, reporting, *kept)
+
+
+FORMS = {
+    "synchronous": RoundForm(
+        GlobalModel, MessageHandler, WaveRunner, RoundExecutor, debts, _synchronous
+    ),
+    "buffered": RoundForm(
+        BufferedModel, TourHandler, VisitRunner, TourExecutor, tour_debts, _buffered
+    ),
+}
+"""By `round_mode`."""
 
 
 class Coordinator:
@@ -83,13 +164,13 @@ class Coordinator:
         self.watcher = Watchers([RunFiles(folder), watcher])
         reporting = Reporting(self.watcher, bool(config.label_names), gateway)
         self.planner = Planner(config, model.facts, model.planning_problem())
-        self.learned = GlobalModel(config, model, self.planner)
-        round_start = RoundStartBuilder(self.learned.ledger, model.facts)
-        beginning, kept = _beginning(config, least_devices), _kept_states(config, folder)
-        self.run = Run(run_id, beginning, round_start, reporting, *kept)
+        form = FORMS[config.round_mode]
+        self.learned = form.model(config, model, self.planner)
+        about = self.learned, model, reporting, _kept_states(config, folder)
+        self.run = form.make_run(run_id, config, least_devices, *about)
         self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
         limits, probing = _limits(config, model), Probing(gateway)
-        handlers = self._handlers = MessageHandler(
+        handlers = self._handlers = form.handler(
             self.run, self.admission, self.planner, self.learned, limits, probing
         )
         self._worker = Worker(gateway.wake, pool)
@@ -97,9 +178,9 @@ class Coordinator:
             folder, config.save_total_limit, self.run, self.learned, self.planner
         )
         parts = self.run, self.admission, self.learned
-        waves = WaveRunner(*parts, self._worker, handlers.handle)
-        self._executor = RoundExecutor(config, *parts, self._checkpoints, waves, self._worker)
-        self._clock, self._waits = clock, Waits(config, self.run, gateway, self.planner)
+        waves = form.waves(*parts, self._worker, handlers.handle)
+        self._executor = form.executor(config, *parts, self._checkpoints, waves, self._worker)
+        self._clock, self._waits = clock, Waits(config, self.run, gateway, self.planner, form.owed)
         self._has_told = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -175,20 +256,9 @@ def _limits(config: ServeConfig, model: ServerModel) -> WaveInput:
     )
 
 
-def _kept_states(config: ServeConfig, folder: RunFolder) -> tuple[Residuals, Replays]:
+def _kept_states(config: ServeConfig, folder: RunFolder) -> Kept:
     """Return what will hold the devices' hidden states: to send changes, or nothing again."""
     held = folder.path / HELD if config.keep_held else None
     replay = config.replay
     path = folder.path / KEPT_STATES if replay.applies(config.labels) else None
     return Residuals(config.held_bytes, held), Replays(path, replay.max_bytes, replay.dtype)
-
-
-def _beginning(config: ServeConfig, least_devices: int | None) -> RunState:
-    return RunState(
-        total_rounds=config.rounds,
-        steps_per_round=config.steps_per_round,
-        min_devices=config.min_devices,
-        labels_on_device=config.labels == "device",
-        wave_tokens=config.most_wave_tokens,
-        least_devices=least_devices,
-    )

@@ -8,7 +8,7 @@ is pure: moments are handed in. `Waits` looks at it for a run.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,7 +19,7 @@ from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
 from coordinator.results.events import DevicesCutOff, DevicesMissing, Waiting, WaitingOver
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import Action, Debt, Owed, Phase, debts
+from coordinator.rounds.state import Action, Debt, Owed, Phase, RunState, debts
 from edge_sdk.errors import PeerGone
 
 # Seconds without progress after which a person is told whom the run waits for.
@@ -214,7 +214,24 @@ class ProgressClock:
 class Waits:
     """Tells whom a run waits for, and goes on without those who keep it waiting for too long."""
 
-    def __init__(self, config: ServeConfig, run: Run, gateway: Gateway, planner: Planning) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        run: Run,
+        gateway: Gateway,
+        planner: Planning,
+        owed: Callable[[RunState], dict[str, Debt]] = debts,
+    ) -> None:
+        """Watch over *run*.
+
+        Args:
+            config: How long anybody is waited for.
+            run: Who is waited for.
+            gateway: Knows what arrives from whom.
+            planner: Is told who missed a round.
+            owed: Returns what the run waits for, by device.
+        """
+        self._owed = owed
         self._run, self._gateway, self._planner = run, gateway, planner
         self._patience_s, self._deadline_s = config.patience_s, config.round_deadline_s
         self._clock = ProgressClock(config.patience_s)
@@ -245,7 +262,7 @@ class Waits:
         if passed_s < LOOK_EVERY_S:
             return
         self._looked_s = now_s
-        owed = debts(state)
+        owed = self._owed(state)
         moved = {name: self._moved(name) for name in owed}
         found = self._clock.look(now_s, owed, moved, state.ready)
         self._tell(found)
@@ -303,7 +320,7 @@ class Waits:
         state = self._run.state
         if self._deadline_s is None or self._round_s < self._deadline_s:
             return
-        owed = debts(state)
+        owed = self._owed(state)
         late = owed.keys() & self._clock.late()
         if not late or len(state.members) - len(late) < state.min_devices:
             return

@@ -404,12 +404,13 @@ class Participant:
     def _train_round(self, start: RoundStart) -> None:
         _, steps = self._ready()
         loss_sum, targets = 0.0, 0
+        shift = start.schedule_step - start.stamp.step if start.schedule_step >= 0 else 0
         upcoming = self._prepare.submit(self._batches.at, start.stamp.step)
         for step in range(start.stamp.step, start.end_step):
             self._stamp = replace(start.stamp, step=step)
             batch = upcoming.result()
             upcoming = self._prepare.submit(self._batches.at, step + 1)
-            report = steps.train(batch, self._stamp)
+            report = steps.train(batch, self._stamp, batch.step + shift)
             loss_sum += report.loss * report.num_targets
             targets += report.num_targets
             self._note_pace(report)

@@ -106,13 +106,13 @@ class Steps:
         self._stamp = welcome.stamp
         self._waited_s = 0.0
 
-    def train(self, batch: StepBatch, stamp: Stamp) -> StepReport:
-        """Do one optimizer step of the device and return its report."""
+    def train(self, batch: StepBatch, stamp: Stamp, schedule_step: int) -> StepReport:
+        """Do one optimizer step of the device, with the rate of *schedule_step*; report on it."""
         self._stamp = stamp
         runtime = self._runtime
         began, self._waited_s, self.replaying.is_used = time.monotonic(), 0.0, False
         loss_sum = self._train_alone(batch) if self._is_whole else self._train_waves(batch)
-        runtime.step(batch.step)
+        runtime.step(schedule_step)
         spent = time.monotonic() - began
         return StepReport(
             stamp=self._stamp,

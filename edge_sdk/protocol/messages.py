@@ -371,6 +371,9 @@ class RoundStart:
     the run has an `exchange`."""
     most_rank: int = 0
     """Ranks in which the device keeps what it has been given of a weight; likewise."""
+    schedule_step: int = -1
+    """Step of the run's schedule at which the first of these steps stands, where that is not the
+    device's own count; -1: `stamp.step`."""
 
 
 @carries(

@@ -181,10 +181,12 @@ class LightEngine(_Half):
         sums = {place: _sums(hidden, own[place]) for place, hidden in final.items()}
         return [replace(a, sums=sums[a.device, a.micro]) for a in answers]
 
-    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+    def forward(
+        self, jobs: Sequence[Job], step: int, wave: int, *, keeps: bool = True
+    ) -> dict[Place, Array]:
         """Go forward; see `Engine`."""
         here = sorted(jobs, key=lambda job: job.place)
-        self.open.extend(here)
+        self.open.extend(here if keeps else ())
         factor = self.factor()
         return {job.place: job.hidden_BTD * factor for job in here}
 

@@ -121,9 +121,8 @@ class Clock:
         node.usage.bytes_up += num_bytes
 
     def await_message(self, device: str, what: Hashable) -> None:
-        """Let the coordinator wait for the message of that name."""
-        node = self._devices[device]
-        self.wait_until(node.arrivals_s.pop(what, node.arrived_s))
+        """Let the coordinator wait for the message of that name, if it has not had it before."""
+        self.wait_until(self._devices[device].arrivals_s.pop(what, 0.0))
 
     def serve(self, devices: Iterable[str], flops: float = 0.0) -> None:
         """Let the coordinator compute what needs the last message of each of *devices*.
@@ -161,9 +160,14 @@ class Clock:
         node = self._devices[device]
         node.now_s = max(node.now_s, node.answers_s.pop(what, 0.0))
 
-    def read(self) -> ClockReading:
-        """End a round when all that was sent has arrived; usage then begins at 0 again."""
-        self.serve(self._devices)
+    def read(self, *, is_barrier: bool = True) -> ClockReading:
+        """End a round; usage then begins at 0 again.
+
+        Args:
+            is_barrier: Whether it ends when all that was sent has arrived; else it does now.
+        """
+        if is_barrier:
+            self.serve(self._devices)
         now_s = self._coordinator.now_s
         reading = ClockReading(
             seconds=now_s,

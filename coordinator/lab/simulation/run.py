@@ -78,6 +78,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
     jitter = Jitter(config.simulation.jitter, config.training.seed)
     listener = ClockListener(fleet.machines, fleet.coordinator, jitter)
+    listener.has_barriers = config.round_mode == "synchronous"
     timed = partial(TimedEngine, listener)
     cache = PartCache(config.simulation.cache)
     model = ServerModel(serve_config, cache, partial(make_local, kind=timed))
@@ -94,7 +95,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             )
             for name, profile in fleet.profiles.items()
         }
-        is_timed = serve_config.waves == "available"
+        is_timed = serve_config.waves == "available" or not listener.has_barriers
         with SimulatedGateway(devices, listener, is_timed=is_timed) as gateway:
             clock = ClockWatcher(folder, listener)
             coordinator = Coordinator(

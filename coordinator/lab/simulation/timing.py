@@ -66,6 +66,8 @@ class ClockListener(SimulationListener):
         self, devices: Mapping[str, Machine], coordinator: Machine, jitter: Jitter | None = None
     ) -> None:
         self._jitter = jitter or Jitter()
+        self.has_barriers = True
+        """Whether all devices begin and end a round together."""
         self.clock = Clock(devices, coordinator)
         self.machines, self.coordinator = dict(devices), coordinator
         self.plans: dict[str, Plan] = {}
@@ -139,7 +141,8 @@ class ClockListener(SimulationListener):
         elif isinstance(message, RoundStart) and message.end_step > message.stamp.step:
             if message.stamp.attempt > self._attempt:  # what ran before is over
                 self._attempt = message.stamp.attempt
-                self.clock.serve(self.machines)
+                if self.has_barriers:
+                    self.clock.serve(self.machines)
             self.clock.download(device, num_bytes)
         elif _counts(message):
             self.clock.download(device, num_bytes, _name_of(message))
@@ -216,13 +219,15 @@ class TimedEngine(LocalEngine):
         self._listener.serve(jobs, self.ranks, message, up=True, down=True, tail=True)
         return super().train(jobs, step, wave)
 
-    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+    def forward(
+        self, jobs: Sequence[Job], step: int, wave: int, *, keeps: bool = True
+    ) -> dict[Place, Array]:
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
         self._jobs |= {job.place: job for job in jobs}
         self._step = step
         message = (Activation, step)
         self._listener.serve(jobs, self.ranks, message, up=True, down=False, tail=False)
-        return super().forward(jobs, step, wave)
+        return super().forward(jobs, step, wave, keeps=keeps)
 
     def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
         """Go back through what `forward` has left of these micro-batches; see `Engine`."""
@@ -254,7 +259,7 @@ def clock_row(round_: int, listener: ClockListener) -> dict[str, Any]:
         Seconds since the start and of the round; for each device and the coordinator the time in
         which it computed and its share of the round, joules, and the traffic of its link.
     """
-    reading = listener.clock.read()
+    reading = listener.clock.read(is_barrier=listener.has_barriers)
     devices = {
         name: _costs_of(usage, listener.machines[name], reading.round_s)
         | {"split": listener.plans[name].split}

@@ -44,11 +44,14 @@ class ShardedEngine:
         """Deal the devices."""
         return self._one.train(jobs[::2], step, wave) + self._two.train(jobs[1::2], step, wave)
 
-    def forward(self, jobs: Sequence[Job], step: int, wave: int) -> dict[Place, Array]:
+    def forward(
+        self, jobs: Sequence[Job], step: int, wave: int, *, keeps: bool = True
+    ) -> dict[Place, Array]:
         """Deal the devices."""
         ones, twos = jobs[::2], jobs[1::2]
         self._ones |= {job.place for job in ones}
-        return self._one.forward(ones, step, wave) | self._two.forward(twos, step, wave)
+        one = self._one.forward(ones, step, wave, keeps=keeps)
+        return one | self._two.forward(twos, step, wave, keeps=keeps)
 
     def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
         """Give each its devices' gradients."""

@@ -1,0 +1,141 @@
+"""Carry out a run in which nobody waits: begin tours, serve whoever has sent, merge, close."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+from coordinator.engine.interface import DeviceFault
+from coordinator.rounds.buffered.model import BufferedModel, Merged
+from coordinator.rounds.buffered.run import BufferedRun
+from coordinator.rounds.executor import RoundExecutor, Waves
+from coordinator.rounds.pausing import PAUSE_PATIENCE_S
+from coordinator.rounds.state import Action, Phase
+from edge_sdk.protocol.messages import Pause
+
+
+class Visiting(Waves, Protocol):
+    """What is computed between two merges, as it is started here."""
+
+    def visit(self) -> bool:
+        """Run the micro-batch that came first; return whether there was one."""
+
+
+class TourExecutor(RoundExecutor):
+    """The acting half of a coordinator that waits for nobody."""
+
+    _run: BufferedRun
+    _learned: BufferedModel
+    _waves: Visiting
+    _pause_until_s: float | None = None
+
+    def _advance_once(self, now_s: float) -> bool:
+        """Do the next thing; return whether there was one."""
+        state = self._run.tours
+        if self.stop_asked:
+            return self._pause(now_s)
+        if self._run.inputs.evals:
+            self._waves.evaluate()
+            return True
+        if state.phase is Phase.TRAINING:
+            return self._take_uploads() or self._train()
+        action = state.decide()
+        doing = {
+            Action.START_ROUND: self._run.begin,
+            Action.HAND_OUT: self._hand_out,
+            Action.CLOSE: self._close,
+        }
+        if action is Action.WAIT:
+            return False
+        doing[action]()
+        return True
+
+    # ---- training ----
+
+    def _take_uploads(self) -> bool:
+        """Put one of the uploads that have come into the buffer; return whether there was one."""
+        if not self._run.inputs.uploads:
+            return False
+        upload = self._run.inputs.uploads.popleft()
+        try:
+            self._learned.take(upload.device, upload.version, upload.report)
+        except DeviceFault as fault:
+            self._run.tours.num_updates -= 1
+            self._waves.blame(fault.device, fault)
+        return True
+
+    def _train(self) -> bool:
+        """Do what is due while devices are on tour; return whether there was something."""
+        state = self._run.tours
+        self._admission.expel_refused()
+        must_merge = state.decide() is Action.AGGREGATE
+        if self._learned.is_outdated:
+            if self._learned.buffer.is_empty:
+                self._worker.start(self._learned.renew, lambda _: None)
+                return True
+            must_merge = True  # what the coordinator's blocks have learned must not be lost
+        if state.is_step_due or (must_merge and state.is_step_open):
+            self._waves.finish_step()
+        elif must_merge:
+            self._worker.start(partial(self._learned.merge, state.round), self._merged)
+        elif not self._begin_tours():
+            return self._waves.visit()
+        return True
+
+    def _begin_tours(self) -> bool:
+        """Let everybody begin who is ready and on no tour; return whether there was somebody."""
+        state, admission = self._run.tours, self._admission
+        names = sorted(state.ready.keys() - state.members.keys())
+        for name in names:
+            with admission.part_of(name):
+                start, tensors = self._run.begin_tour(
+                    name,
+                    admission.plans[name],
+                    admission.held_steps.get(name, ()),
+                    evaluate=self._evaluates_on_devices(state.round),
+                )
+                admission.send(name, start, tensors)
+                admission.holds(name, start.stamp.step)
+        return bool(names)
+
+    def _merged(self, done: Merged) -> None:
+        run, evaluating = self._run, self._config.evaluation.on_devices
+        dropped = run.merged(done.result, done.updates, evaluating=evaluating)
+        facts: dict[str, Any] = {
+            "samples": done.samples,
+            "served": done.served,
+            "cut_error": done.result.cut_error,
+            "rank": max((f.rank for f in self._learned.ledger.totals.values()), default=0),
+            "updates": done.updates,
+        }
+        if dropped:
+            facts["dropped"] = dropped
+        self._end_row(facts, done.evaluated)
+        for name in self._admission.plan_again(done.reports, []):
+            self._admission.move(name)
+        while self._take_uploads():
+            pass
+        if run.state.phase is Phase.TRAINING:
+            self._begin_tours()  # before the checkpoint, which then knows of them
+        self._checkpoints.save()
+
+    # ---- endings ----
+
+    def _pause(self, now_s: float) -> bool:
+        """Let devices save themselves where they are, then save; return whether that is done."""
+        run, state = self._run, self._run.tours
+        if self._pause_until_s is None:
+            self._pause_until_s = now_s + PAUSE_PATIENCE_S
+            run.paused.clear()
+            for name in list(state.members):
+                self._admission.send(name, Pause(stamp=run.stamp(name)))
+        if not run.paused >= state.members.keys() and now_s < self._pause_until_s:
+            return False
+        while self._take_uploads():
+            pass
+        if state.is_step_open:
+            self._waves.finish_step()
+            return True
+        if run.state.phase is not Phase.CLOSING:
+            self._checkpoints.save()
+        return self._end_if(True)
