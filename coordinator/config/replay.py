@@ -17,7 +17,8 @@ class ReplayConfig:
 
     when: Literal["never", "auto", "always"] = "never"
     """`auto`: for devices with `r: 0`, where the labels are on the coordinator anyway; `always`:
-    with `labels: device` too, of whose text the coordinator then keeps more than it must."""
+    with `labels: device` too, of whose text the coordinator then keeps more than it must. Without
+    effect where rounds have no barrier."""
     max_bytes: float = 8 * 2.0**30
     """Most bytes of all devices' files together; what has no room is sent again in each epoch."""
     dtype: Literal["wire", "float16", "int8"] = "wire"
