@@ -86,7 +86,7 @@ def test_the_user_s_own_settings_win(tmp_path: Path) -> None:
     config = load_serve_config(file, ["rounds=3"], env)
 
     assert config.settings("a") == DeviceSettings(
-        split="all", r=2, batch_size=5, codec="bfloat16", micro_batch=None, in_flight=2
+        split="all", r=2, batch_size=5, codec="bfloat16", in_flight=2, residual="auto"
     )
     assert (config.settings("b").r, config.rounds, config.aggregation) == (6, 3, "svd")
 

@@ -57,10 +57,10 @@ def test_a_device_s_own_settings_come_first() -> None:
     )
 
     assert config.settings("a") == DeviceSettings(
-        split=1, r=2, batch_size=8, micro_batch=2, codec="float32", in_flight=2
+        split=1, r=2, batch_size=8, micro_batch=2, codec="float32", in_flight=2, residual="auto"
     )
     assert config.settings("b") == DeviceSettings(
-        split=3, r=6, batch_size=8, micro_batch=2, codec="bfloat16", in_flight=2
+        split=3, r=6, batch_size=8, micro_batch=2, codec="bfloat16", in_flight=2, residual="auto"
     )
 
 

@@ -139,7 +139,7 @@ def test_adapters_and_residuals_add_up(family: str, folds: bool) -> None:
         ):
             ours = parameters[f"{name}.{letter}"].grad
             assert ours is not None
-            np.testing.assert_allclose(ours.numpy(), due, rtol=0, atol=1e-4 * np.abs(due).max())
+            np.testing.assert_allclose(ours.numpy(), due, rtol=0, atol=3e-4 * np.abs(due).max())
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -1,7 +1,5 @@
 """Numbers in few bits: bounds of what is lost, what is kept, and bytes that mean one thing only."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -134,17 +132,3 @@ def test_reading_is_exact_arithmetic(name: str) -> None:
         exact_GN = (2 * codes_GN - 2**bits + 1) @ quantize.rotation().T * (scale_G1 / 8)
 
     np.testing.assert_array_equal(codecs.decode(coded_GS.ravel(), name, (100, 64)), exact_GN)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_million_numbers_take_milliseconds(name: str) -> None:
-    """Writing and reading four megabytes of float32 takes no loop over groups (best of many)."""
-    array = np.random.default_rng(0).standard_normal((16384, 64), np.float32)
-
-    times = []
-    for _ in range(15):
-        begin_s = time.perf_counter()
-        codecs.as_read(array, name)
-        times.append(time.perf_counter() - begin_s)
-
-    assert min(times) < 0.4
