@@ -209,14 +209,22 @@ class Slice:
         """Whether the logits of a position depend on the hidden state there alone.
 
         Found out once, when the tail is present, by a few states. Where they depend on others, or
-        the model's code does not take single positions, the tail runs on all of them.
+        the model's code does not take single positions, the tail runs on all of them; so it does
+        where it is trained, as its own gradient is not computed at single positions.
         """
+        if any(_get_tensor(self.model, name).requires_grad for name in self._of_tail()):
+            return False
         if self._has_local_tail is None:
             reason = "it is a classifier's" if self.task != "causal-lm" else self._try_tail()
             if reason and self.task == "causal-lm":
                 log.warning("tail.all_positions reason=%s", reason)
             self._has_local_tail = not reason
         return self._has_local_tail
+
+    def _of_tail(self) -> tuple[str, ...]:
+        """Return the names of what the tail computes with, and of the front if it reads that."""
+        layout = self.layout
+        return (*layout.tail, *(layout.front if layout.tail_needs_front else ()))
 
     def at_positions(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Run a local tail on the states of single positions; returns (N, V).

@@ -55,7 +55,8 @@ def test_graphs_are_made_once(source: ModelSource, tmp_path: Path) -> None:
 
     assert second.find(PLAN, measures=False) == part
     graphs = read_graphs(PartCache(tmp_path / "parts").path(part))
-    assert graphs.models.keys() == {"front", "block.0", "vjp.0"}
+    forms = {"block.0", "vjp.0", "folded.block.0", "folded.vjp.0"}
+    assert graphs.models.keys() == {"front", "transposed", *forms}
     assert not list(tmp_path.glob("edgesplit-graphs-*"))
     (index,) = (tmp_path / "parts").glob("*.graphs.json")
     for damaged in (b"", bytes(40), b"[]", b'{"a": 1}', b"\xff"):

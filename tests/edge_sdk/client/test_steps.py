@@ -132,7 +132,7 @@ def make_steps(coordinator: Coordinator) -> Steps:
 def train(coordinator: Coordinator, micro: MicroBatch) -> float:
     """Do a step; return its loss."""
     batch = StepBatch(0, (micro,), max(1, micro.num_targets), micro.num_tokens)
-    return make_steps(coordinator).train(batch, Stamp(step=0)).loss
+    return make_steps(coordinator).train(batch, Stamp(step=0), 0).loss
 
 
 def test_what_travels_is_where_targets_are_predicted() -> None:

@@ -114,7 +114,10 @@ def test_every_legal_cut_is_exact(name: str) -> None:
             k: float((cut.rest(cut.front(k), k) - whole).abs().max()) for k in cut.layout.cuts
         }
 
-    assert errors == dict.fromkeys(cut.layout.cuts, 0.0)
+    # Of convolutions some processors choose the kernel by where the weights lie in memory.
+    convolves = any(isinstance(module, nn.Conv1d) for module in cut.model.modules())
+    assert errors.keys() == set(cut.layout.cuts)
+    assert max(errors.values()) <= (1e-6 * float(whole.abs().max()) if convolves else 0.0)
 
 
 @pytest.mark.parametrize("name", MORE)

@@ -322,7 +322,7 @@ def test_a_classifier_can_be_simulated(make: Any, tmp_path: Path) -> None:
 def test_frozen_weights_are_held_once_and_never_written(
     make: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All devices of a process share the storage of the base model, which stays what it was."""
+    """With residuals beside the weights all devices of a process share the storage of the base."""
     shared: list[SharedCompute] = []
     runtimes: list[Any] = []
 
@@ -338,7 +338,7 @@ def test_frozen_weights_are_held_once_and_never_written(
 
     monkeypatch.setattr(simulation, "SharedCompute", Seen)
     monkeypatch.setattr(simulated_device, "InstrumentedRuntime", SeenRuntime)
-    simulate(make(rounds=1), Watchers())
+    simulate(make(rounds=1, residual="low-rank"), Watchers())
 
     source = ModelSource(str(llama), "causal-lm")
     kept = {name: value for part in shared[0].parts.values() for name, value in part.items()}
