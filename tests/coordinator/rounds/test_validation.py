@@ -142,13 +142,13 @@ def sized(rows: int, longest: int) -> dict[str, Any]:
 
 
 MALFORMED = [
-    ({"hidden": None}, r"Activation: tensor 'hidden': missing; due: float32 \(B, T, D\)"),
+    ({"hidden": None}, r"Activation without hidden states"),
     ({"lengths": None}, r"Activation: tensor 'lengths': missing; due: int32 \(B\)"),
     ({"labels": None}, r"Activation: tensor 'labels': missing; due: \(3, 5\)"),
     ({"extra": np.zeros(1)}, "'extra': not expected; allowed: 'hidden', 'lengths', 'labels'"),
     ({"hidden": hidden(3, 5, HIDDEN, dtype=np.float64)}, "'hidden': float64"),
     ({"hidden": hidden(3, 5, HIDDEN, dtype=np.int32)}, "'hidden': int32"),
-    ({"hidden": hidden(3, 5)}, r"'hidden': float32 \(3, 5\), allowed: float32 \(B, T, D\)"),
+    ({"hidden": hidden(3, 5)}, r"'hidden': float32 \(3, 5\), allowed: float32 \(C, T, D\)"),
     ({"hidden": hidden()}, r"'hidden': float32 \(\), allowed"),
     ({"hidden": hidden(3, 5, HIDDEN, 1)}, r"'hidden': float32 \(3, 5, 8, 1\), allowed"),
     ({"hidden": hidden(3, 5, HIDDEN + 1)}, "size 9, the model has 8"),
@@ -159,7 +159,7 @@ MALFORMED = [
     (sized(3, 0), "3 x 0, the plan allows 4 x 6"),
     ({"lengths": np.array([5, 1, 3], np.int64)}, "'lengths': int64"),
     ({"lengths": np.array([5.0, 1, 3], np.float32)}, "'lengths': float32"),
-    ({"lengths": np.array([5, 1], np.int32)}, r"'lengths': int32 \(2,\), .* with B = 3"),
+    ({"lengths": np.array([5, 1], np.int32)}, r"'labels': int32 \(3, 5\), .* B = 2"),
     ({"lengths": np.array([[5, 1, 3]], np.int32)}, r"'lengths': int32 \(1, 3\)"),
     ({"lengths": np.array([5, 0, 3], np.int32)}, r"lengths outside 1\.\.5"),
     ({"lengths": np.array([5, -1, 3], np.int32)}, r"lengths outside 1\.\.5"),
