@@ -71,6 +71,14 @@ def learned(shapes: Mapping[str, Any], own: int) -> dict[str, Any]:
     return found
 
 
+def give_residual(runtime: Any, shapes: Mapping[str, Any], rank: int) -> float:
+    """Let a device of rank *rank* hold what `learned` says; return the seconds that it took."""
+    residual = learned(shapes, rank)
+    began = time.process_time()
+    runtime.state.set_residual(residual)
+    return time.process_time() - began
+
+
 def plain_step(model: Any, rank: int) -> Callable[[int], None]:
     """Return a step of plain PEFT."""
     import peft
@@ -120,12 +128,7 @@ def own_step(
     runtime = TorchRuntime(
         model.config, "causal-lm", layout, parts, plan, lora, training, 1000, device="cpu"
     )
-    seconds = 0.0
-    if has_residual:
-        residual = learned(shapes, rank)
-        began = time.process_time()
-        runtime.state.set_residual(residual)
-        seconds = time.process_time() - began
+    seconds = give_residual(runtime, shapes, rank) if has_residual else 0.0
     micro = make_micro()
     targets = BATCH * (LENGTH - 1)
 
@@ -162,12 +165,7 @@ def onnx_step(
     graphs = graphs_of(layout.num_blocks)
     training = TrainingConfig(learning_rate=1e-4)
     runtime = OnnxRuntime(graphs, parts, plan, lora, training, 1000, threads=1)
-    seconds = 0.0
-    if has_residual:
-        residual = learned(shapes, rank)
-        began = time.process_time()
-        runtime.state.set_residual(residual)
-        seconds = time.process_time() - began
+    seconds = give_residual(runtime, shapes, rank) if has_residual else 0.0
     micro = make_micro()
     grad = np.full((BATCH, LENGTH, model.config.hidden_size), 1e-3, np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -43,6 +44,14 @@ class Waves(Protocol):
 
     def blame(self, device: str, error: NumericError) -> None:
         """Expel a device of which nothing finite comes, unless that is no fault of its own."""
+
+
+def act(action: Action, doing: Mapping[Action, Callable[[], object]]) -> bool:
+    """Do what *doing* says of *action*; return whether it was more than to wait."""
+    if action is Action.WAIT:
+        return False
+    doing[action]()
+    return True
 
 
 class RoundExecutor:
@@ -128,10 +137,7 @@ class RoundExecutor:
             Action.HAND_OUT: self._hand_out,
             Action.CLOSE: self._close,
         }
-        if action is Action.WAIT:
-            return False
-        doing[action]()
-        return True
+        return act(action, doing)
 
     # ---- rounds ----
 

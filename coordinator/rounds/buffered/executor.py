@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from coordinator.engine.interface import DeviceFault
 from coordinator.rounds.buffered.model import BufferedModel, Merged
 from coordinator.rounds.buffered.run import BufferedRun
-from coordinator.rounds.executor import RoundExecutor, Waves
+from coordinator.rounds.executor import RoundExecutor, Waves, act
 from coordinator.rounds.pausing import PAUSE_PATIENCE_S
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.protocol.messages import Pause
@@ -39,16 +39,12 @@ class TourExecutor(RoundExecutor):
             return True
         if state.phase is Phase.TRAINING:
             return self._take_uploads() or self._train()
-        action = state.decide()
         doing = {
             Action.START_ROUND: self._run.begin,
             Action.HAND_OUT: self._hand_out,
             Action.CLOSE: self._close,
         }
-        if action is Action.WAIT:
-            return False
-        doing[action]()
-        return True
+        return act(state.decide(), doing)
 
     # ---- training ----
 

@@ -20,15 +20,6 @@ from edge_sdk.model.weights import ModelSource, load_config, locate, model_hash,
 from tests.tiny import CLASSES, make_config, make_model, task_of
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny tied llama as transformers saves it."""
-    path = tmp_path_factory.mktemp("models") / "llama"
-    model: Any = make_model(make_config("llama"), "causal-lm")
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def own(folder: Path, tmp_path: Path) -> Path:
     """A copy of the model that a test may spoil."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,16 +13,6 @@ from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.plan import Part
 from tests.damage import DAMAGES
-from tests.tiny import make_config, make_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny tied llama as transformers saves it."""
-    path = tmp_path_factory.mktemp("models") / "llama"
-    model: Any = make_model(make_config("llama"), "causal-lm")
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture
