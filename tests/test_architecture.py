@@ -29,7 +29,7 @@ ORDER = {
     ],
     "edge_sdk": [
         ["errors"],
-        ["deadline", "files"],
+        ["deadline", "files", "names"],
         ["held_states", "running_note"],
         ["config"],
         ["protocol"],

@@ -33,6 +33,7 @@ from edge_sdk.held_states import HeldStates
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.exchange import Known, finer, refined
 from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.names import inside
 from edge_sdk.protocol import residual
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -176,7 +177,7 @@ class Participant:
             self._welcome, self._assigned, self._data = welcome, None, None
             self._held = None
         self._stamp = welcome.stamp
-        self._folder = self._config.state / welcome.stamp.run / welcome.stamp.device
+        self._folder = inside(self._config.state, welcome.stamp.run, welcome.stamp.device)
         LocalState(self._folder).prepare()
         self._callback.on_connect(welcome.stamp.run)
 

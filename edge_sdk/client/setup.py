@@ -19,7 +19,7 @@ from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tally import Tally
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
-from edge_sdk.errors import ModelError
+from edge_sdk.errors import ModelError, RemoteProtocolError
 from edge_sdk.files import atomic_write
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.kept.part_cache import PartCache
@@ -27,8 +27,9 @@ from edge_sdk.model.kept.part_hashes import PartHashes
 from edge_sdk.model.kept.split_proof import prove_split
 from edge_sdk.model.safetensors_files import map_part
 from edge_sdk.model.weights import FILE_NAMES, ModelSource, open_part
+from edge_sdk.names import inside
 from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import PartData, PartRequest, PlanAssigned, Stamp, Welcome
+from edge_sdk.protocol.messages import PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.protocol.plan import Part
 from edge_sdk.runtime.training import TrainingConfig, from_pairs
 
@@ -70,10 +71,11 @@ class RuntimeSetup:
         while not self._cache.has(part):
             offset = self._cache.received(part)
             if offset < part.num_bytes:
+                self._cache.check_room(part)
                 answer = ask(PartRequest(stamp=stamp, sha256=part.sha256, offset=offset))
-                message = answer.message
-                assert isinstance(message, PartData)
-                self._cache.append(part, message.offset, answer.tensors["data"].data)
+                data = answer.tensors["data"].data
+                _check_advance(part, offset, data.nbytes)
+                self._cache.append(part, offset, data)
                 continue
             log.info("part.fetched name=%s bytes=%d", part.name, part.num_bytes)
             try:
@@ -89,7 +91,7 @@ class RuntimeSetup:
     def files(self, welcome: Welcome, ask: Ask) -> Path:
         """Return a folder with the model's config and tokenizer."""
         part = welcome.files
-        folder = self._cache.folder / f"{part.sha256}.files"
+        folder = inside(self._cache.folder, f"{part.sha256}.files")
         for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
@@ -175,6 +177,14 @@ class RuntimeSetup:
                 "download the parts"
             )
         return self._local.tensors(part.name)
+
+
+def _check_advance(part: Part, offset: int, num_bytes: int) -> None:
+    """Refuse an answer after which a download would stand where it stood, or beyond its end."""
+    if not 0 < num_bytes <= part.num_bytes - offset:
+        raise RemoteProtocolError(
+            f"part {part.name!r}: {num_bytes} bytes came at {offset}, of {part.num_bytes} in all"
+        )
 
 
 def make_batches(prepared: TokenizedData, assigned: PlanAssigned, seed: int, name: str) -> Batches:

@@ -5,7 +5,7 @@ a header (`packets.py`), delivery (`channel.py`).
 
 A header is one msgpack map ``{"v": 1, "type": name, "body": {...}, "tensors": [...]}``. msgspec
 checks it against a strict form of the dataclass: every field that has no default, no conversion
-from one type to another, integers of 64 bits, finite numbers.
+from one type to another, integers of 64 bits, finite numbers, and the forms of `edge_sdk/names.py`.
 
 What a newer version of the same protocol adds is an optional field: readers pass over fields that
 they do not know, and take the default of those that are missing. ``v`` grows when that is not
@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+from edge_sdk.names import Between, Matching
 from edge_sdk.protocol import codecs
 from edge_sdk.protocol.messages import MESSAGES, PROTOCOL_VERSION
 
@@ -117,10 +118,12 @@ def _strict(hint: Any) -> Any:
     if hint in _SCALARS:
         return _SCALARS[hint]
     if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
         fields = [_strict_field(field, hints[field.name]) for field in dataclasses.fields(hint)]
         return msgspec.defstruct(hint.__name__, fields, kw_only=True)  # type: ignore[union-attr]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _bounded(*args)
     if origin is tuple and args[1:] == (...,):
         return tuple[_strict(args[0]), ...]  # type: ignore[misc]
     if origin is dict and args[0] is str:
@@ -128,6 +131,13 @@ def _strict(hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union) and args[1:] == (type(None),):
         return typing.Optional[_strict(args[0])]  # noqa: UP045 - it is computed
     raise TypeError(f"{hint!r} cannot travel in a header")
+
+
+def _bounded(hint: Any, form: Matching | Between) -> Any:
+    """Return *hint*, a text or an integer, with the form that it has on the wire."""
+    if isinstance(form, Between):
+        return Annotated[hint, Meta(ge=form.least, le=form.most)]
+    return Annotated[hint, Meta(pattern=rf"\A(?:{form.pattern})\Z")]
 
 
 def _strict_field(field: dataclasses.Field[Any], hint: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+from edge_sdk.names import ModelHash, PartBytes, RunName, Sha256
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.protocol.tensors import Tensor, carries
 from profiler.profile import DeviceProfile
@@ -38,9 +39,9 @@ HEAD = Tensor("<parameter>", "...", "A parameter of a trainable head, under its 
 class Stamp:
     """What a message belongs to, so that it may be sent twice and is applied once."""
 
-    run: str = ""
+    run: RunName = ""
     """Run id; empty before the coordinator has welcomed the device."""
-    device: str = ""
+    device: RunName = ""
     """Name of the device as the coordinator registered its key."""
     round: int = 0
     """Aggregation round, from 0."""
@@ -89,7 +90,7 @@ class Hello:
     sdk_version: str
     codecs: tuple[str, ...]
     """Tensor codecs this device can read and write, best first."""
-    model_hash: str = ""
+    model_hash: ModelHash = ""
     """Expected model; empty takes whatever the coordinator serves."""
     backend: str = "torch"
     """What computes on the device: `torch`, or `onnxruntime` or `onnxruntime-training`, which are
@@ -109,8 +110,8 @@ class PartRequest:
     """Request for the bytes of a part from `offset` on. Device -> coordinator."""
 
     stamp: Stamp
-    sha256: str
-    offset: int
+    sha256: Sha256
+    offset: PartBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +269,7 @@ class Welcome:
     stamp: Stamp
     protocol: int
     sdk_version: str
-    model_hash: str
+    model_hash: ModelHash
     num_blocks: int
     files: Part
     """Config and tokenizer of the model."""
@@ -336,9 +337,9 @@ class PartData:
     """A stretch of a part. Coordinator -> device."""
 
     stamp: Stamp
-    sha256: str
-    offset: int
-    total_bytes: int
+    sha256: Sha256
+    offset: PartBytes
+    total_bytes: PartBytes
 
 
 @carries(*FACTORS, *RESIDUAL, HEAD)

@@ -9,6 +9,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_sdk.names import PartBytes, PartName, Sha256
+
 # Micro-batches that a device may have under way; the coordinator keeps the input of all but one.
 MOST_IN_FLIGHT = 4
 # Where waves are made of what is there and labels stay on the devices, the coordinator has as many
@@ -26,10 +28,10 @@ beside it at every step; `auto` adds it where nothing is lost by that."""
 class Part:
     """One downloadable piece of the model: a safetensors file known by its content."""
 
-    name: str
+    name: PartName
     """`files` (config and tokenizer), `front`, `block.<i>`, `tail`."""
-    sha256: str
-    num_bytes: int
+    sha256: Sha256
+    num_bytes: PartBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

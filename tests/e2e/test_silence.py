@@ -326,7 +326,7 @@ def test_who_breaks_the_rules_again_and_again_is_refused(cluster: Cluster) -> No
     for _ in range(4):
         with cluster.link("c") as link:
             link.send(hello)
-            link.send(PartRequest(stamp=Stamp(), sha256="no such part", offset=0))
+            link.send(PartRequest(stamp=Stamp(), sha256="0" * 64, offset=0))
             answer: Any = None
             while not isinstance(answer, Failure | Refused):
                 answer = link.receive(Deadline.after(PATIENCE_S)).message

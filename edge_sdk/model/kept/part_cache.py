@@ -8,17 +8,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_sdk.errors import ModelError, StorageError
-from edge_sdk.files import atomic_file, identity, storage_errors
+from edge_sdk.files import atomic_file, identity, make_folder, storage_errors, sync
 from edge_sdk.model.safetensors_files import Sink
+from edge_sdk.names import inside
 from edge_sdk.protocol.plan import Part
 
 log = logging.getLogger(__name__)
+
+# What a download leaves free on the disk of whoever fetches it.
+SPARE_BYTES = 16 << 20
 
 
 class PartCache:
@@ -32,7 +37,7 @@ class PartCache:
 
     def path(self, part: Part) -> Path:
         """Return where *part* lies once it is complete."""
-        return self.folder / f"{part.sha256}.safetensors"
+        return inside(self.folder, f"{part.sha256}.safetensors")
 
     def has(self, part: Part) -> bool:
         """Return whether *part* is complete and whole.
@@ -65,6 +70,21 @@ class PartCache:
         except (FileNotFoundError, NotADirectoryError):
             return 0  # not begun, or another device of this machine has finished it
 
+    def check_room(self, part: Part) -> None:
+        """Refuse to go on with a download that the disk cannot take.
+
+        Raises:
+            StorageError: too little is free; nothing more is asked for.
+        """
+        with storage_errors(f"part {part.name!r} to {self.folder}"):
+            make_folder(self.folder)
+            free = shutil.disk_usage(self.folder).free
+        if (left := part.num_bytes - self.received(part)) > free - SPARE_BYTES:
+            raise StorageError(
+                f"part {part.name!r} needs {left} bytes more in {self.folder}, where {free} are "
+                "free; make room, or let `cache` name another folder"
+            )
+
     def append(self, part: Part, offset: int, data: memoryview | bytes) -> None:
         """Add a stretch of *part*; what is there already is written again with the same bytes.
 
@@ -96,6 +116,7 @@ class PartCache:
         try:
             with partial.open("rb") as file:
                 checked, found = os.fstat(file.fileno()), _digest(file)
+                os.fsync(file.fileno())  # a name must not survive a power cut without its content
             # Another device may put another file in its place meanwhile, but not in that of `own`.
             partial.replace(own)
             is_others = checked.st_size < part.num_bytes or own.stat().st_ino != checked.st_ino
@@ -103,6 +124,7 @@ class PartCache:
                 own.unlink()
             else:
                 own.replace(path)
+                sync(path.parent)
                 self._checked[part.sha256] = identity(path)
             if is_others or found == part.sha256:
                 return path
@@ -125,7 +147,7 @@ class PartCache:
         Raises:
             ModelError: what was written is another part.
         """
-        with atomic_file(self.path(part), sync=False) as file:  # its hash says if it is whole
+        with atomic_file(self.path(part)) as file:
             digest = hashlib.sha256()
             write(_Both(file, digest.update))
             if digest.hexdigest() != part.sha256:
@@ -138,7 +160,7 @@ class PartCache:
         return self.path(part)
 
     def _partial(self, part: Part) -> Path:
-        return self.folder / f"{part.sha256}.partial"
+        return inside(self.folder, f"{part.sha256}.partial")
 
 
 class _Both:

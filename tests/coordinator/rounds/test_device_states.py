@@ -22,7 +22,7 @@ from edge_sdk.protocol.messages import (
 
 MESSAGES = {
     "Hello": Hello(stamp=Stamp(), protocol=1, sdk_version="0", codecs=()),
-    "PartRequest": PartRequest(stamp=Stamp(), sha256="", offset=0),
+    "PartRequest": PartRequest(stamp=Stamp(), sha256="0" * 64, offset=0),
     "Ready": Ready(stamp=Stamp(), vocab_size=1, num_samples=1, held_steps=()),
     "Activation": Activation(stamp=Stamp(), micro=0, num_micro=1, num_targets=1),
     "AdapterUpload": AdapterUpload(stamp=Stamp()),

@@ -37,7 +37,7 @@ WELCOME = Welcome(
     sdk_version="0",
     model_hash="",
     num_blocks=1,
-    files=Part(name="files", sha256="", num_bytes=0),
+    files=Part(name="files", sha256="0" * 64, num_bytes=0),
     task="causal-lm",
     labels="server",
     codec="float32",

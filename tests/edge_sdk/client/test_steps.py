@@ -39,7 +39,7 @@ WELCOME = Welcome(
     sdk_version="0",
     model_hash="",
     num_blocks=BLOCKS,
-    files=Part(name="files", sha256="", num_bytes=0),
+    files=Part(name="files", sha256="0" * 64, num_bytes=0),
     task="causal-lm",
     labels="device",
     codec="float32",

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+from edge_sdk.names import Between
 from edge_sdk.protocol import headers as wire
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
@@ -39,8 +40,13 @@ def header(**changes: Any) -> dict[str, Any]:
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for what a field of *hint* may hold."""
+    if typing.get_origin(hint) is typing.Annotated:
+        form = typing.get_args(hint)[1]
+        if isinstance(form, Between):
+            return st.integers(form.least, form.most)
+        return st.from_regex(rf"\A(?:{form.pattern})\Z")
     if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
         return st.builds(hint, **{name: values(one) for name, one in hints.items()})
     if typing.get_origin(hint) is tuple:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)

@@ -23,7 +23,7 @@ from edge_sdk.protocol.tensors import TENSORS, check_shapes, check_tensors
 from edge_sdk.transport.memory_link import memory_pair
 
 START = RoundStart(stamp=Stamp(), end_step=1, is_full=True)
-PART = PartData(stamp=Stamp(), sha256="", offset=0, total_bytes=9)
+PART = PartData(stamp=Stamp(), sha256="0" * 64, offset=0, total_bytes=9)
 TOP, GRADIENT = TopHidden(stamp=Stamp(), micro=0), Gradient(stamp=Stamp(), micro=0, loss_sum=0.0)
 
 

@@ -316,7 +316,7 @@ def test_too_large_a_message_from_the_coordinator_is_an_error(gateway: ZmqGatewa
         link.set_limit(1000)
         time.sleep(0.1)
         big = {"data": (np.zeros(5000, np.uint8), "uint8")}
-        gateway.send("d1", PartData(stamp=Stamp(), sha256="", offset=0, total_bytes=1), big)
+        gateway.send("d1", PartData(stamp=Stamp(), sha256="0" * 64, offset=0, total_bytes=1), big)
         gateway.send("d1", Pause(stamp=Stamp()))
         with pytest.raises(RemoteProtocolError, match="at most 1000"):
             link.receive(Deadline.after(5))
