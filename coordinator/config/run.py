@@ -117,10 +117,11 @@ class ServeConfig:
     """Aggregations in the run."""
     steps_per_round: int = 20
     """Optimizer steps between two aggregations."""
-    waves: Literal["gathered", "available"] = "gathered"
+    waves: Literal["gathered", "available"] = "available"
     """What the coordinator computes together. `available`: whatever is there when it is free, so
-    that nobody waits for others inside a step. `gathered`: the j-th micro-batch of every device, so
-    that equal runs give equal numbers to the last bit, at the pace of whoever is late each time."""
+    that nobody waits for others inside a step; equal runs differ by the order of additions.
+    `gathered`: the j-th micro-batch of every device, so that equal runs give equal numbers to the
+    last bit, at the pace of whoever is late each time."""
     wave_tokens: int | None = None
     """Most tokens, padding included, that `waves: available` computes together; a single
     micro-batch may have more. None: 4096 with `labels: server`, one micro-batch with

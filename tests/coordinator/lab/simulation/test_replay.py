@@ -39,6 +39,7 @@ def run(folder: Path, name: str, **settings: Any) -> SimulationResult:
         default=DeviceSettings(split=2, batch_size=BATCH, micro_batch=1, r=0, codec="float32"),
         lora=LoraConfig(r=4),
         device="cpu",
+        waves="gathered",
         simulation=fleet,
         **settings,
     )
