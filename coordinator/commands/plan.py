@@ -109,7 +109,8 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
         for line in _rank_lines(problem, plan.ranks):
             out.print(f"  {line}")
         if explain:
-            out.print(_options_table(found.explanation.devices[device], plan.split, found.wave_s))
+            story = found.explanation.devices[device]
+            out.print(_options_table(problem, story, plan.split, found.wave_s))
     if found.server_ranks:
         out.print("coordinator: adapters")
         for line in _rank_lines(problem, found.server_ranks):
@@ -148,10 +149,15 @@ def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
     return table
 
 
-def _options_table(story: DeviceExplanation, split: int, wave_s: float | None) -> Table:
+def _options_table(
+    problem: PlanningProblem, story: DeviceExplanation, split: int, wave_s: float | None
+) -> Table:
     """List every split of a device, and what rules it out."""
     headings = ("split", "", "device MiB", "device s", "coordinator MiB", "coordinator s")
     table = _table(headings, num_text=2)
+    for cut in problem.facts.layout.cuts:
+        if cut < problem.config.planning.min_split:
+            table.add_row(str(cut), "min_split", "", "", "", "")
     for option in story.options:
         late = wave_s is not None and option.device_s is not None and option.device_s > wave_s
         verdict = "memory" if option.device_bytes > story.budget_bytes else "time" if late else ""

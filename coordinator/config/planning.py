@@ -16,6 +16,9 @@ class PlanningConfig:
     ranks: Literal["fixed", "uniform", "rngwp"] = "fixed"
     """`fixed`: as in `default` and `devices`; `uniform`: the largest one rank that fits the
     device; `rngwp`: by importance per byte, weight by weight."""
+    min_split: int = 1
+    """Least blocks that a device runs: no plan gives it fewer, whoever chooses split points, and a
+    config that asks for fewer is refused."""
     rank_set: tuple[int, ...] = (2, 4, 8, 16)
     """Ranks that a weight may have beside 0; the paper's Q."""
     utility: Literal["log", "sqrt", "linear"] = "log"
@@ -55,8 +58,9 @@ class PlanningConfig:
         ranks = self.rank_set
         if not ranks or any(rank < 1 for rank in ranks) or len(set(ranks)) < len(ranks):
             raise ValueError(f"rank_set must hold different ranks of at least 1, got {list(ranks)}")
-        if self.importance_every < 1:
-            raise ValueError(f"importance_every must be at least 1, got {self.importance_every}")
+        for name in ("importance_every", "min_split"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("drift", "min_gain", "memory_margin"):
             most = 1.0 if name == "memory_margin" else 1e9
             if not 0.0 <= getattr(self, name) < most:

@@ -340,7 +340,7 @@ def options(problem: PlanningProblem, device: str) -> list[Option]:
 
     Times are None throughout where the device's speed or link is unknown.
     """
-    rows = [_option(problem, device, split) for split in problem.facts.layout.cuts]
+    rows = [_option(problem, device, split) for split in problem.cuts]
     if all(row.device_s is not None for row in rows):
         return rows
     return [

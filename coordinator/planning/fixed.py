@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from coordinator.aggregation.rules import RULES
 from coordinator.config.run import ServeConfig
+from coordinator.planning.cuts import allowed_cuts, given_split
 from coordinator.planning.ranks import possible_ranks
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.targets import ModelFacts, check_rank
@@ -22,11 +23,12 @@ def plan_device(config: ServeConfig, facts: ModelFacts, device: str) -> Plan:
     Raises:
         ConfigError: split, rank or micro-batch cannot be had.
     """
-    settings = config.settings(device)
+    settings, own = config.settings(device), config.devices.get(device)
     split, rank = settings.split, settings.r
     assert split is not None
     assert rank is not None
-    split = facts.layout.num_blocks if split == "all" else split
+    is_own = own is not None and own.split is not None
+    split = given_split(config.planning, facts.layout, split, is_own=is_own)
     ranks = {name: config.lora.rank_of(name, rank) for name in facts.weights(0, split)}
     return make_plan(config, facts, device, split, ranks)
 
@@ -48,6 +50,11 @@ def make_plan(
         raise ConfigError(f"{where}.split: {split} is outside 1..{num_blocks} (the model's blocks)")
     if split not in facts.layout.cuts:
         raise ModelError(f"{where}.split: {split}: {facts.layout.why_not(split)}")
+    if split < (least := allowed_cuts(config.planning, facts.layout)[0]):
+        raise ConfigError(
+            f"{where}.split: {split} is below planning.min_split {config.planning.min_split}; "
+            f"give it {least} or more, or lower planning.min_split"
+        )
     micro = settings.micro_batch or batch
     if batch < 1 or micro < 1 or batch % micro:
         raise ConfigError(f"{where}.micro_batch: {micro} does not divide batch_size {batch}")
@@ -104,7 +111,7 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
     plans["default"] = plan_device(config, facts, "")
     first = min(plan.split for plan in plans.values())
     if config.planning.split != "fixed":
-        first = facts.layout.cuts[0]  # any device that joins may get it
+        first = allowed_cuts(config.planning, facts.layout)[0]  # any device that joins may get it
     if facts.layout.needs_ids and config.labels == "device" and first < facts.layout.num_blocks:
         raise ModelError(
             f"labels: 'device': blocks after the first need the token ids of the texts, which may "

@@ -95,10 +95,18 @@ def _tables(
             pin = problem.pinned_split(device)
             fitting(device, own, problem.limit_bytes(device), pin)
         except ConfigError as error:
-            refused[device] = str(error)
+            refused[device] = f"{error}{_floor_note(problem, device)}"
         else:
             tables[device] = own
     return tables, refused
+
+
+def _floor_note(problem: PlanningProblem, device: str) -> str:
+    """Say that a device might take part with fewer blocks than `planning.min_split` allows."""
+    least = problem.config.planning.min_split
+    if least == 1 or problem.pinned_split(device) is not None:
+        return ""
+    return f"; planning.min_split {least} gives it no fewer blocks"
 
 
 def _split(problem: PlanningProblem, tables: Mapping[str, list[Option]]) -> Splits:
@@ -285,6 +293,9 @@ def _server_story(problem: PlanningProblem, splits: Splits, ranks: Ranks) -> Ser
 
 def _notes(problem: PlanningProblem) -> tuple[str, ...]:
     config, found = problem.config, [f"sequences of up to {problem.length} tokens"]
+    if config.planning.min_split > 1:
+        least = config.planning.min_split
+        found.append(f"planning.min_split {least}: no device runs fewer blocks")
     if problem.split_rule.weighs_time and problem.server_speed is None:
         found.append("planning.server_flops_per_s unknown: only memory decides the splits")
     if not math.isfinite(problem.budget_bytes(SERVER)):

@@ -42,7 +42,7 @@ def smaller(
     """Return the next smaller plan of a device; None where the config leaves none.
 
     What leaves the device is not changed by this: where all blocks are a device's by config, they
-    stay there.
+    stay there, and it never runs fewer than `planning.min_split`.
 
     Args:
         config: The run; it says which splits and ranks are to stay.
@@ -67,7 +67,11 @@ def _shallower(
 ) -> Plan | None:
     rule, split = RULES[config.aggregation], facts.layout.cut_below(plan.split)
     is_whole = plan.split == facts.layout.num_blocks
-    if split < 1 or rule.needs_whole_model or (is_whole and config.planning.split == "fixed"):
+    if (
+        split < config.planning.min_split
+        or rule.needs_whole_model
+        or (is_whole and config.planning.split == "fixed")
+    ):
         return None
     given_up = facts.weights(split, plan.split)
     if rule.needs_equal_ranks and any(server_ranks[n] != plan.ranks[n] for n in given_up):

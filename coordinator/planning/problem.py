@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import ServeConfig
+from coordinator.planning.cuts import allowed_cuts, given_split
 from coordinator.planning.ranks import possible_ranks
 from coordinator.planning.splits import SPLIT_RULES, SplitRule
 from edge_sdk.lora.folding import folds
@@ -72,6 +73,11 @@ class PlanningProblem:
     def num_blocks(self) -> int:
         """Number of blocks of the model."""
         return self.facts.layout.num_blocks
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Numbers of blocks that a plan may give a device."""
+        return allowed_cuts(self.config.planning, self.facts.layout)
 
     @cached_property
     def _by_block(self) -> list[list[str]]:
@@ -153,11 +159,13 @@ class PlanningProblem:
         own = self.config.devices.get(device)
         split = own.split if own else None
         if split is None and device in self.frozen and self.config.planning.split != "fixed":
-            return 1
+            return self.cuts[0]
         is_known = self.profile(device).memory_bytes is not None
         is_frozen = self.pinned_rank(device) == 0
         if split is None and (self.config.planning.split == "fixed" or is_frozen or not is_known):
             split = self.config.settings(device).split
+            assert split is not None
+            split = given_split(self.config.planning, self.facts.layout, split, is_own=False)
         return self.num_blocks if split == "all" else split
 
     def micro_batch(self, device: str) -> int:

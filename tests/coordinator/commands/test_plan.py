@@ -99,6 +99,20 @@ def test_the_plan_as_text(config: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert "coordinator MiB" in long
 
 
+def test_the_least_split_is_explained(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --explain the splits below `planning.min_split` stand there as such, with no numbers."""
+    profile = write(tmp_path / "cam.json", PROFILE)
+    arguments = ["planning.min_split=3", "--config", config, "--profiles", profile, "--explain"]
+
+    text = plan(capsys, *arguments)
+
+    rows = [line.split() for line in text.splitlines()]
+    assert [row for row in rows if "min_split" in row] == [["1", "min_split"], ["2", "min_split"]]
+    assert "note: planning.min_split 3: no device runs fewer blocks" in text
+
+
 def test_importance_from_a_file(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +172,7 @@ BAD: dict[str, tuple[str, str, list[str], int, tuple[str, ...]]] = {
     "no object": ("a.json", "[]", [], 2, ("a.json",)),
     "length": ("a.json", "{}", ["max_length=65"], 2, ("max_length", "2..64")),
     "rank set": ("a.json", "{}", ["planning.rank_set=[99]"], 2, ("planning.rank_set", "99")),
+    "least split": ("a.json", "{}", ["planning.min_split=9"], 2, ("planning.min_split", "1..5")),
     "fedavg": ("a.json", "{}", ["aggregation=fedavg"], 2, ("rngwp", "uniform")),
     "model": ("a.json", "{}", ["model=./absent"], 8, ("absent", "does not exist")),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.fixed import check_config, plan_device, plan_server
 from edge_sdk.errors import ConfigError
@@ -99,3 +100,28 @@ def test_fedavg_needs_equal_ranks(facts: ModelFacts, change: dict[str, Any]) -> 
 
     with pytest.raises(ConfigError, match=r"'fedavg' needs equal ranks, the config gives \[2, 4\]"):
         check_config(make_config(aggregation="fedavg", **change), facts)
+
+
+def test_a_fixed_split_below_the_least_is_refused(facts: ModelFacts) -> None:
+    """A config with fewer blocks than `planning.min_split` does not start; as many are enough."""
+    least = PlanningConfig(min_split=3)
+    deep = DeviceSettings(split=3)
+
+    check_config(make_config(a={"split": 3}, default=deep, planning=least), facts)
+
+    with pytest.raises(ConfigError, match=r"devices.a.split: 2 is below planning.min_split 3"):
+        check_config(make_config(default=deep, planning=least), facts)
+    with pytest.raises(ConfigError, match=r"default.split: 1 is below planning.min_split 3"):
+        check_config(make_config(a={"split": "all"}, planning=least), facts)
+    with pytest.raises(ConfigError, match=r"planning.min_split: 13 is outside 1..12"):
+        check_config(make_config(a={"split": "all"}, planning=PlanningConfig(min_split=13)), facts)
+
+
+def test_a_planned_run_begins_at_the_least_split(facts: ModelFacts) -> None:
+    """Where splits are planned, the default's is lifted to the least one, a device's own is not."""
+    planning = PlanningConfig(split="memory", min_split=3)
+
+    assert check_config(make_config(a={"split": 4}, planning=planning), facts) == 3
+    assert plan_device(make_config(planning=planning), facts, "stranger").split == 3
+    with pytest.raises(ConfigError, match=r"devices.a.split: 2 is below planning.min_split 3"):
+        check_config(make_config(planning=planning), facts)
