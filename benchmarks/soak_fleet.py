@@ -121,6 +121,7 @@ class SoakFleet:
             "lora": {"r": 4, "lora_alpha": 8},
             "training": {"learning_rate": 2e-3},
             "device": "cpu",
+            "waves": "gathered",
             **settings,
         }
         write(folder / "run.yaml", self.run)

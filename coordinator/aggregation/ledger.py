@@ -27,7 +27,7 @@ from coordinator.aggregation.rules import (
 )
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair, initial_pair
-from edge_sdk.lora.factors import Array, Factors, compress, stack, zero
+from edge_sdk.lora.factors import Array, Factors, condense, zero
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 
 
@@ -280,7 +280,7 @@ class Ledger:
             result.changes[weight] = residual(update.total, old)
         elif update.change is not None:
             result.changes[weight] = update.change
-            self.totals[weight] = compress(stack([old, update.change]))[0]
+            self.totals[weight] = condense(old, [update.change])
 
     def _join_heads(self, reports: Mapping[str, Report]) -> dict[str, Array]:
         """Return the mean of a trained head over those who hold it, weighted by samples."""

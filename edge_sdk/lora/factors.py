@@ -113,6 +113,30 @@ def compress(
     return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32)), error
 
 
+def condense(kept: Factors, added: Sequence[Factors], *, cancels: bool = False) -> Factors:
+    """Return a sum that grows from round to round, in no more numbers than it needs.
+
+    As `compress` without a cap, until *kept* has as many ranks as the matrix can have: what is added
+    then seldom takes ranks away. The matrix itself beside an identity has as many numbers, and costs
+    one product instead of a decomposition.
+
+    Args:
+        kept: The sum until now.
+        added: What is added to it, of the same shape.
+        cancels: What is added may cancel what is there: drop what is only their rounding.
+    """
+    term = stack([kept, *added])
+    num_outputs, num_inputs = term.b_OR.shape[-2], term.a_RI.shape[-1]
+    side = min(num_outputs, num_inputs)
+    if kept.rank < side:
+        return compress(term, cancels=cancels)[0]
+    dense = (term.b_OR.astype(np.float64) @ term.a_RI.astype(np.float64)).astype(np.float32)
+    if cancels and np.linalg.norm(dense) <= _rounding_of(term):
+        return zero_like(term)
+    one = np.tile(np.eye(side, dtype=np.float32), (*dense.shape[:-2], 1, 1))
+    return Factors(dense, one) if num_inputs == side else Factors(one, dense)
+
+
 def leading(term: Factors, max_rank: int | None = None, tolerance: float = TOLERANCE) -> Factors:
     """Return the best approximation of *term*, a stack whose terms may cancel.
 

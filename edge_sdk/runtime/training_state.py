@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.factors import Array, Factors, compress, stack
+from edge_sdk.lora.factors import Array, Factors, condense, zero_like
 from edge_sdk.lora.importance import ImportanceAccumulator
 from edge_sdk.lora.numpy_adapters import NumpyAdapters
 from edge_sdk.lora.optimizer_state import fitted
@@ -196,11 +196,10 @@ def merge_change(
     merged = {}
     for name, change in changes.items():
         terms = [change]
-        if name in adapters.residual:
-            terms.append(adapters.residual[name])
         if name in now:
             terms += [now[name].scaled(-1.0), before[name]]
-        merged[name] = compress(stack(terms), cancels=True)[0]
+        kept = adapters.residual.get(name) or zero_like(change)
+        merged[name] = condense(kept, terms, cancels=True)
     adapters.set_residual(merged)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.lora.factors import Factors, compress, stack, zero
+from edge_sdk.lora.factors import Factors, compress, condense, stack, zero
 
 RANKS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -56,6 +56,26 @@ def test_compressing_loses_nothing(
     assert error == 0.0
     assert small.rank <= min(*size, sum(ranks))
     assert np.linalg.norm(dense(small) - dense(terms)) <= 1e-6 * np.linalg.norm(dense(terms))
+    assert small.b_OR.dtype == small.a_RI.dtype == np.float32
+
+
+@given(RANKS, SIZES, SEEDS, st.sampled_from([(), (2,)]))
+@settings(deadline=None, max_examples=60)
+def test_a_condensed_sum_is_the_sum_in_no_more_numbers_than_it_needs(
+    ranks: list[int], size: tuple[int, int], seed: int, experts: tuple[int, ...]
+) -> None:
+    """Above and below the rank of the matrix, stacks of experts included, with ranks to match."""
+    generator = np.random.default_rng(seed)
+    shapes = [((*experts, size[0], r), (*experts, r, size[1])) for r in ranks]
+    terms = [Factors(*(generator.normal(size=s).astype("f4") for s in p)) for p in shapes]
+    whole = dense(stack(terms))
+
+    small = condense(terms[0], terms[1:])
+    nothing = condense(terms[0], [*terms[1:], *(term.scaled(-1.0) for term in terms)], cancels=True)
+
+    assert small.rank <= min(*size, sum(ranks))
+    assert np.linalg.norm(dense(small) - whole) <= 1e-6 * np.linalg.norm(whole)
+    assert nothing.rank == 0
     assert small.b_OR.dtype == small.a_RI.dtype == np.float32
 
 
