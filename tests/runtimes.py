@@ -24,8 +24,9 @@ from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.safetensors_files import Stored, map_part
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import Runtime
-from edge_sdk.runtime.onnx_graphs import Graphs
+from edge_sdk.runtime.onnx_graphs import Graphs, read_graphs
 from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+from edge_sdk.runtime.onnx_sizes import Sizes, check_room
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
 from tests.tiny import FAMILIES, make_config, make_model, make_parts, task_of
@@ -98,7 +99,13 @@ def _graphs(family: str, dtype: torch.dtype) -> Graphs:
         targets=model.targets,
         dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in stored.items()},
     )
-    return export_slice(model.config, job, model.layout)
+    made = export_slice(model.config, job, model.layout)
+    with tempfile.TemporaryDirectory() as folder:  # as a device sees them
+        path = Path(folder) / "graphs.safetensors"
+        path.write_bytes(made.pack())
+        made = read_graphs(path)
+    check_room(made.programs(), Sizes(B=8, T=64, N=128, R=8), 4e6)
+    return made
 
 
 def make_runtime(

@@ -6,6 +6,7 @@ that computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.model.precision import LINEAR_BYTES, Base, Compute
+from profiler.estimate.sizes import TAIL_TARGETS
 from profiler.profile import DeviceProfile
+from profiler.sensors.memory import memory_info
 
 if TYPE_CHECKING:
     from edge_sdk.lora.targets import LoraConfig
@@ -80,6 +83,8 @@ class RuntimeRequest:
     """Steps of the whole run."""
     fetch: Callable[[Part], Path]
     """Returns the file of a part."""
+    longest: int
+    """Tokens of the longest of the device's samples."""
     tensors: Callable[[Part], Mapping[str, Any]]
     """Returns the torch tensors of a part, from the local model where one is named."""
 
@@ -245,11 +250,16 @@ def _onnx_runtime(request: RuntimeRequest, prepare: Callable[[Graphs], Graphs]) 
     from edge_sdk.model.safetensors_files import map_part
     from edge_sdk.runtime.onnx_graphs import PART_NAME, read_graphs
     from edge_sdk.runtime.onnx_runtime import OnnxRuntime
+    from edge_sdk.runtime.onnx_sizes import Sizes, check_room
 
     paths = {part.name: request.fetch(part) for part in request.parts}
     if PART_NAME not in paths:
         raise ModelError("the coordinator sent no graphs; it may be older than this device")
-    graphs = prepare(read_graphs(paths.pop(PART_NAME)))
+    graphs = read_graphs(paths.pop(PART_NAME))
+    rank = max(request.plan.ranks.values(), default=0)
+    sizes = Sizes(B=request.plan.micro_batch, T=request.longest, N=TAIL_TARGETS, R=rank)
+    check_room(graphs.programs(), sizes, memory_info().total.value or math.inf)
+    graphs = prepare(graphs)
     return OnnxRuntime(
         graphs,
         {name: map_part(path) for name, path in paths.items()},

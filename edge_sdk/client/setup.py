@@ -64,6 +64,7 @@ class RuntimeSetup:
         self._local: ModelSource | None = None
         self._hashes: PartHashes | None = None
         self._files: Path | None = None
+        self._longest = 0
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
         """Return the file of *part*: from the cache, or chunk by chunk from the coordinator."""
@@ -119,6 +120,7 @@ class RuntimeSetup:
         train = tokenize_rows(rows, tokenizer, config, limits, tally)
         validation = tokenize_rows(held_out, tokenizer, config, limits, tally)
         tally.say()
+        self._longest = max(len(example.input_ids) for example in (*train, *validation))
         return TokenizedData(
             train=train,
             validation=validation,
@@ -144,6 +146,7 @@ class RuntimeSetup:
             training=training,
             total_steps=total_steps,
             fetch=lambda part: self.fetch(part, ask, welcome.stamp),
+            longest=self._longest,
             tensors=lambda part: self.tensors(part, welcome, ask),
         )
         return self.backend.make(request)

@@ -7,6 +7,7 @@ __all__ = [
     "onnx_graphs",
     "onnx_runtime",
     "onnx_session",
+    "onnx_sizes",
     "torch_runtime",
     "training",
     "training_state",

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from edge_sdk.errors import ModelError, one_line
 from edge_sdk.runtime.onnx_graphs import FOLDED, Graphs
-from edge_sdk.runtime.onnx_session import LOG_ERRORS
+from edge_sdk.runtime.onnx_session import confined_options
 
 
 def with_own_gradients(graphs: Graphs) -> Graphs:
@@ -49,8 +49,7 @@ def _gradient(block: bytes) -> bytes:
     (output,) = forward.graph.output
     names = [entry.name for entry in forward.graph.input]
     trained = {name for name in names if name == "hidden" or name.endswith((".A", ".B"))}
-    options = ort.SessionOptions()
-    options.log_severity_level = LOG_ERRORS
+    options = confined_options()
     try:
         # Fused first: there are kernels for the gradient of some operators together.
         fused = get_optimized_model(forward.SerializeToString(), trained, options)

@@ -29,6 +29,8 @@ TO_BFLOAT16 = bytes.fromhex(
 )
 # Warnings about what the optimizer of graphs could not do help nobody on a device.
 LOG_ERRORS = 3
+# No folder can have this name: what is above it is a device, on every system that we run on.
+NOWHERE = "/dev/null/nowhere"
 Factor = Callable[[str], Mapping[str, np.ndarray]]
 
 
@@ -171,9 +173,25 @@ def version() -> str:
     return str(ort.__version__)
 
 
-def _options(threads: int | None) -> Any:
+def confined_options() -> Any:
+    """Return options with which a model made of bytes reads no file, whatever it says.
+
+    onnxruntime takes data that a model says to lie in other files from the working directory, which
+    may hold keys and rows. Releases that know this option look nowhere else than in a folder that
+    is not there; what older ones are given holds no such thing (`onnx_rules.py`).
+    """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_ERRORS
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", NOWHERE
+    )
+    # Bytes could pass for onnxruntime's own format, which nobody has looked at.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
+
+
+def _options(threads: int | None) -> Any:
+    options = confined_options()
     # Patterns are kept for every shape that was ever seen; ours vary with each micro-batch.
     options.enable_mem_pattern = False
     if threads is not None:

@@ -21,6 +21,7 @@ from edge_sdk.errors import ModelError
 from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.partition import Slice
+from edge_sdk.runtime.onnx_sizes import Sizes, check_room
 from tests.tiny import make_config, make_model, make_parts, task_of
 
 # Those that the conformance suite of the backends does not run.
@@ -75,7 +76,9 @@ def test_a_block_and_its_gradients_are_those_of_the_model(family: str) -> None:
     """One graph for all batches and lengths; padding, sliding windows and ranks included."""
     made = tracer(family)
     traced = made.block_vjp(BLOCK)
-    compare_with_torch(made, traced, Writer(traced, LOWERINGS).write())
+    model = Writer(traced, LOWERINGS).write()
+    check_room({"vjp.0": model}, Sizes(B=8, T=64, N=128, R=8), 4e6)  # a device takes it
+    compare_with_torch(made, traced, model)
 
 
 def compare_with_torch(made: Tracer, traced: Traced, model: bytes) -> None:
