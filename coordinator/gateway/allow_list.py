@@ -19,7 +19,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway.ration import Ration
+from coordinator.gateway.ration import Trouble, source_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.transport.keys import load_public_key
@@ -148,9 +148,10 @@ class ZapHandler:
     Not pyzmq's ThreadAuthenticator: one exception ends its thread for good, and nobody notices.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList) -> None:
-        self._allowed = allowed
-        self._refusals = Ration()
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList, trouble: Trouble
+    ) -> None:
+        self._allowed, self._trouble = allowed, trouble
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.bind(ZAP_ADDRESS)
@@ -166,12 +167,6 @@ class ZapHandler:
             except zmq.Again:
                 return
 
-    def sum_up(self, now_s: float) -> None:
-        """Say once a minute how often unknown keys were tried again."""
-        untold = self._refusals.sum_up(now_s)
-        if untold:
-            log.warning("device.refused_again tries=%d", untold)
-
     def _reply(self, parts: list[bytes]) -> list[bytes]:
         try:
             empty = parts.index(b"")
@@ -185,8 +180,9 @@ class ZapHandler:
         key = self._key(domain, mechanism, rest)
         name = self._allowed.name_of(key) if key else None
         status, text = (b"200", b"OK") if name else (b"400", b"key is not registered")
-        if name is None and self._refusals.may_tell(key, time.monotonic()):
-            log.warning("device.refused address=%s key=%s", address.decode("ascii", "replace"), key)
+        if name is None:
+            source = source_of(address.decode("ascii", "replace").removeprefix("::ffff:"))
+            self._trouble.tell("device.refused", source, f"key={key}", time.monotonic())
         return [*route, version, request, status, text, key.encode() if name else b"", b""]
 
     @staticmethod

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import zmq
 
 from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.doorkeeper import Doorkeeper
+from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
+from coordinator.gateway.ration import Trouble
 from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
@@ -62,7 +65,8 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         self._config = config
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # A connection costs a descriptor; libzmq's own limit of 1023 sockets does not count them.
-        zap = None
+        zap = door = None
+        trouble = Trouble()
         router = self._context.socket(zmq.ROUTER)
         try:
             tune(router)
@@ -72,21 +76,26 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
             if not config.insecure:
                 assert config.keys is not None
                 assert allowed is not None
-                zap = ZapHandler(self._context, allowed)
+                zap = ZapHandler(self._context, allowed, trouble)
                 router.curve_server = True
                 router.curve_secretkey = config.keys.secret.encode()
                 router.curve_publickey = config.keys.public.encode()
                 router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
                 router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else no handler lets everyone in
+            door = Doorkeeper(self._context, router, trouble)
             self.address = _bind(router, config.address)
         except BaseException:
+            if door is not None:
+                door.close()
             router.close()
             if zap is not None:
                 zap.close()
             self._context.term()
             raise
         self._io = GatewayIo(
+            Inlet(router, door, None if config.insecure else allowed),
             Outbox(router),
+            door,
             zap,
             None if config.insecure else allowed,
             config.max_message_bytes,

@@ -7,7 +7,6 @@ number of devices: whatever is due later lies in a heap, whatever is due now in 
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections import deque
@@ -18,20 +17,23 @@ from typing import Any
 import zmq
 
 from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
+from coordinator.gateway.doorkeeper import CHEAP, DEAR, Caller, Doorkeeper
+from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.outbox import Outbox
-from coordinator.gateway.ration import Ration
 from coordinator.gateway.sessions import (
-    Caller,
+    FAULT_COSTS,
     DeviceSession,
     EndedSessions,
     Rival,
+    Schedule,
+    SessionBudgets,
     is_session_id,
 )
 from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.fragments import Envelope, OutgoingMessage
-from edge_sdk.protocol.messages import FROM_DEVICE, Failure, Stamp
+from edge_sdk.protocol.fragments import Envelope
+from edge_sdk.protocol.messages import FROM_DEVICE
 from edge_sdk.protocol.packets import (
     Ack,
     Attach,
@@ -44,7 +46,7 @@ from edge_sdk.protocol.packets import (
     Packet,
 )
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport.sockets import Waker, frame_property, receive_frame
+from edge_sdk.transport.sockets import Waker
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ _REVOKED = "this device's key is not registered any more"
 class GatewayIo:
     """State of the I/O thread; `run` is its body."""
 
+    inlet: Inlet
     out: Outbox
+    door: Doorkeeper
     zap: ZapHandler | None
     allowed: AllowList | None
     max_message_bytes: int
@@ -90,9 +94,8 @@ class GatewayIo:
     _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
     _ended: EndedSessions = field(default_factory=EndedSessions)
     _contested: set[DeviceSession] = field(default_factory=set)
-    _warnings: Ration = field(default_factory=Ration)
-    _checks: list[tuple[float, int, DeviceSession]] = field(default_factory=list)
-    _num_checks: int = 0
+    _sessions_left: SessionBudgets = field(default_factory=SessionBudgets)
+    _checks: Schedule = field(default_factory=Schedule)
     _tick_s: float = 0.0
     _fresh: list[tuple[DeviceSession | None, Event]] = field(default_factory=list)
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
@@ -105,8 +108,8 @@ class GatewayIo:
     def run(self) -> None:
         """Serve until closed; a failure of the thread itself reaches the reader of events."""
         try:
-            self._poller.register(self.waker.fileno(), zmq.POLLIN)
-            self._poller.register(self.out.router, zmq.POLLIN)
+            for source in (self.waker.fileno(), self.out.router, self.door.monitor):
+                self._poller.register(source, zmq.POLLIN)
             if self.zap is not None:
                 self._poller.register(self.zap.socket, zmq.POLLIN)
             while not self.is_closing:
@@ -116,6 +119,7 @@ class GatewayIo:
             log.exception("gateway.failed")
             self.failure = f"{type(error).__name__}: {error}"
         finally:
+            self.door.close()
             self.out.router.close()
             if self.zap is not None:
                 self.zap.close()
@@ -128,10 +132,13 @@ class GatewayIo:
             self.waker.clear()
         while self.commands:
             self._command(self.commands.popleft(), now_s)
+        if self.door.monitor in ready:
+            self.door.news(now_s)
         if self.zap is not None and self.zap.socket in ready:
             self.zap.answer_all()
         if self.out.router in ready:
             self._drain(now_s)
+        self._end_those_shut(now_s)
         self.out.pump(now_s)
         if now_s >= self._tick_s:
             self._tick(now_s)
@@ -140,7 +147,7 @@ class GatewayIo:
             self._fresh = []
 
     def _timeout_ms(self) -> int:
-        until_s = 0.0 if self.commands else self.out.next_s(self._tick_s)
+        until_s = 0.0 if self.commands else self.door.next_s(self.out.next_s(self._tick_s))
         return max(0, int((until_s - time.monotonic()) * 1000) + 1)
 
     def _command(self, command: tuple[Any, ...], now_s: float) -> None:
@@ -150,6 +157,8 @@ class GatewayIo:
         if name == "send":
             session.talk.send(rest[0])
             self.out.add(session)
+            if session.talk.is_overfull:
+                self._forget(session, f"{session.talk.queued_bytes} bytes wait for it")
         elif name == "taken":
             for lane, num_bytes in rest[0]:
                 session.talk.taken(lane, num_bytes)
@@ -166,71 +175,67 @@ class GatewayIo:
     # -- in --
 
     def _drain(self, now_s: float) -> None:
-        router = self.out.router
         for _ in range(TURN_FRAMES):
             try:
-                route = router.recv(zmq.NOBLOCK)
+                caller = self.inlet.read(now_s)
             except zmq.Again:
                 return
-            frame = receive_frame(router)
-            if frame is None:
+            if caller is None:
                 continue
-            known = self._routes.get(route)
-            name = self._name(frame) if self.allowed is not None else known and known[0].name
-            if self.allowed is not None and name is None:
-                self._revoked(route, known)
+            known = self._routes.get(caller.route)
+            if self.allowed is not None and not caller.name:
+                self._revoked(caller, known, now_s)
                 continue
-            session = known[0] if known is not None and known[0].name == name else None
+            session = None if known is None else known[0]
+            if session is not None and caller.name not in ("", session.name):
+                session = None
             try:
-                self._frame(route, name or "", session, frame, now_s)
+                self._frame(caller, session, now_s)
             except RemoteProtocolError as error:
-                self._bad_frame(route, name or "", session, str(error), now_s)
+                self._bad_frame(caller, session, str(error), now_s)
             except (OSError, MemoryError, zmq.ZMQError):
                 raise
             except Exception as error:
-                log.exception("gateway.unforeseen name=%s", name or "?")
+                log.exception("gateway.unforeseen name=%s", caller.name or "?")
                 if session is not None:
                     self._forget(session, public_text(f"{type(error).__name__}: {error}"))
 
-    def _name(self, frame: zmq.Frame) -> str | None:
-        assert self.allowed is not None
-        return self.allowed.name_of(frame_property(frame, "User-Id"))
-
-    def _frame(
-        self, route: bytes, name: str, session: DeviceSession | None, frame: zmq.Frame, now_s: float
-    ) -> None:
-        view = frame.buffer
+    def _frame(self, caller: Caller, session: DeviceSession | None, now_s: float) -> None:
+        if not caller.is_whole:
+            raise RemoteProtocolError("a frame in several parts")
+        view = caller.frame.buffer
         packet = packets.read_packet(view)
-        if packet.kind == Kind.CONTROL:
-            control = packets.read_control(packet)
-            if isinstance(control, Attach):
-                self._attach(self._caller(route, name, frame), packet.lane, control, now_s)
-            elif session is None:
-                self.out.say(route, packets.AttachRequired())
-            else:
-                session.bytes_up += len(view)
-                self._heard(session, now_s)
-                self._on_control(session, route, packet.lane, control, now_s)
-        elif session is None:
-            self.out.say(route, packets.AttachRequired())
-        else:
+        control = packets.read_control(packet) if packet.kind == Kind.CONTROL else None
+        if session is None and not isinstance(control, Attach):
+            if self.door.loose(caller.connection, now_s):
+                self.out.say(caller.route, packets.AttachRequired())
+            return
+        if session is None or control is not None or not session.talk.is_due(packet):
+            cost = CHEAP if control is None or isinstance(control, Ack) else DEAR
+            if not self.door.affords(caller.connection, cost, now_s):
+                return
+        if isinstance(control, Attach):
+            self._attach(caller, packet.lane, control, now_s)
+        elif session is not None:
             session.bytes_up += len(view)
-            self._heard(session, now_s)
-            self._on_data(session, packet, now_s)
+            session.heard(now_s)
+            if control is None:
+                self._on_data(session, packet, now_s)
+            else:
+                self._on_control(session, caller.route, packet.lane, control, now_s)
 
     def _on_data(self, session: DeviceSession, packet: Packet, now_s: float) -> None:
         talk = session.talk
         try:
             items = talk.on_packet(packet)
         except RemoteProtocolError as error:
-            self._fresh.append((session, Rejected(session.name, str(error))))
-            self._expel(session, f"the protocol was broken: {error}")
+            self._breach(session, str(error), now_s)
             return
         for item in items if session.leave is None else ():
             if isinstance(item, Envelope):
                 self._fresh.append((session, Received(session.name, item)))
             else:
-                self._bad_message(session, item.text)
+                self._bad_message(session, item.text, now_s)
         self.out.owe(session, now_s)
 
     def _on_control(
@@ -240,8 +245,7 @@ class GatewayIo:
             try:
                 session.talk.on_ack(control, now_s)
             except RemoteProtocolError as error:
-                self._fresh.append((session, Rejected(session.name, str(error))))
-                self._expel(session, f"the protocol was broken: {error}")
+                self._breach(session, str(error), now_s)
                 return
             self.out.add(session)
             if session.leave is not None:
@@ -254,17 +258,7 @@ class GatewayIo:
         elif isinstance(control, Detach) and control.session == session.id:
             self._expel(session, "")
 
-    def _heard(self, session: DeviceSession, now_s: float) -> None:
-        session.heard_s = now_s
-        session.silent_s = 0.0
-
     # -- sessions --
-
-    def _caller(self, route: bytes, name: str, frame: zmq.Frame) -> Caller:
-        key = "" if self.allowed is None else frame_property(frame, "User-Id")
-        return Caller(
-            route, name, key, frame_property(frame, "Peer-Address").removeprefix("::ffff:")
-        )
 
     def _attach(self, caller: Caller, lane: int, control: Attach, now_s: float) -> None:
         route, name = caller.route, caller.name
@@ -286,6 +280,9 @@ class GatewayIo:
                 return
             if session is not None and not self._gives_way(session, caller, lane, control, now_s):
                 return
+            if not self._sessions_left.take(name, 1.0, now_s):
+                self.door.shut(caller.connection, "too many sessions of its key", now_s)
+                return
             session = self._open_session(caller, control.session, now_s)
         elif session.rival is not None:  # it was asked, and lives
             self._refuse_rival(session, session.rival, now_s)
@@ -295,8 +292,15 @@ class GatewayIo:
             session.reconnects += old != route
         session.routes[lane] = route
         self._routes[route] = (session, lane)
-        self._heard(session, now_s)
-        session.talk.on_attach(lane, control.ack, now_s)
+        session.heard(now_s)
+        self.door.news(now_s)  # a new connection may have the descriptor of one that has ended
+        before, session.connections[lane] = session.connections[lane], self.door.of(caller.frame)
+        self.door.carry(before, -1, now_s)
+        self.door.carry(session.connections[lane], 1, now_s)
+        if before is None or before is not session.connections[lane]:
+            session.talk.on_attach(lane, control.ack, now_s)
+        else:
+            session.talk.on_ack(control.ack, now_s)  # nothing was lost
         answer = Attached(session=control.session, name=name, ack=session.talk.ack())
         self.out.say(route, answer, lane, session.talk.tag)
         self.out.add(session)
@@ -350,8 +354,7 @@ class GatewayIo:
             self._ended.remember(control.session, reason)
             self.out.say(caller.route, packets.Closed(session=control.session, reason=reason))
         addresses = ",".join(sorted({caller.address for caller, _ in rival.attaches.values()}))
-        if self._warnings.may_tell(f"{session.name} {addresses}", now_s):
-            log.warning("device.twin name=%s address=%s", session.name, addresses)
+        self.door.trouble.tell("device.twin", session.name, f"address={addresses}", now_s)
 
     # -- the end of a session --
 
@@ -378,6 +381,8 @@ class GatewayIo:
         for route in session.routes:
             if route is not None:
                 self._routes.pop(route, None)
+        for connection in session.connections:
+            self.door.carry(connection, -1, time.monotonic())
         self.out.forget(session)
         if self.sessions.get(session.name) is session:
             del self.sessions[session.name]
@@ -391,49 +396,63 @@ class GatewayIo:
     # -- what is wrong --
 
     def _bad_frame(
-        self, route: bytes, name: str, session: DeviceSession | None, text: str, now_s: float
+        self, caller: Caller, session: DeviceSession | None, text: str, now_s: float
     ) -> None:
         if session is not None:
-            self._bad_message(session, text)
+            self._bad_message(session, text, now_s)
+            return
+        if not self.door.loose(caller.connection, now_s):
             return
         text = public_text(text)
-        self.out.say(route, packets.Closed(session="", reason=text))
-        if not self._warnings.may_tell(f"{name} {text}", now_s):
-            return
-        log.warning("gateway.frame_bad name=%s error=%s", name or "?", text)
-        if name:
-            self._fresh.append((None, Rejected(name, text)))
+        self.out.say(caller.route, packets.Closed(session="", reason=text))
+        if self.door.trouble.tell("gateway.frame_bad", caller.name, text, now_s) and caller.name:
+            self._fresh.append((None, Rejected(caller.name, text)))
 
-    def _bad_message(self, session: DeviceSession, text: str) -> None:
+    def _bad_message(self, session: DeviceSession, text: str, now_s: float) -> None:
         if session.leave is not None:
             return
         text = public_text(text)
-        log.warning("gateway.message_bad name=%s error=%s", session.name, text)
-        self._fresh.append((session, Rejected(session.name, text)))
+        is_told = self.door.trouble.tell("gateway.message_bad", session.name, text, now_s)
+        if is_told or not session.num_bad:
+            self._fresh.append((session, Rejected(session.name, text)))
         session.num_bad += 1
         if session.num_bad > MAX_BAD:
-            self._expel(session, f"too many bad messages, the last: {text}")
+            self._breach(session, f"too many bad messages, the last: {text}", now_s)
             return
-        stamp, error = Stamp(device=session.name), RemoteProtocolError.__name__
-        failure = Failure(stamp=stamp, error=error, text=text)
-        session.talk.send(OutgoingMessage(failure, {}))
+        session.talk.send(session.complaint(text))
         self.out.add(session)
 
-    def _revoked(self, route: bytes, known: tuple[DeviceSession, int] | None) -> None:
+    def _breach(self, session: DeviceSession, text: str, now_s: float) -> None:
+        """End the session of whoever breaks the protocol, and let it wait for the next one."""
+        text = public_text(text)
+        self._sessions_left.take(session.name, FAULT_COSTS, now_s)
+        self._fresh.append((session, Rejected(session.name, text)))
+        self._expel(session, f"the protocol was broken: {text}")
+
+    def _end_those_shut(self, now_s: float) -> None:
+        self.door.look(now_s)
+        while self.door.shut_now:
+            connection, reason = self.door.shut_now.pop()
+            for session in list(self.sessions.values()):
+                if connection in session.connections:
+                    self._breach(session, reason, now_s)
+
+    def _revoked(
+        self, caller: Caller, known: tuple[DeviceSession, int] | None, now_s: float
+    ) -> None:
         if known is not None:
             self._expel(known[0], _REVOKED)
-        else:
-            self.out.say(route, packets.Closed(session="", reason=_REVOKED))
+        elif self.door.loose(caller.connection, now_s):
+            self.out.say(caller.route, packets.Closed(session="", reason=_REVOKED))
 
     # -- the clock --
 
     def _check_later(self, session: DeviceSession, now_s: float) -> None:
-        self._num_checks += 1  # breaks ties, sessions have no order
         at_s = now_s + min(CHECK_S, self.silent_after_s / 4, self.gone_after_s / 8)
         gone_s = session.heard_s + self.gone_after_s
         if now_s < gone_s:
             at_s = min(at_s, gone_s)
-        heapq.heappush(self._checks, (at_s, self._num_checks, session))
+        self._checks.add(at_s, session)
 
     def _tick(self, now_s: float) -> None:
         late_s = now_s - self._tick_s if self._tick_s else 0.0
@@ -447,20 +466,11 @@ class GatewayIo:
             for session in list(self.sessions.values()):
                 if self.allowed.name_of(session.key) != session.name:
                     self._expel(session, _REVOKED)
-        self._sum_up(now_s)
+        self.door.tell(now_s)
         for session in list(self._contested):
             self._settle(session, now_s)
-        while self._checks and self._checks[0][0] <= now_s:
-            session = heapq.heappop(self._checks)[2]
-            if not session.is_over:
-                self._check(session, now_s)
-
-    def _sum_up(self, now_s: float) -> None:
-        if self.zap is not None:
-            self.zap.sum_up(now_s)
-        untold = self._warnings.sum_up(now_s)
-        if untold:
-            log.warning("gateway.warned_again times=%d", untold)
+        for session in self._checks.due(now_s):
+            self._check(session, now_s)
 
     def _check(self, session: DeviceSession, now_s: float) -> None:
         self.out.ack(session)

@@ -10,6 +10,7 @@ from typing import Any
 
 import zmq
 
+from coordinator.gateway.doorkeeper import wire_bytes
 from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.packets import Lane
@@ -103,6 +104,9 @@ class Outbox:
             session.routes[lane] = None  # gone; it will attach again
             return False
         session.bytes_down += len(frame)
+        connection = session.connections[lane]
+        if connection is not None:
+            connection.given_bytes += wire_bytes(len(frame))
         return True
 
     def say(self, route: bytes, control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bool:

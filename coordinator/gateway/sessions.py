@@ -6,28 +6,26 @@ it is.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from coordinator.gateway.doorkeeper import Caller, PortConnection
 from coordinator.gateway.interface import DeviceStats
+from coordinator.gateway.ration import Bucket
+from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.codecs import Memories
+from edge_sdk.protocol.fragments import OutgoingMessage
+from edge_sdk.protocol.messages import Failure, Stamp
 from edge_sdk.protocol.packets import Attach, Closed, UnknownSession
 from edge_sdk.protocol.session import Conversation
 
 # So many ended sessions are remembered.
 MAX_ENDED = 4096
-
-
-class Caller(NamedTuple):
-    """Who attaches, and by which connection."""
-
-    route: bytes
-    name: str
-    key: str
-    """Public key; empty without CURVE."""
-    address: str
+# Sessions that a key may open at once, and in a second; who breaks the protocol loses so many.
+MOST_SESSIONS, SESSIONS_PER_S, FAULT_COSTS = 60.0, 0.5, 15.0
 
 
 @dataclass(slots=True)
@@ -56,6 +54,8 @@ class DeviceSession:
     joined_s: float
     heard_s: float
     routes: list[bytes | None] = field(default_factory=lambda: [None, None])
+    connections: list[PortConnection | None] = field(default_factory=lambda: [None, None])
+    """Those that carry its lanes, or did; None where libzmq does not tell."""
     telemetry: dict[str, float] = field(default_factory=dict)
     rtt_s: float | None = None
     bytes_up: int = 0
@@ -77,6 +77,16 @@ class DeviceSession:
     def id(self) -> str:
         """The name that the device gave the session: 32 hexadecimal digits."""
         return self.talk.session
+
+    def heard(self, now_s: float) -> None:
+        """Note a sign of life."""
+        self.heard_s = now_s
+        self.silent_s = 0.0
+
+    def complaint(self, text: str) -> OutgoingMessage:
+        """Return the message by which its device learns what was wrong with one of its own."""
+        stamp, error = Stamp(device=self.name), RemoteProtocolError.__name__
+        return OutgoingMessage(Failure(stamp=stamp, error=error, text=text), {})
 
     def why_not_another(self, now_s: float) -> str:
         """Say since when and from where its device is connected, to another one with its key."""
@@ -121,6 +131,38 @@ class EndedSessions:
         if reason is None:
             return UnknownSession(session=session)
         return Closed(session=session, reason=reason)
+
+
+@dataclass(slots=True)
+class SessionBudgets:
+    """Sessions that each key may still open, so that nobody comes back faster than it is judged."""
+
+    _buckets: dict[str, Bucket] = field(default_factory=dict)
+
+    def take(self, name: str, amount: float, now_s: float) -> bool:
+        """Take *amount* of what the key of *name* has left; return whether there was any."""
+        bucket = self._buckets.setdefault(name, Bucket(MOST_SESSIONS, SESSIONS_PER_S))
+        return bucket.take(amount, now_s)
+
+
+@dataclass(slots=True)
+class Schedule:
+    """When to look at which session."""
+
+    _heap: list[tuple[float, int, DeviceSession]] = field(default_factory=list)
+    _count: int = 0
+
+    def add(self, at_s: float, session: DeviceSession) -> None:
+        """Look at *session* at *at_s*."""
+        self._count += 1  # breaks ties, sessions have no order
+        heapq.heappush(self._heap, (at_s, self._count, session))
+
+    def due(self, now_s: float) -> Iterator[DeviceSession]:
+        """Yield those that are to be looked at now, unless they are over."""
+        while self._heap and self._heap[0][0] <= now_s:
+            session = heapq.heappop(self._heap)[2]
+            if not session.is_over:
+                yield session
 
 
 def is_session_id(text: str) -> bool:

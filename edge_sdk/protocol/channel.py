@@ -63,6 +63,7 @@ class _Queued(NamedTuple):
     first_seq: int
     cargo: Cargo
     message: int
+    num_bytes: int
 
 
 class Sender:
@@ -89,6 +90,8 @@ class Sender:
         self._high_seq = 0  # first number that was never sent
         self._progress_s = 0.0
         self._rewound_seq = -1
+        self.queued_bytes = 0
+        """What the peer has not got, as far as `queue` was told."""
         self.num_resent = 0
         self.num_rewinds = 0
 
@@ -106,9 +109,10 @@ class Sender:
         """Whether everything queued has arrived."""
         return not self._queue
 
-    def queue(self, cargo: Cargo, message: int) -> None:
-        """Put message number *message* of the session at the end."""
-        self._queue.append(_Queued(self._end_seq, cargo, message))
+    def queue(self, cargo: Cargo, message: int, num_bytes: int = 0) -> None:
+        """Put message number *message* of the session, which holds *num_bytes*, at the end."""
+        self._queue.append(_Queued(self._end_seq, cargo, message, num_bytes))
+        self.queued_bytes += num_bytes
         self._end_seq += cargo.num_packets
 
     def peek(self, now_s: float) -> PacketsDue | None:
@@ -172,6 +176,7 @@ class Sender:
             if item.first_seq + item.cargo.num_packets > next_seq:
                 break
             self._queue.popleft()
+            self.queued_bytes -= item.num_bytes
             self._at -= 1
 
     def is_stuck(self, now_s: float) -> bool:

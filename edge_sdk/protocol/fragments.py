@@ -144,8 +144,8 @@ class OutgoingMessage:
 
 
 @dataclass(slots=True)
-class _Open:
-    """A message of which the header has come, but not yet all chunks."""
+class PackedMessage:
+    """A message of which the header has come, and some chunks or all; its tensors as they came."""
 
     message: Any
     specs: tuple[wire.TensorSpec, ...]
@@ -156,6 +156,11 @@ class _Open:
     filled: int = 0
     buffer: Any = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of payload and header together, as they were on the wire."""
+        return self.total + self.header_bytes
+
 
 @dataclass(slots=True)
 class Reassembler:
@@ -165,27 +170,26 @@ class Reassembler:
     """Most bytes of payload in a message; checked before any memory is taken for it."""
     allowed: tuple[type, ...] = ()
     """Messages that this side may receive; empty for all."""
-    _open: _Open | None = None
+    _open: PackedMessage | None = None
     _is_skipping: bool = False
     _memories: Memories = field(default_factory=dict)
 
-    def add(self, packet: Packet) -> Envelope | None:
+    def add(self, packet: Packet) -> PackedMessage | None:
         """Return the message that *packet* completes, if it does.
 
         Raises:
             RemoteProtocolError: The packet is wrong; the rest of its message is skipped.
         """
         try:
-            done = self._begin(packet) if packet.kind == Kind.FIRST else self._continue(packet)
+            return self._begin(packet) if packet.kind == Kind.FIRST else self._continue(packet)
         except LocalProtocolError as error:
             self._open, self._is_skipping = None, True
             raise RemoteProtocolError(str(error)) from error
         except RemoteProtocolError:
             self._open, self._is_skipping = None, True
             raise
-        return None if done is None else self._close(done, packet.lane)
 
-    def _begin(self, packet: Packet) -> _Open | None:
+    def _begin(self, packet: Packet) -> PackedMessage | None:
         if self._open is not None:
             raise RemoteProtocolError("a new header before the last chunk of the message before")
         header, chunk = split_first(packet.payload)
@@ -200,17 +204,17 @@ class Reassembler:
             )
         check_tensors(message, {spec.name: spec for spec in specs})
         self._is_skipping = False
-        opened = _Open(message, specs, starts, lengths, total, len(header))
+        opened = PackedMessage(message, specs, starts, lengths, total, len(header))
         return self._fill(opened, 0, chunk)
 
-    def _continue(self, packet: Packet) -> _Open | None:
+    def _continue(self, packet: Packet) -> PackedMessage | None:
         if self._open is not None:
             return self._fill(self._open, packet.place, packet.payload)
         if self._is_skipping:
             return None
         raise RemoteProtocolError("a chunk without a header")
 
-    def _fill(self, opened: _Open, place: int, chunk: memoryview) -> _Open | None:
+    def _fill(self, opened: PackedMessage, place: int, chunk: memoryview) -> PackedMessage | None:
         """Add *chunk* to a message; return the message once it is complete."""
         end = opened.filled + len(chunk)
         if place != opened.filled or end > opened.total or (not chunk and opened.total):
@@ -228,13 +232,18 @@ class Reassembler:
         self._open = None if end == opened.total else opened
         return opened if end == opened.total else None
 
-    def _close(self, opened: _Open, lane: int) -> Envelope:
-        tensors, kind = {}, type(opened.message)
-        for spec, start, length in zip(opened.specs, opened.starts, opened.lengths, strict=True):
-            part = opened.buffer[start : start + length] if length else b""
+    def unpack(self, packed: PackedMessage, lane: int) -> Envelope:
+        """Return a complete message with its tensors; those of a lane in their order.
+
+        Raises:
+            RemoteProtocolError: A tensor is not as its codec writes it.
+        """
+        tensors, kind = {}, type(packed.message)
+        for spec, start, length in zip(packed.specs, packed.starts, packed.lengths, strict=True):
+            part = packed.buffer[start : start + length] if length else b""
             memory = codecs.memory_of(spec.codec, self._memories, kind, spec.name)
             try:
                 tensors[spec.name] = codecs.decode(part, spec.codec, spec.shape, memory)
             except LocalProtocolError as error:
                 raise RemoteProtocolError(f"tensor {spec.name!r}: {error}") from error
-        return Envelope(opened.message, tensors, opened.total + opened.header_bytes, lane)
+        return Envelope(packed.message, tensors, packed.num_bytes, lane)

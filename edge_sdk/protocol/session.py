@@ -18,12 +18,18 @@ from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.channel import WINDOW_BYTES, PacketsDue, Receiver, Sender
 from edge_sdk.protocol.codecs import Bytes
-from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, Reassembler
+from edge_sdk.protocol.fragments import Envelope, OutgoingMessage, PackedMessage, Reassembler
 from edge_sdk.protocol.packets import PREFIX_BYTES, Ack, Kind, Lane, Packet
 
-# Messages that overtook others on their own lane wait. Acks bound how many there are; this bounds a
-# peer that lies about their numbers.
-MAX_AHEAD = 1_000_000
+# Messages that overtook an earlier one, which takes the other lane, wait for it as they came.
+# Credit bounds what an honest peer lets wait, this one that never sends the earlier one.
+MAX_AHEAD = 4096
+WAITING_WINDOWS = 4
+# What a header takes once it is read, at most: so many times its bytes, and the message itself.
+READ_HEADER_SHARE, MESSAGE_BYTES = 16, 1024
+# What may wait for the peer's ack, besides three of the largest message there was: starts of rounds
+# that were superseded on a slow link. Whoever asks on and acks nothing is over it.
+QUEUED_BYTES, QUEUED_LARGEST = 64 * 1024 * 1024, 3
 # Buffers kept for the next chunks: fresh ones would cost a page fault per 4 KiB. An idle session
 # keeps none.
 SPARE_BUFFERS = 4
@@ -73,6 +79,11 @@ class BadMessage(NamedTuple):
     text: str
 
 
+def _cost(packed: PackedMessage) -> int:
+    """Return the memory in bytes that a message takes until it is handed out."""
+    return packed.num_bytes + READ_HEADER_SHARE * packed.header_bytes + MESSAGE_BYTES
+
+
 class Conversation:
     """State of one session on one side."""
 
@@ -92,13 +103,17 @@ class Conversation:
         self._index_of_lane = [-1, -1]  # message being assembled
         self._next_in = 0
         self._next_out = 0
-        self._waiting: dict[int, Envelope | BadMessage] = {}
+        self._waiting: dict[int, tuple[int, PackedMessage] | None] = {}
+        self._waiting_bytes = 0
+        self._largest_bytes = 0
 
     # -- out --
 
     def send(self, outgoing: OutgoingMessage) -> Lane:
         """Queue a message and return the lane it takes."""
-        self.senders[outgoing.lane].queue(outgoing, self._next_out)
+        num_bytes = outgoing.total + len(outgoing.head) + MESSAGE_BYTES
+        self._largest_bytes = max(self._largest_bytes, num_bytes)
+        self.senders[outgoing.lane].queue(outgoing, self._next_out, num_bytes)
         self._next_out += 1
         return outgoing.lane
 
@@ -106,6 +121,16 @@ class Conversation:
     def is_idle(self) -> bool:
         """Whether the peer has everything."""
         return self.senders[0].is_idle and self.senders[1].is_idle
+
+    @property
+    def queued_bytes(self) -> int:
+        """What the peer has not got."""
+        return self.senders[0].queued_bytes + self.senders[1].queued_bytes
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether more waits for the peer than any honest one lets wait."""
+        return self.queued_bytes > QUEUED_BYTES + QUEUED_LARGEST * self._largest_bytes
 
     @property
     def num_moved(self) -> int:
@@ -139,6 +164,10 @@ class Conversation:
         for assembler in self._assemblers:
             assembler.max_message_bytes = max_message_bytes
 
+    def is_due(self, packet: Packet) -> bool:
+        """Return whether *packet* is the one its lane expects next."""
+        return packet.tag == self.tag and packet.seq == self.receivers[packet.lane].next_seq
+
     def on_packet(self, packet: Packet) -> list[Envelope | BadMessage]:
         """Return the messages that can be handed out now, in order.
 
@@ -154,28 +183,60 @@ class Conversation:
             self._index_of_lane[lane] = self._check_index(packet.place)
         index = self._index_of_lane[lane]
         try:
-            envelope = self._assemblers[lane].add(packet)
+            packed = self._assemblers[lane].add(packet)
         except RemoteProtocolError as error:
-            return self._finish(index, BadMessage(str(error)))
-        if envelope is None:
+            self._put(index, None)
+            return [BadMessage(str(error)), *self._release()]  # no reason to wait for its turn
+        if packed is None:
             return []
-        self.receivers[lane].hold(envelope.num_bytes)
-        return self._finish(index, envelope)
+        if index != self._next_in:
+            self._put(index, (lane, packed))
+            return []
+        self._next_in += 1
+        return [*self._unpack(lane, packed), *self._release()]
 
     def _check_index(self, index: int) -> int:
         if not self._next_in <= index < self._next_in + MAX_AHEAD or index in self._waiting:
             raise RemoteProtocolError(f"message {index} out of order, due is {self._next_in}")
         return index
 
-    def _finish(self, index: int, what: Envelope | BadMessage) -> list[Envelope | BadMessage]:
+    def _put(self, index: int, what: tuple[int, PackedMessage] | None) -> None:
+        """Let a message wait for its turn, at a cost; None for a bad one."""
         if index < self._next_in or index in self._waiting:  # bad chunks after a bad message
-            return [what] if isinstance(what, BadMessage) else []
+            return
         self._waiting[index] = what
-        released = []
+        if what is None:
+            return
+        lane, packed = what
+        self.receivers[lane].hold(_cost(packed))
+        self._waiting_bytes += _cost(packed)
+        most = WAITING_WINDOWS * WINDOW_BYTES + 2 * self._assemblers[lane].max_message_bytes
+        if self._waiting_bytes > most:
+            raise RemoteProtocolError(
+                f"{self._waiting_bytes} bytes wait for message {self._next_in}, at most {most}"
+            )
+
+    def _release(self) -> list[Envelope | BadMessage]:
+        """Return the messages that have waited and whose turn it is."""
+        released: list[Envelope | BadMessage] = []
         while self._next_in in self._waiting:
-            released.append(self._waiting.pop(self._next_in))
+            what = self._waiting.pop(self._next_in)
             self._next_in += 1
+            if what is not None:
+                lane, packed = what
+                self.receivers[lane].release(_cost(packed))
+                self._waiting_bytes -= _cost(packed)
+                released += self._unpack(lane, packed)
         return released
+
+    def _unpack(self, lane: int, packed: PackedMessage) -> list[Envelope | BadMessage]:
+        """Return a message whose turn it is."""
+        try:
+            envelope = self._assemblers[lane].unpack(packed, lane)
+        except RemoteProtocolError as error:
+            return [BadMessage(str(error))]
+        self.receivers[lane].hold(envelope.num_bytes)
+        return [envelope]
 
     def taken(self, lane: int, num_bytes: int) -> None:
         """Note that the application has a message of *num_bytes* now."""

@@ -1,3 +1,3 @@
 """How messages travel: ZeroMQ with CURVE, or memory. Knows no model."""
 
-__all__ = ["handshake", "keys", "link", "memory_link", "sockets", "zmq_link"]
+__all__ = ["descriptors", "handshake", "keys", "link", "memory_link", "sockets", "zmq_link"]

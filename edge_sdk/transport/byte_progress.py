@@ -6,17 +6,9 @@ other end has acknowledged; elsewhere nothing is known, and whole frames have to
 
 from __future__ import annotations
 
-import fcntl
-import socket
-import struct
-import sys
-import termios
-from contextlib import suppress
 from typing import NamedTuple
 
-# struct tcp_info, linux/tcp.h: bytes acknowledged and received since the connection was made.
-_ACKED_AND_RECEIVED = struct.Struct("=120xQQ")
-_QUEUED = struct.Struct("=i")
+from edge_sdk.transport.descriptors import bytes_moved, bytes_unsent
 
 
 class Moved(NamedTuple):
@@ -47,26 +39,11 @@ class ByteProgress:
         Upwards counts only what has left a queue that is not empty: a middlebox that acknowledges
         and throws away takes everything at once, a slow link keeps us waiting.
         """
-        counts = None if self._descriptor is None else _read(self._descriptor)
-        if counts is None:
+        counts = None if self._descriptor is None else bytes_moved(self._descriptor)
+        if counts is None or self._descriptor is None:
             return Moved(False, False)
-        acked, received, queued = counts
-        moved = Moved(acked > self._acked and queued > 0, received > self._received)
+        acked, received = counts
+        is_full = bytes_unsent(self._descriptor) > 0
+        moved = Moved(acked > self._acked and is_full, received > self._received)
         self._acked, self._received = acked, received
         return moved
-
-
-def _read(descriptor: int) -> tuple[int, int, int] | None:
-    """Return bytes acknowledged, received and queued; None where that is not known."""
-    if sys.platform != "linux":
-        return None
-    with suppress(OSError, struct.error):  # closed meanwhile, or an older kernel
-        watched = socket.socket(fileno=descriptor)
-        try:
-            info = watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AND_RECEIVED.size)
-        finally:
-            watched.detach()  # it is libzmq's to close
-        acked, received = _ACKED_AND_RECEIVED.unpack(info)
-        queued = _QUEUED.unpack(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size)))[0]
-        return acked, received, queued
-    return None

@@ -10,6 +10,7 @@ import zmq
 from zmq.utils import z85
 
 from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.ration import Trouble
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
 
@@ -111,7 +112,7 @@ def test_only_registered_curve_keys_get_in(
     allowed = AllowList(tmp_path / "a.json")
     allowed.register("x", ONE)
     with zmq.Context() as context:
-        zap = ZapHandler(context, allowed)
+        zap = ZapHandler(context, allowed, Trouble())
         with context.socket(zmq.REQ) as asker:
             asker.connect("inproc://zeromq.zap.01")
             asker.send_multipart([b"1.0", b"id", *frames])
@@ -127,7 +128,7 @@ def test_nonsense_does_not_stop_the_handler(tmp_path: Path) -> None:
     """A malformed question gets no answer, and the next one is answered."""
     allowed = AllowList(tmp_path / "a.json")
     with zmq.Context() as context:
-        zap = ZapHandler(context, allowed)
+        zap = ZapHandler(context, allowed, Trouble())
         with context.socket(zmq.DEALER) as asker:
             asker.connect("inproc://zeromq.zap.01")
             asker.send_multipart([b"nonsense"])

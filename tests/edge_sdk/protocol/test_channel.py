@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol import packets
-from edge_sdk.protocol.channel import Receiver, Sender
+from edge_sdk.protocol.channel import WINDOW_BYTES, Receiver, Sender
 from edge_sdk.protocol.fragments import BULK_FROM_BYTES, Envelope, OutgoingMessage
 from edge_sdk.protocol.messages import Paused, Probe, Stamp
-from edge_sdk.protocol.packets import Lane
-from edge_sdk.protocol.session import BadMessage, Conversation
+from edge_sdk.protocol.packets import Kind, Lane
+from edge_sdk.protocol.session import QUEUED_LARGEST, BadMessage, Conversation
 
 WINDOW = 4096
 SESSION = "ab" * 16
@@ -242,6 +242,53 @@ def test_bad_message_is_skipped_and_the_next_arrives() -> None:
     assert isinstance(got[0], BadMessage)
     assert got[1].message.stamp.step == 1
     assert len(got) == 2
+
+
+def test_messages_that_wait_are_kept_as_they_came_and_bounded() -> None:
+    """Whoever never sends the first one ends the session long before it fills the memory."""
+    theirs = Conversation(SESSION, 1 << 20)
+    head, seq, held = message(0, 10)[1].head, 0, 0
+
+    def first(place: int) -> bytes:
+        payload = head + bytes(10)
+        return packets.prefix(Kind.FIRST, 0, theirs.tag, seq, place, len(payload)) + payload
+
+    with pytest.raises(RemoteProtocolError, match="wait for message 0|allowed were|out of order"):
+        for seq in range(1_000_000):  # noqa: B007 -- `first` uses it
+            assert theirs.on_packet(packets.read_packet(memoryview(first(seq + 1)))) == []
+            theirs.ack()
+            held += len(head) + 10
+
+    assert held < 2 * WINDOW_BYTES
+
+
+def test_a_bad_message_is_told_of_before_its_turn() -> None:
+    """It is counted at once, though the first one never comes; a good one waits."""
+    theirs = Conversation(SESSION, 1 << 20)
+    for seq, payload in enumerate((message(1, 10)[1].head + bytes(10), b"garbage")):
+        frame = packets.prefix(Kind.FIRST, 0, theirs.tag, seq, seq + 1, len(payload)) + payload
+        got = theirs.on_packet(packets.read_packet(memoryview(frame)))
+        assert [type(item) for item in got] == [BadMessage] * seq
+
+
+def test_what_the_peer_has_not_got_is_counted() -> None:
+    """From the queueing to the ack; who takes nothing and asks on is over what may wait."""
+    ours, theirs = (Conversation(SESSION, 10**9) for _ in range(2))
+    ours.send(message(0, 1000)[1])
+    assert 1000 < ours.queued_bytes < 3000
+    due = ours.senders[0].peek(0.0)
+    assert due is not None
+    frame = memoryview(bytes(ours.frame(0, due)))
+    ours.senders[0].sent(due)
+    theirs.on_packet(packets.read_packet(frame))
+    ours.on_ack(theirs.ack(), 0.0)
+    assert ours.queued_bytes == 0
+
+    for number in range(QUEUED_LARGEST):
+        ours.send(message(number, 100 << 20)[1])
+    assert not ours.is_overfull
+    ours.send(message(9, 100 << 20)[1])
+    assert ours.is_overfull
 
 
 def test_queued_messages_are_not_copied() -> None:

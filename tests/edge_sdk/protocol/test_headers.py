@@ -183,7 +183,10 @@ def test_damaged_frames_raise_nothing_but_our_error(data: st.DataObject) -> None
 
     for view in (memoryview(frame), memoryview(frame)[:cut]):
         with contextlib.suppress(RemoteProtocolError):
-            Reassembler(1000).add(packets.read_packet(view))
+            assembler = Reassembler(1000)
+            packed = assembler.add(packets.read_packet(view))
+            if packed is not None:
+                assembler.unpack(packed, 0)
 
 
 def test_a_packet_is_valid_msgpack() -> None:
@@ -207,7 +210,7 @@ def through(
         kind = Kind.CHUNK if number else Kind.FIRST
         assert done is None
         done = assembler.add(Packet(kind, 0, 0, number, outgoing.offset(number), payload))
-    return done
+    return None if done is None else assembler.unpack(done, 0)
 
 
 @given(

@@ -1,0 +1,80 @@
+"""What the kernel knows of a connection that libzmq holds, and an end to it: by its descriptor.
+
+libzmq tells the number of a connection's descriptor and nothing of what waits in it; nor does it
+close one when we want that. It may close one at any time itself, so that a number may be another
+connection's by now: `hang_up` looks before it acts. On Linux; elsewhere nothing is known.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+# struct tcp_info, linux/tcp.h: bytes acknowledged and received since the connection was made.
+_ACKED_AND_RECEIVED = struct.Struct("=120xQQ")
+_QUEUED = struct.Struct("=i")
+
+
+class ByteCounts(NamedTuple):
+    """Bytes of a connection since it was made."""
+
+    acked: int
+    """The other side's kernel has them."""
+    received: int
+    """Ours has had them, whoever has read them."""
+
+
+@contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """Use a socket that is libzmq's, which closes it."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def bytes_moved(descriptor: int) -> ByteCounts | None:
+    """Return what has come and gone; None where that is not known, or no connection is there."""
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError, struct.error), _borrowed(descriptor) as sock:  # or an older kernel
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AND_RECEIVED.size)
+        return ByteCounts(*_ACKED_AND_RECEIVED.unpack(info))
+    return None
+
+
+def bytes_unsent(descriptor: int) -> int:
+    """Return the bytes that the other side's kernel has not acknowledged; 0 if that is unknown."""
+    with suppress(OSError, struct.error):
+        queued = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
+        return int(_QUEUED.unpack(queued)[0])
+    return 0
+
+
+def peer_of(descriptor: int) -> tuple[str, int] | None:
+    """Return address and port of the other side; None where nobody is."""
+    with suppress(OSError), socket.socket(fileno=descriptor) as sock:
+        try:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return None
+            address, port = sock.getpeername()[:2]
+            return address.removeprefix("::ffff:"), port
+        finally:
+            sock.detach()
+    return None
+
+
+def hang_up(descriptor: int, peer: tuple[str, int]) -> bool:
+    """End the connection with *peer*; return whether there was one. libzmq finds its end."""
+    if peer_of(descriptor) != peer:
+        return False
+    with suppress(OSError), _borrowed(descriptor) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+    return True
