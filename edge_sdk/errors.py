@@ -7,6 +7,7 @@
       + PeerGone                   the other side left
         + SessionLost              the coordinator restarted and does not know us: say Hello again
     + RefusedError             4   the coordinator does not want this device: key, version, model
+      + NotAccepted                this device does not want what the coordinator asks for
     + ProtocolError            5   a message broke the protocol
       + LocalProtocolError         ours did
       + RemoteProtocolError        the peer's did
@@ -66,6 +67,10 @@ class RefusedError(EdgeError):
 
     exit_code = 4
     blames_peer = True
+
+
+class NotAccepted(RefusedError):
+    """This device does not do what the coordinator asks for, by its own `accept` settings."""
 
 
 class ProtocolError(EdgeError):

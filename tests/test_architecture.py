@@ -33,7 +33,7 @@ ORDER = {
         ["held_states", "running_note"],
         ["config"],
         ["protocol"],
-        ["transport"],
+        ["transport", "accept"],
         ["model"],
         ["lora"],
         ["data"],

@@ -206,6 +206,7 @@ class Admission:
             held_bytes=config.held_bytes,
             label_names=config.label_names,
             replays=config.replay.applies(config.labels),
+            parts={name: part.sha256 for name, part in model.parts.items()},
         )
 
     def _largest_message(self, plan: Plan) -> int:
@@ -374,7 +375,10 @@ class Admission:
 
     def failed(self, device: str, message: Failure) -> None:
         """Let go of a device that could not go on; one that ran out of memory gets less to do."""
-        self._run.lose(device, f"{message.error}: {message.text}")
+        reason = public_text(f"{message.error}: {message.text}")
+        if device not in self._run.state.ready:  # who has not begun leaves no other trace
+            self._run.watcher.see(DeviceStatus(device, f"cannot go on: {reason}"))
+        self._run.lose(device, reason)
         if message.error == OutOfMemory.__name__:
             self._run.conduct.finished(device)  # with less to do it begins anew
             try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edge_sdk.accept import Accept
 from edge_sdk.client.backends import BACKENDS
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.model.precision import Base, Compute
@@ -33,8 +34,10 @@ class ClientConfig:
     model: str | None = None
     """Folder or Hugging Face id of the same model, so that nothing is downloaded from the
     coordinator; each part must have the coordinator's hash."""
+    accept: Accept = field(default_factory=Accept)
+    """What a coordinator may ask of this device; everything else is refused here."""
     model_hash: str = ""
-    """Hash that the coordinator's model must have; empty takes any model."""
+    """`accept.model_hash`, by its old name."""
     device: str = "auto"
     """Where the device computes: `auto`, `cpu`, `cuda`."""
     backend: BackendName = "auto"
@@ -69,6 +72,11 @@ class ClientConfig:
     """Payload of one packet in bytes; 262144 on links below 4 Mbit/s."""
 
     def __post_init__(self) -> None:
+        if self.model_hash and self.accept.model_hash not in ("", self.model_hash):
+            raise ValueError("model_hash and accept.model_hash differ; leave out model_hash")
+        if self.model_hash:
+            accept = replace(self.accept, model_hash=self.model_hash)
+            object.__setattr__(self, "accept", accept)
         if self.backend not in ("auto", *BACKENDS):
             names = ", ".join(("auto", *BACKENDS))
             raise ValueError(f"backend must be one of {names}, got {self.backend!r}")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edge_sdk.accept import check_plan, check_round, check_welcome
 from edge_sdk.client.callbacks import Callback, RoundSummary
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
@@ -154,7 +155,7 @@ class Participant:
                 protocol=PROTOCOL_VERSION,
                 sdk_version=package_version(),
                 codecs=(*float_codecs(), residual.RESIDUAL),
-                model_hash=self._config.model_hash,
+                model_hash=self._config.accept.model_hash,
                 backend=self._setup.backend.name,
             )
         )
@@ -169,7 +170,8 @@ class Participant:
         return welcome
 
     def _enter(self, welcome: Welcome) -> None:
-        """Enter the run that *welcome* describes."""
+        """Enter the run that *welcome* describes, if this device accepts it."""
+        check_welcome(self._config.accept, welcome)
         if self._welcome != welcome:
             if self._note is not None:
                 self._note.remove()
@@ -194,6 +196,8 @@ class Participant:
         """Run another plan from now on; say so when all is in place."""
         self._inbox.enter(State.FETCHING)
         assigned: PlanAssigned = envelope.message
+        assert self._welcome is not None, "a plan before a welcome"
+        check_plan(self._config.accept, self._welcome, assigned)
         if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
             self._set_up(assigned)
@@ -293,6 +297,7 @@ class Participant:
     def _run_round(self, envelope: Envelope) -> None:
         self._inbox.enter(State.TRAINING)
         start: RoundStart = envelope.message
+        check_round(self._config.accept, start)
         self._ready()[1].replaying.begin(start, envelope.tensors)
         if not self._begin_round(start, envelope.tensors):
             self._say_ready()

@@ -220,5 +220,5 @@ def _with_keys(config: ClientConfig, *, session: bool) -> Iterator[Finding]:
         yield skipped("link", "bandwidth is measured in a session")
     else:
         yield from links.check_session(
-            links.open_session(link, config.model_hash), config.chunk_bytes
+            links.open_session(link, config.accept.model_hash), config.chunk_bytes
         )

@@ -21,7 +21,7 @@ from edge_sdk.errors import ModelError, one_line
 from edge_sdk.model.kept.findings import Looks, looks_of
 from edge_sdk.model.safetensors_files import Sink, Some, open_files, write_tensors
 from edge_sdk.model.torch_files import open_torch_files
-from edge_sdk.protocol.plan import Part
+from edge_sdk.protocol.plan import Part, hash_of_parts
 
 if TYPE_CHECKING:
     import torch
@@ -312,10 +312,7 @@ def _tokenizes_alike(path: Path, tokenizer: Any) -> bool:
 
 def model_hash(parts: Mapping[str, Part]) -> str:
     """Return one hash for a whole model: that of its parts' hashes, in order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        digest.update(f"{name} {parts[name].sha256}\n".encode())
-    return digest.hexdigest()
+    return hash_of_parts({name: part.sha256 for name, part in parts.items()})
 
 
 class _Digest:

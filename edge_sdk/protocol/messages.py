@@ -302,6 +302,9 @@ class Welcome:
     exchange: str = ""
     """Codec in which changes of factors and of residuals travel, each against what the other side
     has; empty where factors and changes travel as they are."""
+    parts: dict[str, Sha256] = field(default_factory=dict)
+    """SHA-256 of every part of the model by its name, of which `model_hash` is made; version 0.1.0
+    tells none."""
     replays: bool = False
     """Whether hidden states of frozen blocks are kept, so that they are sent once."""
     wants_ids: bool = False

@@ -6,6 +6,7 @@ Part of the protocol: both travel inside messages. How a plan is found is not de
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,14 @@ class Plan:
     def is_forward_only(self) -> bool:
         """Whether the device's blocks are frozen: no gradient comes back to them."""
         return not any(self.ranks.values())
+
+
+def hash_of_parts(sha256s: Mapping[str, str]) -> str:
+    """Return one hash for a whole model: that of its parts' hashes, in order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(sha256s):
+        digest.update(f"{name} {sha256s[name]}\n".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(plan: Plan) -> str:
