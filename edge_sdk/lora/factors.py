@@ -116,9 +116,9 @@ def compress(
 def condense(kept: Factors, added: Sequence[Factors], *, cancels: bool = False) -> Factors:
     """Return a sum that grows from round to round, in no more numbers than it needs.
 
-    As `compress` without a cap, until *kept* has as many ranks as the matrix can have: what is added
-    then seldom takes ranks away. The matrix itself beside an identity has as many numbers, and costs
-    one product instead of a decomposition.
+    As `compress` without a cap, until *kept* has as many ranks as the matrix can have: what is
+    added then seldom takes ranks away. The matrix itself beside an identity has as many numbers,
+    and costs one product instead of a decomposition.
 
     Args:
         kept: The sum until now.
