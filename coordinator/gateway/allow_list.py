@@ -8,9 +8,11 @@ here: sessions (`sessions.py`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -20,9 +22,9 @@ import zmq
 from zmq.utils import z85
 
 from coordinator.gateway.ration import Trouble, source_of
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, public_text
 from edge_sdk.files import atomic_write, storage_errors
-from edge_sdk.transport.keys import load_public_key
+from edge_sdk.transport.keys import is_public_key, load_public_key
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ ZAP_DOMAIN = "edgesplit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # 100,000 devices of about 60 bytes.
 _MAX_FILE_BYTES = 8 * 1024 * 1024
+# Trouble of a disk or of this process that says nothing about who may come.
+_OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EINTR)
+# Content of a file that is not there, and of none at all; no list looks like them.
+_MISSING, _NONE = b"\0missing", b"\0none"
 
 
 def is_device_name(name: str) -> bool:
@@ -42,18 +48,25 @@ def is_device_name(name: str) -> bool:
 class AllowList:
     """Names of the devices that may connect, and their public keys.
 
-    Readers never wait: a change replaces both maps. A missing file lets nobody in. While the file
-    cannot be read, the last good list stays in force and an error is logged, so that a slip of the
-    editor does not throw out a whole fleet.
+    Readers never wait: a change replaces both maps. However the file was changed and by whom, its
+    content decides, not its times. A list that reads well counts at once. What does not may be a
+    moment of somebody's editor, so it counts when it is seen a second time: a missing file lets
+    nobody in; a damaged one keeps those whose keys still stand in it; while the file may not be
+    read nobody is in, and everybody may come back as soon as it is.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.is_closed = False
+        """Whether the file may not be read, so that nobody knows who may come."""
         self._keys: dict[str, str] = {}
         self._names: dict[str, str] = {}
-        self._seen: tuple[int, int, int] | None = None
-        self._take(self._load())
-        self._seen = self._stamp()
+        self._why = ""
+        self._content = self._read()
+        self._doubtful: bytes | None = _NONE
+        if self._content is None:
+            raise ConfigError(f"cannot read {self.path}: {self._why}")
+        self._take(self._parsed(self._content))
 
     def devices(self) -> dict[str, str]:
         """Return the public key of every registered name, sorted."""
@@ -83,45 +96,67 @@ class AllowList:
         log.info("device.unregistered name=%s", name)
 
     def reload_if_changed(self) -> bool:
-        """Read the file again if it has changed; return whether the list is new."""
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return False
-        self._seen = stamp
+        """Read the file again; return whether the list is another one now."""
         try:
-            self._take(self._load())
-        except ConfigError as error:
-            log.error("allow_list.reload_failed error=%s", error)
+            content = self._read()
+        except OSError as error:  # of the disk or of this process: nobody has changed the list
+            log.error("allow_list.unread error=%s", error.strerror)
             return False
-        log.info("allow_list.reloaded devices=%d", len(self._keys))
+        if content == self._content:
+            self._doubtful = _NONE
+            return False
+        keys, why = {}, self._why
+        if content is not None:
+            try:
+                keys, why = self._parsed(content), ""
+            except ConfigError as error:
+                text = content.decode("ascii", "replace")
+                keys = {name: key for name, key in self._keys.items() if key in text}
+                why = str(error)
+        is_missing = content == _MISSING
+        if (why or is_missing) and content != self._doubtful:
+            self._doubtful = content  # for a second look
+            return False
+        self._content, self.is_closed = content, content is None
+        self._take(keys)
+        if why:
+            log.error("allow_list.bad devices=%d error=%s", len(keys), public_text(why))
+        else:
+            log.info("allow_list.reloaded devices=%d", len(keys))
         return True
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _read(self) -> bytes | None:
+        """Return what stands in the file; None if it may not be read.
+
+        Raises:
+            OSError: It can not be read now, for a reason that has nothing to do with it.
+        """
         try:
-            status = self.path.stat()
-        except OSError:
+            with self.path.open("rb") as file:
+                return file.read(_MAX_FILE_BYTES)
+        except FileNotFoundError:
+            return _MISSING
+        except OSError as error:
+            if error.errno in _OF_THE_MOMENT:
+                raise
+            self._why = str(error.strerror)
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _take(self, keys: dict[str, str]) -> None:
         self._keys = keys
         self._names = {key: name for name, key in keys.items()}
 
-    def _load(self) -> dict[str, str]:
-        try:
-            with self.path.open("rb") as file:
-                data = file.read(_MAX_FILE_BYTES)
-        except FileNotFoundError:
+    def _parsed(self, content: bytes) -> dict[str, str]:
+        if content == _MISSING:
             return {}
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
         try:
-            keys = json.loads(data)["devices"]
+            keys = json.loads(content)["devices"]
             for name, key in keys.items():
                 if not is_device_name(name):
                     raise ValueError(f"bad name {name!r}")
-                load_public_key(key)
-        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+                if not is_public_key(key):
+                    raise ValueError(f"what {name} has is no public key")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.path} is not a list of devices: {error}") from error
         if len(set(keys.values())) != len(keys):
             raise ConfigError(f"{self.path}: two names have the same key")
@@ -132,14 +167,34 @@ class AllowList:
         """Read the list, let the caller change it, write it; one process at a time."""
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
+            # Another user's lock, too: reading is enough for it.
+            lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT, 0o644)
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                keys = self._load()
+                content = self._read()
+                if content is None:
+                    raise ConfigError(f"cannot read {self.path}: {self._why}")
+                keys = self._parsed(content)
                 yield keys
                 text = json.dumps({"devices": dict(sorted(keys.items()))}, indent=1) + "\n"
+                owned = self.path if content != _MISSING else self.path.parent
+                owner = owned.stat()
                 atomic_write(self.path, text, mode=0o600)
+                _give_to(self.path, owner)
+            finally:
+                os.close(lock)
         self._take(keys)
-        self._seen = self._stamp()
+        self._content = text.encode()
+
+
+def _give_to(path: Path, owner: os.stat_result) -> None:
+    """Let whoever had a list go on reading it when another user, such as root, has written it."""
+    if path.stat().st_uid == owner.st_uid:
+        return
+    try:
+        os.chown(path, owner.st_uid, owner.st_gid)
+    except PermissionError:
+        path.chmod(0o644)  # its keys are public ones
 
 
 class ZapHandler:
@@ -180,7 +235,9 @@ class ZapHandler:
         key = self._key(domain, mechanism, rest)
         name = self._allowed.name_of(key) if key else None
         status, text = (b"200", b"OK") if name else (b"400", b"key is not registered")
-        if name is None:
+        if self._allowed.is_closed:  # it may try again, and is told nothing
+            status, text = b"300", b"not now"
+        elif name is None:
             source = source_of(address.decode("ascii", "replace").removeprefix("::ffff:"))
             self._trouble.tell("device.refused", source, f"key={key}", time.monotonic())
         return [*route, version, request, status, text, key.encode() if name else b"", b""]

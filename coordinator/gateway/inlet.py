@@ -24,7 +24,7 @@ class Inlet:
     """None without CURVE."""
 
     def read(self, now_s: float) -> Caller | None:
-        """Return what was sent, and by whom; None if its connection has been shut.
+        """Return what was sent, and by whom; None if that is to be ignored.
 
         Raises:
             zmq.Again: Nothing waits.
@@ -47,6 +47,8 @@ class Inlet:
         if self.allowed is not None:
             key = frame_property(frame, "User-Id")
             name = self.allowed.name_of(key) or ""
+            if not name and self.allowed.is_closed:  # who it is will be known later
+                return None
         if connection is not None and (name or self.allowed is None):
             self.door.proven(connection, name or str(connection.peer), now_s)
         return Caller(route, name, key, frame, is_whole, connection)

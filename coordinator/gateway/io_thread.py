@@ -458,13 +458,13 @@ class GatewayIo:
         late_s = now_s - self._tick_s if self._tick_s else 0.0
         if late_s > STALL_S:  # this process stood still: what it did not hear was not silence
             for session in self.sessions.values():
-                session.heard_s = min(now_s, session.heard_s + late_s)
-                for sender in session.talk.senders:
-                    sender.excuse(now_s)
+                session.excuse(late_s, now_s)
         self._tick_s = now_s + min(TICK_S, self.gone_after_s / 8)
         if self.allowed is not None and self.allowed.reload_if_changed():
             for session in list(self.sessions.values()):
-                if self.allowed.name_of(session.key) != session.name:
+                if self.allowed.is_closed:
+                    self._forget(session, "the allow-list cannot be read")
+                elif self.allowed.name_of(session.key) != session.name:
                     self._expel(session, _REVOKED)
         self.door.tell(now_s)
         for session in list(self._contested):

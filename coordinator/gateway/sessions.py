@@ -83,6 +83,12 @@ class DeviceSession:
         self.heard_s = now_s
         self.silent_s = 0.0
 
+    def excuse(self, late_s: float, now_s: float) -> None:
+        """Blame it for nothing that was not heard while we did not listen."""
+        self.heard_s = min(now_s, self.heard_s + late_s)
+        for sender in self.talk.senders:
+            sender.excuse(now_s)
+
     def complaint(self, text: str) -> OutgoingMessage:
         """Return the message by which its device learns what was wrong with one of its own."""
         stamp, error = Stamp(device=self.name), RemoteProtocolError.__name__

@@ -72,10 +72,15 @@ def load_key_pair(path: str | Path) -> KeyPair:
     return KeyPair(public, secret)
 
 
+def is_public_key(text: object) -> bool:
+    """Return whether *text* is a public key as Z85 writes it."""
+    return isinstance(text, str) and _Z85.fullmatch(text) is not None
+
+
 def load_public_key(path_or_z85: str | Path) -> str:
     """Return a public key that is given as Z85, or as a file that holds it."""
     text = str(path_or_z85)
-    if _Z85.fullmatch(text):
+    if is_public_key(text):
         return text
     path = Path(path_or_z85)
     if not path.exists():

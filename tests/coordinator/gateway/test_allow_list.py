@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import pytest
 import zmq
@@ -41,26 +46,168 @@ def test_change_by_another_process_is_seen(tmp_path: Path) -> None:
     assert not ours.reload_if_changed()
 
 
-def test_removed_file_lets_nobody_in(tmp_path: Path) -> None:
-    """Without a list there are no devices."""
+def test_a_removed_file_lets_nobody_in(tmp_path: Path) -> None:
+    """Without a list there are no devices, once that is certain."""
     allowed = AllowList(tmp_path / "a.json")
     allowed.register("x", ONE)
     (tmp_path / "a.json").unlink()
 
-    assert allowed.reload_if_changed()
+    assert [allowed.reload_if_changed() for _ in range(3)] == [False, True, False]
     assert allowed.devices() == {}
 
 
-def test_broken_file_keeps_the_last_good_list(tmp_path: Path) -> None:
-    """A slip of the editor throws nobody out of a run, but a new coordinator refuses the file."""
-    allowed = AllowList(tmp_path / "a.json")
+def test_a_damaged_file_keeps_whose_key_still_stands_in_it(tmp_path: Path) -> None:
+    """A slip of the editor throws out nobody else, and a new coordinator refuses the file."""
+    path = tmp_path / "a.json"
+    allowed = AllowList(path)
     allowed.register("x", ONE)
-    (tmp_path / "a.json").write_text("{")
+    allowed.register("y", TWO)
+    path.write_text(path.read_text().replace(TWO, "").replace("}", ""))
 
     assert not allowed.reload_if_changed()
-    assert allowed.name_of(ONE) == "x"
+    assert allowed.name_of(TWO) == "y"
+    assert allowed.reload_if_changed()
+    assert allowed.devices() == {"x": ONE}
     with pytest.raises(ConfigError, match="not a list of devices"):
-        AllowList(tmp_path / "a.json")
+        AllowList(path)
+
+
+def test_a_file_that_is_being_written_changes_nothing(tmp_path: Path) -> None:
+    """An editor that empties the file before it fills it throws nobody out."""
+    allowed = AllowList(tmp_path / "a.json")
+    allowed.register("x", ONE)
+    content = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text("")
+    assert not allowed.reload_if_changed()
+    (tmp_path / "a.json").write_text(content)
+
+    assert not allowed.reload_if_changed()
+    assert allowed.devices() == {"x": ONE}
+
+
+def rename(path: Path, text: str) -> None:
+    """Replace the file as a whole."""
+    other = path.with_name("other")
+    other.write_text(text)
+    other.replace(path)
+
+
+def in_place(path: Path, text: str) -> None:
+    """Write into the file that is there."""
+    path.write_text(text)
+
+
+def unseen(path: Path, text: str) -> None:
+    """Write as many bytes, and set the times back."""
+    before = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def by_a_link(path: Path, text: str) -> None:
+    """Put a symbolic link in its place."""
+    path.with_name("target").write_text(text)
+    path.unlink()
+    path.symlink_to(path.with_name("target"))
+
+
+@pytest.mark.parametrize("change", [rename, in_place, unseen, by_a_link])
+def test_a_key_that_is_replaced_is_out_however_the_file_was_changed(
+    tmp_path: Path, change: Callable[[Path, str], None]
+) -> None:
+    """What stands in the file counts, at once; not its times, its size or its inode."""
+    allowed = AllowList(tmp_path / "a.json")
+    allowed.register("x", ONE)
+
+    change(allowed.path, allowed.path.read_text().replace(ONE, TWO))
+
+    assert allowed.reload_if_changed()
+    assert allowed.name_of(ONE) is None
+    assert allowed.name_of(TWO) == "x"
+
+
+def test_while_the_file_may_not_be_read_nobody_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who knows what stands in it? When it can be read again all are back."""
+    allowed = AllowList(tmp_path / "a.json")
+    allowed.register("x", ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EACCES))
+        assert [allowed.reload_if_changed() for _ in range(3)] == [False, True, False]
+        assert (allowed.is_closed, allowed.devices()) == (True, {})
+        with pytest.raises(ConfigError, match="cannot read"):
+            AllowList(tmp_path / "a.json")
+
+    assert allowed.reload_if_changed()
+    assert (allowed.is_closed, allowed.devices()) == (False, {"x": ONE})
+
+
+def failing(number: int) -> Callable[..., NoReturn]:
+    """Return something that fails as the kernel says."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO])
+def test_trouble_of_the_moment_throws_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A lack of descriptors says nothing about who may come."""
+    allowed = AllowList(tmp_path / "a.json")
+    allowed.register("x", ONE)
+    monkeypatch.setattr(Path, "open", failing(number))
+
+    assert [allowed.reload_if_changed() for _ in range(3)] == [False] * 3
+    assert allowed.devices() == {"x": ONE}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+def test_a_list_that_root_has_changed_stays_readable_for_its_owner(tmp_path: Path) -> None:
+    """`sudo coordinator client unregister` reaches a coordinator that is not root."""
+    path = tmp_path / "a.json"
+    AllowList(path).register("x", ONE)
+    os.chown(path, 12345, 12345)
+
+    AllowList(path).register("y", TWO)
+
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12345)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+def test_a_list_that_another_user_has_changed_stays_readable() -> None:
+    """Who may write to the folder and give nothing away leaves a file that all may read."""
+    with TemporaryDirectory() as name:  # which another user may enter
+        folder = Path(name)
+        AllowList(folder / "a.json").register("x", ONE)
+        os.chown(folder / "a.json", 12345, 12345)
+        (folder / "a.json").chmod(0o644)
+        folder.chmod(0o777)
+        as_user(23456, lambda: AllowList(folder / "a.json").unregister("x"))
+
+        assert (folder / "a.json").stat().st_uid == 23456
+        assert (folder / "a.json").stat().st_mode & 0o444 == 0o444
+        assert AllowList(folder / "a.json").devices() == {}
+
+
+def as_user(number: int, act: Callable[[], None]) -> None:
+    """Do something in a process of another user."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setgid(number)
+            os.setuid(number)
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected
 from edge_sdk.deadline import Deadline
-from edge_sdk.errors import RefusedError
+from edge_sdk.errors import RefusedError, SessionLost
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import Pause, Refused, Stamp
@@ -204,6 +204,25 @@ def test_a_replaced_key_ends_the_session_of_the_old_one(
     assert isinstance(closed, Closed)
     assert "not registered any more" in closed.reason
     assert [type(event) for event in events] == [Left, Joined, Received]
+
+
+def test_while_nobody_knows_who_may_come_devices_wait(
+    gateway: ZmqGateway, allowed: AllowList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that may not be read ends all sessions and lets nobody in; later all are back."""
+    with open_link(gateway) as link:
+        said(gateway, link)
+        with monkeypatch.context() as patch:
+            patch.setattr(allowed, "_read", lambda: None)
+            left = until(gateway, Left, PATIENCE_S)
+            assert gateway.events(1.0) == []
+        with pytest.raises(SessionLost):
+            link.receive(Deadline.after(PATIENCE_S))
+        events = said(gateway, link)
+
+    assert isinstance(left[-1], Left)
+    assert "cannot be read" in left[-1].reason
+    assert [type(event) for event in events] == [Joined, Received]
 
 
 def test_a_device_to_which_nothing_gets_through_is_asked_to_connect_anew(
