@@ -52,6 +52,7 @@ SLOW = (
     "coordinator/results/test_export.py",
     "coordinator/commands/test_plan.py",
     "edge_sdk/model/test_partition.py",
+    "coordinator/rounds/test_siege.py",
     "coordinator/engine/",
     "edge_sdk/runtime/test_torch_runtime.py",
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Protocol
 
@@ -63,6 +64,7 @@ def no_telemetry() -> dict[str, float]:
     return {}
 
 
+@cache  # a file is read for it, and every Welcome names it
 def package_version() -> str:
     """Return the version of this package, or `0` if it is not installed."""
     from importlib import metadata  # imported here, as it loads all of `email`
