@@ -251,7 +251,8 @@ class Puppet:
             Gradient: self._on_gradient,
             Pause: self._on_pause,
         }
-        if type(message) in answers:
+        is_late = self.start is None and type(message) in (EvalResult, TopHidden, Gradient)
+        if type(message) in answers and not is_late:
             answers[type(message)](message, tensors)
 
     def _on_plan_assigned(self, message: PlanAssigned, _: Any) -> None:
