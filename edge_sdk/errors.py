@@ -36,6 +36,9 @@ class EdgeError(Exception):
     exit_code: ClassVar[int] = 1
     blames_peer: ClassVar[bool] = False
     """Whether, in whoever handles a message, the one that sent it is to blame."""
+    is_public: ClassVar[bool] = False
+    """Whether a device may tell its words to the coordinator: they speak of what came from there or
+    of its own settings, and hold nothing of its data and files."""
 
 
 class ConfigError(EdgeError):
@@ -67,6 +70,7 @@ class RefusedError(EdgeError):
 
     exit_code = 4
     blames_peer = True
+    is_public = True
 
 
 class NotAccepted(RefusedError):
@@ -87,6 +91,7 @@ class RemoteProtocolError(ProtocolError):
     """The peer sent something the protocol forbids."""
 
     blames_peer = True
+    is_public = True
 
 
 class DeviceError(EdgeError):
@@ -122,6 +127,24 @@ class NumericError(EdgeError):
 
     exit_code = 10
     blames_peer = True
+    is_public = True
+
+
+def told_text(error: EdgeError) -> str:
+    """Return what a device says to the coordinator of *error*, beside its class: its place.
+
+    Words of libraries, of other people's templates and of our own readers may hold a line of the
+    data, a path or a name: they stay here. The place is one of our own source.
+    """
+    if error.is_public:
+        return public_text(error)
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in ("edge_sdk", "profiler"):
+            place = f"raised in {module}, line {trace.tb_lineno}; "
+        trace = trace.tb_next
+    return f"{place}what it says stands on the device's terminal alone"
 
 
 def public_name(error: EdgeError) -> str:

@@ -12,10 +12,17 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from edge_sdk.errors import OutOfMemory
 from edge_sdk.files import atomic_write
 from profiler.sensors.memory import ROOT, OomKills, oom_kills
 
 NAME = "running.json"
+
+
+class WasShort(OutOfMemory):
+    """An earlier process of this device ended for want of memory; told in words of the plan."""
+
+    is_public = True
 
 
 class RunningNote:

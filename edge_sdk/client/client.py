@@ -146,7 +146,8 @@ class EdgeClient:
                 if is_short:
                     log.warning("memory.exhausted times=%d reason=%s", smaller, _words(error))
                     participant.forget()
-                    _quietly(partial(participant.report, OutOfMemory(_words(error))))
+                    short = OutOfMemory(_words(error)).with_traceback(error.__traceback__)
+                    _quietly(partial(participant.report, short))
                 elif isinstance(error, EdgeError) and not isinstance(error, _NOT_REPORTED):
                     _quietly(partial(participant.report, error))
                 # Without its link it cannot be given another plan.

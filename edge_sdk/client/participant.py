@@ -25,10 +25,10 @@ from edge_sdk.client.states import State
 from edge_sdk.client.steps import Steps
 from edge_sdk.errors import (
     EdgeError,
-    OutOfMemory,
     RefusedError,
     public_name,
     public_text,
+    told_text,
 )
 from edge_sdk.held_states import HeldStates
 from edge_sdk.lora.adapters import Pair
@@ -58,7 +58,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import fingerprint
 from edge_sdk.protocol.tensors import Shape, check_shapes
-from edge_sdk.running_note import RunningNote
+from edge_sdk.running_note import RunningNote, WasShort
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
@@ -130,7 +130,7 @@ class Participant:
         self._enter(welcome)
         if doing := self._take_note():
             log.warning("memory.was_short doing=%s", doing)
-            self.report(OutOfMemory(f"it ended for want of memory while it ran {doing}"))
+            self.report(WasShort(f"it ended for want of memory while it ran {doing}"))
             self._enter(self._greet())
         if welcome.wants_profile:
             self._inbox.enter(State.PROFILING)
@@ -490,4 +490,4 @@ class Participant:
     def report(self, error: EdgeError) -> None:
         """Tell the coordinator why this device cannot go on."""
         kind = public_name(error)
-        self._link.send(Failure(stamp=self._stamp, error=kind, text=public_text(error)))
+        self._link.send(Failure(stamp=self._stamp, error=kind, text=told_text(error)))

@@ -117,8 +117,8 @@ class RuntimeSetup:
             num_labels=welcome.num_labels or None,
             label_names=welcome.label_names,
         )
-        train = tokenize_rows(rows, tokenizer, config, limits, tally)
-        validation = tokenize_rows(held_out, tokenizer, config, limits, tally)
+        train = tokenize_rows(rows, tokenizer, config, limits, tally, isolates=True)
+        validation = tokenize_rows(held_out, tokenizer, config, limits, tally, isolates=True)
         tally.say()
         self._longest = max(len(example.input_ids) for example in (*train, *validation))
         return TokenizedData(

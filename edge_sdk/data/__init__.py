@@ -2,6 +2,7 @@
 
 __all__ = [
     "batches",
+    "chats",
     "encoding",
     "fast_tokenizer",
     "paths",
@@ -9,5 +10,6 @@ __all__ = [
     "rows",
     "schemas",
     "tally",
+    "templates",
     "tokenize",
 ]

@@ -12,6 +12,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from random import Random, SystemRandom
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 from edge_sdk.data.encoding import Segment
@@ -23,6 +25,12 @@ SYSTEM = ("system", "developer")
 # Tags, bracketed words, single blanks, words: what a template writes in one piece.
 PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s|\w+|.")
 TAG = re.compile(r"<(/?)(\w+)>")
+# What a turn is, whom it answers, and what of a tool is no text: the keys of its JSON schema.
+KEPT = ("role", "tool_call_id")
+KEPT_OF_TOOLS = (*KEPT, "name", "type", "enum", "required", "format", "id", "$ref")
+_KINDS = (ascii_lowercase, ascii_uppercase, digits)
+_OTHERS = {letter: kind.replace(letter, "") for kind in _KINDS for letter in kind}
+_DRAW = Random(SystemRandom().getrandbits(256)).random
 
 
 def chat_samples(
@@ -35,7 +43,8 @@ def chat_samples(
 
     Raises:
         DataError: No template, the template refuses the chat, leaves out a turn, calls or tools,
-            or changes the turns before an answer when that answer is given.
+            changes the turns before an answer when that answer is given, or lets what is learned
+            depend on what others than the assistant say.
     """
     if not template.is_there:
         raise DataError(f"{row.where}: has messages, but the tokenizer has no chat template")
@@ -46,7 +55,10 @@ def chat_samples(
         turns = merged
     writer = _Writer(row.where, turns, row.tools, template)
     try:
-        return writer.samples(targets[-1:] if config.answers == "last" else targets)
+        learned = targets[-1:] if config.answers == "last" else targets
+        samples, is_shortened = writer.samples(learned)
+        writer.check_roles(learned, samples)
+        return samples, is_shortened
     except DataError:
         if writer.refuses_system():
             raise writer.no_system() from None
@@ -78,14 +90,20 @@ class _Writer:
     def samples(self, targets: Sequence[int]) -> tuple[list[list[Segment]], bool]:
         """Return the samples in which the turns at *targets* carry loss; see chat_samples."""
         self._turns = self._in_form_that_is_taken(targets[-1])
+        return self._samples(targets)
+
+    def _samples(
+        self, targets: Sequence[int], *, checks: bool = True
+    ) -> tuple[list[list[Segment]], bool]:
         samples: list[list[Segment]] = []
         done, checked, is_shortened = "", 0, False
         for index in targets:
             before = self._question(index)
             answer = self._answer(index, before)
-            for earlier in range(checked, index):
+            for earlier in range(checked, index) if checks else ():
                 self._check_turn(earlier, index, ask=True)
-            self._check_turn(index, index + 1)
+            if checks:
+                self._check_turn(index, index + 1)
             is_shortened = is_shortened or _is_shortened(self._turns[index], before, answer.text)
             if not samples or not before.startswith(done):
                 samples.append([])
@@ -95,8 +113,30 @@ class _Writer:
             written = self._render(index + 1)
             if self._template.marks and written.text == done:
                 samples[-1] = _marked(samples[-1], written)
-        self._check_tools(targets[0] + 1)
+        if checks:
+            self._check_tools(targets[0] + 1)
         return samples, is_shortened
+
+    def check_roles(self, targets: Sequence[int], samples: Sequence[Sequence[Segment]]) -> None:
+        """Refuse a template by which others than the assistant say something of what is learned.
+
+        Whatever it does with their words: what is learned must be the same, to the letter, where
+        they say other words, which nobody can foresee.
+        """
+        others = [
+            turn if turn["role"] == "assistant" else other_words(turn) for turn in self._turns
+        ]
+        writer = _Writer(self._where, others, other_words(self._tools), self._template)
+        try:
+            again, _ = writer._samples(targets, checks=False)
+        except DataError:
+            again = []
+        if _learned(again) != _learned(samples):
+            raise DataError(
+                f"{self._where}: what the chat template has learned depends on what others than "
+                "the assistant say; it may be meant to hand their words out. Let "
+                "data.chat_template name another template"
+            )
 
     def _question(self, index: int) -> str:
         """Return the text that the model reads when the answer at *index* is asked for."""
@@ -243,6 +283,38 @@ class _Writer:
             return self._template.render(turns, tools, ask=ask).text
         except TemplateRefusal:
             return None
+
+
+def _learned(samples: Sequence[Sequence[Segment]]) -> list[list[str]]:
+    """Return the texts that carry loss, sample by sample."""
+    return [[s.text[start:stop] for s in sample for start, stop in s.targets] for sample in samples]
+
+
+def other_words(value: Any, key: str = "content") -> Any:
+    """Return a turn or tools of the same form that say something else.
+
+    Every letter and digit is another one; tags, such as a tool's answer has, and names by which a
+    template finds what belongs together stay.
+    """
+    if isinstance(value, dict):
+        is_kept = KEPT_OF_TOOLS if value.get("role") == "tool" or "role" not in value else KEPT
+        return {k: v if k in is_kept else other_words(v, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(other_words(one, key) for one in value)
+    if not isinstance(value, str):
+        return value
+    return "".join(
+        piece if TAG.fullmatch(piece) else "".join(map(_other_letter, piece))
+        for piece in re.split(r"(</?\w+>)", value)
+    )
+
+
+def _other_letter(letter: str) -> str:
+    """Return another letter of the same kind, by chance."""
+    others = _OTHERS.get(letter)
+    if others is None:
+        others = ascii_lowercase if letter.isalnum() else letter
+    return others[int(_DRAW() * len(others))]
 
 
 def _content(turn: Turn) -> str:

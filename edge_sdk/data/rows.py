@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from edge_sdk.data.readers import RowSource, read_records, source_name
@@ -80,6 +81,9 @@ class DataConfig:
     system_turn: Literal["own", "user"] = "own"
     """What a system turn becomes: a turn of its own, or text before that of the first user turn,
     for templates that know no system."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja) in place of the model's, which comes from the coordinator:
+    one that you have read, or written."""
     chat_template_kwargs: dict[str, bool | int | str] = field(default_factory=dict)
     """Variables of the chat template, e.g. {"enable_thinking": false}."""
 

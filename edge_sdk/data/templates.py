@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from edge_sdk.data.encoding import Span
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, one_line
 
 Turn = Mapping[str, Any]
 # Noncharacters of Unicode, which no text holds, around what `{% generation %}` encloses.
@@ -41,13 +42,16 @@ class Rendered:
 class ChatTemplate:
     """The chat template of a tokenizer, with the variables that the user sets."""
 
-    def __init__(self, tokenizer: Any, variables: Mapping[str, Any]) -> None:
-        """Take the template of *tokenizer*; *variables* go before its special tokens.
+    def __init__(
+        self, tokenizer: Any, variables: Mapping[str, Any], path: Path | None = None
+    ) -> None:
+        """Take the template of *tokenizer*, or the one at *path*; *variables* go before its tokens.
 
         Raises:
-            ConfigError: The template has no such variable.
+            ConfigError: The template has no such variable, or its file cannot be read.
         """
-        found = getattr(tokenizer, "chat_template", None)
+        found = getattr(tokenizer, "chat_template", None) if path is None else _read(path)
+        self._now = datetime.now()
         self._sources: dict[str, str] = (
             found if isinstance(found, dict) else {"default": found or ""}
         )
@@ -86,11 +90,19 @@ class ChatTemplate:
                 tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=ask,
+                strftime_now=self._now.strftime,
                 **self._variables,
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise TemplateRefusal(" ".join(str(error).split())[:200]) from error
         return _unmarked(marked)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {one_line(error)}") from error
 
 
 def _plain(turn: Turn) -> dict[str, Any]:
@@ -143,7 +155,6 @@ def _compiled(source: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     jinja.globals["raise_exception"] = refuse
-    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     jinja.filters["tojson"] = _to_json
     return jinja.from_string(source)
 

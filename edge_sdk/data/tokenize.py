@@ -8,7 +8,8 @@ letters of the answer. Batches and padding live in batches.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from edge_sdk.data.chats import chat_samples
 from edge_sdk.data.encoding import IGNORE, Encoder, Segment
+from edge_sdk.data.isolated.renderer import IsolatedChats, Made
 from edge_sdk.data.labels import Classes, find_classes
 from edge_sdk.data.rows import DataConfig, Row
 from edge_sdk.data.tally import Tally
@@ -76,13 +78,16 @@ def tokenize_rows(
     config: DataConfig,
     limits: ModelLimits,
     tally: Tally | None = None,
+    *,
+    isolates: bool = False,
 ) -> list[Example]:
     """Tokenise all *rows*, which are of one schema, and check every one of them.
 
     Loss is on text, on completions, or on the turns of the assistant. A sequence that starts with
     the token of its beginning (where the tokenizer adds one) has no loss on that. Special tokens
     written out in the data, such as ``<|endoftext|>``, become those tokens. What is too long, or
-    bad where bad rows are skipped, is counted in *tally*; without one the log says it.
+    bad where bad rows are skipped, is counted in *tally*; without one the log says it. *isolates*:
+    the tokenizer's chat template is somebody else's, and runs in a process of its own.
 
     Raises:
         DataError: The tokenizer is empty or does not fit the model; or a row is too long, holds
@@ -96,13 +101,15 @@ def tokenize_rows(
     if config.append_eos and tokenizer.eos_token_id is None:
         log.warning("tokenize.no_eos effect=%s", "the model will not learn where to end")
     rules = _Rules(config, limits, max_length, tally or Tally(config.bad_rows))
+    isolates = isolates and config.chat_template is None
     chunks = [rows[first : first + ROWS_PER_CALL] for first in range(0, len(rows), ROWS_PER_CALL)]
     if rows and rows[0].schema == "label":
         classes = find_classes(config.labels, limits.label_names, limits.num_labels)
         made = [_label_examples(chunk, tokenizer, classes, rules) for chunk in chunks]
     else:
-        causal = _Causal(tokenizer, rules)
-        made = [causal.examples(chunk) for chunk in chunks]
+        with _chats_of(tokenizer, config, isolates=isolates) as chats:
+            causal = _Causal(tokenizer, rules, chats)
+            made = [causal.examples(chunk) for chunk in chunks]
     examples = list(chain.from_iterable(made))
     if tally is None:
         rules.tally.say()
@@ -136,22 +143,49 @@ def _max_length(config: DataConfig, limits: ModelLimits) -> int | None:
     return possible if wanted is None else wanted
 
 
+_Chats = Callable[[Sequence[Row]], Iterator["Made | DataError"]]
+"""Makes the samples of chats, or says why a chat has none."""
+
+
+@contextmanager
+def _chats_of(
+    tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, isolates: bool
+) -> Iterator[_Chats]:
+    """Give what makes samples of chats; with *isolates* in a process that ends with it."""
+    if isolates:
+        with closing(IsolatedChats(tokenizer, config)) as isolated:
+            yield isolated
+        return
+    template = ChatTemplate(tokenizer, config.chat_template_kwargs, config.chat_template)
+
+    def made(rows: Sequence[Row]) -> Iterator[Made | DataError]:
+        for row in rows:
+            try:
+                yield chat_samples(row, template, config)
+            except DataError as error:
+                yield error
+
+    yield made
+
+
 class _Causal:
     """Makes the examples of a causal language model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: _Rules) -> None:
-        self._tokenizer, self._rules = tokenizer, rules
-        self._template = ChatTemplate(tokenizer, rules.config.chat_template_kwargs)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: _Rules, chats: _Chats) -> None:
+        self._tokenizer, self._rules, self._chats = tokenizer, rules, chats
         self._encoder = Encoder(tokenizer)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise *rows*; a chat may give several examples."""
         samples: list[tuple[Row, list[Segment]]] = []
-        for row in rows:
-            try:
-                samples += [(row, sample) for sample in self._samples(row)]
-            except DataError as error:
-                self._rules.tally.bad(error)
+        for row, made in zip(rows, self._made(rows), strict=True):
+            if isinstance(made, DataError):
+                self._rules.tally.bad(made)
+                continue
+            samples += [(row, sample) for sample in made[0]]
+            if made[1]:
+                reason = f"{row.where}: the chat template leaves out a part of an answer"
+                self._rules.tally.add("shortened", reason)
         encoded = self._encoder.samples([sample for _, sample in samples])
         split = {row.where for (row, _), s in zip(samples, encoded, strict=True) if s.is_split}
         for where in [row.where for row in rows if row.where in split]:
@@ -165,18 +199,15 @@ class _Causal:
             examples += [] if example is None else [example]
         return examples
 
-    def _samples(self, row: Row) -> list[list[Segment]]:
-        """Return the segments of each sample of a row, in their order."""
+    def _made(self, rows: Sequence[Row]) -> Iterator[Made | DataError]:
+        return self._chats(rows) if rows[0].schema == "chat" else map(self._plain, rows)
+
+    def _plain(self, row: Row) -> Made:
+        """Return the segments of the one sample of a row that is no chat."""
         if row.schema == "text":
-            return [[Segment.target(row.text)]]
-        if row.schema == "completion":
-            prompt = Segment.context(row.prompt + self._rules.config.separator)
-            return [[prompt, Segment.target(row.completion)]]
-        samples, is_shortened = chat_samples(row, self._template, self._rules.config)
-        if is_shortened:
-            reason = f"{row.where}: the chat template leaves out a part of an answer"
-            self._rules.tally.add("shortened", reason)
-        return samples
+            return [[Segment.target(row.text)]], False
+        prompt = Segment.context(row.prompt + self._rules.config.separator)
+        return [[prompt, Segment.target(row.completion)]], False
 
     def _with_special(
         self, ids: list[int], labels: list[int], row: Row

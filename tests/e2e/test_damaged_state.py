@@ -277,7 +277,7 @@ def test_a_device_whose_disk_is_full_ends_with_9_and_comes_back(
     again = start("edge-sdk", "run", "--config", "b.yaml")
 
     assert [program.wait() for program in (coordinator, healthy, again)] == [0, 0, 0]
-    assert "b: left: StorageError: cannot write" in coordinator.text
+    assert "b: left: StorageError: raised in edge_sdk." in coordinator.text
     undisturbed = start(*SERVE, "name=whole")
     devices = start_devices(start, "a", "b", state="whole")
     assert [program.wait() for program in (undisturbed, *devices)] == [0, 0, 0]

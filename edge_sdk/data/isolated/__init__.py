@@ -1,0 +1,3 @@
+"""Chat templates in a process of their own, with bounds that the kernel holds."""
+
+__all__ = ["renderer"]
