@@ -184,7 +184,9 @@ def _one_block(model: Path | str, length: int) -> Any:
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"model: no config.json in {str(model)!r}; name the folder of a model")
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(
+            model, trust_remote_code=False, local_files_only=True
+        ).get_text_config()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model: config.json in {str(model)!r} is of no use: {reason}") from error
@@ -199,7 +201,10 @@ def _one_block(model: Path | str, length: int) -> Any:
     if settings.get("layer_types"):
         settings["layer_types"] = settings["layer_types"][:1]
     factory: Any = AutoModel
-    return factory.from_config(AutoConfig.for_model(kind, **settings)).eval().requires_grad_(False)
+    built: Any = factory.from_config(
+        AutoConfig.for_model(kind, **settings), trust_remote_code=False
+    )
+    return built.eval().requires_grad_(False)
 
 
 def _forward_backward(block: Any, rows: int, length: int) -> Callable[[], None]:

@@ -153,7 +153,7 @@ def _read_back(
 ) -> float:
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(load_base(source), folder)
+    loaded = PeftModel.from_pretrained(load_base(source), folder, local_files_only=True)
     return verify(source, learned, head, loaded, folder)
 
 

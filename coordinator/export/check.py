@@ -42,7 +42,9 @@ def load_base(source: ModelSource) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    on_disk = AutoConfig.from_pretrained(source.folder)
+    on_disk = AutoConfig.from_pretrained(
+        source.folder, trust_remote_code=False, local_files_only=True
+    )
     if any(hasattr(c, "quantization_config") for c in (on_disk, on_disk.get_text_config())):
         return _slice_of(source, source.layout.part_names(), source.tensors).model
     factory = auto_class(source.config, source.task)
@@ -51,7 +53,9 @@ def load_base(source: ModelSource) -> nn.Module:
     if source.quantization is not None:
         # Made dense in the dtype in which the run had it made dense.
         config.quantization_config, dtype = source.quantization, "auto"
-    model: nn.Module = factory.from_pretrained(source.folder, config=config, dtype=dtype)
+    model: nn.Module = factory.from_pretrained(
+        source.folder, config=config, dtype=dtype, trust_remote_code=False, local_files_only=True
+    )
     return model.float()
 
 

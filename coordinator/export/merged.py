@@ -239,7 +239,10 @@ def _write_config(merging: _Merging, folder: Path, facts: RunFacts | None) -> No
     from transformers import AutoConfig, GenerationConfig
 
     source = merging.source
-    config: Any = AutoConfig.from_pretrained(source.folder)  # as it was, cache included
+    # As it was, cache included.
+    config: Any = AutoConfig.from_pretrained(
+        source.folder, trust_remote_code=False, local_files_only=True
+    )
     for part, own in zip(_both(config), _both(source.config), strict=True):
         part.tie_word_embeddings = own.tie_word_embeddings
         part.__dict__.pop("quantization_config", None)  # what is written is dense

@@ -26,7 +26,7 @@ from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.model.kept.part_hashes import PartHashes
 from edge_sdk.model.kept.split_proof import prove_split
 from edge_sdk.model.safetensors_files import map_part
-from edge_sdk.model.weights import FILE_NAMES, ModelSource, open_part
+from edge_sdk.model.weights import FILE_NAMES, ModelSource, open_part, without_leads
 from edge_sdk.names import inside
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartRequest, PlanAssigned, Stamp, Welcome
@@ -96,7 +96,8 @@ class RuntimeSetup:
         for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
-            atomic_write(folder / name, stored.array.tobytes(), sync=False)
+            data = without_leads(name, stored.array.tobytes())
+            atomic_write(folder / name, data, sync=False)
         self._files = folder
         return folder
 

@@ -154,6 +154,8 @@ class ModelTensors(Mapping[str, torch.Tensor]):
             state_dict=hollow,
             dtype=dtype,
             output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
         state = made.state_dict()
         parameters = {name for name, _ in made.named_parameters(remove_duplicate=False)}

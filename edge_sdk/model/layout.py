@@ -199,7 +199,7 @@ def _from_config(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
     factory = auto_class(config, task)
     config = without_cache(copy.deepcopy(config))
     try:
-        model: nn.Module = factory.from_config(config, dtype=dtype)
+        model: nn.Module = factory.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - somebody else's model code may raise anything
         if is_out_of_memory(error):
             raise

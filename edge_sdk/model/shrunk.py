@@ -459,10 +459,10 @@ def runs(config: Any, task: Task, *, weightless: bool = False) -> bool:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             if weightless:
                 with torch.device("meta"):
-                    model = factory.from_config(config)
+                    model = factory.from_config(config, trust_remote_code=False)
                     ids_BT = ids_BT.to("meta")
             else:
-                model = factory.from_config(config)
+                model = factory.from_config(config, trust_remote_code=False)
             model.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
     except Exception:  # noqa: BLE001 - somebody else's model code may raise anything
         return False

@@ -165,7 +165,9 @@ def _whole(config: Any, task: Task) -> nn.Module:
     """Return the model as transformers makes it, with random weights of a size that shows."""
     factory = auto_class(config, task)
     torch.manual_seed(0)
-    model: nn.Module = factory.from_config(copy.deepcopy(config), dtype=torch.float32)
+    model: nn.Module = factory.from_config(
+        copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+    )
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in {id(t): t for t in tensors if t.is_floating_point()}.values():
         with torch.no_grad():

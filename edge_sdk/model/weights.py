@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -47,6 +48,12 @@ FILE_NAMES = (
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+)
+# What in a model's JSON files names other files, or code: a class in a repository, a kernel that is
+# fetched and run. Nothing of it is needed where the files lie beside each other.
+LEADS_ELSEWHERE = re.compile(
+    r"auto_map|custom_(?:pipelines|generate)|trust_remote_code|\w+_(?:file|files|path|repo)"
+    r"|_?(?:attn|experts)_implementation\w*|use_kernels|kernel_config"
 )
 # Texts on which tokenizers differ if they do: blanks, line ends, signs, other scripts.
 PROBES = (
@@ -238,6 +245,30 @@ class ModelSource:
         return ("files", *self.layout.part_names())
 
 
+def without_leads(name: str, data: bytes) -> bytes:
+    """Return a file of a model that somebody else has sent, without what leads to other files.
+
+    Raises:
+        ModelError: it is no JSON, although its name says so.
+    """
+    if not name.endswith("config.json"):
+        return data
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ModelError(f"the coordinator's {name} is no JSON: {one_line(error)}") from error
+    left = _without_leads(found)
+    return data if left == found else json.dumps(left, indent=2).encode()
+
+
+def _without_leads(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_leads(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_leads(v) for k, v in value.items() if not LEADS_ELSEWHERE.fullmatch(k)}
+
+
 def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a transformers config
     """Read config.json; a classifier gets *num_labels* and, if it has none, a padding token."""
     from transformers import AutoConfig
@@ -245,7 +276,7 @@ def load_config(folder: Path, num_labels: int) -> Any:  # noqa: ANN401 - a trans
     from edge_sdk.model.layout import without_cache
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         text_config = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -288,7 +319,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - tokenizers raise plain Exception, and others more
         raise ModelError(f"{folder}: no tokenizer that can be read: {one_line(error)}") from error
 
