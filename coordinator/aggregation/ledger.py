@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.aggregation.accounts import Accounts, Handout
+from coordinator.aggregation.limits import MAX_LEARNED, exceeds
 from coordinator.aggregation.rules import (
     RULES,
     SERVER,
@@ -244,11 +245,14 @@ class Ledger:
         return result
 
     def _check(self, result: RoundResult) -> None:
-        """Take over the head, if all of *result* is finite."""
+        """Take over the head, if all of *result* is finite, and of a size that can be."""
         self.head = result.head or self.head
         for name, array in _numbers(result, self.totals):
             if not np.isfinite(array).all():
                 raise NumericError(f"what the round has made of {name} is not finite")
+        for name in result.changes:
+            if exceeds(self.totals[name], MAX_LEARNED):
+                raise NumericError(f"what the run has learned of {name} is beyond all measure")
 
     def _contributions(self, weight: str, reports: Mapping[str, Report]) -> dict[str, Contribution]:
         """Count every sample once: for a device that holds the block, else for the coordinator."""

@@ -8,13 +8,10 @@ good from what is bad.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
-from coordinator.aggregation.ledger import Report
-from coordinator.aggregation.rules import SERVER
-from edge_sdk.errors import NumericError
 from edge_sdk.lora.factors import Array, Factors, norm
 
 # Largest absolute number of factors and heads.
@@ -37,30 +34,6 @@ def exceeds(factors: Factors, most: float) -> bool:
         return True
     *rows, _ = factors.b_OR.shape  # (O,), or (E, O) of a stack
     allowed = most * float(np.sqrt(math.prod(rows) * factors.a_RI.shape[-1]))
-    bound = np.linalg.norm(factors.b_OR) * np.linalg.norm(factors.a_RI)  # cheaper, and never less
+    # Cheaper, and never less.
+    bound = math.prod(float(np.linalg.norm(array.astype(np.float64))) for array in factors)
     return bool(bound > allowed and norm(factors) > allowed)
-
-
-def oversized(reports: Mapping[str, Report]) -> dict[str, str]:
-    """Return the devices that have brought what nobody can have learned, each with the reason.
-
-    Raises:
-        NumericError: several devices have, and nobody else: the run has diverged.
-    """
-    devices = sorted(reports.keys() - {SERVER})
-    found = {name: why for name in devices if (why := _what_is_wrong(reports[name]))}
-    if 1 < len(found) == len(devices):
-        raise NumericError(
-            f"the run has diverged, as all uploads of the round show ({devices[0]}: "
-            f"{found[devices[0]]}); lower training.learning_rate"
-        )
-    return found
-
-
-def _what_is_wrong(report: Report) -> str:
-    for weight, (a_RI, b_OR) in report.pairs.items():
-        if exceeds(Factors(b_OR, a_RI), MAX_UPLOAD):
-            size = largest((a_RI, b_OR))
-            return f"its upload changes {weight} beyond all measure, by numbers up to {size:.2g}"
-    size = largest(report.head.values())
-    return f"its upload of the head has numbers up to {size:.2g}" if size > MAX_NUMBER else ""

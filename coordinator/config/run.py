@@ -15,6 +15,7 @@ from coordinator.config.centralised import PooledConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
+from coordinator.config.screening import ScreeningConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
@@ -133,6 +134,8 @@ class ServeConfig:
     """When that is, with `round_mode: buffered`; `rounds` then counts merges."""
     aggregation: Aggregation = "exact"
     """How what the devices learned is joined; see docs/aggregation.md."""
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
+    """Which uploads are joined at all, and how much those of a few can do."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     """How factors and changes travel between rounds."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)

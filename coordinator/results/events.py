@@ -262,6 +262,27 @@ class WorkDropped(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class UploadRefused(RunEvent):
+    """What a device has learned in a round is left out of it; the round goes on."""
+
+    LINE = "{0.device}: its adapters of round {0.round} are left out: {0.reason}"
+
+    device: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunRewound(RunEvent):
+    """A round led to nothing good, and no device is to blame: the run goes back."""
+
+    LINE = "round {0.round}: back to the last good state: {0.reason}"
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopForced(RunEvent):
     """The run stops although a step could not be ended."""
 

@@ -20,10 +20,12 @@ from coordinator.results.events import (
     RoundStarted,
     RunEvent,
     RunFinished,
+    RunRewound,
     RunStarted,
     StepSkipped,
     Telemetry,
     ToursMerged,
+    UploadRefused,
     Waiting,
     WaitingOver,
     Watcher,
@@ -142,6 +144,11 @@ def _waiting_row(event: RunEvent) -> Mapping[str, Any] | None:
             return row | {"deadline_s": deadline_s}
         case WorkDropped(device, round_):
             return {"event": "work.dropped", "device": device, "round": round_}
+        case UploadRefused(device, round_, reason):
+            row = {"event": "upload.refused", "device": device, "round": round_}
+            return row | {"reason": reason}
+        case RunRewound(round_, reason):
+            return {"event": "run.rewound", "round": round_, "reason": reason}
     return None
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from coordinator.aggregation.ledger import Report
+from coordinator.aggregation.screening import Diverged
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import ComputeFailed, DeviceFault
@@ -22,6 +23,9 @@ from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
 from edge_sdk.runtime.interface import TailSums
+
+# Times in a row that a run goes back because of a round of which nothing good comes.
+MOST_REWINDS = 2
 
 
 class Waves(Protocol):
@@ -41,9 +45,6 @@ class Waves(Protocol):
 
     def evaluate(self) -> None:
         """Run all micro-batches that devices want to have evaluated."""
-
-    def blame(self, device: str, error: NumericError) -> None:
-        """Expel a device of which nothing finite comes, unless that is no fault of its own."""
 
 
 def act(action: Action, doing: Mapping[Action, Callable[[], object]]) -> bool:
@@ -73,7 +74,7 @@ class RoundExecutor:
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = False
-        self._pausing = Pausing(run, checkpoints.save)
+        self._pausing = Pausing(run, self._save_if_good)
 
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
@@ -85,15 +86,57 @@ class RoundExecutor:
         """Take results of computations; a device that spoilt one leaves, the others go on.
 
         Raises:
-            NumericError: no device is to blame: what the run has learned is the reason.
+            NumericError: again and again nothing good comes of a round, and no device is to blame.
         """
         try:
             self._worker.collect()
         except DeviceFault as fault:
-            self._waves.blame(fault.device, fault)
+            self._run.accuse(fault.device, fault)
+        except Diverged as error:
+            self._go_back(str(error))
         except ComputeFailed as failed:
             with self._admission.part_of(failed.device):
                 raise failed.error from None
+        if not self._worker.is_busy:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Expel those of whose part nothing finite has come, unless it is no fault of their own.
+
+        It is none where what all have learned is the reason. Where several are accused at once the
+        round is tried again, if possible without them.
+        """
+        accused, self._run.accused = self._run.accused, {}
+        if not accused:
+            return
+        first = sorted(accused)[0]
+        if self._learned.is_absurd():
+            self._go_back(f"{accused[first]}, but what all have learned is beyond all measure")
+        elif len(accused) > 1 and not self._run.num_rewinds:
+            for name in accused:
+                self._run.conduct.spare(name, self._run.state.round)
+            self._go_back(f"{len(accused)} devices at once; {first}: {accused[first]}")
+        else:
+            for name in sorted(accused):
+                self._admission.expel(name, accused[name])
+
+    def _go_back(self, reason: str) -> None:
+        """Give the round up, and blame nobody.
+
+        Raises:
+            NumericError: that has been done too often.
+        """
+        if self._run.num_rewinds >= MOST_REWINDS:
+            raise NumericError(
+                f"the run has diverged: {reason}; go back to an older checkpoint, or lower "
+                "training.learning_rate"
+            )
+        self._run.give_up_round(reason)
+
+    def _save_if_good(self) -> None:
+        """Save this moment, unless what was learned meanwhile is nothing to go on with."""
+        if not self._learned.is_absurd():
+            self._checkpoints.save()
 
     def advance(self, now_s: float) -> None:
         """Do all that can be done now, in seconds of a clock that never goes back."""
@@ -105,10 +148,7 @@ class RoundExecutor:
     def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
         run, state = self._run, self._run.state
-        if run.must_rewind:
-            run.watcher.see(RoundAbandoned(state.round))
-            self._checkpoints.rewind()
-            self._admission.move_outdated()
+        self._rewind_if_due()
         if self._pausing.is_begun:
             return self._end_if(self._pausing.finish(now_s))
         if state.phase is Phase.GATHERING:
@@ -141,6 +181,13 @@ class RoundExecutor:
 
     # ---- rounds ----
 
+    def _rewind_if_due(self) -> None:
+        """Go back to the last checkpoint, if the round was given up."""
+        if self._run.must_rewind:
+            self._run.watcher.see(RoundAbandoned(self._run.state.round))
+            self._checkpoints.rewind()
+            self._admission.move_outdated()
+
     def _start_round(self) -> None:
         state = self._run.state
         step = state.step  # a round that needs no waves is at its end at once
@@ -171,7 +218,8 @@ class RoundExecutor:
     def _aggregate(self) -> None:
         state = self._run.state
         reports = {name: self._run.inputs.reports[name] for name in state.members}
-        compute = partial(self._learned.aggregate, reports, state.round + 1)
+        is_retry = self._run.num_rewinds > 0
+        compute = partial(self._learned.aggregate, reports, state.round + 1, is_retry=is_retry)
         self._worker.start(compute, partial(self._round_done, reports))
 
     def _end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
@@ -185,6 +233,9 @@ class RoundExecutor:
         run = self._run
         if run.must_rewind:
             return
+        refused = done.refused
+        for name in refused.devices:
+            run.set_aside(name, {**refused.unlike, **refused.proven}[name])
         members = set(run.state.members)
         run.finish_round(done.result, evaluating=self._config.evaluation.on_devices)
         facts: dict[str, Any] = {
@@ -199,12 +250,16 @@ class RoundExecutor:
             facts["replayed"] = replayed
         if run.cut_off.devices:
             facts["cut_off"] = sorted(run.cut_off.devices)
+        if refused.devices:
+            facts["refused"] = refused.devices
         self._end_row(facts, done.evaluated)
         moved = self._admission.plan_again(reports, done.pruned)
         self._checkpoints.save()
         self._admission.tell_importance()
         for name in moved:
             self._admission.move(name)
+        for name, why in sorted(refused.proven.items()):
+            self._admission.expel(name, NumericError(why))
 
     # ---- endings ----
 

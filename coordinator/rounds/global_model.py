@@ -13,8 +13,9 @@ import numpy as np
 
 from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
-from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest, oversized
+from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest
 from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.screening import Diverged, Refused, Screening
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
@@ -22,6 +23,7 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.facts import RunFacts
 from coordinator.planning.interface import Planning
+from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.exchange import moved
 from edge_sdk.protocol.plan import Plan
@@ -37,6 +39,8 @@ class Aggregated(NamedTuple):
     """Devices that have cut ranks off."""
     evaluated: TailSums | None
     """Loss on the coordinator's own file, where that was due."""
+    refused: Refused
+    """Whose uploads were left out, and why."""
 
 
 class GlobalModel:
@@ -54,6 +58,15 @@ class GlobalModel:
             _accounts(config),
         )
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
+        self.screening = Screening(
+            training=config.training,
+            steps_per_round=config.steps_per_round,
+            total_steps=config.total_steps,
+            codec=config.exchange.codec,
+            scale=config.lora.scale,
+            factor=config.screening.factor,
+            is_ordered=config.round_mode == "synchronous",
+        )
 
     def upload_shapes(self, plan: Plan) -> tuple[dict[str, tuple[int, ...]], set[str]]:
         """Return the shapes of all that a device of *plan* uploads, and the names of the head."""
@@ -73,25 +86,71 @@ class GlobalModel:
         pairs = {name: Pair(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
         if self.ledger.accounts is None:
             return pairs
-        return {name: moved(self.ledger.pairs[device][name], pairs[name]) for name in names}
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found later
+            return {name: moved(self.ledger.pairs[device][name], pairs[name]) for name in names}
 
-    def aggregate(self, reports: dict[str, Report], rounds_done: int) -> Aggregated:
-        """Join what devices and coordinator have learned; add the coordinator's to *reports*.
+    def aggregate(
+        self, reports: dict[str, Report], rounds_done: int, *, is_retry: bool = False
+    ) -> Aggregated:
+        """Join what devices and coordinator have learned.
+
+        The coordinator's own report is added to *reports*, and what is refused is taken out.
+
+        Args:
+            reports: What the devices have brought.
+            rounds_done: Rounds that are done with this one.
+            is_retry: Whether the round is tried again, after it led to nothing good.
 
         Raises:
-            DeviceFault: a device has brought what nobody can have learned; nothing was changed.
+            DeviceFault: the only device has brought what nobody can have learned; nothing was
+                changed.
             ComputeFailed: what a device has brought led to an error that nobody foresaw; likewise.
-            NumericError: nothing finite comes of the round, and no device is to blame.
+            Diverged: nothing good comes of the round, and no device is to blame; likewise.
         """
-        for device, why in oversized(reports).items():
-            raise DeviceFault(device, why)
+        self._check_own()
+        refused = self._screen(reports, rounds_done - 1, is_retry=is_retry)
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         before = dict(self.ledger.pairs)
         result = self._join(reports)
         pruned = self._planner.prune(before, reports)
+        self._take(result)
+        return Aggregated(result, pruned, self.evaluate(rounds_done), refused)
+
+    def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refused:
+        """Take out of *reports* what is not to be joined; see `aggregate`."""
+        pairs, head = self.ledger.pairs, self._head()
+        brought = {
+            name: self.screening.brought(report, round_, pairs[name], head)
+            for name, report in reports.items()
+        }
+        refused = self.screening.screen(brought, is_retry=is_retry)
+        for name in refused.devices:
+            if len(brought) == 1:
+                raise DeviceFault(name, {**refused.unlike, **refused.proven}[name])
+            del reports[name]
+        return refused
+
+    def _head(self) -> Mapping[str, np.ndarray]:
+        """Return the trained head that the last aggregation has left, or the model has."""
+        names = self.engine.head_shapes()
+        if not names or self.ledger.head:
+            return self.ledger.head
+        found = self._model.source.tensors("tail")
+        return {name: found[name].float().numpy() for name in names if name in found}
+
+    def _check_own(self) -> None:
+        """Make sure that the coordinator's own weights are numbers that something can come of.
+
+        Raises:
+            Diverged: they are not.
+        """
+        if self.is_absurd():
+            raise Diverged("the coordinator's own weights are beyond all measure")
+
+    def _take(self, result: RoundResult) -> None:
+        """Let the coordinator's own blocks have what an aggregation has made."""
         replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
         self.engine.take(changes, replaced, result.head, restarts=result.restarts)
-        return Aggregated(result, pruned, self.evaluate(rounds_done))
 
     def _join(self, reports: dict[str, Report]) -> RoundResult:
         """Let the ledger join *reports*; see `aggregate`."""
@@ -105,6 +164,8 @@ class GlobalModel:
 
         try:
             return self.ledger.aggregate(reports)
+        except NumericError as error:
+            raise Diverged(f"the aggregation: {error}") from error
         except Exception as error:
             found = owned(error, sorted(reports.keys() - {SERVER}), works_alone)
             if found is error:

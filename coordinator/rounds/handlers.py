@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.aggregation.ledger import Report
+from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
 from coordinator.planning.interface import Planning
@@ -13,7 +14,7 @@ from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import RoundWork, Run
-from coordinator.rounds.state import awaits_gradient, judge, wave
+from coordinator.rounds.state import awaits_gradient, has_steps_done, judge, wave
 from coordinator.rounds.step.open_step import Arrival
 from coordinator.rounds.validation import (
     TargetCount,
@@ -25,7 +26,8 @@ from coordinator.rounds.validation import (
     check_upload,
 )
 from edge_sdk.client.states import MessageAction
-from edge_sdk.errors import RemoteProtocolError, public_text
+from edge_sdk.errors import NumericError, RemoteProtocolError, public_text
+from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     Activation,
@@ -90,7 +92,7 @@ class MessageHandler:
     def _take(self, event: Event) -> None:
         device = event.device
         if isinstance(event, Received):
-            if device not in self._admission.leaving:
+            if device not in self._admission.leaving and device not in self._run.accused:
                 self._receive(device, event.envelope)
         elif isinstance(event, Joined):
             self._admission.forget(device)
@@ -184,8 +186,20 @@ class MessageHandler:
             return
         if not is_due or place not in self._run.inputs.jobs:
             raise RemoteProtocolError("TopGradient without TopHidden")
-        job = self._run.inputs.jobs[place]
-        self._run.take_gradient(place, check_gradient(message, envelope.tensors, job))
+        grad = self._gradient(message, envelope, self._run.inputs.jobs[place])
+        if grad is not None:
+            self._run.take_gradient(place, grad)
+
+    def _gradient(self, message: TopGradient, envelope: Envelope, job: Job) -> Array | None:
+        """Return a gradient; None where it is not finite, for which we may be the reason.
+
+        A hidden state that is not finite is sent by no honest device: it says Failure.
+        """
+        try:
+            return check_gradient(message, envelope.tensors, job)
+        except NumericError as error:
+            self._run.accuse(job.device, error)
+            return None
 
     def _on_step(self, device: str, envelope: Envelope) -> None:
         report: StepReport = envelope.message
@@ -214,11 +228,12 @@ class MessageHandler:
             return
         plan, tensors = self._admission.plans[device], envelope.tensors
         shapes, head = self._learned.upload_shapes(plan)
-        check_upload(message, tensors, shapes)
+        most, state = self._learned.screening.most_number(message.stamp.round), self._run.state
+        check_upload(message, tensors, shapes, most, is_due=has_steps_done(state, device))
         check_importance(plan, message.importance)
         report = Report(
             split=plan.split,
-            num_samples=plan.batch_size * self._run.state.num_steps(device),
+            num_samples=plan.batch_size * state.num_steps(device),
             pairs=self._learned.uploaded(device, plan, tensors),
             head={name: tensors[name] for name in head},
             importance=message.importance,

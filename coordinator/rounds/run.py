@@ -21,13 +21,15 @@ from coordinator.results.events import (
     DeviceLeft,
     DeviceStatus,
     RoundStarted,
+    RunRewound,
+    UploadRefused,
     WaitEnded,
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.state import Conduct, Member, RunState, drop_member
 from coordinator.rounds.step.wave_choice import Rows
-from edge_sdk.errors import public_text
+from edge_sdk.errors import NumericError, public_text
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.fragments import Envelope, TensorOut
 from edge_sdk.protocol.messages import (
@@ -41,7 +43,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.plan import Place, Plan
 
-RESTS = "sits this round out: it was lost, or too late, again and again"
+RESTS = "sits this round out: it was lost, too late or refused, again and again"
 RoundWork = Activation | TopGradient | StepReport | AdapterUpload
 
 
@@ -109,6 +111,10 @@ class Run:
         """Devices that have saved their state."""
         self.inputs = PendingInputs()
         self.conduct = Conduct()
+        self.num_rewinds = 0
+        """Times in a row that the round has led to nothing good, through no device's fault."""
+        self.accused: dict[str, NumericError] = {}
+        """Devices of whose part nothing finite has come; whose fault that is has yet to be seen."""
         self.gone: dict[str, str] = {}
         """Why devices have left, until they are back."""
         self.cut_off = CutOff(self)
@@ -199,6 +205,27 @@ class Run:
             self.reporting.flush_if_complete(self.state.members)
         self.state.report_eval(device)
 
+    # ---- what nothing good comes of ----
+
+    def accuse(self, device: str, error: NumericError) -> None:
+        """Note that nothing finite has come of a device's part; the first reason counts."""
+        self.accused.setdefault(device, error)
+
+    def set_aside(self, device: str, reason: str) -> None:
+        """Leave what a member has uploaded out of the round, which goes on; it stays ready."""
+        self.watcher.see(UploadRefused(device, self.state.round, public_text(reason)))
+        drop_member(self.state, device)
+        self.inputs.forget(device)
+        self._round_start.forget(device)
+        self.conduct.refused(device, self.state.round)
+
+    def give_up_round(self, reason: str) -> None:
+        """Go back to the last good state, whoever was the reason: nobody is blamed."""
+        self.num_rewinds += 1
+        self.watcher.see(RunRewound(self.state.round, public_text(reason)))
+        self.state.give_up_round()
+        self.must_rewind = True
+
     # ---- waves ----
 
     def take_wave(self, places: Collection[Place], *, is_answered: bool) -> None:
@@ -271,6 +298,9 @@ class Run:
     def finish_round(self, result: RoundResult, *, evaluating: bool) -> None:
         """Take note that the round is aggregated; members may have yet to report on it."""
         members = set(self.state.members)
+        self.num_rewinds = 0
+        for device in members:
+            self.conduct.accepted(device)
         self._round_start.round_ended(result, members)
         self.reporting.telemetry(self.state.round, self.cut_off.take_late())
         self.state.finish_round(evaluating=members if evaluating else set())

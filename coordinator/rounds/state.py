@@ -169,6 +169,11 @@ class RunState:
         self.awaiting_eval -= self.awaited & set(names)
         self.awaited -= set(names)
 
+    def give_up_round(self) -> None:
+        """Let whoever is ready try the round again, from the last checkpoint on."""
+        if self.is_in_round:
+            self._rewind()
+
     def _rewind(self) -> None:
         """Give the round up and gather devices for another attempt at it."""
         self.phase = Phase.GATHERING
@@ -363,6 +368,12 @@ def is_between_steps(state: RunState) -> bool:
     return state.micro == 0 and not state.is_forward_done and not state.here.num_waves
 
 
+def has_steps_done(state: RunState, device: str) -> bool:
+    """Return whether a member can have trained all of its steps of the round."""
+    is_last = state.step >= state.end_step - 1
+    return state.phase is not Phase.TRAINING or is_last or state.members[device].is_local
+
+
 def wave(state: RunState) -> int:
     """Return the number in its step of the wave that is run next."""
     return state.micro if state.is_gathered else state.here.num_waves
@@ -389,6 +400,8 @@ class Conduct:
     expulsions: dict[str, int] = field(default_factory=dict)
     _losses: dict[str, int] = field(default_factory=dict)
     """Times in a row that a device was lost in a round, or missed its end."""
+    _refused: dict[str, int] = field(default_factory=dict)
+    """Times in a row that its upload was left out."""
     _rests_until: dict[str, int] = field(default_factory=dict)
     """First round that a device is in again."""
 
@@ -403,9 +416,27 @@ class Conduct:
     def lost(self, device: str, round_: int) -> None:
         """Note that a device was lost in a round, or missed its end."""
         self._losses[device] = self._losses.get(device, 0) + 1
-        over = self._losses[device] - LOSSES_UNTIL_REST
+        self._rest(device, self._losses[device], round_)
+
+    def _rest(self, device: str, times: int, round_: int) -> None:
+        over = times - LOSSES_UNTIL_REST
         if over >= 0:
             self._rests_until[device] = round_ + 1 + min(2**over, MOST_REST)
+
+    def refused(self, device: str, round_: int) -> None:
+        """Note that what a device has uploaded is left out of a round."""
+        self._refused[device] = self._refused.get(device, 0) + 1
+        self._rest(device, self._refused[device], round_)
+
+    def spare(self, device: str, round_: int) -> None:
+        """Let a device sit the round that goes on out, whoever was the reason that it failed."""
+        self._refused[device] = self._refused.get(device, 0) + 1
+        rounds = min(2 ** (self._refused[device] - 1), MOST_REST)
+        self._rests_until[device] = round_ + rounds
+
+    def accepted(self, device: str) -> None:
+        """Note that what a device has uploaded is in a round."""
+        self._refused.pop(device, None)
 
     def finished(self, device: str) -> None:
         """Note that a device has done its part of a round."""

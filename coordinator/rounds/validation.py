@@ -5,11 +5,12 @@ The protocol has checked on arrival that the tensors are those of the message.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from coordinator.aggregation.limits import MAX_NUMBER, largest
+from coordinator.aggregation.limits import largest
 from coordinator.engine.interface import Job
 from coordinator.rounds.state import Member
 from edge_sdk.errors import NumericError, RemoteProtocolError
@@ -231,11 +232,29 @@ def check_importance(plan: Plan, importance: Mapping[str, float]) -> None:
 
 
 def check_upload(
-    message: AdapterUpload, tensors: Mapping[str, Array], shapes: Mapping[str, Shape]
+    message: AdapterUpload,
+    tensors: Mapping[str, Array],
+    shapes: Mapping[str, Shape],
+    most: float,
+    *,
+    is_due: bool,
 ) -> None:
-    """Refuse an upload that does not hold exactly what the plan says, in numbers that can be."""
+    """Refuse an upload that does not hold exactly what the plan says, or numbers beyond all.
+
+    What is not finite, and what is too much for the round, is judged with what the others bring
+    (`coordinator/aggregation/screening.py`), unless the device cannot be done with its steps.
+
+    Args:
+        message: The message.
+        tensors: What came with it.
+        shapes: What is due.
+        most: Largest number that anything honest can have.
+        is_due: Whether the device can be done with its steps.
+    """
     check_shapes(message, tensors, shapes)
     for name, tensor in tensors.items():
-        require_finite(tensor, f"upload {name!r}")
-        if (size := largest([tensor])) > MAX_NUMBER:
+        if not is_due:
+            require_finite(tensor, f"upload {name!r}")
+        size = largest([tensor])
+        if most < size < math.inf:
             raise NumericError(f"upload {name!r}: numbers up to {size:.2g} are beyond all measure")

@@ -106,19 +106,6 @@ class WaveRunner:
                 raise
             raise found from error
 
-    def blame(self, device: str, error: NumericError) -> None:
-        """Expel a device of which nothing finite comes, unless that is no fault of its own.
-
-        Raises:
-            NumericError: what the run has learned is beyond all measure, and nobody is to blame.
-        """
-        if self._learned.is_absurd():
-            raise NumericError(
-                f"the run has diverged: {error}, but what all have learned is beyond all measure; "
-                "go back to an older checkpoint, or lower training.learning_rate"
-            ) from error
-        self._admission.expel(device, error)
-
     def _is_over(self, attempt: int) -> bool:
         """Return whether what was computed for a wave comes too late for it."""
         return attempt != self._run.state.attempt or self._run.state.phase is not Phase.TRAINING
@@ -130,7 +117,7 @@ class WaveRunner:
         for (name, micro), hidden_BTD in final_hidden.items():
             if not np.isfinite(hidden_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
-                self.blame(name, fault)
+                self._run.accuse(name, fault)
             elif name in self._run.state.members:
                 message = TopHidden(stamp=self._run.stamp(name), micro=micro)
                 self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD, TOP)})
@@ -150,7 +137,7 @@ class WaveRunner:
             if not np.isfinite(answer.grad_BTD).all():
                 # Nor is the engine's own gradient: `finish_step` then keeps its adapters.
                 fault = NumericError("the gradient of what it sent is not finite")
-                self.blame(answer.device, fault)
+                self._run.accuse(answer.device, fault)
             elif answer.device in state.members:
                 with self._admission.part_of(answer.device):
                     self._answer(answer)
@@ -220,7 +207,9 @@ class WaveRunner:
                 with self._admission.part_of(device):
                     raise result
             elif not np.isfinite(result.loss_sum if isinstance(result, TailSums) else result).all():
-                self.blame(device, NumericError("the evaluation of what it sent is not finite"))
+                self._run.accuse(
+                    device, NumericError("the evaluation of what it sent is not finite")
+                )
             elif isinstance(result, TailSums):
                 answer = EvalResult(stamp=message.stamp, micro=message.micro, **result._asdict())
                 self._admission.send(device, answer)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
-from coordinator.engine.interface import DeviceFault
+from coordinator.aggregation.screening import Diverged
 from coordinator.rounds.buffered.model import BufferedModel, Merged
 from coordinator.rounds.buffered.run import BufferedRun
 from coordinator.rounds.executor import RoundExecutor, Waves, act
 from coordinator.rounds.pausing import PAUSE_PATIENCE_S
 from coordinator.rounds.state import Action, Phase
+from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
 
 
@@ -32,6 +33,7 @@ class TourExecutor(RoundExecutor):
     def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
         state = self._run.tours
+        self._rewind_if_due()
         if self.stop_asked:
             return self._pause(now_s)
         if self._run.inputs.evals:
@@ -52,12 +54,24 @@ class TourExecutor(RoundExecutor):
         """Put one of the uploads that have come into the buffer; return whether there was one."""
         if not self._run.inputs.uploads:
             return False
-        upload = self._run.inputs.uploads.popleft()
+        run = self._run
+        upload = run.inputs.uploads.popleft()
+        device = upload.device
         try:
-            self._learned.take(upload.device, upload.version, upload.report)
-        except DeviceFault as fault:
-            self._run.tours.num_updates -= 1
-            self._waves.blame(fault.device, fault)
+            is_retry = run.num_rewinds > 0
+            refused = self._learned.take(device, upload.version, upload.report, is_retry=is_retry)
+        except Diverged as error:
+            self._go_back(str(error))
+            return True
+        if not refused.devices:
+            run.conduct.accepted(device)
+            return True
+        run.tours.num_updates -= 1
+        if device in refused.proven:
+            run.accuse(device, NumericError(refused.proven[device]))
+            self._judge()
+        else:
+            run.set_aside(device, refused.unlike[device])
         return True
 
     def _train(self) -> bool:
@@ -81,7 +95,9 @@ class TourExecutor(RoundExecutor):
     def _begin_tours(self) -> bool:
         """Let everybody begin who is ready and on no tour; return whether there was somebody."""
         state, admission = self._run.tours, self._admission
-        names = sorted(state.ready.keys() - state.members.keys())
+        resting = self._run.conduct.resting(state.ready, state.round)
+        fit = state.ready.keys() - resting or state.ready.keys()
+        names = sorted(fit - state.members.keys())
         for name in names:
             with admission.part_of(name):
                 start, tensors = self._run.begin_tour(
@@ -133,5 +149,5 @@ class TourExecutor(RoundExecutor):
             self._waves.finish_step()
             return True
         if run.state.phase is not Phase.CLOSING:
-            self._checkpoints.save()
+            self._save_if_good()
         return self._end_if(True)

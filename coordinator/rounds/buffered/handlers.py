@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from coordinator.rounds.buffered.run import BufferedRun, Visit
 from coordinator.rounds.handlers import MessageHandler
-from coordinator.rounds.validation import check_gradient
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Activation, StepReport, TopGradient
@@ -46,8 +45,9 @@ class TourHandler(MessageHandler):
         visit = self._run.inputs.hidden.get(place)
         if visit is None:
             raise RemoteProtocolError("TopGradient without TopHidden")
-        grad_BTD = check_gradient(message, envelope.tensors, visit.job)
-        self._run.take_gradient_of(place, grad_BTD)
+        grad_BTD = self._gradient(message, envelope, visit.job)
+        if grad_BTD is not None:
+            self._run.take_gradient_of(place, grad_BTD)
 
     def _check_turn(self, device: str, report: StepReport) -> None:
         """Refuse the report of a step that is not on the tour, or was reported before."""

@@ -9,13 +9,13 @@ import numpy as np
 
 from coordinator.aggregation.buffer import BufferedUpdate, Merging, UpdateBuffer
 from coordinator.aggregation.ledger import Report, RoundResult
-from coordinator.aggregation.limits import oversized
 from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.screening import Diverged, Moves, Refused
 from coordinator.config.run import ServeConfig
-from coordinator.engine.interface import DeviceFault
 from coordinator.engine.server_model import ServerModel
 from coordinator.planning.interface import Planning
 from coordinator.rounds.global_model import GlobalModel
+from edge_sdk.errors import NumericError
 from edge_sdk.runtime.interface import TailSums
 
 
@@ -42,18 +42,27 @@ class BufferedModel(GlobalModel):
         super().__init__(config, model, planner)
         self.buffer = UpdateBuffer()
         self._merging = Merging(model.facts, config.lora, config.buffered.staleness_power)
+        self._moves: dict[str, Moves] = {}
+        """How far the newest update of each device went."""
+        self._heads = {0: self._head()}
+        """Trained heads by version, as far back as tours may begin."""
 
-    def take(self, device: str, version: int, report: Report) -> None:
-        """Put what a device has learned since *version* into the buffer.
+    def take(self, device: str, version: int, report: Report, *, is_retry: bool = False) -> Refused:
+        """Put what a device has learned since *version* into the buffer, if nothing is wrong.
 
         Raises:
-            DeviceFault: nobody can have learned that.
+            Diverged: it is beyond all measure, and the device is not to blame.
         """
-        for name, why in oversized({device: report}).items():
-            raise DeviceFault(name, why)
         before = self.ledger.pairs[device]
-        self.buffer.updates.append(BufferedUpdate(device, version, before, report))
-        self.ledger.pairs[device] = dict(report.pairs)
+        head = self._heads.get(version, {})
+        brought = self.screening.brought(report, version, before, head)
+        others = {name: moves for name, moves in self._moves.items() if name != device}
+        refused = self.screening.screen({device: brought}, is_retry=is_retry, known=others)
+        if not refused.devices:
+            self._moves[device] = self.screening.moves(brought)
+            self.buffer.updates.append(BufferedUpdate(device, version, before, report))
+            self.ledger.pairs[device] = dict(report.pairs)
+        return refused
 
     def merge(self, version: int) -> Merged:
         """Join what has come since the last merge; the coordinator's blocks then hold that, too.
@@ -62,12 +71,19 @@ class BufferedModel(GlobalModel):
             version: Merges done so far.
 
         Raises:
-            NumericError: nothing finite comes of it.
+            Diverged: nothing good comes of it, and no device is to blame; nothing was changed.
         """
+        self._check_own()
         buffer, server = self.buffer, Report(0, 0, *self.engine.learned())
-        result = self._merging.merge(buffer, self.ledger, server, version)
+        try:
+            result = self._merging.merge(buffer, self.ledger, server, version)
+        except NumericError as error:
+            raise Diverged(f"the merge: {error}") from error
         self.buffer = UpdateBuffer()
-        self.engine.take(result.changes_for(SERVER), {}, result.head)
+        self._take(result)
+        oldest = version + 1 - self._config.buffered.max_staleness
+        self._heads = {v: head for v, head in self._heads.items() if v >= oldest}
+        self._heads[version + 1] = result.head or self._heads.get(version, {})
         newest = {update.device: update.report for update in buffer.updates}
         return Merged(
             result,
@@ -86,3 +102,4 @@ class BufferedModel(GlobalModel):
         """Take over what `state` returned, with an engine like the one at that time."""
         super().load_state(state)
         self.buffer = UpdateBuffer.of_state(state["buffer"])
+        self._moves, self._heads = {}, {}  # of tours that began before, heads are not known

@@ -1,15 +1,11 @@
-"""What is beyond all measure is found, whoever brought it; what honest devices bring is not."""
+"""What is beyond all measure is found; what honest devices bring is not."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from coordinator.aggregation.ledger import Report
-from coordinator.aggregation.limits import MAX_LEARNED, MAX_UPLOAD, exceeds, largest, oversized
-from coordinator.aggregation.rules import SERVER
-from edge_sdk.errors import NumericError
-from edge_sdk.lora.adapters import Pair
+from coordinator.aggregation.limits import MAX_LEARNED, MAX_UPLOAD, exceeds, largest
 from edge_sdk.lora.factors import Factors
 
 SIZE, RANK = 64, 4
@@ -22,35 +18,11 @@ def factors(number: float) -> Factors:
     )
 
 
-def report(number: float, head: float = 0.0) -> Report:
-    """What a device brings, with one number throughout."""
-    b_OR, a_RI = factors(number)
-    return Report(2, 8, {"w": Pair(a_RI, b_OR)}, {"score": np.full(3, head, np.float32)})
-
-
-@pytest.mark.parametrize(
-    "number", [10.0, 1e3, 1e12, 1e19, 3.3e38, -3.3e38, float("nan"), float("-inf")]
-)
-def test_the_one_is_found(number: float) -> None:
-    """Only the device whose numbers they are is named; the coordinator's own do not count."""
-    reports = {"a": report(0.1), "b": report(number), "c": report(0.5), SERVER: report(number)}
-
-    found = oversized(reports)
-
-    assert list(found) == ["b"]
-    assert "beyond all measure" in found["b"]
-
-
-def test_alone_it_is_to_blame() -> None:
-    """Nobody else could have been the reason."""
-    assert list(oversized({"a": report(1e12)})) == ["a"]
-    assert list(oversized({"a": report(0.1, head=1e12), "b": report(0.1)})) == ["a"]
-
-
-def test_where_all_are_nobody_is_to_blame() -> None:
-    """A learning rate that is too high shows in every upload."""
-    with pytest.raises(NumericError, match=r"diverged.*lower training\.learning_rate"):
-        oversized({"a": report(50.0), "b": report(60.0)})
+@pytest.mark.parametrize("number", [1e12, 1e19, 3.3e38, -3.3e38, float("nan"), float("-inf")])
+def test_no_number_is_too_large_to_be_seen(number: float) -> None:
+    """Squares that float32 cannot hold, NaN and infinity exceed every limit."""
+    assert exceeds(factors(number), MAX_LEARNED)
+    assert not largest(factors(number)) <= 1e4
 
 
 def test_the_limit_is_that_of_the_matrix() -> None:
