@@ -1,3 +1,13 @@
 """What devices and coordinator have learned in a round, made one."""
 
-__all__ = ["accounts", "buffer", "ledger", "limits", "round_start", "rules", "versions"]
+__all__ = [
+    "accounts",
+    "buffer",
+    "ledger",
+    "limits",
+    "reach",
+    "round_start",
+    "rules",
+    "screening",
+    "versions",
+]

@@ -51,7 +51,7 @@ class Brought:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Refusals:
     """Whose uploads are left out of a round, by device, each with the reason."""
 
     proven: Mapping[str, str]
@@ -120,7 +120,7 @@ class Screening:
         *,
         is_retry: bool,
         known: Mapping[str, Moves] = NO_MOVES,
-    ) -> Refused:
+    ) -> Refusals:
         """Return whose reports of a round are to be left out.
 
         Args:
@@ -151,7 +151,7 @@ class Screening:
         unlike |= {name: why for name in like if (why := self.unlike(name, others))}
         if 1 < len(names) == len(proven) + len(unlike):
             raise Diverged(f"no upload of the round can be used: {_listed({**proven, **unlike})}")
-        return Refused(proven, unlike)
+        return Refusals(proven, unlike)
 
     # ---- beside the others ----
 

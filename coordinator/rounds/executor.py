@@ -91,7 +91,7 @@ class RoundExecutor:
         try:
             self._worker.collect()
         except DeviceFault as fault:
-            self._run.accuse(fault.device, fault)
+            self._run.faults.accuse(fault.device, fault)
         except Diverged as error:
             self._go_back(str(error))
         except ComputeFailed as failed:
@@ -106,13 +106,13 @@ class RoundExecutor:
         It is none where what all have learned is the reason. Where several are accused at once the
         round is tried again, if possible without them.
         """
-        accused, self._run.accused = self._run.accused, {}
+        accused = self._run.faults.take_accused()
         if not accused:
             return
         first = sorted(accused)[0]
         if self._learned.is_absurd():
             self._go_back(f"{accused[first]}, but what all have learned is beyond all measure")
-        elif len(accused) > 1 and not self._run.num_rewinds:
+        elif len(accused) > 1 and not self._run.faults.num_rewinds:
             for name in accused:
                 self._run.conduct.spare(name, self._run.state.round)
             self._go_back(f"{len(accused)} devices at once; {first}: {accused[first]}")
@@ -126,12 +126,12 @@ class RoundExecutor:
         Raises:
             NumericError: that has been done too often.
         """
-        if self._run.num_rewinds >= MOST_REWINDS:
+        if self._run.faults.num_rewinds >= MOST_REWINDS:
             raise NumericError(
                 f"the run has diverged: {reason}; go back to an older checkpoint, or lower "
                 "training.learning_rate"
             )
-        self._run.give_up_round(reason)
+        self._run.faults.give_up_round(reason)
 
     def _save_if_good(self) -> None:
         """Save this moment, unless what was learned meanwhile is nothing to go on with."""
@@ -218,7 +218,7 @@ class RoundExecutor:
     def _aggregate(self) -> None:
         state = self._run.state
         reports = {name: self._run.inputs.reports[name] for name in state.members}
-        is_retry = self._run.num_rewinds > 0
+        is_retry = self._run.faults.num_rewinds > 0
         compute = partial(self._learned.aggregate, reports, state.round + 1, is_retry=is_retry)
         self._worker.start(compute, partial(self._round_done, reports))
 
@@ -235,7 +235,7 @@ class RoundExecutor:
             return
         refused = done.refused
         for name in refused.devices:
-            run.set_aside(name, {**refused.unlike, **refused.proven}[name])
+            run.faults.set_aside(name, {**refused.unlike, **refused.proven}[name])
         members = set(run.state.members)
         run.finish_round(done.result, evaluating=self._config.evaluation.on_devices)
         facts: dict[str, Any] = {

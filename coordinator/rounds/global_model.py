@@ -15,7 +15,7 @@ from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest
 from coordinator.aggregation.rules import SERVER
-from coordinator.aggregation.screening import Diverged, Refused, Screening
+from coordinator.aggregation.screening import Diverged, Refusals, Screening
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
@@ -39,7 +39,7 @@ class Aggregated(NamedTuple):
     """Devices that have cut ranks off."""
     evaluated: TailSums | None
     """Loss on the coordinator's own file, where that was due."""
-    refused: Refused
+    refused: Refusals
     """Whose uploads were left out, and why."""
 
 
@@ -116,7 +116,7 @@ class GlobalModel:
         self._take(result)
         return Aggregated(result, pruned, self.evaluate(rounds_done), refused)
 
-    def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refused:
+    def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refusals:
         """Take out of *reports* what is not to be joined; see `aggregate`."""
         pairs, head = self.ledger.pairs, self._head()
         brought = {

@@ -92,7 +92,7 @@ class MessageHandler:
     def _take(self, event: Event) -> None:
         device = event.device
         if isinstance(event, Received):
-            if device not in self._admission.leaving and device not in self._run.accused:
+            if device not in self._admission.leaving and device not in self._run.faults.accused:
                 self._receive(device, event.envelope)
         elif isinstance(event, Joined):
             self._admission.forget(device)
@@ -198,7 +198,7 @@ class MessageHandler:
         try:
             return check_gradient(message, envelope.tensors, job)
         except NumericError as error:
-            self._run.accuse(job.device, error)
+            self._run.faults.accuse(job.device, error)
             return None
 
     def _on_step(self, device: str, envelope: Envelope) -> None:

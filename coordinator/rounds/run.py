@@ -27,7 +27,7 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
-from coordinator.rounds.state import Conduct, Member, RunState, drop_member
+from coordinator.rounds.state import Conduct, Member, RunState, drop_member, give_up_round
 from coordinator.rounds.step.wave_choice import Rows
 from edge_sdk.errors import NumericError, public_text
 from edge_sdk.lora.factors import Array
@@ -111,10 +111,7 @@ class Run:
         """Devices that have saved their state."""
         self.inputs = PendingInputs()
         self.conduct = Conduct()
-        self.num_rewinds = 0
-        """Times in a row that the round has led to nothing good, through no device's fault."""
-        self.accused: dict[str, NumericError] = {}
-        """Devices of whose part nothing finite has come; whose fault that is has yet to be seen."""
+        self.faults = Faults(self)
         self.gone: dict[str, str] = {}
         """Why devices have left, until they are back."""
         self.cut_off = CutOff(self)
@@ -205,27 +202,6 @@ class Run:
             self.reporting.flush_if_complete(self.state.members)
         self.state.report_eval(device)
 
-    # ---- what nothing good comes of ----
-
-    def accuse(self, device: str, error: NumericError) -> None:
-        """Note that nothing finite has come of a device's part; the first reason counts."""
-        self.accused.setdefault(device, error)
-
-    def set_aside(self, device: str, reason: str) -> None:
-        """Leave what a member has uploaded out of the round, which goes on; it stays ready."""
-        self.watcher.see(UploadRefused(device, self.state.round, public_text(reason)))
-        drop_member(self.state, device)
-        self.inputs.forget(device)
-        self._round_start.forget(device)
-        self.conduct.refused(device, self.state.round)
-
-    def give_up_round(self, reason: str) -> None:
-        """Go back to the last good state, whoever was the reason: nobody is blamed."""
-        self.num_rewinds += 1
-        self.watcher.see(RunRewound(self.state.round, public_text(reason)))
-        self.state.give_up_round()
-        self.must_rewind = True
-
     # ---- waves ----
 
     def take_wave(self, places: Collection[Place], *, is_answered: bool) -> None:
@@ -298,7 +274,7 @@ class Run:
     def finish_round(self, result: RoundResult, *, evaluating: bool) -> None:
         """Take note that the round is aggregated; members may have yet to report on it."""
         members = set(self.state.members)
-        self.num_rewinds = 0
+        self.faults.num_rewinds = 0
         for device in members:
             self.conduct.accepted(device)
         self._round_start.round_ended(result, members)
@@ -389,3 +365,40 @@ class CutOff:
         late = {device: number for device, number in self._late.items() if number}
         self._late = dict.fromkeys(self._late, 0)
         return late
+
+
+class Faults:
+    """Of whose part nothing good has come, and what becomes of it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.num_rewinds = 0
+        """Times in a row that the round has led to nothing good, through no device's fault."""
+        self.accused: dict[str, NumericError] = {}
+        """Devices of whose part nothing finite has come; whose fault that is has yet to be seen."""
+
+    def accuse(self, device: str, error: NumericError) -> None:
+        """Note that nothing finite has come of a device's part; the first reason counts."""
+        self.accused.setdefault(device, error)
+
+    def take_accused(self) -> dict[str, NumericError]:
+        """Return who is accused, and of what; nobody is any more."""
+        accused, self.accused = self.accused, {}
+        return accused
+
+    def set_aside(self, device: str, reason: str) -> None:
+        """Leave what a device has uploaded out of the round, which goes on; it stays ready."""
+        run = self._run
+        run.watcher.see(UploadRefused(device, run.state.round, public_text(reason)))
+        drop_member(run.state, device)
+        run.inputs.forget(device)
+        run._round_start.forget(device)
+        run.conduct.refused(device, run.state.round)
+
+    def give_up_round(self, reason: str) -> None:
+        """Go back to the last good state, whoever was the reason: nobody is blamed."""
+        run = self._run
+        self.num_rewinds += 1
+        run.watcher.see(RunRewound(run.state.round, public_text(reason)))
+        give_up_round(run.state)
+        run.must_rewind = True

@@ -169,11 +169,6 @@ class RunState:
         self.awaiting_eval -= self.awaited & set(names)
         self.awaited -= set(names)
 
-    def give_up_round(self) -> None:
-        """Let whoever is ready try the round again, from the last checkpoint on."""
-        if self.is_in_round:
-            self._rewind()
-
     def _rewind(self) -> None:
         """Give the round up and gather devices for another attempt at it."""
         self.phase = Phase.GATHERING
@@ -314,6 +309,12 @@ def drop_member(state: RunState, name: str) -> bool:
         names.discard(name)
     state.here.drop(name)
     return state.members.pop(name, None) is not None
+
+
+def give_up_round(state: RunState) -> None:
+    """Let whoever is ready try the round again, from the last checkpoint on."""
+    if state.is_in_round:
+        state._rewind()
 
 
 def debts(state: RunState) -> dict[str, Debt]:

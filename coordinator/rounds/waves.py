@@ -117,7 +117,7 @@ class WaveRunner:
         for (name, micro), hidden_BTD in final_hidden.items():
             if not np.isfinite(hidden_BTD).all():
                 fault = NumericError("the blocks cannot take what it sent: not finite")
-                self._run.accuse(name, fault)
+                self._run.faults.accuse(name, fault)
             elif name in self._run.state.members:
                 message = TopHidden(stamp=self._run.stamp(name), micro=micro)
                 self._admission.send(name, message, {"hidden": self._coded(name, hidden_BTD, TOP)})
@@ -137,7 +137,7 @@ class WaveRunner:
             if not np.isfinite(answer.grad_BTD).all():
                 # Nor is the engine's own gradient: `finish_step` then keeps its adapters.
                 fault = NumericError("the gradient of what it sent is not finite")
-                self._run.accuse(answer.device, fault)
+                self._run.faults.accuse(answer.device, fault)
             elif answer.device in state.members:
                 with self._admission.part_of(answer.device):
                     self._answer(answer)
@@ -207,7 +207,7 @@ class WaveRunner:
                 with self._admission.part_of(device):
                     raise result
             elif not np.isfinite(result.loss_sum if isinstance(result, TailSums) else result).all():
-                self._run.accuse(
+                self._run.faults.accuse(
                     device, NumericError("the evaluation of what it sent is not finite")
                 )
             elif isinstance(result, TailSums):

@@ -58,7 +58,7 @@ class TourExecutor(RoundExecutor):
         upload = run.inputs.uploads.popleft()
         device = upload.device
         try:
-            is_retry = run.num_rewinds > 0
+            is_retry = run.faults.num_rewinds > 0
             refused = self._learned.take(device, upload.version, upload.report, is_retry=is_retry)
         except Diverged as error:
             self._go_back(str(error))
@@ -68,10 +68,10 @@ class TourExecutor(RoundExecutor):
             return True
         run.tours.num_updates -= 1
         if device in refused.proven:
-            run.accuse(device, NumericError(refused.proven[device]))
+            run.faults.accuse(device, NumericError(refused.proven[device]))
             self._judge()
         else:
-            run.set_aside(device, refused.unlike[device])
+            run.faults.set_aside(device, refused.unlike[device])
         return True
 
     def _train(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from coordinator.aggregation.buffer import BufferedUpdate, Merging, UpdateBuffer
 from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.rules import SERVER
-from coordinator.aggregation.screening import Diverged, Moves, Refused
+from coordinator.aggregation.screening import Diverged, Moves, Refusals
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.planning.interface import Planning
@@ -47,7 +47,9 @@ class BufferedModel(GlobalModel):
         self._heads = {0: self._head()}
         """Trained heads by version, as far back as tours may begin."""
 
-    def take(self, device: str, version: int, report: Report, *, is_retry: bool = False) -> Refused:
+    def take(
+        self, device: str, version: int, report: Report, *, is_retry: bool = False
+    ) -> Refusals:
         """Put what a device has learned since *version* into the buffer, if nothing is wrong.
 
         Raises:

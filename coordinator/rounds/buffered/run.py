@@ -226,7 +226,7 @@ class BufferedRun(Run):
             updates: Merges that each update had missed, by device.
             evaluating: Whether devices evaluate after the last merge.
         """
-        state, self.num_rewinds = self.tours, 0
+        state, self.faults.num_rewinds = self.tours, 0
         self.reporting.telemetry(state.round)
         self.reporting.begin_round()
         over = state.merged(len(self.inputs.uploads), evaluating=evaluating)

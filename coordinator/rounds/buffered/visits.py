@@ -67,7 +67,9 @@ class VisitRunner(WaveRunner):
         if self._is_gone(visit):
             return
         if not np.isfinite(hidden_BTD).all():
-            self._run.accuse(name, NumericError("the blocks cannot take what it sent: not finite"))
+            self._run.faults.accuse(
+                name, NumericError("the blocks cannot take what it sent: not finite")
+            )
             return
         self._run.await_gradient(visit)
         message = TopHidden(stamp=visit.message.stamp, micro=visit.message.micro)
@@ -82,7 +84,9 @@ class VisitRunner(WaveRunner):
         if is_gone:
             return
         if not np.isfinite(answer.grad_BTD).all():
-            self._run.accuse(name, NumericError("the gradient of what it sent is not finite"))
+            self._run.faults.accuse(
+                name, NumericError("the gradient of what it sent is not finite")
+            )
             return
         with self._admission.part_of(name):
             message = Gradient(

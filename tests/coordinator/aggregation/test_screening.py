@@ -99,7 +99,7 @@ def test_what_is_unlike_the_others_is_left_out() -> None:
 
 @pytest.mark.parametrize("number", [0.0, 1e-5, 0.0149])
 def test_a_likely_step_is_left_out_by_nothing(number: float) -> None:
-    """One and a half learning rates a step are no reason, whatever the others have done; nor is too little."""
+    """Up to 1.5 learning rates a step are no reason, whatever the others do; nor is too little."""
     for usual in (0.0, 1e-6, 0.005):
         refused = screen(screening(), {"a": usual, "b": usual, "c": number})
 
