@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from coordinator.commands.audit_privacy import add_audit_privacy
 from coordinator.commands.check import add_check
 from coordinator.commands.client import add_client, add_keygen
 from coordinator.commands.compare import add_compare
@@ -24,6 +25,7 @@ COMMANDS = (
     add_plan,
     add_simulate,
     add_compare,
+    add_audit_privacy,
     add_experiment,
     add_status,
     add_export,

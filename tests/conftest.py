@@ -50,6 +50,7 @@ SLOW = (
     "coordinator/lab/centralised/",
     "profiler/test_measure.py",
     "coordinator/results/test_export.py",
+    "coordinator/commands/test_audit_privacy.py",
     "coordinator/commands/test_plan.py",
     "edge_sdk/model/test_partition.py",
     "coordinator/rounds/test_siege.py",

@@ -1,6 +1,7 @@
 """A file for each command of `coordinator`."""
 
 __all__ = [
+    "audit_privacy",
     "check",
     "client",
     "compare",

@@ -88,6 +88,15 @@ def export_run(
         options = ExportOptions(format="merged")
     check_options(options)
     config = read_config(run.path)
+    return write_export(read_trained(run, config), config, folder, options, say)
+
+
+def read_trained(run: RunFolder, config: ServeConfig) -> Trained:
+    """Return what devices and coordinator have learned together by a run's newest checkpoint.
+
+    Raises:
+        ConfigError: the run has not finished a round yet.
+    """
     source = ModelSource(
         config.model, config.task, num_labels=len(config.label_names), revision=config.revision
     )
@@ -102,8 +111,7 @@ def export_run(
     learned = ledger.global_factors()
     if not learned:
         raise ConfigError(f"{run.path} has not finished a round yet; there is nothing to export")
-    trained = Trained(source, learned, ledger.head, run_facts(run))
-    return write_export(trained, config, folder, options, say)
+    return Trained(source, learned, ledger.head, run_facts(run))
 
 
 def check_options(options: ExportOptions) -> None:

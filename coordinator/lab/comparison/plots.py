@@ -71,7 +71,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "compare draws with matplotlib, which is missing: pip install 'edgesplit[compare]'"
+            "pictures need matplotlib, which is missing: pip install 'edgesplit[compare]'"
         ) from error
 
 
@@ -108,7 +108,7 @@ def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Pictur
     """Draw a panel for each set of devices, with a line for each method."""
     kinds = list(dict.fromkeys(cell.device_set for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    figure, panels = _panels(1, len(kinds), sharey=True, sharex=True)
+    figure, panels = make_panels(1, len(kinds), sharey=True, sharex=True)
     for axes, kind in zip(panels[0], kinds, strict=True):
         for index, method in enumerate(methods):
             own = [c for c in cells if (c.method, c.device_set) == (method, kind)]
@@ -124,7 +124,7 @@ def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Pictur
         f"Mean over seeds; the band is from the lowest to the highest. Dotted: the target, "
         f"{target:.4g}. Not drawn: the loss before training, {before:.4g}."
     )
-    return Picture(cost.name, cost.title, caption, _png(figure))
+    return Picture(cost.name, cost.title, caption, to_png(figure))
 
 
 def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
@@ -180,7 +180,7 @@ def _holdings(cells: Sequence[RunResult]) -> Picture:
     """Draw a row for each method: blocks and mean rank of each device, round by round."""
     last = cells[-1].device_set
     shown = [cell for cell in cells if cell.device_set == last]
-    figure, panels = _panels(len(shown), 2, sharex="col", sharey="col", height=1.9)
+    figure, panels = make_panels(len(shown), 2, sharex="col", sharey="col", height=1.9)
     devices = sorted({device for cell in shown for device in cell.held[-1]})
     for column, (field, title) in enumerate(HELD.items()):
         most = max(getattr(h, field) for c in shown for held in c.held for h in held.values())
@@ -201,7 +201,7 @@ def _holdings(cells: Sequence[RunResult]) -> Picture:
         "First seed. Equal values are drawn slightly apart. A device that is not in a panel "
         "cannot hold what the method asks of it."
     )
-    return Picture("splits-ranks", title, caption, _png(figure))
+    return Picture("splits-ranks", title, caption, to_png(figure))
 
 
 def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, colour: str) -> None:
@@ -227,7 +227,7 @@ def _heat_maps(cell: RunResult) -> Picture:
     num_blocks = 1 + max(block for block, _ in tables[0])
     highest = max(max(table.values()) for table in tables)
     width = max(2.6, 1.2 + 0.38 * len(kinds))
-    figure, panels = _panels(1, len(rounds), sharey=True, width=width)
+    figure, panels = make_panels(1, len(rounds), sharey=True, width=width)
     for axes, (round_, _), table in zip(panels[0], rounds, tables, strict=True):
         grid = [
             [table.get((block, kind), math.nan) for kind in kinds] for block in range(num_blocks)
@@ -240,7 +240,7 @@ def _heat_maps(cell: RunResult) -> Picture:
     figure.colorbar(image, ax=list(panels[0]), label="share of all importance (%)")
     title = f"Importance of weights, {cell.method} on {cell.device_set} devices"
     caption = "First seed; the smoothed global importance that ranks are chosen by."
-    return Picture("importance", title, caption, _png(figure))
+    return Picture("importance", title, caption, to_png(figure))
 
 
 def _spread_out(rows: Sequence[Any], most: int) -> list[Any]:
@@ -264,10 +264,10 @@ def _by_block(importance: dict[str, float]) -> dict[tuple[int, str], float]:
 # ---- figures ----
 
 
-def _panels(
+def make_panels(
     rows: int, columns: int, *, width: float = 0.0, height: float = 0.0, **shared: Any
 ) -> tuple[Figure, Any]:
-    """Return an empty figure with room for a legend at its right."""
+    """Return an empty figure with room for a legend at its right, and its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -282,7 +282,8 @@ def _panels(
     return figure, panels
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
