@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway.ration import Trouble, source_of
+from coordinator.gateway.ration import Bucket, Trouble, source_of
 from edge_sdk.errors import ConfigError, public_text
 from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.transport.keys import is_public_key, load_public_key
@@ -34,6 +34,9 @@ ZAP_DOMAIN = "edgesplit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # 100,000 devices of about 60 bytes.
 _MAX_FILE_BYTES = 8 * 1024 * 1024
+# Handshakes of one key, at once and a second: a device that finds nobody behind a connection makes
+# two in a second.
+MOST_HANDSHAKES, HANDSHAKES_PER_S = 120.0, 2.0
 # Trouble of a disk or of this process that says nothing about who may come.
 _OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EINTR)
 # Content of a file that is not there, and of none at all; no list looks like them.
@@ -207,6 +210,7 @@ class ZapHandler:
         self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList, trouble: Trouble
     ) -> None:
         self._allowed, self._trouble = allowed, trouble
+        self._handshakes: dict[str, Bucket] = {}
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.bind(ZAP_ADDRESS)
@@ -235,12 +239,16 @@ class ZapHandler:
         key = self._key(domain, mechanism, rest)
         name = self._allowed.name_of(key) if key else None
         status, text = (b"200", b"OK") if name else (b"400", b"key is not registered")
-        if self._allowed.is_closed:  # it may try again, and is told nothing
-            status, text = b"300", b"not now"
+        if self._allowed.is_closed or (name and not self._may_dial(name)):
+            status, text, name = b"300", b"not now", None  # it may try again, and is told nothing
         elif name is None:
             source = source_of(address.decode("ascii", "replace").removeprefix("::ffff:"))
             self._trouble.tell("device.refused", source, f"key={key}", time.monotonic())
         return [*route, version, request, status, text, key.encode() if name else b"", b""]
+
+    def _may_dial(self, name: str) -> bool:
+        bucket = self._handshakes.setdefault(name, Bucket(MOST_HANDSHAKES, HANDSHAKES_PER_S))
+        return bucket.take(1.0, time.monotonic())
 
     @staticmethod
     def _key(domain: bytes, mechanism: bytes, credentials: list[bytes]) -> str:

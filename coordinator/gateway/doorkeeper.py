@@ -87,8 +87,6 @@ class Caller(NamedTuple):
     key: str
     """Public key; empty without CURVE."""
     frame: zmq.Frame
-    is_whole: bool
-    """Whether the frame is all of its message, as every frame of ours is."""
     connection: PortConnection | None
     """None where libzmq does not tell."""
 

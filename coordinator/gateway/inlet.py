@@ -34,15 +34,18 @@ class Inlet:
         assert isinstance(frame, zmq.Frame)
         is_whole = not frame.more
         while not is_whole and self.router.getsockopt(zmq.RCVMORE):
-            self.router.recv(copy=False)
+            self.router.recv(zmq.NOBLOCK)
         connection = self.door.of(frame)
         if connection is None:
             self.door.news(now_s)
             connection = self.door.of(frame)
         if connection is not None:
             connection.taken_bytes += wire_bytes(len(frame))
-            if connection.is_shut:
-                return None
+        if not is_whole:  # no device sends that, and to read it takes time
+            self.door.shut(connection, "a message in several parts", now_s)
+            return None
+        if connection is not None and connection.is_shut:
+            return None
         name = key = ""
         if self.allowed is not None:
             key = frame_property(frame, "User-Id")
@@ -51,4 +54,4 @@ class Inlet:
                 return None
         if connection is not None and (name or self.allowed is None):
             self.door.proven(connection, name or str(connection.peer), now_s)
-        return Caller(route, name, key, frame, is_whole, connection)
+        return Caller(route, name, key, frame, connection)

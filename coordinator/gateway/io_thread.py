@@ -201,8 +201,6 @@ class GatewayIo:
                     self._forget(session, public_text(f"{type(error).__name__}: {error}"))
 
     def _frame(self, caller: Caller, session: DeviceSession | None, now_s: float) -> None:
-        if not caller.is_whole:
-            raise RemoteProtocolError("a frame in several parts")
         view = caller.frame.buffer
         packet = packets.read_packet(view)
         control = packets.read_control(packet) if packet.kind == Kind.CONTROL else None
@@ -252,8 +250,7 @@ class GatewayIo:
                 self._leave_if_due(session, now_s)
         elif isinstance(control, Heartbeat):
             if lane == Lane.CONTROL:  # on bulk it may have waited behind megabytes
-                session.telemetry = control.numbers
-                session.rtt_s = control.rtt_s or None
+                session.take_numbers(control)
             self.out.say(route, HeartbeatAck(sent_s=control.sent_s), lane, session.talk.tag)
         elif isinstance(control, Detach) and control.session == session.id:
             self._expel(session, "")
@@ -424,6 +421,9 @@ class GatewayIo:
 
     def _breach(self, session: DeviceSession, text: str, now_s: float) -> None:
         """End the session of whoever breaks the protocol, and let it wait for the next one."""
+        if session.leave is not None:
+            self._expel(session, session.leave[0])
+            return
         text = public_text(text)
         self._sessions_left.take(session.name, FAULT_COSTS, now_s)
         self._fresh.append((session, Rejected(session.name, text)))

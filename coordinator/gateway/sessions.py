@@ -7,10 +7,12 @@ it is.
 from __future__ import annotations
 
 import heapq
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from coordinator.gateway.doorkeeper import Caller, PortConnection
 from coordinator.gateway.interface import DeviceStats
@@ -19,11 +21,14 @@ from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import Failure, Stamp
-from edge_sdk.protocol.packets import Attach, Closed, UnknownSession
+from edge_sdk.protocol.packets import Attach, Closed, Heartbeat, UnknownSession
 from edge_sdk.protocol.session import Conversation
 
 # So many ended sessions are remembered.
 MAX_ENDED = 4096
+# A heartbeat carries about 20 numbers.
+MOST_NUMBERS = 64
+_NUMBER_NAME = re.compile(r"[a-z][a-z0-9_.]{0,31}")
 # Sessions that a key may open at once, and in a second; who breaks the protocol loses so many.
 MOST_SESSIONS, SESSIONS_PER_S, FAULT_COSTS = 60.0, 0.5, 15.0
 
@@ -82,6 +87,11 @@ class DeviceSession:
         """Note a sign of life."""
         self.heard_s = now_s
         self.silent_s = 0.0
+
+    def take_numbers(self, beat: Heartbeat) -> None:
+        """Keep what a heartbeat tells of its device."""
+        self.telemetry = clean_numbers(beat.numbers)
+        self.rtt_s = beat.rtt_s or None
 
     def excuse(self, late_s: float, now_s: float) -> None:
         """Blame it for nothing that was not heard while we did not listen."""
@@ -169,6 +179,12 @@ class Schedule:
             session = heapq.heappop(self._heap)[2]
             if not session.is_over:
                 yield session
+
+
+def clean_numbers(numbers: dict[str, float]) -> dict[str, float]:
+    """Return the telemetry of a heartbeat as far as it looks like ours: it is written to files."""
+    few = islice(numbers.items(), MOST_NUMBERS)
+    return {name: number for name, number in few if _NUMBER_NAME.fullmatch(name)}
 
 
 def is_session_id(text: str) -> bool:

@@ -12,8 +12,7 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
 # struct tcp_info, linux/tcp.h: bytes acknowledged and received since the connection was made.
@@ -30,24 +29,21 @@ class ByteCounts(NamedTuple):
     """Ours has had them, whoever has read them."""
 
 
-@contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """Use a socket that is libzmq's, which closes it."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
-    try:
-        yield sock
-    finally:
-        sock.detach()
-
-
 def bytes_moved(descriptor: int) -> ByteCounts | None:
     """Return what has come and gone; None where that is not known, or no connection is there."""
     if sys.platform != "linux":
         return None
-    with suppress(OSError, struct.error), _borrowed(descriptor) as sock:  # or an older kernel
+    try:  # plain, as it is done for every connection ten times a second
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
+    except OSError:
+        return None
+    try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AND_RECEIVED.size)
         return ByteCounts(*_ACKED_AND_RECEIVED.unpack(info))
-    return None
+    except (OSError, struct.error):  # closed meanwhile, or an older kernel
+        return None
+    finally:
+        sock.detach()  # it is libzmq's to close
 
 
 def bytes_unsent(descriptor: int) -> int:
@@ -75,6 +71,9 @@ def hang_up(descriptor: int, peer: tuple[str, int]) -> bool:
     """End the connection with *peer*; return whether there was one. libzmq finds its end."""
     if peer_of(descriptor) != peer:
         return False
-    with suppress(OSError), _borrowed(descriptor) as sock:
-        sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError), socket.socket(fileno=descriptor) as sock:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        finally:
+            sock.detach()
     return True

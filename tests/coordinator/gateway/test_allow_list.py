@@ -62,7 +62,7 @@ def test_a_damaged_file_keeps_whose_key_still_stands_in_it(tmp_path: Path) -> No
     allowed = AllowList(path)
     allowed.register("x", ONE)
     allowed.register("y", TWO)
-    path.write_text(path.read_text().replace(TWO, "").replace("}", ""))
+    path.write_text(path.read_text().replace(TWO, "").rstrip()[:-1])
 
     assert not allowed.reload_if_changed()
     assert allowed.name_of(TWO) == "y"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.gateway import doorkeeper, sessions
+from coordinator.gateway import allow_list, doorkeeper, sessions
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import PortConnection, fault_of, wire_bytes
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
@@ -85,11 +85,12 @@ def is_closed(sock: socket.socket) -> bool:
     return True
 
 
-def send_slowly(sock: socket.socket, num_bytes: int) -> None:
-    """Send zeros, a megabyte a second."""
-    for _ in range(num_bytes >> 10):
-        sock.sendall(bytes(1 << 10))
-        time.sleep(0.001)
+def send_slowly(sock: socket.socket, num_bytes: int, what: bytes = bytes(1 << 10)) -> None:
+    """Send zeros, a megabyte a second, or the bytes of *what* one by one."""
+    for number in range(num_bytes >> 10):
+        at = number % len(what)
+        sock.sendall(what if not any(what) else what[at : at + 1])
+        time.sleep(0.001 if not any(what) else 0.05)
 
 
 def why(events: list[Event]) -> str:
@@ -130,6 +131,35 @@ def test_strangers_are_few_and_forgotten(
         for sock in socks:
             sock.close()
     wait_for(lambda: not connections)
+
+
+def test_who_sends_byte_by_byte_is_not_waited_for(
+    gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the middle of a handshake nor after one."""
+    monkeypatch.setattr(doorkeeper, "GREETING_S", 0.5)
+    connections = gateway._io.door.connections
+    with dial(gateway) as slow, RawDevice(gateway, ONE, is_attached=False) as mute:
+        wait_for(lambda: len(connections) == 2)
+        mute.socket.reconnect_ivl = -1
+        with pytest.raises(ConnectionError):
+            send_slowly(slow, 1 << 20, GREETING)
+        wait_for(lambda: not connections)
+
+
+def test_a_key_that_dials_without_end_has_to_wait(
+    gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is let in again a little later, without a word; other keys are let in meanwhile."""
+    monkeypatch.setattr(allow_list, "MOST_HANDSHAKES", 4.0)
+    began = Deadline.after(0.0)
+    for _ in range(4):
+        with RawDevice(gateway, ONE, is_attached=False) as raw:
+            raw.socket.send(b"garbage")
+            raw.read()
+    assert trains(gateway, TWO)
+    assert trains(gateway, ONE)
+    assert Deadline.after(0.0).at_s - began.at_s > 0.5
 
 
 def test_a_crowd_loses_its_oldest(gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +203,7 @@ def test_a_key_has_few_connections_and_none_without_a_session_for_long(
 
 def a_part(number: int) -> PartData:
     """Return a message that a device may ask for again and again."""
-    return PartData(stamp=Stamp(), sha256="0" * 64, offset=number, total_bytes=1 << 40)
+    return PartData(stamp=Stamp(), sha256="0" * 64, offset=number, total_bytes=1 << 30)
 
 
 def packed(message: object) -> bytes:
@@ -186,10 +216,12 @@ def test_a_message_of_a_thousand_parts_is_not_put_together(
 ) -> None:
     """ZeroMQ hands a message over when its last part is there; this one is cut off before."""
     monkeypatch.setattr(doorkeeper, "MOST_HELD_BYTES", 1 << 20)
+    monkeypatch.setattr(doorkeeper, "LOOK_S", 0.005)
     with RawDevice(gateway, ONE) as raw:
         raw.socket.sndhwm = 0
-        for _ in range(200):
-            raw.socket.send(bytes(1 << 16), zmq.SNDMORE)
+        part = bytes(1 << 16)
+        for _ in range(1000):
+            raw.socket.send(part, zmq.SNDMORE, copy=False)
         raw.socket.send(b"")
         events = until(gateway, Left, PATIENCE_S)
 
@@ -200,10 +232,11 @@ def test_a_message_of_a_thousand_parts_is_not_put_together(
 def test_more_frames_than_any_device_needs_end_the_session(gateway: ZmqGateway) -> None:
     """Heartbeats are answered whatever the credit: not a hundred thousand of them."""
     beat = packets.Heartbeat(sent_s=0.0, rtt_s=0.0, numbers={})
-    with RawDevice(gateway, ONE) as raw, suppress(zmq.ZMQError):
+    with RawDevice(gateway, ONE) as raw:
         raw.socket.sndtimeo = 1000
-        for _ in range(10_000):
-            raw.socket.send(packets.control_frame(beat, tag=raw.talk.tag))
+        with suppress(zmq.ZMQError):
+            for _ in range(10_000):
+                raw.socket.send(packets.control_frame(beat, tag=raw.talk.tag))
         events = until(gateway, Left, PATIENCE_S)
 
     assert "more frames than any device needs" in why(events)
@@ -266,6 +299,16 @@ def test_an_attach_on_the_same_connection_sends_nothing_again(gateway: ZmqGatewa
         [session] = gateway._io.sessions.values()
 
         assert session.talk.senders[Lane.BULK].num_resent == 0
+
+
+def test_telemetry_that_is_not_ours_goes_to_no_file() -> None:
+    """A heartbeat may name a thousand things, each as it likes."""
+    numbers = {f"n{number}": 1.0 for number in range(1000)}
+
+    assert len(sessions.clean_numbers(numbers)) == sessions.MOST_NUMBERS
+    assert sessions.clean_numbers({"cpu.0": 2.0, "\x1b[2J": 1.0, "A": 1.0, "x" * 99: 1.0}) == {
+        "cpu.0": 2.0
+    }
 
 
 def test_a_fault_has_a_bound() -> None:
