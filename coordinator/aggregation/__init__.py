@@ -6,6 +6,7 @@ __all__ = [
     "ledger",
     "limits",
     "reach",
+    "robust",
     "round_start",
     "rules",
     "screening",

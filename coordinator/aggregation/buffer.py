@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
+from coordinator.aggregation.robust import Robust
 from coordinator.aggregation.rules import SERVER, Contribution
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array
@@ -156,7 +157,12 @@ class Merging:
             weight: self.contributions(weight, buffer, before, server, version)
             for weight in self.facts.targets
         }
-        return ledger.add(found, server.pairs, self.head(buffer, ledger.head, server, version))
+        screened = ledger.screened(found)
+        kept = [u for u in buffer.updates if u.device not in screened.left_out]
+        head = self.head(
+            UpdateBuffer(kept, buffer.served), ledger.head, server, version, ledger.robust
+        )
+        return ledger.add(screened, server.pairs, head)
 
     def contributions(
         self,
@@ -193,6 +199,7 @@ class Merging:
                     update.before[weight],
                     after,
                     freshness(version - update.version, self.power),
+                    update.device,
                 )
         return found
 
@@ -200,14 +207,20 @@ class Merging:
         return self.lora.scale(weight, pair.a_RI.shape[-2])
 
     def head(
-        self, buffer: UpdateBuffer, old: Mapping[str, Array], server: Report, version: int
+        self,
+        buffer: UpdateBuffer,
+        old: Mapping[str, Array],
+        server: Report,
+        version: int,
+        robust: Robust,
     ) -> dict[str, Array]:
         """Return the trained head: moved towards those that hold one, by how much each counts.
 
         FedAsync's mixing (arXiv 1903.03934): (1 - w) old + sum_i w_i new_i, w the sum of all w_i.
         """
         holders = {name: u for name, u in _named(buffer.updates) if u.report.head}
-        heads = {name: update.report.head for name, update in holders.items()}
+        brought = {name: update.report.head for name, update in holders.items()}
+        heads = dict(robust.heads(brought, old))
         samples = {name: float(u.report.num_samples) for name, u in holders.items()}
         weight = {n: freshness(version - u.version, self.power) for n, u in holders.items()}
         served = sum(n for _, n in sorted(buffer.served.items()))

@@ -15,6 +15,7 @@ import numpy as np
 
 from coordinator.aggregation.accounts import Accounts, Handout
 from coordinator.aggregation.limits import MAX_LEARNED, exceeds
+from coordinator.aggregation.robust import TRUSTING, ByWeight, Robust, Screened
 from coordinator.aggregation.rules import (
     RULES,
     SERVER,
@@ -61,6 +62,10 @@ class RoundResult:
     """Whether the optimizers begin anew as well."""
     keeps_residuals: bool = True
     """Whether a residual completes own factors to dW; else they stand for dW themselves."""
+    left_out: list[str] = field(default_factory=list)
+    """Devices of which nothing was joined, as those of `screening.method: krum`."""
+    clipped: list[str] = field(default_factory=list)
+    """Devices that count with a part of what they have moved."""
     handouts: dict[str, Handout] = field(default_factory=dict)
     """What each device is given of the changes, where less than all travels."""
 
@@ -81,9 +86,12 @@ class Ledger:
         max_rank: int | None,
         seed: int,
         accounts: Accounts | None = None,
+        robust: Robust = TRUSTING,
     ) -> None:
         self.accounts = accounts
         """What devices have been given; None where all that has changed travels as it is."""
+        self.robust = robust
+        """How the contributions of a few are kept from deciding for all."""
         self._facts, self._lora, self._seed = facts, lora, seed
         self._rule = RULES[rule]
         self._max_rank = max_rank
@@ -166,10 +174,11 @@ class Ledger:
         """
         with self._unchanged_by_errors():
             self.rounds += 1
-            result = self._combine(
-                {w: self._contributions(w, reports) for w in self._facts.targets},
-                self._join_heads(reports),
+            screened = self.screened(
+                {w: self._contributions(w, reports) for w in self._facts.targets}
             )
+            kept = {n: r for n, r in reports.items() if n not in screened.left_out}
+            result = self._combine(screened, self._join_heads(kept))
             for name, report in reports.items():
                 ranks = {weight: pair.a_RI.shape[-2] for weight, pair in report.pairs.items()}
                 self.pairs[name] = dict(report.pairs)
@@ -182,16 +191,20 @@ class Ledger:
                 result.handouts = self._settle(self.accounts, reports)
             return result
 
+    def screened(self, contributions: ByWeight) -> Screened:
+        """Return what is to be joined of *contributions*, after whatever `robust` does to them."""
+        return self.robust(contributions)
+
     def add(
         self,
-        contributions: Mapping[str, Mapping[str, Contribution]],
+        screened: Screened,
         pairs: Mapping[str, Pair],
         head: Mapping[str, Array],
     ) -> RoundResult:
         """Add what came in to dW, whenever it began; what raises an error has changed nothing.
 
         Args:
-            contributions: By weight and name; see `buffer.py`.
+            screened: What `screened` has left of the contributions of `buffer.py`.
             pairs: The coordinator's own factors by now.
             head: The trained head by now; empty where nobody has one.
 
@@ -200,7 +213,7 @@ class Ledger:
         """
         with self._unchanged_by_errors():
             self.rounds += 1
-            result = self._combine(contributions, dict(head))
+            result = self._combine(screened, dict(head))
             self.pairs[SERVER] = dict(pairs)
             self._check(result)
             return result
@@ -232,11 +245,11 @@ class Ledger:
             for name, report in devices.items()
         }
 
-    def _combine(
-        self, contributions: Mapping[str, Mapping[str, Contribution]], head: dict[str, Array]
-    ) -> RoundResult:
+    def _combine(self, screened: Screened, head: dict[str, Array]) -> RoundResult:
         """Join what there is of each weight into dW."""
+        contributions = screened.contributions
         result = RoundResult({}, {}, head, 0.0)
+        result.left_out, result.clipped = screened.left_out, screened.clipped
         result.restarts = self._rule.restarts
         result.keeps_residuals = self._rule.redistribute is None
         for weight, shape in self._facts.targets.items():
@@ -267,7 +280,7 @@ class Ledger:
                 continue
             after, before = report.pairs[weight], self.pairs[name][weight]
             scale = self._lora.scale(weight, after.a_RI.shape[-2])
-            found[name] = Contribution(samples / total, scale, before, after)
+            found[name] = Contribution(samples / total, scale, before, after, device=name)
         return found
 
     def _note(self, weight: str, update: Update, result: RoundResult) -> None:
@@ -298,7 +311,8 @@ class Ledger:
         weight = {n: s / total for n, s in samples.items()} if total else {}
         used = {n: head for n, head in holders.items() if weight.get(n)}
         keys = next(iter(holders.values()))
-        return {k: mean_of({n: h[k] for n, h in used.items()}, weight) for k in keys}
+        counted = self.robust.heads(used, self.head)
+        return {k: mean_of({n: h[k] for n, h in counted.items()}, weight) for k in keys}
 
     def global_factors(self) -> dict[str, Factors]:
         """Return dW of every trained weight, scale inside: what the run has learned so far."""

@@ -34,6 +34,8 @@ class Contribution:
     after: Pair
     freshness: float = 1.0
     """How much of what it has learned counts: less than 1 where it began from an old dW."""
+    device: str = ""
+    """Whose it is; one device may bring several where nobody waits for anybody."""
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,11 @@ class ServeConfig:
                 "exchange with another codec than float32 or downlink: budget needs "
                 f"aggregation: exact, got {self.aggregation}"
             )
+        if self.screening.method == "trimmed-mean" and self.aggregation == "exact":
+            raise ValueError(
+                "screening.method: 'trimmed-mean' needs an aggregation after which all hold the "
+                "same factors: stack, svd, svd-balanced, zeropad or fedavg"
+            )
         if self.round_mode == "buffered":
             self._check_buffered()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from coordinator.aggregation.ledger import Report
+from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.screening import Diverged
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
@@ -53,6 +53,12 @@ def act(action: Action, doing: Mapping[Action, Callable[[], object]]) -> bool:
         return False
     doing[action]()
     return True
+
+
+def robust_facts(result: RoundResult) -> dict[str, Any]:
+    """Return whom a row names because of `screening`, where there is anybody."""
+    named = {"left_out": result.left_out, "clipped": result.clipped}
+    return {key: devices for key, devices in named.items() if devices}
 
 
 class RoundExecutor:
@@ -252,6 +258,7 @@ class RoundExecutor:
             facts["cut_off"] = sorted(run.cut_off.devices)
         if refused.devices:
             facts["refused"] = refused.devices
+        facts |= robust_facts(done.result)
         self._end_row(facts, done.evaluated)
         moved = self._admission.plan_again(reports, done.pruned)
         self._checkpoints.save()

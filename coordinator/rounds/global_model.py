@@ -14,6 +14,7 @@ import numpy as np
 from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest
+from coordinator.aggregation.robust import Robust
 from coordinator.aggregation.rules import SERVER
 from coordinator.aggregation.screening import Diverged, Refusals, Screening
 from coordinator.config.run import ServeConfig
@@ -56,6 +57,11 @@ class GlobalModel:
             config.max_rank,
             config.training.seed,
             _accounts(config),
+            Robust(
+                config.screening.method,
+                config.screening.hostile,
+                config.screening.clip,
+            ),
         )
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
         self.screening = Screening(

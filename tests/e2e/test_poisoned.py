@@ -124,6 +124,26 @@ def test_several_at_once_are_nobodys_fault(
     assert [row["samples"] for row in serving.rows[1:]] == [36, 36, 36, 36]
 
 
+def test_krum_leaves_a_plausible_enemy_out(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of five goes the other way, no further than it could: the rows name it, it stays."""
+
+    def turned(_message: AdapterUpload, name: str, array: np.ndarray) -> np.ndarray:
+        return -array if name.endswith(".B") else array
+
+    cluster.register("d", "e")
+    tamper(monkeypatch, "d", turned)
+    screening = ScreeningConfig(method="krum", hostile=1)
+    serving = cluster.serve(cluster.config(min_devices=5, rounds=1, screening=screening)).start()
+    clients = cluster.start(*"abcde")
+
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    assert serving.rows[1]["left_out"] == ["d"]
+    assert "refused" not in serving.rows[1]
+
+
 class Poison(Trap):
     """Spoils the coordinator's own adapters once, as a round begins."""
 

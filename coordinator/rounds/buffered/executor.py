@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from coordinator.aggregation.screening import Diverged
 from coordinator.rounds.buffered.model import BufferedModel, Merged
 from coordinator.rounds.buffered.run import BufferedRun
-from coordinator.rounds.executor import RoundExecutor, Waves, act
+from coordinator.rounds.executor import RoundExecutor, Waves, act, robust_facts
 from coordinator.rounds.pausing import PAUSE_PATIENCE_S
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
@@ -122,6 +122,7 @@ class TourExecutor(RoundExecutor):
         }
         if dropped:
             facts["dropped"] = dropped
+        facts |= robust_facts(done.result)
         self._end_row(facts, done.evaluated)
         for name in self._admission.plan_again(done.reports, []):
             self._admission.move(name)
