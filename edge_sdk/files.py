@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from edge_sdk.errors import StorageError
 
+# What runs leave behind tells of private data: adapters, moments, losses, names.
+PRIVATE = 0o600
 # The system's trouble of the moment, or that of rights: the file itself may well be whole.
 _NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
@@ -39,7 +41,7 @@ def atomic_write(
     path: Path,
     data: bytes | bytearray | str,
     *,
-    mode: int = 0o666,
+    mode: int = PRIVATE,
     sync: bool = True,
     what: str = "",
 ) -> None:
@@ -48,7 +50,7 @@ def atomic_write(
     Args:
         path: The file; folders above it that are missing are made.
         data: Its content; text is written as UTF-8.
-        mode: Permissions of the file, less the process's umask.
+        mode: Permissions of the file, less the process's umask; its owner's alone by default.
         sync: Make it survive a power cut too.
         what: What the file is, for the message of an error.
 
@@ -61,7 +63,7 @@ def atomic_write(
 
 @contextmanager
 def atomic_file(
-    path: Path, *, mode: int = 0o666, sync: bool = True, what: str = ""
+    path: Path, *, mode: int = PRIVATE, sync: bool = True, what: str = ""
 ) -> Iterator[BinaryIO]:
     """Open a file for writing that becomes *path* when it is closed; see `atomic_write`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -81,17 +83,46 @@ def atomic_file(
             _sync(path.parent)  # the name, too, must survive
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder and those above it that are missing, so that a power cut leaves them there."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    path.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
+        made.mkdir(mode, exist_ok=True)
         _sync(made.parent)
+    path.mkdir(exist_ok=True)  # what is there and no folder is an error
+
+
+def make_private(path: Path) -> None:
+    """Make a folder that its owner alone may look into, and those above it that are missing.
+
+    One that is there, and is ours, becomes private now: an earlier version left it open to others.
+    """
+    make_folder(path, 0o700)
+    status = path.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        path.chmod(0o700)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let whatever is written meanwhile, by libraries as well, be its owner's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def open_private(path: Path, mode: str) -> BinaryIO:
+    """Open a file for bytes; a new one is its owner's alone."""
+    file: Any = open(path, mode, opener=partial(os.open, mode=PRIVATE))  # noqa: SIM115
+    opened: BinaryIO = file
+    return opened
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file of which nobody knows yet, so that its content survives a power cut."""
-    with open(path, "wb") as file:
+    with open_private(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.errors import StorageError
-from edge_sdk.files import atomic_file, make_folder, storage_errors
+from edge_sdk.files import PRIVATE, atomic_file, make_private, storage_errors
 
 Halves = NDArray[np.uint16]
 
@@ -167,8 +167,8 @@ class _Log:
     def __init__(self, path: Path) -> None:
         self._path = path
         with storage_errors(path):
-            make_folder(path.parent)
-            path.touch()
+            make_private(path.parent)
+            path.touch(PRIVATE)
             self.num_bytes = path.stat().st_size
 
     def append(self, changed: dict[int, HeldArray | None]) -> None:

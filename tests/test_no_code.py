@@ -88,7 +88,7 @@ def test_what_leads_elsewhere_is_left_out() -> None:
 def test_a_model_that_asks_for_code_is_read_without(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all of that in its files, config and tokenizer are read, and nobody is asked anything."""
+    """With all of that in its files, config and tokenizer are read; nobody is asked."""
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked on the terminal"))
     folder = save_model("llama", tmp_path / "model")
     for name in ("config.json", "tokenizer_config.json"):

@@ -34,6 +34,7 @@ from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.files import private_files
 from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import ModelFacts, find_targets
 from edge_sdk.model.loss import whole_sums
@@ -133,7 +134,8 @@ def write_export(
     _check_result(trained, options)
     if options.max_rank is not None:
         trained = _cut(trained, config, options.max_rank, say)
-    difference = _write(trained, folder, options, say)
+    with private_files():  # an adapter tells of the data; who wants to share it opens the folder
+        difference = _write(trained, folder, options, say)
     if options.push_to_hub is not None:
         say(f"pushed to {push(folder, options.push_to_hub, public=options.public)}")
     return difference

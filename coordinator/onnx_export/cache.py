@@ -155,7 +155,7 @@ class GraphCache:
         part = Part(name=PART_NAME, sha256=sha256, num_bytes=len(data))
         self._cache.store(part, data)
         facts = {"sha256": part.sha256, "num_bytes": part.num_bytes}
-        atomic_write(self._index(key), json.dumps(facts), sync=False)
+        atomic_write(self._index(key), json.dumps(facts), mode=0o666, sync=False)
         return part
 
     def _begin(self, job: ExportJob) -> Build:

@@ -40,7 +40,7 @@ from coordinator.results.json_text import json_text
 from edge_sdk.config.describe import dump_config
 from edge_sdk.data.paths import data_files
 from edge_sdk.errors import ConfigError, DataError, StorageError
-from edge_sdk.files import atomic_write, storage_errors, sync
+from edge_sdk.files import atomic_write, open_private, storage_errors, sync
 
 CONFIG = "config.resolved.yaml"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
@@ -91,7 +91,8 @@ class RunFolder:
                 f"run folder {path} exists; choose another name, or `coordinator resume {path}`"
             )
         with storage_errors(f"run folder {path}"):
-            path.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(0o700)
         return cls(path)
 
     @classmethod
@@ -114,7 +115,7 @@ class RunFolder:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
-        with storage_errors(self.path / name), (self.path / name).open("ab+") as file:
+        with storage_errors(self.path / name), open_private(self.path / name, "ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
                 file.write(b"\n")  # a crash has cut the last line off
             file.write(json_text(row).encode() + b"\n")
@@ -157,7 +158,7 @@ class RunFolder:
         with storage_errors(f"checkpoint {final}"):
             for left in self.path.glob(".checkpoint-*.tmp"):  # a killed process was writing it
                 shutil.rmtree(left)
-            temporary.mkdir()
+            temporary.mkdir(0o700)
             write_files(temporary, step, checkpoint.state, checkpoint.arrays)
             aside = self.path / f".{final.name}.old"
             if final.exists():  # the same step again: one of both is there at every moment

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import storage_errors
+from edge_sdk.files import PRIVATE, make_private, storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
         StorageError: the folder cannot be written.
     """
     with storage_errors(folder / LOCK):
+        make_private(folder)  # one of an earlier version was open to others
+        (folder / LOCK).touch(PRIVATE)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     with file:
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.errors import StorageError, one_line
-from edge_sdk.files import atomic_write, is_damage, make_folder, storage_errors
+from edge_sdk.files import PRIVATE, atomic_write, is_damage, make_private, storage_errors
 from edge_sdk.protocol.tensors import Shape
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,9 @@ class LocalState:
             StorageError: the folder cannot be written.
         """
         with storage_errors(f"checkpoint {self.folder}"):
-            make_folder(self.folder)
-            (self.folder / ".writable").touch()
+            for folder in (self.folder.parent, self.folder):  # of the run, and of the device in it
+                make_private(folder)
+            (self.folder / ".writable").touch(PRIVATE)
             for left in self.folder.glob("*.tmp"):  # a killed process was writing it
                 left.unlink(missing_ok=True)
 

@@ -97,7 +97,7 @@ class RuntimeSetup:
             if name not in FILE_NAMES:
                 raise ModelError(f"the coordinator sent a file that is no part of a model: {name}")
             data = without_leads(name, stored.array.tobytes())
-            atomic_write(folder / name, data, sync=False)
+            atomic_write(folder / name, data, mode=0o666, sync=False)
         self._files = folder
         return folder
 

@@ -68,7 +68,7 @@ class Findings:
         """Keep *values* and nothing else; a folder that cannot be written costs time alone."""
         with suppress(StorageError):
             text = json.dumps({"sha256": _digest(values), "values": values})
-            atomic_write(self._path, text, sync=False)
+            atomic_write(self._path, text, mode=0o666, sync=False)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ from edge_sdk.protocol.plan import Part
 
 log = logging.getLogger(__name__)
 
+# A cache may be that of all users of a machine: models are no secret.
+SHARED = 0o666
 # What a download leaves free on the disk of whoever fetches it.
 SPARE_BYTES = 16 << 20
 
@@ -95,7 +97,7 @@ class PartCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             how = os.O_WRONLY | (0 if offset else os.O_CREAT)
             try:
-                handle = os.open(self._partial(part), how, 0o644)
+                handle = os.open(self._partial(part), how, SHARED)
             except FileNotFoundError:
                 return
             with open(handle, "wb") as file:
@@ -147,7 +149,7 @@ class PartCache:
         Raises:
             ModelError: what was written is another part.
         """
-        with atomic_file(self.path(part)) as file:
+        with atomic_file(self.path(part), mode=SHARED) as file:
             digest = hashlib.sha256()
             write(_Both(file, digest.update))
             if digest.hexdigest() != part.sha256:

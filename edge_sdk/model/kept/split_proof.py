@@ -83,7 +83,7 @@ def _once(folder: Path, subject: str, check: Callable[[], str]) -> str:
         known = check()
         log.info("split.checked note=%s", known or "equal")
         with suppress(StorageError):  # a cache that cannot be written costs a second check
-            atomic_write(path, json.dumps({"note": known}), sync=False)
+            atomic_write(path, json.dumps({"note": known}), mode=0o666, sync=False)
     _here[key] = known
     return known
 
