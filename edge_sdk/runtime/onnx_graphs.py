@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.errors import ModelError, one_line
-from edge_sdk.runtime.onnx_rules import checked_model
+from edge_sdk.runtime.onnx_rules import RefusedGraph, checked_model
 
 PART_NAME = "graphs"
 ABOUT = "about"
@@ -104,10 +104,10 @@ def read_graphs(path: Path) -> Graphs:
 
 def _check(name: str, data: bytes) -> None:
     if not _NAME.fullmatch(name):
-        raise ModelError("among the coordinator's graphs is one of a name that edgesplit never has")
+        raise RefusedGraph("among the graphs is one of a name that edgesplit never has")
     try:
         checked_model(data)
     except ModelError as error:
-        raise ModelError(
+        raise RefusedGraph(
             f"graph {name!r} is refused, as edgesplit's exporter does not write such: {error}"
         ) from None

@@ -44,6 +44,12 @@ OPSET, PRODUCER = 18, "edgesplit"
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 
 
+class RefusedGraph(ModelError):
+    """A graph of the coordinator is not run here; the coordinator is told why."""
+
+    is_public = True
+
+
 def checked_model(data: bytes) -> Table:
     """Return a graph as tables, once it is known to be what our exporter writes.
 

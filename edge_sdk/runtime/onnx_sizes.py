@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from edge_sdk.errors import ModelError
 from edge_sdk.runtime.onnx_reader import Table
-from edge_sdk.runtime.onnx_rules import ELEMENT_BYTES, checked_model
+from edge_sdk.runtime.onnx_rules import ELEMENT_BYTES, RefusedGraph, checked_model
 
 Span = tuple[float, float]
 """Least and most of a number."""
@@ -82,7 +82,7 @@ def check_room(models: Mapping[str, bytes], sizes: Sizes, have_bytes: float) -> 
         try:
             most = most_bytes(checked_model(data), sizes)
         except ModelError as error:
-            raise ModelError(f"graph {name!r} is refused: {error}") from None
+            raise RefusedGraph(f"graph {name!r} is refused: {error}") from None
         if most > 2 * have_bytes:
             raise MemoryError(
                 f"graph {name!r} would take {most / 1e9:.3g} GB for {sizes.B} sequences of "

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from safetensors.numpy import load, save
 
-from edge_sdk.errors import ConfigError, RefusedError
+from coordinator.onnx_export.cache import GraphCache
+from edge_sdk.errors import ConfigError, ModelError, RefusedError
 from edge_sdk.lora.targets import LoraConfig
+from edge_sdk.protocol.plan import Part
 from tests.e2e.cluster import PATIENCE_S, Cluster, Serving, held_out, sentences, wait_all
 from tests.runtimes import BACKENDS
 
@@ -114,3 +118,31 @@ def test_a_local_model_needs_torch(pair: Cluster) -> None:
     """A folder that only transformers can read is refused before anything is fetched."""
     with pytest.raises(ConfigError, match="model: .* is not possible with the onnxruntime"):
         pair.client("b", sentences(0), backend="onnxruntime", model=str(pair.model)).run()
+
+
+def test_a_graph_that_reads_a_file_never_runs(
+    pair: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A coordinator sends a graph with data in `device.key`: the device says no, others go on."""
+    honest = GraphCache._store
+
+    def altered(cache: GraphCache, key: str, data: bytes) -> Part:
+        files = load(data)
+        model = onnx.load_from_string(files["front"].tobytes())
+        tensor = model.graph.initializer.add(name="key", data_type=1, dims=[10])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="device.key")
+        files["front"] = np.frombuffer(model.SerializeToString(), np.uint8)
+        return honest(cache, key, save(files))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GraphCache, "_store", altered)
+    pair.parts = tmp_path / "own-parts"  # no graphs of other tests
+    serving = pair.serve(pair.config(min_devices=1)).start()
+    with pytest.raises(ModelError, match=r"graph 'front' is refused, .*: it holds field 1[34] of"):
+        pair.client("a", sentences(1), backend="onnxruntime").run()
+    client = pair.client("b", sentences(2)).start()
+
+    assert serving.wait() == "completed"
+    wait_all([client])
+    assert any("ModelError: graph 'front' is refused" in note for note in serving.trap.notes)
