@@ -6,6 +6,7 @@ holds every field to its form (`protocol/headers.py`); whoever makes a path of a
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -40,6 +41,11 @@ PartName = Annotated[str, Matching(r"files|front|block\.[0-9]{1,5}|tail|graphs")
 """Name of a part of a model."""
 PartBytes = Annotated[int, Between(0, MAX_PART_BYTES)]
 """Size of a part, or a place in it."""
+
+
+def run_name(text: str) -> str:
+    """Return *text* as the name of a run on the wire: other letters than a name's become dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip(".")[:MAX_NAME]
 
 
 def inside(folder: Path, *names: str) -> Path:

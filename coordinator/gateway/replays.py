@@ -23,6 +23,7 @@ import numpy as np
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError, StorageError
 from edge_sdk.files import make_folder, storage_errors
 from edge_sdk.lora.factors import Array
+from edge_sdk.names import inside
 from edge_sdk.protocol import codecs
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Activation, RoundStart
@@ -222,7 +223,9 @@ class Replays:
             return
         try:
             if device not in self._files:
-                self._files[device] = StateFile(self._folder / f"{device}.states", self._dtype)
+                self._files[device] = StateFile(
+                    inside(self._folder, f"{device}.states"), self._dtype
+                )
             for row in rows:
                 self._files[device].put(message.samples[row], hidden_BTD[row, : lengths_B[row]])
         except StorageError as error:  # the run needs none of it

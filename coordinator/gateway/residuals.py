@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.held_states import HeldStates
+from edge_sdk.names import inside
 from edge_sdk.protocol import residual
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import Activation
@@ -38,7 +39,7 @@ class Residuals:
             StorageError: the folder cannot be written.
         """
         if device not in self._held:
-            path = None if self._folder is None else self._folder / f"{device}.log"
+            path = None if self._folder is None else inside(self._folder, f"{device}.log")
             self._held[device] = HeldStates(self.limit_bytes, path)
             if self._round is not None:
                 self._held[device].begin_round(self._round)

@@ -36,6 +36,7 @@ from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator, tell_end
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.deadline import Deadline
+from edge_sdk.names import run_name
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.transport.keys import KeyPair, load_key_pair
 
@@ -77,7 +78,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         keys = load_key_pair(config.secret_key)
         model = ServerModel(config)
         with _gateway(config, keys) as gateway:
-            run_id = _new_id(folder) if checkpoint is None else checkpoint.state["run"]
+            run_id = _new_id(folder) if checkpoint is None else run_name(checkpoint.state["run"])
             coordinator = Coordinator(config, model, folder, gateway, watcher, run_id)
             if checkpoint is not None:
                 with restoring(folder):
@@ -86,7 +87,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
 
 
 def _new_id(folder: RunFolder) -> str:
-    return f"{folder.name}-{secrets.token_hex(4)}"
+    return f"{run_name(folder.name)[:64]}-{secrets.token_hex(4)}"
 
 
 def _is_complete(run: Reopened) -> bool:
@@ -126,7 +127,7 @@ def _tell_the_end(run: Reopened, watcher: Watcher) -> None:
                 if isinstance(event, Left):
                     missing.discard(event.device)
                 elif isinstance(event, Received):
-                    tell_end(gateway, Stamp(run=state["run"], device=event.device))
+                    tell_end(gateway, Stamp(run=run_name(state["run"]), device=event.device))
     watcher.see(RunFinished(COMPLETED))
 
 

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.model.precision import LINEAR_BYTES, Base, Compute
-from profiler.estimate.sizes import TAIL_TARGETS
 from profiler.profile import DeviceProfile
-from profiler.sensors.memory import memory_info
 
 if TYPE_CHECKING:
     from edge_sdk.lora.targets import LoraConfig
@@ -251,6 +249,8 @@ def _onnx_runtime(request: RuntimeRequest, prepare: Callable[[Graphs], Graphs]) 
     from edge_sdk.runtime.onnx_graphs import PART_NAME, read_graphs
     from edge_sdk.runtime.onnx_runtime import OnnxRuntime
     from edge_sdk.runtime.onnx_sizes import Sizes, check_room
+    from profiler.estimate.sizes import TAIL_TARGETS
+    from profiler.sensors.memory import memory_info
 
     paths = {part.name: request.fetch(part) for part in request.parts}
     if PART_NAME not in paths:

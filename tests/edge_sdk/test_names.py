@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.names import MAX_PART_BYTES, Between, Matching, inside
+from edge_sdk.names import MAX_PART_BYTES, Between, Matching, inside, run_name
 from edge_sdk.protocol import headers
 from edge_sdk.protocol.messages import MESSAGES
 
@@ -124,6 +124,15 @@ def test_a_name_that_comes_through_stays_in_its_folder(
 
         assert inside(folder, text).parent == folder
         assert not text.startswith(".")
+
+
+@pytest.mark.parametrize("text", [*LIKE_PATHS, "my run", "Lauf \u00e4", "x" * 300])
+def test_a_run_has_a_name_whatever_its_folder_is_called(text: str) -> None:
+    """A folder's name with blanks or other letters becomes a name that every device takes."""
+    header = with_value("Paused", ("stamp", "run"), run_name(text))
+
+    assert headers.decode_header(header)[0].stamp.run == run_name(text)
+    assert run_name("first-1.2_a") == "first-1.2_a"
 
 
 @pytest.mark.parametrize("size", [-1, MAX_PART_BYTES + 1, 2**63 - 1])
