@@ -39,7 +39,7 @@ class Accept:
     """Whether the coordinator may keep hidden states beyond their step: on its disk (`replay`) or
     in its memory (`codec: residual`)."""
     model_hash: str = ""
-    """Hash that the model must have: the one that the coordinator prints, computed here again from
+    """Hash that the model must have: the one that `coordinator check` prints, computed here again from
     the hashes of all parts, with which each part is compared; empty takes any model."""
     graphs: tuple[str, ...] = ()
     """SHA-256 of the graphs that the onnxruntime backends may run; empty takes any that edgesplit's
@@ -93,7 +93,7 @@ def check_welcome(accept: Accept, welcome: Welcome) -> None:
     is_told = bool(welcome.parts) or not accept.model_hash
     expect("model_hash", accept.model_hash[:12], "no list of its parts (older than 0.2)", is_told)
     is_same = accept.model_hash in ("", welcome.model_hash)
-    expect("model_hash", accept.model_hash[:12], welcome.model_hash[:12], is_same)
+    expect("model_hash", accept.model_hash, welcome.model_hash, is_same)
     if accept.min_split != "all":
         can = accept.min_split <= welcome.num_blocks
         expect("min_split", accept.min_split, f"{welcome.num_blocks} blocks", can)

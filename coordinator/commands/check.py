@@ -16,6 +16,7 @@ from edge_sdk.lora.targets import Coverage, LoraConfig, coverage, find_targets, 
 
 if TYPE_CHECKING:
     from edge_sdk.model.layout import Layout, Task
+    from edge_sdk.model.weights import ModelSource
 
 
 def add_check(commands: Any) -> None:
@@ -81,7 +82,8 @@ def _check(options: argparse.Namespace) -> int:
         num_labels = num_labels or load_config(folder, 0).num_labels
     config = load_config(folder, num_labels)
     found = examine(config, task, lora)
-    unseen = _check_weights(folder, found.layout, task, num_labels, seed)
+    source = _opened(folder, task, num_labels, seed)
+    unseen = _check_weights(source, found.layout)
     weights = f"its own weights were not tried: {unseen}" if unseen else "its own weights too"
     took = f"{time.monotonic() - began:.1f} s"
     blocks = f"{found.layout.num_blocks} blocks"
@@ -92,18 +94,38 @@ def _check(options: argparse.Namespace) -> int:
         "adapters": found.coverage.text.removeprefix("adapters "),
         "split": f"the pieces compute what the whole model does; {weights} ({took})",
     }
+    if source is not None:
+        lines["hash"] = f"{_hash(source)} (`accept.model_hash` of a device)"
     for name, said in lines.items():
         sys.stdout.write(f"{name:<10}{said}\n")
     return 0
 
 
-def _check_weights(folder: Path, layout: Layout, task: Task, num_labels: int, seed: int) -> str:
-    """Make sure of the same with the model's own weights; returns why that was not tried."""
-    from edge_sdk.model.split_check import check_weights
+def _opened(folder: Path, task: Task, num_labels: int, seed: int) -> ModelSource | None:
+    """Return the model with its weights; None where none lie beside its config."""
     from edge_sdk.model.weights import ModelSource, has_weights
 
     if not has_weights(folder):
-        return "none lie beside its config"
+        return None
     source = ModelSource(str(folder), task, num_labels=num_labels)
     source.load_whole(seed)
-    return check_weights(source.config, task, layout, source.tensors)
+    return source
+
+
+def _check_weights(source: ModelSource | None, layout: Layout) -> str:
+    """Make sure of the same with the model's own weights; returns why that was not tried."""
+    from edge_sdk.model.split_check import check_weights
+
+    if source is None:
+        return "none lie beside its config"
+    return check_weights(source.config, source.task, layout, source.tensors)
+
+
+def _hash(source: ModelSource) -> str:
+    """Return the hash by which a device knows the model; all of it is read where it is not kept."""
+    from edge_sdk.model.kept.part_cache import PartCache
+    from edge_sdk.model.kept.part_hashes import PartHashes
+    from edge_sdk.model.weights import model_hash
+
+    hashes = PartHashes(source, PartCache().folder)
+    return model_hash({name: hashes.describe(name) for name in source.part_names()})

@@ -6,6 +6,7 @@ that computes.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.model.precision import LINEAR_BYTES, Base, Compute
 from profiler.profile import DeviceProfile
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from edge_sdk.lora.targets import LoraConfig
@@ -256,6 +259,7 @@ def _onnx_runtime(request: RuntimeRequest, prepare: Callable[[Graphs], Graphs]) 
     if PART_NAME not in paths:
         raise ModelError("the coordinator sent no graphs; it may be older than this device")
     graphs = read_graphs(paths.pop(PART_NAME))
+    log.info("graphs.taken sha256=%s", next(p.sha256 for p in request.parts if p.name == PART_NAME))
     rank = max(request.plan.ranks.values(), default=0)
     sizes = Sizes(B=request.plan.micro_batch, T=request.longest, N=TAIL_TARGETS, R=rank)
     check_room(graphs.programs(), sizes, memory_info().total.value or math.inf)

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from coordinator.cli import main
+from edge_sdk.model.weights import ModelSource, model_hash
 from tests.tiny import BLOCKS, CLASSES, make_config, make_model, task_of
 
 
@@ -24,7 +25,7 @@ def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]
 def test_a_config_alone_is_enough(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cuts, adapters and the verdict are those of the same model with weights, but for one line."""
+    """Cuts, adapters and the verdict are those of the same model with weights, which has a hash."""
     config, task = make_config(family), task_of(family)
     make_model(config, task).save_pretrained(tmp_path / "whole")
     config.save_pretrained(tmp_path / "bare")
@@ -34,6 +35,10 @@ def test_a_config_alone_is_enough(
 
     assert "none lie beside its config" in bare.pop("split")
     assert "its own weights too" in whole.pop("split")
+    source = ModelSource(str(tmp_path / "whole"), task)
+    source.load_whole(0)
+    own = model_hash({name: source.describe(name) for name in source.part_names()})
+    assert whole.pop("hash") == f"{own} (`accept.model_hash` of a device)"
     assert bare == whole
     assert whole["cuts"] == f"a device can hold 1-{BLOCKS} of {BLOCKS} blocks"
 
