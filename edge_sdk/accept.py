@@ -39,8 +39,8 @@ class Accept:
     """Whether the coordinator may keep hidden states beyond their step: on its disk (`replay`) or
     in its memory (`codec: residual`)."""
     model_hash: str = ""
-    """Hash that the model must have: the one that `coordinator check` prints, computed here again from
-    the hashes of all parts, with which each part is compared; empty takes any model."""
+    """Hash that the model must have: the one that `coordinator check` prints, computed here again
+    from the hashes of all parts, with which each part is compared; empty takes any model."""
     graphs: tuple[str, ...] = ()
     """SHA-256 of the graphs that the onnxruntime backends may run; empty takes any that edgesplit's
     exporter could have written. The log names those that are used (`graphs.taken`)."""
