@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,8 @@ from edge_sdk.errors import StorageError
 
 # What runs leave behind tells of private data: adapters, moments, losses, names.
 PRIVATE = 0o600
+# Seconds for which a descriptor is waited for, and between two tries.
+DESCRIPTOR_S, AGAIN_S = 5.0, 0.02
 # The system's trouble of the moment, or that of rights: the file itself may well be whole.
 _NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
@@ -22,6 +25,21 @@ _NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errn
 def is_damage(error: OSError) -> bool:
     """Return whether a file that could not be read is itself the reason."""
     return error.errno not in _NOT_OF_THE_FILE
+
+
+def open_patiently(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
+    """Open a file as `os.open` does; wait a little where no descriptor is left for it.
+
+    A burst of connections may take them all, until those that are too many are closed.
+    """
+    until_s = time.monotonic() + DESCRIPTOR_S
+    while True:
+        try:
+            return os.open(path, flags, mode)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() >= until_s:
+                raise
+        time.sleep(AGAIN_S)
 
 
 @contextmanager
@@ -70,7 +88,7 @@ def atomic_file(
     with storage_errors(f"{what} {path}".lstrip()):
         make_folder(path.parent)
         try:
-            with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
+            with open(temporary, "wb", opener=partial(open_patiently, mode=mode)) as file:
                 yield file
                 if sync:
                     file.flush()
@@ -115,7 +133,7 @@ def private_files() -> Iterator[None]:
 
 def open_private(path: Path, mode: str) -> BinaryIO:
     """Open a file for bytes; a new one is its owner's alone."""
-    file: Any = open(path, mode, opener=partial(os.open, mode=PRIVATE))  # noqa: SIM115
+    file: Any = open(path, mode, opener=partial(open_patiently, mode=PRIVATE))  # noqa: SIM115
     opened: BinaryIO = file
     return opened
 
@@ -134,7 +152,7 @@ def create_file(path: Path, text: str, mode: int) -> None:
     Raises:
         StorageError: it is there already, or cannot be written.
     """
-    with storage_errors(path), open(path, "x", opener=partial(os.open, mode=mode)) as file:
+    with storage_errors(path), open(path, "x", opener=partial(open_patiently, mode=mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -159,7 +177,7 @@ def sync(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_patiently(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

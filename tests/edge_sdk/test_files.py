@@ -6,9 +6,11 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edge_sdk import files
 from edge_sdk.errors import StorageError
 from edge_sdk.files import atomic_write, create_file, storage_errors
 
@@ -58,3 +60,23 @@ def test_an_error_without_words_of_the_system_keeps_its_own() -> None:
     """An OSError that a library raised has no strerror; its text is shown instead."""
     with pytest.raises(StorageError, match="^cannot write here: why$"), storage_errors("here"):
         raise OSError("why")
+
+
+def test_a_descriptor_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is written once somebody has closed one; a lack that does not end is an error."""
+    real, tries = os.open, iter([errno.EMFILE, errno.ENFILE])
+
+    def scarce(*args: Any) -> int:
+        number = next(tries, 0)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return real(*args)
+
+    monkeypatch.setattr(os, "open", scarce)
+    atomic_write(tmp_path / "a", "there")
+    assert (tmp_path / "a").read_text() == "there"
+
+    tries = iter([errno.EMFILE] * 1000)
+    monkeypatch.setattr(files, "DESCRIPTOR_S", 0.1)
+    with pytest.raises(StorageError, match="Too many open files"):
+        atomic_write(tmp_path / "a", "later")

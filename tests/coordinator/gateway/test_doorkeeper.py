@@ -23,6 +23,7 @@ from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
+from edge_sdk.files import atomic_write
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import OutgoingMessage
 from edge_sdk.protocol.messages import PartData, Stamp
@@ -370,7 +371,7 @@ def test_descriptors_run_out_for_strangers_alone(tmp_path: Path) -> None:
                 os.write(writing, gateway.address.encode())
                 deadline = Deadline.after(PATIENCE_S)
                 while not deadline.has_passed():
-                    (tmp_path / "file").write_text("still", encoding="ascii")
+                    atomic_write(tmp_path / "file", "still", sync=False)
                     if any(isinstance(event, Received) for event in gateway.events(0.01)):
                         code = 0
                         break
