@@ -18,7 +18,7 @@ class PlanningConfig:
     device; `rngwp`: by importance per byte, weight by weight."""
     min_split: int = 1
     """Least blocks that a device runs: no plan gives it fewer, whoever chooses split points, and a
-    config that asks for fewer is refused."""
+    config that asks for fewer is refused. `coordinator audit-privacy` names one."""
     rank_set: tuple[int, ...] = (2, 4, 8, 16)
     """Ranks that a weight may have beside 0; the paper's Q."""
     utility: Literal["log", "sqrt", "linear"] = "log"

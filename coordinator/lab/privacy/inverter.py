@@ -17,6 +17,9 @@ from coordinator.lab.privacy.texts import Numbers, Shares
 
 HIDDEN = 256
 EPOCHS, BATCH, RATE = 8, 128, 2e-3
+# Of a larger vocabulary, the tokens of the known texts and random ones beside them are told apart
+# while it learns; it guesses among all.
+MOST_CLASSES = 8192
 # Temperature of the first guesses: directions of embeddings differ by cosines of tenths.
 SHARPNESS = 16.0
 
@@ -48,11 +51,15 @@ class Inverter(nn.Module):
         self.register_buffer("middle_W", torch.zeros(width))
         self.register_buffer("spread_W", torch.ones(width))
 
-    def forward(self, seen_NW: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, V)."""
+    def forward(self, seen_NW: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits (N, V), or those of the tokens *among* which to choose."""
         even_NW = (seen_NW - self.middle_W) / self.spread_W
         guess_ND = self.plain(even_NW) + self.bent(even_NW)
-        logits: torch.Tensor = guess_ND @ self.embeddings_VD.T * self.sharpness + self.prior_V
+        table_VD = self.embeddings_VD
+        prior_V: torch.Tensor = self.prior_V
+        if among is not None:
+            table_VD, prior_V = table_VD[among], prior_V[among]
+        logits: torch.Tensor = guess_ND @ table_VD.T * self.sharpness + prior_V
         return logits
 
 
@@ -63,7 +70,8 @@ def train_inverter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Inverter(seen_NW.shape[1], embeddings_VD, shares_V)
-    inputs, labels = torch.from_numpy(seen_NW), torch.from_numpy(ids_N)
+    inputs = torch.from_numpy(seen_NW)
+    among, labels = _classes(ids_N, len(embeddings_VD), seed)
     model.middle_W = inputs.mean(0)
     model.spread_W = inputs.std(0).clamp_min(1e-6)
     steps = EPOCHS * -(-len(labels) // BATCH)
@@ -74,11 +82,22 @@ def train_inverter(
         order_N = torch.randperm(len(labels), generator=order)
         for part in (order_N[rows] for rows in parts(len(labels), BATCH)):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs[part]), labels[part])
+            loss = F.cross_entropy(model(inputs[part], among), labels[part])
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     return model.eval()
+
+
+def _classes(ids_N: Numbers, size: int, seed: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the tokens to tell apart, None for all, and the place of each label among them."""
+    if size <= MOST_CLASSES:
+        return None, torch.from_numpy(ids_N)
+    known = np.unique(ids_N)
+    others = np.setdiff1d(np.arange(size), known)
+    drawn = np.random.default_rng(seed).permutation(others)[: max(0, MOST_CLASSES - len(known))]
+    among = np.union1d(known, drawn)
+    return torch.from_numpy(among), torch.from_numpy(np.searchsorted(among, ids_N))
 
 
 def guesses(model: Inverter, seen_NW: Array, most: int) -> Numbers:

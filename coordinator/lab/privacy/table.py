@@ -140,7 +140,8 @@ def advice(report: AuditReport) -> list[str]:
     known = [f"{name} {_blocks(report, split)}" for name, split in alone.items() if split]
     found.append(f"the same by each attack alone, whatever the codec: {', '.join(known)}")
     suggested = report.suggested
-    lines = f"planning.min_split: {suggested} for the run, accept.min_split: {suggested} on devices"
+    own = "all" if suggested == report.num_blocks else str(suggested)
+    lines = f"planning.min_split: {suggested} for the run, accept.min_split: {own} on devices"
     if suggested == report.num_blocks:
         found.append(
             f"no smaller split does for all of these codecs: {lines}; with all blocks on a device "

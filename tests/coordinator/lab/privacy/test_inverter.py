@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from coordinator.lab.privacy import inverter as inverter_file
 from coordinator.lab.privacy.inverter import guesses, inverter_ranks, train_inverter
 from coordinator.lab.privacy.nearest import Vocabulary
 from coordinator.lab.privacy.score import by_frequency, recovered
@@ -43,6 +44,21 @@ def test_it_learns_what_states_tell_and_nothing_else(task: tuple[np.ndarray, ...
     assert known.top1 < 0.1
     assert control.top1 < 0.1
     assert (guesses(inverter, own, 1)[:, 0] == texts.ids_N).mean() > 0.5
+
+
+def test_of_a_large_vocabulary_some_are_told_apart(
+    task: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer tokens than there are it still learns, and guesses among all of them."""
+    seen, ids, embeddings, shares = task
+    few = ids < VOCAB // 2
+    monkeypatch.setattr(inverter_file, "MOST_CLASSES", 60)
+
+    inverter = train_inverter(seen[few], ids[few], embeddings, shares, 0)
+
+    best = guesses(inverter, seen, VOCAB)
+    assert best.shape == (len(ids), VOCAB)
+    assert (best[few, 0] == ids[few]).mean() > 0.5
 
 
 def test_the_same_seed_gives_the_same_inverter(task: tuple[np.ndarray, ...]) -> None:
