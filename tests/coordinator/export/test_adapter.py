@@ -87,8 +87,8 @@ def test_a_tampered_export_is_refused(
     trained = Result(family, tmp_path / "base")
     load = peft.PeftModel.from_pretrained
 
-    def tampered(model: Any, folder: Path) -> Any:
-        loaded = load(model, folder)
+    def tampered(model: Any, folder: Path, **options: Any) -> Any:
+        loaded = load(model, folder, **options)
         with torch.no_grad():
             name, parameter = next(
                 (n, p) for n, p in loaded.named_parameters() if "lora_B" in n and p.numel()
