@@ -18,7 +18,14 @@ from importlib import metadata
 from types import FrameType
 from typing import Any
 
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, as_edge_error, one_line
+from edge_sdk.errors import (
+    INTERRUPTED_EXIT_CODE,
+    EdgeError,
+    as_edge_error,
+    one_line,
+    printable,
+    public_text,
+)
 
 # What is set already stays: a person can still ask for all of it.
 SETTINGS = {
@@ -91,6 +98,24 @@ def _leave_at_once() -> None:
     os._exit(INTERRUPTED_EXIT_CODE)
 
 
+class CleanFormatter(logging.Formatter):
+    """Writes a record in lines of which none moves the cursor, or passes for another record."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """Return the line of a record."""
+        record.message = public_text(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """Return a traceback, each of its lines behind the margin."""
+        return "\n".join(
+            f"  {printable(line)}" for line in super().formatException(ei).splitlines()
+        )
+
+
 def add_log_level(parser: argparse.ArgumentParser) -> None:
     """Add the options for the version and for how much of the log is shown."""
     parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
@@ -106,11 +131,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     other, whose traceback is in the log from the level info on.
     """
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(CleanFormatter())
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     if options.log_level != "debug":
         quiet_libraries()
     try:

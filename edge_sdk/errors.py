@@ -222,8 +222,14 @@ MAX_TEXT = 1000
 
 def one_line(error: BaseException | str) -> str:
     """Return a message as one line for a terminal, whatever a library or a peer has put into it."""
-    line = " ".join(str(error).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """Return *text* with `?` for what is no letter: controls, escapes, changes of direction."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def public_text(error: BaseException | str) -> str:

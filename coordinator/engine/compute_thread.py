@@ -29,6 +29,19 @@ def owned(
     return ComputeFailed(failing[0], error)
 
 
+class Inline(Executor):
+    """Computes where it is asked to: for runs whose order must not depend on threads."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Return what *fn* has made."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - handed on, as by any pool
+            future.set_exception(error)
+        return future
+
+
 class Worker:
     """Runs one computation at a time; results are collected by the event loop.
 

@@ -211,18 +211,31 @@ class ServerModel:
         Raises:
             RemoteProtocolError: no part has that hash, or it ends before *offset*.
         """
+        part = self.find_part(sha256, offset)
+        return part, self.read_part(part, offset, num_bytes)
+
+    def find_part(self, sha256: str, offset: int) -> Part:
+        """Return the part of that hash, if it has a byte at *offset*.
+
+        Raises:
+            RemoteProtocolError: no part has that hash, or it ends before *offset*.
+        """
         part = self._by_hash.get(sha256)
         if part is None or not 0 <= offset < part.num_bytes:
             raise RemoteProtocolError(
                 f"no part of this model has sha256 {sha256[:12]}... at byte {offset}"
             )
+        return part
+
+    def read_part(self, part: Part, offset: int, num_bytes: int) -> bytes:
+        """Return a stretch of a part from disk, where it is written first if it is not there."""
         if not self._cache.has(part):
             if part.name not in self.parts:  # no stretch of the model: it was made for this run
-                raise StorageError(f"{part.name} {sha256[:12]}... are gone from the cache")
+                raise StorageError(f"{part.name} {part.sha256[:12]}... are gone from the cache")
             self._fill(part)
         with self._cache.path(part).open("rb") as file:
             file.seek(offset)
-            return part, file.read(num_bytes)
+            return file.read(num_bytes)
 
     def _fill(self, part: Part) -> None:
         """Put a part of the model into the cache.

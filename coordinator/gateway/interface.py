@@ -74,6 +74,8 @@ class DeviceStats:
     """Numbers of the last heartbeat."""
     num_moved: int
     """Packets of messages, in both directions, that have reached the other side."""
+    queued_bytes: int = 0
+    """What was sent to the device and is not confirmed as a whole message."""
 
 
 class Gateway(Protocol):

@@ -124,6 +124,7 @@ class DeviceSession:
             self.heard_s,
             dict(self.telemetry),
             self.talk.num_moved,
+            self.talk.queued_bytes,
         )
 
 

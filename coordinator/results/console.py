@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from coordinator.results.events import DeviceEvent, DeviceLeft, RoundDone, RunEvent, StepDone
 from coordinator.results.history import RunHistory, scores
+from edge_sdk.errors import printable
 
 # Steps over which a rate is taken: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
@@ -55,8 +56,9 @@ class Console:
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        """Write a line."""
-        self._out.print(text, markup=False, soft_wrap=True)
+        """Write a line, or several; nothing in it moves the cursor, whoever it came from."""
+        clean = "\n".join(map(printable, text.split("\n")))
+        self._out.print(clean, markup=False, soft_wrap=True)
 
     def see(self, event: RunEvent) -> None:
         """Move bars, and write what has a line."""

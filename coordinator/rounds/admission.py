@@ -1,16 +1,15 @@
-"""Who may take part, with which plan; and the parts of the model that they fetch.
+"""Who may take part, and with which plan.
 
-It answers Hello, Ready and PartRequest, and refuses with a reason that a person can act on.
+It answers Hello and Ready, and refuses with a reason that a person can act on.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Protocol
-
-import numpy as np
 
 from coordinator.aggregation.ledger import Report
 from coordinator.config.run import AUTO, ServeConfig
@@ -20,6 +19,7 @@ from coordinator.planning.costs import UNKNOWN_CODEC
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.rounds.intake.allowance import Allowance
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
@@ -42,8 +42,6 @@ from edge_sdk.protocol.messages import (
     Failure,
     Hello,
     Message,
-    PartData,
-    PartRequest,
     Pause,
     PlanAssigned,
     Ready,
@@ -60,8 +58,6 @@ from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
 
-# Bytes of one answer to a PartRequest: enough to hide the round trip, little for a device's memory.
-PART_DATA_BYTES = 4 * 1024 * 1024
 # Bytes for headers and alignment of a message, beside its tensors.
 MESSAGE_SLACK_BYTES = 1024 * 1024
 # A device may join again after so many errors that nobody foresaw; one more, and it is refused.
@@ -102,6 +98,9 @@ class Admission:
         """Devices whose plan is known while their graphs are still being made."""
         self.leaving: set[str] = set()
         """Devices that are told why they must leave; what else they send is not looked at."""
+        self.allowance = Allowance(time.monotonic)
+        """How often each key may send what nobody asked it for."""
+        self._sessions: dict[str, int] = {}
         self._unforeseen: dict[str, int] = {}
         """Errors that nobody foresaw, by the device whose part they ended."""
 
@@ -248,19 +247,9 @@ class Admission:
         if step not in held:
             self.held_steps[device] = (*held, step)[-KEPT:]
 
-    def send_part(self, device: str, request: PartRequest) -> None:
-        """Answer a PartRequest with the next stretch of the part."""
-        part, data = self._model.read(request.sha256, request.offset, PART_DATA_BYTES)
-        self._gateway.send(
-            device,
-            PartData(
-                stamp=request.stamp,
-                sha256=part.sha256,
-                offset=request.offset,
-                total_bytes=part.num_bytes,
-            ),
-            {"data": (np.frombuffer(data, np.uint8), "uint8")},
-        )
+    def session_of(self, device: str) -> int:
+        """Return the number of a device's session: another one for each that begins or ends."""
+        return self._sessions.get(device, 0)
 
     # ---- plans change ----
 
@@ -389,6 +378,7 @@ class Admission:
 
     def forget(self, device: str) -> None:
         """Let go of what a session was told: a device says Hello again in the next one."""
+        self._sessions[device] = self.session_of(device) + 1
         for known in (self.codecs, self._spoken, self.plans, self.held_steps, self._backends):
             known.pop(device, None)
         self._waiting.discard(device)
@@ -448,7 +438,8 @@ class Admission:
         if not isinstance(error, RefusedError):
             self._run.conduct.expelled(device)
         text = public_text(error)
-        log.warning("device.refused device=%s reason=%s", device, text)
+        if self.allowance.may_tell(device):
+            log.warning("device.refused device=%s reason=%s", device, text)
         self._run.lose(device, f"{public_name(error)}: {text}")
         self.leaving.add(device)
         stamp = self._stamp(device)
@@ -482,6 +473,7 @@ class Admission:
             PeerGone: the device has no session.
             ConfigError: the run is too large for a message.
         """
+        self.allowance.asked(device, message)
         try:
             self._gateway.send(device, message, tensors)
         except LocalProtocolError as error:

@@ -79,7 +79,7 @@ class RoundExecutor:
         self._waves, self._worker = waves, worker
         self.outcome = ""
         """How the run ended; empty while it goes on."""
-        self.stop_asked = False
+        self.stop_asked = self._has_evaluated = False
         self._pausing = Pausing(run, self._save_if_good)
 
     def begin(self) -> None:
@@ -162,10 +162,9 @@ class RoundExecutor:
             if self._learned.is_outdated:
                 self._worker.start(self._learned.renew, lambda _: None)
                 return True
-        if run.inputs.evals:
-            self._waves.evaluate()
-            return True
         action = state.decide()
+        if self._evaluates(is_idle=action is Action.WAIT):
+            return True
         if self.stop_asked:
             if self._pausing.can_begin(action):
                 for name in list(state.members):
@@ -184,6 +183,19 @@ class RoundExecutor:
             Action.CLOSE: self._close,
         }
         return act(action, doing)
+
+    def _evaluates(self, *, is_idle: bool) -> bool:
+        """Evaluate a micro-batch of each device that waits for it, in turn with everything else.
+
+        Args:
+            is_idle: Whether there is nothing else to do.
+        """
+        if not self._run.evaluations or (self._has_evaluated and not is_idle):
+            self._has_evaluated = False
+            return False
+        self._has_evaluated = True
+        self._waves.evaluate()
+        return True
 
     # ---- rounds ----
 

@@ -36,7 +36,6 @@ from edge_sdk.protocol.messages import (
     Failure,
     Goodbye,
     Hello,
-    PartRequest,
     Paused,
     Probe,
     Profiled,
@@ -66,7 +65,6 @@ class MessageHandler:
         """Attempt and step of the last report of a step, by device."""
         self._handlers: dict[type, Callable[[str, Envelope], None]] = {
             Hello: self._on_hello,
-            PartRequest: lambda d, e: admission.send_part(d, e.message),
             Ready: self._on_ready,
             Activation: self._on_activation,
             TopGradient: self._on_gradient,
@@ -79,6 +77,10 @@ class MessageHandler:
             Profiled: lambda d, e: admission.profiled(d, e.message.profile),
             Failure: lambda d, e: admission.failed(d, e.message),
         }
+
+    def add(self, kind: type, handler: Callable[[str, Envelope], None]) -> None:
+        """Let *handler* take the messages of a kind."""
+        self._handlers[kind] = handler
 
     def handle(self, event: Event) -> None:
         """Take an event in; what goes wrong ends the part of its device and nothing else.
@@ -103,12 +105,14 @@ class MessageHandler:
             self._admission.silent(device, event.seconds)
         elif isinstance(event, Rejected):
             error = public_text(event.error)
-            self._run.watcher.see(MessageRejected(device, error))
+            if self._admission.allowance.may_tell(device):
+                self._run.watcher.see(MessageRejected(device, error))
             if self._admission.is_here(device):
                 raise RemoteProtocolError(error)
 
     def _receive(self, device: str, envelope: Envelope) -> None:
         message = envelope.message
+        self._admission.allowance.take(device, message)
         if isinstance(message, RoundWork) and self._run.cut_off.drop(device, message):
             return
         if action_on(self._state_of(device), message) is MessageAction.TAKE:
@@ -138,12 +142,11 @@ class MessageHandler:
         message: Activation = envelope.message
         plan, member = self._admission.plans[device], self._run.state.members.get(device)
         if message.is_eval:
-            state = self._run.state
-            is_due = member is not None or device in state.awaiting_eval
-            if not is_due or not self._run.is_current(message.stamp):
+            due = self._run.evaluations
+            if not due.is_due(device) or not self._run.is_current(message.stamp):
                 return
             job = self._limits.job(self._run.state.ready[device], plan, message, envelope.tensors)
-            self._run.inputs.evals.append((message, job))
+            due.add(message, job)
             return
         if member is None or not self._run.is_current(message.stamp):
             return

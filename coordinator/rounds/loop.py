@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from coordinator.aggregation.round_start import RoundStartBuilder
 from coordinator.aggregation.versions import VersionedStart
 from coordinator.config.run import ServeConfig
-from coordinator.engine.compute_thread import Worker
+from coordinator.engine.compute_thread import Inline, Worker
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway, Received
 from coordinator.gateway.link_probe import Probing
@@ -39,6 +39,7 @@ from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.executor import RoundExecutor
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
+from coordinator.rounds.intake.parts import Parts
 from coordinator.rounds.progress import Waits
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Debt, RunState, debts
@@ -46,7 +47,7 @@ from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
-from edge_sdk.protocol.messages import RunOver, Stamp
+from edge_sdk.protocol.messages import PartRequest, RunOver, Stamp
 
 # Folder of hidden states that are held of the devices' samples, in the run's folder.
 HELD = "held"
@@ -173,6 +174,9 @@ class Coordinator:
         handlers = self._handlers = form.handler(
             self.run, self.admission, self.planner, self.learned, limits, probing
         )
+        self.admission.allowance.clock = clock
+        self._parts = Parts(model, gateway, self.admission, pool and Inline())
+        handlers.add(PartRequest, self._parts.ask)
         self._worker = Worker(gateway.wake, pool)
         self._checkpoints = Checkpoints(
             folder, config.save_total_limit, self.run, self.learned, self.planner
@@ -197,6 +201,7 @@ class Coordinator:
             while not executor.outcome:
                 for event in self.gateway.events(POLL_S):
                     self._handlers.handle(event)
+                self._parts.pump()
                 self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()
@@ -204,6 +209,7 @@ class Coordinator:
                 executor.advance(self._clock())
         finally:
             self._worker.close()
+            self._parts.close()
             self.model.graphs.close()
             run.replays.close()
         self.watcher.see(RunFinished(executor.outcome))

@@ -27,6 +27,7 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
+from coordinator.rounds.intake.evaluations import Evaluations
 from coordinator.rounds.state import Conduct, Member, RunState, drop_member, give_up_round
 from coordinator.rounds.step.wave_choice import Rows
 from edge_sdk.errors import NumericError, public_text
@@ -59,8 +60,6 @@ class PendingInputs:
     """Activations of later waves, by step and micro-batch."""
     reports: dict[str, Report] = field(default_factory=dict)
     """Uploads of the round."""
-    evals: list[tuple[Activation, Job]] = field(default_factory=list)
-    """Micro-batches to evaluate, in the order of their arrival."""
 
     def keep_early(self, device: str, where: tuple[int, int], envelope: Envelope) -> None:
         """Keep an activation until its wave, by step and micro-batch, has its turn."""
@@ -76,18 +75,12 @@ class PendingInputs:
             self.jobs.pop(place, None)
             self.grads.pop(place, None)
 
-    def take_evals(self) -> list[tuple[Activation, Job]]:
-        """Return the micro-batches to evaluate, which then wait no longer."""
-        evals, self.evals = self.evals, []
-        return evals
-
     def forget(self, device: str) -> None:
         """Drop everything from one device."""
         self.jobs = {place: job for place, job in self.jobs.items() if place[0] != device}
         self.grads = {place: grad for place, grad in self.grads.items() if place[0] != device}
         self.early.pop(device, None)
         self.reports.pop(device, None)
-        self.evals = [(message, job) for message, job in self.evals if job.device != device]
 
 
 class Run:
@@ -110,6 +103,7 @@ class Run:
         self.paused: set[str] = set()
         """Devices that have saved their state."""
         self.inputs = PendingInputs()
+        self.evaluations = Evaluations()
         self.conduct = Conduct()
         self.faults = Faults(self)
         self.gone: dict[str, str] = {}
@@ -152,6 +146,7 @@ class Run:
         self.must_rewind |= self.state.leave(device)
         self._round_start.forget(device)
         self.inputs.forget(device)
+        self.evaluations.forget(device)
         self.replays.forget(device)
         if was_ready and reason:
             self.watcher.see(DeviceLeft(device, public_text(reason)))
@@ -201,6 +196,7 @@ class Run:
             self.reporting.evaluation(device, report)
             self.reporting.flush_if_complete(self.state.members)
         self.state.report_eval(device)
+        self.evaluations.end(device)
 
     # ---- waves ----
 
@@ -238,7 +234,7 @@ class Run:
         self.state.start_round(resting)
         for device in sorted(resting - self.state.members.keys()):
             self.watcher.see(DeviceStatus(device, RESTS))
-        self.inputs = PendingInputs(evals=self.inputs.evals)
+        self.inputs = PendingInputs()
         self.residuals.begin_round(self.state.round)
         self.cut_off.begin_round()
         self.reporting.begin_round()
@@ -264,8 +260,10 @@ class Run:
         start, tensors = self._round_start.message(
             stamp, end_step, plan, own, evaluate=evaluate and not has_evaluated
         )
-        if start.evaluate and stamp.device in state.members:
-            state.evaluating.add(stamp.device)
+        if start.evaluate:
+            self.evaluations.begin(stamp.device)
+            if stamp.device in state.members:
+                state.evaluating.add(stamp.device)
         self.replays.begin(start, tensors)
         if start.restore_step < 0:
             state.begin_at(stamp.device, stamp.step)
@@ -317,7 +315,7 @@ class Run:
         self.state.restore(facts["round"], facts["step"], facts["attempt"], facts["begins"])
         self._round_start.forget()
         self.reporting.load_progress(facts["progress"])
-        self.inputs = PendingInputs()
+        self.inputs, self.evaluations = PendingInputs(), Evaluations()
         self.must_rewind = False
         if in_new_process:
             self.reporting.restore_row(facts["row"])
@@ -345,6 +343,7 @@ class CutOff:
         for device in sorted(devices):
             drop_member(run.state, device)
             run.inputs.forget(device)
+            run.evaluations.forget(device)
             run.conduct.lost(device, run.state.round)
             self._late.setdefault(device, 0)
         self.devices |= set(devices)

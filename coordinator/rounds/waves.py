@@ -183,8 +183,8 @@ class WaveRunner:
     # ---- evaluation ----
 
     def evaluate(self) -> None:
-        """Run all micro-batches that devices want to have evaluated."""
-        evals = self._run.inputs.take_evals()
+        """Run a micro-batch of each device that wants to have one evaluated."""
+        evals = self._run.evaluations.take()
         compute = partial(self._evaluate_all, [job for _, job in evals])
         self._worker.start(compute, partial(self._answer_evals, [m for m, _ in evals]))
 

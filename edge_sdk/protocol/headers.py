@@ -26,10 +26,15 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+from edge_sdk.errors import MAX_TEXT, LocalProtocolError, RemoteProtocolError, public_text
 from edge_sdk.names import Between, Matching
 from edge_sdk.protocol import codecs
-from edge_sdk.protocol.messages import MESSAGES, PROTOCOL_VERSION
+from edge_sdk.protocol.messages import (
+    FROM_COORDINATOR,
+    FROM_DEVICE,
+    MESSAGES,
+    PROTOCOL_VERSION,
+)
 
 # Parsed into Python objects before it is checked, so this is what one frame can make us allocate
 # (times about 70: msgpack turns one byte into an empty tuple). The largest honest headers are a
@@ -168,11 +173,27 @@ def write_fields(value: Any) -> Plain:
     return plain
 
 
+# Who reads these has the key of the only peer that can send them, and settings as they are.
+_TRUSTED = frozenset(FROM_COORDINATOR) - frozenset(FROM_DEVICE)
+
+
+def _clean(value: Plain) -> Plain:
+    """Return *value* with all texts in it as they may be shown and written down.
+
+    What has a form has been checked before: no text becomes one that is allowed by being cleaned.
+    """
+    if isinstance(value, str):
+        return value if len(value) <= MAX_TEXT and value.isprintable() else public_text(value)
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return tuple(map(_clean, value)) if isinstance(value, tuple) else value
+
+
 def read_fields(kind: type, value: Plain, where: str) -> Any:
     """Return the *kind* that the plain *value* stands for; a mistake in it is the peer's."""
     try:
         msgspec.convert(value, _strict(kind))
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value if kind in _TRUSTED else _clean(value), kind)
     except msgspec.ValidationError as error:
         raise RemoteProtocolError(_reason(error, where)) from error
 

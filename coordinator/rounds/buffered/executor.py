@@ -36,8 +36,7 @@ class TourExecutor(RoundExecutor):
         self._rewind_if_due()
         if self.stop_asked:
             return self._pause(now_s)
-        if self._run.inputs.evals:
-            self._waves.evaluate()
+        if self._evaluates(is_idle=not (self._run.inputs.due or self._run.inputs.uploads)):
             return True
         if state.phase is Phase.TRAINING:
             return self._take_uploads() or self._train()

@@ -153,6 +153,8 @@ class BufferedRun(Run):
         self.watcher.see(TourBegun(device, tour.version, tour.step, tour.end))
         is_newest = (tour.version, tour.step) == (state.round, tour.begin)
         evaluate = evaluate and is_newest and self._has_yet_to_evaluate(device)
+        if evaluate:
+            self.evaluations.begin(device)
         if goes_on:
             self._starts.holds(device, tour.version)
             start = RoundStart(
@@ -175,6 +177,8 @@ class BufferedRun(Run):
     ) -> tuple[RoundStart, Mapping[str, TensorOut]]:
         """Return the message that hands the last version out, to be evaluated."""
         evaluate = evaluate and self._has_yet_to_evaluate(stamp.device)
+        if evaluate:
+            self.evaluations.begin(stamp.device)
         return self._starts.begin(stamp, end_step, plan, -1, evaluate=evaluate)
 
     def take_upload(self, device: str, report: Report) -> None:

@@ -398,6 +398,7 @@ class Pen:
             heard_s=0.0,
             telemetry={},
             num_moved=0,
+            queued_bytes=self.queued_bytes.get(device, 0),
         )
 
     def events(self, timeout_s: float) -> list[Event]:

@@ -365,11 +365,12 @@ class Play:
             if plan is not None and fields.get("num_micro") == HONEST["num_micro"]:
                 fields = {**fields, "num_micro": plan.batch_size // plan.micro_batch}
             message = kind(stamp=right if stamp is None else stamp, **fields)
-            for _ in range(2):
+            for _ in range(1 if fields.get("is_eval") else 2):  # no batch is evaluated twice
                 if device in self._gateway.present:
                     yield arriving(device, message, tensors_of(kind, plan, value, self._labels))
                     yield from self._end_round(device, kind)
                     self._check()
+                    yield []  # what comes of it
             for name in (device, f"{device}-holder"):
                 if name in self._gateway.present:
                     self._gateway.present.discard(name)

@@ -38,6 +38,10 @@ def header(**changes: Any) -> dict[str, Any]:
     return {"v": 1, "type": "Paused", "body": {"stamp": stamp}, "tensors": [], **changes}
 
 
+# What is no letter is not read as it was sent: tests/coordinator/rounds/test_texts.py.
+TEXT = st.text(max_size=20).filter(str.isprintable)
+
+
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for what a field of *hint* may hold."""
     if typing.get_origin(hint) is typing.Annotated:
@@ -51,13 +55,13 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(hint) is tuple:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
     if typing.get_origin(hint) is dict:
-        return st.dictionaries(st.text(max_size=5), values(typing.get_args(hint)[1]), max_size=3)
+        return st.dictionaries(TEXT, values(typing.get_args(hint)[1]), max_size=3)
     if type(None) in typing.get_args(hint):
         return st.none() | values(typing.get_args(hint)[0])
     return {
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(max_size=20),
+        str: TEXT,
         bool: st.booleans(),
     }[hint]
 
