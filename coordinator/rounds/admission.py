@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -100,7 +101,10 @@ class Admission:
         """Devices that are told why they must leave; what else they send is not looked at."""
         self.allowance = Allowance(time.monotonic)
         """How often each key may send what nobody asked it for."""
-        self._sessions: dict[str, int] = {}
+        self.sessions: Counter[str] = Counter()
+        """The number of each device's session: another one for each that begins or ends."""
+        self._offers: dict[str, DeviceProfile] = {}
+        """What devices offer for which nothing is planned yet."""
         self._unforeseen: dict[str, int] = {}
         """Errors that nobody foresaw, by the device whose part they ended."""
 
@@ -247,22 +251,24 @@ class Admission:
         if step not in held:
             self.held_steps[device] = (*held, step)[-KEPT:]
 
-    def session_of(self, device: str) -> int:
-        """Return the number of a device's session: another one for each that begins or ends."""
-        return self._sessions.get(device, 0)
-
     # ---- plans change ----
 
     def profiled(self, device: str, profile: DeviceProfile) -> None:
-        """Plan for a device at once, or with the others once enough of them are here.
-
-        Raises:
-            RefusedError: it cannot take part.
-            RemoteProtocolError: nobody has asked it.
-            ConfigError: the config asks for what nobody can do.
-        """
+        """Note what a device offers, if it was asked; of several profiles the last one counts."""
         if self._planner.is_fixed:
             raise RemoteProtocolError("Profiled, which nobody asked for: the plans are fixed")
+        self._offers[device] = profile
+
+    def plan_next(self) -> None:
+        """Plan for one device that has told what it offers; the next one has to wait a turn."""
+        for device in list(self._offers)[:1]:
+            with self.part_of(device):
+                self._plan(device, self._offers.pop(device))
+            if self._offers:
+                self._gateway.wake()
+
+    def _plan(self, device: str, profile: DeviceProfile) -> None:
+        """Plan for a device at once, or with the others once enough of them are here."""
         try:
             self._plan_for(device, profile)
         except ConfigError as error:
@@ -378,9 +384,10 @@ class Admission:
 
     def forget(self, device: str) -> None:
         """Let go of what a session was told: a device says Hello again in the next one."""
-        self._sessions[device] = self.session_of(device) + 1
+        self.sessions[device] += 1
         for known in (self.codecs, self._spoken, self.plans, self.held_steps, self._backends):
             known.pop(device, None)
+        self._offers.pop(device, None)
         self._waiting.discard(device)
         self.leaving.discard(device)
 

@@ -176,7 +176,6 @@ class Coordinator:
         )
         self.admission.allowance.clock = clock
         self._parts = Parts(model, gateway, self.admission, pool and Inline())
-        handlers.add(PartRequest, self._parts.ask)
         self._worker = Worker(gateway.wake, pool)
         self._checkpoints = Checkpoints(
             folder, config.save_total_limit, self.run, self.learned, self.planner
@@ -194,6 +193,7 @@ class Coordinator:
     def serve(self) -> str:
         """Serve until the run is over or `stop` was called; return how it ended."""
         run, executor = self.run, self._executor
+        self._handlers.add(PartRequest, self._parts.ask)
         executor.begin()
         self.watcher.see(WeightsAdapted(self.model.coverage))
         self.watcher.see(RunStarted(run.id, run.state.step))
@@ -202,6 +202,7 @@ class Coordinator:
                 for event in self.gateway.events(POLL_S):
                     self._handlers.handle(event)
                 self._parts.pump()
+                self.admission.plan_next()
                 self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()

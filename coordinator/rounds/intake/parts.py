@@ -63,7 +63,7 @@ class Parts:
         own = self._waiting.setdefault(device, deque())
         if len(own) + (self._reading == device) >= MOST_ASKED:
             raise RemoteProtocolError(f"more than {MOST_ASKED} parts asked for at once")
-        own.append((self._admission.session_of(device), request, part))
+        own.append((self._admission.sessions[device], request, part))
         self.pump()
 
     def pump(self) -> None:
@@ -81,7 +81,7 @@ class Parts:
     def _begin(self) -> None:
         for device in list(self._waiting):
             own = self._waiting[device]
-            while own and own[0][0] != self._admission.session_of(device):
+            while own and own[0][0] != self._admission.sessions[device]:
                 own.popleft()  # its session is over
             if not own:
                 del self._waiting[device]
@@ -117,7 +117,7 @@ class Parts:
         self._reading = ""
         with self._admission.part_of(device):
             data = np.frombuffer(done.result(), np.uint8)
-            if session != self._admission.session_of(device):
+            if session != self._admission.sessions[device]:
                 return
             answer = PartData(
                 stamp=request.stamp,
