@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass, fields
 
 MOST_BYTES = 2.0**50
+# Operations and bytes a second, and seconds there and back, that no device and no link has.
+MOST_PER_S = 1e18
+MOST_SECONDS = 1e4
 RECOMPUTE = ("none", "slice", "block", "own-block")
 """What a device computes again in the backward pass: nothing; all of its blocks at once; one block
 after the other, so that never more than one block's activations are there; the same with gradient
@@ -61,6 +64,10 @@ def problems(profile: DeviceProfile) -> list[str]:
             found.append(f"{field.name} is {value}")
         elif field.name.endswith("_bytes") and value > MOST_BYTES:
             found.append(f"{field.name} is {value:.0f}, more than any device has")
+        elif field.name.endswith("_per_s") and value > MOST_PER_S:
+            found.append(f"{field.name} is {value:g}, more than any device has")
+        elif field.name == "round_trip_s" and value > MOST_SECONDS:
+            found.append(f"round_trip_s is {value:g}, longer than any way there and back")
         elif field.name.endswith("_per_s") and value < 1:
             found.append(f"{field.name} is {value}, less than 1")
     for name in ("base_bytes", "compute_bytes"):

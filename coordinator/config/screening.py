@@ -15,6 +15,10 @@ class ScreeningConfig:
     devices, and further than any honest one is likely to, is left out of the round; 0 compares
     nothing. What the optimizer cannot have done is refused in any case."""
 
+    gradients: float = 4.0
+    """With `labels: device`, most that the gradients of a device's step count with, in medians of
+    the other devices, each at its largest so far; what is beyond is scaled down, and nobody is
+    refused. 0: all count as they come. Needs three devices."""
     method: Literal["none", "krum", "trimmed-mean"] = "none"
     """How a few devices are kept from deciding for all, where not all are trusted. `krum` joins
     nothing of the `hostile` devices that are furthest from those next to them, in every round,
@@ -31,6 +35,8 @@ class ScreeningConfig:
     def __post_init__(self) -> None:
         if not (self.factor == 0.0 or 1.0 <= self.factor <= 1e9):
             raise ValueError(f"factor must be 0 or in 1..1e9, got {self.factor}")
+        if not (self.gradients == 0.0 or 1.0 <= self.gradients <= 1e9):
+            raise ValueError(f"gradients must be 0 or in 1..1e9, got {self.gradients}")
         if self.hostile < 1:
             raise ValueError(f"hostile must be at least 1, got {self.hostile}")
         if not 0.0 <= self.clip <= 1e9:

@@ -24,6 +24,7 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.facts import RunFacts
 from coordinator.planning.interface import Planning
+from coordinator.rounds.step.top_gradients import TopGradients
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.exchange import moved
@@ -64,6 +65,8 @@ class GlobalModel:
             ),
         )
         self.engine.begin(self.ledger.enrol(SERVER, self.engine.ranks))
+        self.top_gradients = TopGradients(config.screening.gradients)
+        """How far devices that keep their labels may move the coordinator's blocks."""
         self.screening = Screening(
             training=config.training,
             steps_per_round=config.steps_per_round,
@@ -224,11 +227,14 @@ class GlobalModel:
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
         """Return everything that a restart needs."""
-        return {"engine": self.engine.state(), "ledger": self.ledger.state()}
+        state = {"engine": self.engine.state(), "ledger": self.ledger.state()}
+        gradients = self.top_gradients.state()
+        return {**state, "gradients": gradients} if gradients else state
 
     def load_state(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Take over what `state` returned, with an engine like the one at that time."""
         self.ledger.load_state(state["ledger"])
+        self.top_gradients.load_state(state.get("gradients", {}))
         engine = state["engine"]
         own = {n: v for n, v in under("own:", engine).items() if n.endswith(".A")}
         ranks = {name.removesuffix(".A"): value.shape[-2] for name, value in own.items()}

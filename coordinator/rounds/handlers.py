@@ -22,6 +22,7 @@ from coordinator.rounds.validation import (
     check_evaluation,
     check_gradient,
     check_importance,
+    check_ready,
     check_report,
     check_upload,
 )
@@ -134,6 +135,7 @@ class MessageHandler:
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
         ready: Ready = envelope.message
+        check_ready(ready)
         member = self._admission.admit(device, ready)
         self._run.join(member, ready.num_samples, ready.left_out, ready.cut)
 
@@ -207,7 +209,9 @@ class MessageHandler:
     def _on_step(self, device: str, envelope: Envelope) -> None:
         report: StepReport = envelope.message
         if self._run.is_current(report.stamp):
-            check_report(report, self._limits.most_tokens(self._admission.plans[device]))
+            plan = self._admission.plans[device]
+            check_report(report, self._limits.most_tokens(plan), plan.batch_size)
+            self._targets.check(device, report)
             self._check_turn(device, report)
             if not self._run.replays.has_replayed(device, report.stamp.step):
                 self._planner.stepped(device, report.num_tokens, report.compute_s)
@@ -245,5 +249,8 @@ class MessageHandler:
         self._probing.begin(device)
 
     def _on_eval_report(self, device: str, envelope: Envelope) -> None:
-        check_evaluation(envelope.message)
-        self._run.take_evaluation(device, envelope.message)
+        report: EvalReport = envelope.message
+        check_evaluation(report)
+        if self._run.asked.get(device) == report.stamp.round:  # of the others, nothing is wanted
+            del self._run.asked[device]
+            self._run.take_evaluation(device, report)

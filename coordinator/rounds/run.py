@@ -108,6 +108,8 @@ class Run:
         self.faults = Faults(self)
         self.gone: dict[str, str] = {}
         """Why devices have left, until they are back."""
+        self.asked: dict[str, int] = {}
+        """The round at whose start a device was asked to evaluate, until it has reported."""
         self.cut_off = CutOff(self)
         self._round_start = round_start
 
@@ -261,6 +263,7 @@ class Run:
             stamp, end_step, plan, own, evaluate=evaluate and not has_evaluated
         )
         if start.evaluate:
+            self.asked[stamp.device] = stamp.round
             self.evaluations.begin(stamp.device)
             if stamp.device in state.members:
                 state.evaluating.add(stamp.device)

@@ -21,6 +21,7 @@ from edge_sdk.protocol.messages import (
     Activation,
     AdapterUpload,
     EvalReport,
+    Ready,
     StepReport,
     TopGradient,
 )
@@ -38,6 +39,10 @@ MAX_BYTES = 2**60
 MAX_TARGETS = 2**48
 # Rounding can make a loss of almost nothing negative.
 LEAST_LOSS = -1e-3
+# Steps of a device whose numbers of targets are remembered: more than are under way at once.
+REMEMBERED_STEPS = 4
+# Rows and samples on a device.
+MAX_SAMPLES = 2**48
 
 
 class WaveInput:
@@ -160,6 +165,8 @@ class TargetCount:
     def __init__(self) -> None:
         self._steps: dict[str, tuple[int, int]] = {}
         """Announced and counted targets of the step that is going on, by device."""
+        self._announced: dict[str, dict[int, int]] = {}
+        """Announced targets of the latest steps, by device."""
 
     def add(self, message: Activation, job: Job) -> None:
         """Count the labels of a micro-batch, which come in the order of the step.
@@ -168,6 +175,14 @@ class TargetCount:
             RemoteProtocolError: the step has more or fewer targets than were announced, or another
                 number was announced before.
         """
+        step = message.stamp.step
+        steps = self._announced.setdefault(job.device, {})
+        before = steps.get(step, message.num_targets) if message.micro else message.num_targets
+        if message.num_targets != before:
+            raise RemoteProtocolError(f"num_targets: {message.num_targets} after {before}")
+        steps[step] = message.num_targets
+        while len(steps) > REMEMBERED_STEPS:
+            del steps[min(steps)]
         if job.labels is None:
             return
         announced, counted = self._steps.get(job.device, (0, 0))
@@ -183,14 +198,23 @@ class TargetCount:
                 f" of {message.micro + 1} of {message.num_micro} micro-batches"
             )
 
+    def check(self, device: str, report: StepReport) -> None:
+        """Refuse the report of a step that had another number of targets, if that is known."""
+        steps = self._announced.get(device, {})
+        due = steps.get(report.stamp.step, report.num_targets)
+        if report.num_targets != due:
+            raise RemoteProtocolError(
+                f"step report: {report.num_targets} targets, the step was of {due}"
+            )
+
 
 def num_targets(labels: Array) -> int:
     """Count the targets of labels: (B) classes, or (B, T) of which the first predicts nothing."""
     return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
 
 
-def check_report(report: StepReport, most_tokens: int) -> None:
-    """Refuse what no step can have; that numbers are finite is checked on arrival."""
+def check_report(report: StepReport, most_tokens: int, batch_size: int) -> None:
+    """Refuse what no step of a plan can have; that numbers are finite is checked on arrival."""
     counts = (report.num_targets, report.num_sequences, report.num_tokens, report.peak_bytes)
     if min(counts) < 0:
         raise RemoteProtocolError(f"step report: a negative count among {counts}")
@@ -199,11 +223,24 @@ def check_report(report: StepReport, most_tokens: int) -> None:
             f"step report: a count among {counts} is above the plan's {most_tokens} tokens or "
             f"{MAX_BYTES} bytes"
         )
+    if report.num_sequences != batch_size:
+        raise RemoteProtocolError(
+            f"step report: {report.num_sequences} sequences, the plan has {batch_size}"
+        )
     if not LEAST_LOSS <= report.loss <= MAX_LOSS:
         raise RemoteProtocolError(f"step report: loss {report.loss:g}, outside 0..{MAX_LOSS:g}")
     for seconds in (report.compute_s, report.wait_s):
         if not 0.0 <= seconds <= MAX_SECONDS:
             raise RemoteProtocolError(f"step report: {seconds:g} s, outside 0..{MAX_SECONDS:g}")
+
+
+def check_ready(ready: Ready) -> None:
+    """Refuse numbers of rows and samples that no device has; the rest is for those who admit it."""
+    counts = ready.num_samples, ready.left_out, ready.cut
+    if min(counts) < 0 or max(counts) > MAX_SAMPLES or ready.cut > ready.num_samples:
+        raise RemoteProtocolError(
+            f"Ready: samples, rows left out and samples cut are {counts}, which no device has"
+        )
 
 
 def check_evaluation(report: EvalReport) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -125,8 +125,16 @@ class WaveRunner:
     def backward(self) -> None:
         """Run the backward half of a wave whose labels stay on the devices."""
         grads = {place: self._run.inputs.grads[place] for place in places(self._run.state)}
-        compute = partial(self._learned.engine.backward, grads)
+        num_micro = {name: m.num_micro for name, m in self._run.state.members.items()}
+        compute = partial(self._go_back_from, self._run.state.step, grads, num_micro)
         self._start(compute, self._jobs(), self._answer_wave)
+
+    def _go_back_from(
+        self, step: int, grads: Mapping[Place, Array], num_micro: Mapping[str, int]
+    ) -> list[Answer]:
+        """Go back from what devices have sent, none of which counts beyond what the others had."""
+        bounded = self._learned.top_gradients.bounded(step, grads, num_micro)
+        return self._learned.engine.backward(bounded)
 
     def _answer_wave(self, attempt: int, answers: list[Answer]) -> None:
         """Send gradients first: while devices go backward, the engine updates its adapters."""

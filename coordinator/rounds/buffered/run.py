@@ -155,6 +155,7 @@ class BufferedRun(Run):
         evaluate = evaluate and is_newest and self._has_yet_to_evaluate(device)
         if evaluate:
             self.evaluations.begin(device)
+            self.asked[device] = tour.version
         if goes_on:
             self._starts.holds(device, tour.version)
             start = RoundStart(
@@ -179,6 +180,7 @@ class BufferedRun(Run):
         evaluate = evaluate and self._has_yet_to_evaluate(stamp.device)
         if evaluate:
             self.evaluations.begin(stamp.device)
+            self.asked[stamp.device] = stamp.round
         return self._starts.begin(stamp, end_step, plan, -1, evaluate=evaluate)
 
     def take_upload(self, device: str, report: Report) -> None:

@@ -56,7 +56,10 @@ class VisitRunner(WaveRunner):
         assert visit.grad is not None
         engine = self._learned.engine
         (place,) = engine.forward([visit.job], *visit.where)
-        (answer,) = engine.backward({place: visit.grad})
+        num_micro = {visit.job.device: visit.message.num_micro}
+        grads = {place: visit.grad}
+        bounded = self._learned.top_gradients.bounded(visit.where[0], grads, num_micro)
+        (answer,) = engine.backward(bounded)
         return answer
 
     def _is_gone(self, visit: Visit) -> bool:

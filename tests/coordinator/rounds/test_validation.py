@@ -15,6 +15,7 @@ from coordinator.rounds.validation import (
     WaveInput,
     check_evaluation,
     check_gradient,
+    check_ready,
     check_report,
     check_upload,
 )
@@ -23,6 +24,7 @@ from edge_sdk.protocol.messages import (
     Activation,
     AdapterUpload,
     EvalReport,
+    Ready,
     Stamp,
     StepReport,
     TopGradient,
@@ -264,10 +266,49 @@ REPORT = StepReport(
 )
 def test_what_no_step_can_have_is_not_reported(changes: dict[str, Any]) -> None:
     """Losses, counts, seconds and bytes have bounds: their sums are numbers of a file."""
-    check_report(REPORT, 48)
+    check_report(REPORT, 48, 1)
 
     with pytest.raises(RemoteProtocolError, match="step report"):
-        check_report(replace(REPORT, **changes), 48)
+        check_report(replace(REPORT, **changes), 48, 1)
+
+
+def test_sequences_are_those_of_the_plan() -> None:
+    """A device reports as many as its plan has, and no other number."""
+    with pytest.raises(RemoteProtocolError, match="1 sequences, the plan has 8"):
+        check_report(REPORT, 48, 8)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_a_report_has_the_targets_of_its_step(labels: str) -> None:
+    """Whoever has the labels: what was announced is what is reported, for the latest steps."""
+    count, limits = TargetCount(), make_input(labels)
+    own = {"labels": ALL if labels == "server" else None}
+    for step in range(6):
+        message = replace(MESSAGE, stamp=Stamp(step=step), num_micro=1, num_targets=12)
+        count.add(message, limits.job(MEMBER, PLAN, message, tensors(**own)))
+    report = replace(REPORT, stamp=Stamp(step=5), num_targets=12)
+
+    count.check("a", report)
+    count.check("a", replace(report, stamp=Stamp(step=0), num_targets=1))  # not known any more
+
+    with pytest.raises(RemoteProtocolError, match="11 targets, the step was of 12"):
+        count.check("a", replace(report, num_targets=11))
+    with pytest.raises(RemoteProtocolError, match="num_targets: 3 after 12"):
+        wrong = replace(MESSAGE, stamp=Stamp(step=5), micro=1, num_targets=3)
+        count.add(wrong, limits.job(MEMBER, PLAN, wrong, tensors(**own)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_samples": 2**62}, {"num_samples": -1}, {"left_out": 2**50}, {"cut": -1}, {"cut": 10}],
+)
+def test_no_device_has_so_many_samples(changes: dict[str, Any]) -> None:
+    """Numbers of rows and samples have bounds, and no more are cut than there are."""
+    ready = Ready(stamp=Stamp(), vocab_size=VOCAB, num_samples=9, held_steps=())
+    check_ready(ready)
+
+    with pytest.raises(RemoteProtocolError, match="which no device has"):
+        check_ready(replace(ready, **changes))
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,16 @@ def test_an_unknown_way_to_compute_is_refused() -> None:
 
     known = "none, slice, block, own-block"
     assert problems(profile) == [f"recompute is 'sometimes', not one of {known}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"flops_per_s": 1e19}, "more than any device has"),
+        ({"up_bytes_per_s": 1.7e308}, "more than any device has"),
+        ({"round_trip_s": 1e5}, "longer than any way"),
+    ],
+)
+def test_speeds_have_bounds(changes: dict[str, Any], said: str) -> None:
+    """What no device and no link can do is no ground for a plan."""
+    assert [said in line for line in problems(replace(BY_HAND, **changes))] == [True]
