@@ -293,9 +293,10 @@ def test_a_report_has_the_targets_of_its_step(labels: str) -> None:
 
     with pytest.raises(RemoteProtocolError, match="11 targets, the step was of 12"):
         count.check("a", replace(report, num_targets=11))
+    wrong = replace(MESSAGE, stamp=Stamp(step=5), micro=1, num_targets=3)
+    job = limits.job(MEMBER, PLAN, wrong, tensors(**own))
     with pytest.raises(RemoteProtocolError, match="num_targets: 3 after 12"):
-        wrong = replace(MESSAGE, stamp=Stamp(step=5), micro=1, num_targets=3)
-        count.add(wrong, limits.job(MEMBER, PLAN, wrong, tensors(**own)))
+        count.add(wrong, job)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Labels that stay on a device: what it says of their number gains it nothing, and honest nothing."""
+"""Labels that stay on a device: what it says of their number gains it nothing."""
 
 from __future__ import annotations
 
