@@ -333,17 +333,19 @@ class Puppet:
         )
 
     def _numbers(self) -> Mapping[str, np.ndarray]:
-        base = (ord(self.name[0]) + 7 * self._step + self._micro) % 11 / 11
+        # Of like size for all, as gradients of honest devices are: see step/top_gradients.py.
+        base = 1.0 + (ord(self.name[0]) + 7 * self._step + self._micro) % 11 / 11
         hidden = np.full((ROWS, LENGTH, HIDDEN), base, np.float32)
         return {"hidden": hidden, **whole_rows()}
 
     def _report(self) -> StepReport:
+        sequences = self._num_micro * ROWS
         return StepReport(
             stamp=self._now(),
             loss=1.0,
-            num_targets=ROWS,
-            num_sequences=ROWS,
-            num_tokens=ROWS,
+            num_targets=sequences * (LENGTH - 1),
+            num_sequences=sequences,
+            num_tokens=sequences * LENGTH,
             compute_s=0.1,
             wait_s=0.1,
             peak_bytes=9,
