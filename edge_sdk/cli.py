@@ -110,7 +110,7 @@ class _Lines(Callback):
 
     def on_round_end(self, summary: RoundSummary) -> None:
         print(
-            f"round {summary.round}: step {summary.step}, loss {summary.train_loss:.3f}, "
+            f"round {summary.round + 1}: step {summary.step}, loss {summary.train_loss:.3f}, "
             f"{summary.bytes_up / 2**20:.1f} MiB up, {summary.bytes_down / 2**20:.1f} MiB down",
             flush=True,
         )

@@ -99,7 +99,7 @@ def test_the_app_takes_part(cluster: Cluster, database: Path) -> None:
     assert (app.wait(), serving.wait()) == (0, "completed")
 
     losses = [row["train_loss_by_device"]["a"] for row in serving.rows[1:]]
-    shown = [f"round {number}: loss {loss:.4f}" for number, loss in enumerate(losses)]
+    shown = [f"round {number}: loss {loss:.4f}" for number, loss in enumerate(losses, 1)]
     assert app.lines == ["taking part in run-1", *shown, "ended: the run is complete"]
 
 
@@ -107,7 +107,7 @@ def test_the_app_stops_when_told_to(cluster: Cluster, database: Path) -> None:
     """Ctrl-C ends it in order, and the coordinator is told."""
     serving = cluster.serve(cluster.config(rounds=1000)).start()
     app = start_app(cluster, database)
-    app.wait_for("round 0")
+    app.wait_for("round 1")
 
     app.interrupt()
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coordinator.commands.parser import add_command
+from coordinator.results.events import nth
 from coordinator.results.history import RunHistory
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
@@ -53,7 +54,7 @@ def _status(options: argparse.Namespace) -> int:
         print(f"waiting for {device} since {wait['since']}: {wait['what']}")
     if missing is not None:
         here, least = len(missing["ready"]), missing["least"]
-        print(f"round {missing['round']} has {here} of the {least} devices that it needs")
+        print(f"round {nth(missing['round'])} has {here} of the {least} devices that it needs")
         for device, why in missing["why"].items():
             print(f"{device} {why} (at {missing['time']})")
     if history.metrics and (lags := history.metrics[-1].get("lag_by_device")):

@@ -10,5 +10,6 @@ __all__ = [
     "result_files",
     "run_config",
     "run_folder",
+    "tour_events",
     "watchers",
 ]

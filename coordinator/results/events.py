@@ -30,6 +30,24 @@ class RunEvent:
         return self.LINE.format(self)
 
 
+@dataclass(frozen=True, slots=True)
+class RoundEvent(RunEvent):
+    """Something that happened in a round, or between two."""
+
+    round: int
+    """Counted from 0, as in messages and files."""
+
+    @property
+    def nth(self) -> int:
+        """The round as people count: from 1."""
+        return nth(self.round)
+
+
+def nth(round_: int) -> int:
+    """Return the number of a round as people count, who begin with 1."""
+    return round_ + 1
+
+
 class Watcher(Protocol):
     """Somebody who looks on."""
 
@@ -150,10 +168,9 @@ class Exported(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class RoundStarted(RunEvent):
+class RoundStarted(RoundEvent):
     """The devices of a round train from now on."""
 
-    round: int
     attempt: int
     devices: Sequence[str]
     boards: Mapping[str, Mapping[str, Any]]
@@ -161,12 +178,10 @@ class RoundStarted(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class RoundAbandoned(RunEvent):
+class RoundAbandoned(RoundEvent):
     """A round was given up."""
 
-    LINE = "round {0.round} starts again: too few devices are left"
-
-    round: int
+    LINE = "round {0.nth} starts again: too few devices are left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +227,9 @@ class WaitingOver(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class DevicesMissing(RunEvent):
+class DevicesMissing(RoundEvent):
     """A round cannot begin: too few devices are ready."""
 
-    round: int
     ready: Sequence[str]
     least: int
     """Devices that the round needs."""
@@ -232,14 +246,13 @@ class DevicesMissing(RunEvent):
         is_here = "is here" if len(self.ready) == 1 else "are here"
         here = f"{len(self.ready)} of {self.least} {is_here}"
         known = [f"{device} {why}" for device, why in sorted(self.why.items())]
-        return "; ".join([f"round {self.round} waits for {missing} more {noun}: {here}", *known])
+        return "; ".join([f"round {self.nth} waits for {missing} more {noun}: {here}", *known])
 
 
 @dataclass(frozen=True, slots=True)
-class DevicesCutOff(RunEvent):
+class DevicesCutOff(RoundEvent):
     """A round goes on without members that are too slow for it."""
 
-    round: int
     devices: Sequence[str]
     deadline_s: float
 
@@ -247,38 +260,35 @@ class DevicesCutOff(RunEvent):
     def text(self) -> str:
         """Who is too late, and what comes of it."""
         names = ", ".join(self.devices)
-        late = f"round {self.round}: over its deadline of {self.deadline_s:g} s"
+        late = f"round {self.nth}: over its deadline of {self.deadline_s:g} s"
         return f"{late}; it goes on without {names}, back in the next one"
 
 
 @dataclass(frozen=True, slots=True)
-class WorkDropped(RunEvent):
+class WorkDropped(RoundEvent):
     """What a device has learned in a round came too late for it."""
 
-    LINE = "{0.device}: its adapters of round {0.round} came too late and are not used"
+    LINE = "{0.device}: its adapters of round {0.nth} came too late and are not used"
 
     device: str
-    round: int
 
 
 @dataclass(frozen=True, slots=True)
-class UploadRefused(RunEvent):
+class UploadRefused(RoundEvent):
     """What a device has learned in a round is left out of it; the round goes on."""
 
-    LINE = "{0.device}: its adapters of round {0.round} are left out: {0.reason}"
+    LINE = "{0.device}: its adapters of round {0.nth} are left out: {0.reason}"
 
     device: str
-    round: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class RunRewound(RunEvent):
+class RunRewound(RoundEvent):
     """A round led to nothing good, and no device is to blame: the run goes back."""
 
-    LINE = "round {0.round}: back to the last good state: {0.reason}"
+    LINE = "round {0.nth}: back to the last good state: {0.reason}"
 
-    round: int
     reason: str
 
 
@@ -318,10 +328,9 @@ class StepSkipped(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Telemetry(RunEvent):
+class Telemetry(RoundEvent):
     """What a round cost."""
 
-    round: int
     seconds: float
     """Since the round's start."""
     devices: Mapping[str, Mapping[str, Any]]
@@ -349,11 +358,9 @@ class RoundDone(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class PlanMade(RunEvent):
+class PlanMade(RoundEvent):
     """Devices and coordinator are to run other plans."""
 
-    round: int
-    """First round of these plans."""
     plans: PlanSet
     reasons: Sequence[str]
     importance: Mapping[str, float]
@@ -362,17 +369,15 @@ class PlanMade(RunEvent):
     @property
     def text(self) -> str:
         """A line for each reason."""
-        return "\n".join(f"plans from round {self.round} on: {why}" for why in self.reasons)
+        return "\n".join(f"plans from round {self.nth} on: {why}" for why in self.reasons)
 
 
 @dataclass(frozen=True, slots=True)
-class PlanShrunk(RunEvent):
+class PlanShrunk(RoundEvent):
     """A device could not do its plan, and is to run a smaller one."""
 
     LINE = "{0.device} {0.reason}"
 
-    round: int
-    """First round of this plan."""
     device: str
     reason: str
     plans: Mapping[str, Plan]
@@ -447,53 +452,3 @@ class DeviceLeft(DeviceEvent):
     DOING = "left: {0.reason}"
 
     reason: str
-
-
-# ---- rounds without a barrier ----
-
-
-@dataclass(frozen=True, slots=True)
-class TourBegun(DeviceEvent):
-    """A device trains steps of its own from now on, and nobody waits for them."""
-
-    DOING = "steps {0.step}..{0.last_step} from version {0.version}"
-
-    version: int
-    """Merges whose result it begins with."""
-    step: int
-    """First step, by the device's own count."""
-    end_step: int
-
-    @property
-    def last_step(self) -> int:
-        """Last step."""
-        return self.end_step - 1
-
-
-@dataclass(frozen=True, slots=True)
-class ToursMerged(RunEvent):
-    """What devices have brought is in a new version."""
-
-    version: int
-    updates: Mapping[str, Sequence[int]]
-    """Merges that each update had missed, by device."""
-    standing: Mapping[str, tuple[int, int]]
-    """The version that devices on tour began with, and the merges since, by device."""
-    dropped: Sequence[str]
-    """Devices whose tours were too old to go on."""
-
-    @property
-    def text(self) -> str:
-        """What was merged, and how far behind the others are."""
-        missed = [f"{name} {_numbers(ages)}" for name, ages in self.updates.items()]
-        behind = [f"{name} {age}" for name, (_, age) in self.standing.items() if age]
-        parts = [f"version {self.version}: merges missed by each update: {', '.join(missed)}"]
-        if behind:
-            parts.append(f"by those on their way: {', '.join(behind)}")
-        if self.dropped:
-            parts.append(f"begin anew: {', '.join(self.dropped)}")
-        return "; ".join(parts)
-
-
-def _numbers(values: Sequence[int]) -> str:
-    return "+".join(map(str, values))

@@ -24,7 +24,6 @@ from coordinator.results.events import (
     RunStarted,
     StepSkipped,
     Telemetry,
-    ToursMerged,
     UploadRefused,
     Waiting,
     WaitingOver,
@@ -33,6 +32,7 @@ from coordinator.results.events import (
 )
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.tour_events import ToursMerged
 
 # How a clock time is written, with its distance from UTC.
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
@@ -142,9 +142,9 @@ def _waiting_row(event: RunEvent) -> Mapping[str, Any] | None:
         case DevicesCutOff(round_, devices, deadline_s):
             row = {"event": "round.deadline", "round": round_, "devices": list(devices)}
             return row | {"deadline_s": deadline_s}
-        case WorkDropped(device, round_):
+        case WorkDropped(round_, device):
             return {"event": "work.dropped", "device": device, "round": round_}
-        case UploadRefused(device, round_, reason):
+        case UploadRefused(round_, device, reason):
             row = {"event": "upload.refused", "device": device, "round": round_}
             return row | {"reason": reason}
         case RunRewound(round_, reason):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
-from coordinator.results.events import DevicesCutOff, DevicesMissing, Waiting, WaitingOver
+from coordinator.results.events import DevicesCutOff, DevicesMissing, Waiting, WaitingOver, nth
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Debt, Owed, Phase, RunState, debts
 from edge_sdk.errors import PeerGone
@@ -295,7 +295,7 @@ class Waits:
         _, step, _ = debt.where
         if debt.kind in (Owed.INPUT, Owed.GRADIENT):
             return f"step {step}"
-        whole = f"round {self._run.state.round}"
+        whole = f"round {nth(self._run.state.round)}"
         return {
             Owed.UPLOAD: f"{whole}: adapters",
             Owed.EVALUATION: f"{whole}: evaluation",

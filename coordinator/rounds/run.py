@@ -359,7 +359,7 @@ class CutOff:
             return False
         self._late[device] += 1
         if isinstance(message, AdapterUpload):
-            run.watcher.see(WorkDropped(device, message.stamp.round))
+            run.watcher.see(WorkDropped(message.stamp.round, device))
         return True
 
     def take_late(self) -> dict[str, int]:
@@ -391,7 +391,7 @@ class Faults:
     def set_aside(self, device: str, reason: str) -> None:
         """Leave what a device has uploaded out of the round, which goes on; it stays ready."""
         run = self._run
-        run.watcher.see(UploadRefused(device, run.state.round, public_text(reason)))
+        run.watcher.see(UploadRefused(run.state.round, device, public_text(reason)))
         drop_member(run.state, device)
         run.inputs.forget(device)
         run._round_start.forget(device)

@@ -19,6 +19,7 @@ class RoundSummary:
     """One round as the device saw it."""
 
     round: int
+    """Counted from 0, as in messages; people count from 1."""
     step: int
     """First step of the next round."""
     train_loss: float

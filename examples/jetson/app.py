@@ -20,7 +20,7 @@ class Display(Callback):
         print(f"taking part in {run}", flush=True)
 
     def on_round_end(self, summary: RoundSummary) -> None:
-        print(f"round {summary.round}: loss {summary.train_loss:.4f}", flush=True)
+        print(f"round {summary.round + 1}: loss {summary.train_loss:.4f}", flush=True)
 
     def on_disconnect(self, reason: str) -> None:
         print(f"offline ({reason}); goes on when the coordinator is back", flush=True)

@@ -12,8 +12,9 @@ from coordinator.aggregation.versions import VersionedStart
 from coordinator.engine.interface import Job
 from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
-from coordinator.results.events import RoundStarted, TourBegun, ToursMerged, WorkDropped
+from coordinator.results.events import RoundStarted, WorkDropped
 from coordinator.results.metrics import Reporting
+from coordinator.results.tour_events import TourBegun, ToursMerged
 from coordinator.rounds.buffered.tours import BufferedState
 from coordinator.rounds.run import PendingInputs, Run
 from coordinator.rounds.state import Phase
@@ -242,7 +243,7 @@ class BufferedRun(Run):
             self.inputs.forget(device)
         dropped = over if state.phase is Phase.TRAINING else []
         for device in dropped:
-            self.watcher.see(WorkDropped(device, state.round))
+            self.watcher.see(WorkDropped(state.round, device))
         self.watcher.see(ToursMerged(state.round, updates, state.standing(), dropped))
         return dropped
 

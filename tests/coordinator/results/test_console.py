@@ -68,7 +68,7 @@ def test_events_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "a: ready",
         "round  1  train loss 1.500  perplexity: a 2.72  b 3.00",
         "round  2  train loss 1.500  lag up to 5.7%",
-        "round 2 starts again: too few devices are left",
+        "round 3 starts again: too few devices are left",
         "going on without a, b: not back yet",
         "b: rejected: bad",
         "a: left: silent for 9 s",

@@ -59,7 +59,7 @@ LINES: dict[str, RunEvent] = {
     '{"deadline_s": 60.0, "devices": ["b"], "event": "round.deadline", "round": 2}': (
         DevicesCutOff(2, ["b"], 60.0)
     ),
-    '{"device": "b", "event": "work.dropped", "round": 2}': WorkDropped("b", 2),
+    '{"device": "b", "event": "work.dropped", "round": 2}': WorkDropped(2, "b"),
 }
 
 
@@ -135,14 +135,14 @@ TEXTS: dict[str, RunEvent] = {
     ),
     "step 12: waiting 30 s for hall, kitchen": Waiting("step 12", ["hall", "kitchen"], 30.0, None),
     "step 12: kitchen was waited for, 47 s in all": WaitingOver("step 12", "kitchen", 47.0),
-    "round 2 waits for 1 more device: 2 of 3 are here; kitchen left 40 s ago: silent for 120 s": (
+    "round 3 waits for 1 more device: 2 of 3 are here; kitchen left 40 s ago: silent for 120 s": (
         DevicesMissing(2, ["a", "c"], 3, {"kitchen": "left 40 s ago: silent for 120 s"}, 40.0)
     ),
-    "round 0 waits for 3 more devices: 0 of 3 are here": DevicesMissing(0, [], 3, {}, 15.0),
-    "round 2: over its deadline of 60 s; it goes on without b, back in the next one": (
+    "round 1 waits for 3 more devices: 0 of 3 are here": DevicesMissing(0, [], 3, {}, 15.0),
+    "round 3: over its deadline of 60 s; it goes on without b, back in the next one": (
         DevicesCutOff(2, ["b"], 60.0)
     ),
-    "b: its adapters of round 2 came too late and are not used": WorkDropped("b", 2),
+    "b: its adapters of round 3 came too late and are not used": WorkDropped(2, "b"),
 }
 
 

@@ -121,9 +121,9 @@ def test_a_round_that_lacks_devices_says_what_has_become_of_them() -> None:
     scene.wait(31)
 
     assert scene.notes == [
-        "round 0 waits for 2 more devices: 1 of 3 is here; b left 15 s ago: silent for 120 s; "
+        "round 1 waits for 2 more devices: 1 of 3 is here; b left 15 s ago: silent for 120 s; "
         "c has been on its way for 20 s",
-        "round 0 waits for 2 more devices: 1 of 3 is here; b left 30 s ago: silent for 120 s; "
+        "round 1 waits for 2 more devices: 1 of 3 is here; b left 30 s ago: silent for 120 s; "
         "c has been on its way for 35 s",
     ]
 
