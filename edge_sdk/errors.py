@@ -138,12 +138,16 @@ def told_text(error: EdgeError) -> str:
     """
     if error.is_public:
         return public_text(error)
-    place, trace = "", error.__traceback__
+    place, trace, cause = "", error.__traceback__, error.__cause__
+    if trace is None and cause is not None:
+        trace = cause.__traceback__
     while trace is not None:
         module = str(trace.tb_frame.f_globals.get("__name__", ""))
         if module.partition(".")[0] in ("edge_sdk", "profiler"):
             place = f"raised in {module}, line {trace.tb_lineno}; "
         trace = trace.tb_next
+    if type(error) is EdgeError and type(cause).__module__ == "builtins" and cause is not None:
+        place = f"{type(cause).__name__}, {place}"
     return f"{place}what it says stands on the device's terminal alone"
 
 
@@ -211,9 +215,12 @@ def as_edge_error(error: Exception) -> EdgeError:
     if is_out_of_memory(error):
         return OutOfMemory(f"out of memory: {one_line(error) or type(error).__name__}")
     if isinstance(error, OSError):
-        return StorageError(one_line(error))
-    text = f"{type(error).__name__}: {one_line(error)}"
-    return EdgeError(f"an error that nobody foresaw; --log-level info shows where: {text}")
+        found: EdgeError = StorageError(one_line(error))
+    else:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        found = EdgeError(f"an error that nobody foresaw; --log-level info shows where: {text}")
+    found.__cause__ = error
+    return found
 
 
 # Letters that a text may have on the wire, in a file of the run or on a terminal.

@@ -420,6 +420,8 @@ class DeviceStatus(DeviceEvent):
     DOING = "{0.status}"
 
     status: str
+    is_delay: bool = False
+    """Whether the run, or the device, is the later for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +449,7 @@ class DeviceJoined(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceLeft(DeviceEvent):
-    """A device that was ready to train is gone."""
+    """A device that was ready to train, or on its way to it, is gone."""
 
     DOING = "left: {0.reason}"
 

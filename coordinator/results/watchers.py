@@ -12,6 +12,7 @@ from coordinator.results.events import (
     DeviceLeft,
     DevicesCutOff,
     DevicesMissing,
+    DeviceStatus,
     Exported,
     MessageRejected,
     PlanMade,
@@ -121,6 +122,8 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "device.joined", "device": device, **rows}
         case DeviceLeft(device, reason):
             return {"event": "device.left", "device": device, "reason": reason}
+        case DeviceStatus(device, status, is_delay=True):
+            return {"event": "device.delayed", "device": device, "reason": status}
         case MessageRejected(device, error):
             return {"event": "message.rejected", "device": device, "error": error}
     return _waiting_row(event)

@@ -100,6 +100,7 @@ class Admission:
         self.leaving: set[str] = set()
         """Devices that are told why they must leave; what else they send is not looked at."""
         self.allowance = Allowance(time.monotonic)
+        run.may_tell = self.allowance.may_tell
         """How often each key may send what nobody asked it for."""
         self.sessions: Counter[str] = Counter()
         """The number of each device's session: another one for each that begins or ends."""
@@ -275,7 +276,7 @@ class Admission:
             if self._planner.plans is None:
                 raise
             status = f"waits: no plan is possible with it: {error}"
-            self._run.watcher.see(DeviceStatus(device, status))
+            self._run.watcher.see(DeviceStatus(device, status, is_delay=True))
 
     def _plan_for(self, device: str, profile: DeviceProfile) -> None:
         self._planner.profiled(device, profile)
@@ -371,8 +372,6 @@ class Admission:
     def failed(self, device: str, message: Failure) -> None:
         """Let go of a device that could not go on; one that ran out of memory gets less to do."""
         reason = public_text(f"{message.error}: {message.text}")
-        if device not in self._run.state.ready:  # who has not begun leaves no other trace
-            self._run.watcher.see(DeviceStatus(device, f"cannot go on: {reason}"))
         self._run.lose(device, reason)
         if message.error == OutOfMemory.__name__:
             self._run.conduct.finished(device)  # with less to do it begins anew
@@ -399,7 +398,7 @@ class Admission:
         """Show that nothing has been heard of a device; the gateway ends its session in time."""
         left_s = max(0.0, self._config.patience_s - seconds)
         status = f"silent for {seconds:.0f} s; without a sign of life it is lost in {left_s:.0f} s"
-        self._run.watcher.see(DeviceStatus(device, status))
+        self._run.watcher.see(DeviceStatus(device, status, is_delay=True))
 
     @contextmanager
     def part_of(self, device: str) -> Iterator[None]:
@@ -445,8 +444,7 @@ class Admission:
         if not isinstance(error, RefusedError):
             self._run.conduct.expelled(device)
         text = public_text(error)
-        if self.allowance.may_tell(device):
-            log.warning("device.refused device=%s reason=%s", device, text)
+        log.info("device.refused device=%s reason=%s", device, text)
         self._run.lose(device, f"{public_name(error)}: {text}")
         self.leaving.add(device)
         stamp = self._stamp(device)

@@ -46,6 +46,9 @@ from edge_sdk.protocol.messages import (
     TopGradient,
 )
 
+# Of a device whose program, or link, ended without a goodbye.
+SILENT_END = "its program ended without saying why"
+
 
 class MessageHandler:
     """The receiving half of the coordinator."""
@@ -100,7 +103,7 @@ class MessageHandler:
         elif isinstance(event, Joined):
             self._admission.forget(device)
         elif isinstance(event, Left):
-            self._run.lose(device, event.reason or "left")
+            self._run.lose(device, event.reason or SILENT_END)
             self._admission.forget(device)
         elif isinstance(event, Silent):
             self._admission.silent(device, event.seconds)

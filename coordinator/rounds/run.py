@@ -6,7 +6,7 @@ and for those who look on is known here. It knows no network, no engine and no p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,10 @@ class Run:
         self.faults = Faults(self)
         self.gone: dict[str, str] = {}
         """Why devices have left, until they are back."""
+        self.coming: set[str] = set()
+        """Devices that are on their way to a round: greeted, and not ready yet."""
+        self.may_tell: Callable[[str], bool] = lambda _device: True
+        """Whether what became of a device that was never ready deserves another line."""
         self.asked: dict[str, int] = {}
         """The round at whose start a device was asked to evaluate, until it has reported."""
         self.cut_off = CutOff(self)
@@ -134,15 +138,22 @@ class Run:
     def join(self, member: Member, num_samples: int, left_out: int = 0, cut: int = 0) -> None:
         """Take in a device that is ready; what it held of a round before is gone."""
         self.lose(member.name, "")
+        self.coming.discard(member.name)
         self.gone.pop(member.name, None)
         self.state.join(member)
         self.watcher.see(DeviceJoined(member.name, member.split, num_samples, left_out, cut))
 
     def lose(self, device: str, reason: str) -> None:
-        """Let go of a device that is gone or, without a *reason*, begins anew."""
-        was_ready = device in self.state.ready
+        """Let go of a device that is gone or, without a *reason*, begins anew.
+
+        The first reason counts: that its link is closed after a goodbye or an error says nothing.
+        """
+        was_ready, was_coming = device in self.state.ready, device in self.coming
+        is_told = was_ready or (was_coming and bool(reason) and self.may_tell(device))
+        (self.coming.discard if reason else self.coming.add)(device)
         if reason:
-            self.gone[device] = public_text(reason)
+            if was_ready or was_coming or device not in self.gone:
+                self.gone[device] = public_text(reason)
             if device in self.state.members and self.state.is_in_round:
                 self.conduct.lost(device, self.state.round)
         self.must_rewind |= self.state.leave(device)
@@ -150,7 +161,7 @@ class Run:
         self.inputs.forget(device)
         self.evaluations.forget(device)
         self.replays.forget(device)
-        if was_ready and reason:
+        if is_told and reason:
             self.watcher.see(DeviceLeft(device, public_text(reason)))
 
     def wait_for(self, device: str) -> None:
@@ -235,7 +246,7 @@ class Run:
         resting = self.conduct.resting(self.state.ready, self.state.round)
         self.state.start_round(resting)
         for device in sorted(resting - self.state.members.keys()):
-            self.watcher.see(DeviceStatus(device, RESTS))
+            self.watcher.see(DeviceStatus(device, RESTS, is_delay=True))
         self.inputs = PendingInputs()
         self.residuals.begin_round(self.state.round)
         self.cut_off.begin_round()

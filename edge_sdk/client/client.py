@@ -25,6 +25,7 @@ from edge_sdk.errors import (
     OutOfMemory,
     SessionLost,
     TransportError,
+    as_edge_error,
     is_out_of_memory,
     one_line,
 )
@@ -148,8 +149,8 @@ class EdgeClient:
                     participant.forget()
                     short = OutOfMemory(_words(error)).with_traceback(error.__traceback__)
                     _quietly(partial(participant.report, short))
-                elif isinstance(error, EdgeError) and not isinstance(error, _NOT_REPORTED):
-                    _quietly(partial(participant.report, error))
+                elif not isinstance(error, _NOT_REPORTED):
+                    _quietly(partial(participant.report, as_edge_error(error)))
                 # Without its link it cannot be given another plan.
                 is_over = smaller == MOST_SMALLER_PLANS or isinstance(error, TransportError)
                 if is_over or not is_short:

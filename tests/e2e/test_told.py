@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 
 from edge_sdk import errors
+from edge_sdk.client.callbacks import Callback
 from edge_sdk.data.rows import DataConfig
-from edge_sdk.errors import DataError, EdgeError, NotAccepted, OutOfMemory, told_text
+from edge_sdk.errors import (
+    DataError,
+    EdgeError,
+    NotAccepted,
+    OutOfMemory,
+    as_edge_error,
+    told_text,
+)
 from edge_sdk.protocol.messages import Failure
+from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.zmq_link import ZmqLink
 from tests.e2e.cluster import Cluster, wait_all, write_rows
 
@@ -54,6 +63,54 @@ def test_the_place_is_one_of_our_source() -> None:
 
     assert told.startswith("raised in edge_sdk.data.rows, line ")
     assert SECRET not in told
+
+
+def test_of_an_error_that_nobody_foresaw_only_its_class_is_told_beside_the_place() -> None:
+    """A library's or an application's exception is named where it is one of Python's own."""
+    try:
+        DataConfig(max_length=1)
+    except ValueError as error:
+        wild = KeyError(SECRET).with_traceback(error.__traceback__)
+    told = told_text(as_edge_error(wild))
+
+    assert told.startswith("KeyError, raised in edge_sdk.data.rows, line ")
+    assert SECRET not in told
+
+
+def test_a_device_that_fails_before_it_is_ready_is_seen(cluster: Cluster, tmp_path: Path) -> None:
+    """Class and place stand on the coordinator's console and in its events, once."""
+    serving = cluster.serve(cluster.config(min_devices=1)).start()
+    with pytest.raises(DataError, match="absent"):
+        cluster.client("a", data=DataConfig(path=str(tmp_path / "absent.jsonl"))).run()
+    clients = cluster.start("b")
+
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    [left] = [row for row in serving.events if row["event"] == "device.left"]
+    assert (left["device"], left["reason"][:21]) == ("a", "DataError: raised in ")
+    assert [note for note in serving.trap.notes if "a: left: DataError: raised in edge" in note]
+
+
+class Broken(Callback):
+    """An application whose own code fails."""
+
+    def on_plan(self, plan: Plan) -> None:
+        """Fail."""
+        raise KeyError(SECRET)
+
+
+def test_an_application_that_fails_is_seen(cluster: Cluster) -> None:
+    """What nobody foresaw ends the device, and the coordinator hears of which kind it was."""
+    serving = cluster.serve(cluster.config(min_devices=1)).start()
+    with pytest.raises(KeyError):
+        cluster.client("a", callback=Broken()).run()
+    clients = cluster.start("b")
+
+    assert serving.wait() == "completed"
+    wait_all(clients)
+    [left] = [row for row in serving.events if row["event"] == "device.left"]
+    assert left["reason"].startswith("EdgeError: KeyError, raised in edge_sdk.")
+    assert SECRET not in left["reason"]
 
 
 def test_what_a_device_does_not_accept_is_told_in_words() -> None:
