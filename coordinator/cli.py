@@ -9,6 +9,7 @@ from coordinator.commands.audit_privacy import add_audit_privacy
 from coordinator.commands.check import add_check
 from coordinator.commands.client import add_client, add_keygen
 from coordinator.commands.compare import add_compare
+from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
 from coordinator.commands.plan import add_plan
@@ -16,6 +17,7 @@ from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
 from coordinator.commands.simulate import add_simulate
 from coordinator.commands.status import add_status
+from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
 
 COMMANDS = (
@@ -37,11 +39,12 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `coordinator` command and return its exit code."""
-    return run_command(_parser(), arguments)
+    return run_command(make_parser(), arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = Arguments(
         prog="coordinator",
         description="Fine-tune a model across devices that keep their data.",
         epilog="Exit codes: docs/operations.md.",
@@ -50,4 +53,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
+    add_examples(parser, EXAMPLES)
     return parser

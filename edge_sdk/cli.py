@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
@@ -19,15 +20,36 @@ from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
 ENV_PREFIX = "EDGE_SDK_"
+EXAMPLES = {
+    "run": [
+        "run --config device.yaml",
+        "run --config device.yaml --supervise",
+        "run --config device.yaml threads=2 data.path=train.jsonl accept.labels=device",
+        "run coordinator=tcp://192.168.1.10:7070 server_key=coordinator.key.pub data.path=a.jsonl",
+    ],
+    "keygen": ["keygen", "keygen keys/kitchen.key"],
+    "doctor": [
+        "doctor",
+        "doctor --config device.yaml",
+        "doctor --config device.yaml --session --format json",
+    ],
+    "data preview": [
+        "data preview --config device.yaml",
+        "data preview --data train.jsonl --model Qwen/Qwen3-0.6B",
+        "data preview --data a.csv data.columns.prompt=mr data.columns.completion=ref",
+    ],
+}
+"""What the help of each command ends with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `edge-sdk` command and return its exit code."""
-    return run_command(_parser(), arguments)
+    return run_command(make_parser(), arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = Arguments(
         prog="edge-sdk",
         description="Take part in a run with data that stays on this device.",
         epilog="Exit codes: docs/operations.md.",
@@ -57,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     doctor.set_defaults(run=_doctor)
     _add_data(commands.add_parser("data", help="look at the private data before a run does"))
+    add_examples(parser, EXAMPLES)
     return parser
 
 
@@ -139,7 +162,9 @@ def _supervise(options: argparse.Namespace) -> int:
 
     # A wrong setting is better known here, before anything is started.
     load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
-    command = [sys.executable, "-m", "edge_sdk.cli", "--log-level", options.log_level, "run"]
+    command = [sys.executable, "-m", "edge_sdk.cli", "--log-level", options.log_level]
+    command += [] if options.log_file is None else ["--log-file", str(options.log_file)]
+    command += ["run"]
     command += [] if options.config is None else ["--config", str(options.config)]
     command += ["--", *options.overrides]
     return Supervisor(command, lambda line: print(f"edge-sdk: {line}", file=sys.stderr)).run()

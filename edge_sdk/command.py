@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ from edge_sdk.errors import (
     printable,
     public_text,
 )
+from edge_sdk.files import PRIVATE, storage_errors
 
 # What is set already stays: a person can still ask for all of it.
 SETTINGS = {
@@ -117,11 +119,49 @@ class CleanFormatter(logging.Formatter):
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the version and for how much of the log is shown."""
+    """Add the options for the version, how much of the log is shown, and where."""
     parser.add_argument("-V", "--version", action="version", version=metadata.version("edgesplit"))
     parser.add_argument(
         "--log-level", default="warning", choices=("debug", "info", "warning", "error")
     )
+    parser.add_argument(
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="add the log, at least of the level info, to this file of its owner alone",
+    )
+
+
+def _start_log(level: str, file: Path | None) -> None:
+    """Show the log from *level* on; a *file* gets all from the level info on as well.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(CleanFormatter())
+    handlers: list[logging.Handler] = [shown]
+    if file is not None:
+        with storage_errors(f"--log-file {file}"):
+            handlers.append(_LogFile(file))
+        shown.setLevel(level)
+        level = min(level, "INFO", key=logging.getLevelName)
+    logging.basicConfig(level=level, handlers=handlers)
+
+
+class _LogFile(logging.FileHandler):
+    """A file that its owner alone can read; where the disk is full, the program goes on."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(CleanFormatter())
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=_private)  # noqa: SIM115
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE)
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
@@ -131,12 +171,10 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     other, whose traceback is in the log from the level info on.
     """
     options = parser.parse_args(arguments)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(CleanFormatter())
-    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     if options.log_level != "debug":
         quiet_libraries()
     try:
+        _start_log(options.log_level.upper(), options.log_file)
         code: int = options.run(options)
     except EdgeError as error:
         sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")

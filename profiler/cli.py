@@ -75,7 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     number.add_argument("--once", dest="count", action="store_const", const=1, help="one view")
     watch.set_defaults(run=_watch)
 
-    for command in (show, measure, watch):
+    for command, examples in (
+        (show, ("show", "show --format json")),
+        (measure, ("measure", "measure --model examples/base --write kitchen.json")),
+        (watch, ("watch", "watch --once", "watch --interval 5 --format json")),
+    ):
+        command.epilog = "\n".join(["examples:", *(f"  profiler {line}" for line in examples)])
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument(
             "--format", choices=("text", "json"), default="text", help="default: %(default)s"
         )

@@ -40,7 +40,7 @@ ORDER = {
         ["runtime"],
         ["client"],
         ["doctor", "preview"],
-        ["supervise"],
+        ["supervise", "arguments"],
         ["command"],
         ["cli"],
     ],

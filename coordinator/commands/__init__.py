@@ -5,6 +5,7 @@ __all__ = [
     "check",
     "client",
     "compare",
+    "examples",
     "experiment",
     "export",
     "plan",
@@ -12,4 +13,5 @@ __all__ = [
     "serve",
     "simulate",
     "status",
+    "terminal",
 ]

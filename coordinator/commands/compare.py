@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from coordinator.commands.terminal import say, say_table
 from coordinator.lab.comparison.report import write_report
 
 
@@ -38,9 +38,10 @@ def _compare(options: argparse.Namespace) -> int:
     overrides = _overrides(options)
     config = load_compare(options.config, overrides)
     methods = load_methods(config, options.config, overrides)
-    cells = compare(config, methods, options.out, _say, simulate)
+    cells = compare(config, methods, options.out, say, simulate)
     table = write_report(config, cells, options.out)
-    _say(f"{table}\n\n{options.out / 'report.html'}")
+    say_table(table)
+    say(f"\n{options.out / 'report.html'}")
     return 0
 
 
@@ -52,8 +53,3 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     }
     given = [f"compare.{key}={list(value)}" for key, value in flags.items() if value is not None]
     return [*options.overrides, *(text.replace("'", "") for text in given)]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

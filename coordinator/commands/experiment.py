@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from coordinator.commands.terminal import say, say_table
 from coordinator.lab.experiment.config import load_experiment
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
@@ -39,14 +39,10 @@ def _run(options: argparse.Namespace) -> int:
     config, methods = load_experiment(options.file, options.overrides)
     stop = threading.Event()
     with stopping_on_signals(stop.set):
-        ended = run_experiment(config, methods, options.out, _say, stop)
+        ended = run_experiment(config, methods, options.out, say, stop)
     if table := write_report(config, methods, options.out, ended):
-        _say(f"{table}\n\n{options.out / 'report.html'}")
+        say_table(table)
+        say(f"\n{options.out / 'report.html'}")
     if stop.is_set():
         return INTERRUPTED_EXIT_CODE
     return 0 if set(ended.values()) == {COMPLETED} else 1
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

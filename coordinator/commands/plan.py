@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from coordinator.aggregation.buffer import expected_staleness
 from coordinator.config.presets import load_serve_config
 from edge_sdk.config.loader import load_config
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, DeviceError
 from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from coordinator.config.run import ServeConfig
-    from coordinator.planning.plan_set import DeviceExplanation, PlanSet
+    from coordinator.planning.plan_set import DeviceExplanation, PlanSet, ServerExplanation
     from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.problem_files import read_problem
 
@@ -54,7 +54,7 @@ def add_plan(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type t
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Print the plan; the exit code is 0 if at least one device can take part."""
+    """Print the plan; the exit code is 0 if some device can take part and all plans fit."""
     from coordinator.planning.joint import plan_all
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
@@ -66,7 +66,24 @@ def run_plan(options: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
     else:
         _print_text(problem, found, explain=options.explain)
-    return 0 if found.plans else ConfigError.exit_code
+    for line in (short := too_large(found)):
+        sys.stderr.write(f"coordinator: {line}\n")
+    if not found.plans:
+        return ConfigError.exit_code
+    return DeviceError.exit_code if short else 0
+
+
+def too_large(found: PlanSet) -> list[str]:
+    """Return who would need more memory than there is, by split points that somebody has fixed."""
+    sides: dict[str, DeviceExplanation | ServerExplanation] = {
+        **found.explanation.devices,
+        "the coordinator": found.explanation.server,
+    }
+    return [
+        f"{name} would need {_mib(side.planned_bytes)} MiB of {_mib(side.budget_bytes)}"
+        for name, side in sides.items()
+        if side.planned_bytes > side.budget_bytes
+    ]
 
 
 # ---- reading ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from coordinator.commands.parser import add_command
 from coordinator.config.presets import load_serve_config
+from coordinator.config.run import ServeConfig
+from coordinator.gateway.allow_list import AllowList
 from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
@@ -35,6 +38,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by == "coordinator":
         return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
+    say_who_may_come(config)
     return _watch(config.total_steps, lambda watcher: serve(config, watcher))
 
 
@@ -44,9 +48,23 @@ def _resume(options: argparse.Namespace) -> int:
 
     _, config = read_run(options.folder, options.overrides)
     go_on = resume_pooled if config.trained_by == "coordinator" else resume
+    if config.trained_by != "coordinator":
+        say_who_may_come(config)
     return _watch(
         config.total_steps, lambda watcher: go_on(options.folder, watcher, options.overrides)
     )
+
+
+def say_who_may_come(config: ServeConfig) -> None:
+    """Say that nobody, or too few, are registered: the run would wait, and devices be refused."""
+    num_devices = len(AllowList(config.allow_list).devices())
+    if num_devices < config.min_devices:
+        found = {0: "no device is", 1: "1 device is"}.get(num_devices, f"{num_devices} devices are")
+        sys.stderr.write(
+            f"coordinator: {found} registered in {config.allow_list}, and a round needs "
+            f"{config.min_devices}; while it waits: coordinator client register NAME KEY "
+            f"--allow-list {config.allow_list}\n"
+        )
 
 
 def _raise_descriptor_limit() -> None:

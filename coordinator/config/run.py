@@ -23,6 +23,7 @@ from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.plan import MOST_AWAY, Residual
 from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.transport.addresses import check_listened
 
 AUTO = "auto"
 """The codec that the planner chooses."""
@@ -198,6 +199,7 @@ class ServeConfig:
         for name in ("rounds", "steps_per_round", "min_devices", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_listened("listen", self.listen)
         if self.wave_tokens is not None and self.wave_tokens < 1:
             raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:

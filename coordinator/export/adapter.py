@@ -14,7 +14,7 @@ from coordinator.export.facts import RunFacts
 from coordinator.export.peft_names import as_peft, pad
 from coordinator.results.json_text import json_text
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import storage_errors
+from edge_sdk.files import private_files, storage_errors
 from edge_sdk.lora.factors import Array, Factors, compress, zero_like
 from edge_sdk.model.layout import build_empty, is_transposed
 from edge_sdk.model.weights import ModelSource
@@ -128,7 +128,7 @@ def write_files(
     config, named = as_peft(model, factors, settings, is_uniform=is_uniform)
     tensors = {f"base_model.model.{n}": torch.from_numpy(np.array(v)) for n, v in head.items()}
     tensors |= {key: torch.from_numpy(value) for key, value in named.items()}
-    with storage_errors(f"adapter {folder}"):
+    with storage_errors(f"adapter {folder}"), private_files():
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))

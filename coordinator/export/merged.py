@@ -23,7 +23,7 @@ from coordinator.export.facts import RunFacts
 from coordinator.export.options import Dtype
 from coordinator.export.peft_names import is_stacked
 from edge_sdk.errors import NumericError
-from edge_sdk.files import storage_errors
+from edge_sdk.files import private_files, storage_errors
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.experts import lies_transposed
 from edge_sdk.model.layout import build_empty, is_transposed
@@ -70,7 +70,7 @@ def export_merged(
         StorageError: the folder cannot be written.
     """
     merging = _Merging(source, learned, head, dtype)
-    with storage_errors(f"model {folder}"):
+    with storage_errors(f"model {folder}"), private_files():
         folder.mkdir(parents=True, exist_ok=True)
         _write_weights(merging, folder)
         _write_config(merging, folder, facts)

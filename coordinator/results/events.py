@@ -108,7 +108,7 @@ class CheckpointDamaged(RunEvent):
 class AlreadyComplete(RunEvent):
     """A run that is to be resumed has come to its end before."""
 
-    LINE = "run {0.folder} is complete: no device is needed any more"
+    LINE = "run {0.folder} is complete; `rounds=N` with more of them goes on"
 
     folder: Path
 

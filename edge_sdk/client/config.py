@@ -11,6 +11,7 @@ from edge_sdk.client.backends import BACKENDS
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.model.precision import Base, Compute
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
+from edge_sdk.transport.addresses import check_dialled
 from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class ClientConfig:
     """Payload of one packet in bytes; 262144 on links below 4 Mbit/s."""
 
     def __post_init__(self) -> None:
+        check_dialled("coordinator", self.coordinator)
         if self.model_hash and self.accept.model_hash not in ("", self.model_hash):
             raise ValueError("model_hash and accept.model_hash differ; leave out model_hash")
         if self.model_hash:

@@ -32,6 +32,8 @@ class Leaf:
 
     value: object
     origin: Origin
+    hint: str = ""
+    """Why this may be another value than was meant; empty where nothing speaks for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
+# What a plain word of YAML cannot begin with, and a word alone behind a key that does.
+_INDICATORS = "{}[]*&!>|@%`#"
+_UNQUOTED = re.compile(r"""([\w.-]+):\s+([{}\[\]*&!>|@%`#][^\s,{}\[\]]\S*|[^\s'"{\[]\S*:)\s*$""")
 _SCALARS = {
     "null": ("~nN", r"~|null|Null|NULL|"),
     "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
@@ -167,7 +172,7 @@ def _parse(text: str, where: str, folder: Path | None, *, numbered: bool) -> Nod
             return Leaf(None, Origin(where, folder))
         return _Tree(loader, where, folder, numbered).convert(node)
     except yaml.YAMLError as error:
-        raise ConfigError(_syntax_error(error, where, numbered)) from error
+        raise ConfigError(_syntax_error(error, where, numbered, text)) from error
     except ValueError as error:  # an integer of thousands of digits
         raise ConfigError(f"{where}: {error}") from error
     except RecursionError as error:
@@ -179,11 +184,30 @@ def _parse(text: str, where: str, folder: Path | None, *, numbered: bool) -> Nod
             loader.dispose()
 
 
-def _syntax_error(error: yaml.YAMLError, where: str, numbered: bool) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f":{mark.line + 1}" if numbered and mark is not None else ""
+def _syntax_error(error: yaml.YAMLError, where: str, numbered: bool, text: str) -> str:
+    mark, begin = (getattr(error, name, None) for name in ("problem_mark", "context_mark"))
+    lines, unquoted = text.splitlines(), ""
+    blamed = None if mark is None else mark.line
     problem = getattr(error, "problem", None) or str(error)
-    return f"{where}{line}: not valid YAML: {' '.join(problem.split())}"
+    places = [at.line for at in (begin, mark) if at is not None]
+    for place in (*places, *(line - 1 for line in places)):
+        if not unquoted and 0 <= place < len(lines) and (unquoted := quote_hint(lines[place])):
+            blamed, problem = place, problem.replace(lines[place].split()[-1], "...")
+    line = f":{blamed + 1}" if numbered and blamed is not None else ""
+    return f"{where}{line}: not valid YAML: {' '.join(problem.split())}{unquoted}"
+
+
+def quote_hint(line: str) -> str:
+    """Return what to do about a `key: word` whose word YAML takes for something else; else empty.
+
+    A public key may begin with any of these letters, or end with a colon.
+    """
+    found = _UNQUOTED.search(line)
+    if found is None:
+        return ""
+    key, word = found[1], found[2]
+    reason = f"begins with {word[0]!r}" if word[0] in _INDICATORS else "ends with ':'"
+    return f"; quote a value that {reason}: {key}: '...'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +225,16 @@ class _Tree:
             return self.convert_mapping(node, origin)
         if isinstance(node, yaml.SequenceNode):
             return Items(tuple(self.convert(item) for item in node.value), origin)
-        return Leaf(self.loader.construct_object(node, deep=True), origin)
+        value = self.loader.construct_object(node, deep=True)
+        return Leaf(value, origin, self.unread(node) if value is None else "")
+
+    def unread(self, node: Any) -> str:
+        """Return why there is no value where something stands: a comment, or an anchor."""
+        mark = node.start_mark
+        if node.value or mark.buffer is None:
+            return ""
+        lines = mark.buffer.rstrip("\0").splitlines()
+        return quote_hint(lines[mark.line]) if mark.line < len(lines) else ""
 
     def convert_mapping(self, node: Any, origin: Origin) -> Entries:
         entries: dict[str, Node] = {}

@@ -44,6 +44,7 @@ class Spot:
         """Return the error for a *node* that is no *annotation*."""
         got = "this value (a secret, not shown)" if self.is_secret else _shown(node)
         hint = "" if self.is_secret else _hint(_raw(node), _choices(annotation))
+        hint = hint or (node.hint if isinstance(node, Leaf) else "")
         return ConfigError(
             f"{node.origin.where}: {self.key} must be {type_words(annotation)}, got {got}{hint}"
         )

@@ -105,6 +105,22 @@ def _refuse_utf16(path: Path, head: bytes) -> None:
         raise DataError(f"{path}:1: is UTF-16; save it as UTF-8")
 
 
+def _mistake(error: json.JSONDecodeError, begin: int = 0) -> str:
+    """Return what is wrong with a value that begins at *begin*, and the column where it begins.
+
+    A string without an end is noticed where its line ends: what counts is where it begins.
+    """
+    text, at, what = error.doc, error.pos, error.msg
+    if what.startswith("Invalid control character") and text[at] in "\r\n":
+        try:
+            DECODER.raw_decode(text[:at], SPACE.match(text, begin).end())  # type: ignore[union-attr]
+        except json.JSONDecodeError as earlier:
+            at, what = earlier.pos, earlier.msg
+    column = at - text.rfind("\n", 0, at)
+    what = what.removesuffix(" at").removesuffix(" starting")
+    return f"{what} at column {column}" + (", where the line ends" if at >= len(text) else "")
+
+
 def _jsonl_records(path: Path, lines: _Lines) -> Records:
     """Yield the values of a JSON Lines file; blank lines are skipped."""
     for line in lines:
@@ -113,9 +129,9 @@ def _jsonl_records(path: Path, lines: _Lines) -> Records:
             yield where, wrong
         elif line.strip():
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
-                yield where, DataError(f"{where}: not JSON: {error.msg} at column {error.colno}")
+                yield where, DataError(f"{where}: not JSON: {_mistake(error)}")
             except (ValueError, RecursionError):  # huge numbers, endless nesting
                 yield where, DataError(f"{where}: not usable JSON")
 
@@ -184,7 +200,7 @@ class _Stream:
                 )
                 if self._is_over or not is_unfinished:
                     line = self.line + self._text.count("\n", self._at, error.pos)
-                    what = f"{where}: not JSON: {error.msg} in line {line}"
+                    what = f"{where}: not JSON: in line {line}, {_mistake(error, self._at)}"
                     raise DataError(what) from error
             except (ValueError, RecursionError) as error:  # huge numbers, endless nesting
                 raise DataError(f"{where}: not usable JSON") from error

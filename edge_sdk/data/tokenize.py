@@ -71,6 +71,14 @@ class _Rules:
     max_length: int | None
     tally: Tally
 
+    @property
+    def more(self) -> str:
+        """Whether a setting of the data could allow more tokens, in words."""
+        own, most = self.config.max_length, self.limits.max_positions
+        if own is not None and (most is None or own < most):
+            return "`max_length` allows more" + ("" if most is None else f", at most {most}")
+        return f"more than {most} are not to be had here: the run and its model take no more"
+
 
 def tokenize_rows(
     rows: Sequence[Row],
@@ -269,7 +277,7 @@ def _kept(num_tokens: int, row: Row, rules: _Rules) -> int:
         rules.tally.add("dropped", reason)
         return 0
     remedy = "`too_long: cut` keeps the first ones, `drop` leaves such rows out"
-    raise DataError(f"{reason}; {remedy}, `max_length` allows more")
+    raise DataError(f"{reason}; {remedy}; {rules.more}")
 
 
 def _label_examples(

@@ -47,7 +47,7 @@ def read_config(
 def _all_wrong(layers: list[Node]) -> list[str]:
     """Return what is wrong with each key by itself; `load_config` stops at the first."""
     needed = [one.name for one in fields(ClientConfig) if default_of(one) is MISSING]
-    stand_ins = from_overrides([f"{name}=x" for name in needed])
+    stand_ins = from_overrides([f"{name}=tcp://x:1" for name in needed])
     given = by_key(ClientConfig, layers, Spot(""))
     wrong = []
     for key, nodes in given.items():

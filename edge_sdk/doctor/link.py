@@ -7,7 +7,6 @@ be the second, so only `check_session` opens one.
 from __future__ import annotations
 
 import errno
-import re
 import socket
 import threading
 import time
@@ -26,13 +25,13 @@ from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import EdgeError, PeerGone, RefusedError, one_line
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.messages import PROTOCOL_VERSION, Goodbye, Hello, Stamp, Welcome
+from edge_sdk.transport.addresses import parse_address
 from edge_sdk.transport.handshake import Handshake
 from edge_sdk.transport.link import LinkConfig, package_version
 from edge_sdk.transport.zmq_link import ZmqLink
 from profiler.sensors.kernel_files import read_number, read_text
 from profiler.sensors.sources import ROOT
 
-ADDRESS = re.compile(r"tcp://(?:\[([^\]]+)\]|([^:/\[\]]+)):(\d+)")
 NAME_S, CONNECT_S, GREETING_S, HANDSHAKE_S, SESSION_S = 5.0, 5.0, 3.0, 5.0, 20.0
 # ZeroMQ greets with its signature, its version and how keys are exchanged. We say the first two: at
 # the third a side that wants another exchange would hang up before it has told its own.
@@ -45,14 +44,6 @@ SLOW_BYTES_PER_S, SMALL_CHUNK_BYTES = 500_000, 256 * 1024
 FAREWELL_S = 1.0
 
 Resolver = Callable[[str, int], list[str]]
-
-
-def parse_address(address: str) -> tuple[str, int] | None:
-    """Return host and port of `tcp://host:port`, None for anything else."""
-    match = ADDRESS.fullmatch(address)
-    if match is None or not 0 < int(match[3]) < 65536:
-        return None
-    return match[1] or match[2], int(match[3])
 
 
 def resolve(host: str, port: int) -> list[str]:

@@ -41,7 +41,7 @@ LEAST_FILES, FEW_FILES = 128, 512
 EARLIEST_YEAR = 2026
 # Swap beyond this share in use means that the machine lives on it already.
 MUCH_SWAP = 0.5
-NUM_PROCESSES = 3
+NUM_PROCESSES, MOST_LOOKED_AT = 3, 30
 
 Hogs = Callable[[], Sequence[tuple[str, int]]]
 
@@ -97,14 +97,30 @@ def check_heat(sources: Sources = HERE) -> Finding:
 
 
 def biggest_processes() -> list[tuple[str, int]]:
-    """Return name and resident bytes of the processes that hold most, without this one."""
+    """Return name and bytes of the processes that hold most, without this one.
+
+    What processes share, such as libraries and the pages of those that were forked, counts once.
+    """
+    seen = [
+        process
+        for process in psutil.process_iter(["name", "memory_info", "pid"])
+        if process.info["memory_info"] is not None and process.info["pid"] != os.getpid()
+    ]
+    seen.sort(key=lambda process: -process.info["memory_info"].rss)
     found: dict[str, int] = {}
-    for process in psutil.process_iter(["name", "memory_info", "pid"]):
-        info = process.info
-        if info["memory_info"] is not None and info["pid"] != os.getpid():
-            name = str(info["name"])
-            found[name] = found.get(name, 0) + int(info["memory_info"].rss)
+    for process in seen[:MOST_LOOKED_AT]:
+        name = str(process.info["name"])
+        found[name] = found.get(name, 0) + own_bytes(process)
     return sorted(found.items(), key=lambda item: -item[1])[:NUM_PROCESSES]
+
+
+def own_bytes(process: psutil.Process) -> int:
+    """Return what a process holds, its part of what it shares included where that can be read."""
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.Error, OSError, AttributeError):  # another user's, or not Linux
+        memory = process.memory_info()
+        return max(0, int(memory.rss) - int(getattr(memory, "shared", 0)))
 
 
 def check_memory(
@@ -142,7 +158,11 @@ def _held_by_others(sources: Sources, hogs: Hogs) -> str:
     text = "" if rest is None else f"; others hold {_mib(rest)}"
     if on_gpu.value:
         text += f", {_mib(on_gpu.value)} through the GPU"
-    names = [f"{name} {_mib(size)}" for name, size in hogs() if size >= 100 * MIB]
+    names, left = [], (rest or 0.0) + (on_gpu.value or 0.0)
+    for name, size in hogs():
+        if 100 * MIB <= size <= left:  # what holds more counts against another limit than ours
+            names.append(f"{name} {_mib(size)}")
+            left -= size
     return f"{text} ({', '.join(names)})" if text and names else text
 
 

@@ -39,11 +39,17 @@ def fingerprint(public: str) -> str:
 
 
 def make_key_pair() -> KeyPair:
-    """Return a fresh key pair that is written nowhere."""
+    """Return a fresh key pair that is written nowhere.
+
+    Its public key begins with a letter or a digit and ends with no colon, so that neither YAML nor
+    a command line takes it for something else.
+    """
     if not zmq.has("curve"):
         raise ConfigError("this pyzmq has no CURVE; install it from a wheel: pip install pyzmq")
-    public, secret = zmq.curve_keypair()
-    return KeyPair(public.decode(), secret.decode())
+    while True:
+        public, secret = (half.decode() for half in zmq.curve_keypair())
+        if public[0].isalnum() and not public.endswith(":"):
+            return KeyPair(public, secret)
 
 
 def create_key_pair(path: str | Path) -> KeyPair:

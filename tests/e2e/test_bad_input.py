@@ -210,7 +210,7 @@ def test_a_device_config_that_cannot_work(
         "chunk_bytes=0": ("chunk_bytes", "1048576"),
         "secret_key=absent.key": ("absent.key", "cannot read"),
         "server_key=absent.pub": ("absent.pub", "neither a public key"),
-        "coordinator=nowhere": ("cannot connect", "nowhere"),
+        "coordinator=nowhere": ("coordinator must be", "did you mean 'tcp://nowhere:7070'"),
     }
     key = f"secret_key={cluster.folder / 'a.key'}"
     for override, words in cases.items():

@@ -139,7 +139,7 @@ def _client_config(
 ) -> ClientConfig:
     fleet = config.simulation
     return ClientConfig(
-        coordinator="memory",
+        coordinator="tcp://nobody:0",
         server_key="",
         data=own_data(fleet, device_names(fleet)[name]),
         device=config.device,

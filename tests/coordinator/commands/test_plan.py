@@ -165,6 +165,23 @@ def test_nobody_can_take_part(
     assert "gate: refused" in capsys.readouterr().out
 
 
+def test_a_plan_that_does_not_fit_is_no_success(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With splits by hand it is printed, and a line and the exit code say who lacks memory."""
+    profile = write(tmp_path / "gate.json", {**PROFILE, "memory_bytes": 2**20})
+    fixed = ["planning.split=fixed", "planning.ranks=fixed", "default.split=2", "--config", config]
+
+    assert main(["plan", *fixed, "--profiles", profile]) == 6
+
+    shown = capsys.readouterr()
+    assert "gate" in shown.out
+    assert shown.err.startswith("coordinator: gate would need ")
+    assert " MiB of 0.9\n" in shown.err
+    roomy = write(tmp_path / "roomy.json", PROFILE)
+    assert main(["plan", *fixed, "--profiles", roomy]) == 0
+
+
 BAD: dict[str, tuple[str, str, list[str], int, tuple[str, ...]]] = {
     "no JSON": ("a.json", "{]", [], 2, ("a.json",)),
     "unknown field": ("a.json", '{"memory_byte": 1}', [], 2, ("memory_byte", "did you mean")),

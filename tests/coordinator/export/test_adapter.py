@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,20 @@ def test_what_was_drawn_for_the_run_travels(tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(load_base(source), tmp_path / "out")
     ours = trained_slice(source, trained.learned, trained.head)
     assert difference(trained.logits(loaded), trained.logits(ours.model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("write", [export_adapter, export_merged])
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_all_files_of_an_export_have_one_mode(
+    write: Callable[..., float], umask: int, tmp_path: Path
+) -> None:
+    """They are their owner's alone, whichever library wrote them and whatever the umask."""
+    trained = Result("llama", tmp_path / "base")
+    before = os.umask(umask)
+    try:
+        write(trained.source, trained.learned, trained.head, tmp_path / "out")
+    finally:
+        os.umask(before)
+
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o600}

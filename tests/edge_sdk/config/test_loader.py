@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.config.describe import dump_config
 from edge_sdk.config.loader import SECRET, load_config
+from edge_sdk.config.sources import read_file
 from edge_sdk.errors import ConfigError
 
 
@@ -336,3 +337,40 @@ def test_a_dump_loads_back_to_an_equal_object(
     folder = tmp_path_factory.getbasetemp()
 
     assert load(folder, dump_config(config)) == config
+
+
+UNQUOTED = ["{abc", "}abc", "[abc", "]abc", "*abc", "&abc", "!abc", "|abc", ">abc", "%abc", "@abc"]
+
+
+@pytest.mark.parametrize("word", [*UNQUOTED, "#abc", "abc:"])
+def test_a_word_that_yaml_reads_otherwise_is_to_be_quoted(word: str, tmp_path: Path) -> None:
+    """As some public keys: the line is named, and quoted the same word is what it says."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Keys:
+        first: str
+        server_key: str
+
+    file = tmp_path / "device.yaml"
+    file.write_text(f"first: a\nserver_key: {word}\n", encoding="utf-8")
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(Keys, file, env={})
+    file.write_text(f"first: a\nserver_key: '{word}'\n", encoding="utf-8")
+
+    assert "device.yaml:2: " in str(refused.value)
+    assert "; quote a value that " in str(refused.value)
+    assert "server_key: '...'" in str(refused.value)
+    assert word not in str(refused.value)
+    assert load_config(Keys, file, env={}).server_key == word
+
+
+@pytest.mark.parametrize("text", ["default: {split: 2, r: 1\nrounds: 2\n", "a: [1, 2\nb: 1\n"])
+def test_nobody_is_told_to_quote_a_mapping_or_a_list(text: str, tmp_path: Path) -> None:
+    """One that lacks its end is no word that was meant as text."""
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+
+    with pytest.raises(ConfigError) as refused:
+        read_file(tmp_path / "run.yaml")
+
+    assert "; quote a value" not in str(refused.value)

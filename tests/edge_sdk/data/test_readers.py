@@ -141,6 +141,25 @@ def test_bad_jsonl_is_named(write: Write, content: bytes, words: list[str]) -> N
     assert all(word in message for word in words), message
 
 
+MISTAKES = {
+    '{"a": "x", "b": "open}': "Unterminated string at column 17",
+    '{"a": "x" "b": 1}': "Expecting ',' delimiter at column 11",
+    '{"a": "x", "b": y}': "Expecting value at column 17",
+    "{'a': 1}": "Expecting property name enclosed in double quotes at column 2",
+    '{"a": 1': "Expecting ',' delimiter at column 8, where the line ends",
+    '{"a": "tab\there"}': "Invalid control character at column 11",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_the_column_of_a_mistake_is_where_it_begins(write: Write, line: str, end: str) -> None:
+    """Whatever the line ends with; a string without an end begins at the column that is named."""
+    path = write("bad.jsonl", f'{{"text": "fine"}}\n{line}{end}')
+
+    assert error_of(path) == f"{path}:2: not JSON: {MISTAKES[line]}"
+
+
 def test_csv_with_quotes_and_lines_inside_cells(write: Write) -> None:
     """Quoted cells keep commas, quotes and line ends, and rows keep their first line's number."""
     text = '\ufeffmr,ref\r\n"a, ""b""","c\r\nd"\r\n\r\ne,f\r\n'

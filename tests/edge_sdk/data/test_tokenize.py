@@ -141,6 +141,22 @@ def test_long_rows_are_refused_with_a_remedy(schema: str) -> None:
     assert "`too_long: cut`" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (8, "`max_length` allows more, at most 512"),
+        (512, "more than 512 are not to be had here"),
+        (None, "more than 512 are not to be had here"),
+    ],
+)
+def test_more_is_promised_only_where_it_can_be_had(wanted: int | None, words: str) -> None:
+    """`max_length` is named as a remedy while it is below what the run and its model take."""
+    with pytest.raises(DataError) as caught:
+        examples_of([{"text": "one two three " * 400}], DataConfig(max_length=wanted))
+
+    assert words in str(caught.value)
+
+
 @given(st.integers(2, 30), st.integers(1, 60))
 def test_cut_rows_keep_their_beginning(max_length: int, num_words: int) -> None:
     """With `too_long: cut` a sequence is the first tokens of the whole one, never more."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edge_sdk.doctor import machine
@@ -198,3 +201,49 @@ def test_a_clock_without_a_battery() -> None:
     assert machine.check_clock(3600.0).status == "warning"
     assert machine.check_clock(1.8e9).status == "ok"
     assert machine.check_clock(3600.0).cure == "sudo timedatectl set-ntp true"
+
+
+def test_nobody_holds_more_than_all_others_together(tmp_path: Path) -> None:
+    """Processes under another limit, such as those outside of a container, are not named."""
+    sources = with_memory(tmp_path, 8000, 7000)
+    hogs = [("elsewhere", 901 * MIB), ("here", 300 * MIB), ("too", 700 * MIB)]
+
+    text = machine.check_memory(sources, hogs=lambda: hogs).text
+
+    assert text.endswith("; others hold 900 MiB (here 300 MiB)")
+
+
+FORKED = """
+import os, sys
+held = os.urandom({size})
+for _ in range({count}):
+    if os.fork() == 0:
+        break
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell what is shared")
+def test_what_processes_share_counts_once() -> None:
+    """Copies of a process by fork, which wrote nothing since, hold little more than one of them."""
+    size, count = 64 * MIB, 4
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKED.format(size=size, count=count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdin is not None
+        for _ in range(count + 1):
+            assert program.stdout.readline() == "there\n"
+        first = psutil.Process(program.pid)
+        family = [first, *first.children()]
+        alone = sum(machine.own_bytes(process) for process in family)
+        resident = sum(process.memory_info().rss for process in family)
+        program.stdin.close()
+
+    assert len(family) == count + 1
+    assert resident > len(family) * size
+    assert size < alone < 2 * size

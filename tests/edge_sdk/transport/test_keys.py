@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.transport import keys
@@ -73,3 +74,12 @@ def test_secret_does_not_show_and_fingerprints_differ() -> None:
 
     assert one.secret not in repr(one)
     assert keys.fingerprint(one.public) != keys.fingerprint(two.public)
+
+
+def test_a_new_public_key_needs_no_quotes_in_yaml() -> None:
+    """Whatever is drawn, its first and last letter mean nothing to YAML and to a command line."""
+    for _ in range(200):
+        public = keys.make_key_pair().public
+
+        assert public[0].isalnum()
+        assert yaml.safe_load(f"key: {public}") == {"key": public}

@@ -40,7 +40,7 @@ def heard() -> Heard:
 @pytest.fixture
 def gateway(tmp_path: Path, heard: Heard) -> Iterator[SimulatedGateway]:
     """Three devices that say Hello and wait."""
-    config = ClientConfig(coordinator="memory", server_key="", state=tmp_path)
+    config = ClientConfig(coordinator="tcp://nobody:0", server_key="", state=tmp_path)
     with SharedCompute(heard) as shop:
         devices = {name: SimulatedDevice(name, config, None, shop) for name in "cab"}
         with SimulatedGateway(devices, heard) as made:
@@ -116,7 +116,7 @@ def test_a_refused_device_ends_the_simulation(gateway: SimulatedGateway) -> None
 
 def test_closing_ends_every_device(tmp_path: Path, heard: Heard) -> None:
     """Wherever they are: not yet started, waiting, or gone."""
-    config = ClientConfig(coordinator="memory", server_key="", state=tmp_path)
+    config = ClientConfig(coordinator="tcp://nobody:0", server_key="", state=tmp_path)
     with SharedCompute(heard) as shop:
         devices = {name: SimulatedDevice(name, config, None, shop) for name in "ab"}
         with SimulatedGateway(devices, heard):

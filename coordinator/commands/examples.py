@@ -1,0 +1,55 @@
+"""Examples with which the help of each command of `coordinator` ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+EXAMPLES: Mapping[str, Sequence[str]] = {
+    "serve": [
+        "serve --config run.yaml",
+        "serve --config run.yaml --preset hsplitlora",
+        "serve model=examples/base rounds=4 devices.kitchen.split=3 min_devices=2",
+    ],
+    "resume": ["resume runs/first", "resume runs/first rounds=20"],
+    "check": [
+        "check --config run.yaml",
+        "check --model Qwen/Qwen3-0.6B",
+        "check --model path/to/classifier --task sequence-classification",
+    ],
+    "plan": [
+        "plan --config run.yaml --profiles kitchen.json garage.json --explain",
+        "plan --preset hsplitlora --profiles kitchen.json model=examples/base",
+    ],
+    "simulate": [
+        "simulate --config examples/simulate.yaml",
+        "simulate --config examples/simulate.yaml --preset hetlora rounds=2",
+    ],
+    "compare": [
+        "compare --config examples/compare.yaml --out comparison",
+        "compare --config examples/compare.yaml --presets hsplitlora splitlora rounds=2",
+    ],
+    "audit-privacy": [
+        "audit-privacy --model examples/base --data texts.jsonl",
+        "audit-privacy --run runs/first --data texts.jsonl --codecs int8 --splits 1 2 --out audit",
+    ],
+    "experiment run": [
+        "experiment run examples/experiment.yaml",
+        "experiment run examples/experiment.yaml --out boards rounds=2",
+    ],
+    "status": ["status runs/first", "status runs/first --format json"],
+    "export": [
+        "export runs/first --to my-adapter",
+        "export runs/first --to for-vllm --format vllm",
+        "export runs/first --to my-model --merged --dtype bfloat16",
+    ],
+    "presets list": ["presets list"],
+    "presets show": ["presets show hsplitlora"],
+    "keygen": ["keygen", "keygen keys/coordinator.key"],
+    "client register": [
+        "client register kitchen device.key.pub",
+        "client register kitchen device.key.pub --allow-list lab/devices.yaml",
+    ],
+    "client unregister": ["client unregister kitchen"],
+    "client list": ["client list", "client list --format json"],
+}
+"""By the words of a command; the program's name is left out."""
