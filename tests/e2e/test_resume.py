@@ -167,6 +167,22 @@ def test_a_stopped_run_goes_on_with_restarted_devices(
     same(resumed, wholes["server"])
 
 
+def test_a_complete_run_goes_on_with_more_rounds(cluster: Cluster, config: ServeConfig) -> None:
+    """With `rounds=N` it ends where a run of N rounds does, to the bit under a constant rate."""
+    training = replace(config.training, lr_scheduler_type="constant", warmup_steps=0)
+    config = replace(config, training=training)
+    state = cluster.folder / "state-whole"
+    expected = complete(cluster, replace(config, name="whole"), state=state)
+    complete(cluster, replace(config, rounds=config.rounds - 1))
+
+    longer = cluster.serve(config).start()
+    clients = cluster.start(data=held_out())
+
+    assert longer.wait() == "completed"
+    wait_all(clients)
+    same(longer, expected)
+
+
 def test_a_killed_coordinator_goes_on_from_its_last_round(
     cluster: Cluster, config: ServeConfig, wholes: dict[str, Whole]
 ) -> None:
