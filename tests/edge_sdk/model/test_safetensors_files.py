@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from edge_sdk.errors import ModelError
 from edge_sdk.model.safetensors_files import DTYPES, map_part
-from edge_sdk.runtime.onnx_graphs import About, Graphs, read_graphs
+from edge_sdk.runtime.onnx_graphs import read_graphs
 
 TENSORS = {
     "F64": torch.rand(2, 3, dtype=torch.float64),
@@ -62,18 +62,6 @@ def test_a_file_that_is_no_part_is_refused(tmp_path: Path, data: bytes) -> None:
 
     with pytest.raises(ModelError, match=r"part.safetensors is no part of a model"):
         map_part(path)
-
-
-def test_graphs_are_packed_and_read_back(tmp_path: Path) -> None:
-    """Equal graphs give equal bytes, so that they have one hash."""
-    about = About(blocks_path="model.layers", kinds=(0, 1), task="causal-lm", head=("h",))
-    graphs = Graphs(about, {"front": b"abc", "tail": b"d"})
-    twin = Graphs(about, {"tail": b"d", "front": b"abc"})
-    path = tmp_path / "graphs"
-    path.write_bytes(graphs.pack())
-
-    assert read_graphs(path) == graphs
-    assert twin.pack() == graphs.pack()
 
 
 def test_another_part_holds_no_graphs(tmp_path: Path) -> None:

@@ -412,3 +412,17 @@ def test_every_operator_of_the_exporter_is_allowed_and_no_other() -> None:
                         written.add(str(found.value))
     # Sizes are computed by operators of a table of their own, which is inside a function.
     assert written | {"Mod"} == set(OPERATORS)
+
+
+def test_graphs_are_packed_and_read_back(tmp_path: Path) -> None:
+    """Equal graphs give equal bytes, so that they have one hash."""
+    about = About(blocks_path="model.layers", kinds=(0, 1), task="causal-lm", head=("h",))
+    steps = (helper.make_node("Identity", [a], [b]) for a, b in (("hidden", "x"), ("x", "out")))
+    front, tail = (graph.SerializeToString() for graph in (plain(), model(*steps)))
+    graphs = Graphs(about, {"front": front, "tail": tail})
+    twin = Graphs(about, {"tail": tail, "front": front})
+    path = tmp_path / "graphs"
+    path.write_bytes(graphs.pack())
+
+    assert read_graphs(path) == graphs
+    assert twin.pack() == graphs.pack()
