@@ -12,7 +12,8 @@ import hashlib
 import logging
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -132,15 +133,22 @@ class HeldStates:
         Raises:
             StorageError: the log cannot be written.
         """
+        self.commit_in_memory(step)()
+
+    def commit_in_memory(self, step: int) -> Callable[[], None]:
+        """Commit for this process; return what writes the log, for any thread; see `commit`.
+
+        Each is called before the next commit.
+        """
         if self._step >= step:
             self._restore(self._of_step)
             self._of_step = {}
         self._fold()
         changed, self._before = self._before, {}
-        if self._log is not None and changed:
-            self._log.append({sample: self._now.get(sample) for sample in sorted(changed)})
-            if self._log.num_bytes > _MOST_WASTE * max(self._num_bytes, 1 << 20):
-                self._log.write(self._now)
+        if self._log is None or not changed:
+            return _nothing
+        news = {sample: self._now.get(sample) for sample in sorted(changed)}
+        return partial(_log_commit, self._log, news, dict(self._now), self._num_bytes)
 
     def roll_back(self) -> None:
         """Hold again what was held at the last commit."""
@@ -159,6 +167,10 @@ class HeldStates:
 
 def _size(held: HeldArray | None) -> int:
     return 0 if held is None else held.array_TD.nbytes + ENTRY_BYTES
+
+
+def _nothing() -> None:
+    """Write nothing."""
 
 
 class _Log:
@@ -234,3 +246,12 @@ def _read(file: BinaryIO) -> list[tuple[int, HeldArray | None]] | None:
             return None
         found.append((sample, HeldArray(mark, array_TD)))
     return None
+
+
+def _log_commit(
+    log: _Log, news: dict[int, HeldArray | None], held: dict[int, HeldArray], num_bytes: int
+) -> None:
+    """Write what a commit has changed; all that is *held*, where the log is mostly waste."""
+    log.append(news)
+    if log.num_bytes > _MOST_WASTE * max(num_bytes, 1 << 20):
+        log.write(held)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from coordinator.engine.interface import ComputeFailed
 from edge_sdk.errors import EdgeError, is_out_of_memory
+
+T = TypeVar("T")
 
 
 def owned(
@@ -51,6 +53,7 @@ class Worker:
     """
 
     def __init__(self, wake: Callable[[], None], pool: Executor | None = None) -> None:
+        self._has_thread = pool is None
         self._pool = pool or ThreadPoolExecutor(1, "compute")
         self._wake = wake
         self._done: queue.SimpleQueue[tuple[Future[Any], Callable[[Any], None]]] = (
@@ -69,6 +72,10 @@ class Worker:
             self._wake()
 
         future.add_done_callback(finished)
+
+    def at_once(self, compute: Callable[[], T]) -> T:
+        """Compute in that thread and wait: for what comes before the event loop begins."""
+        return self._pool.submit(compute).result() if self._has_thread else compute()
 
     def collect(self) -> None:
         """Hand finished results on; what a computation raised is raised here."""

@@ -6,6 +6,7 @@ is written there stands in `edge_sdk/protocol/residual.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,14 +46,20 @@ class Residuals:
                 self._held[device].begin_round(self._round)
         return self._held[device]
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int) -> Callable[[], None]:
         """Make what was held before *step* that to which a round that is begun again goes back.
 
-        Raises:
-            StorageError: the folder cannot be written.
+        Returns:
+            What writes that for a coordinator that resumes the run; any thread may call it, before
+            the next commit. It raises StorageError where the folder cannot be written.
         """
-        for held in self._held.values():
-            held.commit(step)
+        writes = [held.commit_in_memory(step) for held in self._held.values()]
+
+        def write() -> None:
+            for each in writes:
+                each()
+
+        return write
 
     def begin_round(self, number: int) -> None:
         """Go on to round *number*, or back to the last commit where it has been begun before."""

@@ -123,10 +123,10 @@ class RunFolder:
 
     def settle(self) -> None:
         """Make sure that all lines written so far survive a power cut."""
-        for name in sorted(self._unsynced):
+        for name in sorted(self._unsynced.copy()):
+            self._unsynced.discard(name)  # before: another thread may add a line meanwhile
             with storage_errors(self.path / name):
                 sync(self.path / name)
-        self._unsynced.clear()
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Read a .jsonl file; a line that was cut off by a crash is left out."""

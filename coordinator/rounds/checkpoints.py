@@ -1,8 +1,12 @@
-"""How a run is saved and brought back, in this process or in another one."""
+"""How a run is saved and brought back, in this process or in another one.
+
+What is slow is done by whoever calls for it: the event loop hands it to the compute thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Protocol
 
 import numpy as np
@@ -35,16 +39,31 @@ class Checkpoints:
     def __bool__(self) -> bool:
         return bool(self._folder.checkpoints())
 
-    def save(self) -> None:
-        """Write a checkpoint of this very moment."""
-        step, facts = self._run.state.step, self._run.facts()
-        state = {**facts, "planner": self._planner.state()}
-        self._folder.save_checkpoint(step, Checkpoint(state, self._learned.state()), self._keep)
-        self._run.saved()
+    def moment(self) -> Callable[[], None]:
+        """Return what writes a checkpoint of this very moment; any thread may call it.
 
-    def rewind(self) -> None:
-        """Go back to the newest checkpoint that is whole; rows written after it are dropped."""
+        Until it has returned nothing may be computed; devices may come and go. It raises
+        StorageError.
+        """
+        step = self._run.state.step
+        state = deepcopy({**self._run.facts(), "planner": self._planner.state()})
+        write_held = self._run.residuals.commit(step)
+
+        def write() -> None:
+            found = Checkpoint(state, self._learned.state())
+            self._folder.save_checkpoint(step, found, self._keep)
+            write_held()
+
+        return write
+
+    def newest(self) -> Checkpoint:
+        """Read the newest checkpoint that is whole, and let what was learned be as it was then."""
         checkpoint = self._folder.load_checkpoint()
+        self._learned.load_state(checkpoint.arrays)
+        return checkpoint
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Let the run stand where the newest checkpoint found it; rows after it are dropped."""
         self._restore(checkpoint, in_new_process=False)
         if checkpoint.damaged:  # back beyond rows that were complete
             self._run.reporting.restore_row(checkpoint.state["row"])
@@ -52,12 +71,12 @@ class Checkpoints:
 
     def _restore(self, checkpoint: Checkpoint, *, in_new_process: bool) -> None:
         self._planner.load_state(checkpoint.state["planner"])
-        self._learned.load_state(checkpoint.arrays)
         self._run.restore(checkpoint.state, in_new_process=in_new_process)
         take_up(self._folder, checkpoint, self._run.watcher)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        self._learned.load_state(checkpoint.arrays)
         self._restore(checkpoint, in_new_process=True)
         self._drop_rows(checkpoint)
 

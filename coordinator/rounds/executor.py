@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any, Protocol
 
 from coordinator.aggregation.ledger import Report, RoundResult
-from coordinator.aggregation.screening import Diverged
+from coordinator.aggregation.screening import Diverged, Refusals
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
 from coordinator.results.lifecycle import COMPLETED, OVER, PAUSED
+from coordinator.results.run_folder import Checkpoint
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
@@ -80,13 +81,19 @@ class RoundExecutor:
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = self._has_evaluated = False
-        self._pausing = Pausing(run, self._save_if_good)
+        self._pausing = Pausing(run)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the coordinator does something that everything else has to wait for."""
+        return self._worker.is_busy
 
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
         if not self._checkpoints:
             self._end_row({}, self._learned.evaluate(0))
-            self._checkpoints.save()
+            self._worker.at_once(self._checkpoints.moment())
+            self._run.saved()
 
     def collect(self) -> None:
         """Take results of computations; a device that spoilt one leaves, the others go on.
@@ -103,7 +110,7 @@ class RoundExecutor:
         except ComputeFailed as failed:
             with self._admission.part_of(failed.device):
                 raise failed.error from None
-        if not self._worker.is_busy:
+        if not self.is_busy:
             self._judge()
 
     def _judge(self) -> None:
@@ -139,24 +146,57 @@ class RoundExecutor:
             )
         self._run.faults.give_up_round(reason)
 
-    def _save_if_good(self) -> None:
-        """Save this moment, unless what was learned meanwhile is nothing to go on with."""
-        if not self._learned.is_absurd():
-            self._checkpoints.save()
+    # ---- what the loop does not wait for ----
+
+    def _aside(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Let the compute thread work; *then* gets the result, at once where that is there."""
+        self._worker.start(work, then)
+        self._worker.collect()
+
+    def _save(self, then: Callable[[], None]) -> None:
+        """Save this moment; *then* the run goes on."""
+
+        def saved(_: None) -> None:
+            self._run.saved()
+            then()
+
+        self._aside(self._checkpoints.moment(), saved)
+
+    def _leave(self, *, saves: bool) -> None:
+        """Let the run end as one that can be resumed.
+
+        Args:
+            saves: Whether to save this moment first, unless what was learned meanwhile is nothing
+                to go on with.
+        """
+        if not saves:
+            self.outcome = PAUSED
+            return
+        write = self._checkpoints.moment()
+
+        def save() -> None:
+            if not self._learned.is_absurd():
+                write()
+
+        def left(_: None) -> None:
+            self.outcome = PAUSED
+
+        self._aside(save, left)
 
     def advance(self, now_s: float) -> None:
         """Do all that can be done now, in seconds of a clock that never goes back."""
         if self.stop_asked:
             self._pausing.ask(now_s)
-        while not self.outcome and not self._worker.is_busy and self._advance_once(now_s):
+        while not self.outcome and not self.is_busy and self._advance_once(now_s):
             pass
 
     def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
         run, state = self._run, self._run.state
-        self._rewind_if_due()
+        if self._rewinds():
+            return True
         if self._pausing.is_begun:
-            return self._end_if(self._pausing.finish(now_s))
+            return self._leaves_if(self._pausing.is_over(now_s))
         if state.phase is Phase.GATHERING:
             self._admission.expel_refused()
             if self._learned.is_outdated:
@@ -169,9 +209,12 @@ class RoundExecutor:
             if self._pausing.can_begin(action):
                 for name in list(state.members):
                     self._admission.send(name, Pause(stamp=run.stamp(name)))
-                return self._end_if(self._pausing.begin(now_s))
+                if self._pausing.begin(now_s):
+                    self.outcome = PAUSED
+                return not self._pausing.is_begun
             if self._pausing.is_forced(now_s):
-                return self._end_if(True)
+                self.outcome = PAUSED
+                return True
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._waves.run_wave,
@@ -199,12 +242,17 @@ class RoundExecutor:
 
     # ---- rounds ----
 
-    def _rewind_if_due(self) -> None:
-        """Go back to the last checkpoint, if the round was given up."""
+    def _rewinds(self) -> bool:
+        """Go back to the last checkpoint, if the round was given up; return whether it was."""
         if self._run.must_rewind:
             self._run.watcher.see(RoundAbandoned(self._run.state.round))
-            self._checkpoints.rewind()
-            self._admission.move_outdated()
+            self._aside(self._checkpoints.newest, self._rewind)
+            return True
+        return False
+
+    def _rewind(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints.rewind(checkpoint)
+        self._admission.move_outdated()
 
     def _start_round(self) -> None:
         state = self._run.state
@@ -273,7 +321,9 @@ class RoundExecutor:
         facts |= robust_facts(done.result)
         self._end_row(facts, done.evaluated)
         moved = self._admission.plan_again(reports, done.pruned)
-        self._checkpoints.save()
+        self._save(partial(self._round_saved, moved, refused))
+
+    def _round_saved(self, moved: list[str], refused: Refusals) -> None:
         self._admission.tell_importance()
         for name in moved:
             self._admission.move(name)
@@ -282,9 +332,11 @@ class RoundExecutor:
 
     # ---- endings ----
 
-    def _end_if(self, is_paused: bool) -> bool:
-        self.outcome = PAUSED if is_paused else ""
-        return is_paused or not self._pausing.is_begun
+    def _leaves_if(self, is_over: bool) -> bool:
+        """Leave where devices have saved themselves, or do not; return whether that is so."""
+        if is_over:
+            self._leave(saves=self._pausing.is_worth_saving)
+        return is_over
 
     def _hand_out(self) -> None:
         """Send the last aggregation to everybody who was in it, to be evaluated."""
@@ -294,6 +346,8 @@ class RoundExecutor:
 
     def _close(self) -> None:
         self._run.reporting.flush()
-        self._checkpoints.save()  # whoever resumes it finds the last row complete
+        self._save(self._end)  # whoever resumes it finds the last row complete
+
+    def _end(self) -> None:
         self._admission.end(OVER)
         self.outcome = COMPLETED

@@ -206,7 +206,7 @@ class Coordinator:
                 self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()
-                self._waits.look(self._clock(), is_computing=self._worker.is_busy)
+                self._waits.look(self._clock(), is_computing=executor.is_busy)
                 executor.advance(self._clock())
         finally:
             self._worker.close()

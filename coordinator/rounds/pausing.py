@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from coordinator.results.events import StopBegun, StopForced
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase, debts, is_between_steps
@@ -17,8 +15,8 @@ PAUSE_PATIENCE_S = 3.0
 class Pausing:
     """The way from a wish to stop to a run that is saved."""
 
-    def __init__(self, run: Run, save: Callable[[], None]) -> None:
-        self._run, self._save = run, save
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._step_until_s: float | None = None
         self._until_s: float | None = None
 
@@ -61,17 +59,14 @@ class Pausing:
         self._run.watcher.see(StopBegun(state.step))
         return False
 
-    def finish(self, now_s: float) -> bool:
-        """Save this very step; where members train alone, the round's start has to do.
-
-        Returns:
-            Whether it is done; not while members may still answer.
-        """
+    def is_over(self, now_s: float) -> bool:
+        """Return whether this very step can be saved; not while members may still answer."""
         assert self._until_s is not None
+        is_complete = self._run.paused >= self._run.state.members.keys()
+        return is_complete or now_s >= self._until_s
+
+    @property
+    def is_worth_saving(self) -> bool:
+        """Whether to save this step; where members train alone, the round's start has to do."""
         state = self._run.state
-        is_complete = self._run.paused >= state.members.keys()
-        if not is_complete and now_s < self._until_s:
-            return False
-        if state.step > state.safe_step and not self._has_local():
-            self._save()
-        return True
+        return state.step > state.safe_step and not self._has_local()

@@ -316,13 +316,8 @@ class Run:
         }
 
     def saved(self) -> None:
-        """Note a checkpoint of this step, to which a rewind goes back from now on.
-
-        Raises:
-            StorageError: what is held of the devices' samples cannot be written.
-        """
+        """Note a checkpoint of this step, to which a rewind goes back from now on."""
         self.state.saved()
-        self.residuals.commit(self.state.step)
 
     def restore(self, facts: Mapping[str, Any], *, in_new_process: bool) -> None:
         """Go back to where `facts` found the run; in a new process, wait for its devices."""

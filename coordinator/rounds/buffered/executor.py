@@ -33,7 +33,8 @@ class TourExecutor(RoundExecutor):
     def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
         state = self._run.tours
-        self._rewind_if_due()
+        if self._rewinds():
+            return True
         if self.stop_asked:
             return self._pause(now_s)
         if self._evaluates(is_idle=not (self._run.inputs.due or self._run.inputs.uploads)):
@@ -129,7 +130,7 @@ class TourExecutor(RoundExecutor):
             pass
         if run.state.phase is Phase.TRAINING:
             self._begin_tours()  # before the checkpoint, which then knows of them
-        self._checkpoints.save()
+        self._save(lambda: None)
 
     # ---- endings ----
 
@@ -148,6 +149,5 @@ class TourExecutor(RoundExecutor):
         if state.is_step_open:
             self._waves.finish_step()
             return True
-        if run.state.phase is not Phase.CLOSING:
-            self._save_if_good()
-        return self._end_if(True)
+        self._leave(saves=run.state.phase is not Phase.CLOSING)
+        return True

@@ -94,7 +94,7 @@ def test_a_round_that_begins_again_and_a_new_process(tmp_path: Path) -> None:
     residuals.begin_round(3)
     residuals.read("a", sent(device, 0.0, step=7), "residual")
     residuals.read("a", sent(device, 0.1, step=8), "residual")
-    residuals.commit(8)
+    residuals.commit(8)()
     marks = [residuals.of("a").get(sample) for sample in (0, 1)]
     residuals.read("a", sent(HeldStates(LIMIT), 0.2, step=8), "residual")
 
