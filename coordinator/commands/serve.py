@@ -80,7 +80,9 @@ def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     _raise_descriptor_limit()
     from coordinator.results.console import Console
     from coordinator.results.lifecycle import COMPLETED
+    from coordinator.results.standing.live_file import LiveFile
+    from coordinator.results.watchers import Watchers
 
     with Console(total_steps) as console:
-        outcome = run(console)
+        outcome = run(Watchers([console, LiveFile()]))
     return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE

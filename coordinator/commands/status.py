@@ -1,69 +1,226 @@
-"""`coordinator status`: where a run stands."""
+"""`coordinator status`: which runs there are, or where one of them stands."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
+import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
 from coordinator.results.events import nth
 from coordinator.results.history import RunHistory
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.run_folder import CONFIG, RunFolder
+from edge_sdk.errors import ConfigError, EdgeError, one_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from coordinator.results.standing.standing import Standing
+
+# Seconds between two looks of `--watch`.
+WATCH_S = 2.0
 
 
 def add_status(commands: Any) -> None:
     """Register the command with the parser of `coordinator`."""
-    add_command(commands, "status", "where a run stands", _status, run_folder=True, formats=True)
+    status = add_command(commands, "status", "which runs there are, or where one stands", _status)
+    status.add_argument(
+        "folder",
+        type=Path,
+        metavar="RUN",
+        nargs="?",
+        help="folder of a run, or of several; default: the runs below --runs",
+    )
+    status.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of runs; default: %(default)s"
+    )
+    status.add_argument("--format", choices=("text", "json"), default="text")
+    status.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=WATCH_S,
+        metavar="SECONDS",
+        help=f"show it anew every so many seconds, default {WATCH_S:g}, until the run is complete",
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds >= 0.1):
+        raise ValueError(text)
+    return seconds
 
 
 def _status(options: argparse.Namespace) -> int:
+    folder = options.folder
+    if folder is not None and ((folder / CONFIG).is_file() or not _holds_runs(folder)):
+        view: _OneRun | _Runs = _OneRun(RunFolder.open(folder))
+    else:
+        view = _Runs(folder or options.runs)
+    if options.format == "json":
+        if options.watch is not None:
+            raise ConfigError("--watch: shows text; leave --format json away")
+        print(json.dumps(json.loads(json_text(view.facts())), indent=2))
+        return 0
     from rich.console import Console as RichConsole
 
-    from coordinator.results.console import summary
-
-    folder = RunFolder.open(options.folder)
-    config = read_config(options.folder)
-    history = RunHistory(folder)
-    last = history.events[-1] if history.events else None
-    waiting, missing, tours = history.waiting(), history.missing(), history.tours()
-    damaged = {damage.checkpoint.name: damage.reason for damage in folder.damages()}
-    facts = {
-        "run": folder.name,
-        "rounds": config.rounds,
-        "rounds_done": history.rounds_done,
-        "last_event": last,
-        "waiting": waiting,
-        "missing": missing,
-        "tours": tours,
-        "checkpoints": [p.name for p in folder.checkpoints() if p.name not in damaged],
-        "damaged": damaged,
-        "metrics": history.metrics[-1] if history.metrics else None,
-    }
-    if options.format == "json":
-        print(json.dumps(json.loads(json_text(facts)), indent=2))
+    console = RichConsole(highlight=False, markup=False)
+    if options.watch is None:
+        console.print(view.shown(), soft_wrap=False)
         return 0
-    print(f"run {folder.name}: {history.rounds_done} of {config.rounds} rounds", end="")
-    print(f"; {last['event']} at {last['time']}" if last else "")
-    for line in _standing(tours):
-        print(line)
-    for device, wait in waiting.items():
-        print(f"waiting for {device} since {wait['since']}: {wait['what']}")
-    if missing is not None:
-        here, least = len(missing["ready"]), missing["least"]
-        print(f"round {nth(missing['round'])} has {here} of the {least} devices that it needs")
-        for device, why in missing["why"].items():
-            print(f"{device} {why} (at {missing['time']})")
-    if history.metrics and (lags := history.metrics[-1].get("lag_by_device")):
-        shares = ", ".join(f"{device} {lag:.1%}" for device, lag in lags.items())
-        print(f"devices lack of what the run has learned: {shares}")
-    for name, reason in damaged.items():
-        print(f"{name} is damaged: {reason}")
-    RichConsole(highlight=False).print(summary(history))
+    _watch(view, console, options.watch)
     return 0
+
+
+def _watch(view: _OneRun | _Runs, console: Any, every_s: float) -> None:
+    """Show *view* again and again, in place where there is a terminal, until nothing more comes."""
+    from rich.live import Live
+
+    if not console.is_terminal:
+        while True:
+            console.print(view.shown())
+            if view.is_over():
+                return
+            print(flush=True)
+            time.sleep(every_s)
+    with Live(view.shown(), console=console, auto_refresh=False) as live:
+        while not view.is_over():
+            time.sleep(every_s)
+            live.update(view.shown(), refresh=True)
+
+
+def _holds_runs(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob(f"*/{CONFIG}"))
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()
+
+
+class _Runs:
+    """All runs below a folder, the newest last."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder} is no folder of runs; name a run, or its folder with --runs"
+            )
+        self._folder = folder
+
+    def _found(self) -> list[Standing]:
+        from coordinator.results.standing.standing import stand
+
+        found = []
+        for path in sorted(self._folder.glob(f"*/{CONFIG}"), key=_made):
+            try:
+                found.append(stand(RunFolder(path.parent), read_config(path.parent), _now()))
+            except EdgeError as error:  # one that cannot be read hides no other
+                print(f"{path.parent.name}: {one_line(error)}", file=sys.stderr)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return the runs for a program."""
+        return {"runs": [asdict(one) for one in self._found()]}
+
+    def shown(self) -> RenderableType:
+        """Return the runs for a person."""
+        from coordinator.results.standing.words import run_table
+
+        found = self._found()
+        return run_table(found) if found else f"no runs in {self._folder}"
+
+    def is_over(self) -> bool:
+        """Return whether none of them goes on."""
+        return not any(one.is_running for one in self._found())
+
+
+def _made(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+class _OneRun:
+    """One run, in all that is known of it."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._config = folder, read_config(folder.path)
+        self._checked: tuple[list[str], dict[str, str]] | None = None
+
+    def _standing(self) -> Standing:
+        from coordinator.results.standing.standing import stand
+
+        return stand(self._folder, self._config, _now())
+
+    def _damaged(self) -> dict[str, str]:
+        """Return what is wrong with checkpoints; they are read again where others have come."""
+        names = [path.name for path in self._folder.checkpoints()]
+        if self._checked is None or self._checked[0] != names:
+            found = {d.checkpoint.name: d.reason for d in self._folder.damages()}
+            self._checked = names, found
+        return self._checked[1]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the run for a program."""
+        history, damaged = RunHistory(self._folder), self._damaged()
+        return {
+            **asdict(self._standing()),
+            "rounds_done": history.rounds_done,
+            "last_event": history.events[-1] if history.events else None,
+            "waiting": history.waiting(),
+            "missing": history.missing(),
+            "tours": history.tours(),
+            "checkpoints": [p.name for p in self._folder.checkpoints() if p.name not in damaged],
+            "damaged": damaged,
+            "metrics": history.metrics[-1] if history.metrics else None,
+        }
+
+    def is_over(self) -> bool:
+        """Return whether nobody holds the run."""
+        return not self._standing().is_running
+
+    def shown(self) -> RenderableType:
+        """Return the run for a person."""
+        from rich.console import Group
+
+        from coordinator.results.console import summary
+        from coordinator.results.standing.words import device_lines, device_table, head
+
+        found, history = self._standing(), RunHistory(self._folder)
+        parts: list[RenderableType] = [*head(found), *self._waits(history)]
+        if found.devices:
+            parts += ["", device_table(found.devices), *device_lines(found.devices)]
+        parts += [f"{name} is damaged: {reason}" for name, reason in self._damaged().items()]
+        if history.first_scores():
+            parts.append(summary(history))
+        return Group(*parts)
+
+    def _waits(self, history: RunHistory) -> list[str]:
+        """Say whom the run waits for, and how far devices are behind."""
+        lines = _standing(history.tours())
+        for device, wait in history.waiting().items():
+            lines.append(f"waiting for {device} since {wait['since']}: {wait['what']}")
+        if (missing := history.missing()) is not None:
+            here, least = len(missing["ready"]), missing["least"]
+            number = nth(missing["round"])
+            lines.append(f"round {number} has {here} of the {least} devices that it needs")
+            known = missing["why"].items()
+            lines += [f"{device} {why} (at {missing['time']})" for device, why in known]
+        if history.metrics and (lags := history.metrics[-1].get("lag_by_device")):
+            shares = ", ".join(f"{device} {lag:.1%}" for device, lag in lags.items())
+            lines.append(f"devices lack of what the run has learned: {shares}")
+        return lines
 
 
 def _standing(tours: Mapping[str, Any] | None) -> list[str]:

@@ -10,6 +10,8 @@ __all__ = [
     "result_files",
     "run_config",
     "run_folder",
+    "run_lock",
+    "standing",
     "tour_events",
     "watchers",
 ]

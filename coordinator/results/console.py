@@ -167,19 +167,17 @@ def _score(score: Mapping[str, float]) -> str:
 
 
 def summary(history: RunHistory) -> Table:
-    """Return a table of what a run cost and what it brought, device by device."""
+    """Return a table of what a run has brought, device by device."""
     first, last = history.first_scores(), history.last_scores()
     measure = _measure(first.values()) if first else "score"
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ("validation data", f"{measure} before", "after", "up MiB", "down MiB", "peak MiB")
+    headings = ("validation data", f"{measure} before", "after")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
     if "file" in first:
-        table.add_row("file", _score(first["file"]), _score(last["file"]), "", "", "")
+        table.add_row("file", _score(first["file"]), _score(last["file"]))
     for name in sorted({*history.devices(), *last.keys()} - {"file"}):
-        cost = history.cost(name)
         values = [_score(s[name]) if name in s else "-" for s in (first, last)]
-        values += map(_mib, (cost.bytes_up, cost.bytes_down, cost.peak_bytes))
         table.add_row(name, *values)
     return table
 

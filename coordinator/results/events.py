@@ -316,6 +316,8 @@ class StepDone(RunEvent):
     """First step after the round."""
     traffic: tuple[int, int] | None
     """Bytes up and down in the device's session; None without a connection."""
+    board: Mapping[str, Any] = field(default_factory=dict)
+    """What its board said of itself with its last sign of life."""
 
 
 @dataclass(frozen=True, slots=True)

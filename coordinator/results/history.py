@@ -117,15 +117,23 @@ class RunHistory:
         """Return the names of all devices that have trained, sorted."""
         return sorted({name for row in self.costs for name in row["devices"]})
 
-    def cost(self, device: str, rounds: int | None = None) -> DeviceCosts:
-        """Sum what *device* did before *rounds* rounds were over; None: in the whole run."""
+    def cost(
+        self, device: str, rounds: int | None = None, now: tuple[int, int] = (0, 0)
+    ) -> DeviceCosts:
+        """Sum what *device* did before *rounds* rounds were over; None: in the whole run.
+
+        Args:
+            device: Its name.
+            rounds: Rounds that count.
+            now: Bytes up and down in its session since the last of them; 0: nothing is known.
+        """
         rows = (row for row in self.costs if rounds is None or row["round"] < rounds)
         own = [row["devices"][device] for row in rows if device in row["devices"]]
         return DeviceCosts(
             tokens=sum(row.get("tokens", 0) for row in own),
             compute_s=sum(row.get("compute_s", 0.0) for row in own),
-            bytes_up=_total([row.get("bytes_up", 0) for row in own]),
-            bytes_down=_total([row.get("bytes_down", 0) for row in own]),
+            bytes_up=_total([row.get("bytes_up", 0) for row in own] + [now[0]] * (now[0] > 0)),
+            bytes_down=_total([row.get("bytes_down", 0) for row in own] + [now[1]] * (now[1] > 0)),
             peak_bytes=max((row["peak_bytes"] for row in own), default=0),
         )
 

@@ -16,7 +16,7 @@ from coordinator.results.checkpoint_files import FORMAT, check_format
 from coordinator.results.events import CheckpointDamaged, Watcher
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
-from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
+from coordinator.results.run_folder import CONFIG, LIVE, Checkpoint, RunFolder
 from coordinator.results.run_lock import LOCK, locked
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, StorageError
@@ -59,7 +59,7 @@ def new_folder(config: ServeConfig) -> Iterator[RunFolder]:
     folder = _unborn(config) or RunFolder.create(config.runs, config.name)
     with locked(folder.path):
         try:
-            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS))
+            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS, LIVE))
             folder.write_text(CONFIG, dump_config(config))
             folder.write_text(ENVIRONMENT, _environment())
             yield folder
@@ -82,7 +82,10 @@ def _unborn(config: ServeConfig) -> RunFolder | None:
     with storage_errors(f"run folder {path}"):
         names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")}
     trained = any(row.get("round") for row in folder.rows(METRICS)) or folder.rows(TELEMETRY)
-    if names <= {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LOCK} and not trained:
+    if (
+        names <= {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LIVE, LOCK}
+        and not trained
+    ):
         return folder if CONFIG in names or names <= {LOCK} else None
     if has_ended(folder):
         raise ConfigError(

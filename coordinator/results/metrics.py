@@ -79,7 +79,8 @@ class Reporting:
         mine.compute_s += report.compute_s
         mine.wait_s += report.wait_s
         mine.peak_bytes = max(mine.peak_bytes, report.peak_bytes)
-        self.watcher.see(StepDone(device, report, end_step, self._traffic(device)))
+        traffic, board = self._traffic(device), self._telemetry_of(device)
+        self.watcher.see(StepDone(device, report, end_step, traffic, board))
 
     def end_round(
         self, round_: int, step: int, facts: dict[str, Any], evaluated: TailSums | None

@@ -9,6 +9,7 @@ whole then, and its manifest tells whether it still is. It knows no network and 
       metrics.jsonl         one line a round; the same bytes for the same seed on one machine
       telemetry.jsonl       one line a round: seconds, bytes, memory
       plans.jsonl           one line whenever something was planned
+      live.json             where it stands, written anew all the time; nothing depends on it
       checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors  manifest.json
       damaged-checkpoint-*  what was found damaged, set aside
       adapter/              the result, in PEFT's format
@@ -43,6 +44,8 @@ from edge_sdk.errors import ConfigError, DataError, StorageError
 from edge_sdk.files import atomic_write, open_private, storage_errors, sync
 
 CONFIG = "config.resolved.yaml"
+# Where a run that goes on says what it does; see standing/live_file.py.
+LIVE = "live.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
 
 

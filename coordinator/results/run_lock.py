@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import PRIVATE, make_private, storage_errors
@@ -17,6 +18,22 @@ from edge_sdk.files import PRIVATE, make_private, storage_errors
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+
+
+# Seconds for which a lock is tried: whoever asks whether a run is held takes it for a moment.
+TRY_S, AGAIN_S = 0.2, 0.01
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds the run in *folder* now."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no file, or a file system without locks
+        return False
+    return False
 
 
 @contextmanager
@@ -33,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
         file = (folder / LOCK).open("a+", encoding="utf-8")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
@@ -49,3 +66,17 @@ def locked(folder: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} since {since}")
             file.flush()
         yield
+
+
+def _take(file: IO[str]) -> None:
+    """Lock *file*; try again for a moment where somebody has it."""
+    until_s = time.monotonic() + TRY_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK or time.monotonic() >= until_s:
+                raise
+            time.sleep(AGAIN_S)
+        else:
+            return

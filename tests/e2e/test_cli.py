@@ -41,7 +41,7 @@ def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
     assert (files.folder / "runs" / "run" / "adapter" / "adapter_model.safetensors").is_file()
     status = start("coordinator", "status", "runs/run")
     assert status.wait() == 0
-    assert "2 of 2 rounds" in status.text
+    assert "run run: complete\n2 of 2 rounds" in status.text
 
 
 def test_one_ctrl_c_is_enough_beside_a_frozen_device(files: Cluster, start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from coordinator.results.events import (
 )
 from coordinator.results.lifecycle import new_folder
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.run_lock import locked
 from coordinator.results.watchers import RunFiles
 
 
@@ -59,3 +61,39 @@ def test_how_far_devices_lag_is_said(folder: Path, capsys: pytest.CaptureFixture
 
     lines = capsys.readouterr().out.splitlines()
     assert "devices lack of what the run has learned: a 5.7%, b 10.0%" in lines
+
+
+def test_without_a_folder_runs_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """State, round, devices, loss and age of each, for a person and for a program."""
+    assert main(["status", "--runs", str(folder.parent)]) == 0
+    heading, line = capsys.readouterr().out.splitlines()[:2]
+    assert heading.split() == ["run", "state", "round", "devices", "loss", "age"]
+    assert line.startswith("run  ended before its first checkpoint")
+
+    assert main(["status", str(folder.parent), "--format", "json"]) == 0
+    [run] = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["run"], run["round"], run["rounds"]) == ("run", 1, 4)
+
+
+def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is not there is an error that says what to name."""
+    assert main(["status", "--runs", str(tmp_path)]) == 0
+    assert "no runs in" in capsys.readouterr().out
+
+    assert main(["status", "--runs", str(tmp_path / "absent")]) == 2
+    assert "is no folder of runs" in capsys.readouterr().err
+
+
+def test_watching_ends_with_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows the run again and again while a coordinator holds it, and once more at its end."""
+    with locked(folder):
+        watching = threading.Thread(target=main, args=(["status", str(folder), "--watch", "0.1"],))
+        watching.start()
+        watching.join(1.5)
+        assert watching.is_alive()
+    watching.join(60.0)
+
+    assert not watching.is_alive()
+    out = capsys.readouterr().out
+    assert "run run: waiting for b" in out
+    assert "run run: ended before its first checkpoint" in out

@@ -1,0 +1,123 @@
+"""A small file in which a run that goes on says where it stands, for `coordinator status`.
+
+Nothing depends on it: what a run is resumed from, and its history, stand in the other files.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.results.events import (
+    DeviceEvent,
+    Listening,
+    RoundDone,
+    RoundStarted,
+    RunEvent,
+    RunRewound,
+    StepDone,
+)
+from coordinator.results.json_text import json_text
+from coordinator.results.run_folder import LIVE
+from coordinator.results.watchers import CLOCK
+from edge_sdk.errors import StorageError
+from edge_sdk.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+# Seconds between two writes for steps alone; everything else is written as it happens.
+EVERY_S = 1.0
+# Steps over which a rate is taken: what is done now, not what was done an hour ago.
+RATE_STEPS = 20
+
+
+@dataclass
+class _Pace:
+    """When the last things ended, in seconds, and how much each was."""
+
+    ends: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
+
+    def per_second(self) -> float | None:
+        """Return how much was done in a second; None where that is not known yet."""
+        if len(self.ends) < 2:
+            return None
+        amount = sum(each for _, each in list(self.ends)[1:])
+        return amount / max(1e-9, self.ends[-1][0] - self.ends[0][0])
+
+
+class LiveFile:
+    """Writes where the run stands: a watcher. A file that cannot be written ends nothing."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._path: Path | None = None
+        self._facts: dict[str, Any] = {"round": None, "step": None, "steps_per_s": None}
+        self._devices: dict[str, dict[str, Any]] = {}
+        self._tokens: dict[str, _Pace] = {}
+        self._steps = _Pace()
+        self._written_s = float("-inf")
+
+    def see(self, event: RunEvent) -> None:
+        """Take notice of *event*, and write where that is due."""
+        now_s = self._clock()
+        match event:
+            case Listening(folder):
+                self._path = folder / LIVE
+            case RoundStarted(round_, boards=boards):
+                self._facts |= {"round": round_, "round_since": time.strftime(CLOCK)}
+                self._steps.ends.clear()
+                self._take_boards(boards)
+            case RunRewound():
+                self._facts["step"] = None
+                self._steps.ends.clear()
+            case RoundDone(boards=boards):
+                self._take_boards(boards)
+            case StepDone():
+                self._take_step(event, now_s)
+                if now_s - self._written_s < EVERY_S:
+                    return
+            case DeviceEvent():
+                about = {"doing": event.doing, "since": time.strftime(CLOCK)}
+                self._of(event.device).update(about)
+                self._tokens.pop(event.device, None)
+        self._write(now_s)
+
+    def _of(self, device: str) -> dict[str, Any]:
+        return self._devices.setdefault(device, {"doing": "", "since": time.strftime(CLOCK)})
+
+    def _take_boards(self, boards: Mapping[str, Mapping[str, Any]]) -> None:
+        for device, board in boards.items():
+            self._of(device)["board"] = dict(board)
+
+    def _take_step(self, event: StepDone, now_s: float) -> None:
+        report, mine = event.report, self._of(event.device)
+        done, pace = report.stamp.step + 1, self._tokens.setdefault(event.device, _Pace())
+        pace.ends.append((now_s, report.num_tokens))
+        mine |= {"doing": "training", "step": done, "loss": report.loss}
+        mine |= {"tokens_per_s": pace.per_second(), "peak_bytes": report.peak_bytes}
+        mine |= {"compute_s": report.compute_s, "wait_s": report.wait_s}
+        if event.traffic is not None:
+            mine["bytes_up"], mine["bytes_down"] = event.traffic
+        if event.board:
+            mine["board"] = dict(event.board)
+        before = self._facts["step"]
+        if before is None or done != before:
+            self._steps.ends.append((now_s, 1 if before is None else max(0, done - before)))
+            self._facts |= {"step": max(done, before or 0)}
+            self._facts["steps_per_s"] = self._steps.per_second()
+        self._facts["end_step"] = event.end_step
+
+    def _write(self, now_s: float) -> None:
+        if self._path is None:
+            return
+        self._written_s = now_s
+        facts = {"time": time.strftime(CLOCK), **self._facts, "devices": self._devices}
+        try:
+            atomic_write(self._path, json_text(facts), sync=False, what="where the run stands")
+        except StorageError as error:
+            log.info("live.unwritten reason=%s", error)

@@ -1,0 +1,110 @@
+"""Where a run stands as a person reads it, in no more than the 80 columns of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from rich.table import Table
+
+from coordinator.results.standing.standing import DeviceStanding, Standing
+from edge_sdk.errors import printable
+
+MB = 10**6
+# Letters of a device's name in the table; the lines below it hold the whole name.
+NAME_WIDTH = 14
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: two units at most."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole < 600 and whole % 60 else "")
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} days"
+
+
+def head(found: Standing) -> list[str]:
+    """Return what the run as a whole does, in lines."""
+    lines = [f"run {found.run}: {found.state}"]
+    done = f"{found.rounds} of {found.rounds} rounds" if found.is_complete else ""
+    where = [
+        done or f"round {found.round} of {found.rounds}",
+        f"step {found.step} of {found.total_steps}",
+    ]
+    if found.loss is not None:
+        where.append(f"loss {found.loss:.3f}")
+    lines.append(", ".join(where))
+    times = []
+    if found.age_s is not None:
+        times.append(f"begun {duration(found.age_s)} ago")
+    if found.quiet_s is not None:
+        times.append(f"last change {duration(found.quiet_s)} ago")
+    if times:
+        lines.append(", ".join(times))
+    left = []
+    if found.round_left_s is not None:
+        left.append(f"this round ends in about {duration(found.round_left_s)}")
+    if found.run_left_s is not None:
+        left.append(f"the run in about {duration(found.run_left_s)}")
+    if left:
+        lines.append(", ".join(left))
+    return lines
+
+
+def device_table(devices: Iterable[DeviceStanding]) -> Table:
+    """Return a row for each device: what it holds, how far and how fast it is, what it costs."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    headings = ("device", "blocks", "ranks", "step", "tok/s", "up MB", "down MB")
+    for heading in (*headings, "program MB", "board MB", "temp C"):
+        side: Literal["left", "right"] = "left" if heading == "device" else "right"
+        table.add_column(heading, justify=side, overflow="fold")
+    for one in devices:
+        short = one.name if len(one.name) <= NAME_WIDTH else one.name[: NAME_WIDTH - 1] + "~"
+        table.add_row(
+            printable(short),
+            _count(one.split),
+            one.ranks or "-",
+            _count(one.step),
+            _count(one.tokens_per_s),
+            f"{one.bytes_up / MB:.1f}",
+            f"{one.bytes_down / MB:.1f}",
+            f"{one.peak_bytes / MB:.0f}" if one.peak_bytes else "-",
+            "-" if one.memory_bytes is None else f"{one.memory_bytes / MB:.0f}",
+            _count(one.temperature),
+        )
+    return table
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def device_lines(devices: Iterable[DeviceStanding]) -> list[str]:
+    """Return what devices do beside training, and the last trouble with each."""
+    lines = [f"{one.name}: {one.doing}" for one in devices if one.doing not in ("", "training")]
+    for one in devices:
+        if one.trouble:
+            lines.append(f"{one.name}, last trouble ({one.trouble_time}): {one.trouble}")
+    return [printable(line) for line in lines]
+
+
+def run_table(runs: Sequence[Standing]) -> Table:
+    """Return a row for each run."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("run", "state", "round", "devices", "loss", "age"):
+        is_text = heading in ("run", "state")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for one in runs:
+        table.add_row(
+            printable(one.run),
+            one.state,
+            f"{one.round}/{one.rounds}",
+            str(len(one.devices)),
+            "-" if one.loss is None else f"{one.loss:.3f}",
+            "-" if one.age_s is None else duration(one.age_s),
+        )
+    return table
