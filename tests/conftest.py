@@ -43,6 +43,7 @@ SLOW = (
     "edge_sdk/model/test_shape.py",
     "edge_sdk/model/test_quantized.py",
     "coordinator/onnx_export/",
+    "coordinator/commands/readiness/",
     "coordinator/lab/comparison/",
     "test_examples_jetson.py",
     "test_models_page.py",

@@ -10,6 +10,7 @@ __all__ = [
     "export",
     "plan",
     "presets",
+    "readiness",
     "serve",
     "simulate",
     "status",

@@ -1,18 +1,36 @@
-"""`coordinator check`: whether a model can be trained in pieces, before anybody starts a run."""
+"""`coordinator check`: whether a run would start, and whether its model can be trained in pieces.
+
+Everything is looked at before anybody is greeted, and nothing is run: `serve --check` is the same.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
+from coordinator.commands.plan import read_profiles
+from coordinator.commands.readiness.findings import (
+    NAME_WIDTH,
+    before_the_model,
+    exit_code,
+    of_the_run,
+)
+from coordinator.commands.readiness.forecast import Forecast, forecast
 from coordinator.config.presets import load_serve_config
+from coordinator.config.run import ServeConfig
+from coordinator.gateway.allow_list import AllowList
+from edge_sdk.doctor.finding import Finding, as_lines, summary
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import Coverage, LoraConfig, coverage, find_targets, stretches
+from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:
     from edge_sdk.model.layout import Layout, Task
@@ -21,12 +39,29 @@ if TYPE_CHECKING:
 
 def add_check(commands: Any) -> None:
     """Register the command with the parser of `coordinator`."""
-    text = "show how a model can be split, and prove that its pieces compute what it does"
+    text = (
+        "check config, keys, port and data of a run, prove that the pieces of its model compute "
+        "what it does, and predict memory, bytes and time"
+    )
     check = add_command(commands, "check", text, _check)
     check.add_argument("--config", type=Path, help="YAML file of a run")
     check.add_argument("--model", metavar="FOLDER", help="folder or hub id, without a config")
     check.add_argument("--task", choices=("causal-lm", "sequence-classification"))
+    check.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
+    add_profiles(check)
     check.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """Add the option for what devices have."""
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="one JSON file per device, <name>.json, as `profiler measure` writes it",
+    )
 
 
 @dataclass(frozen=True)
@@ -65,17 +100,57 @@ def travels_in_words(layout: Layout) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from edge_sdk.model.weights import load_config, locate
-
     if (options.config is None) == (options.model is None):
         raise ConfigError("check: give either --config FILE or --model FOLDER")
-    lora, num_labels, seed, revision = LoraConfig(), 0, 0, None
-    model: str = options.model
-    task: Task = options.task or "causal-lm"
     if options.config is not None:
-        run = load_serve_config(options.config, options.overrides)
-        model, task, revision = run.model, options.task or run.task, run.revision
-        lora, num_labels, seed = run.lora, len(run.label_names), run.training.seed
+        run = load_serve_config(options.config, options.overrides, preset=options.preset)
+        return check_run(run, options.profiles, options.task)
+    _check_model(options.model, None, options.task or "causal-lm", LoraConfig(), 0, 0)
+    return 0
+
+
+def check_run(config: ServeConfig, profiles: Sequence[Path], task: Task | None = None) -> int:
+    """Print what stands in the way of a run, and what it would take; return the exit code."""
+    given = read_profiles(profiles)
+    found: list[Finding] = []
+    for finding in before_the_model(config):
+        found.append(_shown(finding))
+    labels, seed = len(config.label_names), config.training.seed
+    _check_model(config.model, config.revision, task or config.task, config.lora, labels, seed)
+    if config.trained_by == "devices":
+        for finding in of_the_run(config, _forecast(config, given)):
+            found.append(_shown(finding))
+    sys.stdout.write(f"\n{summary(found)}\n")
+    return exit_code(found)
+
+
+def _forecast(config: ServeConfig, profiles: dict[str, DeviceProfile]) -> Forecast:
+    """Predict the run with the devices of *profiles*, else those that are named somewhere."""
+    from coordinator.planning.joint import plan_all
+    from coordinator.planning.problem_files import read_problem
+
+    names = [*config.devices] or [*AllowList(config.allow_list).devices()] or ["device"]
+    devices = profiles or {name: DeviceProfile() for name in names}
+    problem = read_problem(config, devices, None)
+    return forecast(problem, plan_all(problem))
+
+
+def _shown(finding: Finding) -> Finding:
+    """Print a finding at once, and return it."""
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    colours = is_terminal and not os.environ.get("NO_COLOR")
+    sys.stdout.write(as_lines(finding, NAME_WIDTH, width=width, colours=colours) + "\n")
+    sys.stdout.flush()
+    return finding
+
+
+def _check_model(
+    model: str, revision: str | None, task: Task, lora: LoraConfig, num_labels: int, seed: int
+) -> None:
+    """Print how a model can be cut, and prove that its pieces compute what it does."""
+    from edge_sdk.model.weights import load_config, locate
+
     began = time.monotonic()
     folder = locate(model, revision)
     if task == "sequence-classification":
@@ -98,7 +173,6 @@ def _check(options: argparse.Namespace) -> int:
         lines["hash"] = f"{_hash(source)} (`accept.model_hash` of a device)"
     for name, said in lines.items():
         sys.stdout.write(f"{name:<10}{said}\n")
-    return 0
 
 
 def _opened(folder: Path, task: Task, num_labels: int, seed: int) -> ModelSource | None:

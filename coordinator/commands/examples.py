@@ -8,11 +8,13 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "serve": [
         "serve --config run.yaml",
         "serve --config run.yaml --preset hsplitlora",
+        "serve --config run.yaml --check",
         "serve model=examples/base rounds=4 devices.kitchen.split=3 min_devices=2",
     ],
     "resume": ["resume runs/first", "resume runs/first rounds=20"],
     "check": [
         "check --config run.yaml",
+        "check --config run.yaml --profiles kitchen.json garage.json rounds=20",
         "check --model Qwen/Qwen3-0.6B",
         "check --model path/to/classifier --task sequence-classification",
     ],

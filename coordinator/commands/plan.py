@@ -60,7 +60,7 @@ def run_plan(options: argparse.Namespace) -> int:
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by != "devices":
         raise ConfigError("trained_by: the coordinator trains alone, there is nothing to plan")
-    problem = read_problem(config, _read_profiles(options.profiles), options.importance)
+    problem = read_problem(config, read_profiles(options.profiles), options.importance)
     found = plan_all(problem)
     if options.format == "json":
         sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
@@ -89,7 +89,8 @@ def too_large(found: PlanSet) -> list[str]:
 # ---- reading ----
 
 
-def _read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
+def read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
+    """Return the profile in each file, by the name of the device, which is that of the file."""
     found: dict[str, DeviceProfile] = {}
     for path in paths:
         if path.stem in found:

@@ -9,12 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from coordinator.commands.check import add_profiles, check_run
 from coordinator.commands.parser import add_command
 from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
 from coordinator.results.lifecycle import read_run
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
 
 
 def add_serve(commands: Any) -> None:
@@ -22,6 +23,8 @@ def add_serve(commands: Any) -> None:
     serve = add_command(commands, "serve", "start a run and serve it to its end", _serve)
     serve.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
     serve.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
+    serve.add_argument("--check", action="store_true", help="start nothing: `coordinator check`")
+    add_profiles(serve)
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
 
 
@@ -36,6 +39,10 @@ def _serve(options: argparse.Namespace) -> int:
     from coordinator.rounds.launch import serve
 
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    if options.check:
+        return check_run(config, options.profiles)
+    if options.profiles:
+        raise ConfigError("--profiles: devices tell their own when they come; use it with --check")
     if config.trained_by == "coordinator":
         return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
     say_who_may_come(config)

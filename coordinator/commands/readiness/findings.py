@@ -1,0 +1,164 @@
+"""What would keep a run from starting, looked at before anybody is greeted; nothing is changed.
+
+Not here: whether the model can be cut (`check.py`), and what a device has (`edge-sdk check`).
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+from collections.abc import Iterator
+
+from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
+from coordinator.config.run import ServeConfig
+from coordinator.gateway.allow_list import AllowList
+from coordinator.results.run_folder import RunFolder
+from edge_sdk.data.rows import load_data
+from edge_sdk.data.tally import Tally
+from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
+from edge_sdk.errors import ConfigError, DataError, DeviceError, EdgeError, one_line
+from edge_sdk.transport.addresses import parse_address
+from edge_sdk.transport.keys import fingerprint, load_key_pair
+
+MIB = 2**20
+NAME_WIDTH = 10
+# The exit code of a program that would meet this failure in a run.
+CODES = {"data": DataError.exit_code, "memory": DeviceError.exit_code}
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """Return 0, or the code with which a run would end by the first failure."""
+    failed = [one.check for one in findings if one.status == "failure"]
+    return CODES.get(failed[0], ConfigError.exit_code) if failed else 0
+
+
+def before_the_model(config: ServeConfig) -> Iterator[Finding]:
+    """Look at everything that needs no model, at once."""
+    yield check_run_folder(config)
+    if config.trained_by == "devices":
+        yield check_keys(config)
+        yield check_devices(config)
+        yield check_port(config.listen)
+    yield check_data(config)
+
+
+def check_run_folder(config: ServeConfig) -> Finding:
+    """Check whether the run's name is free."""
+    if config.name is None:
+        return ok("run", f"gets a folder of its own in {config.runs}, by date and time")
+    path = config.runs / config.name
+    if not path.exists() or (path.is_dir() and not RunFolder(path).has_checkpoint()):
+        return ok("run", f"{path} is free")
+    return failure("run", f"{path} exists", f"coordinator resume {path}, or another name=NAME")
+
+
+def check_keys(config: ServeConfig) -> Finding:
+    """Check whether the coordinator's own key is there, is one, and is secret."""
+    try:
+        pair = load_key_pair(config.secret_key)
+    except EdgeError as error:
+        return failure("keys", one_line(error), f"coordinator keygen {config.secret_key}")
+    return ok("keys", f"{config.secret_key}, fingerprint {fingerprint(pair.public)}")
+
+
+def check_devices(config: ServeConfig) -> Finding:
+    """Check who is registered, and whether the config speaks of others."""
+    cure = f"coordinator client register NAME KEY --allow-list {config.allow_list}"
+    try:
+        known = AllowList(config.allow_list).devices()
+    except EdgeError as error:
+        return failure("devices", one_line(error), cure)
+    text = f"{len(known)} registered in {config.allow_list}, a round needs {config.min_devices}"
+    if len(known) < config.min_devices:
+        return warning("devices", f"{text}: it would wait for more", cure)
+    if strangers := sorted(config.devices.keys() - known.keys()):
+        named = ", ".join(strangers)
+        return warning("devices", f"{text}; {named}: in the config, not in that list", cure)
+    return ok("devices", text)
+
+
+def check_port(listen: str) -> Finding:
+    """Check whether the port can be listened at now."""
+    where = parse_address(listen.replace("//*:", "//0.0.0.0:"))
+    if where is None:
+        return ok("port", f"{listen}: any that is free")
+    host, port = where
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except socket.gaierror:
+        return skipped("port", f"{listen}: {host} is the name of an interface, or none")
+    except OSError as error:
+        is_taken = error.errno == errno.EADDRINUSE
+        cure = f"ss -ltnp 'sport = :{port}' shows who; or listen=tcp://*:PORT" if is_taken else ""
+        return failure("port", f"{listen}: {error.strerror or error}", cure)
+    return ok("port", f"{listen} is free")
+
+
+def check_data(config: ServeConfig) -> Finding:
+    """Check whether the rows on the coordinator can be read, all of them."""
+    pooled = config.trained_by == "coordinator"
+    settings = config.pooled.data if pooled else config.evaluation.data
+    sources = config.pooled.sources if pooled else filter(None, [settings.path])
+    tally, rows = Tally(settings.bad_rows), []
+    try:
+        for source in sources:
+            for shard in load_data(source, settings, config.training.seed, tally):
+                rows += shard
+    except EdgeError as error:
+        return failure("data", one_line(error), "`edge-sdk data preview --data FILE` shows rows")
+    except ModuleNotFoundError as error:
+        return failure("data", one_line(error), "pip install 'edgesplit[data]'")
+    if not rows:
+        text = "none on the coordinator"
+        return failure("data", text, "pooled.data.path=FILE") if pooled else ok("data", text)
+    skipped_rows = f", {count} skipped" if (count := tally.count("skipped")) else ""
+    return ok("data", f"{len(rows)} rows of the schema {rows[0].schema}{skipped_rows}")
+
+
+# ---- what the run would take ----
+
+
+def of_the_run(config: ServeConfig, found: Forecast) -> Iterator[Finding]:
+    """Say what the run would take, device by device."""
+    for name, own in found.devices.items():
+        yield _memory(f"{name}, {own.split} blocks", own.needs_bytes, own.budget_bytes)
+    for name, why in found.refused.items():
+        yield failure("memory", f"{name}: {why}", "give it fewer blocks, or leave it out")
+    yield _memory("coordinator", found.server_needs_bytes, found.server_budget_bytes)
+    for name, own in found.devices.items():
+        yield ok("bytes", _bytes(config, name, own))
+    yield _time(config, found)
+
+
+def _memory(who: str, needs: float, budget: float) -> Finding:
+    if not math.isfinite(budget):
+        text = f"{who}: {needs / MIB:,.0f} MiB beside its libraries; what it has is not known"
+        return ok("memory", text)
+    text = f"{who}: {needs / MIB:,.0f} MiB of {budget / MIB:,.0f}"
+    if needs > budget:
+        return failure("memory", f"{text}: too much", "fewer blocks, smaller micro_batch, or ranks")
+    return ok("memory", text)
+
+
+def _bytes(config: ServeConfig, name: str, own: DeviceForecast) -> str:
+    up, down = own.up_bytes / 1e6, own.down_bytes / 1e6
+    return f"{name}: at most {up:,.1f} MB up, {down:,.1f} MB down in {config.rounds} rounds"
+
+
+def _time(config: ServeConfig, found: Forecast) -> Finding:
+    if found.run_s is not None:
+        text = f"about {in_words(found.run_s)} for {config.total_steps} steps, evaluations left out"
+        return ok("time", text)
+    known = [f"{n} alone {in_words(d.own_s)}" for n, d in found.devices.items() if d.own_s]
+    return skipped("time", "; ".join(["not known", *known, *found.unknown]))
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
