@@ -12,6 +12,7 @@ from coordinator.commands.compare import add_compare
 from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
+from coordinator.commands.init import add_init
 from coordinator.commands.plan import add_plan
 from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
@@ -21,6 +22,7 @@ from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
 
 COMMANDS = (
+    add_init,
     add_serve,
     add_resume,
     add_check,

@@ -11,16 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.arguments import Arguments, add_examples
+from edge_sdk.client import config as client_config
 from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
+from edge_sdk.config.templates import filled, write_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, DataError, one_line
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
 ENV_PREFIX = "EDGE_SDK_"
+TEMPLATE = Path(client_config.__file__).with_name("device.yaml")
+EXAMPLE = "examples/device.yaml"
+"""What the template calls the file that it becomes."""
 EXAMPLES = {
+    "init": ["init", "init kitchen.yaml --coordinator tcp://192.168.1.10:7070"],
     "run": [
         "run --config device.yaml",
         "run --config device.yaml --supervise",
@@ -65,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     run.set_defaults(run=_run)
+    _add_init(commands.add_parser("init", help="write a commented config to begin with"))
     keygen = commands.add_parser("keygen", help="make this device's key pair")
     keygen.add_argument("path", nargs="?", default="device.key", help="default: %(default)s")
     keygen.set_defaults(run=_keygen)
@@ -81,6 +88,26 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(commands.add_parser("data", help="look at the private data before a run does"))
     add_examples(parser, EXAMPLES)
     return parser
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="?", type=Path, default=Path("device.yaml"), help="default: %(default)s"
+    )
+    parser.add_argument("--coordinator", metavar="ADDRESS", help="tcp://HOST:PORT to dial")
+    parser.add_argument("--server-key", metavar="KEY", help="the coordinator's, or its file")
+    parser.set_defaults(run=_init)
+
+
+def _init(options: argparse.Namespace) -> int:
+    given = {"coordinator": options.coordinator, "server_key": options.server_key}
+    # What is wrong with a value is better known before there is a file.
+    wanted = [f"{key}={value}" for key, value in given.items() if value]
+    load_config(ClientConfig, TEMPLATE, wanted, env={})
+    text = filled(TEMPLATE.read_text(encoding="utf-8"), given).replace(EXAMPLE, str(options.path))
+    write_config(options.path, text)
+    print(f"{options.path} written; change it, then: edge-sdk doctor --config {options.path}")
+    return 0
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

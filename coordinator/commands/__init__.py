@@ -8,6 +8,7 @@ __all__ = [
     "examples",
     "experiment",
     "export",
+    "init",
     "plan",
     "presets",
     "readiness",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 EXAMPLES: Mapping[str, Sequence[str]] = {
+    "init": ["init", "init lab/run.yaml --model Qwen/Qwen3-0.6B"],
     "serve": [
         "serve --config run.yaml",
         "serve --config run.yaml --preset hsplitlora",
