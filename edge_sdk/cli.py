@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.client import config as client_config
@@ -20,6 +21,10 @@ from edge_sdk.config.templates import filled, write_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, DataError, one_line
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
+
+if TYPE_CHECKING:
+    from edge_sdk.doctor.examine import Question
+    from edge_sdk.doctor.finding import Finding
 
 ENV_PREFIX = "EDGE_SDK_"
 TEMPLATE = Path(client_config.__file__).with_name("device.yaml")
@@ -34,6 +39,10 @@ EXAMPLES = {
         "run coordinator=tcp://192.168.1.10:7070 server_key=coordinator.key.pub data.path=a.jsonl",
     ],
     "keygen": ["keygen", "keygen keys/kitchen.key"],
+    "check": [
+        "check --config device.yaml",
+        "check --config device.yaml --model Qwen/Qwen3-0.6B --micro-batch 2 --profile me.json",
+    ],
     "doctor": [
         "doctor",
         "doctor --config device.yaml",
@@ -75,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     keygen = commands.add_parser("keygen", help="make this device's key pair")
     keygen.add_argument("path", nargs="?", default="device.key", help="default: %(default)s")
     keygen.set_defaults(run=_keygen)
+    _add_check(commands.add_parser("check", help="look at everything before anybody is greeted"))
     doctor = commands.add_parser("doctor", help="look for what would break a run here")
     doctor.add_argument("--config", type=Path, help="also look at keys, data and the coordinator")
     doctor.add_argument("--format", choices=("text", "json"), default="text")
@@ -108,6 +118,24 @@ def _init(options: argparse.Namespace) -> int:
     write_config(options.path, text)
     print(f"{options.path} written; change it, then: edge-sdk doctor --config {options.path}")
     return 0
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Looks at config, keys, all of the data and the way to the coordinator, and says how many "
+        "blocks of the model would fit this device; opens no session and runs nothing."
+    )
+    add = parser.add_argument
+    add("--config", type=Path, help="YAML file; keys in docs/configuration.md")
+    add("--format", choices=("text", "json"), default="text")
+    add("--model", help="folder or hub id; default: `model` of the config, else the last run's")
+    add("--task", choices=("causal-lm", "sequence-classification"), default="causal-lm")
+    add("--profile", type=Path, metavar="FILE", help="as `profiler measure --write` writes it")
+    add("--micro-batch", type=_count, default=8, metavar="N", help="default: %(default)s")
+    add("--length", type=_count, default=512, metavar="N", help="tokens; default: %(default)s")
+    add("--rank", type=_count, default=8, metavar="N", help="default: %(default)s")
+    add("overrides", nargs="*", metavar="key=value", help="override the config")
+    parser.set_defaults(run=_check, session=False)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -205,27 +233,54 @@ def _keygen(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from edge_sdk.doctor import examine as doctor
-    from edge_sdk.doctor.finding import as_json, as_lines, summary
+def _question(options: argparse.Namespace) -> Question:
+    from edge_sdk.doctor.examine import Question
 
-    question = doctor.Question(
+    return Question(
         config=options.config,
         overrides=tuple(options.overrides),
         env=os.environ,
         env_prefix=ENV_PREFIX,
         session=options.session,
     )
+
+
+def _check(options: argparse.Namespace) -> int:
+    from edge_sdk.doctor import before
+    from profiler.profile import DeviceProfile
+
+    step = before.Step(
+        model=options.model,
+        task=options.task,
+        micro_batch=max(1, options.micro_batch),
+        length=max(2, options.length),
+        rank=options.rank,
+        profile=load_config(DeviceProfile, options.profile, env={}),
+    )
+    return before.exit_code(_told(before.look(_question(options), step), options.format))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edge_sdk.doctor import examine as doctor
+
+    return doctor.exit_code(_told(doctor.examine(_question(options)), options.format))
+
+
+def _told(found: Iterable[Finding], form: str) -> list[Finding]:
+    """Print each finding as soon as it is known, and return all of them."""
+    from edge_sdk.doctor.examine import NAME_WIDTH
+    from edge_sdk.doctor.finding import as_json, as_lines, summary
+
     is_terminal = sys.stdout.isatty()
     colours = is_terminal and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns if is_terminal else None
     findings = []
-    for finding in doctor.examine(question):
+    for finding in found:
         findings.append(finding)
-        if options.format == "text":
-            print(as_lines(finding, doctor.NAME_WIDTH, width=width, colours=colours), flush=True)
-    print(f"\n{summary(findings)}" if options.format == "text" else as_json(findings))
-    return doctor.exit_code(findings)
+        if form == "text":
+            print(as_lines(finding, NAME_WIDTH, width=width, colours=colours), flush=True)
+    print(f"\n{summary(findings)}" if form == "text" else as_json(findings))
+    return findings
 
 
 def _preview(options: argparse.Namespace) -> int:

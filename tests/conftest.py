@@ -44,6 +44,7 @@ SLOW = (
     "edge_sdk/model/test_quantized.py",
     "coordinator/onnx_export/",
     "coordinator/commands/readiness/",
+    "edge_sdk/doctor/test_before.py",
     "coordinator/lab/comparison/",
     "test_examples_jetson.py",
     "test_models_page.py",

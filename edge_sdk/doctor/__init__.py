@@ -1,3 +1,3 @@
 """Looks for what would break a run on this device, before it does."""
 
-__all__ = ["examine", "finding"]
+__all__ = ["before", "examine", "finding"]

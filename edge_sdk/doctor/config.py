@@ -91,11 +91,12 @@ def check_keys(secret_key: Path, server_key: str) -> Finding:
     return ok("keys", f"{shown}; mode {mode:04o}")
 
 
-def check_data(config: DataConfig) -> Finding:
-    """Check by its first rows whether the private data can be read; nothing of it is shown."""
+def check_data(config: DataConfig, most_rows: int | None = MOST_ROWS) -> Finding:
+    """Check by its first rows, or by all, whether the data can be read; nothing of it is shown."""
     if config.path is None:
         return skipped("data", "data.path is empty: the application hands its own rows over")
-    name, limit = source_name(config.path), min(config.limit or MOST_ROWS, MOST_ROWS)
+    name, limits = source_name(config.path), [n for n in (config.limit, most_rows) if n]
+    limit = min(limits, default=None)
     try:
         if not data_files(config.path, config.split) and not os.path.isdir(name):
             return skipped("data", f"{name} is no file: a data set, fetched when a run begins")
@@ -106,7 +107,8 @@ def check_data(config: DataConfig) -> Finding:
         return failure("data", one_line(error), cure)
     except ModuleNotFoundError as error:
         return failure("data", one_line(error), "pip install 'edgesplit[data]'")
-    extent = f"the first {limit} rows are" if len(rows) + len(held_out) >= limit else "all rows are"
+    is_part = limit is not None and len(rows) + len(held_out) >= limit
+    extent = f"the first {limit} rows are" if is_part else "all rows are"
     count = f"{len(rows)} to train, {len(held_out)} to validate"
     if skipped_rows := tally.count("skipped"):
         count += f"; {skipped_rows} skipped, first {tally.first('skipped')[0]}"
