@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from profiler.door import lazy_door
 
 if TYPE_CHECKING:
-    from edge_sdk.client.callbacks import Callback, RoundSummary
+    from edge_sdk.client.callbacks import Callback, RoundBegun, RoundSummary
     from edge_sdk.client.client import EdgeClient
     from edge_sdk.client.config import ClientConfig
     from edge_sdk.config.loader import load_config
@@ -26,6 +26,7 @@ __all__ = [
     "EdgeError",
     "load_config",
     "Plan",
+    "RoundBegun",
     "RoundSummary",
     "StepReport",
 ]
@@ -38,6 +39,7 @@ _HOMES = {
     "EdgeError": "errors",
     "load_config": "config.loader",
     "Plan": "protocol.plan",
+    "RoundBegun": "client.callbacks",
     "RoundSummary": "client.callbacks",
     "StepReport": "protocol.messages",
 }

@@ -7,18 +7,20 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.client import config as client_config
-from edge_sdk.client.callbacks import FAILED, Callback, RoundSummary
+from edge_sdk.client.callbacks import FAILED, Callback, RoundBegun, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
 from edge_sdk.config.templates import filled, write_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, DataError, one_line
+from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
 
@@ -30,6 +32,8 @@ ENV_PREFIX = "EDGE_SDK_"
 TEMPLATE = Path(client_config.__file__).with_name("device.yaml")
 EXAMPLE = "examples/device.yaml"
 """What the template calls the file that it becomes."""
+# Seconds of a round between two lines about its steps.
+TELL_EVERY_S = 10.0
 EXAMPLES = {
     "init": ["init", "init kitchen.yaml --coordinator tcp://192.168.1.10:7070"],
     "run": [
@@ -177,7 +181,40 @@ def _count(text: str) -> int:
 
 
 class _Lines(Callback):
-    """Tells the terminal what happens, a line a round."""
+    """Tells the terminal what happens: a line a round, and more where a round takes long."""
+
+    def __init__(self) -> None:
+        self._begun: RoundBegun | None = None
+        self._began_s = self._told_s = time.monotonic()
+        self._tokens = 0
+
+    def on_status(self, doing: str) -> None:
+        print(one_line(doing), flush=True)
+
+    def on_absent(self, reason: str) -> None:
+        print(one_line(reason), flush=True)
+
+    def on_round_start(self, begun: RoundBegun) -> None:
+        self._begun, self._tokens = begun, 0
+        self._began_s = self._told_s = time.monotonic()
+
+    def on_step_end(self, report: StepReport) -> None:
+        now_s, begun = time.monotonic(), self._begun
+        self._tokens += report.num_tokens
+        if begun is None or now_s - self._told_s < TELL_EVERY_S:
+            return
+        self._told_s = now_s
+        done = report.stamp.step + 1
+        step_s = (now_s - self._began_s) / max(1, done - begun.step)
+        round_s, run_s = (
+            max(0, end - done) * step_s for end in (begun.end_step, begun.total_steps)
+        )
+        rate = self._tokens / max(1e-9, now_s - self._began_s)
+        print(
+            f"round {begun.round + 1}: step {done} of {begun.total_steps}, loss {report.loss:.3f}, "
+            f"{rate:.0f} tok/s; left: {_time(round_s)}, run {_time(run_s)}",
+            flush=True,
+        )
 
     def on_connect(self, run: str) -> None:
         print(f"taking part in run {one_line(run)}", flush=True)
@@ -199,6 +236,13 @@ class _Lines(Callback):
     def on_train_end(self, reason: str) -> None:
         if reason != FAILED:  # then the error is the one line to read
             print(f"ended: {reason}", flush=True)
+
+
+def _time(seconds: float) -> str:
+    """Return a time left as a person reads it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -35,25 +35,33 @@ def add_resume(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from coordinator.lab.centralised.run import serve_pooled
-    from coordinator.rounds.launch import serve
-
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if options.check:
         return check_run(config, options.profiles)
     if options.profiles:
         raise ConfigError("--profiles: devices tell their own when they come; use it with --check")
+    _say_import()
+    from coordinator.lab.centralised.run import serve_pooled
+    from coordinator.rounds.launch import serve
+
     if config.trained_by == "coordinator":
         return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
     say_who_may_come(config)
     return _watch(config.total_steps, lambda watcher: serve(config, watcher))
 
 
+def _say_import() -> None:
+    """Say what the next seconds are spent with, where they are."""
+    if "torch" not in sys.modules:
+        sys.stderr.write("importing torch\n")
+
+
 def _resume(options: argparse.Namespace) -> int:
+    _, config = read_run(options.folder, options.overrides)
+    _say_import()
     from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
 
-    _, config = read_run(options.folder, options.overrides)
     go_on = resume_pooled if config.trained_by == "coordinator" else resume
     if config.trained_by != "coordinator":
         say_who_may_come(config)

@@ -11,18 +11,25 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
-from coordinator.results.events import DeviceEvent, DeviceLeft, RoundDone, RunEvent, StepDone
+from coordinator.results.events import DeviceEvent, RoundDone, RunEvent, StepDone
 from coordinator.results.history import RunHistory, scores
 from edge_sdk.errors import printable
 
 # Steps over which a rate is taken: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
-# Widths in columns below which the memory is left out, and then the bar.
-WIDE, NARROW = 96, 80
-NAME_WIDTH = 14
+# Widths of the columns that every bar has, and of those that follow where there is room for them.
+NAME_WIDTH, LOSS_WIDTH, RATE_WIDTH, TRAFFIC_WIDTH = 14, 11, 11, 23
+LEFT_WIDTH, BAR_WIDTH, MEMORY_WIDTH = 7, 12, 17
 
 
 @dataclass
@@ -75,9 +82,9 @@ class Console:
         """Say what a device is doing."""
         mine = self._of(event.device)
         mine.ends.clear()
-        if self._bars is None or isinstance(event, DeviceLeft):
-            self.note(event.text)
-        self._show(mine, loss=event.doing)
+        self.note(event.text)
+        words = event.doing if len(event.doing) <= LOSS_WIDTH else event.doing.split()[0]
+        self._show(mine, loss=printable(words.rstrip(":,"))[:LOSS_WIDTH])
 
     def _step(self, event: StepDone) -> None:
         """Move the device's bar on."""
@@ -94,9 +101,9 @@ class Console:
             if done == event.end_step:
                 traffic = f"up {_mib(mine.up)}  down {_mib(mine.down)} MiB"
                 where = f"step {done}/{self._total_steps}"
-                self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  memory {memory}")
+                self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  program {memory}")
             return
-        self._show(mine, completed=done, loss=loss, rate=rate, memory=f"mem {memory}")
+        self._show(mine, completed=done, loss=loss, rate=rate, memory=f"program {memory}")
 
     def _row(self, row: Mapping[str, Any]) -> None:
         """Write one line for a round."""
@@ -133,14 +140,17 @@ def _columns(width: int, total_steps: int) -> list[ProgressColumn]:
     columns: list[ProgressColumn] = [
         TextColumn("{task.fields[name]}", markup=False),
         TextColumn(steps, style="progress.percentage"),
-        _fixed("loss", 11),
-        _fixed("rate", 11),
-        _fixed("traffic", 23),
+        _fixed("loss", LOSS_WIDTH),
+        _fixed("rate", RATE_WIDTH),
+        _fixed("traffic", TRAFFIC_WIDTH),
     ]
-    if width >= NARROW:
-        columns.insert(1, BarColumn(bar_width=12))
-    if width >= WIDE:
-        columns.append(_fixed("memory", 13))
+    room = width - NAME_WIDTH - (2 * digits + 1) - LOSS_WIDTH - RATE_WIDTH - TRAFFIC_WIDTH - 4
+    if room > LEFT_WIDTH:
+        columns.append(TimeRemainingColumn(compact=True))
+    if room > LEFT_WIDTH + BAR_WIDTH + 1:
+        columns.insert(1, BarColumn(bar_width=BAR_WIDTH))
+    if room > LEFT_WIDTH + BAR_WIDTH + MEMORY_WIDTH + 2:
+        columns.append(_fixed("memory", MEMORY_WIDTH))
     return columns
 
 

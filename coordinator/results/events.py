@@ -59,6 +59,15 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Preparing(RunEvent):
+    """Something takes a while before devices can connect."""
+
+    LINE = "{0.what}"
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Listening(RunEvent):
     """Devices can connect."""
 

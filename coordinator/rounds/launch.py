@@ -16,6 +16,7 @@ from coordinator.results.events import (
     AlreadyComplete,
     Exported,
     Listening,
+    Preparing,
     RunFinished,
     RunPaused,
     Watcher,
@@ -56,6 +57,7 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
         least_devices: Devices that a round needs once a step is done; None: config.min_devices.
     """
     keys = load_key_pair(config.secret_key)
+    watcher.see(Preparing(f"reading model {config.model}"))
     model = ServerModel(config)
     with _gateway(config, keys) as gateway, new_folder(config) as folder:
         coordinator = Coordinator(
@@ -76,6 +78,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
             return COMPLETED
         folder, config, checkpoint = run
         keys = load_key_pair(config.secret_key)
+        watcher.see(Preparing(f"reading model {config.model}"))
         model = ServerModel(config)
         with _gateway(config, keys) as gateway:
             run_id = _new_id(folder) if checkpoint is None else run_name(checkpoint.state["run"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from edge_sdk import errors
@@ -47,8 +47,14 @@ class Redirected(Exception):  # noqa: N818 - control flow, not an error
 class Inbox:
     """The receiving half of a link; what is done with a message is said in `states.py`."""
 
-    def __init__(self, link: Link, stop: threading.Event, state: State = State.GREETING) -> None:
-        self._link, self._stop, self._state = link, stop, state
+    def __init__(
+        self,
+        link: Link,
+        stop: threading.Event,
+        state: State = State.GREETING,
+        told: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        self._link, self._stop, self._state, self._told = link, stop, state, told
 
     def enter(self, state: State) -> None:
         """Note that the device does something else from now on."""
@@ -81,8 +87,9 @@ class Inbox:
                 left_s = deadline.left_s()
                 if not left_s:
                     raise
-                level = logging.INFO if str(gone) == told else logging.WARNING
-                log.log(level, "coordinator.absent reason=%s; trying for %.0f s", gone, left_s)
+                log.info("coordinator.absent reason=%s; trying for %.0f s", gone, left_s)
+                if str(gone) != told:
+                    self._told(f"{gone}; trying for {left_s:.0f} s")
                 told = str(gone)
                 continue
             if envelope is not None and (not kinds or isinstance(envelope.message, kinds)):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_sdk.accept import check_plan, check_round, check_welcome
-from edge_sdk.client.callbacks import Callback, RoundSummary
+from edge_sdk.client.callbacks import Callback, RoundBegun, RoundSummary
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox, Redirected
@@ -88,8 +88,9 @@ class Participant:
     ) -> None:
         self._link, self._config, self._callback = link, config, callback
         self._setup, self._monitor = setup, monitor
+        setup.say = callback.on_status
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
-        self._inbox = Inbox(link, stop)
+        self._inbox = Inbox(link, stop, told=callback.on_absent)
         self._stamp = Stamp()
         self._welcome: Welcome | None = None
         self._assigned: PlanAssigned | None = None
@@ -187,6 +188,7 @@ class Participant:
         """Return what this device offers, measured once: later the run takes most of its memory."""
         if self._measured is None:
             files = self._setup.files(welcome, self._ask)
+            self._callback.on_status("measuring what this device can do")
             self._measured = device_profile(self._config, files, welcome.max_length)
         self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
         self._told = self._measured
@@ -208,6 +210,7 @@ class Participant:
         assert self._data is not None
         self._ready()[1].replaying.forget()
         tally = self._data.tally
+        self._callback.on_status(f"ready with {len(self._data.train):,} samples, waits for a round")
         self._link.send(
             Ready(
                 stamp=self._stamp,
@@ -409,7 +412,10 @@ class Participant:
 
     def _train_round(self, start: RoundStart) -> None:
         _, steps = self._ready()
-        loss_sum, targets = 0.0, 0
+        loss_sum, targets, stamp = 0.0, 0, start.stamp
+        total_steps = int(self._welcome.training["total_steps"]) if self._welcome else 0
+        begun = RoundBegun(stamp.round, stamp.step, start.end_step, total_steps)
+        self._callback.on_round_start(begun)
         shift = start.schedule_step - start.stamp.step if start.schedule_step >= 0 else 0
         upcoming = self._prepare.submit(self._batches.at, start.stamp.step)
         for step in range(start.stamp.step, start.end_step):

@@ -6,6 +6,8 @@ Nothing here trains. What is fetched is checked against its hash before it is us
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Seconds of a download between two words about it.
+TELL_EVERY_S = 2.0
+
 Dataset = Iterable[Mapping[str, Any]] | Any
 Ask = Callable[[PartRequest], Envelope]
 
@@ -65,10 +70,12 @@ class RuntimeSetup:
         self._hashes: PartHashes | None = None
         self._files: Path | None = None
         self._longest = 0
+        self.say: Callable[[str], None] = lambda _doing: None
+        """Told what takes a while, in a few words."""
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
         """Return the file of *part*: from the cache, or chunk by chunk from the coordinator."""
-        is_continued = self._cache.received(part) > 0
+        is_continued, progress = self._cache.received(part) > 0, _Progress(part, self.say)
         while not self._cache.has(part):
             offset = self._cache.received(part)
             if offset < part.num_bytes:
@@ -77,6 +84,7 @@ class RuntimeSetup:
                 data = answer.tensors["data"].data
                 _check_advance(part, offset, data.nbytes)
                 self._cache.append(part, offset, data)
+                progress.at(offset + data.nbytes)
                 continue
             log.info("part.fetched name=%s bytes=%d", part.name, part.num_bytes)
             try:
@@ -108,6 +116,7 @@ class RuntimeSetup:
             DataError: something is wrong with it; the message names file and line.
         """
         assert self._files is not None, "files come first"
+        self.say("reading the private data")
         tokenizer = self.backend.tokenizer(self._files)
         seed = int(welcome.training["seed"])
         config, tally = self._config.data, Tally(self._config.data.bad_rows)
@@ -137,6 +146,9 @@ class RuntimeSetup:
         lora = from_pairs(LoraConfig, welcome.lora)
         training = from_pairs(TrainingConfig, settings)
         assert self._files is not None, "files come first"
+        needs = self.backend.needs[0]
+        importing = "" if needs in sys.modules else f"importing {needs}, "
+        self.say(f"{importing}building {assigned.plan.split} blocks")
         request = RuntimeRequest(
             settings=self._config,
             files=self._files,
@@ -181,6 +193,21 @@ class RuntimeSetup:
                 "download the parts"
             )
         return self._local.tensors(part.name)
+
+
+class _Progress:
+    """Says how far a download is, where that takes long."""
+
+    def __init__(self, part: Part, say: Callable[[str], None]) -> None:
+        self._part, self._say, self._told_s = part, say, time.monotonic()
+
+    def at(self, num_bytes: int) -> None:
+        """Say that so many bytes are here, if nothing was said for a while."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= TELL_EVERY_S:
+            self._told_s = now_s
+            here, all_mb = num_bytes / 1e6, self._part.num_bytes / 1e6
+            self._say(f"fetching {self._part.name}: {here:.1f} of {all_mb:.1f} MB")
 
 
 def _check_advance(part: Part, offset: int, num_bytes: int) -> None:
