@@ -215,11 +215,14 @@ def _devices(
     names = {*config.devices, *history.devices(), *splits, *now}
     troubles = _troubles(history)
     plans = history.plans_in(config.rounds)
+    # At the end of a round its row knows more than the last step did.
+    is_newer = not history.costs or live.get("round", 0) > history.costs[-1]["round"]
     found = []
     for name in sorted(names):
-        mine, plan, cost = now.get(name, {}), plans.get(name), history.cost(name)
+        mine, plan = now.get(name, {}), plans.get(name)
         board, last = mine.get("board") or _last_board(history, name), troubles.get(name, {})
-        live_up, live_down = mine.get("bytes_up", 0), mine.get("bytes_down", 0)
+        traffic = (mine.get("bytes_up", 0), mine.get("bytes_down", 0)) if is_newer else (0, 0)
+        cost = history.cost(name, now=traffic)
         found.append(
             DeviceStanding(
                 name=name,
@@ -229,8 +232,8 @@ def _devices(
                 step=mine.get("step"),
                 loss=mine.get("loss"),
                 tokens_per_s=mine.get("tokens_per_s") if is_running else None,
-                bytes_up=history.cost(name, now=(live_up, live_down)).bytes_up,
-                bytes_down=history.cost(name, now=(live_up, live_down)).bytes_down,
+                bytes_up=cost.bytes_up,
+                bytes_down=cost.bytes_down,
                 peak_bytes=max(cost.peak_bytes, mine.get("peak_bytes", 0)),
                 memory_bytes=_taken(board),
                 temperature=board.get("temperature"),

@@ -152,6 +152,17 @@ def test_a_running_run_has_numbers(folder: RunFolder, config: ServeConfig) -> No
     assert found.run_left_s == pytest.approx(5 * 1.5 + 2 * 20.0)
 
 
+def test_bytes_of_a_round_that_is_over_count_once(folder: RunFolder, config: ServeConfig) -> None:
+    """Its last step knew a little less than the round's row, which is no new session."""
+    telemetry = {"a": {"tokens": 300, "peak_bytes": 5, "bytes_up": 160, "bytes_down": 261}}
+    rows = [Telemetry(0, 20.0, telemetry), RoundDone({"round": 1}, {})]
+    see(folder, STARTED, JOINED, ROUND, done(9, (150, 260)), *rows)
+
+    [device] = standing(folder, config).devices
+
+    assert (device.bytes_up, device.bytes_down) == (160, 261)
+
+
 def test_the_last_trouble_with_a_device_is_kept(folder: RunFolder, config: ServeConfig) -> None:
     """An error or a delay, also of a device that was never ready; that it was stopped is none."""
     late = DeviceStatus("c", "silent for 9 s", is_delay=True)
