@@ -12,13 +12,12 @@ from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 
 
-class Planning(Protocol):
-    """Who runs what, from the first device to the last round."""
+class InForce(Protocol):
+    """The plans in force, and what little of them changes at once."""
 
-    # ---- the plans in force ----
-
-    plans: PlanSet | None
-    """None before the first, and for a fixed config."""
+    @property
+    def plans(self) -> PlanSet | None:
+        """The plans themselves; None before the first, and for a fixed config."""
 
     @property
     def is_fixed(self) -> bool:
@@ -36,6 +35,28 @@ class Planning(Protocol):
     def server_ranks(self) -> dict[str, int] | None:
         """Ranks of the coordinator's own adapters; None where the config's hold."""
 
+    def is_known(self, device: str) -> bool:
+        """Return whether a device has told what it offers."""
+
+    def plan_in_force(self, device: str) -> Plan | None:
+        """Return the plan that a device has; None where nothing is planned for it."""
+
+    def codec(self, device: str, plan: Plan) -> str:
+        """Return how a device's hidden states and gradients travel under its plan."""
+
+    def missed(self, device: str) -> None:
+        """Take note that a device missed a round; one that keeps missing gets a smaller plan."""
+
+    def stepped(self, device: str, num_tokens: int, compute_s: float) -> None:
+        """Take in what a device computed in a step, in tokens and seconds."""
+
+    def copy(self) -> Planning:
+        """Return a planner that knows the same, and goes its own way from now on."""
+
+
+class Planning(InForce, Protocol):
+    """Who runs what, from the first device to the last round."""
+
     # ---- devices come ----
 
     def profiled(self, device: str, profile: DeviceProfile) -> None:
@@ -45,9 +66,6 @@ class Planning(Protocol):
             RefusedError: that cannot be true, or is too little for any plan.
             ConfigError: the coordinator is too small even for this device alone.
         """
-
-    def is_known(self, device: str) -> bool:
-        """Return whether a device has told what it offers."""
 
     def begin(self, devices: Collection[str]) -> PlanSet:
         """Make the first plans, for *devices* that have all told what they offer.
@@ -64,9 +82,6 @@ class Planning(Protocol):
             ConfigError: the config asks for what nobody can do.
         """
 
-    def codec(self, device: str, plan: Plan) -> str:
-        """Return how a device's hidden states and gradients travel under its plan."""
-
     def ran_out_of_memory(self, device: str) -> None:
         """Plan less for a device that could not hold its plan.
 
@@ -74,16 +89,10 @@ class Planning(Protocol):
             OutOfMemory: there is no smaller plan; the one that it has stays.
         """
 
-    def missed(self, device: str) -> None:
-        """Take note that a device missed a round; one that keeps missing gets a smaller plan."""
-
     def take_shrunk(self) -> dict[str, str]:
         """Return who got a smaller plan since the last call, each with why and what it lost."""
 
     # ---- rounds ----
-
-    def stepped(self, device: str, num_tokens: int, compute_s: float) -> None:
-        """Take in what a device computed in a step, in tokens and seconds."""
 
     def prune(
         self, before: Mapping[str, Mapping[str, Pair]], reports: Mapping[str, Report]
@@ -102,3 +111,6 @@ class Planning(Protocol):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
+
+    def take_back(self, before: Planning) -> None:
+        """Know again what a copy of this planner knows, and no more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Collection, Mapping
+from copy import copy, deepcopy
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import AUTO, ServeConfig
 from coordinator.planning.costs import UNKNOWN_CODEC, codec_of, device_bytes, device_flops
 from coordinator.planning.fixed import plan_device, plan_server
+from coordinator.planning.interface import Planning
 from coordinator.planning.joint import plan_all
 from coordinator.planning.ladder import difference, smaller
 from coordinator.planning.plan_set import Decision, PlanSet
@@ -224,7 +226,7 @@ class Planner:
             OutOfMemory: there is no smaller plan; the one that it has stays.
         """
         self._recall(device)
-        old = self._plan_in_force(device)
+        old = self.plan_in_force(device)
         if old is None:
             return
         new = (self._give_smaller if self.is_fixed else self._give_what_fits)(device, old)
@@ -240,7 +242,7 @@ class Planner:
         """Take note that a device missed a round; one that keeps missing gets a smaller plan."""
         self._missing.add(device)
         rounds = self._note(device, missed=True)
-        old = self._plan_in_force(device)
+        old = self.plan_in_force(device)
         if old is None or sum(rounds) < MISSED_ROUNDS:
             return
         if (new := self._give_smaller(device, old)) is not None:
@@ -260,7 +262,7 @@ class Planner:
             self._know({**self.profiles, device: profile})
             self.plans = replace(self.plans, plans={**self.plans.plans, device: plan})
 
-    def _plan_in_force(self, device: str) -> Plan | None:
+    def plan_in_force(self, device: str) -> Plan | None:
         """Return the plan that a device has; None where it has none, or is not known any more."""
         if self.is_fixed:
             return self.plan(device)
@@ -421,6 +423,22 @@ class Planner:
             )
             for weight in reports[SERVER].importance
         }
+
+    # ---- copies ----
+
+    def copy(self) -> Planner:
+        """Return a planner that knows the same, and goes its own way from now on."""
+        found = copy(self)
+        for name, value in vars(self).items():
+            if name in ("_rates", "_rounds", "_smoothing"):  # changed inside
+                setattr(found, name, deepcopy(value))
+            elif isinstance(value, (dict, set)):
+                setattr(found, name, copy(value))
+        return found
+
+    def take_back(self, before: Planning) -> None:
+        """Know again what a copy of this planner knows, and no more."""
+        vars(self).update(vars(before))
 
     # ---- checkpoints ----
 

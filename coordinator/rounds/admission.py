@@ -12,15 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from coordinator.aggregation.ledger import Report
 from coordinator.config.run import AUTO, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.costs import UNKNOWN_CODEC
-from coordinator.planning.interface import Planning
-from coordinator.planning.plan_set import changed
-from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.results.events import DeviceStatus
 from coordinator.rounds.intake.allowance import Allowance
+from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Member
 from edge_sdk.client.backends import BACKENDS, Backend
@@ -29,10 +27,8 @@ from edge_sdk.errors import (
     ConfigError,
     EdgeError,
     LocalProtocolError,
-    OutOfMemory,
     PeerGone,
     RefusedError,
-    RemoteProtocolError,
     is_out_of_memory,
     public_name,
     public_text,
@@ -55,7 +51,6 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import to_pairs
 from edge_sdk.transport.link import NO_TENSORS, package_version
-from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ class Admission:
         config: ServeConfig,
         model: ServerModel,
         gateway: Gateway,
-        planner: Planning,
+        planner: PlanningDesk,
         run: Run,
         watchers: Onlookers,
     ) -> None:
@@ -96,7 +91,7 @@ class Admission:
         """Codecs that a device can read and write."""
         self._backends: dict[str, Backend] = {}
         self._waiting: set[str] = set()
-        """Devices whose plan is known while their graphs are still being made."""
+        """Devices whose graphs are still being made, or whose plan may change in a moment."""
         self.leaving: set[str] = set()
         """Devices that are told why they must leave; what else they send is not looked at."""
         self.allowance = Allowance(time.monotonic)
@@ -104,8 +99,6 @@ class Admission:
         """How often each key may send what nobody asked it for."""
         self.sessions: Counter[str] = Counter()
         """The number of each device's session: another one for each that begins or ends."""
-        self._offers: dict[str, DeviceProfile] = {}
-        """What devices offer for which nothing is planned yet."""
         self._unforeseen: dict[str, int] = {}
         """Errors that nobody foresaw, by the device whose part they ended."""
 
@@ -143,7 +136,7 @@ class Admission:
         if self._planner.is_fixed:
             self.assign(device)
 
-    def assign(self, device: str) -> bool:
+    def assign(self, device: str) -> None:
         """Tell a device what to run, if that is known by now.
 
         Raises:
@@ -151,24 +144,26 @@ class Admission:
             ConfigError: the config asks for what nobody can do.
         """
         if device not in self._backends:  # nor has it said Hello in this session
-            return False
-        plan = self._planner.plan(device)
+            return
+        self._waiting.discard(device)
+        if self._planner.is_open(device):  # nobody begins with what may not hold for long
+            self._waiting.add(device)
+            return
+        plan = self._planner.plan_in_force(device)
         if plan is None:
-            return False
+            return
         self.plans[device] = plan
         self._gateway.set_limits(device, self._largest_message(plan))
         parts = self._model.parts_for(plan)
-        self._waiting.discard(device)
         if self._backends[device].wants_graphs:
             graphs = self._model.graphs_for(plan)
             if graphs is None:
                 self._waiting.add(device)
-                return True
+                return
             parts = (*parts, graphs)
         codec = self.codecs[device] = self._codec(device, self._planner.codec(device, plan))
         assigned = PlanAssigned(stamp=self._stamp(device), plan=plan, parts=parts, codec=codec)
         self._deliver(device, assigned)
-        return True
 
     def _stamp(self, device: str) -> Stamp:
         """Return a stamp of what belongs to no round."""
@@ -252,116 +247,11 @@ class Admission:
         if step not in held:
             self.held_steps[device] = (*held, step)[-KEPT:]
 
-    # ---- plans change ----
-
-    def profiled(self, device: str, profile: DeviceProfile) -> None:
-        """Note what a device offers, if it was asked; of several profiles the last one counts."""
-        if self._planner.is_fixed:
-            raise RemoteProtocolError("Profiled, which nobody asked for: the plans are fixed")
-        self._offers[device] = profile
-
-    def plan_next(self) -> None:
-        """Plan for one device that has told what it offers; the next one has to wait a turn."""
-        for device in list(self._offers)[:1]:
-            with self.part_of(device):
-                self._plan(device, self._offers.pop(device))
-            if self._offers:
-                self._gateway.wake()
-
-    def _plan(self, device: str, profile: DeviceProfile) -> None:
-        """Plan for a device at once, or with the others once enough of them are here."""
-        try:
-            self._plan_for(device, profile)
-        except ConfigError as error:
-            if self._planner.plans is None:
-                raise
-            status = f"waits: no plan is possible with it: {error}"
-            self._run.watcher.see(DeviceStatus(device, status, is_delay=True))
-
-    def _plan_for(self, device: str, profile: DeviceProfile) -> None:
-        self._planner.profiled(device, profile)
-        watcher = self._run.watcher
-        if device in self._run.state.ready:  # what the change means is decided between rounds
-            watcher.see(DeviceStatus(device, "reports another speed"))
-            return
-        watcher.see(DeviceStatus(device, "has told what it offers"))
-        if self.assign(device) or self._planner.plans is not None:
-            return
-        waiting = [d for d in self._gateway.devices() if self._planner.is_known(d)]
-        if len(waiting) >= self._config.min_devices:
-            self._first_plans(waiting)
-
-    def _first_plans(self, devices: list[str]) -> None:
-        made = self._planner.begin(devices)
-        self._run.watcher.see(PlanMade(self._run.state.round, made, ["first plans"], {}))
-        for name in devices:
-            if name in made.refused:
-                self.expel(name, RefusedError(made.refused[name]))
-            else:
-                self.assign(name)
-
     def assign_waiting(self) -> None:
-        """Send their plans to devices whose graphs are there by now."""
+        """Send their plans to devices that have had to wait for them, where nothing lacks now."""
         for device in sorted(self._waiting):
             with self.part_of(device):
                 self.assign(device)
-
-    def plan_again(self, reports: Mapping[str, Report], pruned: list[str]) -> list[str]:
-        """Let the planner see a round; return devices that are to run something else.
-
-        Args:
-            reports: What everybody brought, the coordinator among them.
-            pruned: Devices that have cut ranks off themselves.
-        """
-        planner, state = self._planner, self._run.state
-        old = {} if planner.plans is None else planner.plans.plans
-        decision = planner.round_ended(state.round, reports, self._gateway.devices())
-        moved = set(pruned)
-        if decision is not None:
-            made = PlanMade(state.round, decision.plans, decision.reasons, planner.importance)
-            self._run.watcher.see(made)
-            moved = set(changed(old, decision.plans.plans))
-        moved |= self._tell_shrunk() & state.ready.keys()
-        return [] if state.round == state.total_rounds else sorted(moved)
-
-    def _tell_shrunk(self) -> set[str]:
-        """Show who got a smaller plan, and why; return their names."""
-        shrunk = self._planner.take_shrunk()
-        for device, why in sorted(shrunk.items()):
-            plan = self._planner.plan(device)
-            plans = self.plans if plan is None else {**self.plans, device: plan}
-            self._run.watcher.see(PlanShrunk(self._run.state.round, device, why, plans))
-        return set(shrunk)
-
-    def tell_importance(self) -> None:
-        """Show how much each weight matters by now, where that is measured."""
-        if importance := self._planner.importance:
-            self._run.watcher.see(ImportanceMeasured(self._run.state.round, dict(importance)))
-
-    def move(self, device: str) -> None:
-        """Let a device run its new plan; the next round waits until it is ready again."""
-        with self.part_of(device):
-            self._run.wait_for(device)
-            self.held_steps[device] = ()
-            self.assign(device)
-            self._run.watcher.see(DeviceStatus(device, "has a new plan"))
-
-    def move_outdated(self) -> None:
-        """Move the devices that run another plan than the planner has for them."""
-        for device in sorted(self._run.state.ready):
-            with self.part_of(device):
-                if self._planner.plan(device) != self.plans[device]:
-                    self.move(device)
-
-    def expel_refused(self) -> None:
-        """Let go of ready devices that the plans in force leave out, before their blocks move."""
-        plans = self._planner.plans
-        if plans is None:
-            return
-        for device in sorted(self._run.state.ready):
-            if device not in plans.plans:
-                reason = plans.refused.get(device, "no plan takes this device in any more")
-                self.expel(device, RefusedError(reason))
 
     # ---- devices go ----
 
@@ -369,24 +259,11 @@ class Admission:
         """Return whether a device has a session."""
         return device in self._gateway.devices()
 
-    def failed(self, device: str, message: Failure) -> None:
-        """Let go of a device that could not go on; one that ran out of memory gets less to do."""
-        reason = public_text(f"{message.error}: {message.text}")
-        self._run.lose(device, reason)
-        if message.error == OutOfMemory.__name__:
-            self._run.conduct.finished(device)  # with less to do it begins anew
-            try:
-                self._planner.ran_out_of_memory(device)
-            except OutOfMemory as error:
-                self.expel(device, error)
-            self._tell_shrunk()
-
     def forget(self, device: str) -> None:
         """Let go of what a session was told: a device says Hello again in the next one."""
         self.sessions[device] += 1
         for known in (self.codecs, self._spoken, self.plans, self.held_steps, self._backends):
             known.pop(device, None)
-        self._offers.pop(device, None)
         self._waiting.discard(device)
         self.leaving.discard(device)
 

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from coordinator.planning.interface import Planning
 from coordinator.results.lifecycle import METRICS, PLANS, TELEMETRY, take_up
 from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.run import Run
 
 
@@ -31,7 +31,7 @@ class Checkpoints:
     """The checkpoints in a run's folder."""
 
     def __init__(
-        self, folder: RunFolder, keep: int, run: Run, learned: SavedModel, planner: Planning
+        self, folder: RunFolder, keep: int, run: Run, learned: SavedModel, planner: PlanningDesk
     ) -> None:
         self._folder, self._keep = folder, keep
         self._run, self._learned, self._planner = run, learned, planner
@@ -46,10 +46,11 @@ class Checkpoints:
         StorageError.
         """
         step = self._run.state.step
-        state = deepcopy({**self._run.facts(), "planner": self._planner.state()})
+        facts, planner = deepcopy(self._run.facts()), self._planner.copy()
         write_held = self._run.residuals.commit(step)
 
         def write() -> None:
+            state = {**facts, "planner": planner.state()}
             found = Checkpoint(state, self._learned.state())
             self._folder.save_checkpoint(step, found, self._keep)
             write_held()
@@ -63,19 +64,22 @@ class Checkpoints:
         return checkpoint
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Let the run stand where the newest checkpoint found it; rows after it are dropped."""
+        """Let the run stand where the newest checkpoint found it; rows after it are dropped.
+
+        What was planned then, `PlanChanges` brings back.
+        """
         self._restore(checkpoint, in_new_process=False)
         if checkpoint.damaged:  # back beyond rows that were complete
             self._run.reporting.restore_row(checkpoint.state["row"])
             self._drop_rows(checkpoint)
 
     def _restore(self, checkpoint: Checkpoint, *, in_new_process: bool) -> None:
-        self._planner.load_state(checkpoint.state["planner"])
         self._run.restore(checkpoint.state, in_new_process=in_new_process)
         take_up(self._folder, checkpoint, self._run.watcher)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        self._planner.load_state(checkpoint.state["planner"])
         self._learned.load_state(checkpoint.arrays)
         self._restore(checkpoint, in_new_process=True)
         self._drop_rows(checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from coordinator.aggregation.ledger import Report, RoundResult
 from coordinator.aggregation.screening import Diverged, Refusals
@@ -19,6 +19,7 @@ from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
 from coordinator.rounds.pausing import Pausing
+from coordinator.rounds.plans.changes import Moved, Pairs, PlanChanges
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
@@ -48,6 +49,13 @@ class Waves(Protocol):
         """Run all micro-batches that devices want to have evaluated."""
 
 
+class Tellers(NamedTuple):
+    """Those who tell devices what to do."""
+
+    admission: Admission
+    changes: PlanChanges
+
+
 def act(action: Action, doing: Mapping[Action, Callable[[], object]]) -> bool:
     """Do what *doing* says of *action*; return whether it was more than to wait."""
     if action is Action.WAIT:
@@ -69,24 +77,27 @@ class RoundExecutor:
         self,
         config: ServeConfig,
         run: Run,
-        admission: Admission,
+        tellers: Tellers,
         learned: GlobalModel,
         checkpoints: Checkpoints,
         waves: Waves,
         worker: Worker,
     ) -> None:
-        self._config, self._run, self._admission = config, run, admission
+        self._config, self._run = config, run
+        self._admission, self._changes = tellers
         self._learned, self._checkpoints = learned, checkpoints
         self._waves, self._worker = waves, worker
         self.outcome = ""
         """How the run ended; empty while it goes on."""
         self.stop_asked = self._has_evaluated = False
         self._pausing = Pausing(run)
+        self._is_planning = False
+        """Whether the run cannot go on before plans are made."""
 
     @property
     def is_busy(self) -> bool:
         """Whether the coordinator does something that everything else has to wait for."""
-        return self._worker.is_busy
+        return self._worker.is_busy or self._is_planning
 
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
@@ -198,7 +209,7 @@ class RoundExecutor:
         if self._pausing.is_begun:
             return self._leaves_if(self._pausing.is_over(now_s))
         if state.phase is Phase.GATHERING:
-            self._admission.expel_refused()
+            self._changes.expel_refused()
             if self._learned.is_outdated:
                 self._worker.start(self._learned.renew, lambda _: None)
                 return True
@@ -251,8 +262,12 @@ class RoundExecutor:
         return False
 
     def _rewind(self, checkpoint: Checkpoint) -> None:
-        self._checkpoints.rewind(checkpoint)
-        self._admission.move_outdated()
+        def planned() -> None:
+            self._is_planning = False
+            self._checkpoints.rewind(checkpoint)
+
+        self._is_planning = True
+        self._changes.rewind(checkpoint.state["planner"], planned)
 
     def _start_round(self) -> None:
         state = self._run.state
@@ -320,13 +335,27 @@ class RoundExecutor:
             facts["refused"] = refused.devices
         facts |= robust_facts(done.result)
         self._end_row(facts, done.evaluated)
-        moved = self._admission.plan_again(reports, done.pruned)
-        self._save(partial(self._round_saved, moved, refused))
+        self._plan_again(reports, done.before, partial(self._round_planned, refused))
 
-    def _round_saved(self, moved: list[str], refused: Refusals) -> None:
-        self._admission.tell_importance()
-        for name in moved:
-            self._admission.move(name)
+    def _plan_again(
+        self, reports: dict[str, Report], before: Pairs | None, then: Callable[[Moved], None]
+    ) -> None:
+        """Let others run something else from now on, if that is better; *then* the run goes on."""
+
+        def planned(moved: Moved) -> None:
+            self._is_planning = False
+            then(moved)
+
+        self._is_planning = True
+        self._changes.plan_again(reports, before, planned)
+
+    def _round_planned(self, refused: Refusals, moved: Moved) -> None:
+        self._save(partial(self._round_saved, refused, moved))
+
+    def _round_saved(self, refused: Refusals, moved: Moved) -> None:
+        self._changes.tell_importance()
+        for name, error in moved.items():
+            self._changes.move(name, error)
         for name, why in sorted(refused.proven.items()):
             self._admission.expel(name, NumericError(why))
 

@@ -23,7 +23,7 @@ from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.facts import RunFacts
-from coordinator.planning.interface import Planning
+from coordinator.planning.interface import InForce
 from coordinator.rounds.step.top_gradients import TopGradients
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair
@@ -37,8 +37,8 @@ class Aggregated(NamedTuple):
     """What has come of a round."""
 
     result: RoundResult
-    pruned: list[str]
-    """Devices that have cut ranks off."""
+    before: dict[str, dict[str, Pair]]
+    """Own factors at the round's start, by participant and weight."""
     evaluated: TailSums | None
     """Loss on the coordinator's own file, where that was due."""
     refused: Refusals
@@ -48,8 +48,9 @@ class Aggregated(NamedTuple):
 class GlobalModel:
     """The run's dW and head, in the ledger and in the coordinator's own blocks."""
 
-    def __init__(self, config: ServeConfig, model: ServerModel, planner: Planning) -> None:
+    def __init__(self, config: ServeConfig, model: ServerModel, planner: InForce) -> None:
         self._config, self._model, self._planner = config, model, planner
+        self._wanted: tuple[int, dict[str, int]] | None = None
         self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(
             model.facts,
@@ -121,9 +122,8 @@ class GlobalModel:
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         before = dict(self.ledger.pairs)
         result = self._join(reports)
-        pruned = self._planner.prune(before, reports)
         self._take(result)
-        return Aggregated(result, pruned, self.evaluate(rounds_done), refused)
+        return Aggregated(result, before, self.evaluate(rounds_done), refused)
 
     def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refusals:
         """Take out of *reports* what is not to be joined; see `aggregate`."""
@@ -203,14 +203,17 @@ class GlobalModel:
         first, ranks = self._planner.first, self._planner.server_ranks
         if first is None or ranks is None:
             return False
+        self._wanted = first, ranks
         wanted = {name: rank for name, rank in ranks.items() if rank}
         return (first, wanted) != (self.engine.first, self.engine.ranks)
 
     def renew(self) -> None:
-        """Hold what the plans leave to the coordinator; dW stays, and moments that still fit."""
-        first, ranks = self._planner.first, self._planner.server_ranks
-        assert first is not None
-        assert ranks is not None
+        """Hold what the plans left to the coordinator when `is_outdated` was asked.
+
+        dW stays, and moments that still fit.
+        """
+        assert self._wanted is not None
+        first, ranks = self._wanted
         carried = self.engine.carried()
         del self.engine  # two would need twice the memory
         self.engine = self._model.make_engine(first, ranks)

@@ -8,11 +8,11 @@ from coordinator.aggregation.ledger import Report
 from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.link_probe import Probing
-from coordinator.planning.interface import Planning
 from coordinator.results.events import DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
+from coordinator.rounds.plans.changes import PlanChanges
 from coordinator.rounds.run import RoundWork, Run
 from coordinator.rounds.state import awaits_gradient, has_steps_done, judge, wave
 from coordinator.rounds.step.open_step import Arrival
@@ -57,12 +57,12 @@ class MessageHandler:
         self,
         run: Run,
         admission: Admission,
-        planner: Planning,
+        changes: PlanChanges,
         learned: GlobalModel,
         limits: WaveInput,
         probing: Probing,
     ) -> None:
-        self._run, self._admission, self._planner = run, admission, planner
+        self._run, self._admission, self._changes = run, admission, changes
         self._learned, self._limits, self._probing = learned, limits, probing
         self._targets = TargetCount()
         self._reported: dict[str, tuple[int, int]] = {}
@@ -78,8 +78,8 @@ class MessageHandler:
             Paused: lambda d, _: run.paused.add(d),
             Probe: probing.answer,
             Goodbye: lambda d, e: run.lose(d, e.message.reason),
-            Profiled: lambda d, e: admission.profiled(d, e.message.profile),
-            Failure: lambda d, e: admission.failed(d, e.message),
+            Profiled: lambda d, e: changes.profiled(d, e.message.profile),
+            Failure: lambda d, e: changes.failed(d, e.message),
         }
 
     def add(self, kind: type, handler: Callable[[str, Envelope], None]) -> None:
@@ -217,7 +217,7 @@ class MessageHandler:
             self._targets.check(device, report)
             self._check_turn(device, report)
             if not self._run.replays.has_replayed(device, report.stamp.step):
-                self._planner.stepped(device, report.num_tokens, report.compute_s)
+                self._changes.stepped(device, report.num_tokens, report.compute_s)
             self._run.take_step(device, report)
 
     def _check_turn(self, device: str, report: StepReport) -> None:

@@ -36,10 +36,12 @@ from coordinator.rounds.buffered.run import BufferedRun
 from coordinator.rounds.buffered.tours import BufferedState, tour_debts
 from coordinator.rounds.buffered.visits import VisitRunner
 from coordinator.rounds.checkpoints import Checkpoints
-from coordinator.rounds.executor import RoundExecutor
+from coordinator.rounds.executor import RoundExecutor, Tellers
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.intake.parts import Parts
+from coordinator.rounds.plans.changes import PlanChanges
+from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.progress import Waits
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Debt, RunState, debts
@@ -135,6 +137,8 @@ FORMS = {
 class Coordinator:
     """One run, from its first device to its last round."""
 
+    _has_told = False
+
     def __init__(
         self,
         config: ServeConfig,
@@ -165,26 +169,26 @@ class Coordinator:
         self.watcher = Watchers([RunFiles(folder), watcher])
         reporting = Reporting(self.watcher, bool(config.label_names), gateway)
         self.planner = Planner(config, model.facts, model.planning_problem())
+        desk = self._desk = PlanningDesk(self.planner, gateway.wake, pool and Inline())
         form = FORMS[config.round_mode]
-        self.learned = form.model(config, model, self.planner)
+        self.learned = form.model(config, model, desk)
         about = self.learned, model, reporting, _kept_states(config, folder)
         self.run = form.make_run(run_id, config, least_devices, *about)
-        self.admission = Admission(config, model, gateway, self.planner, self.run, self.watcher)
-        limits, probing = _limits(config, model), Probing(gateway)
-        handlers = self._handlers = form.handler(
-            self.run, self.admission, self.planner, self.learned, limits, probing
-        )
+        self.admission = Admission(config, model, gateway, desk, self.run, self.watcher)
+        changes = self._changes = PlanChanges(config, gateway, self.run, self.admission, desk)
+        takers = self.run, self.admission, changes, self.learned
+        handlers = self._handlers = form.handler(*takers, _limits(config, model), Probing(gateway))
         self.admission.allowance.clock = clock
         self._parts = Parts(model, gateway, self.admission, pool and Inline())
         self._worker = Worker(gateway.wake, pool)
-        self._checkpoints = Checkpoints(
-            folder, config.save_total_limit, self.run, self.learned, self.planner
+        keep = config.save_total_limit
+        saved = self._checkpoints = Checkpoints(folder, keep, self.run, self.learned, desk)
+        waves = form.waves(self.run, self.admission, self.learned, self._worker, handlers.handle)
+        tellers = Tellers(self.admission, changes)
+        self._executor = form.executor(
+            config, self.run, tellers, self.learned, saved, waves, self._worker
         )
-        parts = self.run, self.admission, self.learned
-        waves = form.waves(*parts, self._worker, handlers.handle)
-        self._executor = form.executor(config, *parts, self._checkpoints, waves, self._worker)
-        self._clock, self._waits = clock, Waits(config, self.run, gateway, self.planner, form.owed)
-        self._has_told = False
+        self._clock, self._waits = clock, Waits(config, self.run, gateway, desk, form.owed)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
@@ -202,7 +206,7 @@ class Coordinator:
                 for event in self.gateway.events(POLL_S):
                     self._handlers.handle(event)
                 self._parts.pump()
-                self.admission.plan_next()
+                self._changes.plan_next()
                 self.admission.assign_waiting()
                 executor.collect()
                 self._tell_of_stop()
@@ -210,6 +214,7 @@ class Coordinator:
                 executor.advance(self._clock())
         finally:
             self._worker.close()
+            self._desk.close()
             self._parts.close()
             self.model.graphs.close()
             run.replays.close()

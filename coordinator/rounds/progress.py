@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.interface import Gateway
-from coordinator.planning.interface import Planning
+from coordinator.planning.interface import InForce
 from coordinator.results.events import DevicesCutOff, DevicesMissing, Waiting, WaitingOver, nth
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Debt, Owed, Phase, RunState, debts
@@ -219,7 +219,7 @@ class Waits:
         config: ServeConfig,
         run: Run,
         gateway: Gateway,
-        planner: Planning,
+        planner: InForce,
         owed: Callable[[RunState], dict[str, Debt]] = debts,
     ) -> None:
         """Watch over *run*.

@@ -25,8 +25,8 @@ from coordinator.engine.server_model import ENGINES, ServerModel
 from coordinator.gateway.interface import Event
 from coordinator.results.events import RunEvent, RunFinished, Telemetry
 from coordinator.results.run_folder import RunFolder
-from coordinator.rounds.admission import Admission
 from coordinator.rounds.loop import GOODBYE_S, Coordinator
+from coordinator.rounds.plans.changes import Moved, PlanChanges
 from edge_sdk.client.backends import BACKENDS
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.lora.targets import LoraConfig
@@ -169,6 +169,7 @@ class World:
             least_devices=self.kind.least_devices if is_new else None,
             clock=self.clock,
         )
+        self.coordinator._desk._pool = compute  # planning, too, takes as long as it takes
         if not is_new:
             self.coordinator.resume(folder.load_checkpoint())
         gateway.next = self._next
@@ -303,16 +304,21 @@ class World:
 @contextmanager
 def moving(names: set[str]) -> Iterator[None]:
     """Let devices be told their plans anew at the end of the next round, as after a re-plan."""
-    plan_again: Callable[..., list[str]] = Admission.plan_again
+    plan_again: Callable[..., None] = PlanChanges.plan_again
 
-    def plan_some_again(self: Admission, *args: Any) -> list[str]:
-        moved = plan_again(self, *args)
-        state = self._run.state
-        more = set() if state.round == state.total_rounds else names & state.ready.keys()
-        names.difference_update(more)
-        return sorted({*moved, *more})
+    def plan_some_again(
+        self: PlanChanges, reports: Any, before: Any, then: Callable[[Moved], None]
+    ) -> None:
+        def told(moved: Moved) -> None:
+            state = self._run.state
+            more = set() if state.round == state.total_rounds else names & state.ready.keys()
+            names.difference_update(more)
+            both = dict.fromkeys(more) | moved
+            then({name: both[name] for name in sorted(both)})
 
-    with patch.object(Admission, "plan_again", plan_some_again):
+        plan_again(self, reports, before, told)
+
+    with patch.object(PlanChanges, "plan_again", plan_some_again):
         yield
 
 

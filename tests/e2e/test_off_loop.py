@@ -1,4 +1,4 @@
-"""The event loop of a real run answers devices; it does not save."""
+"""The event loop of a real run answers devices; it neither plans nor saves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 
+from coordinator.planning import run_planner
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from edge_sdk import held_states
 from tests.e2e.cluster import PATIENCE_S, Cluster, held_out, sentences, wait_all
+from tests.e2e.test_replan import LONG_S, RESTLESS, Progress, is_smaller, serve, take_part
 
 SLOW: list[tuple[Any, str]] = [
+    (run_planner, "plan_all"),
+    (run_planner, "replan"),
+    (run_planner, "plan_less"),
+    (run_planner, "pruned_rank"),
     (RunFolder, "save_checkpoint"),
     (RunFolder, "load_checkpoint"),
     (held_states, "_log_commit"),
@@ -36,6 +42,19 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
     for owner, name in SLOW:
         note(owner, name)
     return found
+
+
+def test_the_loop_plans_nothing(cluster: Cluster, threads: dict[str, set[int]]) -> None:
+    """First plans, less for a device that is short of memory, and new plans between rounds."""
+    serving = serve(cluster, RESTLESS)
+    told = {"a": Progress(), "b": Progress(), "c": Progress(2, is_smaller)}
+    clients = take_part(cluster, told)
+
+    assert serving.wait(LONG_S) == "completed"
+
+    wait_all(clients, LONG_S)
+    assert all(threads[name] for name in ("plan_all", "replan", "plan_less"))
+    assert all(serving._thread.ident not in own for own in threads.values())
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "buffered"])

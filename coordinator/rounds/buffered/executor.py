@@ -10,6 +10,7 @@ from coordinator.rounds.buffered.model import BufferedModel, Merged
 from coordinator.rounds.buffered.run import BufferedRun
 from coordinator.rounds.executor import RoundExecutor, Waves, act, robust_facts
 from coordinator.rounds.pausing import PAUSE_PATIENCE_S
+from coordinator.rounds.plans.changes import Moved
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
@@ -77,7 +78,7 @@ class TourExecutor(RoundExecutor):
     def _train(self) -> bool:
         """Do what is due while devices are on tour; return whether there was something."""
         state = self._run.tours
-        self._admission.expel_refused()
+        self._changes.expel_refused()
         must_merge = state.decide() is Action.AGGREGATE
         if self._learned.is_outdated:
             if self._learned.buffer.is_empty:
@@ -124,11 +125,14 @@ class TourExecutor(RoundExecutor):
             facts["dropped"] = dropped
         facts |= robust_facts(done.result)
         self._end_row(facts, done.evaluated)
-        for name in self._admission.plan_again(done.reports, []):
-            self._admission.move(name)
+        self._plan_again(done.reports, None, self._merge_planned)
+
+    def _merge_planned(self, moved: Moved) -> None:
+        for name, error in moved.items():
+            self._changes.move(name, error)
         while self._take_uploads():
             pass
-        if run.state.phase is Phase.TRAINING:
+        if self._run.state.phase is Phase.TRAINING:
             self._begin_tours()  # before the checkpoint, which then knows of them
         self._save(lambda: None)
 

@@ -13,7 +13,7 @@ from coordinator.aggregation.rules import SERVER
 from coordinator.aggregation.screening import Diverged, Moves, Refusals
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
-from coordinator.planning.interface import Planning
+from coordinator.planning.interface import InForce
 from coordinator.rounds.global_model import GlobalModel
 from edge_sdk.errors import NumericError
 from edge_sdk.runtime.interface import TailSums
@@ -38,7 +38,7 @@ class Merged(NamedTuple):
 class BufferedModel(GlobalModel):
     """The run's dW and head, and the updates that came since the last merge."""
 
-    def __init__(self, config: ServeConfig, model: ServerModel, planner: Planning) -> None:
+    def __init__(self, config: ServeConfig, model: ServerModel, planner: InForce) -> None:
         super().__init__(config, model, planner)
         self.buffer = UpdateBuffer()
         self._merging = Merging(model.facts, config.lora, config.buffered.staleness_power)

@@ -1,0 +1,346 @@
+"""When plans are made, for whom, and what is then told: before the first round and between rounds.
+
+What is slow is asked at the desk, and what comes of it done when the answer is there. An answer
+that has been overtaken, as its device has left or offers something else by now, is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from coordinator.aggregation.ledger import Report
+from coordinator.config.run import ServeConfig
+from coordinator.gateway.interface import Gateway
+from coordinator.planning.interface import Planning
+from coordinator.planning.plan_set import Decision, PlanSet, changed
+from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.rounds.plans.desk import Inquiry, PlanningDesk
+from coordinator.rounds.run import Run
+from edge_sdk.errors import (
+    ConfigError,
+    EdgeError,
+    OutOfMemory,
+    RefusedError,
+    RemoteProtocolError,
+    public_text,
+)
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.protocol.messages import Failure
+from edge_sdk.protocol.plan import Plan
+from profiler.profile import DeviceProfile
+
+Pairs = Mapping[str, Mapping[str, Pair]]
+Moved = dict[str, EdgeError | None]
+"""Devices that are to run something else; beside one that cannot take part any more, why."""
+
+
+class Admitting(Protocol):
+    """Who may take part, as far as plans are told."""
+
+    plans: dict[str, Plan]
+    """What each device runs."""
+    sessions: Counter[str]
+    """The number of each device's session."""
+    held_steps: dict[str, tuple[int, ...]]
+    """Steps of which a device has a checkpoint of its own."""
+
+    def part_of(self, device: str) -> AbstractContextManager[None]:
+        """Let what goes wrong inside end the part of *device* alone."""
+
+    def assign(self, device: str) -> None:
+        """Tell a device what to run, if that is known by now."""
+
+    def expel(self, device: str, error: EdgeError) -> None:
+        """Let go of a device, which is told why."""
+
+
+@dataclass
+class Offered:
+    """What has come of a profile."""
+
+    is_known: bool = False
+    """Whether the planner has taken it in."""
+    made: PlanSet | None = None
+    """The first plans, where enough devices were here."""
+    devices: list[str] = field(default_factory=list)
+    """For whom they were made."""
+    error: EdgeError | None = None
+
+
+@dataclass
+class Replanned:
+    """What the end of a round has changed."""
+
+    decision: Decision | None
+    moved: set[str]
+    """Devices that are to run something else."""
+    shrunk: dict[str, str]
+    """Why devices got smaller plans."""
+    errors: dict[str, EdgeError]
+    """Why devices have no plan."""
+
+
+class PlanChanges:
+    """Sees to it that each device has the plan that is meant for it."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        gateway: Gateway,
+        run: Run,
+        admission: Admitting,
+        desk: PlanningDesk,
+    ) -> None:
+        self._config, self._gateway, self._run = config, gateway, run
+        self._admission, self._desk = admission, desk
+        desk.part_of = admission.part_of
+        self._offers: dict[str, tuple[int, DeviceProfile]] = {}
+        """What devices offer for which nothing is planned yet, with the number of the session."""
+
+    # ---- devices come ----
+
+    def profiled(self, device: str, profile: DeviceProfile) -> None:
+        """Note what a device offers, if it was asked; of several profiles the last one counts."""
+        if self._desk.is_fixed:
+            raise RemoteProtocolError("Profiled, which nobody asked for: the plans are fixed")
+        self._offers[device] = self._admission.sessions[device], profile
+
+    def plan_next(self) -> None:
+        """Plan for one device that has told what it offers; the next one has to wait a turn."""
+        self._desk.pump()
+        for device, (session, _) in list(self._offers.items()):
+            if session != self._admission.sessions[device]:
+                del self._offers[device]
+        if not self._offers or self._desk.is_busy:
+            return
+        device = next(iter(self._offers))
+        self._plan(device, self._offers.pop(device))
+        if self._offers and not self._desk.is_busy:
+            self._gateway.wake()
+
+    def _plan(self, device: str, offer: tuple[int, DeviceProfile]) -> None:
+        """Plan for a device at once, or with the others once enough of them are here."""
+        present, is_ready = self._gateway.devices(), device in self._run.state.ready
+        least = self._config.min_devices
+
+        def think(planner: Planning) -> Offered:
+            found = Offered()
+            try:
+                planner.profiled(device, offer[1])
+                found.is_known = True
+                if is_ready:  # what the change means is decided between rounds
+                    return found
+                if planner.plans is not None:
+                    planner.plan(device)
+                    return found
+                found.devices = [d for d in present if planner.is_known(d)]
+                if len(found.devices) >= least:
+                    found.made = planner.begin(found.devices)
+            except EdgeError as error:
+                found.error = error
+            return found
+
+        def fits(found: Offered | None) -> bool:
+            devices = set() if found is None else set(found.devices)
+            return (
+                device not in self._offers
+                and offer[0] == self._admission.sessions[device]
+                and is_ready == (device in self._run.state.ready)
+                and devices <= set(self._gateway.devices())
+            )
+
+        def again() -> None:
+            if device not in self._offers and offer[0] == self._admission.sessions[device]:
+                self._offers = {device: offer, **self._offers}
+                self._gateway.wake()
+
+        then = partial(self._take_offer, device, is_ready)
+        question = Inquiry(think=think, then=then, device=device, fits=fits, otherwise=again)
+        self._desk.ask(question)
+
+    def _take_offer(self, device: str, is_ready: bool, found: Offered) -> None:
+        watcher = self._run.watcher
+        if found.is_known:
+            what = "reports another speed" if is_ready else "has told what it offers"
+            watcher.see(DeviceStatus(device, what))
+        if isinstance(found.error, ConfigError) and self._desk.plans is not None:
+            status = f"waits: no plan is possible with it: {found.error}"
+            watcher.see(DeviceStatus(device, status, is_delay=True))
+        elif found.error is not None:
+            raise found.error
+        elif found.made is not None:
+            self._first_plans(found.made, found.devices)
+        elif not is_ready:
+            self._assign(device)
+
+    def _assign(self, device: str) -> None:
+        try:
+            self._admission.assign(device)
+        except ConfigError as error:
+            status = f"waits: no plan is possible with it: {error}"
+            self._run.watcher.see(DeviceStatus(device, status, is_delay=True))
+
+    def _first_plans(self, made: PlanSet, devices: list[str]) -> None:
+        self._run.watcher.see(PlanMade(self._run.state.round, made, ["first plans"], {}))
+        for name in devices:
+            with self._admission.part_of(name):
+                if name in made.refused:
+                    self._admission.expel(name, RefusedError(made.refused[name]))
+                else:
+                    self._assign(name)
+
+    # ---- rounds go on, and end ----
+
+    def stepped(self, device: str, num_tokens: int, compute_s: float) -> None:
+        """Take in what a device computed in a step, in tokens and seconds."""
+        self._desk.stepped(device, num_tokens, compute_s)
+
+    def plan_again(
+        self,
+        reports: Mapping[str, Report],
+        before: Pairs | None,
+        then: Callable[[Moved], None],
+    ) -> None:
+        """Let the planner see a round; *then* gets the devices that are to run something else.
+
+        Args:
+            reports: What everybody brought, the coordinator among them.
+            before: Own factors at the round's start, by participant and weight; None where no
+                ranks are cut off.
+            then: Called in the loop's thread, with these devices, sorted.
+        """
+        state, present = self._run.state, self._gateway.devices()
+        round_, sessions = state.round, dict(self._admission.sessions)
+
+        def think(planner: Planning) -> Replanned:
+            old = {} if planner.plans is None else planner.plans.plans
+            moved = set() if before is None else set(planner.prune(before, reports))
+            decision = planner.round_ended(round_, reports, present)
+            if decision is not None:
+                moved = set(changed(old, decision.plans.plans))
+            shrunk = planner.take_shrunk()
+            return Replanned(decision, moved, shrunk, _settle(planner, moved | shrunk.keys()))
+
+        def told(found: Replanned) -> None:
+            if found.decision is not None:
+                made, why = found.decision.plans, found.decision.reasons
+                self._run.watcher.see(PlanMade(round_, made, why, self._desk.importance))
+            self._tell_shrunk(found.shrunk)
+            moved = found.moved | (found.shrunk.keys() & state.ready.keys())
+            if round_ == state.total_rounds:
+                moved = set()
+            now = self._admission.sessions
+            same = [name for name in sorted(moved) if sessions.get(name, 0) == now[name]]
+            then({name: found.errors.get(name) for name in same})
+
+        self._desk.ask(Inquiry(think=think, then=told))
+
+    def _tell_shrunk(self, shrunk: Mapping[str, str]) -> None:
+        """Show who got a smaller plan, and why."""
+        for device, why in sorted(shrunk.items()):
+            plan, plans = self._desk.plan_in_force(device), self._admission.plans
+            shown = plans if plan is None else {**plans, device: plan}
+            self._run.watcher.see(PlanShrunk(self._run.state.round, device, why, shown))
+
+    def tell_importance(self) -> None:
+        """Show how much each weight matters by now, where that is measured."""
+        if importance := self._desk.importance:
+            self._run.watcher.see(ImportanceMeasured(self._run.state.round, dict(importance)))
+
+    def move(self, device: str, error: EdgeError | None = None) -> None:
+        """Let a device run its new plan; the next round waits until it is ready again.
+
+        Args:
+            device: Which.
+            error: Why it has none, and is to leave.
+        """
+        admission = self._admission
+        with admission.part_of(device):
+            self._run.wait_for(device)
+            admission.held_steps[device] = ()
+            if error is not None:
+                raise error
+            admission.assign(device)
+            self._run.watcher.see(DeviceStatus(device, "has a new plan"))
+
+    def expel_refused(self) -> None:
+        """Let go of ready devices that the plans in force leave out, before their blocks move."""
+        plans = self._desk.plans
+        if plans is None:
+            return
+        for device in sorted(self._run.state.ready):
+            if device not in plans.plans:
+                reason = plans.refused.get(device, "no plan takes this device in any more")
+                self._admission.expel(device, RefusedError(reason))
+
+    # ---- plans of before ----
+
+    def rewind(self, state: Mapping[str, object], then: Callable[[], None]) -> None:
+        """Let the plans of a checkpoint hold again, and move devices that run others.
+
+        Args:
+            state: What the planner knew then.
+            then: Called in the loop's thread before anybody moves.
+        """
+        devices = sorted(self._admission.plans)
+
+        def think(planner: Planning) -> dict[str, EdgeError]:
+            planner.load_state(state)
+            return _settle(planner, devices)
+
+        def told(errors: dict[str, EdgeError]) -> None:
+            then()
+            self._move_outdated(errors)
+
+        self._desk.ask(Inquiry(think=think, then=told))
+
+    def _move_outdated(self, errors: Mapping[str, EdgeError]) -> None:
+        """Move the devices that run another plan than the planner has for them."""
+        for device in sorted(self._run.state.ready):
+            with self._admission.part_of(device):
+                if device in errors:
+                    raise errors[device]
+                if self._desk.plan_in_force(device) != self._admission.plans[device]:
+                    self.move(device)
+
+    # ---- a plan was too much ----
+
+    def failed(self, device: str, message: Failure) -> None:
+        """Let go of a device that could not go on; one that ran out of memory gets less to do."""
+        run = self._run
+        reason = public_text(f"{message.error}: {message.text}")
+        run.lose(device, reason)
+        if message.error != OutOfMemory.__name__:
+            return
+        run.conduct.finished(device)  # with less to do it begins anew
+
+        def think(planner: Planning) -> tuple[OutOfMemory | None, dict[str, str]]:
+            try:
+                planner.ran_out_of_memory(device)
+            except OutOfMemory as error:
+                return error, planner.take_shrunk()
+            return None, planner.take_shrunk()
+
+        def told(found: tuple[OutOfMemory | None, dict[str, str]]) -> None:
+            error, shrunk = found
+            if error is not None:
+                self._admission.expel(device, error)
+            self._tell_shrunk(shrunk)
+
+        self._desk.ask(Inquiry(think=think, then=told, device=device))
+
+
+def _settle(planner: Planning, devices: Iterable[str]) -> dict[str, EdgeError]:
+    """Let each of *devices* have a plan that it can hold; return why some have none."""
+    errors: dict[str, EdgeError] = {}
+    for device in sorted(devices):
+        try:
+            planner.plan(device)
+        except EdgeError as error:
+            errors[device] = error
+    return errors
