@@ -323,7 +323,7 @@ def test_full_disks_second_coordinators_and_returns_after_the_end(
     # After the end: nobody is waited for, and a name that is taken is told with what to do.
     again = start("coordinator", "resume", "runs/run")
     assert again.wait() == 0
-    assert again.lines == ["run runs/run is complete: no device is needed any more"]
+    assert again.lines == ["run runs/run is complete; `rounds=N` with more of them goes on"]
     assert result_of(files, "run") == found
     for row in found.metrics.splitlines():
         assert set(json.loads(row)["eval_by_device"]) == {"a", "b"}

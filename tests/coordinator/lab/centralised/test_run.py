@@ -184,7 +184,7 @@ def test_a_run_is_taken_up_at_any_moment(llama: Path, tmp_path: Path) -> None:
 
     again = Notes()
     assert resume_pooled(run, again, []) == "completed"
-    assert again.notes == [f"run {run} is complete: no device is needed any more"]
+    assert again.notes == [f"run {run} is complete; `rounds=N` with more of them goes on"]
     DAMAGES["missing"](result)
     assert resume_pooled(run, again, []) == "completed"
     assert result.read_bytes() == adapter
