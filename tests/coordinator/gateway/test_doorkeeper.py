@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import struct
@@ -215,7 +216,7 @@ def packed(message: object) -> bytes:
 def test_a_message_of_a_thousand_parts_is_not_put_together(
     gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ZeroMQ hands a message over when its last part is there; this one is cut off before."""
+    """It ends its session; on a machine that is not busy before its last part is there."""
     monkeypatch.setattr(doorkeeper, "MOST_HELD_BYTES", 1 << 20)
     monkeypatch.setattr(doorkeeper, "LOOK_S", 0.005)
     with RawDevice(gateway, ONE) as raw:
@@ -226,7 +227,7 @@ def test_a_message_of_a_thousand_parts_is_not_put_together(
         raw.socket.send(b"")
         events = until(gateway, Left, PATIENCE_S)
 
-    assert "bytes that make no packet" in why(events)
+    assert re.search("bytes that make no packet|a message in several parts", why(events))
     assert trains(gateway)
 
 

@@ -87,11 +87,12 @@ def test_nothing_reaches_a_screen_a_log_or_a_file(
     written = io.StringIO()
     handler, log = logging.StreamHandler(written), logging.getLogger()
     handler.setFormatter(CleanFormatter())
-    monkeypatch.setattr(log, "level", logging.DEBUG)
     monkeypatch.setattr(siege, "Watchers", lambda: Watchers([Console(99)]))
     served = besieged("server-gathered", tmp_path)
     capsys.readouterr()
+    level = log.level
     log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
     try:
         for seed in range(4):
             cases = map(drawn_case, range(1000 * seed, 1000 * seed + 200))
@@ -99,6 +100,7 @@ def test_nothing_reaches_a_screen_a_log_or_a_file(
             run_under_siege(served, tmp_path / str(seed), cases)
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
 
     console = capsys.readouterr().err
     assert "m1" in console

@@ -219,7 +219,7 @@ held = os.urandom({size})
 for _ in range({count}):
     if os.fork() == 0:
         break
-print("there", flush=True)
+os.write(1, b"there\\n")
 sys.stdin.read()
 """
 
