@@ -64,6 +64,7 @@ from edge_sdk.protocol.plan import Place
 from edge_sdk.protocol.tensors import TENSORS, Tensor, check_tensors
 from edge_sdk.runtime.training import TrainingConfig
 from edge_sdk.transport.link import NO_TENSORS
+from tests.coordinator.rounds import test_any_message
 from tests.coordinator.rounds.test_any_message import Now
 from tests.e2e.cluster import save_model
 from tests.e2e.light import LightEngine
@@ -500,27 +501,9 @@ def extreme(draw: random.Random, hint: Any, depth: int = 0) -> Any:
     return draw.choice({int: INTEGERS, float: FLOATS, str: TEXTS, bool: [False, True]}[hint])
 
 
+# Whether it is one of an evaluation is drawn, so that both are sent.
 HONEST_FIELDS: dict[str, Any] = {
-    "micro": 0,
-    "num_micro": 1,
-    "num_targets": ROWS * (LENGTH - 1),
-    "num_samples": 9,
-    "vocab_size": VOCAB,
-    "held_steps": (),
-    "protocol": PROTOCOL_VERSION,
-    "codecs": ("float32",),
-    "backend": "torch",
-    "loss": 1.0,
-    "loss_sum": 9.0,
-    "compute_s": 0.1,
-    "wait_s": 0.1,
-    "peak_bytes": 9,
-    "importance": {},
-    "num_sequences": ROWS,
-    "num_tokens": 8,
-    "num_correct": 3,
-    "model_hash": "",
-    "reason": "enough",
+    **{name: value for name, value in test_any_message.HONEST.items() if name != "is_eval"},
     "pooled": (),
     "samples": (),
     "starts": (),

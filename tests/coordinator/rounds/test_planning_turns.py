@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.config.run import DeviceSettings, ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Event, Joined
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
-from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.protocol.messages import PlanAssigned, Profiled, Refused, Welcome
 from profiler.profile import DeviceProfile
+from tests.coordinator.rounds.plans.planned import planned
 from tests.coordinator.rounds.test_any_message import (
-    PLANNING,
     PROFILE,
     Listed,
     Now,
@@ -28,24 +26,12 @@ from tests.coordinator.rounds.test_any_message import (
     coming,
     told,
 )
-from tests.e2e.cluster import save_model
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServeConfig, ServerModel]:
     """A run whose plans are made from profiles."""
-    folder = tmp_path_factory.mktemp("planned")
-    config = ServeConfig(
-        model=str(save_model("gpt2", folder)),
-        secret_key=folder / "none.key",
-        allow_list=folder / "none.yaml",
-        min_devices=2,
-        default=DeviceSettings(batch_size=2, codec="float32"),
-        planning=PLANNING,
-        lora=LoraConfig(r=2, target_modules=("mlp.c_proj",)),
-        device="cpu",
-    )
-    return config, ServerModel(config, PartCache(folder / "parts"))
+    return planned(tmp_path_factory.mktemp("planned"), min_devices=2)
 
 
 def test_forty_profiles_delay_no_greeting(

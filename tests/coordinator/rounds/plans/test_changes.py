@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.config.run import DeviceSettings, ServeConfig
+from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Event, Joined, Left
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.errors import ConfigError
-from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.protocol.messages import (
     Failure,
     PartData,
@@ -29,6 +27,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from profiler.profile import DeviceProfile
+from tests.coordinator.rounds.plans.planned import planned
 from tests.coordinator.rounds.test_any_message import (
     PLANNING,
     PROFILE,
@@ -39,7 +38,7 @@ from tests.coordinator.rounds.test_any_message import (
     coming,
     told,
 )
-from tests.e2e.cluster import PATIENCE_S, save_model
+from tests.e2e.cluster import PATIENCE_S
 
 Script = Iterator[list[Event]]
 
@@ -47,18 +46,7 @@ Script = Iterator[list[Event]]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServeConfig, ServerModel]:
     """A run whose plans are made from profiles."""
-    folder = tmp_path_factory.mktemp("planned")
-    config = ServeConfig(
-        model=str(save_model("gpt2", folder)),
-        secret_key=folder / "none.key",
-        allow_list=folder / "none.yaml",
-        min_devices=1,
-        default=DeviceSettings(batch_size=2, codec="float32"),
-        planning=PLANNING,
-        lora=LoraConfig(r=2, target_modules=("mlp.c_proj",)),
-        device="cpu",
-    )
-    return config, ServerModel(config, PartCache(folder / "parts"))
+    return planned(tmp_path_factory.mktemp("planned"), min_devices=1)
 
 
 class Woken(Listed):
