@@ -71,7 +71,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "pictures need matplotlib, which is missing: pip install 'edgesplit[compare]'"
+            "pictures need matplotlib, which is missing: pip install 'edgesplit[coordinator]'"
         ) from error
 
 

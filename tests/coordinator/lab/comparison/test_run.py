@@ -256,5 +256,5 @@ def test_without_matplotlib_nothing_is_trained(
     file = str(folder / "compare.json")
     assert main(["compare", "--config", file, "--out", str(tmp_path)]) == 2
 
-    assert "pip install 'edgesplit[compare]'" in capsys.readouterr().err
+    assert "pip install 'edgesplit[coordinator]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
