@@ -28,6 +28,7 @@ from edge_sdk.errors import (
     public_text,
 )
 from edge_sdk.files import PRIVATE, storage_errors
+from edge_sdk.home import lend_home
 
 # What is set already stays: a person can still ask for all of it.
 SETTINGS = {
@@ -175,6 +176,8 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         quiet_libraries()
     try:
         _start_log(options.log_level.upper(), options.log_file)
+        if (lent := lend_home(os.environ)) is not None:
+            log.info("home.lent folder=%s", lent)
         code: int = options.run(options)
     except EdgeError as error:
         sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")

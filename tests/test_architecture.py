@@ -30,7 +30,7 @@ ORDER = {
     "edge_sdk": [
         ["errors"],
         ["deadline", "files", "names"],
-        ["held_states", "running_note"],
+        ["held_states", "running_note", "home"],
         ["config"],
         ["protocol"],
         ["transport", "accept"],

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from edge_sdk.errors import ModelError, StorageError
 from edge_sdk.files import atomic_file, identity, make_folder, storage_errors, sync
+from edge_sdk.home import cache_folder
 from edge_sdk.model.safetensors_files import Sink
 from edge_sdk.names import inside
 from edge_sdk.protocol.plan import Part
@@ -32,8 +33,7 @@ class PartCache:
     """Parts on disk under their hashes; partial downloads are kept and continued."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = folder or Path(root) / "edgesplit" / "parts"
+        self.folder = folder or cache_folder() / "edgesplit" / "parts"
         self._checked: dict[str, tuple[int, ...]] = {}
         """What files look like whose hash this process has seen to be right."""
 
