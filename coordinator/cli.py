@@ -9,6 +9,7 @@ from coordinator.commands.audit_privacy import add_audit_privacy
 from coordinator.commands.check import add_check
 from coordinator.commands.client import add_client, add_keygen
 from coordinator.commands.compare import add_compare
+from coordinator.commands.deployment.health import add_health
 from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
@@ -32,6 +33,7 @@ COMMANDS = (
     add_audit_privacy,
     add_experiment,
     add_status,
+    add_health,
     add_export,
     add_presets,
     add_keygen,

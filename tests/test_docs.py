@@ -30,7 +30,7 @@ NAMED = re.compile(r"(?<![\w./*-])([\w./-]*\w\.md)\b(?:, ([A-Z][\w ]*\w))?")
 # Pages that speak of what is there today, and not of what was.
 TODAY = [name for name in PAGES if not name.startswith(("benchmarks/", "CHANGELOG"))]
 NO_FILE = r"(?<!\.key)(?<!\.pub)(?<!\.yaml)(?<!\.md)"
-MODULE = re.compile(r"\b(profiler|edge_sdk|coordinator)\.([a-z][a-z_.]*[a-z])\b" + NO_FILE)
+MODULE = re.compile(r"(?<![\w-])(profiler|edge_sdk|coordinator)\.([a-z][a-z_.]*[a-z])\b" + NO_FILE)
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 
 

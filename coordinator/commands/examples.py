@@ -10,6 +10,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "serve --config run.yaml",
         "serve --config run.yaml --preset hsplitlora",
         "serve --config run.yaml --check",
+        "serve --config run.yaml --resume",
         "serve model=examples/base rounds=4 devices.kitchen.split=3 min_devices=2",
     ],
     "resume": ["resume runs/first", "resume runs/first rounds=20"],
@@ -40,6 +41,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "experiment run examples/experiment.yaml --out boards rounds=2",
     ],
     "status": ["status runs/first", "status runs/first --format json"],
+    "health": ["health runs/first", "health --config run.yaml --live --within 120"],
     "export": [
         "export runs/first --to my-adapter",
         "export runs/first --to for-vllm --format vllm",

@@ -15,6 +15,7 @@ from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
 from coordinator.results.lifecycle import read_run
+from coordinator.results.run_folder import CONFIG
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
 
 
@@ -24,6 +25,9 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--config", type=Path, help="YAML file; keys in docs/configuration.md")
     serve.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
     serve.add_argument("--check", action="store_true", help="start nothing: `coordinator check`")
+    serve.add_argument(
+        "--resume", action="store_true", help="go on with the run of that name if there is one"
+    )
     add_profiles(serve)
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
 
@@ -40,6 +44,9 @@ def _serve(options: argparse.Namespace) -> int:
         return check_run(config, options.profiles)
     if options.profiles:
         raise ConfigError("--profiles: devices tell their own when they come; use it with --check")
+    if options.resume and (there := _there_already(config)) is not None:
+        sys.stderr.write(f"run {there} goes on, with the config in its folder\n")
+        return _go_on(there, options.overrides)
     _say_import()
     from coordinator.lab.centralised.run import serve_pooled
     from coordinator.rounds.launch import serve
@@ -56,8 +63,20 @@ def _say_import() -> None:
         sys.stderr.write("importing torch\n")
 
 
+def _there_already(config: ServeConfig) -> Path | None:
+    """Return the folder of the run that *config* names; None where it has not been begun."""
+    if config.name is None:
+        raise ConfigError("--resume: a run is known by its name; set name in the config")
+    folder = config.runs / config.name
+    return folder if (folder / CONFIG).is_file() else None
+
+
 def _resume(options: argparse.Namespace) -> int:
-    _, config = read_run(options.folder, options.overrides)
+    return _go_on(options.folder, options.overrides)
+
+
+def _go_on(folder: Path, overrides: list[str]) -> int:
+    _, config = read_run(folder, overrides)
     _say_import()
     from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
@@ -65,9 +84,7 @@ def _resume(options: argparse.Namespace) -> int:
     go_on = resume_pooled if config.trained_by == "coordinator" else resume
     if config.trained_by != "coordinator":
         say_who_may_come(config)
-    return _watch(
-        config.total_steps, lambda watcher: go_on(options.folder, watcher, options.overrides)
-    )
+    return _watch(config.total_steps, lambda watcher: go_on(folder, watcher, overrides))
 
 
 def say_who_may_come(config: ServeConfig) -> None:
@@ -96,8 +113,9 @@ def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     from coordinator.results.console import Console
     from coordinator.results.lifecycle import COMPLETED
     from coordinator.results.standing.live_file import LiveFile
+    from coordinator.results.standing.service_manager import ServiceManager
     from coordinator.results.watchers import Watchers
 
     with Console(total_steps) as console:
-        outcome = run(Watchers([console, LiveFile()]))
+        outcome = run(Watchers([console, LiveFile(), ServiceManager()]))
     return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE

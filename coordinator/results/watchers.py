@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from coordinator.results.events import (
     CheckpointDamaged,
@@ -39,6 +39,14 @@ from coordinator.results.tour_events import ToursMerged
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 
 
+@runtime_checkable
+class LoopWatcher(Protocol):
+    """Who wants to know that the event loop turns, whether anything happens or not."""
+
+    def turn(self) -> None:
+        """Take notice; called at least every second, in the run's own thread."""
+
+
 class Watchers:
     """Several watchers as one; none at all is a watcher who ignores everything.
 
@@ -60,6 +68,12 @@ class Watchers:
         except Exception as error:
             self.failure = error
             raise
+
+    def turn(self) -> None:
+        """Let those know who want to that the event loop turns."""
+        for watcher in self._watchers:
+            if isinstance(watcher, LoopWatcher):
+                watcher.turn()
 
 
 class RunFiles:

@@ -212,6 +212,7 @@ class Coordinator:
                 self._tell_of_stop()
                 self._waits.look(self._clock(), is_computing=executor.is_busy)
                 executor.advance(self._clock())
+                self.watcher.turn()
         finally:
             self._worker.close()
             self._desk.close()

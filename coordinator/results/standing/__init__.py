@@ -1,3 +1,3 @@
 """Where a run stands now, for whoever asks from another shell: state, devices, what is left."""
 
-__all__ = ["live_file", "standing", "words"]
+__all__ = ["live_file", "pulse", "service_manager", "standing", "words"]

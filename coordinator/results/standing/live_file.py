@@ -1,4 +1,4 @@
-"""A small file in which a run that goes on says where it stands, for `coordinator status`.
+"""A small file in which a run that goes on says where it stands, for `coordinator status`, `health`.
 
 Nothing depends on it: what a run is resumed from, and its history, stand in the other files.
 """
@@ -6,6 +6,7 @@ Nothing depends on it: what a run is resumed from, and its history, stand in the
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,11 +20,13 @@ from coordinator.results.events import (
     RoundDone,
     RoundStarted,
     RunEvent,
+    RunFinished,
     RunRewound,
     StepDone,
 )
 from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import LIVE
+from coordinator.results.standing.pulse import FINISHING, LISTENING, STARTING
 from coordinator.results.watchers import CLOCK
 from edge_sdk.errors import StorageError
 from edge_sdk.files import atomic_write
@@ -56,18 +59,22 @@ class LiveFile:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._path: Path | None = None
-        self._facts: dict[str, Any] = {"round": None, "step": None, "steps_per_s": None}
+        self._facts: dict[str, Any] = {"phase": STARTING, "round": None, "step": None}
+        self._facts["steps_per_s"] = None
         self._devices: dict[str, dict[str, Any]] = {}
         self._tokens: dict[str, _Pace] = {}
         self._steps = _Pace()
-        self._written_s = float("-inf")
+        self._written_s = self._turned_s = float("-inf")
 
     def see(self, event: RunEvent) -> None:
         """Take notice of *event*, and write where that is due."""
         now_s = self._clock()
         match event:
-            case Listening(folder):
+            case Listening(folder, address):
                 self._path = folder / LIVE
+                self._facts |= {"phase": LISTENING, "address": address}
+            case RunFinished():
+                self._facts["phase"] = FINISHING
             case RoundStarted(round_, boards=boards):
                 self._facts |= {"round": round_, "round_since": time.strftime(CLOCK)}
                 self._steps.ends.clear()
@@ -86,6 +93,19 @@ class LiveFile:
                 self._of(event.device).update(about)
                 self._tokens.pop(event.device, None)
         self._write(now_s)
+
+    def turn(self) -> None:
+        """Let the file's time show that the event loop turns; for `coordinator health`."""
+        now_s = self._clock()
+        if self._path is None or now_s - self._turned_s < EVERY_S:
+            return
+        self._turned_s = now_s
+        try:
+            os.utime(self._path)
+        except FileNotFoundError:
+            self._write(now_s)
+        except OSError as error:
+            log.info("live.untouched reason=%s", error.strerror)
 
     def _of(self, device: str) -> dict[str, Any]:
         return self._devices.setdefault(device, {"doing": "", "since": time.strftime(CLOCK)})

@@ -1,0 +1,3 @@
+"""Commands for a coordinator, and boards, that somebody else starts: systemd, Docker, Kubernetes."""
+
+__all__ = ["health"]
