@@ -19,6 +19,7 @@ from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
 from coordinator.commands.simulate import add_simulate
 from coordinator.commands.status import add_status
+from coordinator.commands.steer.leave import add_pause, add_stop
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
 
@@ -34,6 +35,8 @@ COMMANDS = (
     add_experiment,
     add_status,
     add_health,
+    add_pause,
+    add_stop,
     add_export,
     add_presets,
     add_keygen,

@@ -51,6 +51,7 @@ ORDER = {
         ["gateway", "onnx_export"],
         ["engine"],
         ["results"],
+        ["steering"],
         ["export"],
         ["rounds"],
         ["lab"],

@@ -17,5 +17,6 @@ __all__ = [
     "serve",
     "simulate",
     "status",
+    "steer",
     "terminal",
 ]

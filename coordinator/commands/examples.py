@@ -42,6 +42,8 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     ],
     "status": ["status runs/first", "status runs/first --format json"],
     "health": ["health runs/first", "health --config run.yaml --live --within 120"],
+    "pause": ["pause runs/first", "pause runs/first --after-round"],
+    "stop": ["stop runs/first", "stop runs/first --after-round"],
     "export": [
         "export runs/first --to my-adapter",
         "export runs/first --to for-vllm --format vllm",

@@ -111,11 +111,11 @@ def _raise_descriptor_limit() -> None:
 def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
     _raise_descriptor_limit()
     from coordinator.results.console import Console
-    from coordinator.results.lifecycle import COMPLETED
+    from coordinator.results.lifecycle import COMPLETED, STOPPED
     from coordinator.results.standing.live_file import LiveFile
     from coordinator.results.standing.service_manager import ServiceManager
     from coordinator.results.watchers import Watchers
 
     with Console(total_steps) as console:
         outcome = run(Watchers([console, LiveFile(), ServiceManager()]))
-    return 0 if outcome == COMPLETED else INTERRUPTED_EXIT_CODE
+    return 0 if outcome in (COMPLETED, STOPPED) else INTERRUPTED_EXIT_CODE

@@ -39,13 +39,13 @@ def load_simulation(
 def _simulate(options: argparse.Namespace) -> int:
     from coordinator.lab.simulation.run import simulate
     from coordinator.results.console import Console
-    from coordinator.results.lifecycle import COMPLETED
+    from coordinator.results.lifecycle import COMPLETED, STOPPED
 
     config = load_simulation(options.config, options.overrides, options.preset)
     with Console(config.total_steps) as console:
         result = simulate(config, console)
         console.note(summary(result))
-    return 0 if result.outcome == COMPLETED else INTERRUPTED_EXIT_CODE
+    return 0 if result.outcome in (COMPLETED, STOPPED) else INTERRUPTED_EXIT_CODE
 
 
 def summary(result: SimulationResult) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "run_folder",
     "run_lock",
     "standing",
+    "steering_events",
     "tour_events",
     "watchers",
 ]

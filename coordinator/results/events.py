@@ -140,10 +140,21 @@ class RunPaused(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class StopAsked(RunEvent):
-    """Somebody wants the run to stop."""
+    """Somebody wants the run to be left."""
 
-    # A step may take long, or wait for a frozen device.
-    LINE = "stopping after this step; a second Ctrl-C leaves at once"
+    kind: str = "pause"
+    """`pause` or `stop`."""
+    after_round: bool = False
+    is_urgent: bool = True
+    """Whether by Ctrl-C or SIGTERM."""
+
+    @property
+    def text(self) -> str:
+        """What will happen."""
+        if self.is_urgent:  # a step may take long, or wait for a frozen device
+            return "stopping after this step; a second Ctrl-C leaves at once"
+        doing = {"pause": "pausing", "stop": "stopping"}[self.kind]
+        return f"{doing} after this {'round' if self.after_round else 'step'}, as was asked for"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,25 @@ from coordinator.results.checkpoint_files import FORMAT, check_format
 from coordinator.results.events import CheckpointDamaged, Watcher
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
-from coordinator.results.run_folder import CONFIG, LIVE, Checkpoint, RunFolder
+from coordinator.results.run_folder import (
+    CONFIG,
+    LIVE,
+    SAMPLES,
+    SOCKET,
+    Checkpoint,
+    RunFolder,
+)
 from coordinator.results.run_lock import LOCK, locked
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.files import storage_errors
 
-# How a run ends: with its result, or so that it can go on.
-COMPLETED, PAUSED = "completed", "paused"
+# How a run ends: with its result, so that it can go on, or both, as somebody wanted it to.
+COMPLETED, PAUSED, STOPPED = "completed", "paused", "stopped"
 # What devices are told of a run that has its result.
 OVER = "the run is complete"
+# What devices are told of a run that was stopped: it ends for them, too.
+CUT_SHORT = "the run was stopped by its operator"
 ADAPTER = "adapter"
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
 ENVIRONMENT = "env.json"
@@ -59,7 +68,7 @@ def new_folder(config: ServeConfig) -> Iterator[RunFolder]:
     folder = _unborn(config) or RunFolder.create(config.runs, config.name)
     with locked(folder.path):
         try:
-            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS, LIVE))
+            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS, LIVE, SAMPLES))
             folder.write_text(CONFIG, dump_config(config))
             folder.write_text(ENVIRONMENT, _environment())
             yield folder
@@ -82,10 +91,8 @@ def _unborn(config: ServeConfig) -> RunFolder | None:
     with storage_errors(f"run folder {path}"):
         names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")}
     trained = any(row.get("round") for row in folder.rows(METRICS)) or folder.rows(TELEMETRY)
-    if (
-        names <= {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LIVE, LOCK}
-        and not trained
-    ):
+    begun = {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LIVE, SAMPLES, SOCKET, LOCK}
+    if names <= begun and not trained:
         return folder if CONFIG in names or names <= {LOCK} else None
     if has_ended(folder):
         raise ConfigError(
@@ -164,7 +171,7 @@ def reopened(path: Path, overrides: list[str]) -> Iterator[Reopened]:
             return
         if any(row.get("round") for row in folder.rows(METRICS)):
             raise StorageError(f"{path} holds no checkpoint to resume from")
-        _forget_beginning(folder, (METRICS, TELEMETRY, PLANS))
+        _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, SAMPLES))
         folder.write_text(ENVIRONMENT, _environment())
         yield Reopened(folder, config, None)
 

@@ -9,6 +9,7 @@ whole then, and its manifest tells whether it still is. It knows no network and 
       metrics.jsonl         one line a round; the same bytes for the same seed on one machine
       telemetry.jsonl       one line a round: seconds, bytes, memory
       plans.jsonl           one line whenever something was planned
+      samples.jsonl         round, prompt, text: what the model says to `evaluation.prompts`
       live.json             where it stands, written anew all the time; nothing depends on it
       checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors  manifest.json
       damaged-checkpoint-*  what was found damaged, set aside
@@ -46,6 +47,10 @@ from edge_sdk.files import atomic_write, open_private, storage_errors, sync
 CONFIG = "config.resolved.yaml"
 # Where a run that goes on says what it does; see standing/live_file.py.
 LIVE = "live.json"
+# Where a run that goes on listens to its owner; see coordinator/steering.
+SOCKET = ".control.sock"
+# What the model says to the prompts of `evaluation.prompts`, a line a prompt and evaluation.
+SAMPLES = "samples.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
 
 

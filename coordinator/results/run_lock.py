@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, printable
 from edge_sdk.files import PRIVATE, make_private, storage_errors
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,15 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def holder(folder: Path) -> str:
+    """Return who holds the run in *folder*, by the process's own word."""
+    try:
+        found = (folder / LOCK).read_text(encoding="utf-8", errors="replace")[:200].strip()
+    except OSError:
+        found = ""
+    return printable(found) or "another process"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run in *folder* for as long as the context lasts, or this process lives.
@@ -53,10 +62,9 @@ def locked(folder: Path) -> Iterator[None]:
             _take(file)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                holder = file.read(200).strip() or "another process"
                 raise ConfigError(
-                    f"run folder {folder} is in use by {holder}; wait for its end, or stop it first"
+                    f"run folder {folder} is in use by {holder(folder)}; wait for its end, or stop "
+                    "it first"
                 ) from error
             # Some network file systems have no locks; a run is worth more than this guard.
             log.warning("lock.absent folder=%s reason=%s", folder, error.strerror)

@@ -24,6 +24,7 @@ from coordinator.results.events import (
     RunRewound,
     RunStarted,
     StepSkipped,
+    StopAsked,
     Telemetry,
     UploadRefused,
     Waiting,
@@ -32,7 +33,8 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.result_files import hashes
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.run_folder import SAMPLES, RunFolder
+from coordinator.results.steering_events import SampleText
 from coordinator.results.tour_events import ToursMerged
 
 # How a clock time is written, with its distance from UTC.
@@ -91,6 +93,9 @@ class RunFiles:
         match event:
             case RoundDone(row):
                 self._folder.append("metrics.jsonl", row)
+            case SampleText(round_, prompt, completion):
+                row = {"round": round_, "prompt": prompt, "text": completion}
+                self._folder.append(SAMPLES, row)
             case Telemetry(round_, seconds, devices, late):
                 row = {"round": round_, "seconds": round(seconds, 3), "devices": devices}
                 if late:
@@ -114,6 +119,8 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "run.started", "run": run, "step": step}
         case RunFinished(outcome):
             return {"event": "run.ended", "outcome": outcome}
+        case StopAsked(kind, after_round):
+            return {"event": "stop.asked", "wish": kind, "after_round": after_round}
         case Exported(what, difference, path):
             files = {} if path is None or not path.is_dir() else {"files": hashes(path)}
             return {"event": f"{what}.exported", "difference": difference, **files}

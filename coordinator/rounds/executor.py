@@ -13,7 +13,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
-from coordinator.results.lifecycle import COMPLETED, OVER, PAUSED
+from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.run_folder import Checkpoint
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
@@ -22,6 +22,7 @@ from coordinator.rounds.pausing import Pausing
 from coordinator.rounds.plans.changes import Moved, Pairs, PlanChanges
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase
+from coordinator.steering.wishes import Wish
 from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
 from edge_sdk.runtime.interface import TailSums
@@ -89,8 +90,10 @@ class RoundExecutor:
         self._waves, self._worker = waves, worker
         self.outcome = ""
         """How the run ended; empty while it goes on."""
-        self.stop_asked = self._has_evaluated = False
-        self._pausing = Pausing(run)
+        self.wish: Wish | None = None
+        """How the run is to be left; any thread may write it."""
+        self._is_leaving = self._has_evaluated = False
+        self._pausing = Pausing(run, config.patience_s)
         self._is_planning = False
         """Whether the run cannot go on before plans are made."""
 
@@ -102,7 +105,7 @@ class RoundExecutor:
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
         if not self._checkpoints:
-            self._end_row({}, self._learned.evaluate(0))
+            self._end_row({}, self._learned.evaluate())
             self._worker.at_once(self._checkpoints.moment())
             self._run.saved()
 
@@ -181,7 +184,7 @@ class RoundExecutor:
                 to go on with.
         """
         if not saves:
-            self.outcome = PAUSED
+            self._left()
             return
         write = self._checkpoints.moment()
 
@@ -189,15 +192,19 @@ class RoundExecutor:
             if not self._learned.is_absurd():
                 write()
 
-        def left(_: None) -> None:
-            self.outcome = PAUSED
+        self._aside(save, lambda _: self._left())
 
-        self._aside(save, left)
+    def _left(self) -> None:
+        """Let the run be over before its time, as it was wanted."""
+        self.outcome = self._pausing.outcome
+        if self.outcome == STOPPED:
+            self._run.reporting.flush()
+            self._admission.end(CUT_SHORT)
 
     def advance(self, now_s: float) -> None:
         """Do all that can be done now, in seconds of a clock that never goes back."""
-        if self.stop_asked:
-            self._pausing.ask(now_s)
+        if (wish := self.wish) is not None:
+            self._is_leaving = self._pausing.ask(wish, now_s)
         while not self.outcome and not self.is_busy and self._advance_once(now_s):
             pass
 
@@ -216,15 +223,15 @@ class RoundExecutor:
         action = state.decide()
         if self._evaluates(is_idle=action is Action.WAIT):
             return True
-        if self.stop_asked:
+        if self._is_leaving:
             if self._pausing.can_begin(action):
                 for name in list(state.members):
                     self._admission.send(name, Pause(stamp=run.stamp(name)))
                 if self._pausing.begin(now_s):
-                    self.outcome = PAUSED
+                    self._left()
                 return not self._pausing.is_begun
             if self._pausing.is_forced(now_s):
-                self.outcome = PAUSED
+                self._left()
                 return True
         doing = {
             Action.START_ROUND: self._start_round,
@@ -292,15 +299,24 @@ class RoundExecutor:
         admission.send(device, start, tensors)
         admission.holds(device, step)
 
+    def _evaluates_after(self, rounds_done: int) -> bool:
+        """Return whether the model is evaluated then; always where the run is to end there."""
+        is_last = rounds_done == self._run.state.total_rounds
+        return is_last or self._config.evaluates_after(rounds_done)
+
     def _evaluates_on_devices(self, rounds_done: int) -> bool:
-        is_due = self._config.evaluates_after(rounds_done)
-        return self._config.evaluation.on_devices and is_due
+        return self._config.evaluation.on_devices and self._evaluates_after(rounds_done)
 
     def _aggregate(self) -> None:
         state = self._run.state
         reports = {name: self._run.inputs.reports[name] for name in state.members}
-        is_retry = self._run.faults.num_rewinds > 0
-        compute = partial(self._learned.aggregate, reports, state.round + 1, is_retry=is_retry)
+        compute = partial(
+            self._learned.aggregate,
+            reports,
+            state.round,
+            is_retry=self._run.faults.num_rewinds > 0,
+            evaluates=self._evaluates_after(state.round + 1),
+        )
         self._worker.start(compute, partial(self._round_done, reports))
 
     def _end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
@@ -378,5 +394,6 @@ class RoundExecutor:
         self._save(self._end)  # whoever resumes it finds the last row complete
 
     def _end(self) -> None:
-        self._admission.end(OVER)
-        self.outcome = COMPLETED
+        is_cut_short = self._pausing.is_cut_short
+        self._admission.end(CUT_SHORT if is_cut_short else OVER)
+        self.outcome = STOPPED if is_cut_short else COMPLETED

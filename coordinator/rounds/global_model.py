@@ -100,7 +100,7 @@ class GlobalModel:
             return {name: moved(self.ledger.pairs[device][name], pairs[name]) for name in names}
 
     def aggregate(
-        self, reports: dict[str, Report], rounds_done: int, *, is_retry: bool = False
+        self, reports: dict[str, Report], round_: int, *, is_retry: bool, evaluates: bool
     ) -> Aggregated:
         """Join what devices and coordinator have learned.
 
@@ -108,8 +108,9 @@ class GlobalModel:
 
         Args:
             reports: What the devices have brought.
-            rounds_done: Rounds that are done with this one.
+            round_: Their round.
             is_retry: Whether the round is tried again, after it led to nothing good.
+            evaluates: Whether what has come of it is evaluated.
 
         Raises:
             DeviceFault: the only device has brought what nobody can have learned; nothing was
@@ -118,12 +119,12 @@ class GlobalModel:
             Diverged: nothing good comes of the round, and no device is to blame; likewise.
         """
         self._check_own()
-        refused = self._screen(reports, rounds_done - 1, is_retry=is_retry)
+        refused = self._screen(reports, round_, is_retry=is_retry)
         reports[SERVER] = Report(0, 0, *self.engine.learned())
         before = dict(self.ledger.pairs)
         result = self._join(reports)
         self._take(result)
-        return Aggregated(result, before, self.evaluate(rounds_done), refused)
+        return Aggregated(result, before, self.evaluate() if evaluates else None, refused)
 
     def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refusals:
         """Take out of *reports* what is not to be joined; see `aggregate`."""
@@ -188,10 +189,10 @@ class GlobalModel:
         learned = self.ledger.totals.values()
         return largest(own) > MAX_NUMBER or any(exceeds(total, MAX_LEARNED) for total in learned)
 
-    def evaluate(self, rounds_done: int) -> TailSums | None:
-        """Evaluate on the coordinator's own file, if that is due."""
+    def evaluate(self) -> TailSums | None:
+        """Evaluate on the coordinator's own file, if there is one."""
         batches = self._model.eval_batches
-        if not batches or not self._config.evaluates_after(rounds_done):
+        if not batches:
             return None
         return add_up([self.engine.evaluate_whole(batch) for batch in batches])
 

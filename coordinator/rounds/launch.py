@@ -25,6 +25,8 @@ from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,
     METRICS,
+    PAUSED,
+    STOPPED,
     Reopened,
     has_ended,
     new_folder,
@@ -33,8 +35,10 @@ from coordinator.results.lifecycle import (
 )
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator, tell_end
+from coordinator.steering.listener import Listener
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.deadline import Deadline
 from edge_sdk.names import run_name
@@ -148,13 +152,25 @@ def _gateway(config: ServeConfig, keys: KeyPair) -> ZmqGateway:
 
 def _finish(coordinator: Coordinator) -> str:
     path, watcher = coordinator.folder.path, coordinator.watcher
-    watcher.see(Listening(path, coordinator.gateway.address))
-    with stopping_on_signals(coordinator.stop, STOP_S):
-        outcome = coordinator.serve()
-    if outcome == COMPLETED:
-        target = path / ADAPTER
-        difference = coordinator.learned.export(target, run_facts(coordinator.folder))
-        watcher.see(Exported(ADAPTER, difference, target))
-    else:
-        watcher.see(RunPaused(path))
+    with Listener(path, coordinator.ask) as listener:
+        watcher.see(Listening(path, coordinator.gateway.address))
+        with stopping_on_signals(coordinator.stop, STOP_S):
+            outcome = coordinator.serve()
+        if outcome in (COMPLETED, STOPPED):
+            hand_out(coordinator)
+        if outcome == STOPPED:
+            watcher.see(RunStopped(path, coordinator.run.state.round, coordinator.config.rounds))
+        elif outcome == PAUSED:
+            watcher.see(RunPaused(path))
+        listener.answer(outcome)
     return outcome
+
+
+def hand_out(coordinator: Coordinator) -> None:
+    """Write the result of a run, as far as there is one, and say where it is."""
+    folder, state = coordinator.folder, coordinator.run.state
+    if not state.round:
+        return
+    target = folder.path / ADAPTER
+    difference = coordinator.learned.export(target, run_facts(folder))
+    coordinator.watcher.see(Exported(ADAPTER, difference, target))

@@ -24,7 +24,7 @@ from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher, WeightsAdapted
-from coordinator.results.lifecycle import COMPLETED, OVER
+from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
@@ -47,6 +47,7 @@ from coordinator.rounds.run import Run
 from coordinator.rounds.state import Debt, RunState, debts
 from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
+from coordinator.steering.wishes import URGENT, Wish
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import PartRequest, RunOver, Stamp
@@ -137,7 +138,7 @@ FORMS = {
 class Coordinator:
     """One run, from its first device to its last round."""
 
-    _has_told = False
+    _told: Wish | None = None
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class Coordinator:
             least_devices: Devices that a round needs once a step is done; None: config.min_devices.
             clock: Seconds by which devices are late; where it stands still nobody is.
         """
-        self.model, self.folder, self.gateway = model, folder, gateway
+        self.config, self.model, self.folder, self.gateway = config, model, folder, gateway
         self.watcher = Watchers([RunFiles(folder), watcher])
         reporting = Reporting(self.watcher, bool(config.label_names), gateway)
         self.planner = Planner(config, model.facts, model.planning_problem())
@@ -220,17 +221,18 @@ class Coordinator:
             self.model.graphs.close()
             run.replays.close()
         self.watcher.see(RunFinished(executor.outcome))
-        if executor.outcome == COMPLETED:
-            self._say_goodbye()
+        if executor.outcome in (COMPLETED, STOPPED):
+            self._say_goodbye(OVER if executor.outcome == COMPLETED else CUT_SHORT)
         return executor.outcome
 
     def _tell_of_stop(self) -> None:
-        """Say once that a stop was asked for."""
-        if self._executor.stop_asked and not self._has_told:
-            self._has_told = True
-            self.watcher.see(StopAsked())
+        """Say once of each wish that the run is to be left."""
+        wish = self._executor.wish
+        if wish is not None and wish is not self._told:
+            self._told = wish
+            self.watcher.see(StopAsked(wish.kind, wish.after_round, wish.is_urgent))
 
-    def _say_goodbye(self) -> None:
+    def _say_goodbye(self, reason: str) -> None:
         """End all sessions, once everybody knows that the run is over.
 
         After a pause there is no goodbye: devices keep trying, and join the run that is resumed.
@@ -239,22 +241,26 @@ class Coordinator:
         names = set(gateway.devices())
         for name in names:
             with suppress(PeerGone):
-                gateway.drop(name, COMPLETED)
+                gateway.drop(name, self._executor.outcome)
         while not names.isdisjoint(gateway.devices()) and deadline.left_s():
             for event in gateway.events(min(POLL_S, deadline.left_s())):
                 if isinstance(event, Received):  # of a new session: it has not heard of the end
-                    tell_end(gateway, self.run.stamp(event.device))
+                    tell_end(gateway, self.run.stamp(event.device), reason)
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
-        self._executor.stop_asked = True
+        self.ask(URGENT)
+
+    def ask(self, wish: Wish) -> None:
+        """Leave as is wished, with a checkpoint; any thread may call this."""
+        self._executor.wish = wish
         self.gateway.wake()
 
 
-def tell_end(gateway: Gateway, stamp: Stamp) -> None:
+def tell_end(gateway: Gateway, stamp: Stamp, reason: str = OVER) -> None:
     """Tell the device of *stamp*, if it is still here, that the run is over; end its session."""
     with suppress(PeerGone):
-        gateway.send(stamp.device, RunOver(stamp=stamp, reason=OVER))
+        gateway.send(stamp.device, RunOver(stamp=stamp, reason=reason))
         gateway.drop(stamp.device, COMPLETED)
 
 

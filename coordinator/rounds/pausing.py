@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from coordinator.results.events import StopBegun, StopForced
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase, debts, is_between_steps
+from coordinator.steering.wishes import Wish
 
 # Seconds that a step may take to its end when the coordinator is to leave, and those that devices
 # then get to save their state. Together less than the 10 s after which a service is killed.
 STEP_PATIENCE_S = 4.0
 PAUSE_PATIENCE_S = 3.0
+# Seconds for the latter where nobody kills the coordinator.
+LEISURE_S = 30.0
 
 
 class Pausing:
-    """The way from a wish to stop to a run that is saved."""
+    """The way from a wish to stop to a run that is saved.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Args:
+        run: What is to be left.
+        patience_s: Seconds that a step may take to its end where nothing is urgent.
+    """
+
+    def __init__(self, run: Run, patience_s: float = STEP_PATIENCE_S) -> None:
+        self._run, self._patience_s = run, patience_s
+        self._wish: Wish | None = None
+        self._total_rounds = run.state.total_rounds
+        self._last_round = 0
+        """Rounds after which a wish that waits for the end of one is due."""
         self._step_until_s: float | None = None
+        self.save_s = PAUSE_PATIENCE_S
+        """Seconds that devices have to save their state."""
         self._until_s: float | None = None
 
-    def ask(self, now_s: float) -> None:
-        """Note that the run is to stop; the first time counts."""
-        if self._step_until_s is None:
-            self._step_until_s = now_s + STEP_PATIENCE_S
+    def ask(self, wish: Wish, now_s: float) -> bool:
+        """Take a wish; return whether the run is to be left as soon as it can be.
+
+        The last wish counts. One to stop after the round makes that round the run's last, which
+        ends it by itself.
+        """
+        state = self._run.state
+        if wish is not self._wish:
+            self._wish = wish
+            self._last_round = state.round + state.is_in_round
+            self._run.total_rounds = self._total_rounds
+        if wish.after_round:
+            if wish.kind == "stop" and state.phase is Phase.CLOSING:
+                return False
+            if state.round < self._last_round:
+                if wish.kind == "stop":
+                    self._run.total_rounds = self._last_round
+                return False
+        self._hurry(now_s, STEP_PATIENCE_S if wish.is_urgent else self._patience_s)
+        self.save_s = PAUSE_PATIENCE_S if wish.is_urgent else LEISURE_S
+        return True
+
+    def _hurry(self, now_s: float, patience_s: float) -> None:
+        """Note that the run is to stop; the first time counts, and who has less patience."""
+        until_s = now_s + patience_s
+        self._step_until_s = min(until_s, self._step_until_s or until_s)
+
+    @property
+    def outcome(self) -> Literal["paused", "stopped"]:
+        """How the run ends if it is left now."""
+        is_stop = self._wish is not None and self._wish.kind == "stop"
+        return "stopped" if is_stop else "paused"
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether fewer rounds are done than the run was begun with."""
+        return self._run.state.round < self._total_rounds
 
     def is_forced(self, now_s: float) -> bool:
         """Return whether to leave although a step has not ended: the newest checkpoint counts."""
@@ -55,13 +104,14 @@ class Pausing:
         if not state.members:
             return True
         self._run.paused.clear()
-        self._until_s = now_s + PAUSE_PATIENCE_S
+        self._until_s = now_s + self.save_s
         self._run.watcher.see(StopBegun(state.step))
         return False
 
     def is_over(self, now_s: float) -> bool:
         """Return whether this very step can be saved; not while members may still answer."""
         assert self._until_s is not None
+        self._until_s = min(self._until_s, now_s + self.save_s)  # it may have become urgent
         is_complete = self._run.paused >= self._run.state.members.keys()
         return is_complete or now_s >= self._until_s
 

@@ -241,6 +241,15 @@ class Run:
 
     # ---- rounds ----
 
+    @property
+    def total_rounds(self) -> int:
+        """Rounds after which the run is over; the last one may be the one that goes on."""
+        return self.state.total_rounds
+
+    @total_rounds.setter
+    def total_rounds(self, rounds: int) -> None:
+        self.state.total_rounds = rounds
+
     def start_round(self) -> None:
         """Begin a round with all that are ready."""
         resting = self.conduct.resting(self.state.ready, self.state.round)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
+from coordinator.steering.wishes import Wish
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
@@ -125,6 +126,53 @@ def test_a_stopped_run_goes_on_with_the_same_devices(
     assert resumed.wait() == "completed"
     wait_all(clients)
     same(resumed, wholes[labels])
+
+
+def asked_at(serving: Serving, step: int, wish: Wish) -> Serving:
+    """Ask for something when device a has reported *step*."""
+
+    def check(name: str, report: StepReport) -> None:
+        if (name, report.stamp.step) == ("a", step):
+            serving.coordinator.ask(wish)
+
+    serving.trap.on_step = check
+    return serving
+
+
+WISHES = {
+    "paused after a round": (Wish("pause", after_round=True), "paused", 3),
+    "stopped after a round": (Wish("stop", after_round=True), "stopped", 3),
+    "stopped in a round": (Wish("stop"), "stopped", 2),
+}
+
+
+@pytest.mark.parametrize(("wish", "outcome", "step"), WISHES.values(), ids=WISHES.keys())
+def test_a_run_that_was_left_as_asked_goes_on(
+    cluster: Cluster,
+    config: ServeConfig,
+    wholes: dict[str, Whole],
+    wish: Wish,
+    outcome: str,
+    step: int,
+) -> None:
+    """Left after the round or the step, with a result or without, it can be resumed, to the bit.
+
+    Devices of a run that is stopped hear of its end; those of a paused one come back.
+    """
+    left = asked_at(cluster.serve(config), 1, wish).start()
+    clients = cluster.start(data=held_out())
+    assert left.wait() == outcome
+    assert left.state.step == step
+    if outcome == "stopped":
+        wait_all(clients)
+        assert left.rows[-1]["round"] == step // 3
+
+    resumed = cluster.serve(config).start()
+    clients = clients if outcome == "paused" else cluster.start(data=held_out())
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    same(resumed, wholes["server"])
 
 
 @pytest.mark.parametrize("splits", [(1, 5, 5), (5, 5, 5)], ids=["mixed", "alone"])

@@ -34,6 +34,7 @@ from coordinator.results.events import (
     RunFinished,
     RunPaused,
     RunStarted,
+    StopAsked,
     Watcher,
     WeightsAdapted,
 )
@@ -42,6 +43,7 @@ from coordinator.results.lifecycle import (
     COMPLETED,
     METRICS,
     PAUSED,
+    STOPPED,
     TELEMETRY,
     new_folder,
     reopen,
@@ -52,7 +54,10 @@ from coordinator.results.lifecycle import (
 from coordinator.results.metrics import Reporting
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
+from coordinator.steering.listener import Listener
+from coordinator.steering.wishes import URGENT, Wish
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import EvalReport, Stamp
@@ -102,8 +107,8 @@ def train_pooled(
 
 def serve_pooled(config: ServeConfig, watcher: Watcher) -> str:
     """Start a run without devices and train it to its end; return how it ended."""
-    with _new_run(config, None, watcher) as run, stopping_on_signals(run.stop):
-        return run.train()
+    with _new_run(config, None, watcher) as run:
+        return _steered(run)
 
 
 def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
@@ -120,8 +125,16 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         if checkpoint is not None:
             with restoring(folder):
                 run.restore(checkpoint)
+        return _steered(run)
+
+
+def _steered(run: PooledRun) -> str:
+    """Train to the end, or until somebody wants it to be left; return how it ended."""
+    with Listener(run.folder.path, run.ask) as listener:
         with stopping_on_signals(run.stop):
-            return run.train()
+            outcome = run.train()
+        listener.answer(outcome)
+    return outcome
 
 
 def result_name(config: ServeConfig) -> str:
@@ -200,11 +213,26 @@ class PooledRun:
         self._id = f"{folder.name}-{secrets.token_hex(4)}"
         self._reporting = Reporting(self._watcher, bool(config.label_names))
         self._step = 0
-        self._stop_asked = False
+        self._wish: Wish | None = None
+        self._told: Wish | None = None
 
     def stop(self) -> None:
         """Leave at the end of the step, with a checkpoint; any thread may call this."""
-        self._stop_asked = True
+        self.ask(URGENT)
+
+    def ask(self, wish: Wish) -> None:
+        """Leave as is wished, with a checkpoint; any thread may call this."""
+        self._wish = wish
+
+    def _leaves(self) -> bool:
+        """Return whether the run is to be left here."""
+        wish = self._wish
+        if wish is None:
+            return False
+        if wish is not self._told:
+            self._told = wish
+            self._watcher.see(StopAsked(wish.kind, wish.after_round, wish.is_urgent))
+        return not (wish.after_round and self._step % self.config.steps_per_round)
 
     def train(self) -> str:
         """Train to the end, or until `stop` was called; return how it ended."""
@@ -216,8 +244,8 @@ class PooledRun:
         self._watcher.see(RunStarted(self._id, self._step))
         self._reporting.begin_round()
         while self._step < config.total_steps:
-            if self._stop_asked:
-                return self._pause()
+            if self._leaves():
+                return self._leave()
             self._train_step()
             if self._step % config.steps_per_round == 0:
                 self._close_round()
@@ -280,11 +308,18 @@ class PooledRun:
         checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state.checkpoint()})
         self.folder.save_checkpoint(self._step, checkpoint, self.config.save_total_limit)
 
-    def _pause(self) -> str:
+    def _leave(self) -> str:
         self._save()
-        self._watcher.see(RunFinished(PAUSED))
-        self._watcher.see(RunPaused(self.folder.path))
-        return PAUSED
+        if self._wish is None or self._wish.kind == "pause":
+            self._watcher.see(RunFinished(PAUSED))
+            self._watcher.see(RunPaused(self.folder.path))
+            return PAUSED
+        self._watcher.see(RunFinished(STOPPED))
+        done = self._step // self.config.steps_per_round
+        if self._durable:
+            self._write_result()
+        self._watcher.see(RunStopped(self.folder.path, done, self.config.rounds))
+        return STOPPED
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to *checkpoint*; rows written after it are dropped."""

@@ -48,7 +48,7 @@ class SimulationResult:
     """A simulation that has ended."""
 
     outcome: str
-    """`completed`, or `paused` after Ctrl-C."""
+    """`completed`, `paused` after Ctrl-C, or `stopped`."""
     folder: RunFolder
     rounds: list[SimulatedRound]
 

@@ -32,9 +32,11 @@ from coordinator.lab.simulation.timing import (
     TimedEngine,
 )
 from coordinator.results.events import Exported, RunEvent, Watcher
-from coordinator.results.lifecycle import ADAPTER, COMPLETED, new_folder
+from coordinator.results.lifecycle import ADAPTER, COMPLETED, STOPPED, new_folder
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
+from coordinator.steering.listener import Listener
+from coordinator.steering.wishes import Wish
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
@@ -113,14 +115,22 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
 
 
 def _serve(coordinator: Coordinator) -> str:
-    with stopping_on_signals(coordinator.stop):
-        outcome = coordinator.serve()
-    if outcome == COMPLETED:
-        folder = coordinator.folder
-        difference = coordinator.learned.export(folder.path / ADAPTER, run_facts(folder))
-        coordinator.watcher.see(Exported(ADAPTER, difference))
-    else:
-        coordinator.run.reporting.flush()
+    def ask(wish: Wish) -> str | None:
+        if wish.kind == "pause":
+            return "a simulation cannot go on later; `coordinator stop` keeps what it has so far"
+        coordinator.ask(wish)
+        return None
+
+    folder = coordinator.folder
+    with Listener(folder.path, ask) as listener:
+        with stopping_on_signals(coordinator.stop):
+            outcome = coordinator.serve()
+        if outcome == COMPLETED or (outcome == STOPPED and coordinator.run.state.round):
+            difference = coordinator.learned.export(folder.path / ADAPTER, run_facts(folder))
+            coordinator.watcher.see(Exported(ADAPTER, difference))
+        else:
+            coordinator.run.reporting.flush()
+        listener.answer(outcome)
     return outcome
 
 

@@ -57,8 +57,10 @@ class ServiceManager:
                 self._tell("READY=1", UNWATCHED)
             case RoundStarted():
                 self._tell(f"STATUS=round {event.nth} with {len(event.devices)} devices")
-            case StopAsked():
+            case StopAsked(is_urgent=True):  # it gives us some seconds from now on
                 self._tell("STOPPING=1", "STATUS=stopping")
+            case StopAsked():
+                self._tell(f"STATUS={_line(event.text)}")
             case RunFinished(outcome) if outcome == COMPLETED:
                 self._tell(UNWATCHED, "STATUS=writing the result")
             case Exported():

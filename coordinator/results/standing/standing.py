@@ -12,7 +12,7 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.results.events import nth
 from coordinator.results.history import Row, RunHistory, overall
-from coordinator.results.lifecycle import has_ended
+from coordinator.results.lifecycle import PAUSED, STOPPED, has_ended
 from coordinator.results.run_folder import LIVE, RunFolder
 from coordinator.results.run_lock import is_held
 from coordinator.results.watchers import CLOCK
@@ -144,13 +144,25 @@ def _state(
     if not folder.has_checkpoint():
         return "ended before its first checkpoint; `coordinator resume` begins it anew"
     outcomes = [row for row in history.events if row["event"] in ("run.started", "run.ended")]
-    if outcomes and outcomes[-1].get("outcome") == "paused":
+    outcome = outcomes[-1].get("outcome") if outcomes else None
+    if outcome == PAUSED:
         return f"paused at {where}, resumable"
+    if outcome == STOPPED:
+        result = "its result is exported, " if history.rounds_done else ""
+        return f"stopped at {where}, {result}resumable"
     return f"ended without a word at {where}, resumable"
 
 
 def _going_on(history: RunHistory, live: Row) -> str:
     """Return what a run does that a coordinator holds."""
+    wished = [row for row in history.events if row["event"] in ("run.started", "stop.asked")]
+    if wished and wished[-1]["event"] == "stop.asked":
+        unit = "round" if wished[-1]["after_round"] else "step"
+        return f"{_doing(history, live)}; a {wished[-1]['wish']} after this {unit} was asked for"
+    return _doing(history, live)
+
+
+def _doing(history: RunHistory, live: Row) -> str:
     if (missing := history.missing()) is not None:
         lacking = missing["least"] - len(missing["ready"])
         noun = "device" if lacking == 1 else "devices"
@@ -216,7 +228,8 @@ def _devices(
     troubles = _troubles(history)
     plans = history.plans_in(config.rounds)
     # At the end of a round its row knows more than the last step did.
-    is_newer = not history.costs or live.get("round", 0) > history.costs[-1]["round"]
+    now_in = live.get("round")  # None: it has been resumed, and no round has begun yet
+    is_newer = not history.costs or (now_in or 0) > history.costs[-1]["round"]
     found = []
     for name in sorted(names):
         mine, plan = now.get(name, {}), plans.get(name)

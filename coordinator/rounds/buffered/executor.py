@@ -9,7 +9,6 @@ from coordinator.aggregation.screening import Diverged
 from coordinator.rounds.buffered.model import BufferedModel, Merged
 from coordinator.rounds.buffered.run import BufferedRun
 from coordinator.rounds.executor import RoundExecutor, Waves, act, robust_facts
-from coordinator.rounds.pausing import PAUSE_PATIENCE_S
 from coordinator.rounds.plans.changes import Moved
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
@@ -36,7 +35,7 @@ class TourExecutor(RoundExecutor):
         state = self._run.tours
         if self._rewinds():
             return True
-        if self.stop_asked:
+        if self._is_leaving:
             return self._pause(now_s)
         if self._evaluates(is_idle=not (self._run.inputs.due or self._run.inputs.uploads)):
             return True
@@ -88,7 +87,9 @@ class TourExecutor(RoundExecutor):
         if state.is_step_due or (must_merge and state.is_step_open):
             self._waves.finish_step()
         elif must_merge:
-            self._worker.start(partial(self._learned.merge, state.round), self._merged)
+            evaluates = self._evaluates_after(state.round + 1)
+            merge = partial(self._learned.merge, state.round, evaluates=evaluates)
+            self._worker.start(merge, self._merged)
         elif not self._begin_tours():
             return self._waves.visit()
         return True
@@ -142,7 +143,7 @@ class TourExecutor(RoundExecutor):
         """Let devices save themselves where they are, then save; return whether that is done."""
         run, state = self._run, self._run.tours
         if self._pause_until_s is None:
-            self._pause_until_s = now_s + PAUSE_PATIENCE_S
+            self._pause_until_s = now_s + self._pausing.save_s
             run.paused.clear()
             for name in list(state.members):
                 self._admission.send(name, Pause(stamp=run.stamp(name)))

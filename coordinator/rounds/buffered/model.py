@@ -66,11 +66,12 @@ class BufferedModel(GlobalModel):
             self.ledger.pairs[device] = dict(report.pairs)
         return refused
 
-    def merge(self, version: int) -> Merged:
+    def merge(self, version: int, *, evaluates: bool) -> Merged:
         """Join what has come since the last merge; the coordinator's blocks then hold that, too.
 
         Args:
             version: Merges done so far.
+            evaluates: Whether what has come of it is evaluated.
 
         Raises:
             Diverged: nothing good comes of it, and no device is to blame; nothing was changed.
@@ -89,7 +90,7 @@ class BufferedModel(GlobalModel):
         newest = {update.device: update.report for update in buffer.updates}
         return Merged(
             result,
-            self.evaluate(version + 1),
+            self.evaluate() if evaluates else None,
             {**newest, SERVER: server},
             buffer.staleness(version),
             buffer.samples,

@@ -1,0 +1,48 @@
+"""What happens because a person steers a run, or wants to see what its model says, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.results.events import RunEvent
+
+
+@dataclass(frozen=True, slots=True)
+class RunStopped(RunEvent):
+    """A run has ended before its time, with the result that there was."""
+
+    folder: Path
+    rounds: int
+    """Rounds that are done."""
+    total_rounds: int
+
+    @property
+    def text(self) -> str:
+        """How far it came."""
+        done = f"stopped after {self.rounds} of {self.total_rounds} rounds"
+        lacks = "" if self.rounds else ", so there is no result yet"
+        return f"{done}{lacks}; to go on all the same: coordinator resume {self.folder}"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleText(RunEvent):
+    """What the model says to one of the prompts of `evaluation.prompts`."""
+
+    round: int
+    """Rounds that were done by then; 0: before training."""
+    prompt: str
+    completion: str
+    """What it has added to the prompt."""
+
+    @property
+    def text(self) -> str:
+        """The beginning of both, in a line."""
+        said = " ".join(self.completion.split())
+        asked = " ".join(self.prompt.split())
+        return f"after {self.round} rounds, {shortened(asked, 28)!r}: {shortened(said, 36)!r}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return *text*, or its beginning and three points, in at most so many letters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
