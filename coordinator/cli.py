@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from coordinator.commands.audit_privacy import add_audit_privacy
 from coordinator.commands.check import add_check
-from coordinator.commands.client import add_client, add_keygen
 from coordinator.commands.compare import add_compare
 from coordinator.commands.deployment.health import add_health
+from coordinator.commands.devices.client import add_client, add_keygen
+from coordinator.commands.devices.enrol import add_enrol
 from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
@@ -40,6 +41,7 @@ COMMANDS = (
     add_export,
     add_presets,
     add_keygen,
+    add_enrol,
     add_client,
 )
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk.arguments import Arguments, add_examples
-from edge_sdk.client import config as client_config
 from edge_sdk.client.callbacks import FAILED, Callback, RoundBegun, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
-from edge_sdk.config.templates import filled, write_config
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE, DataError, one_line
+from edge_sdk.config.templates import write_config
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, one_line
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.transport.keys import create_key_pair, fingerprint
@@ -29,9 +28,8 @@ if TYPE_CHECKING:
     from edge_sdk.doctor.finding import Finding
 
 ENV_PREFIX = "EDGE_SDK_"
-TEMPLATE = Path(client_config.__file__).with_name("device.yaml")
-EXAMPLE = "examples/device.yaml"
-"""What the template calls the file that it becomes."""
+MOST_CODE_LETTERS = 4096
+"""Of an enrolment code with whatever was copied around it."""
 # Seconds of a round between two lines about its steps.
 TELL_EVERY_S = 10.0
 EXAMPLES = {
@@ -41,6 +39,10 @@ EXAMPLES = {
         "run --config device.yaml --supervise",
         "run --config device.yaml threads=2 data.path=train.jsonl accept.labels=device",
         "run coordinator=tcp://192.168.1.10:7070 server_key=coordinator.key.pub data.path=a.jsonl",
+    ],
+    "enrol": [
+        "enrol 0421Q7P0-N00GMGJS-PFYJNV3D-...",
+        "enrol --config kitchen.yaml - < code.txt",
     ],
     "keygen": ["keygen", "keygen keys/kitchen.key"],
     "check": [
@@ -84,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
     run.set_defaults(run=_run)
+    _add_enrol(commands.add_parser("enrol", help="have this device registered by a code"))
     _add_init(commands.add_parser("init", help="write a commented config to begin with"))
     keygen = commands.add_parser("keygen", help="make this device's key pair")
     keygen.add_argument("path", nargs="?", default="device.key", help="default: %(default)s")
@@ -114,13 +117,51 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
+    from edge_sdk.enrol import template_text
+
     given = {"coordinator": options.coordinator, "server_key": options.server_key}
-    # What is wrong with a value is better known before there is a file.
-    wanted = [f"{key}={value}" for key, value in given.items() if value]
-    load_config(ClientConfig, TEMPLATE, wanted, env={})
-    text = filled(TEMPLATE.read_text(encoding="utf-8"), given).replace(EXAMPLE, str(options.path))
-    write_config(options.path, text)
+    write_config(options.path, template_text(options.path, given))
     print(f"{options.path} written; change it, then: edge-sdk doctor --config {options.path}")
+    return 0
+
+
+def _add_enrol(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes this device's key, unless there is one, has it registered by the code that "
+        "`coordinator enrol NAME` has printed, and writes the config. Only the public key leaves "
+        "this device."
+    )
+    add = parser.add_argument
+    add("code", nargs="+", help="the code, in one word or several; `-` reads it from stdin")
+    add(
+        "--config",
+        type=Path,
+        default=Path("device.yaml"),
+        help="written, or changed in what concerns the coordinator; default: %(default)s",
+    )
+    add("--key", type=Path, help="secret key; default: that of the config, or device.key beside it")
+    parser.set_defaults(run=_enrol)
+
+
+def _enrol(options: argparse.Namespace) -> int:
+    from edge_sdk.enrol import enrol
+
+    text = " ".join(options.code)
+    if text == "-":
+        text = sys.stdin.read(MOST_CODE_LETTERS)
+    if len(text) >= MOST_CODE_LETTERS:
+        raise ConfigError("this is no enrolment code: it is too long")
+    done = enrol(text, options.config, options.key)
+    made = "made" if done.is_new_key else "was there"
+    print(f"enrolled as {done.name} at {done.address}")
+    print(f"key:    {done.key} ({made}), fingerprint {fingerprint(done.public_key)}")
+    if done.is_new_config:
+        print(f"config: {done.config} (new)")
+    else:
+        what = f"changed: {', '.join(done.changed)}" if done.changed else "as it was"
+        print(f"config: {done.config} ({what})")
+    print(f"next:   set data.path in {done.config}, then: edge-sdk check --config {done.config}")
+    print(f"        edge-sdk run --config {done.config}")
     return 0
 
 

@@ -40,7 +40,7 @@ ORDER = {
         ["runtime"],
         ["client"],
         ["doctor", "preview"],
-        ["supervise", "arguments"],
+        ["supervise", "arguments", "enrol"],
         ["command"],
         ["cli"],
     ],
@@ -77,6 +77,7 @@ DOORS = {
     "msgpack": ["edge_sdk/protocol/headers.py"],
     "msgspec": ["edge_sdk/protocol/headers.py"],
     "zmq": ["edge_sdk/transport/*.py", "coordinator/gateway/*.py"],
+    "segno": ["coordinator/commands/devices/enrol.py"],
     "pynvml": ["profiler/sensors/sources.py"],
     "onnxruntime": ["edge_sdk/runtime/onnx_session.py", "edge_sdk/runtime/onnx_gradients.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.

@@ -3,9 +3,9 @@
 __all__ = [
     "audit_privacy",
     "check",
-    "client",
     "compare",
     "deployment",
+    "devices",
     "examples",
     "experiment",
     "export",

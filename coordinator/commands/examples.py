@@ -52,11 +52,19 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "presets list": ["presets list"],
     "presets show": ["presets show hsplitlora"],
     "keygen": ["keygen", "keygen keys/coordinator.key"],
+    "enrol": [
+        "enrol kitchen --config run.yaml",
+        "enrol kitchen --address tcp://192.168.1.10:7070 --minutes 60",
+        "enrol kitchen --config run.yaml --replace",
+        "enrol kitchen --withdraw",
+    ],
     "client register": [
         "client register kitchen device.key.pub",
         "client register kitchen device.key.pub --allow-list lab/devices.yaml",
     ],
     "client unregister": ["client unregister kitchen"],
+    "client pending": ["client pending", "client pending --allow-list lab/devices.yaml"],
+    "client approve": ["client approve kitchen 43b7:46bf:a823:a2ed"],
     "client list": ["client list", "client list --format json"],
 }
 """By the words of a command; the program's name is left out."""

@@ -1,3 +1,3 @@
 """Devices as the coordinator sees them: who may come, who is here, what they send."""
 
-__all__ = ["allow_list", "gateway", "interface", "link_probe", "replays", "residuals"]
+__all__ = ["allow_list", "enrolment", "gateway", "interface", "link_probe", "replays", "residuals"]

@@ -1,8 +1,8 @@
-"""Who may connect: the allow-list of public keys, and the answer to libzmq's question (ZAP).
+"""Who may connect: the allow-list of public keys.
 
 The list is a JSON file ``{"devices": {name: public key}}`` whatever its name ends in, replaced as a
 whole and read again when it changes, so `coordinator client register` works while a run is on. Not
-here: sessions (`sessions.py`).
+here: the answer to libzmq's question (`zap.py`), codes (`enrolment`).
 """
 
 from __future__ import annotations
@@ -14,29 +14,19 @@ import json
 import logging
 import os
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import zmq
-from zmq.utils import z85
-
-from coordinator.gateway.ration import Bucket, Trouble, source_of
 from edge_sdk.errors import ConfigError, public_text
 from edge_sdk.files import atomic_write, storage_errors
 from edge_sdk.transport.keys import is_public_key, load_public_key
 
 log = logging.getLogger(__name__)
 
-ZAP_ADDRESS = "inproc://zeromq.zap.01"
-ZAP_DOMAIN = "edgesplit"
 # Names become folder names, log fields and terminal output.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # 100,000 devices of about 60 bytes.
 _MAX_FILE_BYTES = 8 * 1024 * 1024
-# Handshakes of one key, at once and a second: a device that finds nobody behind a connection makes
-# two in a second.
-MOST_HANDSHAKES, HANDSHAKES_PER_S = 120.0, 2.0
 # Trouble of a disk or of this process that says nothing about who may come.
 _OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EINTR)
 # Content of a file that is not there, and of none at all; no list looks like them.
@@ -65,6 +55,8 @@ class AllowList:
         self._keys: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._why = ""
+        self._has_taken = False
+        """Whether a key went by our own doing, and `reload_if_changed` has not said so."""
         self._content = self._read()
         self._doubtful: bytes | None = _NONE
         if self._content is None:
@@ -79,15 +71,41 @@ class AllowList:
         """Return the name under which *key* is registered, or None."""
         return self._names.get(key)
 
-    def register(self, name: str, key: str | Path) -> None:
-        """Let the owner of *key* (Z85, or a file) in as *name*; replaces the name's old key."""
+    def register(
+        self,
+        name: str,
+        key: str | Path,
+        *,
+        replaces: bool = True,
+        is_patient: bool = True,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Let the owner of *key* in as *name*.
+
+        Args:
+            name: Name in the coordinator's runs.
+            key: Its public key as Z85, or the file that holds it.
+            replaces: Whether the name may be registered already, with another key.
+            is_patient: Whether to wait for another process that changes the list.
+            first: Called when nothing is in the way any more, before the list is written; what it
+                raises leaves the list as it was.
+
+        Raises:
+            ConfigError: the name is none, or taken, or the key is registered under another one.
+            StorageError: the list cannot be written, or not now.
+        """
         if not is_device_name(name):
             raise ConfigError(f"device name {name!r}: letters, digits, '.', '_', '-', at most 64")
         public = load_public_key(key)
-        with self._changing() as keys:
+        with self._changing(is_patient=is_patient) as keys:
             owner = next((other for other, known in keys.items() if known == public), name)
             if owner != name:
                 raise ConfigError(f"this key is registered as {owner!r} already")
+            if not replaces and keys.get(name, public) != public:
+                raise ConfigError(
+                    f"{name} is registered already, with another key; --replace takes the new one"
+                )
+            first()
             keys[name] = public
         log.info("device.registered name=%s", name)
 
@@ -99,15 +117,15 @@ class AllowList:
         log.info("device.unregistered name=%s", name)
 
     def reload_if_changed(self) -> bool:
-        """Read the file again; return whether the list is another one now."""
+        """Read the file again; return whether somebody else has changed it, or we took a key."""
         try:
             content = self._read()
         except OSError as error:  # of the disk or of this process: nobody has changed the list
             log.error("allow_list.unread error=%s", error.strerror)
             return False
         if content == self._content:
-            self._doubtful = _NONE
-            return False
+            self._doubtful, has_taken, self._has_taken = _NONE, self._has_taken, False
+            return has_taken
         keys, why = {}, self._why
         if content is not None:
             try:
@@ -120,7 +138,7 @@ class AllowList:
         if (why or is_missing) and content != self._doubtful:
             self._doubtful = content  # for a second look
             return False
-        self._content, self.is_closed = content, content is None
+        self._content, self.is_closed, self._has_taken = content, content is None, False
         self._take(keys)
         if why:
             log.error("allow_list.bad devices=%d error=%s", len(keys), public_text(why))
@@ -166,14 +184,14 @@ class AllowList:
         return dict(keys)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[dict[str, str]]:
+    def _changing(self, *, is_patient: bool = True) -> Iterator[dict[str, str]]:
         """Read the list, let the caller change it, write it; one process at a time."""
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Another user's lock, too: reading is enough for it.
             lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT, 0o644)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
                 content = self._read()
                 if content is None:
                     raise ConfigError(f"cannot read {self.path}: {self._why}")
@@ -183,81 +201,23 @@ class AllowList:
                 owned = self.path if content != _MISSING else self.path.parent
                 owner = owned.stat()
                 atomic_write(self.path, text, mode=0o600)
-                _give_to(self.path, owner)
+                if not give_to(self.path, owner):
+                    self.path.chmod(0o644)  # its keys are public ones
             finally:
                 os.close(lock)
+        self._has_taken |= not set(self._keys.values()) <= set(keys.values())
         self._take(keys)
         self._content = text.encode()
 
 
-def _give_to(path: Path, owner: os.stat_result) -> None:
-    """Let whoever had a list go on reading it when another user, such as root, has written it."""
-    if path.stat().st_uid == owner.st_uid:
-        return
-    try:
-        os.chown(path, owner.st_uid, owner.st_gid)
-    except PermissionError:
-        path.chmod(0o644)  # its keys are public ones
+def give_to(path: Path, owner: os.stat_result) -> bool:
+    """Let whoever had a file go on reading it when another user, such as root, has written it.
 
-
-class ZapHandler:
-    """Tells libzmq whether a key may come in; lives in the thread that polls `socket`.
-
-    Not pyzmq's ThreadAuthenticator: one exception ends its thread for good, and nobody notices.
+    Returns whether they may; only root can give a file away.
     """
-
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList, trouble: Trouble
-    ) -> None:
-        self._allowed, self._trouble = allowed, trouble
-        self._handshakes: dict[str, Bucket] = {}
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.linger = 0
-        self.socket.bind(ZAP_ADDRESS)
-
-    def answer_all(self) -> None:
-        """Answer every question that waits."""
-        while True:
-            try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
-                reply = self._reply(parts)
-                if reply:
-                    self.socket.send_multipart(reply, zmq.NOBLOCK)
-            except zmq.Again:
-                return
-
-    def _reply(self, parts: list[bytes]) -> list[bytes]:
+    if path.stat().st_uid != owner.st_uid:
         try:
-            empty = parts.index(b"")
-            route, (version, request, domain, address, _, mechanism, *rest) = (
-                parts[: empty + 1],
-                parts[empty + 1 :],
-            )
-        except ValueError:  # not a question of libzmq's: a socket in this process misbehaves
-            log.error("zap.question_bad parts=%d", len(parts))
-            return []
-        key = self._key(domain, mechanism, rest)
-        name = self._allowed.name_of(key) if key else None
-        status, text = (b"200", b"OK") if name else (b"400", b"key is not registered")
-        if self._allowed.is_closed or (name and not self._may_dial(name)):
-            status, text, name = b"300", b"not now", None  # it may try again, and is told nothing
-        elif name is None:
-            source = source_of(address.decode("ascii", "replace").removeprefix("::ffff:"))
-            self._trouble.tell("device.refused", source, f"key={key}", time.monotonic())
-        return [*route, version, request, status, text, key.encode() if name else b"", b""]
-
-    def _may_dial(self, name: str) -> bool:
-        bucket = self._handshakes.setdefault(name, Bucket(MOST_HANDSHAKES, HANDSHAKES_PER_S))
-        return bucket.take(1.0, time.monotonic())
-
-    @staticmethod
-    def _key(domain: bytes, mechanism: bytes, credentials: list[bytes]) -> str:
-        if domain != ZAP_DOMAIN.encode() or mechanism != b"CURVE" or len(credentials) != 1:
-            return ""
-        if len(credentials[0]) != 32:
-            return ""
-        return str(z85.encode(credentials[0]).decode())
-
-    def close(self) -> None:
-        """Close the socket; libzmq lets nobody in from then on."""
-        self.socket.close()
+            os.chown(path, owner.st_uid, owner.st_gid)
+        except PermissionError:
+            return False
+    return True

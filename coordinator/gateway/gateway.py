@@ -12,17 +12,22 @@ import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import zmq
 
-from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import Doorkeeper
+from coordinator.gateway.enrolment.book import EnrolmentBook
+from coordinator.gateway.enrolment.desk import EnrolDesk
+from coordinator.gateway.enrolment.refused import RefusedKeys
 from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received
 from coordinator.gateway.io_thread import GatewayIo
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.ration import Trouble
 from coordinator.gateway.sessions import DeviceSession
+from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import OutgoingMessage, TensorOut
@@ -65,7 +70,7 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
         self._config = config
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # A connection costs a descriptor; libzmq's own limit of 1023 sockets does not count them.
-        zap = door = None
+        zap = door = book = desk = None
         trouble = Trouble()
         router = self._context.socket(zmq.ROUTER)
         try:
@@ -76,7 +81,8 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
             if not config.insecure:
                 assert config.keys is not None
                 assert allowed is not None
-                zap = ZapHandler(self._context, allowed, trouble)
+                book, refused = EnrolmentBook(allowed.path), RefusedKeys(allowed.path)
+                zap = ZapHandler(self._context, allowed, trouble, book, refused)
                 router.curve_server = True
                 router.curve_secretkey = config.keys.secret.encode()
                 router.curve_publickey = config.keys.public.encode()
@@ -92,15 +98,20 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
                 zap.close()
             self._context.term()
             raise
+        events: SimpleQueue[list[tuple[DeviceSession | None, Event]]] = SimpleQueue()
+        out = Outbox(router)
+        if book is not None and allowed is not None:
+            desk = EnrolDesk(book, allowed, door, out.say, lambda e: events.put([(None, e)]))
         self._io = GatewayIo(
-            Inlet(router, door, None if config.insecure else allowed),
-            Outbox(router),
+            Inlet(router, door, None if config.insecure else allowed, desk),
+            out,
             door,
             zap,
             None if config.insecure else allowed,
             config.max_message_bytes,
             config.silent_after_s,
             config.gone_after_s,
+            events,
         )
         self._taken: dict[DeviceSession, list[tuple[int, int]]] = {}
         self._taken_bytes = 0

@@ -11,6 +11,7 @@ import zmq
 
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import Caller, Doorkeeper, wire_bytes
+from coordinator.gateway.enrolment.desk import EnrolDesk
 from edge_sdk.transport.sockets import frame_property
 
 
@@ -22,6 +23,8 @@ class Inlet:
     door: Doorkeeper
     allowed: AllowList | None
     """None without CURVE."""
+    desk: EnrolDesk | None = None
+    """Answers whoever is not registered and has an enrolment code."""
 
     def read(self, now_s: float) -> Caller | None:
         """Return what was sent, and by whom; None if that is to be ignored.
@@ -54,4 +57,7 @@ class Inlet:
                 return None
         if connection is not None and (name or self.allowed is None):
             self.door.proven(connection, name or str(connection.peer), now_s)
-        return Caller(route, name, key, frame, connection)
+        caller = Caller(route, name, key, frame, connection)
+        if not name and self.desk is not None and self.desk.takes(caller, now_s):
+            return None
+        return caller

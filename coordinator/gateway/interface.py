@@ -55,7 +55,16 @@ class Left:
     reason: str = ""
 
 
-Event = Joined | Received | Rejected | Silent | Left
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """The key of a device was registered, in exchange for an enrolment code."""
+
+    device: str
+    key: str
+    address: str
+
+
+Event = Joined | Received | Rejected | Silent | Left | Enrolled
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from coordinator.gateway.allow_list import AllowList, ZapHandler, is_device_name
+from coordinator.gateway.allow_list import AllowList, is_device_name
 from coordinator.gateway.doorkeeper import CHEAP, DEAR, Caller, Doorkeeper
 from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
@@ -30,6 +30,7 @@ from coordinator.gateway.sessions import (
     SessionBudgets,
     is_session_id,
 )
+from coordinator.gateway.zap import ZapHandler
 from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope
@@ -460,7 +461,7 @@ class GatewayIo:
             for session in self.sessions.values():
                 session.excuse(late_s, now_s)
         self._tick_s = now_s + min(TICK_S, self.gone_after_s / 8)
-        if self.allowed is not None and self.allowed.reload_if_changed():
+        if self.allowed is not None and self.zap is not None and self.zap.has_news(now_s):
             for session in list(self.sessions.values()):
                 if self.allowed.is_closed:
                     self._forget(session, "the allow-list cannot be read")

@@ -420,6 +420,17 @@ class MessageRejected(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceEnrolled(RunEvent):
+    """A device has had its key registered; it has not joined yet."""
+
+    LINE = "{0.device}: enrolled from {0.address}, with the key {0.fingerprint}"
+
+    device: str
+    fingerprint: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceEvent(RunEvent):
     """A device joined, left, or does something else than before."""
 

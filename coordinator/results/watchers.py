@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from coordinator.results.events import (
     CheckpointDamaged,
+    DeviceEnrolled,
     DeviceJoined,
     DeviceLeft,
     DevicesCutOff,
@@ -141,6 +142,9 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             lost = {"left_out": left_out, "cut": cut} if left_out or cut else {}
             rows = {"split": split, "samples": samples, **lost}
             return {"event": "device.joined", "device": device, **rows}
+        case DeviceEnrolled(device, key, address):
+            row = {"device": device, "fingerprint": key, "address": address}
+            return {"event": "device.enrolled", **row}
         case DeviceLeft(device, reason):
             return {"event": "device.left", "device": device, "reason": reason}
         case DeviceStatus(device, status, is_delay=True):

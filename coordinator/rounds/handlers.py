@@ -6,9 +6,17 @@ from collections.abc import Callable
 
 from coordinator.aggregation.ledger import Report
 from coordinator.engine.interface import Job
-from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
+from coordinator.gateway.interface import (
+    Enrolled,
+    Event,
+    Joined,
+    Left,
+    Received,
+    Rejected,
+    Silent,
+)
 from coordinator.gateway.link_probe import Probing
-from coordinator.results.events import DeviceStatus, MessageRejected
+from coordinator.results.events import DeviceEnrolled, DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel
@@ -45,6 +53,7 @@ from edge_sdk.protocol.messages import (
     StepReport,
     TopGradient,
 )
+from edge_sdk.transport.keys import fingerprint
 
 # Of a device whose program, or link, ended without a goodbye.
 SILENT_END = "its program ended without saying why"
@@ -107,6 +116,9 @@ class MessageHandler:
             self._admission.forget(device)
         elif isinstance(event, Silent):
             self._admission.silent(device, event.seconds)
+        elif isinstance(event, Enrolled):
+            key, address = fingerprint(event.key), event.address
+            self._run.watcher.see(DeviceEnrolled(device, key, address))
         elif isinstance(event, Rejected):
             error = public_text(event.error)
             if self._admission.allowance.may_tell(device):

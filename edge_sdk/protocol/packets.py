@@ -208,6 +208,32 @@ class Detach:
     session: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrol:
+    """Register this key, on the strength of the connection's own. Device -> coordinator."""
+
+    key: str
+    """The device's own public key, from now on."""
+    sdk_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolled:
+    """The key is registered. Coordinator -> device."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrolRefused:
+    """The key is not registered. Coordinator -> device."""
+
+    reason: str
+    """For a person: what is wrong with the code, or with the key."""
+    may_pass: bool
+    """Whether the same question may be answered otherwise in a moment."""
+
+
 # By their names on the wire, which are those of the first release: an older SDK is understood.
 CONTROL_FRAMES: dict[str, type] = {
     "Ack": Ack,
@@ -219,6 +245,9 @@ CONTROL_FRAMES: dict[str, type] = {
     "Unknown": UnknownSession,
     "Closed": Closed,
     "Leaving": Detach,
+    "Enrol": Enrol,
+    "Enrolled": Enrolled,
+    "EnrolRefused": EnrolRefused,
 }
 _WIRE_NAMES = {kind: name for name, kind in CONTROL_FRAMES.items()}
 

@@ -3,6 +3,8 @@
 __all__ = [
     "addresses",
     "descriptors",
+    "enrol",
+    "enrol_code",
     "handshake",
     "keys",
     "link",

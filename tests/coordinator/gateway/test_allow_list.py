@@ -14,8 +14,9 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway.allow_list import ZAP_DOMAIN, AllowList, ZapHandler
+from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.ration import Trouble
+from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.gateway import allow_list, doorkeeper, sessions
+from coordinator.gateway import doorkeeper, sessions, zap
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import PortConnection, fault_of, wire_bytes
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
@@ -153,7 +153,7 @@ def test_a_key_that_dials_without_end_has_to_wait(
     gateway: ZmqGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is let in again a little later, without a word; other keys are let in meanwhile."""
-    monkeypatch.setattr(allow_list, "MOST_HANDSHAKES", 4.0)
+    monkeypatch.setattr(zap, "MOST_HANDSHAKES", 4.0)
     began = Deadline.after(0.0)
     for _ in range(4):
         with RawDevice(gateway, ONE, is_attached=False) as raw:

@@ -12,6 +12,7 @@ import pytest
 import coordinator.cli
 import coordinator.commands.init
 import edge_sdk.cli
+import edge_sdk.enrol
 from coordinator.config.run import ServeConfig
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
@@ -23,7 +24,7 @@ KEY = "{" + "k" * 39
 PROGRAMS: dict[str, tuple[Main, Path, type, list[str], dict[str, Any]]] = {
     "device.yaml": (
         edge_sdk.cli.main,
-        edge_sdk.cli.TEMPLATE,
+        edge_sdk.enrol.TEMPLATE,
         ClientConfig,
         ["--coordinator", "tcp://10.0.0.1:80", "--server-key", KEY],
         {"coordinator": "tcp://10.0.0.1:80", "server_key": KEY},

@@ -1,0 +1,178 @@
+"""Enrol this device by a code: make its key, have it registered, write its config.
+
+Nothing is written before the code has been read; the config is, when the coordinator has agreed.
+Not here: the code (`transport/enrol_code.py`) and what is said to the coordinator
+(`transport/enrol.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edge_sdk.client import config as client_config
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.config.loader import load_config
+from edge_sdk.config.templates import filled, write_config
+from edge_sdk.errors import ConfigError, RefusedError
+from edge_sdk.files import atomic_write
+from edge_sdk.transport.enrol import ANSWER_S, redeem
+from edge_sdk.transport.enrol_code import EnrolCode, read_code
+from edge_sdk.transport.handshake import shake_hands
+from edge_sdk.transport.keys import KeyPair, create_key_pair, load_key_pair
+from edge_sdk.transport.link import LinkConfig
+
+TEMPLATE = Path(client_config.__file__).with_name("device.yaml")
+EXAMPLE = "examples/device.yaml"
+"""What the template calls the file that it becomes."""
+_KEY = "device.key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolment:
+    """What has come of an enrolment code."""
+
+    name: str
+    """The device's name in the coordinator's runs."""
+    address: str
+    server_key: str
+    key: Path
+    """This device's secret key."""
+    public_key: str
+    is_new_key: bool
+    config: Path
+    changed: tuple[str, ...]
+    """Settings of a config that was there which are others now; all of a new one are new."""
+    is_new_config: bool
+
+
+def template_text(path: Path, values: Mapping[str, str | None]) -> str:
+    """Return the commented config of a device that is to be at *path*, with *values* in it.
+
+    Raises:
+        ConfigError: a value is none that a device could have.
+    """
+    # What is wrong with a value is better known before there is a file.
+    load_config(ClientConfig, TEMPLATE, [f"{k}={v}" for k, v in values.items() if v], env={})
+    return filled(TEMPLATE.read_text(encoding="utf-8"), values).replace(EXAMPLE, str(path))
+
+
+def enrol(
+    text: str, config: Path, key: Path | None = None, timeout_s: float = ANSWER_S
+) -> Enrolment:
+    """Redeem the enrolment code *text*, and leave behind what `edge-sdk run` needs.
+
+    Args:
+        text: The code as `coordinator enrol` has printed it.
+        config: The device's config; one that is there keeps all but the coordinator and its key.
+        key: Its secret key, made unless it is there; None: that of the config, or `device.key`
+            beside it.
+        timeout_s: Seconds for the coordinator's answer.
+
+    Raises:
+        ConfigError: the code is none or mistyped, the config or the key that is there is no good.
+        RefusedError: the coordinator does not take the code; it says why.
+        PeerGone: no coordinator with the code's key answers.
+        StorageError: the key or the config cannot be written.
+    """
+    code = read_code(text)
+    before = config.read_text(encoding="utf-8") if config.is_file() else None
+    secret = _secret_path(before, config, key)
+    values = {"coordinator": code.address, "server_key": code.server_key}
+    if key is not None or before is None:
+        values["secret_key"] = _from(config, secret)
+    after = template_text(config, values) if before is None else _merged(before, values, config)
+    is_new_key = not secret.exists()
+    pair = create_key_pair(secret) if is_new_key else load_key_pair(secret)
+    name = redeem(code, pair.public, timeout_s)
+    _see_that_it_is_let_in(code, pair, timeout_s)
+    if before is None:
+        write_config(config, _named(after, name))
+    elif after != before:
+        atomic_write(config, after, mode=config.stat().st_mode & 0o777)
+    return Enrolment(
+        name=name,
+        address=code.address,
+        server_key=code.server_key,
+        key=secret,
+        public_key=pair.public,
+        is_new_key=is_new_key,
+        config=config,
+        changed=() if before is None else _changed(before, after),
+        is_new_config=before is None,
+    )
+
+
+def _named(text: str, name: str) -> str:
+    """Return a new config that tells its reader the device's name; no setting does."""
+    return re.sub(r"(?m)^(coordinator: \S+)$", rf"\1   # where this device is {name}", text)
+
+
+def _see_that_it_is_let_in(code: EnrolCode, pair: KeyPair, timeout_s: float) -> None:
+    """Shake hands with the registered key, so that `edge-sdk run` will be let in.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    config = LinkConfig(address=code.address, server_key=code.server_key, keys=pair)
+    if shake_hands(config, timeout_s).refused is not None:
+        raise RefusedError(
+            "the coordinator has registered this device's key and refuses it: somebody has taken "
+            "it off the list again, or the allow-list cannot be read there"
+        )
+
+
+def _secret_path(text: str | None, config: Path, key: Path | None) -> Path:
+    if key is not None:
+        return key
+    named = None if text is None else _settings(text, config).get("secret_key")
+    return config.parent / (str(named) if named else _KEY)
+
+
+def _from(config: Path, path: Path) -> str:
+    """Return *path* as the config names it, which counts from its own folder."""
+    try:
+        return str(path.resolve().relative_to(config.parent.resolve()))
+    except ValueError:
+        return str(path.resolve())
+
+
+def _settings(text: str, config: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = "" if where is None else f", line {where.line + 1}"
+        raise ConfigError(f"{config}{line}: not YAML") from error
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"{config}: not a list of settings")
+    return found or {}
+
+
+def _merged(text: str, values: Mapping[str, str], config: Path) -> str:
+    """Return *text* with *values* in it, everything else as it was.
+
+    Raises:
+        ConfigError: it is written so that this is not certain.
+    """
+    wanted = {**_settings(text, config), **values}
+    for key, value in values.items():
+        word = yaml.safe_dump(value, default_flow_style=True, width=10_000).splitlines()[0]
+        line = rf"(?m)^{key}:[ \t]*(?:'[^'\n]*'|\"[^\"\n]*\"|[^\s#'\"][^\s]*)?(?=[ \t]*(?:#.*)?$)"
+        text, times = re.subn(line, f"{key}: {word}".replace("\\", r"\\"), text)
+        if not times:
+            text = f"{text.rstrip()}\n{key}: {word}\n" if text.strip() else f"{key}: {word}\n"
+    if _settings(text, config) != wanted:
+        lines = "; ".join(f"{key}: {value!r}" for key, value in values.items())
+        raise ConfigError(f"{config} is written so that only you can change it; set {lines}")
+    return text
+
+
+def _changed(before: str, after: str) -> tuple[str, ...]:
+    old, new = yaml.safe_load(before) or {}, yaml.safe_load(after)
+    return tuple(key for key in new if old.get(key) != new[key])
