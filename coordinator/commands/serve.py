@@ -94,8 +94,8 @@ def say_who_may_come(config: ServeConfig) -> None:
         found = {0: "no device is", 1: "1 device is"}.get(num_devices, f"{num_devices} devices are")
         sys.stderr.write(
             f"coordinator: {found} registered in {config.allow_list}, and a round needs "
-            f"{config.min_devices}; while it waits: coordinator client register NAME KEY "
-            f"--allow-list {config.allow_list}\n"
+            f"{config.min_devices}; while it waits: coordinator enrol NAME, or "
+            f"coordinator client register NAME KEY, with --allow-list {config.allow_list}\n"
         )
 
 

@@ -92,8 +92,9 @@ def _pending(options: argparse.Namespace) -> int:
         return 0
     for one in refused:
         times = "once" if one.times == 1 else f"{one.times} times"
-        say(f"{fingerprint(one.key)}  {times} from {one.source}, first {_clock(one.first_s)},")
-        say(f"                     last {_clock(one.last_s)}; key {one.key}")
+        say(f"{fingerprint(one.key)}  {times} from {one.source}")
+        say(f"    first {_clock(one.first_s)}, last {_clock(one.last_s)}")
+        say(f"    key {one.key}")
     for code in codes:
         say(f"{code.name}: a code is open until {_clock(code.until_s)}")
     if refused:

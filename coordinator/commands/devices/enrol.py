@@ -7,6 +7,7 @@ Not here: what is in a code (`edge_sdk/transport/enrol_code.py`) and who keeps i
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import socket
@@ -164,12 +165,15 @@ def _is_served(address: str) -> bool:
 
 def _draw(text: str) -> None:
     """Draw a QR code, where a person looks on and there is something to draw it with."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower():
         return
     try:
         import segno
     except ImportError:
         say("(a QR code is drawn where segno is installed: pip install segno)\n")
         return
-    segno.make_qr(text, error="l").terminal(compact=True)
+    drawn = io.StringIO()
+    segno.make_qr(text, error="l").terminal(drawn, compact=True)
+    for line in drawn.getvalue().splitlines():  # what is light is light on any terminal
+        say(f"\x1b[97;40m{line}\x1b[0m")
     say("")
