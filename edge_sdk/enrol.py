@@ -20,7 +20,7 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.config.templates import filled, write_config
 from edge_sdk.errors import ConfigError, RefusedError
-from edge_sdk.files import atomic_write
+from edge_sdk.files import atomic_write, make_folder, storage_errors
 from edge_sdk.transport.enrol import ANSWER_S, redeem
 from edge_sdk.transport.enrol_code import EnrolCode, read_code
 from edge_sdk.transport.handshake import shake_hands
@@ -87,6 +87,8 @@ def enrol(
     if key is not None or before is None:
         values["secret_key"] = _from(config, secret)
     after = template_text(config, values) if before is None else _merged(before, values, config)
+    with storage_errors(config):
+        make_folder(config.parent)
     is_new_key = not secret.exists()
     pair = create_key_pair(secret) if is_new_key else load_key_pair(secret)
     name = redeem(code, pair.public, timeout_s)
@@ -167,7 +169,11 @@ def _merged(text: str, values: Mapping[str, str], config: Path) -> str:
         text, times = re.subn(line, f"{key}: {word}".replace("\\", r"\\"), text)
         if not times:
             text = f"{text.rstrip()}\n{key}: {word}\n" if text.strip() else f"{key}: {word}\n"
-    if _settings(text, config) != wanted:
+    try:
+        is_sure = yaml.safe_load(text) == wanted
+    except yaml.YAMLError:
+        is_sure = False
+    if not is_sure:
         lines = "; ".join(f"{key}: {value!r}" for key, value in values.items())
         raise ConfigError(f"{config} is written so that only you can change it; set {lines}")
     return text

@@ -1,3 +1,12 @@
 """Devices as the coordinator sees them: who may come, who is here, what they send."""
 
-__all__ = ["allow_list", "enrolment", "gateway", "interface", "link_probe", "replays", "residuals"]
+__all__ = [
+    "allow_list",
+    "doorkeeper",
+    "enrolment",
+    "gateway",
+    "interface",
+    "link_probe",
+    "replays",
+    "residuals",
+]

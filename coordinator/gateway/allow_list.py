@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError, public_text
-from edge_sdk.files import atomic_write, storage_errors
+from edge_sdk.files import atomic_write, identity, storage_errors
 from edge_sdk.transport.keys import is_public_key, load_public_key
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class AllowList:
         self._why = ""
         self._has_taken = False
         """Whether a key went by our own doing, and `reload_if_changed` has not said so."""
+        self._identity = identity_of(self.path)
         self._content = self._read()
         self._doubtful: bytes | None = _NONE
         if self._content is None:
@@ -116,8 +117,18 @@ class AllowList:
                 raise ConfigError(f"no device is registered as {name!r}")
         log.info("device.unregistered name=%s", name)
 
-    def reload_if_changed(self) -> bool:
-        """Read the file again; return whether somebody else has changed it, or we took a key."""
+    def is_touched(self) -> bool:
+        """Return whether the file looks other than the last time that this was asked: quickly."""
+        before, self._identity = self._identity, identity_of(self.path)
+        return before != self._identity
+
+    def reload_if_changed(self, *, is_second_look: bool = True) -> bool:
+        """Read the file again; return whether somebody else has changed it, or we took a key.
+
+        Args:
+            is_second_look: Whether enough time has passed since the last look for a file that does
+                not read well to count; without it only one that reads well does.
+        """
         try:
             content = self._read()
         except OSError as error:  # of the disk or of this process: nobody has changed the list
@@ -135,8 +146,9 @@ class AllowList:
                 keys = {name: key for name, key in self._keys.items() if key in text}
                 why = str(error)
         is_missing = content == _MISSING
-        if (why or is_missing) and content != self._doubtful:
-            self._doubtful = content  # for a second look
+        if (why or is_missing) and not (is_second_look and content == self._doubtful):
+            if is_second_look:
+                self._doubtful = content
             return False
         self._content, self.is_closed, self._has_taken = content, content is None, False
         self._take(keys)
@@ -208,6 +220,14 @@ class AllowList:
         self._has_taken |= not set(self._keys.values()) <= set(keys.values())
         self._take(keys)
         self._content = text.encode()
+
+
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written; None where it cannot be looked at."""
+    try:
+        return identity(path)
+    except OSError:
+        return None
 
 
 def give_to(path: Path, owner: os.stat_result) -> bool:

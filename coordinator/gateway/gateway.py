@@ -83,11 +83,7 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
                 assert allowed is not None
                 book, refused = EnrolmentBook(allowed.path), RefusedKeys(allowed.path)
                 zap = ZapHandler(self._context, allowed, trouble, book, refused)
-                router.curve_server = True
-                router.curve_secretkey = config.keys.secret.encode()
-                router.curve_publickey = config.keys.public.encode()
-                router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
-                router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else no handler lets everyone in
+                _lock(router, config.keys)
             door = Doorkeeper(self._context, router, trouble)
             self.address = _bind(router, config.address)
         except BaseException:
@@ -214,6 +210,14 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
             self._thread.join()
             self._io.waker.close()
             self._context.term()
+
+
+def _lock(router: zmq.Socket[bytes], keys: KeyPair) -> None:
+    router.curve_server = True
+    router.curve_secretkey = keys.secret.encode()
+    router.curve_publickey = keys.public.encode()
+    router.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+    router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else no handler lets everyone in
 
 
 def _bind(router: zmq.Socket[bytes], address: str) -> str:

@@ -56,7 +56,7 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Enrolled:
+class Registered:
     """The key of a device was registered, in exchange for an enrolment code."""
 
     device: str
@@ -64,7 +64,7 @@ class Enrolled:
     address: str
 
 
-Event = Joined | Received | Rejected | Silent | Left | Enrolled
+Event = Joined | Received | Rejected | Silent | Left | Registered
 
 
 @dataclass(frozen=True, slots=True)

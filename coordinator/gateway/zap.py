@@ -46,6 +46,7 @@ class ZapHandler:
     ) -> None:
         self._allowed, self._trouble = allowed, trouble
         self._book, self.refused = book, refused
+        self._is_news = False
         self._handshakes: dict[str, Bucket] = {}
         self._guesses: OrderedDict[str, Bucket] = OrderedDict()
         self.socket = context.socket(zmq.ROUTER)
@@ -75,7 +76,7 @@ class ZapHandler:
             return []
         key, now_s = self._key(domain, mechanism, rest), time.monotonic()
         source = source_of(address.decode("ascii", "replace").removeprefix("::ffff:"))
-        name = self._allowed.name_of(key) if key else None
+        name = self._name_of(key) if key else None
         bucket = name or (self._code_of(key, source, now_s) if key else None)
         status, text = (b"200", b"OK") if bucket else (b"400", b"key is not registered")
         if self._allowed.is_closed or (bucket and not self._may_dial(bucket, now_s)):
@@ -85,6 +86,17 @@ class ZapHandler:
             if key and self.refused is not None:
                 self.refused.note(key, source, time.time())
         return [*route, version, request, status, text, key.encode() if bucket else b"", b""]
+
+    def _name_of(self, key: str) -> str | None:
+        """Return the name of a registered key, also of one that was registered a moment ago.
+
+        A device has two connections: to refuse one of them and take the other would end it.
+        """
+        name = self._allowed.name_of(key)
+        if name is None and self._allowed.is_touched():
+            self._is_news |= self._allowed.reload_if_changed(is_second_look=False)
+            name = self._allowed.name_of(key)
+        return name
 
     def _code_of(self, key: str, source: str, now_s: float) -> str | None:
         """Return what the handshakes of a code's one-time key count for; None if it is no such key.
@@ -99,7 +111,7 @@ class ZapHandler:
             self._guesses.popitem(last=False)
         if not bucket.take(1.0, now_s):
             return None
-        entry = self._book.find(key, now_s)
+        entry = self._book.find(key)
         return None if entry is None else f"code of {entry.name}"  # no device has such a name
 
     def _may_dial(self, name: str, now_s: float) -> bool:
@@ -118,7 +130,8 @@ class ZapHandler:
         """Write refused keys down if it is time; return whether the allow-list has changed."""
         if self.refused is not None:
             self.refused.save(now_s, lambda key: self._allowed.name_of(key) is not None)
-        return self._allowed.reload_if_changed()
+        is_news, self._is_news = self._is_news, False
+        return self._allowed.reload_if_changed() or is_news
 
     def close(self) -> None:
         """Close the socket; libzmq lets nobody in from then on."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from coordinator.aggregation.ledger import Report
 from coordinator.engine.interface import Job
 from coordinator.gateway.interface import (
-    Enrolled,
     Event,
     Joined,
     Left,
     Received,
+    Registered,
     Rejected,
     Silent,
 )
@@ -116,7 +116,7 @@ class MessageHandler:
             self._admission.forget(device)
         elif isinstance(event, Silent):
             self._admission.silent(device, event.seconds)
-        elif isinstance(event, Enrolled):
+        elif isinstance(event, Registered):
             key, address = fingerprint(event.key), event.address
             self._run.watcher.see(DeviceEnrolled(device, key, address))
         elif isinstance(event, Rejected):

@@ -24,7 +24,7 @@ from edge_sdk.transport.sockets import receive_frame
 
 ANSWER_S = 12.0
 """Seconds for all of it; a round trip takes a second on the slowest links."""
-# A code may be younger than what the coordinator has last read; it looks again four times a second.
+# What may pass in a moment: another process that is changing the list, or a disk.
 REFUSALS, AGAIN_S = 3, 0.6
 POLL_MS = 100
 DIAL_S = 5.0

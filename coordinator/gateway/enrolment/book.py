@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from coordinator.gateway.allow_list import AllowList, give_to, is_device_name
+from coordinator.gateway.allow_list import AllowList, give_to, identity_of, is_device_name
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.files import atomic_write, make_folder, storage_errors
 from edge_sdk.transport.enrol_code import EnrolCode, new_code, one_time_keys
@@ -34,8 +34,6 @@ MOST_OPEN = 256
 # So many others are remembered, so that whoever uses one again is told what became of it.
 MOST_CLOSED = 256
 _MOST_FILE_BYTES = 512 * 1024
-# The file is looked at so often at most, in seconds, however many strangers knock.
-LOOK_S = 0.25
 # A code that is younger than now by more than this was made by another clock.
 _CLOCK_S = 60.0
 _PURPOSE = b"EdgeSplit enrolment, kept hash\0"
@@ -69,7 +67,7 @@ class EnrolmentBook:
         self._allow_list, self._clock = allow_list, clock
         self._entries: list[CodeEntry] = []
         self._content = b""
-        self._look_s = float("-inf")
+        self._identity: tuple[int, ...] | None = None
 
     # -- for whoever makes codes --
 
@@ -143,10 +141,11 @@ class EnrolmentBook:
 
     # -- for the coordinator that serves --
 
-    def find(self, key: str, now_s: float) -> CodeEntry | None:
-        """Return the entry, open or not, of a one-time public *key*; *now_s* is monotonic."""
-        if now_s >= self._look_s:
-            self._look_s = now_s + LOOK_S
+    def find(self, key: str) -> CodeEntry | None:
+        """Return the entry, open or not, of a one-time public *key*."""
+        now = identity_of(self.path)
+        if now != self._identity:
+            self._identity = now  # however many strangers knock, the file is read once
             with contextlib.suppress(OSError, ConfigError):  # what was read before counts
                 self._load()
         wanted, found = _hash(key), None

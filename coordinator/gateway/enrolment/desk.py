@@ -17,7 +17,7 @@ from zmq.utils import z85
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import DEAR, Caller, Doorkeeper
 from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.interface import Enrolled
+from coordinator.gateway.interface import Registered
 from edge_sdk.errors import EdgeError, RemoteProtocolError, StorageError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.transport.keys import is_public_key
@@ -37,14 +37,14 @@ class EnrolDesk:
         allowed: AllowList,
         door: Doorkeeper,
         say: Callable[[bytes, Any], object],
-        tell: Callable[[Enrolled], object],
+        tell: Callable[[Registered], object],
     ) -> None:
         self._book, self._allowed, self._door = book, allowed, door
         self._say, self._tell = say, tell
 
     def takes(self, caller: Caller, now_s: float) -> bool:
         """Answer *caller*, which is no registered device; return False if it has no code either."""
-        if not caller.key or self._book.find(caller.key, now_s) is None:
+        if not caller.key or self._book.find(caller.key) is None:
             return False
         connection = caller.connection
         if not self._door.affords(connection, DEAR, now_s):
@@ -80,7 +80,7 @@ class EnrolDesk:
             return packets.EnrolRefused(reason=public_text(error), may_pass=is_ours)
         if was != name:
             log.info("device.enrolled name=%s address=%s", name, caller.address)
-            self._tell(Enrolled(name, control.key, caller.address))
+            self._tell(Registered(name, control.key, caller.address))
         return packets.Enrolled(name=name)
 
 

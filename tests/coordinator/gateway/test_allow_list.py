@@ -287,3 +287,23 @@ def test_nonsense_does_not_stop_the_handler(tmp_path: Path) -> None:
         zap.close()
 
     assert answer[3] == b"400"
+
+
+def test_a_key_is_let_in_the_moment_it_is_registered(tmp_path: Path) -> None:
+    """Both connections of a device are, also between two looks at the list; news stay news."""
+    allowed = AllowList(tmp_path / "a.json")
+    context = zmq.Context()
+    try:
+        zap = ZapHandler(context, allowed, Trouble())
+        AllowList(allowed.path).register("x", ONE)
+        assert zap._name_of(ONE) == "x"
+        assert zap.has_news(1.0), "sessions of keys that went must end"
+        assert not zap.has_news(1.0)
+
+        allowed.path.write_text("")
+        assert zap._name_of(TWO) is None
+        assert zap._name_of(TWO) is None
+        assert zap._name_of(ONE) == "x", "a moment of an editor is no second look"
+        zap.close()
+    finally:
+        context.term()

@@ -47,7 +47,7 @@ def test_a_person_gets_the_command_for_the_device(
     assert (code.address, code.server_key) == (f"tcp://{OWN}:7070", keys.public)
     (entry,) = EnrolmentBook(Path("devices.yaml")).open_codes()
     assert entry.name == "kitchen"
-    assert EnrolmentBook(Path("devices.yaml")).find(one_time_keys(code).public, 1.0) == entry
+    assert EnrolmentBook(Path("devices.yaml")).find(one_time_keys(code).public) == entry
     assert entry.until_s - entry.made_s == 900.0
     for words in (OWN, "this machine's; --address", fingerprint(keys.public), "Nobody listens at"):
         assert words in out

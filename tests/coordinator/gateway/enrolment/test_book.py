@@ -146,7 +146,7 @@ def test_hashes_are_compared_in_constant_time(desk: Desk, monkeypatch: pytest.Mo
         return ours == theirs
 
     monkeypatch.setattr(books.hmac, "compare_digest", compare)
-    entry = desk.ours.find(one_time_keys(made[0]).public, 1.0)
+    entry = desk.ours.find(one_time_keys(made[0]).public)
 
     assert entry is not None
     assert entry.name == "d0"
@@ -214,9 +214,9 @@ def test_a_damaged_book_is_named_and_ends_no_run(desk: Desk) -> None:
     """Who makes a code is told; a coordinator that serves goes on with what it has read."""
     code = desk.code()
     key = one_time_keys(code).public
-    assert desk.ours.find(key, 1.0) is not None
+    assert desk.ours.find(key) is not None
     desk.theirs.path.write_text('{"codes": [{"name": "../x"}]}')
 
-    assert desk.ours.find(key, 9.0) is not None
+    assert desk.ours.find(key) is not None
     with pytest.raises(ConfigError, match="is no book of codes"):
         desk.code()

@@ -16,7 +16,7 @@ from coordinator.gateway.enrolment import desk as desks
 from coordinator.gateway.enrolment.book import EnrolmentBook
 from coordinator.gateway.enrolment.refused import RefusedKeys, read_refused, refused_path
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
-from coordinator.gateway.interface import Enrolled, Joined, Left
+from coordinator.gateway.interface import Joined, Left, Registered
 from coordinator.gateway.ration import Trouble
 from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import PeerGone, RefusedError
@@ -69,8 +69,8 @@ def test_a_code_lets_a_device_in_at_once(gateway: ZmqGateway, make: Make) -> Non
     """Made beside a coordinator that serves, redeemed at once, and a session opens at once."""
     assert redeem(make(), TWO.public) == "two"
 
-    found = until(gateway, Enrolled)[-1]
-    assert found == Enrolled("two", TWO.public, "127.0.0.1")
+    found = until(gateway, Registered)[-1]
+    assert found == Registered("two", TWO.public, "127.0.0.1")
     with open_link(gateway, TWO):
         assert until(gateway, Joined)[-1].device == "two"
 
@@ -80,8 +80,8 @@ def test_a_lost_answer_is_given_again(gateway: ZmqGateway, make: Make) -> None:
     code = make()
     assert [redeem(code, TWO.public) for _ in range(2)] == ["two", "two"]
 
-    assert sum(isinstance(event, Enrolled) for event in until(gateway, Enrolled)) == 1
-    assert not [event for event in gateway.events(0.5) if isinstance(event, Enrolled)]
+    assert sum(isinstance(event, Registered) for event in until(gateway, Registered)) == 1
+    assert not [event for event in gateway.events(0.5) if isinstance(event, Registered)]
 
 
 def test_a_replaced_device_is_sent_away(gateway: ZmqGateway, make: Make) -> None:
@@ -202,7 +202,7 @@ def test_thousands_of_guesses_find_nothing_and_keep_nobody_out(tmp_path: Path) -
     code = one_time_keys(book.make_code("two", "tcp://10.0.0.1:7070", SERVER.public))
     looked_up: list[str] = []
     find = book.find
-    book.find = lambda key, now_s: (looked_up.append(key), find(key, now_s))[1]  # type: ignore[method-assign]
+    book.find = lambda key: (looked_up.append(key), find(key))[1]  # type: ignore[method-assign]
     context = zmq.Context()
     refused = RefusedKeys(allowed.path)
     handler = ZapHandler(context, allowed, Trouble(), book, refused)
