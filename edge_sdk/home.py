@@ -1,4 +1,4 @@
-"""Where caches go, and a home for libraries where a user has none: a number that a container runs as.
+"""Where caches go, and a home for libraries where a user has none: a number in a container.
 
 Docker gives such a user the home `/`, which is not theirs; elsewhere there may be none at all. What
 libraries then make of `~/.cache` is an error, or a folder called `~`.

@@ -156,7 +156,7 @@ def test_what_the_configs_suggest_loads(tmp_path: Path) -> None:
 
     board, served = load_config(ClientConfig, device, env={}), load_serve_config(run, env={})
 
-    assert (board.backend, board.base, board.chunk_bytes) == ("onnxruntime", "int8", 262144)
+    assert (board.backend, board.base, board.chunk_bytes) == ("onnxruntime", "auto", 262144)
     assert board.profile.flops_per_s == 5e10
     assert (served.aggregation, served.evaluation.data.path) == ("stack", "dev.jsonl")
     assert served.devices["nano"].micro_batch == 1

@@ -8,6 +8,7 @@ __all__ = [
     "config",
     "incoming",
     "link_speed",
+    "offer",
     "participant",
     "profile",
     "setup",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_sdk.errors import ConfigError, ModelError
-from edge_sdk.model.precision import LINEAR_BYTES, Base, Compute
+from edge_sdk.model.precision import LINEAR_BYTES, Base, BaseSetting, Compute
 from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ class ComputeSettings(Protocol):
         """Dtype of matrix products."""
 
     @property
-    def base(self) -> Base:
-        """How the frozen weights lie in memory."""
+    def base(self) -> BaseSetting:
+        """How the frozen weights lie in memory; no longer `auto` when a runtime is made."""
 
     @property
     def model(self) -> str | None:
@@ -108,6 +108,8 @@ class Backend:
     """Builds the device's slice with the adapters of its plan."""
     tokenizer: Callable[[Path], Any]
     """Loads the tokenizer of a model folder."""
+    bases: tuple[Base, ...] = ("float32",)
+    """How it can keep frozen weights, as far as `base: auto` chooses among them."""
     wants_graphs: bool = False
     """Whether the coordinator must send graphs beside the parts."""
     speed_on: Callable[[ComputeSettings], tuple[str, str] | None] = lambda _: None
@@ -173,6 +175,7 @@ def _make_torch(request: RuntimeRequest) -> Runtime:
         torch.set_num_threads(settings.threads)
     model_config = load_config(request.files, welcome.num_labels)
     task: Any = welcome.task
+    assert settings.base != "auto", "decided before a runtime is made"
     tensors = {part.name: request.tensors(part) for part in request.parts}
     with building:
         return TorchRuntime(
@@ -212,7 +215,7 @@ def _torch_place(settings: ComputeSettings) -> tuple[str, str]:
 
 def _torch_memory(settings: ComputeSettings) -> DeviceProfile:
     return DeviceProfile(
-        linear_bytes=LINEAR_BYTES.get(settings.base),
+        linear_bytes=None if settings.base == "auto" else LINEAR_BYTES.get(settings.base),
         base_bytes=2.0 if settings.base in ("bfloat16", "float16") else None,
         compute_bytes=None if _torch_place(settings)[1] == "float32" else 2.0,
         recompute="slice" if settings.recompute else None,
@@ -227,7 +230,7 @@ def _check_onnxruntime(settings: ComputeSettings) -> None:
     wrong = {
         "device": settings.device not in ("auto", "cpu"),
         "compute": settings.compute not in ("auto", "float32"),
-        "base": settings.base != "float32",
+        "base": settings.base not in ("float32", "auto"),
         "model": settings.model is not None,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
@@ -291,6 +294,7 @@ TORCH = Backend(
     check=lambda _: None,
     make=_make_torch,
     tokenizer=_torch_tokenizer,
+    bases=("float32", "int8"),
     speed_on=_torch_place,
     memory_model=_torch_memory,
 )

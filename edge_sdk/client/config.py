@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from edge_sdk.accept import Accept
 from edge_sdk.client.backends import BACKENDS
 from edge_sdk.data.rows import DataConfig
-from edge_sdk.model.precision import Base, Compute
+from edge_sdk.model.precision import BaseSetting, Compute
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.addresses import check_dialled
 from profiler.profile import DeviceProfile
@@ -48,9 +48,11 @@ class ClientConfig:
     compute: Compute = "auto"
     """Dtype of matrix products; auto is bfloat16 where the hardware itself has it. Where numbers do
     not fit into float16, products go on in bfloat16, and the log names the block."""
-    base: Base = "float32"
+    base: BaseSetting = "float32"
     """How the frozen weights lie in memory. With int8 and int4 the linear layers of the blocks are
-    quantized, without a compiled extension; the rest is float32. See docs/quantized.md."""
+    quantized, without a compiled extension; the rest is float32. auto is float32 where that fits
+    into the memory that the run may use, else int8; the device says which, and why. See
+    docs/quantized.md."""
     recompute: bool = False
     """Whether the backward pass computes the blocks a second time: while the device waits for its
     gradient it holds almost nothing, and a step takes longer by one forward pass. onnxruntime

@@ -18,7 +18,7 @@ from edge_sdk.client.callbacks import Callback, RoundBegun, RoundSummary
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox, Redirected
-from edge_sdk.client.profile import changed_profile, device_profile, with_link
+from edge_sdk.client.profile import changed_profile, with_link
 from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
 from edge_sdk.client.states import State
@@ -182,14 +182,13 @@ class Participant:
         self._stamp = welcome.stamp
         self._folder = inside(self._config.state, welcome.stamp.run, welcome.stamp.device)
         LocalState(self._folder).prepare()
+        self._setup.folder = self._folder
         self._callback.on_connect(welcome.stamp.run)
 
     def _profile(self, welcome: Welcome) -> DeviceProfile:
         """Return what this device offers, measured once: later the run takes most of its memory."""
         if self._measured is None:
-            files = self._setup.files(welcome, self._ask)
-            self._callback.on_status("measuring what this device can do")
-            self._measured = device_profile(self._config, files, welcome.max_length)
+            self._measured = self._setup.profile(welcome, self._ask)
         self._measured = with_link(self._measured, self._link, self._inbox, self._stamp)
         self._told = self._measured
         return self._measured

@@ -33,14 +33,33 @@ def device_profile(config: ClientConfig, model: Path, max_length: int) -> Device
     by_hand = overlaid(backend.memory_model(config), config.profile)
     if None not in (by_hand.memory_bytes, by_hand.overhead_bytes, by_hand.flops_per_s):
         return by_hand
-    from profiler.measure import measure_profile
-
     device, speed = "cpu", by_hand.flops_per_s
     if (place := backend.speed_on(config)) is not None:
         device, compute = place
         speed = speed or block_speed(model, device, compute, max_length)
     elif speed is None:
         log.info("speed.unknown reason=%s", "without torch, the first round will show it")
+    return _measured(by_hand, device, speed)
+
+
+def device_memory(config: ClientConfig) -> DeviceProfile:
+    """Return the memory of this device, and how it computes; its speed is not measured.
+
+    Raises:
+        ConfigError: the budget set by hand is more than the device has.
+    """
+    backend = choose_backend(config)
+    by_hand = overlaid(backend.memory_model(config), config.profile)
+    if None not in (by_hand.memory_bytes, by_hand.overhead_bytes):
+        return by_hand
+    place = backend.speed_on(config)
+    return _measured(by_hand, "cpu" if place is None else place[0], by_hand.flops_per_s)
+
+
+def _measured(by_hand: DeviceProfile, device: str, speed: float | None) -> DeviceProfile:
+    """Return what is measured of memory and board, and *by_hand* over it."""
+    from profiler.measure import measure_profile
+
     try:
         measured = measure_profile(
             device=device,

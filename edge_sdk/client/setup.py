@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,13 @@ import numpy as np
 
 from edge_sdk.client.backends import RuntimeRequest, choose_backend
 from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.offer.base_choice import (
+    BaseChoice,
+    decide,
+    keep_choice,
+    kept_choice,
+)
+from edge_sdk.client.profile import device_memory, device_profile
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tally import Tally
@@ -32,11 +39,12 @@ from edge_sdk.model.weights import FILE_NAMES, ModelSource, open_part, without_l
 from edge_sdk.names import inside
 from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartRequest, PlanAssigned, Stamp, Welcome
-from edge_sdk.protocol.plan import Part
+from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.training import TrainingConfig, from_pairs
 
 if TYPE_CHECKING:
     from edge_sdk.runtime.interface import Runtime
+    from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +80,8 @@ class RuntimeSetup:
         self._longest = 0
         self.say: Callable[[str], None] = lambda _doing: None
         """Told what takes a while, in a few words."""
+        self.folder = config.state
+        """Of the run, for what is decided once in it."""
 
     def fetch(self, part: Part, ask: Ask, stamp: Stamp) -> Path:
         """Return the file of *part*: from the cache, or chunk by chunk from the coordinator."""
@@ -139,8 +149,32 @@ class RuntimeSetup:
             tally=tally,
         )
 
+    def profile(self, welcome: Welcome, ask: Ask) -> DeviceProfile:
+        """Return what this device offers the run, its choice of `base` among it."""
+        files = self.files(welcome, ask)
+        self.say("measuring what this device can do")
+        if self._config.base == "auto":
+            self._settle(welcome, None)
+        return device_profile(self._config, files, welcome.max_length)
+
+    def _settle(self, welcome: Welcome, plan: Plan | None) -> None:
+        """Decide how frozen weights are kept, and say so; what an earlier start decided stays."""
+        assert self._files is not None, "files come first"
+        choice = kept_choice(self.folder)
+        if self.backend.bases == ("float32",):
+            choice = BaseChoice("float32", f"{self.backend.name} keeps no others")
+        elif choice is None:
+            own = device_memory(self._config)
+            rank = from_pairs(LoraConfig, welcome.lora).r
+            choice = decide(self._files, welcome, own, rank, plan)
+            keep_choice(self.folder, choice)
+        self.say(f"base: auto is {choice.base}: {choice.reason}")
+        self._config = replace(self._config, base=choice.base)
+
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice with the adapters of its plan."""
+        if self._config.base == "auto":
+            self._settle(welcome, assigned.plan)
         settings = dict(welcome.training)
         total_steps = int(settings.pop("total_steps"))
         lora = from_pairs(LoraConfig, welcome.lora)

@@ -7,13 +7,14 @@ then which blocks of the model would fit. No session is opened and nothing is ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from edge_sdk.client.backends import choose_backend
 from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.offer.base_choice import choose, with_base
 from edge_sdk.client.profile import overlaid
 from edge_sdk.doctor import config as written
 from edge_sdk.doctor.examine import Question, check_backend, look_at_link
@@ -159,12 +160,17 @@ def _costs(
     """Say what fits, what a micro-batch sends, and how long its own blocks take."""
     profile = overlaid(step.profile, config.profile)
     overhead = int(profile.overhead_bytes or rss(sources.root).value or 0)
-    needs = {cut: estimate_memory(shape, work, overhead).total for cut, work in works.items()}
     try:
         have = profile.memory_bytes or budget(sources).value
     except ValueError as error:
         yield failure("memory", f"profile.{error}", "profile.memory_bytes=null")
         return
+    if config.base == "auto" and "int8" in choose_backend(config).bases:
+        # A planned run knows no micro-batch yet when a device chooses.
+        choice = choose(shape, replace(works[max(works)], micro_batch=1), have, overhead)
+        yield ok("base", f"auto would be {choice.base}: {choice.reason}")
+        works = {cut: with_base(work, choice.base) for cut, work in works.items()}
+    needs = {cut: estimate_memory(shape, work, overhead).total for cut, work in works.items()}
     deepest = _deepest(needs, have)
     yield _memory(config, step, needs, have, deepest)
     work = works[deepest or min(works)]

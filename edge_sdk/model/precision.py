@@ -20,6 +20,10 @@ Base = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """How frozen weights are kept; what int8 and int4 mean stands in `quantized.py`."""
 
 
+BaseSetting = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+"""What a config may say of it; `auto` is decided when the device knows its memory and its run."""
+
+
 # Bytes for each weight of a linear layer, where not 4; those of int8's scales hardly count.
 LINEAR_BYTES: Mapping[Base, float] = {
     "bfloat16": 2.0,

@@ -76,7 +76,7 @@ def is_well(folder: Path, *words: str) -> bool:
 def test_a_service_is_ready_watched_stopped_and_goes_on(
     files: Cluster, start: Start, manager: Manager
 ) -> None:
-    """READY when devices can connect; a frozen loop is noticed; SIGTERM drains in time; --resume."""
+    """READY when devices can connect; a frozen loop is seen; SIGTERM drains in time; --resume."""
     told = {"NOTIFY_SOCKET": str(files.folder / "notify"), "WATCHDOG_USEC": "2000000"}
     serve = ("coordinator", "serve", "--config", "run.yaml", "--resume")
     run = files.folder / "runs" / "run"

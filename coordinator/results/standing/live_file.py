@@ -1,4 +1,4 @@
-"""A small file in which a run that goes on says where it stands, for `coordinator status`, `health`.
+"""A small file in which a run that goes on says where it stands, for `status` and `health`.
 
 Nothing depends on it: what a run is resumed from, and its history, stand in the other files.
 """

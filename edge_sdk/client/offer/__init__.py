@@ -1,0 +1,3 @@
+"""What a device decides about itself before it takes part: how its frozen weights lie in memory."""
+
+__all__ = ["base_choice"]
