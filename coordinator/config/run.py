@@ -16,6 +16,7 @@ from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
 from coordinator.config.screening import ScreeningConfig
+from coordinator.config.tracking import TrackingConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
@@ -36,6 +37,7 @@ else:  # the rules and codecs themselves are the choices
 # Tokens of a wave of what is there, where none are configured: enough for a GPU. With
 # `labels: device` each micro-batch is a wave of its own, as all of a wave wait for one another.
 WAVE_TOKENS = {"server": 4096, "device": 1}
+Tracker = Literal["tensorboard", "wandb", "mlflow", "prometheus", "csv"]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
 
@@ -187,6 +189,11 @@ class ServeConfig:
     """Optimizer and schedule of both sides."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where numbers go beside the run's folder; see docs/monitoring.md. What fails or hangs there
+    costs the run nothing."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """How they come there."""
     device: str = "auto"
     """Where the coordinator computes: `auto`, `cpu`, `cuda`, `cuda:1`."""
     compute: Compute = "auto"
@@ -200,6 +207,8 @@ class ServeConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_listened("listen", self.listen)
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError(f"report_to must name each once, got {list(self.report_to)}")
         if self.wave_tokens is not None and self.wave_tokens < 1:
             raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:

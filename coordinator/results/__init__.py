@@ -7,6 +7,7 @@ __all__ = [
     "json_text",
     "lifecycle",
     "metrics",
+    "reporting_events",
     "result_files",
     "run_config",
     "run_folder",

@@ -38,12 +38,16 @@ CUT_SHORT = "the run was stopped by its operator"
 ADAPTER = "adapter"
 PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "numpy")
 ENVIRONMENT = "env.json"
+# Folder of what `report_to` writes, and of what it has been told.
+TRACKERS = "trackers"
 METRICS, TELEMETRY, PLANS, EVENTS = (
     "metrics.jsonl",
     "telemetry.jsonl",
     "plans.jsonl",
     "events.jsonl",
 )
+# What a run that begins anew has to forget, beside its events.
+_BEGINNING = (METRICS, TELEMETRY, PLANS, LIVE, SAMPLES, TRACKERS)
 
 
 class Reopened(NamedTuple):
@@ -68,7 +72,7 @@ def new_folder(config: ServeConfig) -> Iterator[RunFolder]:
     folder = _unborn(config) or RunFolder.create(config.runs, config.name)
     with locked(folder.path):
         try:
-            _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, EVENTS, LIVE, SAMPLES))
+            _forget_beginning(folder, (*_BEGINNING, EVENTS))
             folder.write_text(CONFIG, dump_config(config))
             folder.write_text(ENVIRONMENT, _environment())
             yield folder
@@ -91,7 +95,7 @@ def _unborn(config: ServeConfig) -> RunFolder | None:
     with storage_errors(f"run folder {path}"):
         names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")}
     trained = any(row.get("round") for row in folder.rows(METRICS)) or folder.rows(TELEMETRY)
-    begun = {CONFIG, ENVIRONMENT, METRICS, TELEMETRY, PLANS, EVENTS, LIVE, SAMPLES, SOCKET, LOCK}
+    begun = {CONFIG, ENVIRONMENT, *_BEGINNING, EVENTS, SOCKET, LOCK}
     if names <= begun and not trained:
         return folder if CONFIG in names or names <= {LOCK} else None
     if has_ended(folder):
@@ -112,7 +116,10 @@ def _forget_beginning(folder: RunFolder, names: tuple[str, ...]) -> None:
     """Remove what an attempt has left that never came to a checkpoint."""
     with storage_errors(f"run folder {folder.path}"):
         for name in names:
-            (folder.path / name).unlink(missing_ok=True)
+            if (path := folder.path / name).is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _environment() -> str:

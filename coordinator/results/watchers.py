@@ -33,6 +33,7 @@ from coordinator.results.events import (
     Watcher,
     WorkDropped,
 )
+from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import SAMPLES, RunFolder
 from coordinator.results.steering_events import SampleText
@@ -151,6 +152,8 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "device.delayed", "device": device, "reason": status}
         case MessageRejected(device, error):
             return {"event": "message.rejected", "device": device, "error": error}
+        case TrackerLeftOut(tracker, reason):
+            return {"event": "tracker.left_out", "tracker": tracker, "reason": reason}
     return _waiting_row(event)
 
 

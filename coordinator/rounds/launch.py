@@ -39,6 +39,8 @@ from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator, tell_end
 from coordinator.steering.listener import Listener
+from coordinator.tracking.reporting import reporting
+from coordinator.tracking.trackers import require_trackers
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.deadline import Deadline
 from edge_sdk.names import run_name
@@ -61,11 +63,16 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
         least_devices: Devices that a round needs once a step is done; None: config.min_devices.
     """
     keys = load_key_pair(config.secret_key)
+    require_trackers(config)
     watcher.see(Preparing(f"reading model {config.model}"))
     model = ServerModel(config)
-    with _gateway(config, keys) as gateway, new_folder(config) as folder:
+    with (
+        _gateway(config, keys) as gateway,
+        new_folder(config) as folder,
+        reporting(config, folder, watcher) as seen_by,
+    ):
         coordinator = Coordinator(
-            config, model, folder, gateway, watcher, _new_id(folder), least_devices=least_devices
+            config, model, folder, gateway, seen_by, _new_id(folder), least_devices=least_devices
         )
         return _finish(coordinator)
 
@@ -82,11 +89,12 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
             return COMPLETED
         folder, config, checkpoint = run
         keys = load_key_pair(config.secret_key)
+        require_trackers(config)
         watcher.see(Preparing(f"reading model {config.model}"))
         model = ServerModel(config)
-        with _gateway(config, keys) as gateway:
+        with _gateway(config, keys) as gateway, reporting(config, folder, watcher) as seen_by:
             run_id = _new_id(folder) if checkpoint is None else run_name(checkpoint.state["run"])
-            coordinator = Coordinator(config, model, folder, gateway, watcher, run_id)
+            coordinator = Coordinator(config, model, folder, gateway, seen_by, run_id)
             if checkpoint is not None:
                 with restoring(folder):
                     coordinator.resume(checkpoint)

@@ -14,6 +14,7 @@ from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
 from coordinator.results.run_folder import RunFolder
+from coordinator.tracking.trackers import check_trackers
 from edge_sdk.data.rows import load_data
 from edge_sdk.data.tally import Tally
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
@@ -41,6 +42,17 @@ def before_the_model(config: ServeConfig) -> Iterator[Finding]:
         yield check_devices(config)
         yield check_port(config.listen)
     yield check_data(config)
+    if config.report_to:
+        yield check_report_to(config)
+
+
+def check_report_to(config: ServeConfig) -> Finding:
+    """Check whether everything that `report_to` names has what it needs."""
+    try:
+        names = list(check_trackers(config))
+    except EdgeError as error:
+        return failure("report_to", one_line(error))
+    return ok("report_to", ", ".join(names))
 
 
 def check_run_folder(config: ServeConfig) -> Finding:

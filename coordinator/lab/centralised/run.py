@@ -58,6 +58,8 @@ from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.steering.listener import Listener
 from coordinator.steering.wishes import URGENT, Wish
+from coordinator.tracking.reporting import reporting
+from coordinator.tracking.trackers import require_trackers
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import EvalReport, Stamp
@@ -121,11 +123,14 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
             watcher.see(AlreadyComplete(path))
             if is_whole(folder, result_name(config)):
                 return COMPLETED
-        run = PooledRun(config, PooledTrainer(config, ServerModel(config)), folder, watcher)
-        if checkpoint is not None:
-            with restoring(folder):
-                run.restore(checkpoint)
-        return _steered(run)
+        require_trackers(config)
+        trainer = PooledTrainer(config, ServerModel(config))
+        with reporting(config, folder, watcher) as seen_by:
+            run = PooledRun(config, trainer, folder, seen_by)
+            if checkpoint is not None:
+                with restoring(folder):
+                    run.restore(checkpoint)
+            return _steered(run)
 
 
 def _steered(run: PooledRun) -> str:
@@ -191,9 +196,10 @@ def _new_run(
 ) -> Iterator[PooledRun]:
     if config.trained_by != "coordinator":  # a run that is resumed must be the one that was begun
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
+    require_trackers(config)
     trainer = PooledTrainer(config, ServerModel(config), dataset)
-    with new_folder(config) as folder:
-        yield PooledRun(config, trainer, folder, watcher, durable=durable)
+    with new_folder(config) as folder, reporting(config, folder, watcher) as seen_by:
+        yield PooledRun(config, trainer, folder, seen_by, durable=durable)
 
 
 class PooledRun:

@@ -37,6 +37,8 @@ from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
 from coordinator.steering.listener import Listener
 from coordinator.steering.wishes import Wish
+from coordinator.tracking.reporting import reporting
+from coordinator.tracking.trackers import require_trackers
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import stopping_on_signals
 from edge_sdk.config.describe import dump_config
@@ -69,12 +71,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
     Raises:
         EdgeError: the config, the data or the model is wrong, or a device has failed.
     """
-    if config.trained_by != "devices":
-        raise ConfigError("trained_by: a simulation trains on devices, got 'coordinator'")
-    if config.simulation.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.simulation.threads)
+    _check(config)
     fleet = make_fleet(config.simulation, config.planning)
     serve_config = _served(config, fleet)
     shards = deal(config.simulation, device_names(config.simulation), config.training.seed)
@@ -98,20 +95,34 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             for name, profile in fleet.profiles.items()
         }
         is_timed = serve_config.waves == "available" or not listener.has_barriers
-        with SimulatedGateway(devices, listener, is_timed=is_timed) as gateway:
-            clock = ClockWatcher(folder, listener)
+        clock = ClockWatcher(folder, listener)
+        with (
+            SimulatedGateway(devices, listener, is_timed=is_timed) as gateway,
+            reporting(serve_config, folder, Watchers([clock, watcher])) as seen_by,
+        ):
             coordinator = Coordinator(
                 serve_config,
                 model,
                 folder,
                 gateway,
-                Watchers([clock, watcher]),
+                seen_by,
                 RUN_ID,
                 pool=shared,
                 clock=float,  # always 0: in modelled time nobody waits for a slow machine
             )
             coordinator.watcher.see(SimulationStarted(folder.path, len(devices)))
             return read_result(_serve(coordinator), folder, clock.plans)
+
+
+def _check(config: SimulationConfig) -> None:
+    """Refuse what cannot be simulated or reported, and set torch up."""
+    if config.trained_by != "devices":
+        raise ConfigError("trained_by: a simulation trains on devices, got 'coordinator'")
+    require_trackers(config)
+    if config.simulation.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.simulation.threads)
 
 
 def _serve(coordinator: Coordinator) -> str:

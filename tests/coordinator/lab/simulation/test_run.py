@@ -151,6 +151,19 @@ def test_equal_simulations_are_equal(make: Any, plain: SimulationResult) -> None
     assert first.rounds[-1].loss != plain.rounds[-1].loss
 
 
+def test_numbers_are_told_and_change_nothing(make: Any, plain: SimulationResult) -> None:
+    """With `report_to` the same bytes of metrics; the table has each step of each device once."""
+    told = simulate(make(report_to=("csv",)), Watchers())
+
+    assert file_of(told, "metrics.jsonl") == file_of(plain, "metrics.jsonl")
+    table = file_of(told, "trackers/numbers.csv").decode().splitlines()
+    losses = [line.split(",") for line in table if ",train/loss," in line]
+    assert sorted((device, int(step)) for step, _, device, _, _ in losses) == [
+        *((("", step)) for step in (2, 4)),
+        *((device, step) for device in ("n-0", "n-1", "x") for step in (1, 2, 3, 4)),
+    ]
+
+
 @pytest.mark.parametrize("labels", ["server", "device"])
 def test_waves_of_what_is_there_are_modelled(make: Any, labels: str) -> None:
     """They take no longer than gathered ones, teach the same, and are the same each time."""

@@ -1,0 +1,65 @@
+"""The `tracking` section of a run's configuration: where the numbers of `report_to` go.
+
+What a library reads from its own environment (`WANDB_MODE`, `MLFLOW_TRACKING_URI`) is not repeated
+here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_ADDRESS = re.compile(r"(?:\[([^\]\s]+)\]|([^:/\[\]\s]+)):(\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Where numbers go that `report_to` asks for; see docs/monitoring.md."""
+
+    project: str = "edgesplit"
+    """Project of Weights & Biases, experiment of MLflow."""
+    mlflow_uri: str | None = None
+    """Where MLflow keeps runs, as its `MLFLOW_TRACKING_URI`, which counts where this is None; None
+    without it: the folder `mlruns` below `runs`."""
+    prometheus_address: str = "127.0.0.1:9464"
+    """HOST:PORT of the page `/metrics`; port 0 is any. Anything but this machine's own loopback
+    needs `prometheus_token`."""
+    prometheus_token: Path | None = None
+    """File with a token of at least 16 characters; who reads `/metrics` must then send it, as
+    `Authorization: Bearer TOKEN`."""
+
+    def __post_init__(self) -> None:
+        if not self.project.strip():
+            raise ValueError("project must not be empty")
+        host, _ = self.prometheus_place
+        if not _is_loopback(host) and self.prometheus_token is None:
+            raise ValueError(
+                f"prometheus_address: {self.prometheus_address!r} is beyond this machine, which "
+                "needs prometheus_token: a file with a secret of your choice"
+            )
+
+    @property
+    def prometheus_place(self) -> tuple[str, int]:
+        """Host and port of the page `/metrics`.
+
+        Raises:
+            ValueError: `prometheus_address` is no HOST:PORT.
+        """
+        match = _ADDRESS.fullmatch(self.prometheus_address)
+        if match is None or int(match[3]) > 65535:
+            raise ValueError(
+                "prometheus_address must be HOST:PORT with a port of 0..65535, got "
+                f"{self.prometheus_address!r}"
+            )
+        return match[1] or match[2], int(match[3])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: whoever answers to it
+        return False
