@@ -147,8 +147,10 @@ def _enrol(options: argparse.Namespace) -> int:
     from edge_sdk.enrol import enrol
 
     text = " ".join(options.code)
-    if text == "-":
-        text = sys.stdin.read(MOST_CODE_LETTERS)
+    if text == "-":  # a line of its own, or all that `coordinator enrol` has printed
+        lines = sys.stdin.read(MOST_CODE_LETTERS).splitlines()
+        text = next((line for line in lines if "edge-sdk enrol " in line), " ".join(lines))
+    text = text.rpartition("edge-sdk enrol ")[2]
     if len(text) >= MOST_CODE_LETTERS:
         raise ConfigError("this is no enrolment code: it is too long")
     done = enrol(text, options.config, options.key)

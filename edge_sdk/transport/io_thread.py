@@ -25,7 +25,7 @@ from edge_sdk.protocol.messages import FROM_COORDINATOR
 from edge_sdk.protocol.packets import Kind, Lane
 from edge_sdk.protocol.session import Conversation
 from edge_sdk.transport.connection import REBUILD_FIRST_S, Counters, Line, Patience, drawn
-from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.keys import KeyPair, fingerprint, make_key_pair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.pulse import Pulse
 from edge_sdk.transport.sockets import Waker, receive_frame
@@ -384,7 +384,8 @@ class DeviceIo:
     def _refused(self, status: int) -> None:
         if status == 400 and self._keys is not None:
             text = f"the coordinator at {self.config.address} does not know this device's key"
-            self._report(RefusedError(f"{text}: register {self._keys.public}"))
+            mine = f"{self._keys.public}, fingerprint {fingerprint(self._keys.public)}"
+            self._report(RefusedError(f"{text}: register {mine}"))
 
     def _report(self, error: EdgeError) -> None:
         """Tell the application, unless an error that it was told before still waits for it."""

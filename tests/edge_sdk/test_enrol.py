@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ import yaml
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.enrolment.book import EnrolmentBook
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from edge_sdk.cli import main
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.enrol import TEMPLATE, enrol
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.transport.enrol_code import write_code
-from edge_sdk.transport.keys import create_key_pair, load_key_pair, make_key_pair
+from edge_sdk.transport.keys import create_key_pair, fingerprint, load_key_pair, make_key_pair
 
 # Its own letters would mean something to YAML.
 SERVER = make_key_pair()
@@ -168,3 +170,38 @@ def test_a_key_that_others_can_read_is_not_enrolled(counter: Counter, tmp_path: 
 
     (tmp_path / "device.key").chmod(0o600)
     assert enrol(code, tmp_path / "device.yaml").name == "kitchen"
+
+
+def test_the_command_takes_what_a_person_gives_it(
+    counter: Counter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On standard input, alone or with all that was printed beside it; in several words; twice."""
+    monkeypatch.chdir(tmp_path)
+    code = counter.code()
+    printed = f"On the device:\n\nedge-sdk enrol {code}\n\naddress  {counter.address}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(printed))
+
+    assert main(["enrol", "-"]) == 0
+
+    public = load_key_pair("device.key").public
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"enrolled as kitchen at {counter.address}"
+    assert told[1] == f"key:    device.key (made), fingerprint {fingerprint(public)}"
+    assert told[2] == "config: device.yaml (new)"
+    assert max(map(len, told)) <= 80
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{code.lower()}\n"))
+    assert main(["enrol", "-"]) == 0
+    assert main(["enrol", *code.split("-")]) == 0
+    assert "config: device.yaml (as it was)" in capsys.readouterr().out
+    assert counter.allowed.devices() == {"kitchen": public}
+
+
+@pytest.mark.parametrize("word", ["0" * 5000, "", "hello"])
+def test_the_command_ends_with_one_line(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And with 2, whatever it is given in place of a code."""
+    assert main(["enrol", word]) == 2
+
+    assert len(capsys.readouterr().err.splitlines()) == 1
