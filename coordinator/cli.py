@@ -15,6 +15,7 @@ from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
 from coordinator.commands.init import add_init
+from coordinator.commands.parser import complete_words
 from coordinator.commands.plan import add_plan
 from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
@@ -63,4 +64,5 @@ def make_parser() -> argparse.ArgumentParser:
     for add in COMMANDS:
         add(commands)
     add_examples(parser, EXAMPLES)
+    complete_words(parser)
     return parser

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from edge_sdk.config.keys import KeyValues
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=.*", re.DOTALL)
 _KEY = re.compile(r"-[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{39}")
@@ -82,6 +84,15 @@ def all_commands(
     for action in below:
         for word, child in action.choices.items():
             yield from all_commands(child, f"{name} {word}".strip())
+
+
+def complete_settings(
+    parser: argparse.ArgumentParser, config: Callable[[], type], within: str = ""
+) -> None:
+    """Let a shell complete the `key=value` of a command; *config* and *within* as in `KeyValues`."""
+    for action in parser._actions:  # noqa: SLF001
+        if action.dest == "overrides":
+            action.completer = KeyValues(config, within)  # type: ignore[attr-defined]
 
 
 def add_examples(parser: argparse.ArgumentParser, examples: Mapping[str, Sequence[str]]) -> None:

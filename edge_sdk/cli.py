@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_sdk.arguments import Arguments, add_examples
+from edge_sdk.arguments import Arguments, add_examples, all_commands, complete_settings
 from edge_sdk.client.callbacks import FAILED, Callback, RoundBegun, RoundSummary
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
@@ -104,6 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     _add_data(commands.add_parser("data", help="look at the private data before a run does"))
     add_examples(parser, EXAMPLES)
+    for _, command in all_commands(parser):
+        complete_settings(command, lambda: ClientConfig)
     return parser
 
 

@@ -29,6 +29,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.files import PRIVATE, storage_errors
 from edge_sdk.home import lend_home
+from profiler import completion
 
 # What is set already stays: a person can still ask for all of it.
 SETTINGS = {
@@ -171,6 +172,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     An error of ours becomes one line on standard error and the exit code of its class; so does any
     other, whose traceback is in the log from the level info on.
     """
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     if options.log_level != "debug":
         quiet_libraries()

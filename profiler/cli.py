@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from profiler import completion
 from profiler.measure import BlockMeasure, gemm_rates, measure_block, measure_profile
 from profiler.profile import DeviceProfile
 from profiler.sensors.load import cpu_times
@@ -34,7 +35,9 @@ MISSING_EXIT_CODE, USAGE_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `profiler` command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    completion.answer(parser)
+    options = parser.parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # line none. `docs/architecture.md` draws them.
 ORDER = {
     "profiler": [
-        ["door"],
+        ["door", "completion"],
         ["sensors"],
         ["estimate"],
         ["profile"],
@@ -79,6 +79,7 @@ DOORS = {
     "zmq": ["edge_sdk/transport/*.py", "coordinator/gateway/*.py"],
     "segno": ["coordinator/commands/devices/enrol.py"],
     "pynvml": ["profiler/sensors/sources.py"],
+    "argcomplete": ["profiler/completion.py"],
     "onnxruntime": ["edge_sdk/runtime/onnx_session.py", "edge_sdk/runtime/onnx_gradients.py"],
     "tensorboard": ["coordinator/tracking/to_tensorboard.py"],
     "wandb": ["coordinator/tracking/to_wandb.py"],
