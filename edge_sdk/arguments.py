@@ -89,7 +89,7 @@ def all_commands(
 def complete_settings(
     parser: argparse.ArgumentParser, config: Callable[[], type], within: str = ""
 ) -> None:
-    """Let a shell complete the `key=value` of a command; *config* and *within* as in `KeyValues`."""
+    """Let a shell complete the `key=value` of a command; arguments as those of `KeyValues`."""
     for action in parser._actions:  # noqa: SLF001
         if action.dest == "overrides":
             action.completer = KeyValues(config, within)  # type: ignore[attr-defined]

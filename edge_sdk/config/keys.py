@@ -39,7 +39,8 @@ class KeyValues:
 def known_keys(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each dotted key of a dataclass with what its value may be; names of one's own aside."""
     for name, annotation in field_types(config).items():
-        inner = [part for part in _parts(annotation) if dataclasses.is_dataclass(part)]
+        types_ = [part for part in _parts(annotation) if isinstance(part, type)]
+        inner = [part for part in types_ if dataclasses.is_dataclass(part)]
         for group in inner:
             yield from known_keys(group, f"{prefix}{name}.")
         if not inner:

@@ -38,18 +38,7 @@ COMPLETE = KeyValues(lambda: Outer)
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        (
-            "",
-            [
-                "mode=",
-                "quiet=",
-                "file=",
-                "inner.rate=",
-                "inner.names=",
-                "maybe.rate=",
-                "maybe.names=",
-            ],
-        ),
+        ("ma", ["maybe.rate=", "maybe.names="]),
         ("inner.r", ["inner.rate="]),
         ("mode=", ["mode=fast", "mode=far"]),
         ("mode=fas", ["mode=fast"]),
