@@ -46,7 +46,7 @@ from methods_report import (
 )
 from report import header, save
 
-from coordinator.lab.comparison.table import RunResult, cell_from_row
+from coordinator.lab.comparison.cells import RunResult, cell_from_row
 from edge_sdk.command import quiet_libraries
 
 # ---- runs ----
@@ -88,8 +88,7 @@ def load_cells(name: str, out: Path) -> list[RunResult]:
     if not (folder / "done.json").is_file():
         return []
     lines = (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [{k: v for k, v in json.loads(line).items() if k != "digest"} for line in lines]
-    found = {cell.key: cell for cell in map(cell_from_row, rows)}
+    found = {cell.key: cell for cell in map(cell_from_row, map(json.loads, lines))}
     # To a method without devices all devices are alike: it has run once for both sets.
     alone = {(c.method, c.seed, c.rate): c for c in found.values() if c.peak_bytes is None}
     cells = []

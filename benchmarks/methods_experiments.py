@@ -243,6 +243,9 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
         },
     }
     config["compare"] = {
+        "labels": "published",
+        "references": [],
+        "disturbances": [],
         "presets": [name for name in experiment.methods if not smoke or name in smoked],
         "methods": {
             name: {"preset": preset, "settings": settings}

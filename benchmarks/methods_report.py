@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from report import table
 
-from coordinator.lab.comparison.table import (
+from coordinator.lab.comparison.cells import (
     RunResult,
     at_chosen_rates,
     common_target,

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from coordinator.commands.terminal import say, say_table
+from coordinator.commands.terminal import Live, say, say_results
 from coordinator.lab.comparison.report import write_report
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 
 def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
@@ -21,6 +22,11 @@ def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the typ
     )
     parser.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
+    parser.add_argument(
+        "--labels",
+        choices=("device", "server", "published"),
+        help="where the labels of all methods are; published: where each preset has them",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("comparison"), help="folder; default: %(default)s"
     )
@@ -38,10 +44,16 @@ def _compare(options: argparse.Namespace) -> int:
     overrides = _overrides(options)
     config = load_compare(options.config, overrides)
     methods = load_methods(config, options.config, overrides)
-    cells = compare(config, methods, options.out, say, simulate)
-    table = write_report(config, cells, options.out)
-    say_table(table)
-    say(f"\n{options.out / 'report.html'}")
+    try:
+        with Live() as live:
+            live.now("getting ready")
+            cells = compare(config, methods, options.out, live.line, simulate, live.now)
+    except KeyboardInterrupt:
+        say("stopped; runs that have ended are kept, and the same command goes on with the others")
+        return INTERRUPTED_EXIT_CODE
+    for table in write_report(config, cells, options.out):
+        say_results(table.title, table.titles, table.texts)
+    say(f"\n{options.out / 'report.html'}; the tables also as .md, .csv and .tex beside it")
     return 0
 
 
@@ -52,4 +64,6 @@ def _overrides(options: argparse.Namespace) -> list[str]:
         "seeds": options.seeds,
     }
     given = [f"compare.{key}={list(value)}" for key, value in flags.items() if value is not None]
+    if options.labels is not None:
+        given.append(f"compare.labels={options.labels}")
     return [*options.overrides, *(text.replace("'", "") for text in given)]

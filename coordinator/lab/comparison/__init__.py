@@ -1,3 +1,12 @@
 """Methods against each other on the same devices, and a report."""
 
-__all__ = ["config", "fit_devices", "plots", "report", "run", "table"]
+__all__ = [
+    "cells",
+    "config",
+    "fit_devices",
+    "plots",
+    "report",
+    "result_table",
+    "run",
+    "table",
+]

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from coordinator.config.presets import NAMES, load_with_preset
+from coordinator.config.presets import NAMES, load_with_preset, preset_text
 from coordinator.config.run import Preset
 from coordinator.lab.simulation.config import SimulationConfig
 from edge_sdk.errors import ConfigError
 
 DeviceSet = Literal["homogeneous", "heterogeneous"]
+Disturbance = Literal["dropouts", "stragglers"]
+Labels = Literal["device", "server", "published"]
+
+LOCAL = "local"
+"""Name of the row in which each device trains alone."""
+CENTRALISED = "cenlora"
+"""Preset of the row in which all data is in one place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +34,27 @@ class MethodConfig:
     """The preset that lies under the file, if any."""
     settings: tuple[str, ...] = ()
     """`key=value` over the file, as on the command line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """What a run may have cost when its quality is looked at; see docs/compare.md.
+
+    None: the least that any method with devices has spent in its whole run.
+    """
+
+    bytes: float | None = None
+    """Bytes that all devices have sent and received."""
+    seconds: float | None = None
+    """Seconds on the modelled clock."""
+    joules: float | None = None
+    """Joules that all devices have spent on computing."""
+
+    def __post_init__(self) -> None:
+        for name in ("bytes", "seconds", "joules"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +74,28 @@ class CompareSection:
     """Every method tries each rate on the first seed and keeps the one with the lowest final loss,
     for each set of devices; empty: training.learning_rate alone."""
     target: float | None = None
-    """Loss that times are measured to; None: the worst of all runs' best losses."""
+    """Loss that costs are measured to; None: what `target_gain` says."""
+    target_gain: float = 0.9
+    """Share of the gain of `cenlora` over the untrained model that makes the target; without
+    that row, the lowest loss that every run reached is the target."""
+    labels: Labels | None = None
+    """Where the labels are for every method, whatever its preset says: `device` or `server`;
+    `published`: where each preset has them. None: as `labels` of the run. What `settings` of a
+    method say counts for that method; a device that holds the whole model keeps its labels."""
+    references: tuple[Literal["local", "cenlora"], ...] = ("local", "cenlora")
+    """Rows that stand beside the methods: each device alone, without any exchange, and all data in
+    one place."""
+    budgets: BudgetConfig = field(default_factory=BudgetConfig)
+    """What the table of quality under a budget looks at."""
+    disturbances: tuple[Disturbance, ...] = ("dropouts", "stragglers")
+    """What every method with devices is run with once more: on the first seed, at its rate, on the
+    last of `device_sets`."""
+    dropout_share: float = 0.2
+    """Share of the devices, at least one, that leave for good in the middle third of the run."""
+    straggler_share: float = 0.2
+    """Share of the devices, at least one, that are slower than their profile says."""
+    straggler_factor: float = 4.0
+    """How many times slower they compute and send."""
 
     def __post_init__(self) -> None:
         for name in ("presets", "device_sets", "seeds"):
@@ -59,6 +108,15 @@ class CompareSection:
             if name not in NAMES and name not in self.methods:
                 known = ", ".join((*NAMES, *self.methods))
                 raise ValueError(f"presets: {name!r} is unknown; there are {known}")
+        if LOCAL in self.methods:
+            raise ValueError(f"methods: {LOCAL!r} is the row of devices alone; choose another name")
+        if not 0 < self.target_gain <= 1:
+            raise ValueError(f"target_gain must be above 0 and at most 1, got {self.target_gain}")
+        for name in ("dropout_share", "straggler_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not self.straggler_factor >= 1:
+            raise ValueError(f"straggler_factor must be at least 1, got {self.straggler_factor}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +162,46 @@ def load_methods(
         own = config.compare.methods.get(name)
         preset = own.preset if own else name
         settings = own.settings if own else ()
-        loaded = load_with_preset(CompareConfig, file, [*overrides, *settings], env, preset=preset)
-        runs[name] = loaded.simulation_config()
+        # What the preset says is said again, so that the file's `labels` contradict nothing here.
+        published = _published_labels(preset)
+        layers = [*overrides, *(f"labels={where}" for where in published), *settings]
+        loaded = load_with_preset(CompareConfig, file, layers, env, preset=preset)
+        run = loaded.simulation_config()
+        is_told = any(setting.startswith("labels=") for setting in settings)
+        runs[name] = run if is_told else _with_labels(run, config)
+    if LOCAL in config.compare.references:
+        runs[LOCAL] = alone(config.simulation_config())
+    if CENTRALISED in config.compare.references and CENTRALISED not in runs:
+        central = load_with_preset(CompareConfig, file, overrides, env, preset=CENTRALISED)
+        runs[CENTRALISED] = central.simulation_config()
     return runs
+
+
+def labels_for_all(config: CompareConfig) -> Labels:
+    """Return where the labels of every method are, or `published`."""
+    return config.compare.labels or config.labels
+
+
+def alone(config: SimulationConfig) -> SimulationConfig:
+    """Return the run of devices that each hold the whole model, with ranks that fit them."""
+    planning = replace(config.planning, split="fixed", ranks="uniform")
+    settings = {name: replace(d, split=None, r=None) for name, d in config.devices.items()}
+    default = replace(config.default, split="all")
+    return replace(
+        config, preset=None, planning=planning, default=default, devices=settings, labels="device"
+    )
+
+
+def _published_labels(preset: str | None) -> list[str]:
+    """Return where *preset* has the labels, if it says so."""
+    lines = preset_text(preset).splitlines() if preset is not None else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("labels:")]
+
+
+def _with_labels(run: SimulationConfig, config: CompareConfig) -> SimulationConfig:
+    """Return *run* with the labels where all methods have them."""
+    wanted = labels_for_all(config)
+    holds_all = run.settings("").split == "all"
+    if wanted == "published" or run.trained_by == "coordinator" or holds_all:
+        return run
+    return replace(run, labels=wanted)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coordinator.lab.comparison.table import Point, RunResult, at_chosen_rates
+from coordinator.lab.comparison.cells import Point, RunResult, at_chosen_rates
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:

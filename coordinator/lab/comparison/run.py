@@ -1,54 +1,48 @@
 """Run methods on the same data, devices, seeds and number of samples; each run is a cell.
 
-    cells = compare(config, load_methods(config, file), folder, print)
+    cells = compare(config, load_methods(config, file), folder, print, simulate)
 
-A method with devices is simulated; one that the coordinator trains gets the devices' shards joined,
-and the time of the coordinator's machine. Runs that have ended stay in `cells.jsonl` and are not
-run again. `table.py` summarises cells.
+A method with devices is simulated; `undivided_runs.py` has the others. Runs that have ended are
+kept and not run again. `table.py` and `cost_tables.py` summarise cells.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.lab.centralised.run import train_pooled
-from coordinator.lab.centralised.trainer import MicroShape
-from coordinator.lab.comparison.config import CompareConfig, DeviceSet
-from coordinator.lab.comparison.fit_devices import (
-    Fitted,
-    device_set,
-    fit,
-    samples_of_a_step,
-    whole_situation,
+from coordinator.lab.comparison.cells import Held, RunResult, best_rates
+from coordinator.lab.comparison.config import (
+    LOCAL,
+    CompareConfig,
+    CompareSection,
+    DeviceSet,
+    Disturbance,
 )
-from coordinator.lab.comparison.table import (
-    Held,
-    Point,
-    RunResult,
-    best_rates,
-    cell_from_row,
-    cell_to_row,
+from coordinator.lab.comparison.fit_devices import Fitted, device_set, fit
+from coordinator.lab.comparison.kept_cells import (
+    MOST_CHANGES,
+    KeptCells,
+    digest_of_run,
 )
-from coordinator.lab.simulation.clock import Costs, central_step_s
-from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationConfig, device_names
+from coordinator.lab.comparison.robustness import disturb
+from coordinator.lab.comparison.run_count import RoundTeller, RunCount, Tell, tell_nobody
+from coordinator.lab.comparison.undivided_runs import points_of, run_alone, run_pooled
+from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
-from coordinator.lab.simulation.fleet import make_fleet
-from coordinator.lab.simulation.result import SimulatedRound, SimulationResult, read_result
+from coordinator.lab.simulation.result import SimulatedRound, SimulationResult
 from coordinator.results.events import ImportanceMeasured, RunEvent, Watcher
 from coordinator.results.history import RunHistory
 from coordinator.results.lifecycle import COMPLETED
-from coordinator.results.run_folder import RunFolder, digest_of
+from coordinator.results.watchers import Watchers
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
 
-CELLS = "cells.jsonl"
-
-Progress = Callable[[str], None]
 Simulate = Callable[[SimulationConfig, Watcher], SimulationResult]
 
 
@@ -56,8 +50,9 @@ def compare(
     config: CompareConfig,
     methods: Mapping[str, SimulationConfig],
     out: Path,
-    progress: Progress,
+    progress: Tell,
     simulate: Simulate,
+    now: Tell = tell_nobody,
 ) -> list[RunResult]:
     """Run everything that has not been run yet; return all cells.
 
@@ -67,78 +62,146 @@ def compare(
         out: Folder of cells, runs and data.
         progress: Gets a line about each run.
         simulate: Runs a method that trains on devices.
+        now: Gets what is being done at the moment, which takes the place of what it got before.
 
     Raises:
         EdgeError: a config, the data or the model is wrong.
     """
-    wanted, cells = config.compare, []
-    for kind in wanted.device_sets:
-        for method, run in methods.items():
-            runner = ComparisonRunner(method, run, kind, out, progress, simulate)
-            rates = wanted.learning_rates or (run.training.learning_rate,)
-            try:
-                tried = [runner.cell(wanted.seeds[0], rate) for rate in rates]
-            except ConfigError as error:
-                raise ConfigError(f"{method}, {kind} devices: {error}") from error
-            best = best_rates(tried)[method, kind]
-            cells += [*tried, *(runner.cell(seed, best) for seed in wanted.seeds[1:])]
+    wanted = config.compare
+    runs = [
+        ComparisonRunner(method, run, kind, out, simulate, wanted)
+        for kind in wanted.device_sets
+        for method, run in methods.items()
+    ]
+    names = [runner.method for runner in runs for _ in range(runner.num_runs)]
+    count = RunCount(names, progress, now, time.monotonic)
+    kept = KeptCells(out)
+    tell_changes(kept, config, progress)
+    cells: list[RunResult] = []
+    for runner in runs:
+        cells += runner.cells(kept, count)
+    count.tell_kept()
     return cells
 
 
+def tell_changes(kept: KeptCells, config: CompareConfig, progress: Tell) -> None:
+    """Say what is not as it was when a comparison last ran in this folder."""
+    changes = kept.changes(config)
+    if changes:
+        more = len(changes) - MOST_CHANGES
+        shown = "; ".join(changes[:MOST_CHANGES]) + (f"; and {more} more" if more > 0 else "")
+        progress(f"changed since the last call: {shown}; runs that this concerns begin anew")
+    if old := kept.num_old():
+        progress(f"{old} runs were made by another version of EdgeSplit and do not count")
+
+
+@dataclass(frozen=True)
 class ComparisonRunner:
     """One method on one set of devices."""
 
-    def __init__(
-        self,
-        method: str,
-        config: SimulationConfig,
-        kind: DeviceSet,
-        out: Path,
-        progress: Progress,
-        simulate: Simulate,
-    ) -> None:
-        self._simulate = simulate
-        self._method, self._kind, self._out, self._progress = method, kind, out, progress
-        self._config = device_set(config, kind)
-        self._folder = RunFolder(out)
+    method: str
+    config: SimulationConfig
+    kind: DeviceSet
+    out: Path
+    simulate: Simulate
+    wanted: CompareSection
 
-    def cell(self, seed: int, rate: float) -> RunResult:
-        """Return a run of *seed* at *rate*, from an earlier comparison where that had it."""
-        training = replace(self._config.training, seed=seed, learning_rate=rate)
-        config = replace(self._config, training=training, runs=self._out / "runs")
-        digest = _digest(config)
-        name = f"{self._method}, {self._kind}, seed {seed}, rate {rate:g}"
-        for row in self._folder.rows(CELLS):
-            if row.pop("digest") == digest and row["method"] == self._method:
-                return replace(cell_from_row(row), device_set=self._kind)
-        folder = f"{self._method}-{self._kind}-{seed}-{rate:g}-{digest}"
-        shutil.rmtree(config.runs / folder, ignore_errors=True)  # of a run that was cut off
-        config = replace(config, name=folder)
-        files = write_shards(config, self._out / "data" / f"seed-{seed}")
-        if config.trained_by == "coordinator":
-            parts = _pooled(config, files)
-        else:
-            parts = _simulated(config, files, self._simulate)
-        cell = RunResult(method=self._method, device_set=self._kind, seed=seed, rate=rate, **parts)
-        self._folder.append(CELLS, {**cell_to_row(cell), "digest": digest})
-        self._progress(f"{name}: loss {cell.last.loss:.4f} after {cell.last.samples} samples")
+    @property
+    def _disturbances(self) -> tuple[Disturbance, ...]:
+        """What it is run with once more."""
+        trains_alone = self.method == LOCAL or self.config.trained_by == "coordinator"
+        is_last = self.kind == self.wanted.device_sets[-1]
+        return self.wanted.disturbances if is_last and not trains_alone else ()
+
+    @property
+    def _rates(self) -> tuple[float, ...]:
+        return self.wanted.learning_rates or (self.config.training.learning_rate,)
+
+    @property
+    def num_runs(self) -> int:
+        """Number of its runs."""
+        return len(self._rates) + len(self.wanted.seeds) - 1 + len(self._disturbances)
+
+    def cells(self, kept: KeptCells, count: RunCount) -> list[RunResult]:
+        """Return all of its runs; those that were there before are not run again."""
+        first, *others = self.wanted.seeds
+        try:
+            tried = [self._cell(first, rate, kept, count) for rate in self._rates]
+            best = best_rates(tried)[self.method, self.kind]
+            cells = [*tried, *(self._cell(seed, best, kept, count) for seed in others)]
+            return cells + [
+                cell
+                for what in self._disturbances
+                if (cell := self._disturbed(first, best, what, kept, count)) is not None
+            ]
+        except ConfigError as error:
+            if self.method != LOCAL:
+                raise ConfigError(f"{self.method}, {self.kind} devices: {error}") from error
+            for _ in range(self.num_runs):
+                count.skip(f"{self.method}, {self.kind}: {error}")
+            return []
+
+    def _run(self, seed: int, rate: float) -> SimulationConfig:
+        config = device_set(self.config, self.kind)
+        training = replace(config.training, seed=seed, learning_rate=rate)
+        return replace(config, training=training, runs=self.out / "runs")
+
+    def _cell(
+        self,
+        seed: int,
+        rate: float,
+        kept: KeptCells,
+        count: RunCount,
+        disturbance: Disturbance | None = None,
+    ) -> RunResult:
+        config = self._run(seed, rate)
+        facts: dict[str, Any] = {}
+        if disturbance is not None:
+            config, names = disturb(config, disturbance, self.wanted, seed)
+            facts = {"disturbance": disturbance, "disturbed": names}
+        digest = digest_of_run(config)
+        found = kept.find(self.method, digest)
+        if found is not None:
+            count.kept(found[1])
+            return replace(found[0], device_set=self.kind)
+        name = f"{self.method}, {self.kind}, seed {seed}, rate {rate:g}"
+        count.begin(f"{name}, {disturbance}" if disturbance else name)
+        parts = self._train(replace(config, name=self._folder(config, digest)), count)
+        cell = RunResult(
+            method=self.method, device_set=self.kind, seed=seed, rate=rate, **parts, **facts
+        )
+        took_s = count.end(f"loss {cell.last.loss:.4f} after {round(cell.last.samples)} samples")
+        kept.append(cell, digest, took_s)
         return cell
 
+    def _disturbed(
+        self, seed: int, rate: float, what: Disturbance, kept: KeptCells, count: RunCount
+    ) -> RunResult | None:
+        try:
+            return self._cell(seed, rate, kept, count, what)
+        except ConfigError as error:
+            count.skip(f"{self.method}, {self.kind}, {what}: {error}")
+            return None
 
-def _digest(config: SimulationConfig) -> str:
-    """Return a digest that is equal for runs with the same configuration and the same data.
+    def _folder(self, config: SimulationConfig, digest: str) -> str:
+        """Return the name of the run's folder, which is not there any more."""
+        training = config.training
+        folder = f"{self.method}-{self.kind}-{training.seed}-{training.learning_rate:g}-{digest}"
+        for left in config.runs.glob(f"{folder}*"):  # of a run that was cut off
+            shutil.rmtree(left, ignore_errors=True)
+        return folder
 
-    To a method without devices all devices are alike: only their data and batches count.
-    """
-    if config.trained_by == "coordinator":
-        fleet = config.simulation
-        own = {name: SimulatedDeviceConfig(data=d.data) for name, d in fleet.devices.items()}
-        settings = {n: replace(d, split=None, r=None) for n, d in config.devices.items()}
-        config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
-    fleet = config.simulation
-    files = (device.data for device in fleet.devices.values())
-    plain = replace(config, name=None, runs=Path())
-    return digest_of(plain, (fleet.data.path, config.evaluation.data.path, *files))
+    def _train(self, config: SimulationConfig, count: RunCount) -> dict[str, Any]:
+        files = write_shards(config, self.out / "data" / f"seed-{config.training.seed}")
+
+        def watching(index: int, parts: int) -> Watcher:
+            return RoundTeller(count, config.rounds, (index, parts))
+
+        if self.method == LOCAL:
+            return run_alone(config, files, watching)
+        if config.trained_by == "coordinator":
+            return run_pooled(config, files, watching)
+        return _simulated(config, files, self.simulate, count)
 
 
 # ---- data ----
@@ -165,25 +228,29 @@ def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
 
 
 def _simulated(
-    config: SimulationConfig, files: Mapping[str, str], simulate: Simulate
+    config: SimulationConfig, files: Mapping[str, str], simulate: Simulate, count: RunCount
 ) -> dict[str, Any]:
     """Simulate a run and return what a cell holds of it."""
-    fitted = fit(config)
+    try:
+        fitted = fit(config)
+    except ValueError as error:  # all that are left are to leave
+        raise ConfigError(str(error)) from error
     fleet = fitted.config.simulation
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
     config = replace(fitted.config, simulation=replace(fleet, devices=devices))
     watcher = ImportanceWatcher()
-    result = simulate(config, watcher)
+    result = simulate(config, Watchers([watcher, RoundTeller(count, config.rounds)]))
     folder = result.folder
     if result.outcome != COMPLETED:
         raise KeyboardInterrupt
     for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
         shutil.rmtree(checkpoint)
     return {
-        "points": _points(result.rounds, RunHistory(folder).seconds()),
+        "points": points_of(result.rounds, RunHistory(folder).seconds()),
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
         "importance": tuple(sorted(watcher.importance.items())),
         "notes": fitted.notes,
+        "traffic": result.rounds[-1].traffic,
         **_sizes(fitted, result.rounds[1:]),
     }
 
@@ -220,59 +287,3 @@ def _sizes(fitted: Fitted, rounds: list[SimulatedRound]) -> dict[str, Any]:
         peak[name] = max(peak.get(name, 0.0), fitted.peak_bytes(name, split, dict(ranks)))
         trained[name] = max(trained.get(name, 0), fitted.num_trained(dict(ranks)))
     return {"peak_bytes": peak, "trained": trained}
-
-
-def _points(rounds: list[SimulatedRound], real_s: Mapping[int, float]) -> tuple[Point, ...]:
-    """Return the evaluations of a run."""
-    points = tuple(
-        Point(r.samples, r.seconds, real_s[r.round], r.bytes_up, r.bytes_down, r.loss, r.accuracy)
-        for r in rounds
-        if r.loss is not None and r.accuracy is not None
-    )
-    if not points:
-        raise ConfigError(
-            "evaluation.data.path: names no file, and no device holds out validation data: a "
-            "comparison needs one of them"
-        )
-    return points
-
-
-# ---- without devices ----
-
-
-def _pooled(config: SimulationConfig, files: Mapping[str, str]) -> dict[str, Any]:
-    """Train on the joined shards, in the time of the coordinator's machine."""
-    data = replace(config.simulation.data, path=None, limit=None)
-    pooled = replace(
-        config.pooled,
-        data=data,
-        files=tuple(files.values()),
-        batch_size=config.pooled.batch_size or samples_of_a_step(config),
-    )
-    result = train_pooled(replace(config, pooled=pooled).serve_config(), durable=False)
-    folder = RunFolder(result.folder)
-    rounds = read_result("completed", folder, [{}] * config.rounds).rounds
-    ends = _modelled_ends(config, result.shapes)
-    timed = [replace(round_, seconds=ends[round_.round]) for round_ in rounds]
-    return {"points": _points(timed, RunHistory(folder).seconds())}
-
-
-def _modelled_ends(config: SimulationConfig, steps: list[tuple[MicroShape, ...]]) -> list[float]:
-    """Return when each round ends, in seconds from 0 on."""
-    problem = whole_situation(config)
-    machine = make_fleet(config.simulation, config.planning).coordinator
-    costs = Costs(problem.model, problem.num_blocks)
-    rank = config.settings("").r or config.lora.r
-    trains_all = config.pooled.trains == "all"
-    names = () if trains_all else problem.facts.targets
-    ranks = {name: config.lora.rank_of(name, rank) for name in names}
-    seconds, ends = 0.0, [0.0]
-    for step, micros in enumerate(steps, start=1):
-        for count, length, _ in micros:
-            flops = costs.flops(0, problem.num_blocks, ranks, count, length, front=True, tail=True)
-            # Gradients of inputs and of weights cost a forward pass each.
-            total = 3 * flops.forward if trains_all else flops.total
-            seconds += central_step_s(total, machine)
-        if step % config.steps_per_round == 0:
-            ends.append(seconds)
-    return ends

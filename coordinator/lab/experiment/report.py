@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from coordinator.lab.comparison.cells import RunResult, common_target, score
 from coordinator.lab.comparison.plots import COSTS, Cost, Picture, draw_losses, draw_plans
 from coordinator.lab.comparison.report import Page
-from coordinator.lab.comparison.table import NOTHING, RunResult, common_target, score
+from coordinator.lab.comparison.result_table import NOTHING
 from coordinator.lab.experiment.completed_runs import FACTS, NOT_RUN
 from coordinator.lab.experiment.config import ExperimentConfig
 from coordinator.lab.experiment.result import BoardResult, ExperimentRunResult, kind_of, read_run

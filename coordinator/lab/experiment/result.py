@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.lab.comparison.table import Held, Point, RunResult
+from coordinator.lab.comparison.cells import Held, Point, RunResult
 from coordinator.lab.experiment.completed_runs import FACTS
 from coordinator.lab.experiment.config import ExperimentConfig, data_sheet
 from coordinator.lab.experiment.run import HAPPENINGS, MARKS

@@ -1,3 +1,3 @@
 """Devices that are not there, with real training and a modelled clock."""
 
-__all__ = ["boards", "clock", "config", "data", "fleet", "result", "run", "sharding"]
+__all__ = ["boards", "clock", "config", "data", "fleet", "result", "run", "sharding", "traffic"]

@@ -12,7 +12,7 @@ free; energy is power times the time in which something is computed.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from profiler.estimate.flops import FlopsEstimate, estimate_flops
@@ -29,6 +29,15 @@ class Machine:
     """Rate from the device to the coordinator."""
     down_bytes_per_s: float = float("inf")
     round_trip_s: float = 0.0
+
+    def slowed(self, factor: float) -> Machine:
+        """Return the machine when it computes and sends so many times slower."""
+        return replace(
+            self,
+            flops_per_s=self.flops_per_s / factor,
+            up_bytes_per_s=self.up_bytes_per_s / factor,
+            down_bytes_per_s=self.down_bytes_per_s / factor,
+        )
 
 
 @dataclass(slots=True)

@@ -28,6 +28,11 @@ class SimulatedDeviceConfig:
     """Speed in training, instead of the board's peak times `utilisation`."""
     data: str | None = None
     """A training file of its own, instead of a share of `simulation.data`."""
+    slowdown: float = 1.0
+    """So many times slower than its profile says it computes and sends: a straggler that no plan
+    knows of."""
+    leaves_after_step: int | None = None
+    """Steps of the run after which it is gone for good; None: it stays."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -38,6 +43,10 @@ class SimulatedDeviceConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        if not 1 <= self.slowdown < float("inf"):
+            raise ValueError(f"slowdown must be at least 1, got {self.slowdown}")
+        if self.leaves_after_step is not None and self.leaves_after_step < 1:
+            raise ValueError(f"leaves_after_step must be at least 1, got {self.leaves_after_step}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,8 @@ class FleetConfig:
         for name in device_names(self):
             if not is_device_name(name):
                 raise ValueError(f"devices: {name!r} is no name: letters, digits, . _ - only")
+        if self.devices and all(d.leaves_after_step is not None for d in self.devices.values()):
+            raise ValueError("devices: at least 1 must stay, all have leaves_after_step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

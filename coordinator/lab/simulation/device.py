@@ -275,6 +275,8 @@ class SimulatedDevice:
         self.is_over = False
         self.is_due = True
         """Whether something that it waits for may have happened."""
+        self.leaves_after_step: int | None = None
+        """Steps of the run after which it goes for good; None: it stays."""
         self._turn, self._stop = _Turn(), threading.Event()
         self._own_link = _TurnLink(ours, self._turn, name, shared.listener)
         self._config, self._dataset, self._shared = config, dataset, shared

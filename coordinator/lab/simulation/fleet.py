@@ -56,6 +56,7 @@ def make_fleet(config: FleetConfig, planning: PlanningConfig) -> Fleet:
             scale=scale,
             memory_bytes=device.memory_bytes,
         )
+        machines[name] = machines[name].slowed(device.slowdown)  # its profile says nothing of it
     board = _find(there.boards, config.coordinator, "simulation.coordinator")
     speed, memory = planning.server_flops_per_s, planning.server_memory_bytes
     return Fleet(

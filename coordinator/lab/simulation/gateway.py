@@ -23,7 +23,7 @@ from edge_sdk.errors import (
     TransportError,
 )
 from edge_sdk.protocol.fragments import TensorOut
-from edge_sdk.protocol.messages import Message
+from edge_sdk.protocol.messages import Message, StepReport
 from edge_sdk.transport.link import NO_TENSORS
 
 
@@ -113,6 +113,10 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
                 events.append(Left(device.name))
             else:
                 events.append(Received(device.name, envelope))
+                if _is_last_word(device, envelope.message):
+                    del self._present[device.name]
+                    device.close()
+                    events.append(Left(device.name))
         return events
 
     def send(
@@ -158,6 +162,13 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         self._present = {}
         for device in self._all:
             device.close()
+
+
+def _is_last_word(device: SimulatedDevice, message: Message) -> bool:
+    """Return whether *device* is meant to be gone once it has said that."""
+    last = device.leaves_after_step
+    is_step = isinstance(message, StepReport)
+    return is_step and last is not None and message.stamp.step + 1 >= last
 
 
 def _raise_failure(device: SimulatedDevice) -> None:

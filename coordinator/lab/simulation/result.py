@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.lab.simulation.timing import CLOCK
+from coordinator.lab.simulation.timing import CLOCK, TRAFFIC
+from coordinator.lab.simulation.traffic import Traffic, add_up
 from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.protocol.plan import Plan
@@ -25,6 +26,8 @@ class SimulatedRound:
     bytes_up: int
     """Bytes from all devices since the start, in training only."""
     bytes_down: int
+    energy_j: float
+    """Joules that all devices have spent on computing since the start, as modelled."""
     train_loss: float | None
     """Mean loss per target over the round's steps."""
     loss: float | None
@@ -36,6 +39,8 @@ class SimulatedRound:
     """The line of metrics.jsonl."""
     clock: dict[str, Any]
     """The line of clock.jsonl; empty in row 0."""
+    traffic: Traffic
+    """What the bytes of all devices were, since the start."""
 
     @property
     def perplexity(self) -> float | None:
@@ -59,13 +64,17 @@ def read_result(
     """Join the rows of a run folder; *plans* are those of round 1, 2, ..."""
     history, times = RunHistory(folder), {row["round"]: row for row in folder.rows(CLOCK)}
     samples, up, down = history.samples(), 0, 0
-    seconds, rounds = 0.0, []
+    traffic = {row["round"]: row["devices"].values() for row in folder.rows(TRAFFIC)}
+    so_far: Traffic = {}
+    seconds, energy_j, rounds = 0.0, 0.0, []
     for metrics in history.metrics:
         number = metrics["round"]
         clock = times.get(number, {})
-        traffic = clock.get("devices", {}).values()
-        up += sum(device["bytes_up"] for device in traffic)
-        down += sum(device["bytes_down"] for device in traffic)
+        devices = clock.get("devices", {}).values()
+        up += sum(device["bytes_up"] for device in devices)
+        down += sum(device["bytes_down"] for device in devices)
+        energy_j += sum(device["energy_j"] for device in devices)
+        so_far = add_up([so_far, *traffic.get(number, ())])
         seconds = clock.get("seconds", seconds)
         score = overall(metrics)
         rounds.append(
@@ -75,12 +84,14 @@ def read_result(
                 seconds=seconds,
                 bytes_up=up,
                 bytes_down=down,
+                energy_j=energy_j,
                 train_loss=metrics.get("train_loss"),
                 loss=None if score is None else score.loss,
                 accuracy=None if score is None else score.accuracy,
                 plans=dict(plans[number - 1]) if number else {},
                 metrics=metrics,
                 clock=clock,
+                traffic=so_far,
             )
         )
     return SimulationResult(outcome, folder, rounds)

@@ -10,6 +10,7 @@ give equal metrics and equal times.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
             )
             for name, profile in fleet.profiles.items()
         }
+        leaving = _leave(config, devices)
         is_timed = serve_config.waves == "available" or not listener.has_barriers
         clock = ClockWatcher(folder, listener)
         with (
@@ -108,6 +110,7 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
                 seen_by,
                 RUN_ID,
                 pool=shared,
+                least_devices=1 if leaving else None,
                 clock=float,  # always 0: in modelled time nobody waits for a slow machine
             )
             coordinator.watcher.see(SimulationStarted(folder.path, len(devices)))
@@ -123,6 +126,13 @@ def _check(config: SimulationConfig) -> None:
         import torch
 
         torch.set_num_threads(config.simulation.threads)
+
+
+def _leave(config: SimulationConfig, devices: Mapping[str, SimulatedDevice]) -> list[str]:
+    """Tell the devices that are to leave when; return their names."""
+    for name, own in device_names(config.simulation).items():
+        devices[name].leaves_after_step = own.leaves_after_step
+    return [name for name, device in devices.items() if device.leaves_after_step is not None]
 
 
 def _serve(coordinator: Coordinator) -> str:

@@ -16,6 +16,7 @@ from coordinator.engine.interface import Answer, Job
 from coordinator.engine.local import LocalEngine
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
 from coordinator.lab.simulation.device import SimulationListener
+from coordinator.lab.simulation.traffic import TrafficCounter
 from coordinator.results.events import RunEvent, Telemetry
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.data.batches import MicroBatch
@@ -34,7 +35,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.plan import Place, Plan
 from profiler.estimate.flops import FlopsEstimate
 
-CLOCK = "clock.jsonl"
+CLOCK, TRAFFIC = "clock.jsonl", "traffic.jsonl"
 COUNTED = (Activation, TopGradient, StepReport, AdapterUpload, Gradient, TopHidden)
 
 
@@ -70,6 +71,7 @@ class ClockListener(SimulationListener):
         """Whether all devices begin and end a round together."""
         self.clock = Clock(devices, coordinator)
         self.machines, self.coordinator = dict(devices), coordinator
+        self.traffic = TrafficCounter()
         self.plans: dict[str, Plan] = {}
         """Plan of each device."""
         self.costs: Costs | None = None
@@ -119,6 +121,7 @@ class ClockListener(SimulationListener):
         """A device has sent a message."""
         if _counts(message):
             self.clock.upload(device, num_bytes, _name_of(message))
+            self.traffic.count(device, "up", message, num_bytes)
         self._arrivals[device].append(self.clock.arrival_s(device))
 
     def take_arrivals(self, device: str) -> list[float]:
@@ -144,8 +147,10 @@ class ClockListener(SimulationListener):
                 if self.has_barriers:
                     self.clock.serve(self.machines)
             self.clock.download(device, num_bytes)
+            self.traffic.count(device, "down", message, num_bytes)
         elif _counts(message):
             self.clock.download(device, num_bytes, _name_of(message))
+            self.traffic.count(device, "down", message, num_bytes)
 
     def received(self, device: str, message: Message) -> None:
         """A device has taken in a message."""
@@ -158,7 +163,9 @@ class ClockListener(SimulationListener):
         missing = [part for part in assigned.parts if part.sha256 not in self._held[device]]
         self._held[device] |= {part.sha256 for part in missing}
         if self._attempt and missing:
-            self.clock.download(device, sum(part.num_bytes for part in missing))
+            num_bytes = sum(part.num_bytes for part in missing)
+            self.clock.download(device, num_bytes)
+            self.traffic.count(device, "down", assigned, num_bytes)
 
     # ---- the coordinator ----
 
@@ -250,6 +257,8 @@ class ClockWatcher:
         if isinstance(event, Telemetry):
             self.plans.append(dict(sorted(self._listener.plans.items())))
             self._folder.append(CLOCK, clock_row(event.round + 1, self._listener))
+            traffic = {"round": event.round + 1, "devices": self._listener.traffic.read()}
+            self._folder.append(TRAFFIC, traffic)
 
 
 def clock_row(round_: int, listener: ClockListener) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from coordinator.commands.terminal import drawn, say_table
-from coordinator.lab.comparison.table import markdown
+from coordinator.lab.comparison.result_table import markdown
 
 TABLE = markdown(["method", "loss"], [["hsplitlora", "[1.5]"], ["ft", ""]])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from coordinator.cli import main
 from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import load_pooled
+from coordinator.lab.comparison.cells import RunResult
 from coordinator.lab.comparison.config import (
     CompareConfig,
     CompareSection,
@@ -24,7 +26,6 @@ from coordinator.lab.comparison.config import (
 )
 from coordinator.lab.comparison.fit_devices import whole_situation
 from coordinator.lab.comparison.run import compare
-from coordinator.lab.comparison.table import RunResult
 from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.lab.simulation.fleet import make_fleet
@@ -39,6 +40,7 @@ from tests.tiny import BLOCKS
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 PRESETS = ["hsplitlora", "splitlora", "ours", "ft"]
+ROWS = [*PRESETS, "local", "cenlora"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -73,6 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "presets": PRESETS,
             "methods": {"ours": {"settings": ["aggregation=stack", "devices.big.split=2"]}},
             "device_sets": ["heterogeneous"],
+            "disturbances": [],
         },
     }
     (folder / "compare.json").write_text(json.dumps(config))
@@ -91,14 +94,15 @@ def cells(folder: Path, loaded: Any) -> dict[str, RunResult]:
     """The comparison's runs by method."""
     told: list[str] = []
     found = compare(*loaded, folder / "out", told.append, simulate)
-    assert len(told) == len(found) == len(PRESETS)
+    assert len(told) == len(found) == len(ROWS)
+    assert told[0].startswith("run 1 of 6: hsplitlora, heterogeneous, seed 0, rate 0.01: loss ")
     return {cell.method: cell for cell in found}
 
 
 def run_folder(folder: Path, method: str) -> RunFolder:
     """Where the comparison ran a method."""
-    (path,) = (folder / "out" / "runs").glob(f"{method}-*")
-    return RunFolder(path)
+    found = sorted((folder / "out" / "runs").glob(f"{method}-*"), key=lambda p: p.stat().st_mtime)
+    return RunFolder(found[0])
 
 
 def test_a_cell_is_the_simulation_it_names(
@@ -172,7 +176,88 @@ def test_what_has_run_is_not_run_again(
 
     assert {cell.method: cell for cell in again} == cells
     assert pooled == replace(cells["ft"], device_set="homogeneous")
-    assert told == []
+    assert told == [
+        "6 of 6 runs were there already",
+        "changed since the last call: compare.device_sets: ['heterogeneous'] -> ['homogeneous']; "
+        "runs that this concerns begin anew",
+        "1 of 1 runs was there already",
+    ]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(
+    folder: Path, loaded: Any, cells: dict[str, RunResult]
+) -> None:
+    """Runs that had ended are not run again, and all is as if nothing had happened."""
+    wanted = replace(loaded[0].compare, disturbances=("dropouts",))
+    config = replace(loaded[0], compare=wanted)
+    methods = {name: loaded[1][name] for name in ("ft", "splitlora")}
+    told: list[str] = []
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, methods, folder / "cut", told.append, stopped)
+    assert len((folder / "cut" / "cells.jsonl").read_text().splitlines()) == 1
+
+    *whole, disturbed = compare(config, methods, folder / "cut", told.append, simulate)
+
+    assert list(map(timeless, whole)) == [timeless(cells[name]) for name in ("ft", "splitlora")]
+    assert [line.split(": loss")[0] for line in told] == [
+        "run 1 of 3: ft, heterogeneous, seed 0, rate 0.01",
+        "1 of 3 runs was there already",
+        "run 2 of 3: splitlora, heterogeneous, seed 0, rate 0.01",
+        "run 3 of 3: splitlora, heterogeneous, seed 0, rate 0.01, dropouts",
+    ]
+    # The device that left had trained a step of the first round, and not given it away.
+    assert (disturbed.disturbance, len(disturbed.disturbed)) == ("dropouts", 1)
+    assert (disturbed.last.samples, disturbed.points[0]) == (16, whole[1].points[0])
+
+
+def timeless(cell: RunResult) -> RunResult:
+    """A run without the time that it took here."""
+    return replace(cell, points=tuple(point._replace(real_s=0.0) for point in cell.points))
+
+
+def test_devices_alone_are_runs_of_one_machine_each(
+    folder: Path, loaded: Any, cells: dict[str, RunResult], tmp_path: Path
+) -> None:
+    """The mean over centralised runs on each device's own shard; nothing travels."""
+    files = sorted((folder / "out" / "data" / "seed-0").glob("*.jsonl"))
+    run, losses = loaded[1]["cenlora"], []
+    for file in files:
+        pooled = replace(run.pooled, files=(str(file),), batch_size=4)
+        config = replace(run, pooled=pooled, runs=tmp_path, name=file.stem).serve_config()
+        losses.append([row["eval"]["loss"] for row in train_pooled(config, durable=False).rows])
+
+    local = cells["local"]
+    assert [p.loss for p in local.points] == pytest.approx(
+        [sum(each) / len(files) for each in zip(*losses, strict=True)]
+    )
+    assert (local.last.samples, local.last.traffic_bytes) == (24, 0)
+    assert local.last.energy_j > 0
+    assert local.peak_bytes is not None
+    assert sorted(local.peak_bytes) == [file.stem for file in files]
+
+
+def test_methods_are_on_equal_terms(folder: Path, loaded: Any) -> None:
+    """All keep their labels on devices; presets have theirs where that is asked for."""
+    file = folder / "compare.json"
+
+    assert {run.labels for run in loaded[1].values()} == {"device"}
+    published = load_compare(file, ["compare.labels=published"])
+    assert load_methods(published, file)["splitlora"].labels == "server"
+    assert load_methods(published, file)["hsplitlora"].labels == "device"
+    served = load_compare(file, ["labels=server", "compare.presets=[splitlora,hsplitlora,hlora]"])
+    found = load_methods(served, file, ["labels=server"])
+    assert {name: run.labels for name, run in found.items() if name in served.compare.presets} == {
+        "splitlora": "server",
+        "hsplitlora": "server",
+        "hlora": "device",
+    }
+    told = ["compare.presets=[mine]", 'compare.methods.mine={settings: ["labels=server"]}']
+    own = load_methods(load_compare(file, told), file, told)
+    assert own["mine"].labels == "server"
 
 
 def test_the_command_writes_one_page_that_needs_nothing_else(
@@ -196,18 +281,32 @@ def test_the_command_writes_one_page_that_needs_nothing_else(
     assert {base64.b64decode(data) for data in inside} == {path.read_bytes() for path in pictures}
     assert all(path.read_bytes().startswith(PNG) for path in pictures)
     assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import', page)
-    assert re.findall(r"<tr><td>(.*?)</td>", page) == PRESETS
+    assert re.findall(r"<tr><td>(.*?)</td>", page)[: len(ROWS)] == ROWS
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert table in capsys.readouterr().out
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {m}" for m in PRESETS]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {m}" for m in ROWS]
+    shown = capsys.readouterr().out
+    assert "|" not in shown
+    assert max(map(len, shown[shown.index("Results") :].splitlines()[:-1])) <= 100
+    names = ["cost-to-target", "quality-under-budget", "table", "traffic"]
+    for kind in ("md", "csv", "tex"):
+        assert sorted(path.stem for path in out.glob(f"*.{kind}")) == names
+    rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
+    assert [row["method"] for row in rows] == ROWS
+    assert [float(row["loss"]) for row in rows] == [cells[m].last.loss for m in ROWS]
+    assert float(rows[0]["loss_before"]) == cells["hsplitlora"].points[0].loss
+    traffic = list(csv.DictReader((out / "traffic.csv").open(encoding="utf-8")))
+    assert [float(row["up_bytes"]) for row in traffic] == [
+        cells[row["method"]].last.bytes_up for row in traffic
+    ]
 
 
 def test_flags_choose_methods_rates_and_seeds(folder: Path, tmp_path: Path) -> None:
     """Every method tries each rate on the first seed; the best of them runs the others."""
     flags = ["--presets", "cenlora", "--rates", "1e-2", "1e-5", "--seeds", "3", "4"]
+    plain = ["rounds=1", "compare.references=[]"]
     file = str(folder / "compare.json")
 
-    assert main(["compare", "rounds=1", "--config", file, "--out", str(tmp_path), *flags]) == 0
+    assert main(["compare", *plain, "--config", file, "--out", str(tmp_path), *flags]) == 0
 
     rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert [(row["method"], row["seed"], row["rate"]) for row in rows] == [

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.lab.comparison.table import (
+from coordinator.lab.comparison.cells import (
     Held,
-    Point,
-    RunResult,
     at_chosen_rates,
     best_rates,
     cell_from_row,
     cell_to_row,
-    column_titles,
     common_target,
-    make_rows,
-    markdown,
-    row_texts,
     spread,
 )
-
-
-def make_cell(losses: list[float], **settings: Any) -> RunResult:
-    """A run with an evaluation every 10 samples, 2 s, 300 bytes up and 500 down."""
-    points = tuple(
-        Point(10 * i, 2.0 * i, 1.0 * i, 300 * i, 500 * i, loss, 0.25)
-        for i, loss in enumerate(losses)
-    )
-    facts = {"method": "m", "device_set": "heterogeneous", "seed": 0, "rate": 0.1}
-    return RunResult(points=points, **{**facts, **settings})
+from coordinator.lab.comparison.table import main_table, make_rows
+from tests.coordinator.lab.comparison.made_cells import make_cell
 
 
 @given(st.lists(st.floats(0.1, 5.0), min_size=2, max_size=8), st.floats(0.0, 6.0))
@@ -107,18 +92,17 @@ def test_rows_are_means_over_seeds() -> None:
 
 def test_a_table_says_what_is_missing() -> None:
     """A column for each title; runs that missed the target are counted; no device: a dash."""
-    cells = [make_cell([3.0, 1.0], seed=0), make_cell([3.0, 2.0], seed=1)]
+    cells = [make_cell([3.0, 1.0], is_central=True), make_cell([3.0, 2.0], seed=1)]
     rows = make_rows(cells, 1.5, is_classifier=False)
-    titles = column_titles(1.5, is_classifier=False)
 
-    text = markdown(titles, [row_texts(row, is_classifier=False) for row in rows])
+    table = main_table(rows, 1.5, is_classifier=False)
 
-    lines = text.splitlines()
-    assert [line.count("|") for line in lines] == [len(titles) + 1] * 3
+    lines = table.markdown().splitlines()
+    assert [line.count("|") for line in lines] == [len(table.titles) + 1] * 3
     assert "1.5 (1 of 2 not reached)" in lines[2]
     assert lines[2].endswith("| \u2013 | \u2013 | \u2013 | \u2013 |")
     (late,) = make_rows(cells, 0.5, is_classifier=False)
-    assert "not reached" in row_texts(late, is_classifier=False)
+    assert "not reached" in main_table([late], 0.5, is_classifier=False).texts[0]
 
 
 def test_a_cell_survives_its_file() -> None:
@@ -130,6 +114,9 @@ def test_a_cell_survives_its_file() -> None:
         peak_bytes={"a": 5.0},
         trained={"a": 4},
         notes=("n",),
+        traffic={"up": {"adapters": 3}},
+        disturbance="dropouts",
+        disturbed=("a",),
     )
 
     assert cell_from_row(json.loads(json.dumps(cell_to_row(cell)))) == cell

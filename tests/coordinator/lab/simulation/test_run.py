@@ -193,6 +193,57 @@ def test_the_run_folder_is_that_of_a_served_run(plain: SimulationResult, tmp_pat
     assert "checkpoint-000004" in names
 
 
+def test_all_kinds_of_traffic_are_the_bytes_of_the_clock(
+    make: Any, plain: SimulationResult
+) -> None:
+    """Nothing is counted twice or left out; labels on devices send two kinds more each way."""
+    last = plain.rounds[-1]
+
+    assert sum(last.traffic["up"].values()) == last.bytes_up
+    assert sum(last.traffic["down"].values()) == last.bytes_down
+    assert set(last.traffic["up"]) == {"activations", "gradients", "adapters", "other"}
+    assert set(last.traffic["down"]) == {"activations", "gradients", "round starts"}
+    served = simulate(make(labels="server", rounds=1, steps_per_round=1), Watchers()).rounds[-1]
+    assert set(served.traffic["up"]) == {"activations", "adapters", "other"}
+    assert set(served.traffic["down"]) == {"gradients", "round starts"}
+    assert sum(served.traffic["up"].values()) == served.bytes_up
+
+
+def test_a_straggler_costs_time_and_nothing_else(make: Any, plain: SimulationResult) -> None:
+    """No plan knows of it: the same bytes of metrics, and a device that takes so much longer."""
+    devices = {
+        "n": SimulatedDeviceConfig(count=2),
+        "x": SimulatedDeviceConfig(board="jetson-nano", link="5g", slowdown=4),
+    }
+
+    late = simulate(make(fleet={"devices": devices}), Watchers())
+
+    assert file_of(late, "metrics.jsonl") == file_of(plain, "metrics.jsonl")
+    ours, theirs = (r.rounds[-1].clock["devices"] for r in (late, plain))
+    assert ours["x"]["compute_s"] == pytest.approx(4 * theirs["x"]["compute_s"])
+    assert ours["x"]["up_s"] == pytest.approx(4 * theirs["x"]["up_s"])
+    assert ours["n-0"]["compute_s"] == theirs["n-0"]["compute_s"]
+    assert late.rounds[-1].seconds > plain.rounds[-1].seconds
+
+
+def test_a_device_may_leave_for_good(make: Any, plain: SimulationResult) -> None:
+    """The others go on without it, from the step on after which it was to go."""
+    devices = {
+        "n": SimulatedDeviceConfig(count=2),
+        "x": SimulatedDeviceConfig(board="jetson-nano", link="5g", leaves_after_step=1),
+    }
+
+    left = simulate(make(fleet={"devices": devices}), Watchers())
+
+    assert left.outcome == "completed"
+    assert [r.samples for r in left.rounds] == [0, 16, 32]
+    assert "x" not in left.rounds[-1].metrics.get("train_loss_by_device", {})
+    assert left.rounds[-1].clock["devices"]["x"]["compute_s"] == 0
+    assert left.rounds[-1].loss != plain.rounds[-1].loss
+    with pytest.raises(ValueError, match="at least 1 must stay"):
+        FleetConfig(devices={"a": SimulatedDeviceConfig(leaves_after_step=1)})
+
+
 def test_rows_tell_what_a_comparison_needs(plain: SimulationResult) -> None:
     """Samples, loss, time and traffic add up over the rounds."""
     first, second, last = plain.rounds

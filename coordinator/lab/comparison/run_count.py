@@ -1,0 +1,136 @@
+"""How far a comparison is: which run of how many, what it is doing, when all will be over.
+
+Knows no training; the clock is an argument.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from coordinator.results.events import RoundDone, RunEvent
+
+Tell = Callable[[str], None]
+
+
+def tell_nobody(_text: str) -> None:
+    """Say nothing."""
+
+
+class RunCount:
+    """Counts the runs of a comparison and tells what there is to tell.
+
+    Args:
+        methods: The method of each run that is to come, in their order.
+        tell: Gets a line for each run that has ended.
+        now: Gets what is being done at the moment; each text takes the place of the one before.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(
+        self, methods: Sequence[str], tell: Tell, now: Tell, clock: Callable[[], float]
+    ) -> None:
+        self._methods, self._tell, self._show, self._clock = list(methods), tell, now, clock
+        self._done = self._kept = 0
+        self._took: list[tuple[str, float]] = []
+        """Method and seconds of the runs that have ended."""
+        self._began_s = clock()
+        self._name, self._doing, self._share = "", "", 0.0
+
+    @property
+    def total(self) -> int:
+        """Number of all runs."""
+        return len(self._methods)
+
+    @property
+    def done(self) -> int:
+        """Number of the runs that have ended, in this comparison or before."""
+        return self._done
+
+    def kept(self, took_s: float) -> None:
+        """Note that the next run was there already, and the seconds that it took then."""
+        self._note(took_s)
+        self._kept += 1
+
+    def begin(self, name: str) -> None:
+        """Note that the next run begins."""
+        self.tell_kept()
+        self._began_s, self._name, self._share = self._clock(), name, 0.0
+        self.doing("getting ready")
+
+    def doing(self, what: str, share: float = 0.0) -> None:
+        """Show what the run is doing, and which share of it is done."""
+        self._share = max(share, self._share)
+        where = f"run {self._done + 1} of {self.total}: {self._name}: {what}"
+        self._show(f"{where}{self._left()}")
+
+    def end(self, text: str) -> float:
+        """Note that the run has ended; return the seconds that it took."""
+        took_s = self._clock() - self._began_s
+        name, self._share = self._name, 0.0
+        self._note(took_s)
+        self._began_s = self._clock()
+        words = f"run {self._done} of {self.total}: {name}: {text}; {in_words(took_s)}"
+        self._tell(words + (self._left() if self._done < self.total else ""))
+        return took_s
+
+    def skip(self, text: str) -> None:
+        """Note that the next run cannot be, and why."""
+        self.tell_kept()
+        self._tell(f"run {self._done + 1} of {self.total}: {text}")
+        del self._methods[self._done]
+
+    def tell_kept(self) -> None:
+        """Say how many runs were there already, once."""
+        if self._kept:
+            are = "was" if self._kept == 1 else "were"
+            self._tell(f"{self._kept} of {self.total} runs {are} there already")
+            self._kept = 0
+
+    def _note(self, took_s: float) -> None:
+        self._took.append((self._methods[self._done], took_s))
+        self._done += 1
+
+    def _left(self) -> str:
+        """Return how long all that is left will take, where that can be said."""
+        left_s = self.left_s()
+        return "" if left_s is None else f"; about {in_words(left_s)} left"
+
+    def left_s(self) -> float | None:
+        """Return the seconds until the last run ends; None where nothing is known yet."""
+        spent_s = self._clock() - self._began_s if self._share else 0.0
+        guess_s = spent_s / self._share if self._share else None
+        if not self._took and guess_s is None:
+            return None
+        left = [self._usual_s(method, guess_s) for method in self._methods[self._done :]]
+        if self._share and left:  # what this run tells of itself counts more than other runs
+            left[0] = max(0.0, (guess_s or left[0]) - spent_s)
+        return sum(left)
+
+    def _usual_s(self, method: str, guess_s: float | None) -> float:
+        own = [took_s for other, took_s in self._took if other == method]
+        everybody = [took_s for _, took_s in self._took]
+        return statistics.fmean(own or everybody or [guess_s or 0.0])
+
+
+class RoundTeller:
+    """Tells a count which round of a run is done; a watcher."""
+
+    def __init__(self, count: RunCount, rounds: int, part: tuple[int, int] = (0, 1)) -> None:
+        self._count, self._rounds, self._part = count, rounds, part
+
+    def see(self, event: RunEvent) -> None:
+        """Say that a round is done."""
+        if isinstance(event, RoundDone):
+            done, (index, parts) = event.row["round"], self._part
+            who = f"device {index + 1} of {parts}, " if parts > 1 else ""
+            share = (index + done / self._rounds) / parts
+            self._count.doing(f"{who}round {done} of {self._rounds}", share)
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration for a person: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
