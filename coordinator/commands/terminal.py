@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from coordinator.commands.aligned import aligned
 
 # Letters of a line where there is no terminal that could say.
 USUAL_WIDTH = 100
 # Seconds between two lines about what is being done, where no line can take another's place.
 QUIET_S = 10.0
+# Widest that the title of a result makes its column; longer ones take several lines.
+TITLE_WIDTH = 12
+GAP = "  "
 
 
 def say(text: str) -> None:
@@ -97,3 +99,76 @@ def drawn(markdown: str) -> Any:
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+# ---- results ----
+
+
+def aligned(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, num_names: int = 2
+) -> str:
+    """Return a table as lines of at most *width* letters where single columns allow it.
+
+    One with more columns goes on below itself, with the columns that name its rows repeated.
+
+    Args:
+        titles: Titles of the columns.
+        rows: Texts of the rows.
+        width: Letters of a line.
+        num_names: Number of columns at the left that name a row.
+    """
+    heads = [_wrapped(title) for title in titles]
+    widths = [
+        max(len(text) for text in (*head, *(row[index] for row in rows)))
+        for index, head in enumerate(heads)
+    ]
+    blocks = _blocks(widths, width, num_names)
+    return "\n\n".join(_block(heads, rows, widths, block, num_names) for block in blocks)
+
+
+def _wrapped(title: str) -> list[str]:
+    """Return the lines of a title."""
+    longest = max((len(word) for word in title.split()), default=0)
+    return textwrap.wrap(title, max(TITLE_WIDTH, longest), break_on_hyphens=False) or [""]
+
+
+def _blocks(widths: Sequence[int], width: int, num_names: int) -> list[list[int]]:
+    """Return the columns that stand beside each other, block by block."""
+    names = list(range(min(num_names, len(widths))))
+    taken = sum(widths[index] + len(GAP) for index in names)
+    blocks: list[list[int]] = []
+    room = 0
+    for index in range(len(names), len(widths)):
+        if not blocks or widths[index] + len(GAP) > room:
+            blocks.append([*names])
+            room = width + len(GAP) - taken
+        blocks[-1].append(index)
+        room -= widths[index] + len(GAP)
+    return blocks or [names]
+
+
+def _block(
+    heads: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    columns: Sequence[int],
+    num_names: int,
+) -> str:
+    height = max(len(heads[index]) for index in columns)
+    lines = [
+        [("", *heads[index])[max(0, line - height + len(heads[index]) + 1)] for index in columns]
+        for line in range(height)
+    ]
+    lines.append(["-" * widths[index] for index in columns])
+    lines += [[row[index] for index in columns] for row in rows]
+    return "\n".join(_line(line, widths, columns, num_names) for line in lines)
+
+
+def _line(
+    texts: Sequence[str], widths: Sequence[int], columns: Sequence[int], num_names: int
+) -> str:
+    cells = [
+        text.ljust(widths[index]) if index < num_names else text.rjust(widths[index])
+        for text, index in zip(texts, columns, strict=True)
+    ]
+    return GAP.join(cells).rstrip()

@@ -21,8 +21,8 @@ from coordinator.lab.comparison.cells import (
 from coordinator.lab.comparison.config import CENTRALISED, BudgetConfig
 from coordinator.lab.comparison.result_table import (
     EMPTY,
-    Cell,
     Column,
+    Entry,
     ResultTable,
     mean,
     number,
@@ -109,13 +109,13 @@ def target_table(cells: Sequence[RunResult], target: Target) -> ResultTable:
     )
 
 
-def _target_row(own: Sequence[RunResult], loss: float) -> list[Cell]:
+def _target_row(own: Sequence[RunResult], loss: float) -> list[Entry]:
     first = own[0]
     reached = [point for cell in own if (point := cell.reached(loss)) is not None]
 
-    def spent(of: Callable[[Point], float], digits: int, unit: float = 1.0) -> Cell:
+    def spent(of: Callable[[Point], float], digits: int, unit: float = 1.0) -> Entry:
         if not reached:
-            return Cell("not reached")
+            return Entry("not reached")
         return mean(spread(of(point) for point in reached), digits, unit)
 
     return [
@@ -125,7 +125,7 @@ def _target_row(own: Sequence[RunResult], loss: float) -> list[Cell]:
         spent(lambda p: p.modelled_s, 1),
         EMPTY if first.is_central else spent(lambda p: p.traffic_bytes, 3, MB),
         EMPTY if first.is_central else spent(lambda p: p.energy_j, 3, KJ),
-        Cell(f"{len(reached)} of {len(own)}", (("", len(reached)), ("_of", len(own)))),
+        Entry(f"{len(reached)} of {len(own)}", (("", len(reached)), ("_of", len(own)))),
     ]
 
 
@@ -174,7 +174,7 @@ def _budget(cells: Sequence[RunResult], resource: Resource, wanted: BudgetConfig
 
 def _budget_row(
     own: Sequence[RunResult], budgets: Iterable[tuple[Resource, float]], *, is_classifier: bool
-) -> list[Cell]:
+) -> list[Entry]:
     first = own[0]
     row = [words(first.method), words(first.device_set)]
     for resource, budget in budgets:

@@ -33,7 +33,7 @@ _LATEX = {
 Raw = str | int | float | None
 
 
-class Cell(NamedTuple):
+class Entry(NamedTuple):
     """One entry of a table."""
 
     text: str
@@ -51,45 +51,45 @@ class Column(NamedTuple):
     """Title for a reader, with the unit of the texts."""
 
 
-EMPTY = Cell(NOTHING)
+EMPTY = Entry(NOTHING)
 
 
-def words(text: str) -> Cell:
+def words(text: str) -> Entry:
     """Return a text as a cell."""
-    return Cell(text, (("", text),))
+    return Entry(text, (("", text),))
 
 
-def number(value: float | None, digits: int, unit: float = 1.0) -> Cell:
+def number(value: float | None, digits: int, unit: float = 1.0) -> Entry:
     """Return a number as a cell; *unit* is what the reader's unit is worth."""
     if value is None:
         return EMPTY
-    return Cell(f"{value / unit:,.{digits}f}", (("", value),))
+    return Entry(f"{value / unit:,.{digits}f}", (("", value),))
 
 
-def change(value: float | None, digits: int, unit: float = 1.0) -> Cell:
+def change(value: float | None, digits: int, unit: float = 1.0) -> Entry:
     """Return a difference as a cell, with its sign."""
     if value is None:
         return EMPTY
-    return Cell(f"{value / unit:+,.{digits}f}", (("", value),))
+    return Entry(f"{value / unit:+,.{digits}f}", (("", value),))
 
 
-def mean(values: Spread | None, digits: int, unit: float = 1.0, note: str = "") -> Cell:
+def mean(values: Spread | None, digits: int, unit: float = 1.0, note: str = "") -> Entry:
     """Return mean and deviation over seeds as a cell, with a note for the reader."""
     if values is None:
-        return Cell(note or NOTHING)
+        return Entry(note or NOTHING)
     scaled = Spread(values.mean / unit, values.deviation / unit, values.num_seeds)
     text = scaled.text(digits) + (f" ({note})" if note else "")
     deviation = values.deviation if values.num_seeds > 1 else None
-    return Cell(text, (("", values.mean), ("_sd", deviation)))
+    return Entry(text, (("", values.mean), ("_sd", deviation)))
 
 
-def span(values: tuple[float, float] | None, digits: int, unit: float = 1.0) -> Cell:
+def span(values: tuple[float, float] | None, digits: int, unit: float = 1.0) -> Entry:
     """Return the smallest and the largest value as a cell."""
     if values is None:
         return EMPTY
     texts = [f"{value / unit:,.{digits}f}" for value in values]
     text = texts[0] if texts[0] == texts[1] else NOTHING.join(texts)
-    return Cell(text, (("_min", values[0]), ("_max", values[1])))
+    return Entry(text, (("_min", values[0]), ("_max", values[1])))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class ResultTable:
     """What it says and how that is defined, in whole sentences."""
     columns: Sequence[Column]
     """The first two name the row."""
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Entry]]
 
     @property
     def titles(self) -> list[str]:
@@ -162,7 +162,7 @@ class ResultTable:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write NAME.md, NAME.csv and NAME.tex to *folder*."""
+        """Write the table to *folder* in three files of its name: Markdown, CSV and LaTeX."""
         kinds = {"md": self.markdown() + "\n", "csv": self.csv(), "tex": self.latex()}
         for kind, text in kinds.items():
             (folder / f"{self.name}.{kind}").write_text(text, encoding="utf-8")

@@ -14,8 +14,8 @@ from coordinator.lab.comparison.cells import RunResult, at_chosen_rates, score
 from coordinator.lab.comparison.config import CompareSection, Disturbance
 from coordinator.lab.comparison.result_table import (
     EMPTY,
-    Cell,
     Column,
+    Entry,
     ResultTable,
     change,
     number,
@@ -82,7 +82,7 @@ def robustness_table(
     )
 
 
-def _row(cell: RunResult, plain: RunResult, *, is_classifier: bool) -> list[Cell]:
+def _row(cell: RunResult, plain: RunResult, *, is_classifier: bool) -> list[Entry]:
     ours, theirs = cell.last, plain.last
     scores = [score(point, is_classifier=is_classifier) for point in (ours, theirs)]
     longer = ours.modelled_s / theirs.modelled_s - 1 if theirs.modelled_s else None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.comparison.cells import Held, RunResult, best_rates
 from coordinator.lab.comparison.config import (
     LOCAL,
@@ -198,9 +199,9 @@ class ComparisonRunner:
             return RoundTeller(count, config.rounds, (index, parts))
 
         if self.method == LOCAL:
-            return run_alone(config, files, watching)
+            return run_alone(config, files, watching, train_pooled)
         if config.trained_by == "coordinator":
-            return run_pooled(config, files, watching)
+            return run_pooled(config, files, watching, train_pooled)
         return _simulated(config, files, self.simulate, count)
 
 

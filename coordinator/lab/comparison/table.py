@@ -20,8 +20,8 @@ from coordinator.lab.comparison.cells import (
 )
 from coordinator.lab.comparison.result_table import (
     EMPTY,
-    Cell,
     Column,
+    Entry,
     ResultTable,
     mean,
     number,
@@ -132,7 +132,7 @@ def main_table(rows: Sequence[TableRow], target: float, *, is_classifier: bool) 
     )
 
 
-def _cells(row: TableRow, *, is_classifier: bool) -> list[Cell]:
+def _cells(row: TableRow, *, is_classifier: bool) -> list[Entry]:
     edge = " (edge of the grid)" if row.rate_is_extreme else ""
     missed = row.loss.num_seeds - row.num_reached
     note = f"{missed} of {row.loss.num_seeds} not reached" if missed else ""
@@ -140,7 +140,7 @@ def _cells(row: TableRow, *, is_classifier: bool) -> list[Cell]:
     return [
         words(row.method),
         words(row.device_set),
-        Cell(f"{row.rate:g}{edge}", (("", row.rate),)),
+        Entry(f"{row.rate:g}{edge}", (("", row.rate),)),
         number(row.samples, 0),
         mean(row.before, 4),
         mean(row.loss, 4),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from coordinator.config.run import ServeConfig
-from coordinator.lab.centralised.run import train_pooled
 from coordinator.lab.centralised.trainer import MicroShape
 from coordinator.lab.comparison.cells import Held, Point
 from coordinator.lab.comparison.fit_devices import (
@@ -34,6 +34,25 @@ from edge_sdk.errors import ConfigError
 
 Watching = Callable[[int, int], Watcher]
 """Gives who looks on at part n of so many."""
+
+
+class Trained(Protocol):
+    """What is needed of a run's result."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+
+    @property
+    def shapes(self) -> Sequence[Sequence[MicroShape]]:
+        """Micro-batches of every step."""
+
+
+class TrainPooled(Protocol):
+    """`coordinator.lab.centralised.run.train_pooled`, as far as it is needed here."""
+
+    def __call__(self, config: ServeConfig, *, watcher: Watcher | None, durable: bool) -> Trained:
+        """Train on pooled data and return what each evaluation found."""
 
 
 def points_of(rounds: Sequence[SimulatedRound], real_s: Mapping[int, float]) -> tuple[Point, ...]:
@@ -69,13 +88,13 @@ def points_of(rounds: Sequence[SimulatedRound], real_s: Mapping[int, float]) -> 
 
 
 def run_pooled(
-    config: SimulationConfig, files: Mapping[str, str], watching: Watching
+    config: SimulationConfig, files: Mapping[str, str], watching: Watching, train: TrainPooled
 ) -> dict[str, Any]:
     """Train on the joined shards, in the time of the coordinator's machine."""
     batch_size = config.pooled.batch_size or samples_of_a_step(config)
     pooled = _pooled(config, tuple(files.values()), batch_size, config.pooled.micro_batch)
     machine = make_fleet(config.simulation, config.planning).coordinator
-    points = _train(pooled, whole_situation(config), machine, watching(0, 1))
+    points = _train(train, pooled, whole_situation(config), machine, watching(0, 1))
     return {"points": points, "is_central": True}
 
 
@@ -94,10 +113,14 @@ def _pooled(
 
 
 def _train(
-    config: ServeConfig, problem: PlanningProblem, machine: Machine, watcher: Watcher
+    train: TrainPooled,
+    config: ServeConfig,
+    problem: PlanningProblem,
+    machine: Machine,
+    watcher: Watcher,
 ) -> tuple[Point, ...]:
     """Train and return the evaluations, with modelled time and energy of *machine*."""
-    result = train_pooled(config, watcher=watcher, durable=False)
+    result = train(config, watcher=watcher, durable=False)
     folder = RunFolder(result.folder)
     rounds = read_result("completed", folder, [{}] * config.rounds).rounds
     ends = _modelled_ends(config, problem, machine, result.shapes)
@@ -135,7 +158,7 @@ def _modelled_ends(
 
 
 def run_alone(
-    config: SimulationConfig, files: Mapping[str, str], watching: Watching
+    config: SimulationConfig, files: Mapping[str, str], watching: Watching, train: TrainPooled
 ) -> dict[str, Any]:
     """Train the whole model on each device that can hold it, on its own data; nothing travels.
 
@@ -154,7 +177,8 @@ def run_alone(
         own = _of_device(config, name, max(ranks[name].values()))
         settings = config.settings(name)
         pooled = _pooled(own, (files[name],), settings.batch_size or 1, settings.micro_batch)
-        runs.append(_train(pooled, fitted.problem, machines[name], watching(index, len(names))))
+        watcher = watching(index, len(names))
+        runs.append(_train(train, pooled, fitted.problem, machines[name], watcher))
     last = {name: points[-1].loss for name, points in zip(names, runs, strict=True)}
     spread = f"each device alone ends at a loss of {min(last.values()):.4f}"
     others = [note for note in fitted.notes if note.startswith("without ")]

@@ -89,12 +89,8 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
         SharedCompute(listener) as shared,
     ):
         folder.write_text(SIMULATION, dump_config(config))
-        devices = {
-            name: SimulatedDevice(
-                name, _client_config(config, name, profile, Path(state)), shards.get(name), shared
-            )
-            for name, profile in fleet.profiles.items()
-        }
+        own = {n: _client_config(config, n, p, Path(state)) for n, p in fleet.profiles.items()}
+        devices = {n: SimulatedDevice(n, c, shards.get(n), shared) for n, c in own.items()}
         leaving = _leave(config, devices)
         is_timed = serve_config.waves == "available" or not listener.has_barriers
         clock = ClockWatcher(folder, listener)

@@ -7,10 +7,17 @@ import io
 import pytest
 from rich.console import Console
 
-from coordinator.commands.terminal import drawn, say_table
+from coordinator.commands.terminal import Live, aligned, drawn, say_table
 from coordinator.lab.comparison.result_table import markdown
 
 TABLE = markdown(["method", "loss"], [["hsplitlora", "[1.5]"], ["ft", ""]])
+
+
+RESULT_TITLES = ["method", "devices", "loss before training", "loss", "traffic (MB)"]
+RESULT_ROWS = [
+    ["hsplitlora", "few", "4.1234", "3.1", "12,345.6"],
+    ["ft", "few", "4.1234", "2.95", "1.0"],
+]
 
 
 class Terminal(io.StringIO):
@@ -45,3 +52,47 @@ def test_a_narrow_terminal_cuts_nothing() -> None:
     letters = "".join(out.getvalue().split())
     assert "…" not in out.getvalue()
     assert all(letter in letters for letter in "hsplitlora")
+
+
+def test_columns_stand_under_each_other() -> None:
+    """Names to the left, numbers to the right, long titles on several lines."""
+    assert aligned(RESULT_TITLES, RESULT_ROWS, 80).splitlines() == [
+        "                     loss before",
+        "method      devices     training  loss  traffic (MB)",
+        "----------  -------  -----------  ----  ------------",
+        "hsplitlora  few           4.1234   3.1      12,345.6",
+        "ft          few           4.1234  2.95           1.0",
+    ]
+
+
+def test_what_has_no_room_goes_on_below() -> None:
+    """With the names of the rows again, and every cell once."""
+    text = aligned(RESULT_TITLES, RESULT_ROWS, 40)
+
+    assert max(map(len, text.splitlines())) <= 40
+    assert text.count("hsplitlora") == 2
+    assert all(text.count(cell) == 1 for cell in ("3.1", "2.95", "12,345.6"))
+    assert text.count("4.1234") == 2
+
+
+def test_one_column_may_be_wider_than_the_screen() -> None:
+    """Nothing is cut."""
+    assert "x" * 50 in aligned(["a", "b", "c"], [["r", "s", "x" * 50]], 30)
+
+
+def test_what_is_being_done_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal each text takes the place of the last; elsewhere there is one now and then."""
+    screen, pipe, seconds = Terminal(), io.StringIO(), [0.0]
+
+    for out in (screen, pipe):
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setenv("COLUMNS", "20")
+        with Live(clock=lambda: seconds[0]) as live:
+            live.now("first")
+            live.now("second, and much more than fits")
+            live.line("over")
+            seconds[0] += 60.0
+            live.now("third")
+
+    assert screen.getvalue() == ("first\r\x1b[Ksecond, and much...\r\x1b[Kover\nthird\r\x1b[K")
+    assert pipe.getvalue() == "first\nover\nthird\n"
