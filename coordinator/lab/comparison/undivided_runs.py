@@ -36,7 +36,7 @@ Watching = Callable[[int, int], Watcher]
 """Gives who looks on at part n of so many."""
 
 
-class Trained(Protocol):
+class TrainedAlone(Protocol):
     """What is needed of a run's result."""
 
     @property
@@ -51,7 +51,7 @@ class Trained(Protocol):
 class TrainPooled(Protocol):
     """`coordinator.lab.centralised.run.train_pooled`, as far as it is needed here."""
 
-    def __call__(self, config: ServeConfig, *, watcher: Watcher | None, durable: bool) -> Trained:
+    def __call__(self, config: ServeConfig, *, watcher: Watcher | None, durable: bool) -> TrainedAlone:
         """Train on pooled data and return what each evaluation found."""
 
 
