@@ -51,7 +51,9 @@ class TrainedAlone(Protocol):
 class TrainPooled(Protocol):
     """`coordinator.lab.centralised.run.train_pooled`, as far as it is needed here."""
 
-    def __call__(self, config: ServeConfig, *, watcher: Watcher | None, durable: bool) -> TrainedAlone:
+    def __call__(
+        self, config: ServeConfig, *, watcher: Watcher | None, durable: bool
+    ) -> TrainedAlone:
         """Train on pooled data and return what each evaluation found."""
 
 
