@@ -21,6 +21,7 @@ from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
 from coordinator.commands.simulate import add_simulate
 from coordinator.commands.status import add_status
+from coordinator.commands.steer.generate import add_generate
 from coordinator.commands.steer.leave import add_pause, add_stop
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
@@ -39,6 +40,7 @@ COMMANDS = (
     add_health,
     add_pause,
     add_stop,
+    add_generate,
     add_export,
     add_presets,
     add_keygen,

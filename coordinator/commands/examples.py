@@ -43,6 +43,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "status": ["status runs/first", "status runs/first --format json"],
     "health": ["health runs/first", "health --config run.yaml --live --within 120"],
     "pause": ["pause runs/first", "pause runs/first --after-round"],
+    "generate": [
+        'generate runs/first --prompt "Once upon a time"',
+        'generate runs/first --prompt "What is LoRA?" --form chat --temperature 0.7 --seed 1',
+        "generate runs/first --round 0 --format json",
+    ],
     "stop": ["stop runs/first", "stop runs/first --after-round"],
     "export": [
         "export runs/first --to my-adapter",

@@ -81,9 +81,23 @@ class EvaluationConfig:
     """Rounds between two evaluations; the last round is always evaluated."""
     on_devices: bool = True
     """Whether devices go through their private validation data, where they have some."""
+    prompts: str | tuple[str, ...] = ()
+    """Prompts of which each evaluation shows what the model says to them: a list, or a file of
+    lines or of rows with `prompt`. Shown on the console, kept in `samples.jsonl`. Meanwhile the
+    coordinator holds the whole model in float32 once more."""
+    prompt_form: Literal["auto", "text", "completion", "chat"] = "auto"
+    """What a prompt is: `text` that is continued, the prompt before a `completion`, behind which
+    `data.separator` stands, or a user's turn in a `chat`, by the chat template; `auto`: what rows
+    of `data` are, text without a file."""
+    max_new_tokens: int = 48
+    """Most tokens that the model adds to a prompt."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "every_rounds"):
+        if isinstance(self.prompts, list):
+            object.__setattr__(self, "prompts", tuple(self.prompts))
+        if not isinstance(self.prompts, str) and not all(self.prompts):
+            raise ValueError("prompts must not hold an empty one")
+        for name in ("batch_size", "every_rounds", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -8,4 +8,5 @@ __all__ = [
     "options",
     "run",
     "run_facts",
+    "texts",
 ]

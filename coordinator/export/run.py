@@ -31,7 +31,7 @@ from coordinator.export.options import ExportOptions
 from coordinator.export.peft_names import is_stacked
 from coordinator.export.run_facts import run_facts
 from coordinator.results.run_config import read_config
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.run_folder import Checkpoint, RunFolder
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.files import private_files
@@ -89,14 +89,24 @@ def export_run(
         options = ExportOptions(format="merged")
     check_options(options)
     config = read_config(run.path)
-    return write_export(read_trained(run, config), config, folder, options, say)
+    trained = read_trained(run, config)
+    if not trained.learned:
+        raise ConfigError(f"{run.path} has not finished a round yet; there is nothing to export")
+    return write_export(trained, config, folder, options, say)
 
 
-def read_trained(run: RunFolder, config: ServeConfig) -> Trained:
-    """Return what devices and coordinator have learned together by a run's newest checkpoint.
+def read_trained(
+    run: RunFolder, config: ServeConfig, checkpoint: Checkpoint | None = None
+) -> Trained:
+    """Return what devices and coordinator have learned together by a checkpoint of a run.
+
+    Args:
+        run: The run.
+        config: Its config.
+        checkpoint: One of its checkpoints; None: the newest.
 
     Raises:
-        ConfigError: the run has not finished a round yet.
+        StorageError: there is no checkpoint, or it cannot be read.
     """
     source = ModelSource(
         config.model, config.task, num_labels=len(config.label_names), revision=config.revision
@@ -105,14 +115,11 @@ def read_trained(run: RunFolder, config: ServeConfig) -> Trained:
     targets = find_targets(source.config, config.task, source.layout, config.lora)
     facts = ModelFacts(source.layout, targets)
     ledger = Ledger(facts, config.lora, config.aggregation, None, config.training.seed)
-    checkpoint = run.load_checkpoint()
+    checkpoint = checkpoint or run.load_checkpoint()
     for damage in checkpoint.damaged:
         log.warning("checkpoint.damaged path=%s reason=%s", damage.checkpoint, damage.reason)
     ledger.load_state(checkpoint.arrays["ledger"])
-    learned = ledger.global_factors()
-    if not learned:
-        raise ConfigError(f"{run.path} has not finished a round yet; there is nothing to export")
-    return Trained(source, learned, ledger.head, run_facts(run))
+    return Trained(source, ledger.global_factors(), ledger.head, run_facts(run))
 
 
 def check_options(options: ExportOptions) -> None:

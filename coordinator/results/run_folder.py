@@ -227,6 +227,25 @@ class RunFolder:
         found = "; ".join(f"{d.checkpoint.name} cannot be read: {d.reason}" for d in damaged)
         raise StorageError(f"{self.path} holds no checkpoint that is whole: {found}")
 
+    def checkpoint_of(self, round_: int, steps_per_round: int) -> Checkpoint:
+        """Read a checkpoint of a moment when just so many rounds were done.
+
+        Raises:
+            ConfigError: there is none; the message names those that are there.
+            StorageError: it cannot be read.
+        """
+        by_round: dict[int, tuple[int, Path]] = {}
+        for step, path in self._candidates():
+            by_round.setdefault(step // steps_per_round, (step, path))
+        if round_ not in by_round:
+            kept = ", ".join(map(str, sorted(by_round))) or "none"
+            raise ConfigError(
+                f"{self.path}: no checkpoint is left of when {round_} rounds were done, but of: "
+                f"{kept}; `save_total_limit` says how many are kept"
+            )
+        step, path = by_round[round_]
+        return Checkpoint(*read_files(path, step), path)
+
     def has_checkpoint(self) -> bool:
         """Return whether there is anything like a checkpoint, be it damaged."""
         return bool(self._candidates())

@@ -38,9 +38,9 @@ class SampleText(RunEvent):
     @property
     def text(self) -> str:
         """The beginning of both, in a line."""
-        said = " ".join(self.completion.split())
-        asked = " ".join(self.prompt.split())
-        return f"after {self.round} rounds, {shortened(asked, 28)!r}: {shortened(said, 36)!r}"
+        asked, said = (" ".join(text.split()) for text in (self.prompt, self.completion))
+        rounds = f"{self.round} round{'s' * (self.round != 1)}"
+        return f'after {rounds}, "{shortened(asked, 24)}": "{shortened(said, 32)}"'
 
 
 def shortened(text: str, most: int) -> str:

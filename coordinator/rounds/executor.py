@@ -15,6 +15,7 @@ from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.run_folder import Checkpoint
+from coordinator.results.steering_events import SampleText
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
@@ -323,6 +324,9 @@ class RoundExecutor:
         """Open the row of what is done so far; it waits for devices that evaluate as well."""
         state, reporting = self._run.state, self._run.reporting
         reporting.end_round(state.round, state.step, facts, evaluated)
+        said, self._learned.said = self._learned.said, []
+        for prompt, text in said:
+            self._run.watcher.see(SampleText(state.round, prompt, text))
         if not self._evaluates_on_devices(state.round):
             reporting.flush()
 

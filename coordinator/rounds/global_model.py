@@ -23,6 +23,7 @@ from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.facts import RunFacts
+from coordinator.export.texts import Sayings
 from coordinator.planning.interface import InForce
 from coordinator.rounds.step.top_gradients import TopGradients
 from edge_sdk.errors import NumericError
@@ -51,6 +52,9 @@ class GlobalModel:
     def __init__(self, config: ServeConfig, model: ServerModel, planner: InForce) -> None:
         self._config, self._model, self._planner = config, model, planner
         self._wanted: tuple[int, dict[str, int]] | None = None
+        self._sayings = Sayings(config, model.source, model.tokenizer)
+        self.said: list[tuple[str, str]] = []
+        """Prompts, and what the model has said to them when it was last evaluated."""
         self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(
             model.facts,
@@ -190,7 +194,9 @@ class GlobalModel:
         return largest(own) > MAX_NUMBER or any(exceeds(total, MAX_LEARNED) for total in learned)
 
     def evaluate(self) -> TailSums | None:
-        """Evaluate on the coordinator's own file, if there is one."""
+        """Evaluate on the coordinator's own file, if there is one; `said` is then new, too."""
+        if self._sayings:
+            self.said = self._sayings.say(self.ledger.global_factors(), self.ledger.head)
         batches = self._model.eval_batches
         if not batches:
             return None

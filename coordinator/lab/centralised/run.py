@@ -20,6 +20,7 @@ from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
 from coordinator.export.run import PEFT, Say, Trained, write_export
 from coordinator.export.run_facts import run_facts
+from coordinator.export.texts import Sayings
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -53,8 +54,8 @@ from coordinator.results.lifecycle import (
 )
 from coordinator.results.metrics import Reporting
 from coordinator.results.result_files import is_whole
-from coordinator.results.run_folder import Checkpoint, RunFolder
-from coordinator.results.steering_events import RunStopped
+from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
+from coordinator.results.steering_events import RunStopped, SampleText
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.steering.listener import Listener
 from coordinator.steering.wishes import URGENT, Wish
@@ -152,15 +153,23 @@ def export_pooled(
 ) -> float:
     """Export the newest checkpoint of *run*; return what `export_run` does."""
     _, config, checkpoint = reopen(run.path, [])
+    trained = read_pooled(run, config, checkpoint)
+    if not trained.learned and options == PEFT:
+        options = ExportOptions(format="merged")
+    return write_export(trained, config, folder, options, say)
+
+
+def read_pooled(
+    run: RunFolder, config: ServeConfig, checkpoint: Checkpoint | None = None
+) -> Trained:
+    """Return what a run without devices has learned by a checkpoint; None: by the newest."""
+    checkpoint = checkpoint or run.load_checkpoint()
     # Its data may be gone by now, and is not needed.
     model = ServerModel(replace(config, evaluation=EvaluationConfig()))
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
     adapters = runtime.state.adapters.products()
-    if not adapters and options == PEFT:
-        options = ExportOptions(format="merged")
-    trained = Trained(model.source, adapters, runtime.state.head(), run_facts(run))
-    return write_export(trained, config, folder, options, say)
+    return Trained(model.source, adapters, runtime.state.head(), run_facts(run))
 
 
 def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
@@ -218,6 +227,7 @@ class PooledRun:
         self._watcher, self._durable = Watchers([RunFiles(folder), watcher]), durable
         self._id = f"{folder.name}-{secrets.token_hex(4)}"
         self._reporting = Reporting(self._watcher, bool(config.label_names))
+        self._sayings = Sayings(config, trainer.model.source, trainer.model.tokenizer)
         self._step = 0
         self._wish: Wish | None = None
         self._told: Wish | None = None
@@ -297,6 +307,10 @@ class PooledRun:
         batches = trainer.model.eval_batches if is_due else []
         scores = trainer.evaluate(batches) if batches else None
         self._reporting.end_round(done, self._step, facts, scores)
+        if is_due and self._sayings:
+            state = trainer.runtime.state
+            for prompt, text in self._sayings.say(state.adapters.products(), state.head()):
+                self._watcher.see(SampleText(done, prompt, text))
         if trainer.held_out and is_due and evaluation.on_devices:
             own = trainer.evaluate(trainer.held_out)
             report = EvalReport(stamp=self._stamp(done), **own._asdict())
@@ -335,6 +349,7 @@ class PooledRun:
         done = self._step // self.config.steps_per_round
         self.folder.drop_rows_from(METRICS, done + 1)
         self.folder.drop_rows_from(TELEMETRY, done)
+        self.folder.drop_rows_from(SAMPLES, done + 1)
         take_up(self.folder, checkpoint, self._watcher)
 
     def _write_result(self) -> None:

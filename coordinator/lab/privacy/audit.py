@@ -132,6 +132,8 @@ def _open(config: AuditConfig) -> _Audited:
         if run.trained_by == "coordinator":
             raise ConfigError(f"--run: {config.run} had no devices, whose data could be seen")
         trained = read_trained(RunFolder.open(config.run), run)
+        if not trained.learned:
+            raise ConfigError(f"--run: {config.run} has not finished a round yet")
         source, names = trained.source, run.label_names
         learned = f"{trained.facts.rounds} rounds of run {config.run.name}"
         config = replace(config, task=run.task)

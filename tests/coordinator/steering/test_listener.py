@@ -90,18 +90,20 @@ def test_a_folder_may_lie_deep(tmp_path: Path) -> None:
     deep.mkdir(parents=True)
     wishes: list[Wish] = []
 
-    with locked(deep), Listener(deep, lambda wish: wishes.append(wish)):
-        with call(deep, encode(STOP)) as link:
-            assert json.loads(link.recv(4096)) == {"asked": "stop"}
+    with (
+        locked(deep),
+        Listener(deep, lambda wish: wishes.append(wish)),
+        call(deep, encode(STOP)) as link,
+    ):
+        assert json.loads(link.recv(4096)) == {"asked": "stop"}
 
     assert wishes == [STOP]
 
 
 def test_a_refusal_is_told(held: Path) -> None:
     """A run that does not do what is asked says why, and goes on."""
-    with Listener(held, lambda _: "not here"):
-        with pytest.raises(ConfigError, match="not here"):
-            ask(held, STOP, lambda: None)
+    with Listener(held, lambda _: "not here"), pytest.raises(ConfigError, match="not here"):
+        ask(held, STOP, lambda: None)
 
 
 def test_a_run_that_does_not_go_on_is_named(tmp_path: Path) -> None:

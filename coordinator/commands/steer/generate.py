@@ -1,0 +1,107 @@
+"""`coordinator generate`: what the model of a run says to prompts, by one of its checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from coordinator.commands.parser import add_command
+from coordinator.results.lifecycle import read_run
+from edge_sdk.errors import ConfigError, printable
+
+TEXT = "let the model of a run, as it is by now or was after a round, answer prompts"
+
+
+def add_generate(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    parser = add_command(commands, "generate", TEXT, _generate, run_folder=True, formats=True)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be given several times; `-`: lines of standard input; default: the run's "
+        "evaluation.prompts",
+    )
+    parser.add_argument(
+        "--form",
+        choices=("auto", "text", "completion", "chat"),
+        help="what a prompt is; default: the run's evaluation.prompt_form",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: the run's, 48 if it has none"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the most likely token each time",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides what is drawn")
+    parser.add_argument(
+        "--round",
+        type=int,
+        metavar="N",
+        help="rounds that were done: 0 is before training; default: the newest checkpoint",
+    )
+    parser.add_argument("--device", metavar="NAME", help="where it computes; default: the run's")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    folder, config = read_run(options.folder, [])
+    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    from coordinator.export.run import read_trained
+    from coordinator.export.texts import Manner, Prompting, Speaker, read_prompts
+    from coordinator.lab.centralised.run import read_pooled
+    from edge_sdk.model.weights import load_tokenizer
+
+    prompts = _asked(options.prompt) or read_prompts(config.evaluation)
+    if not prompts:
+        raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
+    most = config.evaluation.max_new_tokens
+    manner = Manner(
+        max_new_tokens=most if options.max_new_tokens is None else options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    if options.round:
+        checkpoint = folder.checkpoint_of(options.round, config.steps_per_round)
+    else:
+        checkpoint = folder.load_checkpoint()
+    read = read_pooled if config.trained_by == "coordinator" else read_trained
+    trained = read(folder, config, checkpoint)
+    name = "" if checkpoint.path is None else checkpoint.path.name
+    if options.round == 0:  # nothing is learned yet: whatever checkpoint is left knows the base
+        trained, name = trained._replace(learned={}, head={}), "the base model"
+    prompting = Prompting(config, load_tokenizer(trained.source.folder), options.form)
+    device = options.device or config.device
+    speaker = Speaker(trained.source, trained.learned, trained.head, device, prompting.ends)
+    found = []
+    if options.format == "text":
+        drawn = f"temperature {manner.temperature:g}, seed {manner.seed}"
+        how = drawn if manner.temperature else "the most likely token each time"
+        sys.stderr.write(f"run {folder.name} by {name}, {prompting.form}, {how}\n")
+    for prompt in prompts:
+        text = prompting.text(speaker.add_to(prompting.ids(prompt), manner))
+        found.append({"prompt": prompt, "text": text})
+        if options.format == "text":
+            _show(prompt, text, is_alone=len(prompts) == 1)
+    if options.format == "json":
+        print(json.dumps({"by": name, "samples": found}, indent=2))
+    return 0
+
+
+def _asked(prompts: list[str] | None) -> list[str]:
+    found: list[str] = []
+    for prompt in prompts or ():
+        found += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+    return found
+
+
+def _show(prompt: str, text: str, *, is_alone: bool) -> None:
+    """Print what was said; nothing in it moves the cursor, whatever the model has learned."""
+    clean = ["\n".join(map(printable, each.split("\n"))) for each in (prompt, text)]
+    sys.stdout.write(clean[1] + "\n" if is_alone else f"> {clean[0]}\n{clean[1]}\n\n")
+    sys.stdout.flush()
