@@ -48,7 +48,7 @@ ORDER = {
         ["aggregation"],
         ["config"],
         ["planning"],
-        ["gateway", "onnx_export"],
+        ["gateway", "onnx_export", "remote"],
         ["engine"],
         ["results"],
         ["steering"],

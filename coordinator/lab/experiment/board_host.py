@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
-from coordinator.lab.experiment.shell import LocalShell, Program, Shell, SshShell, ask, put
+from coordinator.remote.shell import LocalShell, Program, Shell, SshShell, ask, put
 from edge_sdk.errors import ConfigError, DeviceError
 
 INSTALL_S = 3600.0
@@ -190,28 +187,3 @@ def make_host(config: ExperimentConfig, name: str, workspace: Path, label: str) 
     shell = SshShell(board.ssh, tuple(options))
     home = f"{board.workdir}/{label}-{name}"
     return BoardHost(name, board, shell, home, board.workdir, address=address)
-
-
-def build_wheel(folder: Path) -> Path:
-    """Build a wheel of this checkout in *folder*.
-
-    Raises:
-        ConfigError: EdgeSplit was not installed from a checkout, or the build failed.
-    """
-    root = Path(__file__).parents[3]
-    cure = "set experiment.wheel to a wheel, or boards.NAME.python to an environment that has it"
-    if not (root / "pyproject.toml").is_file():
-        raise ConfigError(f"there is no checkout to build a wheel from; {cure}")
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = done.stderr.strip().splitlines()
-        raise ConfigError(f"cannot build a wheel: {lines[-1] if lines else 'pip failed'}; {cure}")
-    return wheels[-1]

@@ -17,7 +17,7 @@ from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.config import ExperimentConfig, FaultConfig, link_shape
 from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkUsage, Relay
-from coordinator.lab.experiment.shell import Program
+from coordinator.remote.shell import Program
 from edge_sdk.errors import ConfigError, DataError, ModelError, RefusedError
 
 # Seconds until a program that has died is started again; twice as many each time that it dies

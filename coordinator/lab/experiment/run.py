@@ -29,7 +29,7 @@ from coordinator.lab.experiment.completed_runs import (
 )
 from coordinator.lab.experiment.config import EVERYWHERE, ExperimentConfig, FaultConfig
 from coordinator.lab.experiment.faults import FaultSchedule
-from coordinator.lab.experiment.shell import LocalShell, Program
+from coordinator.remote.shell import LocalShell, Program
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.config.describe import dump_config
 from edge_sdk.deadline import Deadline

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
-from coordinator.lab.experiment.board_host import BoardHost, build_wheel, make_host
+from coordinator.lab.experiment.board_host import BoardHost, make_host
 from coordinator.lab.experiment.board_run import BoardRun
 from coordinator.lab.experiment.cgroup import LEAST_CORES, CgroupLimits
 from coordinator.lab.experiment.completed_runs import (
@@ -41,6 +41,7 @@ from coordinator.lab.experiment.config import (
 from coordinator.lab.experiment.namespace import Namespace
 from coordinator.lab.experiment.relay import LinkShape, Relay
 from coordinator.lab.experiment.run import ExperimentRun
+from coordinator.remote.wheel import build_wheel
 from edge_sdk.config.describe import dump_config
 from edge_sdk.errors import ConfigError, DeviceError
 from edge_sdk.files import storage_errors
@@ -48,6 +49,7 @@ from edge_sdk.transport.keys import create_key_pair
 from profiler.sensors.cgroup import allowed_cores
 
 Progress = Callable[[str], None]
+NO_WHEEL = "set experiment.wheel to a wheel, or boards.NAME.python to an environment that has it"
 
 
 def run_experiment(
@@ -179,7 +181,9 @@ class Testbed:
         with lock:
             built = sorted((self._workspace / "wheel").glob("*.whl"))
             given = self._config.experiment.wheel
-            return given or (built[0] if built else build_wheel(self._workspace / "wheel"))
+            return given or (
+                built[0] if built else build_wheel(self._workspace / "wheel", NO_WHEEL)
+            )
 
     def _prepare(self, wheel: Callable[[], Path], host: BoardHost) -> None:
         try:

@@ -13,7 +13,7 @@ from coordinator.lab.experiment.cgroup import CgroupLimits
 from coordinator.lab.experiment.config import BoardConfig
 from coordinator.lab.experiment.relay import Relay
 from coordinator.lab.experiment.run import here
-from coordinator.lab.experiment.shell import LocalShell
+from coordinator.remote.shell import LocalShell
 from edge_sdk.errors import DeviceError
 
 

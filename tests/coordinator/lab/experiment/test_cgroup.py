@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.lab.experiment.cgroup import CgroupLimits
-from coordinator.lab.experiment.shell import LocalShell, Program
+from coordinator.remote.shell import LocalShell, Program
 from edge_sdk.errors import DeviceError
 
 MIB = 2**20

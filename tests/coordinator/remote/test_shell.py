@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.lab.experiment.shell import LocalShell, Program, SshShell, ask, put
+from coordinator.remote.shell import LocalShell, Program, SshShell, ask, put
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 
@@ -116,7 +116,7 @@ def test_closing_ends_children_too(tmp_path: Path, rest: str) -> None:
 
 OWNER = """
 import os, signal, sys, time
-from coordinator.lab.experiment.shell import LocalShell, Program
+from coordinator.remote.shell import LocalShell, Program
 code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 said = []
 program = Program(LocalShell(), [sys.executable, "-c", code], folder="/", on_line=said.append)
