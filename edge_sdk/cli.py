@@ -240,6 +240,9 @@ class _Lines(Callback):
         print(one_line(reason), flush=True)
 
     def on_round_start(self, begun: RoundBegun) -> None:
+        if self._begun is None:
+            last = f"{begun.end_step} of {begun.total_steps}"
+            print(f"round {begun.round + 1}: steps {begun.step + 1} to {last}", flush=True)
         self._begun, self._tokens = begun, 0
         self._began_s = self._told_s = time.monotonic()
 
@@ -271,7 +274,7 @@ class _Lines(Callback):
     def on_round_end(self, summary: RoundSummary) -> None:
         print(
             f"round {summary.round + 1}: step {summary.step}, loss {summary.train_loss:.3f}, "
-            f"{summary.bytes_up / 2**20:.1f} MiB up, {summary.bytes_down / 2**20:.1f} MiB down",
+            f"{summary.bytes_up / 1e6:.1f} MB up, {summary.bytes_down / 1e6:.1f} MB down",
             flush=True,
         )
 

@@ -10,13 +10,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
-from coordinator.commands.plan import read_profiles
+from coordinator.commands.readiness.devices import Assumed, add_devices, read_devices
 from coordinator.commands.readiness.findings import (
     NAME_WIDTH,
     before_the_model,
@@ -48,20 +47,8 @@ def add_check(commands: Any) -> None:
     check.add_argument("--model", metavar="FOLDER", help="folder or hub id, without a config")
     check.add_argument("--task", choices=("causal-lm", "sequence-classification"))
     check.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
-    add_profiles(check)
+    add_devices(check)
     check.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
-
-
-def add_profiles(parser: argparse.ArgumentParser) -> None:
-    """Add the option for what devices have."""
-    parser.add_argument(
-        "--profiles",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="one JSON file per device, <name>.json, as `profiler measure` writes it",
-    )
 
 
 @dataclass(frozen=True)
@@ -104,34 +91,33 @@ def _check(options: argparse.Namespace) -> int:
         raise ConfigError("check: give either --config FILE or --model FOLDER")
     if options.config is not None:
         run = load_serve_config(options.config, options.overrides, preset=options.preset)
-        return check_run(run, options.profiles, options.task)
+        return check_run(run, read_devices(options), options.task)
     _check_model(options.model, None, options.task or "causal-lm", LoraConfig(), 0, 0)
     return 0
 
 
-def check_run(config: ServeConfig, profiles: Sequence[Path], task: Task | None = None) -> int:
+def check_run(config: ServeConfig, assumed: Assumed, task: Task | None = None) -> int:
     """Print what stands in the way of a run, and what it would take; return the exit code."""
-    given = read_profiles(profiles)
     found: list[Finding] = []
     for finding in before_the_model(config):
         found.append(_shown(finding))
     labels, seed = len(config.label_names), config.training.seed
     _check_model(config.model, config.revision, task or config.task, config.lora, labels, seed)
     if config.trained_by == "devices":
-        for finding in of_the_run(config, _forecast(config, given)):
+        for finding in of_the_run(config, _forecast(config, assumed)):
             found.append(_shown(finding))
     sys.stdout.write(f"\n{summary(found)}\n")
     return exit_code(found)
 
 
-def _forecast(config: ServeConfig, profiles: dict[str, DeviceProfile]) -> Forecast:
-    """Predict the run with the devices of *profiles*, else those that are named somewhere."""
+def _forecast(config: ServeConfig, assumed: Assumed) -> Forecast:
+    """Predict the run with the devices that are *assumed*, else those that are named somewhere."""
     from coordinator.planning.joint import plan_all
     from coordinator.planning.problem_files import read_problem
 
     names = [*config.devices] or [*AllowList(config.allow_list).devices()] or ["device"]
-    devices = profiles or {name: DeviceProfile() for name in names}
-    problem = read_problem(config, devices, None)
+    devices = assumed.devices or {name: DeviceProfile() for name in names}
+    problem = read_problem(assumed.settings(config), devices, None)
     return forecast(problem, plan_all(problem))
 
 

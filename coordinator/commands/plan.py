@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.aggregation.buffer import expected_staleness
+from coordinator.commands.readiness.devices import add_devices, read_devices
+from coordinator.commands.readiness.forecast import forecast
 from coordinator.config.presets import load_serve_config
-from edge_sdk.config.loader import load_config
+from coordinator.planning.problem_files import read_problem
 from edge_sdk.errors import ConfigError, DeviceError
-from profiler.profile import DeviceProfile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from coordinator.config.run import ServeConfig
     from coordinator.planning.plan_set import DeviceExplanation, PlanSet, ServerExplanation
     from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.problem_files import read_problem
 
 MIB = 2**20
 
@@ -39,14 +39,7 @@ def add_plan(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type t
     parser.set_defaults(run=run_plan)
     parser.add_argument("--config", type=Path, help="YAML file of the run")
     parser.add_argument("--preset", metavar="NAME", help="a method; see `coordinator presets list`")
-    parser.add_argument(
-        "--profiles",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="one JSON file per device, <name>.json, as `profiler measure` writes it",
-    )
+    add_devices(parser)
     parser.add_argument("--importance", type=Path, help="JSON file: importance by weight name")
     parser.add_argument("--explain", action="store_true", help="print the numbers of every split")
     parser.add_argument("--format", choices=("text", "json"), default="text")
@@ -60,7 +53,10 @@ def run_plan(options: argparse.Namespace) -> int:
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
     if config.trained_by != "devices":
         raise ConfigError("trained_by: the coordinator trains alone, there is nothing to plan")
-    problem = read_problem(config, read_profiles(options.profiles), options.importance)
+    assumed = read_devices(options)
+    if not assumed.devices:
+        raise ConfigError("plan for which devices? give --profiles FILE, or --board BOARD")
+    problem = read_problem(assumed.settings(config), assumed.devices, options.importance)
     found = plan_all(problem)
     if options.format == "json":
         sys.stdout.write(json.dumps(_as_json(found), indent=2, allow_nan=False) + "\n")
@@ -84,19 +80,6 @@ def too_large(found: PlanSet) -> list[str]:
         for name, side in sides.items()
         if side.planned_bytes > side.budget_bytes
     ]
-
-
-# ---- reading ----
-
-
-def read_profiles(paths: Sequence[Path]) -> dict[str, DeviceProfile]:
-    """Return the profile in each file, by the name of the device, which is that of the file."""
-    found: dict[str, DeviceProfile] = {}
-    for path in paths:
-        if path.stem in found:
-            raise ConfigError(f"{path}: a second profile for device {path.stem!r}; rename the file")
-        found[path.stem] = load_config(DeviceProfile, path, env={})
-    return found
 
 
 # ---- writing ----
@@ -135,7 +118,8 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
             out.print(f"  {line}")
     for device, reason in found.refused.items():
         out.print(f"{device}: refused, {reason}")
-    for note in (*_all_notes(found), *_tempo_notes(problem.config, found)):
+    unknown = [f"time unknown: {what}" for what in forecast(problem, found).unknown]
+    for note in (*_all_notes(found), *_tempo_notes(problem.config, found), *unknown):
         out.print(f"note: {note}")
 
 

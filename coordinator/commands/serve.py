@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from coordinator.commands.check import add_profiles, check_run
+from coordinator.commands.check import check_run
 from coordinator.commands.parser import add_command
+from coordinator.commands.readiness.devices import Assumed, add_devices, read_devices
 from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
@@ -28,7 +29,7 @@ def add_serve(commands: Any) -> None:
     serve.add_argument(
         "--resume", action="store_true", help="go on with the run of that name if there is one"
     )
-    add_profiles(serve)
+    add_devices(serve)
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
 
 
@@ -40,10 +41,14 @@ def add_resume(commands: Any) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     config = load_serve_config(options.config, options.overrides, preset=options.preset)
+    assumed = read_devices(options)
     if options.check:
-        return check_run(config, options.profiles)
-    if options.profiles:
-        raise ConfigError("--profiles: devices tell their own when they come; use it with --check")
+        return check_run(config, assumed)
+    if assumed != Assumed():
+        raise ConfigError(
+            "--profiles, --board, --link, --coordinator: devices and coordinator measure their own "
+            "when they come; these are for --check"
+        )
     if options.resume and (there := _there_already(config)) is not None:
         sys.stderr.write(f"run {there} goes on, with the config in its folder\n")
         return _go_on(there, options.overrides)
@@ -54,6 +59,7 @@ def _serve(options: argparse.Namespace) -> int:
     if config.trained_by == "coordinator":
         return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
     say_who_may_come(config)
+    say_what_is_fixed(config)
     return _watch(config.total_steps, lambda watcher: serve(config, watcher))
 
 
@@ -97,6 +103,14 @@ def say_who_may_come(config: ServeConfig) -> None:
             f"{config.min_devices}; while it waits: coordinator enrol NAME, or "
             f"coordinator client register NAME KEY, with --allow-list {config.allow_list}\n"
         )
+
+
+def say_what_is_fixed(config: ServeConfig) -> None:
+    """Say what the planner will not choose, because the config has chosen already."""
+    from coordinator.planning.fixed import by_hand
+
+    for line in by_hand(config):
+        sys.stderr.write(f"coordinator: {line}\n")
 
 
 def _raise_descriptor_limit() -> None:

@@ -88,14 +88,17 @@ def _watch(view: _OneRun | _Runs, console: Any, every_s: float) -> None:
 
     if not console.is_terminal:
         while True:
+            is_over = view.is_over()  # before the look, which then shows how it ended
             console.print(view.shown())
-            if view.is_over():
+            if is_over:
                 return
             print(flush=True)
             time.sleep(every_s)
     with Live(view.shown(), console=console, auto_refresh=False) as live:
-        while not view.is_over():
+        is_over = view.is_over()
+        while not is_over:
             time.sleep(every_s)
+            is_over = view.is_over()
             live.update(view.shown(), refresh=True)
 
 

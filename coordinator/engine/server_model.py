@@ -76,8 +76,6 @@ class ServerModel:
         self._check_tokenizer()
         self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
         self.first = check_config(config, self.facts)
-        if layout.needs_ids and self.first < layout.num_blocks:
-            log.warning("ids.travel reason=%s", "blocks after the first need the token ids")
         self._limits = self._find_limits()
         self.eval_batches = self._load_evaluation()
         hashes = PartHashes(self.source, self._cache.folder)
@@ -88,6 +86,12 @@ class ServerModel:
         self.hash = model_hash(self.parts)
         if is_split:
             prove_weights(self.source, self.hash, self._cache.folder)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether devices must send the token ids of their texts, which later blocks need."""
+        layout = self.source.layout
+        return layout.needs_ids and self.first < layout.num_blocks
 
     @property
     def text_config(self) -> Any:

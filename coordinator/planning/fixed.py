@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from coordinator.aggregation.rules import RULES
 from coordinator.config.run import ServeConfig
 from coordinator.planning.cuts import allowed_cuts, given_split
+from coordinator.planning.plan_set import MOST_NAMED
 from coordinator.planning.ranks import possible_ranks
 from edge_sdk.errors import ConfigError, ModelError
 from edge_sdk.lora.targets import ModelFacts, check_rank
@@ -191,3 +192,24 @@ def _fixed_ranks(config: ServeConfig) -> set[int]:
     ranks = {config.settings(name).r for name in ("", *config.devices)}
     ranks.add(config.lora.r if config.server_rank is None else config.server_rank)
     return {rank for rank in ranks if rank is not None}
+
+
+def by_hand(config: ServeConfig) -> list[str]:
+    """Return, in a line each, what the config fixes of what it leaves to the planner otherwise."""
+    chosen = {"split": config.planning.split, "r": config.planning.ranks}
+    found = []
+    for key, how in chosen.items():
+        own = {name: getattr(settings, key) for name, settings in config.devices.items()}
+        named = [
+            f"devices.{name}.{key}: {value}" for name, value in own.items() if value is not None
+        ]
+        if how == "fixed" or not named:
+            continue
+        what = "split" if key == "split" else "ranks"
+        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+        stand = "stand" if len(named) > 1 else "stands"
+        found.append(
+            f"{', '.join(named[:MOST_NAMED])}{more} {stand} in the config: fixed by hand, "
+            f"planning.{what}={how} chooses none there ({named[0].split(':')[0]}=null lets it)"
+        )
+    return found

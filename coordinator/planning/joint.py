@@ -28,7 +28,7 @@ from coordinator.planning.costs import (
     rank_tables,
     server_side,
 )
-from coordinator.planning.fixed import make_plan
+from coordinator.planning.fixed import by_hand, make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
 from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
 from coordinator.planning.plan_set import DeviceExplanation, Explanation, PlanSet, ServerExplanation
@@ -292,7 +292,8 @@ def _server_story(problem: PlanningProblem, splits: Splits, ranks: Ranks) -> Ser
 
 
 def _notes(problem: PlanningProblem) -> tuple[str, ...]:
-    config, found = problem.config, [f"sequences of up to {problem.length} tokens"]
+    config = problem.config
+    found = [*by_hand(config), f"sequences of up to {problem.length} tokens"]
     if config.planning.min_split > 1:
         least = config.planning.min_split
         found.append(f"planning.min_split {least}: no device runs fewer blocks")

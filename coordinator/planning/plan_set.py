@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.planning.splits import Binding, Option
+from coordinator.planning.splits import MIB, Binding, Option
 from edge_sdk.protocol.plan import Plan
+
+# Devices that are named in a line.
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,55 @@ class PlanSet:
     utility: float
     """Importance times the worth of the rank, summed over weights, averaged over devices."""
     explanation: Explanation
+
+    def lines(self, devices: Collection[str] | None = None) -> list[str]:
+        """Return what *devices*, or all, and the coordinator are to run, and why, a line each.
+
+        Devices with equal plans share a line.
+        """
+        alike: dict[str, list[str]] = {}
+        for name, plan in self.plans.items():
+            if devices is None or name in devices:
+                why = _why(self.explanation.devices[name])
+                words = f"{_blocks(plan.split)}, {_ranks(plan.ranks.values())}{why}"
+                alike.setdefault(words, []).append(name)
+        found = [f"{_names(names)}: {words}" for words, names in alike.items()]
+        found += [f"{name}: refused: {reason}" for name, reason in self.refused.items()]
+        server = self.explanation.server
+        if self.server_ranks:
+            words = f"blocks {server.first + 1} and on, {_ranks(self.server_ranks.values())}"
+            found.append(
+                f"coordinator: {words}{_memory(server.planned_bytes, server.budget_bytes)}"
+            )
+        return found
+
+
+def _blocks(split: int) -> str:
+    return "the first block" if split == 1 else f"the first {split} blocks"
+
+
+def _ranks(ranks: Collection[int]) -> str:
+    least, most = min(ranks, default=0), max(ranks, default=0)
+    if not most:
+        return "frozen"
+    return f"rank {most}" if least == most else f"ranks {least} to {most}"
+
+
+def _why(story: DeviceExplanation) -> str:
+    bound = {"fixed": "by hand", "all blocks": "all there are"}
+    why = bound.get(story.binding, f"bound by {story.binding}")
+    return f" ({why}){_memory(story.planned_bytes, story.budget_bytes)}"
+
+
+def _memory(needs: float, budget: float) -> str:
+    if not math.isfinite(budget):
+        return f", {needs / MIB:,.0f} MiB"
+    return f", {needs / MIB:,.0f} of {budget / MIB:,.0f} MiB"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

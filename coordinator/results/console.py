@@ -28,7 +28,7 @@ from edge_sdk.errors import printable
 # Steps over which a rate is taken: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
 # Widths of the columns that every bar has, and of those that follow where there is room for them.
-NAME_WIDTH, LOSS_WIDTH, RATE_WIDTH, TRAFFIC_WIDTH = 14, 11, 11, 23
+NAME_WIDTH, LOSS_WIDTH, RATE_WIDTH, TRAFFIC_WIDTH = 14, 11, 11, 24
 LEFT_WIDTH, BAR_WIDTH, MEMORY_WIDTH = 7, 12, 17
 
 
@@ -92,14 +92,14 @@ class Console:
         mine, done = self._of(device), report.stamp.step + 1
         if event.traffic is not None:
             mine.up, mine.down = event.traffic
-            up, down = map(_mib, event.traffic)
-            self._show(mine, traffic=f"up {up:>5} down {down:>5} MiB")
+            up, down = map(_mb, event.traffic)
+            self._show(mine, traffic=f"up {up:>6} down {down:>6} MB")
         mine.ends.append((time.monotonic(), report.num_tokens))
         rate = f"{_rate(mine.ends):5.0f} tok/s"
         loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_bytes / 2**20:5.0f} MiB"
         if self._bars is None:
             if done == event.end_step:
-                traffic = f"up {_mib(mine.up)}  down {_mib(mine.down)} MiB"
+                traffic = f"up {_mb(mine.up)}  down {_mb(mine.down)} MB"
                 where = f"step {done}/{self._total_steps}"
                 self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  program {memory}")
             return
@@ -192,5 +192,5 @@ def summary(history: RunHistory) -> Table:
     return table
 
 
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:.1f}"
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.1f}"

@@ -6,7 +6,7 @@ a person should read of it, `text` is the line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -96,6 +96,13 @@ class WeightsAdapted(RunEvent):
     def text(self) -> str:
         """How much of the blocks has adapters."""
         return self.coverage.text
+
+
+@dataclass(frozen=True, slots=True)
+class IdsTravel(RunEvent):
+    """The run cannot be had without what `labels: device` would keep on the devices."""
+
+    LINE = "later blocks need the token ids: devices send those of all texts, prompts included"
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,11 +394,16 @@ class PlanMade(RoundEvent):
     reasons: Sequence[str]
     importance: Mapping[str, float]
     """What the ranks were chosen by; empty where nothing is measured."""
+    changed: Collection[str] | None = None
+    """Devices that are to run something else than before; None: all, as with first plans."""
 
     @property
     def text(self) -> str:
-        """A line for each reason."""
-        return "\n".join(f"plans from round {self.nth} on: {why}" for why in self.reasons)
+        """A line for each reason, and one for each new plan."""
+        lines = [f"plans from round {self.nth} on: {why}" for why in self.reasons]
+        if self.changed is None or self.changed:
+            lines += [f"  {line}" for line in self.plans.lines(self.changed)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

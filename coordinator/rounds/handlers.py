@@ -146,7 +146,8 @@ class MessageHandler:
         self._run.lose(device, "")
         self._admission.greet(device, envelope.message)
         self._probing.begin(device)
-        self._run.watcher.see(DeviceStatus(device, "fetching its blocks"))
+        doing = "fetching its blocks" if device in self._admission.plans else "measuring itself"
+        self._run.watcher.see(DeviceStatus(device, doing))
 
     def _on_ready(self, device: str, envelope: Envelope) -> None:
         ready: Ready = envelope.message

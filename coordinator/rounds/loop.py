@@ -23,7 +23,14 @@ from coordinator.gateway.link_probe import Probing
 from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
-from coordinator.results.events import RunFinished, RunStarted, StopAsked, Watcher, WeightsAdapted
+from coordinator.results.events import (
+    IdsTravel,
+    RunFinished,
+    RunStarted,
+    StopAsked,
+    Watcher,
+    WeightsAdapted,
+)
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
@@ -201,6 +208,8 @@ class Coordinator:
         self._handlers.add(PartRequest, self._parts.ask)
         executor.begin()
         self.watcher.see(WeightsAdapted(self.model.coverage))
+        if self.model.needs_ids:
+            self.watcher.see(IdsTravel())
         self.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:

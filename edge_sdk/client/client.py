@@ -116,6 +116,7 @@ class EdgeClient:
 
     def _open_link(self, telemetry: Callable[[], dict[str, float]]) -> ZmqLink:
         config = self._config
+        self._callback.on_status(f"calling {config.coordinator}")
         return ZmqLink(
             LinkConfig(
                 address=config.coordinator,

@@ -130,7 +130,8 @@ class Participant:
         welcome = self._greet()
         self._enter(welcome)
         if doing := self._take_note():
-            log.warning("memory.was_short doing=%s", doing)
+            log.info("memory.was_short doing=%s", doing)
+            self._callback.on_status(f"memory was short when it last ran {doing}: asks for less")
             self.report(WasShort(f"it ended for want of memory while it ran {doing}"))
             self._enter(self._greet())
         if welcome.wants_profile:
@@ -201,6 +202,9 @@ class Participant:
         check_plan(self._config.accept, self._welcome, assigned)
         if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
+            if self._welcome.wants_ids and assigned.plan.split < self._welcome.num_blocks:
+                what = "the coordinator's blocks need the token ids of all texts"
+                self._callback.on_status(f"{what}: they leave this device")
             self._set_up(assigned)
         self._say_ready()
 

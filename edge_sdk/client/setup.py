@@ -139,7 +139,7 @@ class RuntimeSetup:
         )
         train = tokenize_rows(rows, tokenizer, config, limits, tally, isolates=True)
         validation = tokenize_rows(held_out, tokenizer, config, limits, tally, isolates=True)
-        tally.say()
+        tally.say(self.say)
         self._longest = max(len(example.input_ids) for example in (*train, *validation))
         return TokenizedData(
             train=train,

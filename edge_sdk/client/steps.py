@@ -99,7 +99,7 @@ class Steps:
         if self._sends_ids and self._keeps_labels:
             raise RemoteProtocolError("asked for the token ids, which `labels: device` keeps here")
         if self._sends_ids and not self._is_whole:
-            log.warning("ids.travel reason=%s", "the coordinator's blocks need the token ids")
+            log.info("ids.travel reason=%s", "the coordinator's blocks need the token ids")
         self.replaying = Replaying(is_asked=welcome.replays and plan.is_forward_only)
         self._width = 0
         """D, once a hidden state has been computed."""

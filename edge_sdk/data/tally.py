@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 from edge_sdk.errors import DataError
@@ -20,6 +21,14 @@ LOST: tuple[Fate, ...] = ("skipped", "dropped", "cut")
 # leaves out a part of an answer; prompt and answer tokenised at once would have other tokens than
 # those that the model is served.
 FATES: tuple[Fate, ...] = (*LOST, "ignored", "shortened", "seams")
+IN_WORDS: dict[Fate, str] = {
+    "skipped": "skipped",
+    "dropped": "dropped, too long",
+    "cut": "cut, too long",
+    "ignored": "not taken whole",
+    "shortened": "shortened by the chat template",
+    "seams": "with other tokens at the seam of prompt and answer",
+}
 # Reasons that a log line names; the places of thousands help nobody.
 FIRST = 3
 
@@ -73,9 +82,16 @@ class Tally:
         lost = ", ".join(f"{self._counts[f]} {f}" for f in LOST if self._counts[f])
         return DataError(f"{reasons[0]}; no row of {what} is left: {lost}")
 
-    def say(self) -> None:
-        """Log how many rows were not taken as they stood, a line for each kind."""
+    def say(self, tell: Callable[[str], None] | None = None) -> None:
+        """Say how many rows were not taken as they stood, a line for each kind.
+
+        Args:
+            tell: Tells a person who sees no log at this level; None: the log warns.
+        """
+        level = logging.WARNING if tell is None else logging.INFO
         for fate in FATES:
-            if self._counts[fate]:
+            if count := self._counts[fate]:
                 first = "; ".join(self._first[fate])
-                log.warning("data.%s rows=%d first=%s", fate, self._counts[fate], first)
+                log.log(level, "data.%s rows=%d first=%s", fate, count, first)
+                if tell is not None:
+                    tell(f"{count:,} {'rows' if count > 1 else 'row'} {IN_WORDS[fate]}: {first}")

@@ -195,7 +195,7 @@ class Optimizer:
             for name, parameter in self.parameters.items():
                 parameter.grad = held[name].div_(2) if name in held else None
             self.loss_scale, self._good_steps = self.loss_scale / 2, 0
-            log.warning("float16.gradient_overflow effect=loss scale is now %g", self.loss_scale)
+            log.info("float16.gradient_overflow effect=loss scale is now %g", self.loss_scale)
 
     def _adjust_scale(self, is_finite: bool) -> None:
         self._good_steps = self._good_steps + 1 if is_finite else 0

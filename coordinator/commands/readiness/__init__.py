@@ -1,3 +1,3 @@
 """What is looked at before a run: everything but the model itself, and what the run would take."""
 
-__all__ = ["findings", "forecast"]
+__all__ = ["devices", "findings", "forecast"]

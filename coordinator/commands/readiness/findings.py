@@ -41,6 +41,7 @@ def before_the_model(config: ServeConfig) -> Iterator[Finding]:
         yield check_keys(config)
         yield check_devices(config)
         yield check_port(config.listen)
+        yield check_planning(config)
     yield check_data(config)
     if config.report_to:
         yield check_report_to(config)
@@ -88,6 +89,18 @@ def check_devices(config: ServeConfig) -> Finding:
         named = ", ".join(strangers)
         return warning("devices", f"{text}; {named}: in the config, not in that list", cure)
     return ok("devices", text)
+
+
+def check_planning(config: ServeConfig) -> Finding:
+    """Check whether the config fixes what it leaves to the planner otherwise."""
+    from coordinator.planning.fixed import by_hand
+
+    if lines := by_hand(config):
+        return warning("planning", "; ".join(lines))
+    split, ranks = config.planning.split, config.planning.ranks
+    if split == ranks == "fixed":
+        return ok("planning", "none: splits and ranks as the config has them")
+    return ok("planning", f"splits: {split}, ranks: {ranks}")
 
 
 def check_port(listen: str) -> Finding:

@@ -61,15 +61,14 @@ class Forecast:
 def forecast(problem: PlanningProblem, found: PlanSet) -> Forecast:
     """Return what the plans *found* for a problem come to over all of its rounds."""
     devices = {name: _device(problem, found, name) for name in found.plans}
-    unknown = [
-        f"{name}: {', '.join(own.unknown)} (`profiler measure --write {name}.json`, --profiles)"
-        for name, own in devices.items()
-        if own.unknown
-    ]
+    unknown = [_missing(name, own.unknown) for name, own in devices.items() if own.unknown]
     if any(own.split < problem.num_blocks for own in devices.values()) and (
         problem.server_speed is None
     ):
-        unknown.append("the coordinator: planning.server_flops_per_s is not given")
+        unknown.append(
+            "the coordinator's speed, which it measures when it serves; `profiler measure --write "
+            "here.json` and --coordinator here.json tell it, or --coordinator BOARD"
+        )
     steps = problem.config.total_steps
     waves = max((_waves(plan) for plan in found.plans.values()), default=0.0)
     server = found.explanation.server
@@ -81,6 +80,19 @@ def forecast(problem: PlanningProblem, found: PlanSet) -> Forecast:
         run_s=None if found.wave_s is None or unknown else found.wave_s * waves * steps,
         unknown=tuple(unknown),
     )
+
+
+def _missing(name: str, fields: tuple[str, ...]) -> str:
+    """Say what is not known of a device, and what would tell it."""
+    parts = []
+    if "flops_per_s" in fields:
+        parts.append(
+            f"speed, which it measures when it joins; `profiler measure --write {name}.json` and "
+            f"--profiles {name}.json tell it, or --board {name}:BOARD"
+        )
+    if "up_bytes_per_s" in fields or "down_bytes_per_s" in fields:
+        parts.append(f"link, which is measured when it joins; --link {name}:LINK assumes one")
+    return f"{name}'s {'; and its '.join(parts)}"
 
 
 def _device(problem: PlanningProblem, found: PlanSet, device: str) -> DeviceForecast:

@@ -52,6 +52,21 @@ class Connection:
     def __post_init__(self) -> None:
         _check_positive(self, at_least_zero=("rtt_ms",))
 
+    @property
+    def up_bytes_per_s(self) -> float:
+        """Rate from the device, in bytes a second."""
+        return self.up_mbit * 1e6 / BITS_PER_BYTE
+
+    @property
+    def down_bytes_per_s(self) -> float:
+        """Rate to the device, in bytes a second."""
+        return self.down_mbit * 1e6 / BITS_PER_BYTE
+
+    @property
+    def round_trip_s(self) -> float:
+        """Time of a small message there and back, in seconds."""
+        return self.rtt_ms / 1e3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
@@ -115,9 +130,9 @@ def make_machine(
         return machine
     return replace(
         machine,
-        up_bytes_per_s=link.up_mbit * 1e6 / BITS_PER_BYTE / scale.bytes,
-        down_bytes_per_s=link.down_mbit * 1e6 / BITS_PER_BYTE / scale.bytes,
-        round_trip_s=link.rtt_ms / 1e3,
+        up_bytes_per_s=link.up_bytes_per_s / scale.bytes,
+        down_bytes_per_s=link.down_bytes_per_s / scale.bytes,
+        round_trip_s=link.round_trip_s,
     )
 
 

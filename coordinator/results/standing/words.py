@@ -10,7 +10,7 @@ from rich.table import Table
 from coordinator.results.standing.standing import DeviceStanding, Standing
 from edge_sdk.errors import printable
 
-MB = 10**6
+MB, MIB = 10**6, 2**20
 # Letters of a device's name in the table; the lines below it hold the whole name.
 NAME_WIDTH = 14
 
@@ -59,7 +59,7 @@ def device_table(devices: Iterable[DeviceStanding]) -> Table:
     """Return a row for each device: what it holds, how far and how fast it is, what it costs."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     headings = ("device", "blocks", "ranks", "step", "tok/s", "up MB", "down MB")
-    for heading in (*headings, "program MB", "board MB", "temp C"):
+    for heading in (*headings, "program MiB", "board MiB", "temp C"):
         side: Literal["left", "right"] = "left" if heading == "device" else "right"
         table.add_column(heading, justify=side, overflow="fold")
     for one in devices:
@@ -72,8 +72,8 @@ def device_table(devices: Iterable[DeviceStanding]) -> Table:
             _count(one.tokens_per_s),
             f"{one.bytes_up / MB:.1f}",
             f"{one.bytes_down / MB:.1f}",
-            f"{one.peak_bytes / MB:.0f}" if one.peak_bytes else "-",
-            "-" if one.memory_bytes is None else f"{one.memory_bytes / MB:.0f}",
+            f"{one.peak_bytes / MIB:.0f}" if one.peak_bytes else "-",
+            "-" if one.memory_bytes is None else f"{one.memory_bytes / MIB:.0f}",
             _count(one.temperature),
         )
     return table

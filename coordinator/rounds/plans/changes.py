@@ -166,7 +166,7 @@ class PlanChanges:
     def _take_offer(self, device: str, is_ready: bool, found: Offered) -> None:
         watcher = self._run.watcher
         if found.is_known:
-            what = "reports another speed" if is_ready else "has told what it offers"
+            what = "another speed" if is_ready else "measured"
             watcher.see(DeviceStatus(device, what))
         if isinstance(found.error, ConfigError) and self._desk.plans is not None:
             status = f"waits: no plan is possible with it: {found.error}"
@@ -184,6 +184,9 @@ class PlanChanges:
         except ConfigError as error:
             status = f"waits: no plan is possible with it: {error}"
             self._run.watcher.see(DeviceStatus(device, status, is_delay=True))
+        else:
+            if device in self._admission.plans:
+                self._run.watcher.see(DeviceStatus(device, "fetching its blocks"))
 
     def _first_plans(self, made: PlanSet, devices: list[str]) -> None:
         self._run.watcher.see(PlanMade(self._run.state.round, made, ["first plans"], {}))
@@ -229,7 +232,9 @@ class PlanChanges:
         def told(found: Replanned) -> None:
             if found.decision is not None:
                 made, why = found.decision.plans, found.decision.reasons
-                self._run.watcher.see(PlanMade(round_, made, why, self._desk.importance))
+                self._run.watcher.see(
+                    PlanMade(round_, made, why, self._desk.importance, found.moved)
+                )
             self._tell_shrunk(found.shrunk)
             moved = found.moved | (found.shrunk.keys() & state.ready.keys())
             if round_ == state.total_rounds:
@@ -266,7 +271,7 @@ class PlanChanges:
             if error is not None:
                 raise error
             admission.assign(device)
-            self._run.watcher.see(DeviceStatus(device, "has a new plan"))
+            self._run.watcher.see(DeviceStatus(device, "a new plan"))
 
     def expel_refused(self) -> None:
         """Let go of ready devices that the plans in force leave out, before their blocks move."""

@@ -246,3 +246,50 @@ def test_bad_importance(
     line = plan(capsys, "--config", config, "--profiles", profile, "--importance", file, code=2)
 
     assert words in line
+
+
+BAD_DEVICES = {
+    "nobody": ([], "for which devices"),
+    "a board that is unknown": (["--board", "zx81"], "'zx81' is unknown; there are a100-80gb"),
+    "two of one name": (["--board", "jetson-nano", "jetson-nano"], "give it a name"),
+    "no value": (["--board", "cam:"], "is no [NAME:]VALUE"),
+    "no name": (["--board", ":jetson-nano"], "is no [NAME:]VALUE"),
+    "a name that is a path": (["--board", "../cam:jetson-nano"], "is no name"),
+    "a link that is unknown": (["--board", "jetson-nano", "--link", "x25"], "there are 3g, "),
+    "a link of nobody": (["--board", "jetson-nano", "--link", "cam:3g"], "no device is named"),
+    "no coordinator": (["--board", "jetson-nano", "--coordinator", "x"], "neither a file nor a"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DEVICES)
+def test_devices_that_cannot_be(case: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that stands for nothing is answered with what there is."""
+    words, said = BAD_DEVICES[case]
+
+    assert said in plan(capsys, "--config", config, *words, code=2)
+
+
+def test_a_link_by_name_fills_what_a_profile_lacks(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A measured link stays, one named for the device wins; without any the note says so."""
+    alone = {key: value for key, value in PROFILE.items() if "bytes_per_s" not in key}
+    files = [write(tmp_path / "cam.json", alone), write(tmp_path / "own.json", PROFILE)]
+    words = ["--config", config, "--profiles", *files, "planning.split=fixed"]
+
+    def seconds(*links: str) -> list[float | None]:
+        said = plan(capsys, *words, "--format", "json", *links)
+        found = json.loads(said)["explanation"]["devices"]
+        return [found[name]["device_s"] for name in ("cam", "own")]
+
+    none, fast = seconds(), seconds("--link", "lan-1g")
+    slow = seconds("--link", "lan-1g", "own:3g")
+    text = plan(capsys, *words)
+
+    assert none[0] is None
+    assert "time unknown: cam's link" in text
+    assert "--link cam:LINK assumes one" in text
+    assert none[1] == fast[1]
+    assert fast[0] is not None
+    assert fast[0] == slow[0]
+    assert fast[0] < fast[1] < slow[1]  # type: ignore[operator]

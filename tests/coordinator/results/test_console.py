@@ -61,7 +61,7 @@ def test_events_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().err.splitlines()
     step = lines.pop(3)
     assert step.startswith("a: step 3/6  loss  1.250  ")
-    assert step.endswith("tok/s  up 1.0  down 2.0 MiB  program     3 MiB")
+    assert step.endswith("tok/s  up 1.0  down 2.1 MB  program     3 MiB")
     assert lines == [
         "run runs/r: listening at tcp://*:7070",
         "a: fetching its blocks",

@@ -76,7 +76,17 @@ def test_a_run_that_can_start(bench: Bench, capsys: pytest.CaptureFixture[str]) 
         line.split("(")[0] for line in other.splitlines() if "split " not in line
     ]
     checks = [line.split()[1] for line in one.splitlines() if line.startswith("ok ")]
-    assert checks == ["run", "keys", "devices", "port", "data", *["memory"] * 2, "bytes", "time"]
+    assert checks == [
+        "run",
+        "keys",
+        "devices",
+        "port",
+        "planning",
+        "data",
+        *["memory"] * 2,
+        "bytes",
+        "time",
+    ]
     assert "cam, 2 blocks: " in one
     assert not (bench.folder / "runs").exists()
 
@@ -156,8 +166,40 @@ def test_what_is_unknown_has_its_reason(bench: Bench, capsys: pytest.CaptureFixt
     assert bench.check() == 0
 
     said = " ".join(capsys.readouterr().out.split())
-    assert "cam: flops_per_s, up_bytes_per_s, down_bytes_per_s (`profiler measure" in said
-    assert "the coordinator: planning.server_flops_per_s is not given" in said
+    assert (
+        "cam's speed, which it measures when it joins; `profiler measure --write cam.json" in said
+    )
+    assert "its link, which is measured when it joins; --link cam:LINK assumes one" in said
+    assert "the coordinator's speed, which it measures when it serves" in said
+
+
+def test_boards_and_links_stand_for_what_is_not_measured(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a board for each machine and a link nothing of the run's time is unknown."""
+    bench.settings["planning"] = {}
+    named = ["--board", "cam:jetson-nano", "--link", "4g-good", "--coordinator", "h100-80gb"]
+
+    assert bench.check(*named) == 0
+
+    said = capsys.readouterr().out
+    assert "not known" not in said
+    assert "time      about " in said
+
+
+def test_a_plan_that_is_fixed_by_hand_is_told(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A split of the config that wins over a method that plans is a warning, with what undoes it."""
+    bench.settings["devices"] = {"cam": {"split": 2}}
+
+    assert bench.check("planning.split=armsc") == 0
+    assert bench.check("planning.split=armsc", "devices.cam.split=null") == 0
+
+    first, second = capsys.readouterr().out.split("checks:")[:2]
+    assert "devices.cam.split: 2 stands in the config" in " ".join(first.split())
+    assert "devices.cam.split=null lets it" in " ".join(first.split())
+    assert "stands in the config" not in second
 
 
 def test_profiles_belong_to_a_check(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +207,7 @@ def test_profiles_belong_to_a_check(bench: Bench, capsys: pytest.CaptureFixture[
     profile = str(bench.folder / "cam.json")
 
     assert main(["serve", "--profiles", profile, "model=x"]) == 2
-    assert "use it with --check" in capsys.readouterr().err
+    assert "these are for --check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
