@@ -202,9 +202,6 @@ class Participant:
         check_plan(self._config.accept, self._welcome, assigned)
         if assigned != self._assigned or self._runtime is None:
             self._callback.on_plan(assigned.plan)
-            if self._welcome.wants_ids and assigned.plan.split < self._welcome.num_blocks:
-                what = "the coordinator's blocks need the token ids of all texts"
-                self._callback.on_status(f"{what}: they leave this device")
             self._set_up(assigned)
         self._say_ready()
 

@@ -183,6 +183,9 @@ class RuntimeSetup:
         needs = self.backend.needs[0]
         importing = "" if needs in sys.modules else f"importing {needs}, "
         self.say(f"{importing}building {assigned.plan.split} blocks")
+        if welcome.wants_ids and assigned.plan.split < welcome.num_blocks:
+            what = "the coordinator's blocks need the token ids of all texts"
+            self.say(f"{what}: they leave this device")
         request = RuntimeRequest(
             settings=self._config,
             files=self._files,

@@ -30,12 +30,12 @@ def test_a_run_from_keys_to_adapter(files: Cluster, start: Start) -> None:
     assert [program.wait() for program in (coordinator, *devices)] == [0, 0, 0]
 
     assert stranger.wait() == 4
-    assert len(stranger.lines) == 1, stranger.text
+    assert len(stranger.lines) == 2, stranger.text
     assert "register" in stranger.lines[-1]
     misled.wait_for_match(f"wrong server key.*{re.escape(other)}.* trying for")
     misled.interrupt()
     assert misled.wait() == 130
-    assert len(misled.lines) == 2, misled.text
+    assert len(misled.lines) == 3, misled.text
     for program in (coordinator, *devices, misled, stranger):
         assert not [word for word in NOISE if word in program.text], program.text
     assert (files.folder / "runs" / "run" / "adapter" / "adapter_model.safetensors").is_file()
@@ -115,7 +115,7 @@ def test_a_copied_key_is_refused_and_a_killed_device_followed(files: Cluster, st
 
     clone = start("edge-sdk", "run", "--config", "a.yaml", "state=clone")
     assert clone.wait() == 4
-    assert len(clone.lines) == 1, clone.text
+    assert len(clone.lines) == 2, clone.text
     assert "another device with this key is connected from 127.0.0.1 since" in clone.text
     assert "a: left" not in coordinator.text
 
