@@ -49,7 +49,7 @@ def test_what_was_refused_is_listed(devices: Path, capsys: pytest.CaptureFixture
     assert [one["name"] for one in told["codes"]] == ["kitchen"]
 
 
-@pytest.mark.parametrize("word", [TWO, fingerprint(TWO)])
+@pytest.mark.parametrize("word", [TWO, fingerprint(TWO)], ids=["key", "fingerprint"])
 def test_what_is_known_is_approved(
     devices: Path, word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
