@@ -143,24 +143,8 @@ def instructions(name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_says_only_what_docker_knows(name: str) -> None:
     """Every instruction exists, and what is written as a list is one of words."""
-<<<<<<< HEAD
     known = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK"}
     known |= {"ENTRYPOINT", "CMD"}
-=======
-    known = [
-        "ARG",
-        "FROM",
-        "WORKDIR",
-        "COPY",
-        "RUN",
-        "ENV",
-        "USER",
-        "EXPOSE",
-        "HEALTHCHECK",
-        "ENTRYPOINT",
-        "CMD",
-    ]
->>>>>>> 59c2b3e ([tests] Names of cases that every process agrees on)
     found = instructions(name)
 
     assert {key for key, _ in found} == known

@@ -60,7 +60,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Preparing(RunEvent):
-    """Something takes a while before devices can connect."""
+    """Something takes a while before devices can connect, or is to be known by then."""
 
     LINE = "{0.what}"
 
@@ -96,13 +96,6 @@ class WeightsAdapted(RunEvent):
     def text(self) -> str:
         """How much of the blocks has adapters."""
         return self.coverage.text
-
-
-@dataclass(frozen=True, slots=True)
-class IdsTravel(RunEvent):
-    """The run cannot be had without what `labels: device` would keep on the devices."""
-
-    LINE = "later blocks need the token ids: devices send those of all texts, prompts included"
 
 
 @dataclass(frozen=True, slots=True)

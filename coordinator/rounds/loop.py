@@ -24,7 +24,7 @@ from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
 from coordinator.results.events import (
-    IdsTravel,
+    Preparing,
     RunFinished,
     RunStarted,
     StopAsked,
@@ -209,7 +209,7 @@ class Coordinator:
         executor.begin()
         self.watcher.see(WeightsAdapted(self.model.coverage))
         if self.model.needs_ids:
-            self.watcher.see(IdsTravel())
+            self.watcher.see(Preparing("later blocks need the token ids: devices send all of them"))
         self.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:
