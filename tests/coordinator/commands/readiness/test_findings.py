@@ -190,7 +190,7 @@ def test_boards_and_links_stand_for_what_is_not_measured(
 def test_a_plan_that_is_fixed_by_hand_is_told(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A split of the config that wins over a method that plans is a warning, with what undoes it."""
+    """A split of the config that wins over a method is a warning, with what undoes it."""
     bench.settings["devices"] = {"cam": {"split": 2}}
 
     assert bench.check("planning.split=armsc") == 0
