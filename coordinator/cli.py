@@ -15,12 +15,13 @@ from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
 from coordinator.commands.export import add_export
 from coordinator.commands.init import add_init
+from coordinator.commands.looking.page import add_page
+from coordinator.commands.looking.status import add_status
 from coordinator.commands.parser import complete_words
 from coordinator.commands.plan import add_plan
 from coordinator.commands.presets import add_presets
 from coordinator.commands.serve import add_resume, add_serve
 from coordinator.commands.simulate import add_simulate
-from coordinator.commands.status import add_status
 from coordinator.commands.steer.generate import add_generate
 from coordinator.commands.steer.leave import add_pause, add_stop
 from edge_sdk.arguments import Arguments, add_examples
@@ -41,6 +42,7 @@ COMMANDS = (
     add_pause,
     add_stop,
     add_generate,
+    add_page,
     add_export,
     add_presets,
     add_keygen,

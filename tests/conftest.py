@@ -50,6 +50,8 @@ SLOW = (
     "test_models_page.py",
     "edge_sdk/lora/test_importance_",
     "coordinator/lab/centralised/",
+    "coordinator/page/test_browser.py",
+    "coordinator/page/test_serving.py",
     "profiler/test_measure.py",
     "coordinator/results/test_export.py",
     "coordinator/commands/test_audit_privacy.py",

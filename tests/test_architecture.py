@@ -52,7 +52,7 @@ ORDER = {
         ["engine"],
         ["results"],
         ["steering"],
-        ["export", "tracking"],
+        ["export", "page", "tracking"],
         ["rounds"],
         ["lab"],
         ["commands"],
@@ -85,6 +85,9 @@ DOORS = {
     "wandb": ["coordinator/tracking/to_wandb.py"],
     "mlflow": ["coordinator/tracking/to_mlflow.py"],
     "prometheus_client": ["coordinator/tracking/to_prometheus.py"],
+    "starlette": ["coordinator/page/serving.py"],
+    "uvicorn": ["coordinator/page/serving.py"],
+    "plotly": ["coordinator/page/serving.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],

@@ -49,6 +49,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "generate runs/first --round 0 --format json",
     ],
     "stop": ["stop runs/first", "stop runs/first --after-round"],
+    "page": [
+        "page runs/first",
+        "page runs --listen 127.0.0.1:8080",
+        "page runs/first --listen 0.0.0.0:7071 --token-file page.token",
+    ],
     "export": [
         "export runs/first --to my-adapter",
         "export runs/first --to for-vllm --format vllm",

@@ -57,10 +57,10 @@ def _serve(options: argparse.Namespace) -> int:
     from coordinator.rounds.launch import serve
 
     if config.trained_by == "coordinator":
-        return _watch(config.total_steps, lambda watcher: serve_pooled(config, watcher))
+        return _watch(config, lambda watcher: serve_pooled(config, watcher))
     say_who_may_come(config)
     say_what_is_fixed(config)
-    return _watch(config.total_steps, lambda watcher: serve(config, watcher))
+    return _watch(config, lambda watcher: serve(config, watcher))
 
 
 def _say_import() -> None:
@@ -90,7 +90,7 @@ def _go_on(folder: Path, overrides: list[str]) -> int:
     go_on = resume_pooled if config.trained_by == "coordinator" else resume
     if config.trained_by != "coordinator":
         say_who_may_come(config)
-    return _watch(config.total_steps, lambda watcher: go_on(folder, watcher, overrides))
+    return _watch(config, lambda watcher: go_on(folder, watcher, overrides))
 
 
 def say_who_may_come(config: ServeConfig) -> None:
@@ -122,14 +122,18 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _watch(total_steps: int, run: Callable[[Any], str]) -> int:
+def _watch(config: ServeConfig, run: Callable[[Any], str]) -> int:
     _raise_descriptor_limit()
+    from coordinator.page.beside import page_beside
     from coordinator.results.console import Console
     from coordinator.results.lifecycle import COMPLETED, STOPPED
     from coordinator.results.standing.live_file import LiveFile
     from coordinator.results.standing.service_manager import ServiceManager
     from coordinator.results.watchers import Watchers
 
-    with Console(total_steps) as console:
-        outcome = run(Watchers([console, LiveFile(), ServiceManager()]))
+    with (
+        Console(config.total_steps) as console,
+        page_beside(config.page, config.page_token, console) as shown,
+    ):
+        outcome = run(Watchers([shown, LiveFile(), ServiceManager()]))
     return 0 if outcome in (COMPLETED, STOPPED) else INTERRUPTED_EXIT_CODE

@@ -38,12 +38,16 @@ def load_simulation(
 
 def _simulate(options: argparse.Namespace) -> int:
     from coordinator.lab.simulation.run import simulate
+    from coordinator.page.beside import page_beside
     from coordinator.results.console import Console
     from coordinator.results.lifecycle import COMPLETED, STOPPED
+    from coordinator.results.standing.live_file import LiveFile
+    from coordinator.results.watchers import Watchers
 
     config = load_simulation(options.config, options.overrides, options.preset)
     with Console(config.total_steps) as console:
-        result = simulate(config, console)
+        with page_beside(config.page, config.page_token, console) as shown:
+            result = simulate(config, Watchers([shown, LiveFile()]))
         console.note(summary(result))
     return 0 if result.outcome in (COMPLETED, STOPPED) else INTERRUPTED_EXIT_CODE
 

@@ -1,3 +1,3 @@
 """What a run is told: files, published methods, planning."""
 
-__all__ = ["buffered", "centralised", "exchange", "planning", "presets", "replay", "run"]
+__all__ = ["buffered", "centralised", "exchange", "page", "planning", "presets", "replay", "run"]

@@ -13,6 +13,7 @@ from coordinator.aggregation.rules import RULES
 from coordinator.config.buffered import BufferedConfig
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.exchange import ExchangeConfig
+from coordinator.config.page import page_address
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
 from coordinator.config.screening import ScreeningConfig
@@ -131,6 +132,12 @@ class ServeConfig:
     """Folder in which each run gets a folder of its own."""
     name: str | None = None
     """Name of the run's folder; without one it is made from the date and time."""
+    page: str | None = None
+    """HOST:PORT of a page to watch the run on in a browser, as 127.0.0.1:7071; see docs/page.md.
+    Needs the extra `page`. None: there is none."""
+    page_token: Path | None = None
+    """File with the token that a browser must show, made where there is none; needed where others
+    than this machine can reach `page`."""
     rounds: int = 10
     """Aggregations in the run."""
     steps_per_round: int = 20
@@ -223,6 +230,8 @@ class ServeConfig:
         check_listened("listen", self.listen)
         if len(set(self.report_to)) < len(self.report_to):
             raise ValueError(f"report_to must name each once, got {list(self.report_to)}")
+        if self.page is not None:
+            page_address("page", self.page, has_token=self.page_token is not None)
         if self.wave_tokens is not None and self.wave_tokens < 1:
             raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:

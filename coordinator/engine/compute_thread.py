@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -11,6 +12,12 @@ from coordinator.engine.interface import ComputeFailed
 from edge_sdk.errors import EdgeError, is_out_of_memory
 
 T = TypeVar("T")
+Told = Callable[[str, Sequence[str], float], None]
+"""Takes what was computed, for which devices, and the seconds that it took."""
+
+
+def _ignore(_what: str, _devices: Sequence[str], _seconds: float) -> None:
+    """Tell nobody."""
 
 
 def owned(
@@ -50,22 +57,48 @@ class Worker:
     Args:
         wake: Interrupts the event loop's wait when a result is there; called from any thread.
         pool: Where it computes; None: in a thread of its own.
+        told: Hears, in the event loop's thread, of what was computed, where that has a name.
     """
 
-    def __init__(self, wake: Callable[[], None], pool: Executor | None = None) -> None:
+    def __init__(
+        self, wake: Callable[[], None], pool: Executor | None = None, told: Told = _ignore
+    ) -> None:
         self._has_thread = pool is None
         self._pool = pool or ThreadPoolExecutor(1, "compute")
-        self._wake = wake
+        self._wake, self._told = wake, told
         self._done: queue.SimpleQueue[tuple[Future[Any], Callable[[Any], None]]] = (
             queue.SimpleQueue()
         )
         self.is_busy = False
+        self._name: tuple[str, Sequence[str]] = "", ()
+        self._seconds = 0.0
 
-    def start(self, compute: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Begin *compute*; *then* gets its result in the event loop's thread."""
+    def start(
+        self,
+        compute: Callable[[], Any],
+        then: Callable[[Any], None],
+        what: str = "",
+        devices: Sequence[str] = (),
+    ) -> None:
+        """Begin a computation.
+
+        Args:
+            compute: What to do.
+            then: Gets its result in the event loop's thread.
+            what: Its name for those who look on; empty: nobody is told of it.
+            devices: Whose part it is.
+        """
         assert not self.is_busy, "one computation at a time"
-        self.is_busy = True
-        future = self._pool.submit(compute)
+        self.is_busy, self._name = True, (what, devices)
+
+        def timed() -> Any:
+            began_s = time.monotonic()
+            try:
+                return compute()
+            finally:
+                self._seconds = time.monotonic() - began_s
+
+        future = self._pool.submit(timed)
 
         def finished(done: Future[Any]) -> None:
             self._done.put((done, then))
@@ -85,6 +118,8 @@ class Worker:
             except queue.Empty:
                 return
             self.is_busy = False
+            if self._name[0]:
+                self._told(*self._name, self._seconds)
             then(future.result())
 
     def close(self) -> None:

@@ -68,12 +68,18 @@ class Preparing(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Listening(RunEvent):
+class FolderKnown(RunEvent):
+    """The folder of the run is there, and its files can be read."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Listening(FolderKnown):
     """Devices can connect."""
 
     LINE = "run {0.folder}: listening at {0.address}"
 
-    folder: Path
     address: str
 
 

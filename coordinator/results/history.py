@@ -108,9 +108,12 @@ class RunHistory:
     def traffic(self) -> dict[int, tuple[int, int]]:
         """Sum the bytes up and down of all devices since the start, by rounds done."""
         found = {}
-        for done in (row["round"] + 1 for row in self.costs):
-            costs = [self.cost(name, done) for name in self.devices()]
-            found[done] = sum(c.bytes_up for c in costs), sum(c.bytes_down for c in costs)
+        up, down = _Counters(), _Counters()
+        for row in self.costs:
+            for name, mine in row["devices"].items():
+                up.take(name, mine.get("bytes_up", 0))
+                down.take(name, mine.get("bytes_down", 0))
+            found[row["round"] + 1] = up.total, down.total
         return found
 
     def devices(self) -> list[str]:
@@ -181,6 +184,20 @@ def _before(time: str, seconds: float) -> str:
 
 def _numbers(score: Row) -> Row:
     return {key: math.nan if value is None else value for key, value in score.items()}
+
+
+class _Counters:
+    """Sums counters of devices that begin at 0 with every session."""
+
+    def __init__(self) -> None:
+        self._now: dict[str, int] = {}
+        self.total = 0
+
+    def take(self, device: str, count: int) -> None:
+        """Take what the counter of *device* says now."""
+        before = self._now.get(device, 0)
+        self.total += count - before if count >= before else count
+        self._now[device] = count
 
 
 def _total(counts: list[int]) -> int:

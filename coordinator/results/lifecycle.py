@@ -40,14 +40,15 @@ PACKAGES = ("edgesplit", "torch", "transformers", "peft", "pyzmq", "msgpack", "n
 ENVIRONMENT = "env.json"
 # Folder of what `report_to` writes, and of what it has been told.
 TRACKERS = "trackers"
-METRICS, TELEMETRY, PLANS, EVENTS = (
+METRICS, TELEMETRY, PLANS, IMPORTANCE, EVENTS = (
     "metrics.jsonl",
     "telemetry.jsonl",
     "plans.jsonl",
+    "importance.jsonl",
     "events.jsonl",
 )
 # What a run that begins anew has to forget, beside its events.
-_BEGINNING = (METRICS, TELEMETRY, PLANS, LIVE, SAMPLES, TRACKERS)
+_BEGINNING = (METRICS, TELEMETRY, PLANS, IMPORTANCE, LIVE, SAMPLES, TRACKERS)
 
 
 class Reopened(NamedTuple):
@@ -178,7 +179,7 @@ def reopened(path: Path, overrides: list[str]) -> Iterator[Reopened]:
             return
         if any(row.get("round") for row in folder.rows(METRICS)):
             raise StorageError(f"{path} holds no checkpoint to resume from")
-        _forget_beginning(folder, (METRICS, TELEMETRY, PLANS, SAMPLES))
+        _forget_beginning(folder, _BEGINNING)
         folder.write_text(ENVIRONMENT, _environment())
         yield Reopened(folder, config, None)
 

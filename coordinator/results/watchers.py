@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 from coordinator.results.events import (
@@ -15,6 +17,7 @@ from coordinator.results.events import (
     DevicesMissing,
     DeviceStatus,
     Exported,
+    ImportanceMeasured,
     MessageRejected,
     PlanMade,
     PlanShrunk,
@@ -36,6 +39,7 @@ from coordinator.results.events import (
 from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import SAMPLES, RunFolder
+from coordinator.results.standing.observed import DeviceOffer, ModelKnown
 from coordinator.results.steering_events import SampleText
 from coordinator.results.tour_events import ToursMerged
 
@@ -107,6 +111,10 @@ class RunFiles:
                 self._folder.append("plans.jsonl", _plan_row(event))
             case PlanShrunk():
                 self._folder.append("plans.jsonl", _shrunk_row(event))
+            case ImportanceMeasured(round_, importance):
+                numbers = {name: float(f"{value:.4g}") for name, value in importance.items()}
+                row = {"round": round_, "importance": numbers}
+                self._folder.append("importance.jsonl", row)
             case _ if (line := _event_row(event)) is not None:
                 clock = time.strftime(CLOCK)
                 self._folder.append("events.jsonl", {"time": clock, **line})
@@ -119,6 +127,8 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
     match event:
         case RunStarted(run, step):
             return {"event": "run.started", "run": run, "step": step}
+        case ModelKnown(num_blocks):
+            return {"event": "model", "blocks": num_blocks}
         case RunFinished(outcome):
             return {"event": "run.ended", "outcome": outcome}
         case StopAsked(kind, after_round):
@@ -148,6 +158,9 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "device.enrolled", **row}
         case DeviceLeft(device, reason):
             return {"event": "device.left", "device": device, "reason": reason}
+        case DeviceOffer(device, _, profile):
+            known = {name: value for name, value in asdict(profile).items() if value is not None}
+            return {"event": "device.offers", "device": device, **known}
         case DeviceStatus(device, status, is_delay=True):
             return {"event": "device.delayed", "device": device, "reason": status}
         case MessageRejected(device, error):
@@ -205,4 +218,14 @@ def _plan_row(event: PlanMade) -> Mapping[str, Any]:
         "utility": found.utility,
         "refused": found.refused,
         "importance": dict(event.importance),
+        "why": {
+            name: {
+                "bound_by": story.binding,
+                "needs_bytes": story.planned_bytes,
+                # None: unknown, then nothing was bounded by it.
+                "budget_bytes": story.budget_bytes if math.isfinite(story.budget_bytes) else None,
+                "wave_s": story.device_s,
+            }
+            for name, story in found.explanation.devices.items()
+        },
     }

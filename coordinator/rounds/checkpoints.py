@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from coordinator.results.lifecycle import METRICS, PLANS, TELEMETRY, take_up
+from coordinator.results.lifecycle import IMPORTANCE, METRICS, PLANS, TELEMETRY, take_up
 from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
 from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.run import Run
@@ -91,3 +91,4 @@ class Checkpoints:
         self._folder.drop_rows_from(TELEMETRY, done)
         self._folder.drop_rows_from(PLANS, done + 1)
         self._folder.drop_rows_from(SAMPLES, done + 1)
+        self._folder.drop_rows_from(IMPORTANCE, done + 1)

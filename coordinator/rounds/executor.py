@@ -163,9 +163,11 @@ class RoundExecutor:
 
     # ---- what the loop does not wait for ----
 
-    def _aside(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def _aside(
+        self, work: Callable[[], Any], then: Callable[[Any], None], what: str = "checkpoint"
+    ) -> None:
         """Let the compute thread work; *then* gets the result, at once where that is there."""
-        self._worker.start(work, then)
+        self._worker.start(work, then, what)
         self._worker.collect()
 
     def _save(self, then: Callable[[], None]) -> None:
@@ -318,7 +320,7 @@ class RoundExecutor:
             is_retry=self._run.faults.num_rewinds > 0,
             evaluates=self._evaluates_after(state.round + 1),
         )
-        self._worker.start(compute, partial(self._round_done, reports))
+        self._worker.start(compute, partial(self._round_done, reports), "aggregation")
 
     def _end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
         """Open the row of what is done so far; it waits for devices that evaluate as well."""

@@ -8,7 +8,7 @@ in a thread of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from coordinator.results.events import (
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.metrics import Reporting
 from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.results.standing.observed import Computed, ModelKnown
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.buffered.executor import TourExecutor
@@ -188,7 +189,7 @@ class Coordinator:
         handlers = self._handlers = form.handler(*takers, _limits(config, model), Probing(gateway))
         self.admission.allowance.clock = clock
         self._parts = Parts(model, gateway, self.admission, pool and Inline())
-        self._worker = Worker(gateway.wake, pool)
+        self._worker = Worker(gateway.wake, pool, self._tell_computed)
         keep = config.save_total_limit
         saved = self._checkpoints = Checkpoints(folder, keep, self.run, self.learned, desk)
         waves = form.waves(self.run, self.admission, self.learned, self._worker, handlers.handle)
@@ -210,6 +211,7 @@ class Coordinator:
         self.watcher.see(WeightsAdapted(self.model.coverage))
         if self.model.needs_ids:
             self.watcher.see(Preparing("later blocks need the token ids: devices send all of them"))
+        self.watcher.see(ModelKnown(self.model.facts.layout.num_blocks))
         self.watcher.see(RunStarted(run.id, run.state.step))
         try:
             while not executor.outcome:
@@ -233,6 +235,9 @@ class Coordinator:
         if executor.outcome in (COMPLETED, STOPPED):
             self._say_goodbye(OVER if executor.outcome == COMPLETED else CUT_SHORT)
         return executor.outcome
+
+    def _tell_computed(self, what: str, devices: Sequence[str], seconds: float) -> None:
+        self.watcher.see(Computed(what, devices, seconds))
 
     def _tell_of_stop(self) -> None:
         """Say once of each wish that the run is to be left."""

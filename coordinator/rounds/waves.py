@@ -59,27 +59,30 @@ class WaveRunner:
         state = self._run.state
         jobs = self._jobs()
         compute = partial(self._learned.engine.train, jobs, state.step, wave(state))
-        self._start(compute, jobs, self._answer_wave)
+        self._start("wave", compute, jobs, self._answer_wave)
 
     def forward(self) -> None:
         """Run the forward half of a wave whose labels stay on the devices."""
         state = self._run.state
         jobs = self._jobs()
         compute = partial(self._learned.engine.forward, jobs, state.step, wave(state))
-        self._start(compute, jobs, self._send_final_hidden)
+        self._start("forward", compute, jobs, self._send_final_hidden)
 
     def _jobs(self) -> list[Job]:
         return [self._run.inputs.jobs[place] for place in places(self._run.state)]
 
     def _start(
         self,
+        what: str,
         compute: Callable[[], Any],
         jobs: Sequence[Job],
         then: Callable[[int, Any], None],
     ) -> None:
         """Begin a computation on what the devices of *jobs* have sent."""
         attempt = self._run.state.attempt
-        self._worker.start(partial(self._compute, compute, jobs), partial(then, attempt))
+        devices = sorted({job.device for job in jobs})
+        safely = partial(self._compute, compute, jobs)
+        self._worker.start(safely, partial(then, attempt), what, devices)
 
     def _compute(self, compute: Callable[[], Any], jobs: Sequence[Job]) -> Any:
         """Compute; where that fails, find out whose part of it is the reason.
@@ -127,7 +130,7 @@ class WaveRunner:
         grads = {place: self._run.inputs.grads[place] for place in places(self._run.state)}
         num_micro = {name: m.num_micro for name, m in self._run.state.members.items()}
         compute = partial(self._go_back_from, self._run.state.step, grads, num_micro)
-        self._start(compute, self._jobs(), self._answer_wave)
+        self._start("backward", compute, self._jobs(), self._answer_wave)
 
     def _go_back_from(
         self, step: int, grads: Mapping[Place, Array], num_micro: Mapping[str, int]
@@ -162,7 +165,7 @@ class WaveRunner:
         """Update the coordinator's adapters: every device has its answers."""
         state = self._run.state
         compute = partial(self._learned.engine.finish_step, state.step)
-        self._worker.start(compute, partial(self._wave_done, state.attempt))
+        self._worker.start(compute, partial(self._wave_done, state.attempt), "adapters")
 
     def _answer(self, answer: Answer) -> None:
         message = Gradient(
@@ -194,7 +197,9 @@ class WaveRunner:
         """Run a micro-batch of each device that wants to have one evaluated."""
         evals = self._run.evaluations.take()
         compute = partial(self._evaluate_all, [job for _, job in evals])
-        self._worker.start(compute, partial(self._answer_evals, [m for m, _ in evals]))
+        devices = sorted({job.device for _, job in evals})
+        then = partial(self._answer_evals, [message for message, _ in evals])
+        self._worker.start(compute, then, "evaluation", devices)
 
     def _evaluate_all(self, jobs: list[Job]) -> list[tuple[str, TailSums | Array | Exception]]:
         return [(job.device, self._evaluate_one(job)) for job in jobs]

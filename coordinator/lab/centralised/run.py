@@ -32,6 +32,7 @@ from coordinator.lab.centralised.trainer import (
 from coordinator.results.events import (
     AlreadyComplete,
     Exported,
+    FolderKnown,
     RunFinished,
     RunPaused,
     RunStarted,
@@ -55,6 +56,7 @@ from coordinator.results.lifecycle import (
 from coordinator.results.metrics import Reporting
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
+from coordinator.results.standing.observed import ModelKnown
 from coordinator.results.steering_events import RunStopped, SampleText
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.steering.listener import Listener
@@ -253,10 +255,12 @@ class PooledRun:
     def train(self) -> str:
         """Train to the end, or until `stop` was called; return how it ended."""
         config = self.config
+        self._watcher.see(FolderKnown(self.folder.path))
         if not self.folder.rows("metrics.jsonl"):
             self._end_round(0, {})
         if config.pooled.trains == "adapters":
             self._watcher.see(WeightsAdapted(self.trainer.model.coverage))
+        self._watcher.see(ModelKnown(self.trainer.model.facts.layout.num_blocks))
         self._watcher.see(RunStarted(self._id, self._step))
         self._reporting.begin_round()
         while self._step < config.total_steps:

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.presets import load_serve_config
+from coordinator.page.beside import page_beside
 from coordinator.results.events import Listening, RoundDone, RoundStarted, RunEvent, StepDone
 from coordinator.results.lifecycle import COMPLETED
+from coordinator.results.standing.live_file import LiveFile
+from coordinator.results.watchers import Watchers
 from coordinator.rounds.launch import serve
 from edge_sdk.command import quiet_libraries
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, EdgeError, one_line
@@ -78,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     watcher = JsonWatcher()
     try:
         config = load_serve_config(Path(arguments[0]), env={})
-        outcome = serve(config, watcher, int(arguments[1]))
+        with page_beside(config.page, config.page_token, watcher) as shown:
+            outcome = serve(config, Watchers([shown, LiveFile()]), int(arguments[1]))
     except EdgeError as error:
         watcher.say(error=one_line(error))
         return error.exit_code

@@ -32,7 +32,7 @@ from coordinator.lab.simulation.timing import (
     Jitter,
     TimedEngine,
 )
-from coordinator.results.events import Exported, RunEvent, Watcher
+from coordinator.results.events import Exported, FolderKnown, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, STOPPED, new_folder
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
@@ -54,10 +54,9 @@ RUN_ID = "simulation"
 
 
 @dataclass(frozen=True, slots=True)
-class SimulationStarted(RunEvent):
+class SimulationStarted(FolderKnown):
     """The devices of a simulation are made."""
 
-    folder: Path
     num_devices: int
 
     @property

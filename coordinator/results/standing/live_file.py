@@ -16,6 +16,7 @@ from typing import Any
 
 from coordinator.results.events import (
     DeviceEvent,
+    FolderKnown,
     Listening,
     RoundDone,
     RoundStarted,
@@ -26,7 +27,9 @@ from coordinator.results.events import (
 )
 from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import LIVE
+from coordinator.results.standing.observed import Computed
 from coordinator.results.standing.pulse import FINISHING, LISTENING, STARTING
+from coordinator.results.standing.timeline import Timeline
 from coordinator.results.watchers import CLOCK
 from edge_sdk.errors import StorageError
 from edge_sdk.files import atomic_write
@@ -63,6 +66,8 @@ class LiveFile:
         self._facts["steps_per_s"] = None
         self._devices: dict[str, dict[str, Any]] = {}
         self._tokens: dict[str, _Pace] = {}
+        self._links: dict[str, tuple[_Pace, _Pace]] = {}
+        self._timeline = Timeline()
         self._steps = _Pace()
         self._written_s = self._turned_s = float("-inf")
 
@@ -70,9 +75,13 @@ class LiveFile:
         """Take notice of *event*, and write where that is due."""
         now_s = self._clock()
         match event:
-            case Listening(folder, address):
+            case FolderKnown(folder):
                 self._path = folder / LIVE
-                self._facts |= {"phase": LISTENING, "address": address}
+                if isinstance(event, Listening):
+                    self._facts |= {"phase": LISTENING, "address": event.address}
+            case Computed():
+                self._timeline.computed(event, now_s)
+                return
             case RunFinished():
                 self._facts["phase"] = FINISHING
             case RoundStarted(round_, boards=boards):
@@ -92,6 +101,7 @@ class LiveFile:
                 about = {"doing": event.doing, "since": time.strftime(CLOCK)}
                 self._of(event.device).update(about)
                 self._tokens.pop(event.device, None)
+                self._links.pop(event.device, None)
         self._write(now_s)
 
     def turn(self) -> None:
@@ -122,7 +132,8 @@ class LiveFile:
         mine |= {"tokens_per_s": pace.per_second(), "peak_bytes": report.peak_bytes}
         mine |= {"compute_s": report.compute_s, "wait_s": report.wait_s}
         if event.traffic is not None:
-            mine["bytes_up"], mine["bytes_down"] = event.traffic
+            self._take_traffic(event.device, event.traffic, now_s)
+        self._timeline.step(event, now_s)
         if event.board:
             mine["board"] = dict(event.board)
         before = self._facts["step"]
@@ -132,11 +143,19 @@ class LiveFile:
             self._facts["steps_per_s"] = self._steps.per_second()
         self._facts["end_step"] = event.end_step
 
+    def _take_traffic(self, device: str, traffic: tuple[int, int], now_s: float) -> None:
+        """Note what a session has carried in all, and how fast it does so now."""
+        mine, links = self._of(device), self._links.setdefault(device, (_Pace(), _Pace()))
+        for way, total, pace in zip(("up", "down"), traffic, links, strict=True):
+            pace.ends.append((now_s, max(0, total - mine.get(f"bytes_{way}", 0))))
+            mine |= {f"bytes_{way}": total, f"{way}_bytes_per_s": pace.per_second()}
+
     def _write(self, now_s: float) -> None:
         if self._path is None:
             return
         self._written_s = now_s
         facts = {"time": time.strftime(CLOCK), **self._facts, "devices": self._devices}
+        facts["timeline"] = {"now_s": round(now_s, 3), **self._timeline.facts()}
         try:
             atomic_write(self._path, json_text(facts), sync=False, what="where the run stands")
         except StorageError as error:

@@ -89,7 +89,7 @@ class TourExecutor(RoundExecutor):
         elif must_merge:
             evaluates = self._evaluates_after(state.round + 1)
             merge = partial(self._learned.merge, state.round, evaluates=evaluates)
-            self._worker.start(merge, self._merged)
+            self._worker.start(merge, self._merged, "aggregation")
         elif not self._begin_tours():
             return self._waves.visit()
         return True

@@ -39,7 +39,7 @@ class VisitRunner(WaveRunner):
         elif visit.grad is None:
             compute, then = self._final_hidden, self._show_top
         safely = partial(self._compute, partial(compute, visit), [visit.job])
-        self._worker.start(safely, partial(then, visit))
+        self._worker.start(safely, partial(then, visit), "wave", [visit.job.device])
         return True
 
     def _train(self, visit: Visit) -> Answer:
@@ -105,7 +105,7 @@ class VisitRunner(WaveRunner):
         """Let the coordinator's blocks take their step on what they have seen."""
         step = self._run.tours.schedule_step
         compute = partial(self._learned.engine.finish_step, step)
-        self._worker.start(compute, partial(self._step_done, step))
+        self._worker.start(compute, partial(self._step_done, step), "adapters")
 
     def _step_done(self, step: int, was_finite: bool) -> None:
         if not was_finite:

@@ -19,6 +19,7 @@ from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import Decision, PlanSet, changed
 from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.results.standing.observed import DeviceOffer
 from coordinator.rounds.plans.desk import Inquiry, PlanningDesk
 from coordinator.rounds.run import Run
 from edge_sdk.errors import (
@@ -159,15 +160,17 @@ class PlanChanges:
                 self._offers = {device: offer, **self._offers}
                 self._gateway.wake()
 
-        then = partial(self._take_offer, device, is_ready)
+        then = partial(self._take_offer, device, offer[1], is_ready)
         question = Inquiry(think=think, then=then, device=device, fits=fits, otherwise=again)
         self._desk.ask(question)
 
-    def _take_offer(self, device: str, is_ready: bool, found: Offered) -> None:
+    def _take_offer(
+        self, device: str, profile: DeviceProfile, is_ready: bool, found: Offered
+    ) -> None:
         watcher = self._run.watcher
         if found.is_known:
             what = "another speed" if is_ready else "measured"
-            watcher.see(DeviceStatus(device, what))
+            watcher.see(DeviceOffer(device, what, profile))
         if isinstance(found.error, ConfigError) and self._desk.plans is not None:
             status = f"waits: no plan is possible with it: {found.error}"
             watcher.see(DeviceStatus(device, status, is_delay=True))

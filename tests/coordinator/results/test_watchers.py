@@ -28,7 +28,9 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.standing.observed import DeviceOffer, ModelKnown
 from coordinator.results.watchers import RunFiles, Watchers
+from profiler.profile import DeviceProfile
 
 LINES: dict[str, RunEvent] = {
     '{"event": "run.started", "run": "r", "step": 20}': RunStarted("r", 20),
@@ -43,6 +45,10 @@ LINES: dict[str, RunEvent] = {
         '{"cut": 2, "device": "a", "event": "device.joined", "left_out": 1, "samples": 9, '
         '"split": 2}'
     ): DeviceJoined("a", 2, 9, 1, 2),
+    '{"blocks": 12, "event": "model"}': ModelKnown(12),
+    '{"board": "Pi 5", "device": "a", "event": "device.offers", "up_bytes_per_s": 2.0}': (
+        DeviceOffer("a", "has told it", DeviceProfile(board="Pi 5", up_bytes_per_s=2.0))
+    ),
     '{"device": "a", "event": "device.left", "reason": "gone"}': DeviceLeft("a", "gone"),
     '{"device": "a", "error": "bad", "event": "message.rejected"}': MessageRejected("a", "bad"),
     (
@@ -80,12 +86,13 @@ def test_rows_go_to_their_files(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
     files = RunFiles(folder)
 
-    for event in (RoundAbandoned(1), ImportanceMeasured(1, {"w": 1.0})):
-        files.see(event)
+    files.see(RoundAbandoned(1))
     assert not list(folder.path.iterdir())
+    files.see(ImportanceMeasured(1, {"w": 0.123456}))
     files.see(RoundDone({"round": 1}, {"a": {"energy": 2.0}}))
     files.see(Telemetry(0, 1.23456, {"a": {"tokens": 3}}))
 
+    assert folder.rows("importance.jsonl") == [{"round": 1, "importance": {"w": 0.1235}}]
     assert folder.rows("metrics.jsonl") == [{"round": 1}]
     assert folder.rows("telemetry.jsonl") == [
         {"round": 0, "seconds": 1.235, "devices": {"a": {"tokens": 3}}}
