@@ -7,6 +7,7 @@ __all__ = [
     "gateway",
     "interface",
     "link_probe",
+    "port",
     "replays",
     "residuals",
 ]

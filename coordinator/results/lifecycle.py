@@ -83,6 +83,16 @@ def new_folder(config: ServeConfig) -> Iterator[RunFolder]:
             raise
 
 
+def require_free_name(config: ServeConfig) -> None:
+    """Refuse the name of a run that has begun, before anything takes long.
+
+    Raises:
+        ConfigError: a run of that name has come further than its beginning.
+    """
+    if config.name is not None and _unborn(config) is None:
+        RunFolder.require_free(config.runs / config.name)
+
+
 def _unborn(config: ServeConfig) -> RunFolder | None:
     """Return the folder of that name in which nothing has been trained yet; None without one.
 

@@ -94,14 +94,23 @@ class RunFolder:
             StorageError: the folder cannot be written.
         """
         path = runs / name if name else _free(runs / time.strftime("%Y%m%d-%H%M%S"))
-        if path.exists():
-            raise ConfigError(
-                f"run folder {path} exists; choose another name, or `coordinator resume {path}`"
-            )
+        cls.require_free(path)
         with storage_errors(f"run folder {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(0o700)
         return cls(path)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Refuse a *path* at which there is something already.
+
+        Raises:
+            ConfigError: there is.
+        """
+        if path.exists():
+            raise ConfigError(
+                f"run folder {path} exists; choose another name, or `coordinator resume {path}`"
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

@@ -12,6 +12,7 @@ from coordinator.export.run_facts import run_facts
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
+from coordinator.gateway.port import require_free_port
 from coordinator.results.events import (
     AlreadyComplete,
     Exported,
@@ -31,6 +32,7 @@ from coordinator.results.lifecycle import (
     has_ended,
     new_folder,
     reopened,
+    require_free_name,
     restoring,
 )
 from coordinator.results.result_files import is_whole
@@ -64,6 +66,8 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     """
     keys = load_key_pair(config.secret_key)
     require_trackers(config)
+    require_free_name(config)
+    require_free_port(config.listen)
     watcher.see(Preparing(f"reading model {config.model}"))
     model = ServerModel(config)
     with (
@@ -90,6 +94,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         folder, config, checkpoint = run
         keys = load_key_pair(config.secret_key)
         require_trackers(config)
+        require_free_port(config.listen)
         watcher.see(Preparing(f"reading model {config.model}"))
         model = ServerModel(config)
         with _gateway(config, keys) as gateway, reporting(config, folder, watcher) as seen_by:

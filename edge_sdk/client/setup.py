@@ -25,7 +25,7 @@ from edge_sdk.client.offer.base_choice import (
 )
 from edge_sdk.client.profile import device_memory, device_profile
 from edge_sdk.data.batches import Batches
-from edge_sdk.data.rows import load_data
+from edge_sdk.data.rows import Row, load_data
 from edge_sdk.data.tally import Tally
 from edge_sdk.data.tokenize import Example, ModelLimits, tokenize_rows
 from edge_sdk.errors import ModelError, RemoteProtocolError
@@ -67,6 +67,17 @@ class TokenizedData:
     """What became of the rows that were not taken as they stood."""
 
 
+@dataclass
+class _ReadRows:
+    """The device's rows, not yet made tokens."""
+
+    seed: int
+    """Decides which are held out."""
+    train: list[Row]
+    held_out: list[Row]
+    tally: Tally
+
+
 class RuntimeSetup:
     """Files, data and runtime of one device in one run."""
 
@@ -77,6 +88,7 @@ class RuntimeSetup:
         self._local: ModelSource | None = None
         self._hashes: PartHashes | None = None
         self._files: Path | None = None
+        self._read: _ReadRows | None = None
         self._longest = 0
         self.say: Callable[[str], None] = lambda _doing: None
         """Told what takes a while, in a few words."""
@@ -108,7 +120,15 @@ class RuntimeSetup:
         return self._cache.path(part)
 
     def files(self, welcome: Welcome, ask: Ask) -> Path:
-        """Return a folder with the model's config and tokenizer."""
+        """Return a folder with the model's config and tokenizer.
+
+        The private rows are read before that: what is wrong with them is better known before
+        anything is measured, or fetched.
+
+        Raises:
+            DataError: as `data`.
+        """
+        self._rows(welcome)
         part = welcome.files
         folder = inside(self._cache.folder, f"{part.sha256}.files")
         for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
@@ -126,19 +146,18 @@ class RuntimeSetup:
             DataError: something is wrong with it; the message names file and line.
         """
         assert self._files is not None, "files come first"
-        self.say("reading the private data")
-        tokenizer = self.backend.tokenizer(self._files)
-        seed = int(welcome.training["seed"])
-        config, tally = self._config.data, Tally(self._config.data.bad_rows)
-        rows, held_out = load_data(self._dataset, config, seed, tally)
+        read, self._read = self._rows(welcome), None
+        self.say(f"tokenizing {len(read.train) + len(read.held_out):,} rows")
+        tally = read.tally
+        config, tokenizer = self._config.data, self.backend.tokenizer(self._files)
         limits = ModelLimits(
             vocab_size=welcome.vocab_size,
             max_positions=welcome.max_length,
             num_labels=welcome.num_labels or None,
             label_names=welcome.label_names,
         )
-        train = tokenize_rows(rows, tokenizer, config, limits, tally, isolates=True)
-        validation = tokenize_rows(held_out, tokenizer, config, limits, tally, isolates=True)
+        train = tokenize_rows(read.train, tokenizer, config, limits, tally, isolates=True)
+        validation = tokenize_rows(read.held_out, tokenizer, config, limits, tally, isolates=True)
         tally.say(self.say)
         self._longest = max(len(example.input_ids) for example in (*train, *validation))
         return TokenizedData(
@@ -170,6 +189,15 @@ class RuntimeSetup:
             keep_choice(self.folder, choice)
         self.say(f"base: auto is {choice.base}: {choice.reason}")
         self._config = replace(self._config, base=choice.base)
+
+    def _rows(self, welcome: Welcome) -> _ReadRows:
+        """Return the private rows, read now unless they have been."""
+        config, seed = self._config.data, int(welcome.training["seed"])
+        if self._read is None or self._read.seed != seed:
+            self.say("reading the private data")
+            tally = Tally(config.bad_rows)
+            self._read = _ReadRows(seed, *load_data(self._dataset, config, seed, tally), tally)
+        return self._read
 
     def runtime(self, welcome: Welcome, assigned: PlanAssigned, ask: Ask) -> Runtime:
         """Build the device's slice with the adapters of its plan."""

@@ -5,13 +5,12 @@ Not here: whether the model can be cut (`check.py`), and what a device has (`edg
 
 from __future__ import annotations
 
-import errno
 import math
-import socket
 from collections.abc import Iterator
 
 from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
 from coordinator.config.run import ServeConfig
+from coordinator.gateway import port
 from coordinator.gateway.allow_list import AllowList
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking.trackers import check_trackers
@@ -105,21 +104,11 @@ def check_planning(config: ServeConfig) -> Finding:
 
 def check_port(listen: str) -> Finding:
     """Check whether the port can be listened at now."""
-    where = parse_address(listen.replace("//*:", "//0.0.0.0:"))
-    if where is None:
-        return ok("port", f"{listen}: any that is free")
-    host, port = where
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(found[0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(found[4])
-    except socket.gaierror:
-        return skipped("port", f"{listen}: {host} is the name of an interface, or none")
-    except OSError as error:
-        is_taken = error.errno == errno.EADDRINUSE
-        cure = f"ss -ltnp 'sport = :{port}' shows who; or listen=tcp://*:PORT" if is_taken else ""
+    if (error := port.obstacle(listen)) is not None:
+        cure = port.cure(error, listen)
         return failure("port", f"{listen}: {error.strerror or error}", cure)
+    if parse_address(listen.replace("//*:", "//0.0.0.0:")) is None:
+        return ok("port", f"{listen}: any that is free")
     return ok("port", f"{listen} is free")
 
 

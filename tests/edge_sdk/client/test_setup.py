@@ -1,6 +1,7 @@
 """What a device fetches: each answer brings it forward, and nothing is fetched that has no room."""
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.setup import RuntimeSetup
-from edge_sdk.errors import RemoteProtocolError, StorageError
+from edge_sdk.errors import DataError, RemoteProtocolError, StorageError
 from edge_sdk.model.kept import part_cache
 from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import PartData, PartRequest, Stamp
+from edge_sdk.protocol.messages import PartData, PartRequest, Stamp, Welcome
 from edge_sdk.protocol.plan import Part
 
 DATA = bytes(range(100))
@@ -68,5 +69,18 @@ def test_nothing_is_fetched_that_the_disk_cannot_hold(
     monkeypatch.setattr(part_cache.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"needs 100 bytes more in .*, where \d+ are free"):
         setup.fetch(PART, answers, Stamp())
+
+    assert answers.asked == 0
+
+
+def test_bad_data_is_known_before_anything_is_fetched(tmp_path: Path) -> None:
+    """What is wrong with the private rows ends a device before it downloads or measures."""
+    config = ClientConfig(coordinator="tcp://x:1", server_key="", cache=tmp_path)
+    setup, answers = RuntimeSetup(config, [{"text": "a"}, {"txt": "b"}]), Answers([50])
+    values: dict[str, Any] = {each.name: None for each in fields(Welcome)}
+    welcome = Welcome(**{**values, "stamp": Stamp(), "files": PART, "training": {"seed": 0}})
+
+    with pytest.raises(DataError, match="needs text"):
+        setup.files(welcome, answers)
 
     assert answers.asked == 0
