@@ -50,6 +50,7 @@ SLOW = (
     "test_models_page.py",
     "edge_sdk/lora/test_importance_",
     "coordinator/lab/centralised/",
+    "coordinator/gateway/enrolment/test_desk.py",
     "coordinator/page/test_browser.py",
     "coordinator/page/test_serving.py",
     "profiler/test_measure.py",

@@ -203,7 +203,8 @@ def check_handshake(found: Handshake, public: str) -> Finding:
     """Check whether each side takes the other's key."""
     if found.refused == 400:
         text = "the coordinator does not know this device's key"
-        return failure("handshake", text, f"there: coordinator client register NAME '{public}'")
+        cure = f"there: coordinator client register NAME '{public}', or coordinator enrol NAME"
+        return failure("handshake", text, cure)
     if found.refused is not None:
         text = f"the coordinator could not judge this device's key (status {found.refused})"
         return failure("handshake", text, "look at the coordinator's log")

@@ -135,7 +135,7 @@ def test_whoever_is_not_meant_does_not_enrol(
     before = AllowList(allowed.path).devices()
 
     with pytest.raises((RefusedError, PeerGone), match=words):
-        redeem(code, key, 3.0)
+        redeem(code, key, 1.5)
 
     assert AllowList(allowed.path).devices() == before
 
@@ -233,6 +233,32 @@ def test_thousands_of_guesses_find_nothing_and_keep_nobody_out(tmp_path: Path) -
         asker.close(0)
         handler.close()
         context.term()
+
+
+def test_guesses_over_real_connections_disturb_nobody(gateway: ZmqGateway, make: Make) -> None:
+    """More than are looked up: all are refused, a device's session lives, the code is still good."""
+    code, context = make(), zmq.Context()
+    with open_link(gateway, ONE):
+        until(gateway, Joined)
+        for _ in range(5):
+            guesses = []
+            for keys in (one_time_keys(new_code(code.address, SERVER.public)) for _ in range(50)):
+                sock = context.socket(zmq.DEALER)
+                sock.curve_serverkey = SERVER.public.encode()
+                sock.curve_publickey = keys.public.encode()
+                sock.curve_secretkey = keys.secret.encode()
+                monitor = sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+                sock.connect(gateway.address)
+                guesses.append((sock, monitor))
+            assert all(monitor.poll(20_000) for _, monitor in guesses)
+            for sock, monitor in guesses:
+                sock.disable_monitor()
+                monitor.close(0)
+                sock.close(0)
+
+        assert gateway.devices() == ["one"]
+        assert redeem(code, TWO.public) == "two"
+    context.term()
 
 
 def test_a_stranger_without_a_code_trains_nobody(
