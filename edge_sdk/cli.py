@@ -142,6 +142,7 @@ def _add_enrol(parser: argparse.ArgumentParser) -> None:
         help="written, or changed in what concerns the coordinator; default: %(default)s",
     )
     add("--key", type=Path, help="secret key; default: that of the config, or device.key beside it")
+    add("--coordinator", metavar="ADDRESS", help="tcp://HOST:PORT, if not that in the code")
     parser.set_defaults(run=_enrol)
 
 
@@ -155,7 +156,7 @@ def _enrol(options: argparse.Namespace) -> int:
     text = text.rpartition("edge-sdk enrol ")[2]
     if len(text) >= MOST_CODE_LETTERS:
         raise ConfigError("this is no enrolment code: it is too long")
-    done = enrol(text, options.config, options.key)
+    done = enrol(text, options.config, options.key, options.coordinator)
     made = "made" if done.is_new_key else "was there"
     print(f"enrolled as {done.name} at {done.address}")
     print(f"key:    {done.key} ({made}), fingerprint {fingerprint(done.public_key)}")
@@ -164,7 +165,9 @@ def _enrol(options: argparse.Namespace) -> int:
     else:
         what = f"changed: {', '.join(done.changed)}" if done.changed else "as it was"
         print(f"config: {done.config} ({what})")
-    print(f"next:   set data.path in {done.config}, then: edge-sdk check --config {done.config}")
+    if done.is_new_config:
+        print(f"next:   set data.path in {done.config}")
+    print(f"then:   edge-sdk check --config {done.config}")
     print(f"        edge-sdk run --config {done.config}")
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,11 @@ def template_text(path: Path, values: Mapping[str, str | None]) -> str:
 
 
 def enrol(
-    text: str, config: Path, key: Path | None = None, timeout_s: float = ANSWER_S
+    text: str,
+    config: Path,
+    key: Path | None = None,
+    address: str | None = None,
+    timeout_s: float = ANSWER_S,
 ) -> Enrolment:
     """Redeem the enrolment code *text*, and leave behind what `edge-sdk run` needs.
 
@@ -72,6 +76,8 @@ def enrol(
         config: The device's config; one that is there keeps all but the coordinator and its key.
         key: Its secret key, made unless it is there; None: that of the config, or `device.key`
             beside it.
+        address: Where this device finds the coordinator, if not at the code's address: behind a
+            tunnel, for instance. Its key is that in the code all the same.
         timeout_s: Seconds for the coordinator's answer.
 
     Raises:
@@ -81,6 +87,8 @@ def enrol(
         StorageError: the key or the config cannot be written.
     """
     code = read_code(text)
+    if address is not None:
+        code = _elsewhere(code, address)
     before = config.read_text(encoding="utf-8") if config.is_file() else None
     secret = _secret_path(before, config, key)
     values = {"coordinator": code.address, "server_key": code.server_key}
@@ -108,6 +116,13 @@ def enrol(
         changed=() if before is None else _changed(before, after),
         is_new_config=before is None,
     )
+
+
+def _elsewhere(code: EnrolCode, address: str) -> EnrolCode:
+    try:
+        return replace(code, address=address)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _named(text: str, name: str) -> str:

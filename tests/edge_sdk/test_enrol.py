@@ -205,3 +205,16 @@ def test_the_command_ends_with_one_line(word: str, capsys: pytest.CaptureFixture
     assert main(["enrol", word]) == 2
 
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_tunnel_is_another_way_to_the_same_coordinator(counter: Counter, tmp_path: Path) -> None:
+    """The address may be another one than in the code; the key that is asked for is the code's."""
+    book = EnrolmentBook(counter.allowed.path)
+    code = write_code(book.make_code("kitchen", "tcp://10.255.255.1:7070", SERVER.public))
+    config = tmp_path / "device.yaml"
+
+    assert main(["enrol", code, "--config", str(config), "--coordinator", counter.address]) == 0
+
+    assert load_config(ClientConfig, config, env={}).coordinator == counter.address
+    with pytest.raises(ConfigError, match="must be tcp://HOST:PORT"):
+        enrol(code, config, address="somewhere")

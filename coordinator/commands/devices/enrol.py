@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import ipaddress
 import json
 import math
 import socket
@@ -102,6 +103,8 @@ def _enrol(options: argparse.Namespace) -> int:
     say(f"address      {code.address}")
     if where.is_guessed:
         say("             (this machine's; --address names another)")
+    elif _is_of_this_machine(code.address):
+        say("             (reached from this machine alone; --address names another)")
     say(f"coordinator  {fingerprint(public)}")
     say(f"allow-list   {where.allow_list}")
     say("Whoever has the code can take the place of the device until it is used.")
@@ -152,6 +155,14 @@ def _own_host() -> str:
             raise ConfigError(
                 f"no network here ({error.strerror}): --address tcp://HOST:{DEFAULT_PORT}"
             ) from error
+
+
+def _is_of_this_machine(address: str) -> bool:
+    where = parse_address(address)
+    try:
+        return where is not None and ipaddress.ip_address(where[0]).is_loopback
+    except ValueError:
+        return where is not None and where[0] == "localhost"
 
 
 def _is_served(address: str) -> bool:

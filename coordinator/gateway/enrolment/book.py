@@ -14,17 +14,18 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from coordinator.gateway.allow_list import AllowList, give_to, identity_of, is_device_name
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.files import atomic_write, make_folder, storage_errors
 from edge_sdk.transport.enrol_code import EnrolCode, new_code, one_time_keys
-from edge_sdk.transport.keys import fingerprint
+from edge_sdk.transport.keys import fingerprint, is_public_key
 
 LASTS_S = 900.0
 """How long a code may be used unless said otherwise, in seconds."""
@@ -36,6 +37,9 @@ MOST_CLOSED = 256
 _MOST_FILE_BYTES = 512 * 1024
 # A code that is younger than now by more than this was made by another clock.
 _CLOCK_S = 60.0
+_HASH = re.compile("[0-9a-f]{64}")
+# A clock time beyond every other, in seconds since 1970: the year 5138.
+_LAST_S = 1e11
 _PURPOSE = b"EdgeSplit enrolment, kept hash\0"
 
 Fate = Literal["open", "used", "withdrawn"]
@@ -252,13 +256,13 @@ class EnrolmentBook:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
                 owner = self._owner()
+                give_to(name, owner)
                 if os.geteuid() not in (0, owner.st_uid):  # it could not be read by its owner
                     raise ConfigError(f"{self.path} is another user's; enrol devices as that user")
                 self._load()
                 entries = list(self._entries)
                 yield entries
                 self._write(entries)
-                give_to(name, owner)
             finally:
                 os.close(lock)
 
@@ -299,12 +303,25 @@ def _parsed(content: bytes, path: Path) -> list[CodeEntry]:
         rows: list[dict[str, Any]] = json.loads(content)["codes"]
         entries = [CodeEntry(**row) for row in rows]
         for entry in entries:
-            if not is_device_name(entry.name) or len(entry.hash) != 64:
+            if not _is_sound(entry):
                 raise ValueError(f"no code of {entry.name!r}")
-            float(entry.until_s), float(entry.made_s)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is no book of codes: {error}; remove it") from error
     return entries
+
+
+def _is_sound(entry: CodeEntry) -> bool:
+    """Return whether everything in an entry is what it ought to be, whoever has written it."""
+    texts, times = (entry.name, entry.hash, entry.used_by), (entry.made_s, entry.until_s)
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(time_s) in (int, float) and 0 <= time_s < _LAST_S for time_s in times)
+        and type(entry.replaces) is bool
+        and is_device_name(entry.name)
+        and _HASH.fullmatch(entry.hash) is not None
+        and entry.fate in get_args(Fate)
+        and (not entry.used_by or is_public_key(entry.used_by))
+    )
 
 
 def _ago(seconds: float) -> str:

@@ -27,6 +27,8 @@ MOST_KEYS, MOST_EACH = 64, 8
 FRESH_S, STALE_S = 3600.0, 7 * 86400.0
 # The file is written at most so often, in seconds.
 WRITE_S = 2.0
+# A clock time beyond every other: the year 5138.
+_LAST_S = 1e11
 _MOST_FILE_BYTES = 64 * 1024
 
 
@@ -112,7 +114,7 @@ def refused_path(allow_list: Path) -> Path:
 def read_refused(path: Path) -> list[RefusedKey]:
     """Return the keys in the file at *path*, in their order; what is none is left out."""
     found: list[RefusedKey] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         with path.open("rb") as file:
             rows = json.loads(file.read(_MOST_FILE_BYTES))["refused"]
         for row in rows[:MOST_KEYS]:
@@ -121,8 +123,8 @@ def read_refused(path: Path) -> list[RefusedKey]:
                 printable(str(row["source"]))[:64],
                 float(row["first_s"]),
                 float(row["last_s"]),
-                int(row["times"]),
+                int(min(row["times"], 1 << 53)),
             )
-            if is_public_key(one.key):
+            if is_public_key(one.key) and 0 <= one.first_s <= one.last_s < _LAST_S:
                 found.append(one)
     return found

@@ -77,6 +77,17 @@ def test_the_runs_config_names_port_key_and_list(
     assert [entry.name for entry in EnrolmentBook(Path("list.yaml")).open_codes()] == ["kitchen"]
 
 
+def test_an_address_that_others_cannot_reach_is_named(
+    keys: KeyPair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that listens on the loopback alone has boards on this machine alone."""
+    config = write_run(listen="tcp://127.0.0.1:7070")
+
+    assert main(["enrol", "kitchen", "--config", config]) == 0
+
+    assert "(reached from this machine alone; --address names another)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

@@ -210,6 +210,35 @@ def test_while_another_process_writes_a_device_is_asked_to_wait(desk: Desk) -> N
         code = desk.code()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hash": "\u00e9" * 64},
+        {"hash": ["a"] * 64},
+        {"hash": "a" * 63},
+        {"until_s": "later"},
+        {"until_s": float("nan")},
+        {"until_s": 1e300},
+        {"made_s": None},
+        {"name": "../x"},
+        {"name": 7},
+        {"fate": "lost"},
+        {"replaces": "no"},
+        {"used_by": "x"},
+        {"more": 1},
+    ],
+)
+def test_a_code_that_somebody_has_changed_is_none(desk: Desk, change: dict[str, object]) -> None:
+    """Whatever stands in the file: it lets nobody in, and ends no thread that serves others."""
+    code = desk.code()
+    rows = json.loads(desk.theirs.path.read_text())["codes"]
+    desk.theirs.path.write_text(json.dumps({"codes": [{**rows[0], **change}]}))
+
+    assert desk.ours.find(one_time_keys(code).public) is None
+    with pytest.raises(ConfigError, match="is no book of codes"):
+        desk.redeem(code)
+
+
 def test_a_damaged_book_is_named_and_ends_no_run(desk: Desk) -> None:
     """Who makes a code is told; a coordinator that serves goes on with what it has read."""
     code = desk.code()

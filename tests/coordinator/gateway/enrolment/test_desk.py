@@ -236,7 +236,7 @@ def test_thousands_of_guesses_find_nothing_and_keep_nobody_out(tmp_path: Path) -
 
 
 def test_guesses_over_real_connections_disturb_nobody(gateway: ZmqGateway, make: Make) -> None:
-    """More than are looked up: all are refused, a device's session lives, the code is still good."""
+    """More than are looked up: all are refused, a session lives, and the code is still good."""
     code, context = make(), zmq.Context()
     with open_link(gateway, ONE):
         until(gateway, Joined)

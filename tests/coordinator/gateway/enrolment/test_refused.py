@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from zmq.utils import z85
@@ -121,6 +122,9 @@ def test_a_damaged_file_or_a_full_disk_costs_this_list_alone(tmp_path: Path) -> 
     good = {"key": key(1), "source": "\x1b[2J10.0.0.1", "first_s": 1, "last_s": 2, "times": 3}
     for content in (b"\xff", b"[]", b'{"refused": 7}', b'{"refused": [{"key": 1}]}'):
         path.write_bytes(content)
+        assert read_refused(path) == []
+    for change in ({"last_s": 1e300}, {"first_s": math.nan}, {"times": math.nan}, {"times": "x"}):
+        path.write_text(json.dumps({"refused": [{**good, **change}]}))
         assert read_refused(path) == []
     path.write_text(json.dumps({"refused": [{**good, "key": "no key"}, good]}))
     (one,) = read_refused(path)
