@@ -89,7 +89,7 @@ def enrol(
     code = read_code(text)
     if address is not None:
         code = _elsewhere(code, address)
-    before = config.read_text(encoding="utf-8") if config.is_file() else None
+    before = _text_of(config)
     secret = _secret_path(before, config, key)
     values = {"coordinator": code.address, "server_key": code.server_key}
     if key is not None or before is None:
@@ -101,10 +101,7 @@ def enrol(
     pair = create_key_pair(secret) if is_new_key else load_key_pair(secret)
     name = redeem(code, pair.public, timeout_s)
     _see_that_it_is_let_in(code, pair, timeout_s)
-    if before is None:
-        write_config(config, _named(after, name))
-    elif after != before:
-        atomic_write(config, after, mode=config.stat().st_mode & 0o777)
+    _write(config, before, _named(after, name) if before is None else after)
     return Enrolment(
         name=name,
         address=code.address,
@@ -116,6 +113,23 @@ def enrol(
         changed=() if before is None else _changed(before, after),
         is_new_config=before is None,
     )
+
+
+def _text_of(config: Path) -> str | None:
+    try:
+        return config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"cannot read {config}: {why}") from error
+
+
+def _write(config: Path, before: str | None, after: str) -> None:
+    if before is None:
+        write_config(config, after)
+    elif after != before:
+        atomic_write(config, after, mode=config.stat().st_mode & 0o777)
 
 
 def _elsewhere(code: EnrolCode, address: str) -> EnrolCode:

@@ -133,6 +133,19 @@ def test_what_cannot_be_changed_safely_costs_no_code(
     assert enrol(code, config).name == "kitchen"
 
 
+def test_a_config_that_is_no_text_costs_no_code(counter: Counter, tmp_path: Path) -> None:
+    """A folder, or bytes of something else, in its place are named before anything is asked."""
+    code = counter.code()
+    (tmp_path / "device.yaml").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ConfigError, match="cannot read .*device.yaml: not UTF-8"):
+        enrol(code, tmp_path / "device.yaml")
+    with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+        enrol(code, tmp_path)
+
+    assert counter.allowed.devices() == {}
+
+
 def test_a_code_that_is_refused_leaves_no_config(counter: Counter, tmp_path: Path) -> None:
     """The key stays for the next try; a mistyped code leaves nothing at all."""
     code, config = counter.code(), tmp_path / "device.yaml"
