@@ -91,10 +91,7 @@ def enrol(
         code = _elsewhere(code, address)
     before = _text_of(config)
     secret = _secret_path(before, config, key)
-    values = {"coordinator": code.address, "server_key": code.server_key}
-    if key is not None or before is None:
-        values["secret_key"] = _from(config, secret)
-    after = template_text(config, values) if before is None else _merged(before, values, config)
+    after = _text_for(config, before, code, secret if key or before is None else None)
     with storage_errors(config):
         make_folder(config.parent)
     is_new_key = not secret.exists()
@@ -123,6 +120,14 @@ def _text_of(config: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"cannot read {config}: {why}") from error
+
+
+def _text_for(config: Path, before: str | None, code: EnrolCode, secret: Path | None) -> str:
+    """Return what the config is to be; *secret* is named in it unless it is None."""
+    values = {"coordinator": code.address, "server_key": code.server_key}
+    if secret is not None:
+        values["secret_key"] = _from(config, secret)
+    return template_text(config, values) if before is None else _merged(before, values, config)
 
 
 def _write(config: Path, before: str | None, after: str) -> None:
