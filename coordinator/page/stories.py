@@ -18,6 +18,10 @@ RUN, DEVICE, TROUBLE = "run", "device", "trouble"
 _WORDS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "model": (RUN, lambda r: f"the model has {r['blocks']} blocks"),
     "run.started": (RUN, lambda r: f"the run begins at step {r['step']}"),
+    "plans.made": (
+        RUN,
+        lambda r: f"plans from round {nth(r['round'])} on for {_who(list(r['why']))}",
+    ),
     "run.ended": (RUN, lambda r: f"the run has ended: {r['outcome']}"),
     "run.rewound": (TROUBLE, lambda r: f"back to the last good state: {r['reason']}"),
     "adapter.exported": (RUN, lambda r: f"adapter written, {_checked(r)}"),
@@ -163,7 +167,7 @@ def plan_rows(history: RunHistory, rounds: int) -> list[dict[str, Any]]:
     newest = next((row for row in reversed(history.plans) if row["round"] <= rounds), None)
     if newest is None:
         return []
-    told = (row["why"] for row in reversed(history.plans) if row.get("why"))
+    told = (row["why"] for row in reversed(history.events) if row["event"] == "plans.made")
     why: Mapping[str, Row] = next(told, {})
     rows = []
     for name, plan in sorted(newest["plans"].items()):

@@ -109,6 +109,7 @@ class RunFiles:
                 self._folder.append("telemetry.jsonl", row)
             case PlanMade():
                 self._folder.append("plans.jsonl", _plan_row(event))
+                self._happened(_explained_row(event))
             case PlanShrunk():
                 self._folder.append("plans.jsonl", _shrunk_row(event))
             case ImportanceMeasured(round_, importance):
@@ -116,10 +117,12 @@ class RunFiles:
                 row = {"round": round_, "importance": numbers}
                 self._folder.append("importance.jsonl", row)
             case _ if (line := _event_row(event)) is not None:
-                clock = time.strftime(CLOCK)
-                self._folder.append("events.jsonl", {"time": clock, **line})
+                self._happened(line)
                 if isinstance(event, Exported):
                     self._folder.settle()
+
+    def _happened(self, line: Mapping[str, Any]) -> None:
+        self._folder.append("events.jsonl", {"time": time.strftime(CLOCK), **line})
 
 
 def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
@@ -218,6 +221,15 @@ def _plan_row(event: PlanMade) -> Mapping[str, Any]:
         "utility": found.utility,
         "refused": found.refused,
         "importance": dict(event.importance),
+    }
+
+
+def _explained_row(event: PlanMade) -> Mapping[str, Any]:
+    """Return what bounds each device's plan, for those who read events."""
+    stories = event.plans.explanation.devices
+    return {
+        "event": "plans.made",
+        "round": event.round,
         "why": {
             name: {
                 "bound_by": story.binding,
@@ -226,6 +238,6 @@ def _plan_row(event: PlanMade) -> Mapping[str, Any]:
                 "budget_bytes": story.budget_bytes if math.isfinite(story.budget_bytes) else None,
                 "wave_s": story.device_s,
             }
-            for name, story in found.explanation.devices.items()
+            for name, story in stories.items()
         },
     }
