@@ -22,8 +22,14 @@ def thin(rows: Sequence[T], most: int) -> list[T]:
     return [rows[round(n * (len(rows) - 1) / (most - 1))] for n in range(most)]
 
 
-def curves(history: RunHistory) -> dict[str, Any]:
-    """Return a row for each round, and what each device has measured where they are few."""
+def curves(history: RunHistory, clock: Sequence[Row] = ()) -> dict[str, Any]:
+    """Return a row for each round, and what each device has measured where they are few.
+
+    Args:
+        history: The run.
+        clock: Rows of a simulation's modelled clock.
+    """
+    modelled = {0: 0.0, **{row["round"]: row["seconds"] for row in clock}} if clock else {}
     samples, seconds, traffic = history.samples(), history.seconds(), history.traffic()
     rows = thin(history.metrics, MOST_POINTS)
     points = []
@@ -36,6 +42,7 @@ def curves(history: RunHistory) -> dict[str, Any]:
                 "step": row.get("step"),
                 "samples": samples.get(done),
                 "seconds": seconds.get(done),
+                "modelled": modelled.get(done),
                 "up": up,
                 "down": down,
                 "train": row.get("train_loss"),

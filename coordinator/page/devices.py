@@ -14,7 +14,8 @@ from coordinator.results.standing.standing import DeviceStanding, Standing
 MOST_KINDS, MOST_BLOCKS = 16, 256
 # Of a board's last sign of life.
 _BOARD = ("memory_total", "memory_available", "temperature", "power", "energy", "throttled")
-_NOW = ("compute_s", "wait_s", "up_bytes_per_s", "down_bytes_per_s")
+_SPENT = ("compute_s", "wait_s")
+_RATES = ("up_bytes_per_s", "down_bytes_per_s")
 
 
 def device_cards(
@@ -52,7 +53,9 @@ def device_cards(
         board = mine.get("board") or last.get(one.name, {}).get("board", {})
         card |= {key: board.get(key) for key in _BOARD}
         totals = last.get(one.name, {})
-        card |= {key: mine.get(key, totals.get(key)) for key in _NOW}
+        card |= {key: mine.get(key, totals.get(key)) for key in _SPENT}
+        card["is_round"] = "compute_s" not in mine
+        card |= {key: mine.get(key) if standing.is_running else None for key in _RATES}
         cards[one.name] = card
     return cards
 
@@ -115,19 +118,21 @@ def _by_block(ranks: Mapping[str, int]) -> dict[tuple[int, str], int]:
 
 def totals(cards: Iterable[Row]) -> dict[str, Any]:
     """Return what all devices do together."""
-    rates, powers = [], []
+    rates, powers, energies = [], [], []
     up = down = training = count = 0
     for card in cards:
         count += 1
         training += card["tone"] == "training"
         rates += [card["tokens_per_s"]] if card["tokens_per_s"] is not None else []
         powers += [card["power"]] if card["power"] is not None else []
+        energies += [card["energy"]] if card["energy"] is not None else []
         up, down = up + card["bytes_up"], down + card["bytes_down"]
     return {
         "devices": count,
         "training": training,
         "tokens_per_s": sum(rates) if rates else None,
         "power": sum(powers) if powers else None,
+        "energy": sum(energies) if energies else None,
         "bytes_up": up,
         "bytes_down": down,
     }

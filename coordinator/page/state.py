@@ -24,6 +24,8 @@ from coordinator.results.run_folder import LIVE, SAMPLES
 from coordinator.results.run_lock import is_held
 from coordinator.results.standing.standing import Standing, stand
 
+# Times of a simulation.
+CLOCK = "clock.jsonl"
 # Texts of the coordinator's own prompts that are told, and letters of each.
 MOST_SAMPLES, MOST_LETTERS = 60, 2000
 
@@ -80,7 +82,7 @@ def run_parts(folder: FollowedFolder, config: ServeConfig) -> dict[str, Any]:
     blocks = [row["blocks"] for row in history.events if row["event"] == "model"]
     deepest = max((one.split or 0 for one in standing.devices), default=0)
     return {
-        "run": _about(standing, history, config, live),
+        "run": _about(standing, history, config, live) | {"is_simulated": bool(folder.rows(CLOCK))},
         "totals": totals(cards.values()),
         "model": {
             "blocks": blocks[-1] if blocks else None,
@@ -89,7 +91,7 @@ def run_parts(folder: FollowedFolder, config: ServeConfig) -> dict[str, Any]:
             "strips": strips,
         },
         **{f"device:{name}": card for name, card in cards.items()},
-        "curves": curves(history),
+        "curves": curves(history, folder.rows(CLOCK)),
         "importance": importance(history, folder.rows(IMPORTANCE)),
         "plan": plan_rows(history, config.rounds),
         "plannings": plannings(history),

@@ -139,7 +139,7 @@ function drawWork(parts, one) {
   const part = share(one);
   parts.work.children[0].style.width = `${100 * (1 - part)}%`;
   parts.work.children[1].style.width = `${100 * part}%`;
-  say(parts.workWords, `computes ${seconds(one.compute_s)}, waits ${seconds(one.wait_s)}`);
+  say(parts.workWords, `last ${one.is_round ? "round" : "step"}: computed ${seconds(one.compute_s)}, waited ${seconds(one.wait_s)}`);
 }
 
 function drawMemory(parts, one) {
@@ -162,7 +162,7 @@ function planWords(one, model) {
   if (one.split === null) return "no plan yet";
   const of = model.blocks === null ? "" : ` of ${model.blocks}`;
   const ranks = one.ranks === "0" ? "frozen" : one.ranks ? `rank ${one.ranks}` : "";
-  return [`${one.split}${of} blocks here`, ranks, one.codec].filter(Boolean).join(`  ${DOT}  `);
+  return [`${one.split}${of} blocks`, ranks, one.codec].filter(Boolean).join(`  ${DOT}  `);
 }
 
 function mostRank(model) {
@@ -207,7 +207,8 @@ function drawLegend(most, model) {
   legend.dataset.key = key;
   const scale = svg("svg", { class: "scale", viewBox: "0 0 100 10", preserveAspectRatio: "none" },
     ...Array.from({ length: 20 }, (_, n) => svg("rect", { x: n * 5, width: 5.2, y: 0, height: 10, fill: ramp(n / 19) })));
-  const words = most > 1 ? [el("span", { class: "apart" }, "rank 1"), scale, el("span", {}, `${most}`)] : [];
-  legend.replaceChildren(el("i", { class: "key device-line" }), el("span", {}, "on the device"),
-    el("i", { class: "key server-line" }), el("span", {}, "on the coordinator"), ...words);
+  const pair = (key, ...words) => el("span", { class: "pair" }, key, ...words);
+  legend.replaceChildren(pair(el("i", { class: "key device-line" }), "on the device"),
+    pair(el("i", { class: "key server-line" }), "on the coordinator"),
+    ...(most > 1 ? [pair("rank 1", scale, `${most}`)] : []));
 }

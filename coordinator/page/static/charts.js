@@ -4,7 +4,7 @@ import { byId, el, plain, RAMP_STOPS, say, show, themed } from "./draw.js";
 
 const AXES = {
   round: ["round", "rounds"], samples: ["samples", "samples"],
-  seconds: ["time", "seconds of training"], up: ["bytes up", "bytes from devices"],
+  seconds: ["time", "seconds of training"], modelled: ["modelled time", "modelled seconds"], up: ["bytes up", "bytes from devices"],
 };
 const LINES = ["#5b8def", "#e07b39", "#3aa76d", "#b565c9", "#c9a227", "#d1495b", "#2a9d9f", "#8d99ae"];
 let plotly = null, axis = "round", latest = {};

@@ -102,20 +102,23 @@ const FACTS = [
   ["devices", (_run, all) => [`${all.devices}`, `${all.training} training`]],
   ["tokens/s", (run, all) => [number(all.tokens_per_s), run.steps_per_s ? `${number(run.steps_per_s, 2)} steps/s` : ""]],
   ["traffic", (_run, all) => [`${UP} ${bytes(all.bytes_up)}`, `${DOWN} ${bytes(all.bytes_down)}`]],
-  ["power", (_run, all) => [all.power === null ? DASH : `${number(all.power)} W`, "all boards that tell"]],
-  ["left", (run) => left(run)],
+  ["power", (run, all) => power(run, all)],
+  ["time", (run) => left(run)],
   ["method", (run) => [run.preset ?? run.how.aggregation, `${run.model}, labels: ${run.how.labels}`]],
 ];
 
+function power(run, all) {
+  const used = all.energy === null ? DASH : all.energy < 1e4 ? `${number(all.energy)} J` : `${number(all.energy / 1000)} kJ`;
+  return run.is_running ? [all.power === null ? DASH : `${number(all.power)} W`, all.energy === null ? "" : `${used} so far`] : [used, "all boards that tell"];
+}
+
 function left(run) {
-  const passed = run.is_running ? (Date.now() - told) / 1000 : 0;
-  if (run.run_left_s !== null) {
-    const round = run.round_left_s === null ? "" : `round: ${seconds(Math.max(0, run.round_left_s - passed))}`;
-    return [seconds(Math.max(0, run.run_left_s - passed)), round];
-  }
-  const began = run.began ? moment(run.began) : NaN;
-  const end = run.is_running ? Date.now() : moment(run.changed);
-  return [run.is_running ? DASH : "none", Number.isNaN(began) ? "" : `${run.is_running ? "for" : "took"} ${seconds((end - began) / 1000)}`];
+  const began = run.began ? moment(run.began) : NaN, end = run.is_running ? Date.now() : moment(run.changed);
+  const since = Number.isNaN(began) ? DASH : seconds((end - began) / 1000);
+  if (run.run_left_s === null) return [since, run.is_running ? "so far" : "from first to last"];
+  const passed = (Date.now() - told) / 1000;
+  const round = run.round_left_s === null ? "" : `, round ${seconds(Math.max(0, run.round_left_s - passed))}`;
+  return [`${seconds(Math.max(0, run.run_left_s - passed))} left`, `${since} so far${round}`];
 }
 
 const cells = new Map();

@@ -25,7 +25,7 @@ export function drawTimeline(timeline, devices, run) {
   const [from, to] = stretch(timeline);
   paint(timeline, rows, from, to);
   drawLegend();
-  const when = run?.is_running ? "" : " The last ones of this run.";
+  const when = (run?.is_running ? "" : " The last ones of this run.") + (run?.is_simulated ? " In seconds of this machine, not modelled ones." : "");
   byId("timeline-told").dataset.plain = `Each bar of a device is a step: what it computed, then what it waited, each summed.${when}`;
   if (!byId("timeline").matches(":hover")) say(byId("timeline-told"), byId("timeline-told").dataset.plain);
 }
@@ -105,7 +105,7 @@ function drawLegend() {
   if (legend.childElementCount) return;
   const keys = [["compute", "computes"], ["wait", "waits"], ["server", "forward"], ["server-2", "backward"],
     ["server-3", "adapters, checkpoint"], ["evaluation", "evaluation"], ["aggregation", "aggregation"]];
-  legend.append(...keys.flatMap(([colour, words]) => [el("i", { class: `key ${colour}` }), el("span", {}, words)]));
+  legend.append(...keys.map(([colour, words]) => el("span", { class: "pair" }, el("i", { class: `key ${colour}` }), words)));
 }
 
 byId("timeline").addEventListener("pointermove", (event) => {
