@@ -65,6 +65,11 @@ byId("event-filter").addEventListener("input", () => drawEvents(events));
 
 // ---- texts ----
 
+function when(round) {
+  if (round === null) return "";
+  return round === 0 ? "before training" : `after ${round} round${round === 1 ? "" : "s"}`;
+}
+
 export function drawSamples(rows) {
   show(byId("samples-panel"), Boolean(rows?.length));
   if (!rows?.length) return;
@@ -75,5 +80,5 @@ export function drawSamples(rows) {
   }
   byId("samples").replaceChildren(...[...prompts].map(([prompt, texts]) => el("article", { class: "sample" },
     el("h3", {}, prompt ?? ""), ...texts.slice(0, 4).map((row) => el("p", {},
-      el("b", {}, row.round === null ? "" : `after ${row.round} `), el("span", {}, row.text ?? ""))))));
+      el("b", {}, when(row.round)), el("span", {}, row.text ?? ""))))));
 }

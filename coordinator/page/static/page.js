@@ -117,8 +117,8 @@ function left(run) {
   const since = Number.isNaN(began) ? DASH : seconds((end - began) / 1000);
   if (run.run_left_s === null) return [since, run.is_running ? "so far" : "from first to last"];
   const passed = (Date.now() - told) / 1000;
-  const round = run.round_left_s === null ? "" : `, round ${seconds(Math.max(0, run.round_left_s - passed))}`;
-  return [`${seconds(Math.max(0, run.run_left_s - passed))} left`, `${since} so far${round}`];
+  const round = run.round_left_s === null ? `${since} so far` : `round: ${seconds(Math.max(0, run.round_left_s - passed))}`;
+  return [`${seconds(Math.max(0, run.run_left_s - passed))} left`, round];
 }
 
 const cells = new Map();
