@@ -16,6 +16,7 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.enrolment.book import EnrolmentBook
 from coordinator.gateway.enrolment.refused import RefusedKeys
 from coordinator.gateway.ration import Bucket, Trouble, source_of
+from edge_sdk.transport.keys import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class ZapHandler:
         if self._allowed.is_closed or (bucket and not self._may_dial(bucket, now_s)):
             status, text, bucket = b"300", b"not now", None  # it may try again, and is told nothing
         elif bucket is None:
-            self._trouble.tell("device.refused", source, f"key={key}", now_s)
+            mine = fingerprint(key) if key else "?"
+            self._trouble.tell("device.refused", source, f"key={key} fingerprint={mine}", now_s)
             if key and self.refused is not None:
                 self.refused.note(key, source, time.time())
         return [*route, version, request, status, text, key.encode() if bucket else b"", b""]

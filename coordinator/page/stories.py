@@ -34,6 +34,10 @@ _WORDS: dict[str, tuple[str, Callable[[Row], str]]] = {
     ),
     "tours.merged": (RUN, lambda r: f"version {r['version']}, of {_who(list(r['updates']))}"),
     "step.skipped": (TROUBLE, lambda r: f"step {r['step']} was left out: {r['reason']}"),
+    "device.enrolled": (
+        DEVICE,
+        lambda r: f"enrolled from {r['address']}, with the key {r['fingerprint']}",
+    ),
     "device.joined": (
         DEVICE,
         lambda r: f"ready with {r['split']} blocks and {r['samples']:,} samples",

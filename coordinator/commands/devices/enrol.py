@@ -46,8 +46,8 @@ def add_enrol(commands: Any) -> None:
     parser = add_command(commands, "enrol", "make a code by which a device may register", _enrol)
     parser.description = (
         "Prints a code that works once, for one device and a few minutes; on the device, "
-        "`edge-sdk enrol CODE` makes its key, registers it and writes its config. It makes no "
-        "difference whether a coordinator serves already."
+        "`edge-sdk enrol CODE` makes its key, registers it and writes its config. The coordinator "
+        "may be started later than the code is made; to use the code, it must serve."
     )
     add = parser.add_argument
     add("name", help="name of the device in this coordinator's runs")
