@@ -299,7 +299,8 @@ def _time(seconds: float) -> str:
 def _run(options: argparse.Namespace) -> int:
     if options.supervise:
         return _supervise(options)
-    from edge_sdk.client.client import STOPPED, EdgeClient
+    from edge_sdk.client.client import EdgeClient
+    from edge_sdk.client.participant import STOPPED
 
     config = load_config(ClientConfig, options.config, options.overrides, env_prefix=ENV_PREFIX)
     client = EdgeClient(config, callback=_Lines())

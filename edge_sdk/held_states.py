@@ -123,32 +123,39 @@ class HeldStates:
             self.roll_back()
         self._round = number
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int, *, goes_on: bool = False) -> None:
         """Make what is held now that to which `roll_back` returns, and with which others begin.
 
         Args:
             step: Where the run stands: what has been sent of it, or of a later one, is undone, for
                 it will be sent again.
+            goes_on: Whether it stays held instead, as the step goes on; it is no part of the commit
+                all the same.
 
         Raises:
             StorageError: the log cannot be written.
         """
-        self.commit_in_memory(step)()
+        self.commit_in_memory(step, goes_on=goes_on)()
 
-    def commit_in_memory(self, step: int) -> Callable[[], None]:
+    def commit_in_memory(self, step: int, *, goes_on: bool = False) -> Callable[[], None]:
         """Commit for this process; return what writes the log, for any thread; see `commit`.
 
         Each is called before the next commit.
         """
-        if self._step >= step:
+        is_begun = self._step >= step
+        if is_begun and not goes_on:
             self._restore(self._of_step)
             self._of_step = {}
-        self._fold()
+        since = self._of_step if is_begun else {}
+        if not is_begun:
+            self._fold()
         changed, self._before = self._before, {}
         if self._log is None or not changed:
             return _nothing
-        news = {sample: self._now.get(sample) for sample in sorted(changed)}
-        return partial(_log_commit, self._log, news, dict(self._now), self._num_bytes)
+        then = {**self._now, **since}
+        held = {sample: array for sample, array in then.items() if array is not None}
+        news = {sample: held.get(sample) for sample in sorted(changed)}
+        return partial(_log_commit, self._log, news, held, sum(map(_size, held.values())))
 
     def roll_back(self) -> None:
         """Hold again what was held at the last commit."""

@@ -49,11 +49,13 @@ class Residuals:
     def commit(self, step: int) -> Callable[[], None]:
         """Make what was held before *step* that to which a round that is begun again goes back.
 
+        A round that is on its way goes on with what has come of that step already.
+
         Returns:
             What writes that for a coordinator that resumes the run; any thread may call it, before
             the next commit. It raises StorageError where the folder cannot be written.
         """
-        writes = [held.commit_in_memory(step) for held in self._held.values()]
+        writes = [held.commit_in_memory(step, goes_on=True) for held in self._held.values()]
 
         def write() -> None:
             for each in writes:

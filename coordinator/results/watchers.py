@@ -39,6 +39,7 @@ from coordinator.results.events import (
 from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import SAMPLES, RunFolder
+from coordinator.results.saving_events import RoundHeld, RoundSaved, RoundUnsaved
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
 from coordinator.results.steering_events import SampleText
 from coordinator.results.tour_events import ToursMerged
@@ -145,6 +146,11 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
         case RoundStarted(round_, attempt, devices):
             names = list(devices)
             return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
+        case RoundSaved(round_, step, seconds):
+            return {"event": "round.saved", "round": round_, "step": step, "seconds": seconds}
+        case RoundHeld(round_, step, devices) | RoundUnsaved(round_, step, devices):
+            kind = "round.held" if isinstance(event, RoundHeld) else "round.unsaved"
+            return {"event": kind, "round": round_, "step": step, "devices": list(devices)}
         case ToursMerged(version, updates, standing, dropped):
             on_tour = {n: {"version": v, "staleness": age} for n, (v, age) in standing.items()}
             merged: dict[str, Any] = {"event": "tours.merged", "version": version}

@@ -203,6 +203,7 @@ class Admission:
             exchange="" if config.exchange.is_plain else config.exchange.codec,
             wants_ids=model.facts.layout.needs_ids and config.labels == "server",
             held_bytes=config.held_bytes,
+            holds=True,
             label_names=config.label_names,
             replays=config.replay.applies(config.labels),
             parts={name: part.sha256 for name, part in model.parts.items()},
@@ -239,6 +240,7 @@ class Admission:
             num_micro=plan.batch_size // plan.micro_batch,
             is_local=plan.split == self._model.facts.layout.num_blocks,
             looks_ahead=ready.looks_ahead,
+            marks=ready.marks,
         )
 
     def holds(self, device: str, step: int) -> None:

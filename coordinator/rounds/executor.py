@@ -19,10 +19,11 @@ from coordinator.results.steering_events import SampleText
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
+from coordinator.rounds.marking import Marking
 from coordinator.rounds.pausing import Pausing
 from coordinator.rounds.plans.changes import Moved, Pairs, PlanChanges
 from coordinator.rounds.run import Run
-from coordinator.rounds.state import Action, Phase
+from coordinator.rounds.state import Action, Phase, may_leave
 from coordinator.steering.wishes import Wish
 from edge_sdk.errors import NumericError
 from edge_sdk.protocol.messages import Pause
@@ -95,6 +96,8 @@ class RoundExecutor:
         """How the run is to be left; any thread may write it."""
         self._is_leaving = self._has_evaluated = False
         self._pausing = Pausing(run, config.patience_s)
+        self._marking, self._is_marked = Marking(run, config.save_every_s), False
+        """How rounds are saved on their way, and whether the checkpoint of that is written."""
         self._is_planning = False
         """Whether the run cannot go on before plans are made."""
 
@@ -208,16 +211,22 @@ class RoundExecutor:
         """Do all that can be done now, in seconds of a clock that never goes back."""
         if (wish := self.wish) is not None:
             self._is_leaving = self._pausing.ask(wish, now_s)
+        self._let_go()
         while not self.outcome and not self.is_busy and self._advance_once(now_s):
             pass
 
     def _advance_once(self, now_s: float) -> bool:
         """Do the next thing; return whether there was one."""
-        run, state = self._run, self._run.state
+        state = self._run.state
+        if self._is_marked:
+            self._is_marked = False
+            self._marking.saved(now_s)
         if self._rewinds():
             return True
         if self._pausing.is_begun:
             return self._leaves_if(self._pausing.is_over(now_s))
+        if self._marking.is_begun and not (self._is_leaving and self._pausing.is_late(now_s)):
+            return self._marks_if(self._marking.is_over(now_s))
         if state.phase is Phase.GATHERING:
             self._changes.expel_refused()
             if self._learned.is_outdated:
@@ -228,14 +237,17 @@ class RoundExecutor:
             return True
         if self._is_leaving:
             if self._pausing.can_begin(action):
-                for name in list(state.members):
-                    self._admission.send(name, Pause(stamp=run.stamp(name)))
+                self._ask_to_save(goes_on=False)
                 if self._pausing.begin(now_s):
                     self._left()
                 return not self._pausing.is_begun
             if self._pausing.is_forced(now_s):
                 self._left()
                 return True
+        elif self._marking.is_due(now_s):
+            self._marking.begin(now_s)
+            self._ask_to_save(goes_on=not self._marking.leavers)
+            return True
         doing = {
             Action.START_ROUND: self._start_round,
             Action.RUN_WAVE: self._waves.run_wave,
@@ -260,6 +272,39 @@ class RoundExecutor:
         self._has_evaluated = True
         self._waves.evaluate()
         return True
+
+    # ---- members leave, and rounds are saved on their way ----
+
+    def _let_go(self) -> None:
+        """Let members go that want to, where that costs the round nothing, or nothing more."""
+        run = self._run
+        for device, reason in list(run.leavers.items()):
+            if self._may_leave(device):
+                self._admission.send(device, Pause(stamp=run.stamp(device)))
+                run.lose(device, reason, counts=True)
+
+    def _may_leave(self, device: str) -> bool:
+        return may_leave(self._run.state, device, self._run.leavers)
+
+    def _ask_to_save(self, *, goes_on: bool) -> None:
+        for name in sorted(self._run.savers):
+            self._admission.send(name, Pause(stamp=self._run.stamp(name), goes_on=goes_on))
+
+    def _marks_if(self, is_over: bool) -> bool:
+        """Save the round where its members have; return whether the run can go on."""
+        if not is_over:
+            return False
+        if self._marking.end():
+            members = list(self._run.state.members)
+            self._save(partial(self._marked, members, self._run.state.step))
+        elif self._marking.leavers:
+            self._run.let_go(self._marking.leavers)
+        return True
+
+    def _marked(self, members: list[str], step: int) -> None:
+        for name in members:
+            self._admission.holds(name, step)
+        self._is_marked = True
 
     # ---- rounds ----
 

@@ -84,9 +84,9 @@ class MessageHandler:
             StepReport: self._on_step,
             AdapterUpload: self._on_upload,
             EvalReport: self._on_eval_report,
-            Paused: lambda d, _: run.paused.add(d),
+            Paused: lambda d, e: run.take_paused(d, e.message.stamp),
             Probe: probing.answer,
-            Goodbye: lambda d, e: run.lose(d, e.message.reason),
+            Goodbye: self._on_goodbye,
             Profiled: lambda d, e: changes.profiled(d, e.message.profile),
             Failure: lambda d, e: changes.failed(d, e.message),
         }
@@ -112,7 +112,7 @@ class MessageHandler:
         elif isinstance(event, Joined):
             self._admission.forget(device)
         elif isinstance(event, Left):
-            self._run.lose(device, event.reason or SILENT_END)
+            self._run.lose(device, event.reason or SILENT_END, counts=not event.reason)
             self._admission.forget(device)
         elif isinstance(event, Silent):
             self._admission.silent(device, event.seconds)
@@ -142,8 +142,15 @@ class MessageHandler:
             return DeviceState.UNKNOWN
         return DeviceState.ASSIGNED if device in admission.plans else DeviceState.WELCOMED
 
+    def _on_goodbye(self, device: str, envelope: Envelope) -> None:
+        message: Goodbye = envelope.message
+        if not message.stays:
+            self._run.lose(device, message.reason, counts=True)
+        elif device in self._run.state.ready:
+            self._run.leavers[device] = message.reason
+
     def _on_hello(self, device: str, envelope: Envelope) -> None:
-        self._run.lose(device, "")
+        self._run.lose(device, "", counts=True)
         self._admission.greet(device, envelope.message)
         self._probing.begin(device)
         doing = "fetching its blocks" if device in self._admission.plans else "measuring itself"

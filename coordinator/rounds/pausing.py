@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from coordinator.results.events import StopBegun, StopForced
+from coordinator.results.saving_events import RoundUnsaved
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase, debts, is_between_steps
 from coordinator.steering.wishes import Wish
@@ -74,9 +75,13 @@ class Pausing:
         """Whether fewer rounds are done than the run was begun with."""
         return self._run.state.round < self._total_rounds
 
+    def is_late(self, now_s: float) -> bool:
+        """Return whether no step is waited for any longer."""
+        return self._step_until_s is not None and now_s >= self._step_until_s
+
     def is_forced(self, now_s: float) -> bool:
         """Return whether to leave although a step has not ended: the newest checkpoint counts."""
-        if self._step_until_s is None or now_s < self._step_until_s:
+        if not self.is_late(now_s):
             return False
         self._run.watcher.see(StopForced(sorted(debts(self._run.state))))
         return True
@@ -99,24 +104,37 @@ class Pausing:
         return any(member.is_local for member in self._run.state.members.values())
 
     def begin(self, now_s: float) -> bool:
-        """Wait for members that have been asked to save; return whether there are none."""
+        """Wait for those that have been asked to save themselves; return whether there are none."""
         state = self._run.state
-        if not state.members:
+        if not self._run.savers:
             return True
-        self._run.paused.clear()
-        self._until_s = now_s + self.save_s
+        self._run.ask_to_save()
+        self._until_s = self._limit_s(now_s)
         self._run.watcher.see(StopBegun(state.step))
         return False
 
     def is_over(self, now_s: float) -> bool:
         """Return whether this very step can be saved; not while members may still answer."""
         assert self._until_s is not None
-        self._until_s = min(self._until_s, now_s + self.save_s)  # it may have become urgent
-        is_complete = self._run.paused >= self._run.state.members.keys()
-        return is_complete or now_s >= self._until_s
+        self._until_s = min(self._until_s, self._limit_s(now_s))  # it may have become urgent
+        return self._run.has_saved or now_s >= self._until_s
+
+    def _limit_s(self, now_s: float) -> float:
+        """Return until when devices may save themselves; what a step has left of its time, too."""
+        if self.save_s == LEISURE_S or self._step_until_s is None:
+            return now_s + self.save_s
+        return max(now_s, self._step_until_s) + self.save_s
 
     @property
     def is_worth_saving(self) -> bool:
-        """Whether to save this step; where members train alone, the round's start has to do."""
+        """Whether to save this step; where members train alone, the round's start has to do.
+
+        So has the newest checkpoint where somebody has not answered: without its state of this very
+        step, what it has learned in the round would be lost, and others would learn from less.
+        """
         state = self._run.state
-        return state.step > state.safe_step and not self._has_local()
+        is_new = state.step > state.safe_step and not self._has_local()
+        if is_new and not self._run.has_saved:
+            silent = sorted(state.members.keys() - self._run.paused)
+            self._run.watcher.see(RoundUnsaved(state.round, state.step, silent))
+        return is_new and self._run.has_saved

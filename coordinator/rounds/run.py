@@ -27,8 +27,17 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
+from coordinator.results.saving_events import RoundHeld
 from coordinator.rounds.intake.evaluations import Evaluations
-from coordinator.rounds.state import Conduct, Member, RunState, drop_member, give_up_round
+from coordinator.rounds.state import (
+    Conduct,
+    Member,
+    Phase,
+    RunState,
+    drop_kept,
+    drop_member,
+    give_up_round,
+)
 from coordinator.rounds.step.wave_choice import Rows
 from edge_sdk.errors import NumericError, public_text
 from edge_sdk.lora.factors import Array
@@ -75,12 +84,13 @@ class PendingInputs:
             self.jobs.pop(place, None)
             self.grads.pop(place, None)
 
-    def forget(self, device: str) -> None:
-        """Drop everything from one device."""
+    def forget(self, device: str, *, keeps_report: bool = False) -> None:
+        """Drop everything from one device; its upload stays where the round goes on with that."""
         self.jobs = {place: job for place, job in self.jobs.items() if place[0] != device}
         self.grads = {place: grad for place, grad in self.grads.items() if place[0] != device}
         self.early.pop(device, None)
-        self.reports.pop(device, None)
+        if not keeps_report:
+            self.reports.pop(device, None)
 
 
 class Run:
@@ -101,7 +111,11 @@ class Run:
         self.must_rewind = False
         """Whether the round was given up: everything must go back to the last checkpoint."""
         self.paused: set[str] = set()
-        """Devices that have saved their state."""
+        """Members that have saved themselves since they were asked to."""
+        self.is_saving = False
+        """Whether they have been asked to."""
+        self.leavers: dict[str, str] = {}
+        """Why members want to leave that wait until they may."""
         self.inputs = PendingInputs()
         self.evaluations = Evaluations()
         self.conduct = Conduct()
@@ -137,32 +151,45 @@ class Run:
 
     def join(self, member: Member, num_samples: int, left_out: int = 0, cut: int = 0) -> None:
         """Take in a device that is ready; what it held of a round before is gone."""
-        self.lose(member.name, "")
+        self.lose(member.name, "", counts=True)
         self.coming.discard(member.name)
         self.gone.pop(member.name, None)
         self.state.join(member)
         self.watcher.see(DeviceJoined(member.name, member.split, num_samples, left_out, cut))
 
-    def lose(self, device: str, reason: str) -> None:
+    def lose(self, device: str, reason: str, *, counts: bool = False) -> None:
         """Let go of a device that is gone or, without a *reason*, begins anew.
 
         The first reason counts: that its link is closed after a goodbye or an error says nothing.
+
+        Args:
+            device: Who.
+            reason: Why.
+            counts: Whether its part of the round counts all the same, where that is whole.
         """
+        is_kept = counts and self._is_whole(device)
+        (self.state.kept.add if is_kept else self.state.kept.discard)(device)
+        self.leavers.pop(device, None)
         was_ready, was_coming = device in self.state.ready, device in self.coming
         is_told = was_ready or (was_coming and bool(reason) and self.may_tell(device))
         (self.coming.discard if reason else self.coming.add)(device)
         if reason:
             if was_ready or was_coming or device not in self.gone:
                 self.gone[device] = public_text(reason)
-            if device in self.state.members and self.state.is_in_round:
+            if device in self.state.members and self.state.is_in_round and not is_kept:
                 self.conduct.lost(device, self.state.round)
         self.must_rewind |= self.state.leave(device)
         self._round_start.forget(device)
-        self.inputs.forget(device)
+        self.inputs.forget(device, keeps_report=is_kept)
         self.evaluations.forget(device)
         self.replays.forget(device)
         if is_told and reason:
             self.watcher.see(DeviceLeft(device, public_text(reason)))
+
+    def _is_whole(self, device: str) -> bool:
+        """Return whether a member has done all of its part of the round, or of what is saved."""
+        is_saved = self.is_saving and device in self.paused
+        return device in self.state.members and (device in self.state.uploaded or is_saved)
 
     def wait_for(self, device: str) -> None:
         """Let a device begin anew; the next round waits until it is ready again."""
@@ -298,6 +325,7 @@ class Run:
         self.faults.num_rewinds = 0
         for device in members:
             self.conduct.accepted(device)
+        members -= self.state.kept
         self._round_start.round_ended(result, members)
         self.reporting.telemetry(self.state.round, self.cut_off.take_late())
         self.state.finish_round(evaluating=members if evaluating else set())
@@ -307,6 +335,55 @@ class Run:
         """Return the devices that are to evaluate the last aggregation."""
         self.state.hand_out()
         return list(self.state.awaiting_eval)
+
+    # ---- members save themselves ----
+
+    def ask_to_save(self) -> None:
+        """Note that members have been asked to save themselves."""
+        self.is_saving, self.paused = True, set()
+
+    def take_paused(self, device: str, stamp: Stamp) -> None:
+        """Note that a member has saved itself, if that is what it was asked to save."""
+        if self.is_saving and self.is_current(stamp) and self._stands_at(device, stamp.step):
+            self.paused.add(device)
+
+    def _stands_at(self, device: str, step: int) -> bool:
+        member = self.state.members.get(device)
+        return step == self.state.step or (member is not None and member.is_local)
+
+    @property
+    def savers(self) -> set[str]:
+        """Members and, after the last round, those that evaluate: who has to save itself."""
+        state = self.state
+        if state.phase is Phase.CLOSING and state.is_handed_out:
+            return state.awaiting_eval & state.ready.keys()
+        return set(state.members)
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether all of these have saved themselves since they were asked to."""
+        return self.paused >= self.savers
+
+    def stop_saving(self) -> None:
+        """Note that what members have saved is in a checkpoint, or will never be."""
+        self.is_saving = False
+        self.must_rewind |= drop_kept(self.state)
+
+    def hold_round(self, leavers: Mapping[str, str]) -> None:
+        """Let *leavers* go, as the round is saved; it goes on from there when they are back."""
+        state = self.state
+        away = (state.members.keys() - state.ready.keys()) | leavers.keys()
+        self.watcher.see(RoundHeld(state.round, state.step, sorted(away)))
+        self.let_go(leavers)
+        state.wait_for(away)
+
+    def let_go(self, leavers: Mapping[str, str]) -> None:
+        """Give the round up, as *leavers* go for whom it was to be saved."""
+        give_up_round(self.state)
+        self.is_saving, self.must_rewind = False, True
+        for device, reason in leavers.items():
+            if device in self.state.ready:
+                self.lose(device, reason)
 
     # ---- checkpoints ----
 

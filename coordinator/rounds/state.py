@@ -58,6 +58,8 @@ class Member:
     """Whether it holds the whole model and takes no part in waves."""
     looks_ahead: bool = False
     """Whether it takes a final hidden state before the gradient of the micro-batch before."""
+    marks: bool = False
+    """Whether it can save itself in mid-round and go on."""
 
 
 @dataclass
@@ -93,6 +95,8 @@ class RunState:
     """Whether the last aggregation is on its way to them."""
     awaited: set[str] = field(default_factory=set)
     """Devices that took part before the coordinator restarted: a round waits for them too."""
+    kept: set[str] = field(default_factory=set)
+    """Members that have left since their part of the round, or of what is being saved, is whole."""
     begins: dict[str, int] = field(default_factory=dict)
     """First step of the round that a member trains; missing where it is the round's own first."""
     here: OpenStep = field(default_factory=OpenStep)
@@ -139,6 +143,9 @@ class RunState:
         self.ready.pop(name, None)
         if name not in self.awaited:
             self.awaiting_eval.discard(name)
+        if name in self.kept:
+            self.evaluating.discard(name)
+            return False
         was_member = drop_member(self, name)
         if was_member and len(self.members) < self.min_devices and self.is_in_round:
             self._rewind()
@@ -151,7 +158,7 @@ class RunState:
         """Go on from a checkpoint; attempts since then keep their numbers."""
         self.round, self.step, self.safe_step = round_, step, step
         self.attempt = max(attempt, self.attempt)
-        self.begins = dict(begins)
+        self.begins, self.kept = dict(begins), set()
         is_last = round_ == self.total_rounds
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
 
@@ -174,7 +181,7 @@ class RunState:
         self.phase = Phase.GATHERING
         self.step = self.safe_step
         self._begin_wave(0)
-        self.members, self.uploaded, self.evaluating = {}, set(), set()
+        self.members, self.uploaded, self.evaluating, self.kept = {}, set(), set(), set()
 
     def start_round(self, resting: Container[str] = ()) -> None:
         """Let all that are ready train together; but *resting* ones, if that leaves enough."""
@@ -227,6 +234,7 @@ class RunState:
         self.round += 1
         self.step = self.round * self.steps_per_round
         self.members, self.uploaded, self.begins, self.evaluating = {}, set(), {}, set()
+        self.kept = set()
         is_last = self.round == self.total_rounds
         self.awaiting_eval = evaluating if is_last else set()
         self.phase = Phase.CLOSING if is_last else Phase.GATHERING
@@ -311,6 +319,17 @@ def drop_member(state: RunState, name: str) -> bool:
     return state.members.pop(name, None) is not None
 
 
+def drop_kept(state: RunState) -> bool:
+    """Drop members that have left after they saved themselves; return whether the round is over."""
+    for name in sorted(state.kept - state.uploaded):
+        state.kept.discard(name)
+        drop_member(state, name)
+    if len(state.members) >= state.min_devices or not state.is_in_round:
+        return False
+    state._rewind()
+    return True
+
+
 def give_up_round(state: RunState) -> None:
     """Let whoever is ready try the round again, from the last checkpoint on."""
     if state.is_in_round:
@@ -367,6 +386,22 @@ def awaits_gradient(state: RunState, place: Place) -> bool | None:
 def is_between_steps(state: RunState) -> bool:
     """Return whether nothing of the step has been computed yet."""
     return state.micro == 0 and not state.is_forward_done and not state.here.num_waves
+
+
+def may_leave(state: RunState, device: str, leavers: Container[str]) -> bool:
+    """Return whether one of several *leavers* may go now, and nothing that was done is lost by it.
+
+    In mid-round that is so where enough others go on, or where nothing was done since the last
+    checkpoint. At its end a member stays for the start of the next one: of that it keeps a
+    checkpoint of its own.
+    """
+    if state.phase is Phase.GATHERING:
+        return device not in state.ready or state.decide() is Action.WAIT
+    if device not in state.members or state.members[device].is_local:
+        return True
+    left = [name for name in state.members if name not in leavers]
+    is_spare = len(left) >= state.min_devices or state.step <= state.safe_step
+    return state.phase is Phase.TRAINING and is_spare
 
 
 def has_steps_done(state: RunState, device: str) -> bool:

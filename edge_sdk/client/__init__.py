@@ -7,6 +7,7 @@ __all__ = [
     "client",
     "config",
     "incoming",
+    "keeping",
     "link_speed",
     "offer",
     "participant",

@@ -18,7 +18,7 @@ from edge_sdk.client.backends import choose_backend
 from edge_sdk.client.callbacks import FAILED, Callback
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import RunEnded, Stopped
-from edge_sdk.client.participant import Participant
+from edge_sdk.client.participant import STOPPED, Participant
 from edge_sdk.client.setup import Dataset, RuntimeSetup
 from edge_sdk.errors import (
     EdgeError,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
 
 log = logging.getLogger(__name__)
 
-STOPPED = "stopped"
 # Seconds after which a wrong server key, or nobody there, is reported.
 FIRST_CONTACT_S = 10.0
 # Seconds for the last words of a device; a coordinator that is away will find out by itself.
@@ -138,7 +137,7 @@ class EdgeClient:
             except RunEnded as ended:
                 return str(ended)
             except Stopped:
-                _quietly(partial(participant.leave, STOPPED))
+                _quietly(participant.leave)
                 return STOPPED
             except SessionLost as lost:
                 log.info("session.lost reason=%s", lost)

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 from edge_sdk import errors
 from edge_sdk.client.states import MessageAction, State, action_on
@@ -20,7 +21,7 @@ from edge_sdk.errors import (
     public_text,
 )
 from edge_sdk.protocol.fragments import Envelope
-from edge_sdk.protocol.messages import Failure, Refused, RunOver, Stamp
+from edge_sdk.protocol.messages import Failure, Pause, Refused, RunOver, Stamp
 from edge_sdk.transport.link import Link
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,11 @@ class Inbox:
         state: State = State.GREETING,
         told: Callable[[str], None] = lambda _reason: None,
     ) -> None:
-        self._link, self._stop, self._state, self._told = link, stop, state, told
+        self._link, self._state, self._told = link, state, told
+        self.look: Callable[[], None] = partial(_leave_if, stop)
+        """Called before each look for a message; it raises Stopped where the device is to go."""
+        self.mark: Callable[[Pause], None] = lambda _pause: None
+        """Takes a Pause after which what is going on goes on."""
 
     def enter(self, state: State) -> None:
         """Note that the device does something else from now on."""
@@ -126,18 +131,26 @@ class Inbox:
 
     def _take(self, deadline: Deadline) -> Envelope | None:
         """Return the next message if the state waits for such; None for one to be skipped."""
-        if self._stop.is_set():
-            raise Stopped
+        self.look()
         envelope = self._link.receive(deadline)
         action = action_on(self._state, envelope.message)
         if action is MessageAction.END:
             raise _end(envelope.message)
+        if isinstance(envelope.message, Pause) and envelope.message.goes_on:
+            self.mark(envelope.message)
+            return None
         if action is MessageAction.OBEY:
             raise Redirected(envelope)
         if action is MessageAction.SKIP:
             log.debug("message.skipped kind=%s", type(envelope.message).__name__)
             return None
         return envelope
+
+
+def _leave_if(stop: threading.Event) -> None:
+    """Leave at once, wherever the device is."""
+    if stop.is_set():
+        raise Stopped
 
 
 def _end(message: Refused | RunOver | Failure) -> Exception:

@@ -18,6 +18,8 @@ from edge_sdk.client.callbacks import Callback, RoundBegun, RoundSummary
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.client.incoming import Inbox, Redirected
+from edge_sdk.client.keeping.leaving import Leaving
+from edge_sdk.client.keeping.own_state import OwnState
 from edge_sdk.client.profile import changed_profile, with_link
 from edge_sdk.client.setup import RuntimeSetup, TokenizedData, make_batches
 from edge_sdk.client.speed_drift import SpeedDrift
@@ -27,17 +29,14 @@ from edge_sdk.errors import (
     EdgeError,
     RefusedError,
     public_name,
-    public_text,
     told_text,
 )
 from edge_sdk.held_states import HeldStates
-from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.exchange import Known, finer, refined
-from edge_sdk.lora.factors import Array, Factors
+from edge_sdk.lora.exchange import Known
 from edge_sdk.names import inside
 from edge_sdk.protocol import residual
 from edge_sdk.protocol.codecs import float_codecs
-from edge_sdk.protocol.fragments import Envelope, TensorOut
+from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import (
     PROTOCOL_VERSION,
     AdapterUpload,
@@ -57,7 +56,6 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.plan import fingerprint
-from edge_sdk.protocol.tensors import Shape, check_shapes
 from edge_sdk.running_note import RunningNote, WasShort
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.transport.link import Link, package_version
@@ -69,7 +67,8 @@ if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
 
 log = logging.getLogger(__name__)
 
-FACTOR_ENDINGS = (".A", ".B", ".U", ".V")
+# Why a device that was told to stop leaves.
+STOPPED = "stopped"
 # Received messages may always have this much; what an aggregation hands out may need more.
 LEAST_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -91,14 +90,15 @@ class Participant:
         setup.say = callback.on_status
         self._prepare = ThreadPoolExecutor(1, "edgesplit-batches")
         self._inbox = Inbox(link, stop, told=callback.on_absent)
+        self._leaving = Leaving(stop)
+        self._inbox.look, self._inbox.mark = self._leaving.look, self._mark
         self._stamp = Stamp()
         self._welcome: Welcome | None = None
         self._assigned: PlanAssigned | None = None
         self._data: TokenizedData | None = None
         self._runtime: Runtime | None = None
         self._steps: Steps | None = None
-        self._known: Known | None = None
-        """What the coordinator knows of the adapters; None where that is all there is to know."""
+        self._own: OwnState | None = None
         self._held: HeldStates | None = None
         """What the coordinator holds of the samples as well; for the whole run."""
         self._folder = config.state
@@ -107,6 +107,8 @@ class Participant:
         self._told: DeviceProfile | None = None
         """The profile as the coordinator was last told it."""
         self._drift = SpeedDrift()
+        self._unsaved: int | None = None
+        """First step after the round that is under way; None where there is nothing to save."""
         self._note: RunningNote | None = None
         """None before the first welcome, and for a simulated device."""
         self._doing = ""
@@ -127,6 +129,7 @@ class Participant:
 
     def join(self) -> None:
         """Greet the coordinator and tell it what it wants to know."""
+        self._leaving.leave_round()
         welcome = self._greet()
         self._enter(welcome)
         if doing := self._take_note():
@@ -220,6 +223,7 @@ class Participant:
                 left_out=tally.count("skipped") + tally.count("dropped"),
                 cut=tally.count("cut"),
                 looks_ahead=True,
+                marks=True,
             )
         )
 
@@ -239,11 +243,12 @@ class Participant:
         self._state = LocalState(self._folder, fingerprint(assigned.plan))
         self._batches = make_batches(self._data, assigned, seed, welcome.stamp.device)
         self._runtime = self._setup.runtime(welcome, assigned, self._ask)
-        self._known = Known(welcome.exchange) if welcome.exchange else None
         self._drift = self._drift.of_new_plan()
         welcome = replace(welcome, codec=assigned.codec or welcome.codec)
         held = self._hold(welcome)
         self._steps = Steps(self._runtime, assigned.plan, welcome, self._link, self._inbox, held)
+        known = Known(welcome.exchange) if welcome.exchange else None
+        self._own = OwnState(self._runtime.state, self._state, known, held)
         self._link.set_limit(max(LEAST_LIMIT_BYTES, self._runtime.most_bytes()))
         self._assigned = assigned
 
@@ -258,7 +263,7 @@ class Participant:
 
     def forget(self) -> None:
         """Let go of the model; its checkpoints stay."""
-        self._runtime = self._steps = self._assigned = None
+        self._runtime = self._steps = self._own = self._assigned = None
         return_freed()
 
     def _ask(self, request: PartRequest) -> Envelope:
@@ -268,10 +273,11 @@ class Participant:
             if (answer.message.sha256, answer.message.offset) == (request.sha256, request.offset):
                 return answer
 
-    def _ready(self) -> tuple[Runtime, Steps]:
+    def _ready(self) -> tuple[Runtime, Steps, OwnState]:
         assert self._runtime is not None, "a round before a plan"
         assert self._steps is not None
-        return self._runtime, self._steps
+        assert self._own is not None
+        return self._runtime, self._steps, self._own
 
     # ---- serving ----
 
@@ -302,116 +308,48 @@ class Participant:
         start: RoundStart = envelope.message
         check_round(self._config.accept, start)
         self._ready()[1].replaying.begin(start, envelope.tensors)
-        if not self._begin_round(start, envelope.tensors):
+        self._stamp, self._unsaved = start.stamp, None
+        if not self._ready()[2].begin_round(start, envelope.tensors):
             self._say_ready()
             return
-        if start.end_step > start.stamp.step:
+        is_over = start.end_step == start.stamp.step
+        self._unsaved = None if is_over else start.end_step
+        holds = self._welcome is not None and self._welcome.holds
+        self._leaving.enter_round(self._ask_to_leave if holds and not is_over else None)
+        if start.evaluate:
+            self._evaluate()
+        if not is_over:
             self._train_round(start)
 
     def _pause(self, _envelope: Envelope) -> None:
-        self._save(self._stamp.step)
+        self._save()
         self._link.send(Paused(stamp=self._stamp))
+        self._leaving.leave_round()
 
-    def _begin_round(self, start: RoundStart, tensors: dict[str, Array]) -> bool:
-        """Stand at the start of a round; False where the checkpoint for that cannot be used."""
-        runtime, steps = self._ready()
-        self._stamp = start.stamp
-        self._state.forget_after(start.stamp.step)
-        if self._held is not None:
-            self._held.begin_round(start.stamp.round)
-        if start.restore_step >= 0:
-            if not self._restore(start.restore_step):
-                return False
-        else:
-            self._apply(start, tensors)
-            runtime.state.begin_round()
-            self._save(start.stamp.step)
-        if start.evaluate:
-            assert self._data is not None
-            report = steps.evaluate(self._data.validation, self._data.pad_id, self._stamp)
-            self._link.send(report)
-        return True
+    def _mark(self, pause: Pause) -> None:
+        """Save the step that the coordinator saves now, and go on with it."""
+        if pause.stamp == self._stamp:  # else it has been overtaken
+            self._save(goes_on=True)
+            self._link.send(Paused(stamp=self._stamp))
 
-    def _restore(self, step: int) -> bool:
-        """Go back to the checkpoint of *step*; return whether it could be used."""
-        state = self._ready()[0].state
-        pairs = state.adapters.pairs().items()
-        own = {f"own:{n}.{f}": v for n, p in pairs for f, v in zip("AB", p, strict=True)}
-        head = {f"head:{name}": value for name, value in state.head().items()}
-        known = {} if self._known is None else {f"known:{n[4:]}": v for n, v in own.items()}
-        held = self._state.try_load(step, {n: v.shape for n, v in (own | head | known).items()})
-        if held is None:
-            return False
-        state.restore(held)
-        if self._known is not None:
-            self._known.load_state(held)
-        return True
+    def _save(self, *, goes_on: bool = False) -> None:
+        """Save this moment, unless all steps of the round are done: what counts is then sent."""
+        if self._unsaved is not None and self._stamp.step < self._unsaved:
+            self._ready()[2].save(self._stamp.step, goes_on=goes_on)
 
-    def _apply(self, start: RoundStart, tensors: dict[str, Array]) -> None:
-        """Take over what the aggregation hands out."""
-        state = self._ready()[0].state
-        self._check(start, tensors)
-        # Factors and residual come with the message; moments are best where they were left.
-        left = self._state.moments(start.stamp.step) if start.is_full else {}
-        if start.restarts:
-            state.load_moments({})
-        elif start.is_full:
-            state.load_moments(left)
-        own = {name[:-2] for name in tensors if name.endswith(".A")}
-        changed = {name[:-2] for name in tensors if name.endswith(".V")}
-        residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
-        pairs = {n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own}
-        if self._known is not None:
-            state.adapters.load_pairs(refined(pairs, left))
-            state.set_residual(self._given(self._known, start, pairs, residual))
-        else:
-            state.adapters.load_pairs(pairs)
-            self._set_residual(start, residual)
-        state.load_head({n: v for n, v in tensors.items() if n[-2:] not in FACTOR_ENDINGS})
+    def _ask_to_leave(self) -> None:
+        log.info("round.leaving step=%d", self._stamp.step)
+        self._link.send(Goodbye(stamp=self._stamp, reason=STOPPED, stays=True))
 
-    def _set_residual(self, start: RoundStart, residual: dict[str, Factors]) -> None:
-        state = self._ready()[0].state
-        if start.is_full:
-            state.set_residual(residual)
-        else:
-            state.merge_change(residual)
-
-    def _given(
-        self,
-        known: Known,
-        start: RoundStart,
-        pairs: dict[str, Pair],
-        given: dict[str, Factors],
-    ) -> dict[str, Factors]:
-        """Return the residual where a device is given a part of what it lacks."""
-        if start.is_full:
-            known.begin(pairs, given)
-        else:
-            known.add(given, start.most_rank)
-        known.kept = start.kept
-        return known.residual(self._ready()[0].state.adapters.scale)
-
-    def _check(self, start: RoundStart, tensors: dict[str, Array]) -> None:
-        """Refuse factors and parameters of another size than ours; the residual's rank is free."""
-        state = self._ready()[0].state
-        factors: dict[str, Shape] = {}
-        for name, pair in state.adapters.pairs().items():
-            factors |= {f"{name}.A": pair.a_RI.shape, f"{name}.B": pair.b_OR.shape}
-        head = {name: value.shape for name, value in state.head().items()}
-        own = {n: v for n, v in tensors.items() if not n.endswith((".U", ".V"))}
-        check_shapes(start, own, factors | head, factors if start.is_full else ())
-
-    def _save(self, step: int) -> None:
-        assert self._runtime is not None
-        known = {} if self._known is None else self._known.state()
-        self._state.save(step, self._runtime.state.checkpoint() | known)
-        if self._held is not None:
-            self._held.commit(step)
+    def _evaluate(self) -> None:
+        assert self._data is not None
+        steps = self._ready()[1]
+        self._link.send(steps.evaluate(self._data.validation, self._data.pad_id, self._stamp))
 
     # ---- training ----
 
     def _train_round(self, start: RoundStart) -> None:
-        _, steps = self._ready()
+        _, steps, own = self._ready()
         loss_sum, targets, stamp = 0.0, 0, start.stamp
         total_steps = int(self._welcome.training["total_steps"]) if self._welcome else 0
         begun = RoundBegun(stamp.round, stamp.step, start.end_step, total_steps)
@@ -429,15 +367,12 @@ class Participant:
             self._stamp = replace(start.stamp, step=step + 1)
             self._link.send(report)
             self._callback.on_step_end(report)
-            self._inbox.poll()
-        upload = self._made_upload()
-        state = self._ready()[0].state
-        left = state.moments()
-        if self._known is not None:
-            left |= finer(state.adapters.pairs(), self._known.pairs)
-        self._state.save_moments(start.end_step, left)
-        self._look_at_pace()
-        importance = state.meter.take()
+            if step + 1 < start.end_step:  # what is whole is handed in
+                self._inbox.poll()
+        upload = own.end_round(start.end_step)
+        if not self._leaving.is_wanted:
+            self._look_at_pace()
+        importance = self._ready()[0].state.meter.take()
         self._link.send(AdapterUpload(stamp=self._stamp, importance=importance), upload)
         stats = self._link.stats()
         self._callback.on_round_end(
@@ -475,23 +410,11 @@ class Participant:
             self._told = self._measured
             self._link.send(Profiled(stamp=self._stamp, profile=self._measured))
 
-    def _made_upload(self) -> dict[str, TensorOut]:
-        """Return what the coordinator is to know of the factors and the head."""
-        state, known = self._ready()[0].state, self._known
-        pairs, codec = state.adapters.pairs(), "float32"
-        if known is not None:
-            pairs, codec = known.changes(pairs), known.codec
-            known.told(pairs)
-        tensors: dict[str, TensorOut] = {}
-        for name, pair in pairs.items():
-            tensors |= {f"{name}.A": (pair.a_RI, codec), f"{name}.B": (pair.b_OR, codec)}
-        return tensors | {name: (value, "float32") for name, value in state.head().items()}
-
     # ---- small things ----
 
-    def leave(self, reason: str) -> None:
+    def leave(self) -> None:
         """Say goodbye; the coordinator need not wait for silence."""
-        self._link.send(Goodbye(stamp=self._stamp, reason=public_text(reason)))
+        self._link.send(Goodbye(stamp=self._stamp, reason=STOPPED))
 
     def report(self, error: EdgeError) -> None:
         """Tell the coordinator why this device cannot go on."""

@@ -131,6 +131,8 @@ class Ready:
     """Samples that the device cuts to the longest sequence."""
     looks_ahead: bool = False
     """Whether the device takes a `TopHidden` before the `Gradient` of the micro-batch before."""
+    marks: bool = False
+    """Whether the device takes a Pause that `goes_on`."""
 
 
 @carries(
@@ -257,6 +259,8 @@ class Goodbye:
 
     stamp: Stamp
     reason: str
+    stays: bool = False
+    """Whether it goes on for some seconds, until a Pause lets it save itself in mid-round."""
 
 
 # ---- coordinator -> device -----------------------------------------------------------------------
@@ -313,6 +317,8 @@ class Welcome:
     held_bytes: int = 0
     """Most bytes of hidden states that each side holds of the device's samples, with the codec
     `residual`."""
+    holds: bool = False
+    """Whether a device that leaves a round gets a Pause first, if its Goodbye says `stays`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -445,6 +451,8 @@ class Pause:
     """Checkpoint yourself at `stamp.step` and wait for my return. Coordinator -> device."""
 
     stamp: Stamp
+    goes_on: bool = False
+    """Whether to go on with that step instead; only for a device whose Ready says `marks`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

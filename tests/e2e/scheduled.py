@@ -21,6 +21,7 @@ from coordinator.gateway.interface import DeviceStats, Event, Joined, Left, Rece
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.client.config import ClientConfig
+from edge_sdk.client.participant import STOPPED
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import EdgeError, PeerGone, ReceiveTimeout, RefusedError, SessionLost
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -174,7 +175,8 @@ class ScheduledDevice(Callback):
         self.is_alive, self.hung_until_s = True, 0.0
         self.session = Session()
         self.link = ScheduledLink(self)
-        client = EdgeClient(self._config, self._rows, self, self.link)
+        self._client = client = EdgeClient(self._config, self._rows, self, self.link)
+        self.is_leaving = False
         self._thread = threading.Thread(target=self._live, args=(client,), daemon=True)
         self._thread.start()
         self.advance()
@@ -199,6 +201,13 @@ class ScheduledDevice(Callback):
             self.link.is_killed = True
             self.advance()
 
+    def leave(self) -> None:
+        """Tell the process to end in order, as Ctrl-C does."""
+        if self.is_alive:
+            self.is_leaving = True
+            self._client.stop()
+            self.advance()
+
     def run_out_of_memory(self) -> None:
         """Let the process find no memory where it is."""
         self.link.news.append(MemoryError("no memory left"))
@@ -218,7 +227,8 @@ class ScheduledDevice(Callback):
     def _live(self, client: EdgeClient) -> None:
         self._go.acquire()
         try:
-            self.words = client.run()
+            words = client.run()
+            self.words = "" if words == STOPPED else words
         except Killed:
             pass
         except BaseException as error:  # noqa: BLE001 - looked at by the test

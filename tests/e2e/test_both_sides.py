@@ -67,6 +67,8 @@ class Kind(NamedTuple):
     """Whether the model is one that costs nothing, so that more can be tried."""
     deadline_s: float | None = None
     """Seconds after which a round goes on without those who are late."""
+    saves: bool = False
+    """Whether rounds are saved after every step."""
 
     @property
     def needs_all(self) -> bool:
@@ -220,7 +222,7 @@ class World:
         if self.is_over:
             return
         state, admission = self.coordinator.run.state, self.coordinator.admission
-        assert state.members.keys() <= state.ready.keys() <= admission.plans.keys()
+        assert state.members.keys() - state.kept <= state.ready.keys() <= admission.plans.keys()
         assert admission.plans.keys() <= self.network.gateway.sessions.keys()
 
     def _heal(self) -> None:
@@ -229,6 +231,8 @@ class World:
         self.network.gateway.crash_in = 0
         for device in self.devices.values():
             device.is_cut, device.hung_until_s, device.link.dies_in = False, 0.0, 0
+            if device.is_leaving:
+                device.kill()  # it would have left by now
             if not (device.is_alive or device.words):
                 device.start()
 
@@ -250,6 +254,11 @@ class World:
 
     def _kill(self, device: ScheduledDevice, _amount: int) -> None:
         device.kill()
+
+    def _leave(self, device: ScheduledDevice, _amount: int) -> None:
+        """Let a process end in order: it asks first, where it is in a round."""
+        if device.hung_until_s <= self.clock.now_s:
+            device.leave()
 
     def _doom(self, device: ScheduledDevice, amount: int) -> None:
         """Let a process end at a message of its own."""
@@ -340,6 +349,7 @@ def make_config(kind: Kind, model: str) -> ServeConfig:
         training=TrainingConfig(learning_rate=1e-2),
         patience_s=PATIENCE_S,
         round_deadline_s=kind.deadline_s,
+        save_every_s=0.0 if kind.saves else None,
         device="cpu",
     )
 
@@ -387,7 +397,7 @@ def undisturbed(kind: Kind, model: Path) -> Result:
 
 
 TRAVEL = ["up", "down"]
-PROCESSES = ["kill", "doom", "restart", "wipe", "hang", "oom"]
+PROCESSES = ["kill", "leave", "doom", "restart", "wipe", "hang", "oom"]
 SESSIONS = ["forget", "silence", "mend", "move"]
 FLOWS = st.builds(Step, st.just("flow"), amount=st.integers(1, 60))
 OTHERS = st.builds(
@@ -405,6 +415,7 @@ KINDS = st.builds(
     min_devices=st.sampled_from([3, 2, 1]),
     least_devices=st.sampled_from([None, None, 1]),
     deadline_s=st.sampled_from([None, None, 3.0]),
+    saves=st.booleans(),
 ).map(lambda kind: kind._replace(min_devices=min(kind.min_devices, len(FLEETS[kind.fleet]))))
 
 
@@ -428,7 +439,8 @@ def test_the_run_goes_on_to_its_end(tiny: Path, kind: Kind, script: list[Step], 
     result = go(kind, script, seed, tiny)
     kinds = {step.kind for step in script}
     if kind.needs_all and "oom" not in kinds:
-        compare(result, undisturbed(kind._replace(deadline_s=None), tiny), has_lost="wipe" in kinds)
+        plain = kind._replace(deadline_s=None, saves=False)
+        compare(result, undisturbed(plain, tiny), has_lost="wipe" in kinds)
 
 
 @settings(max_examples=max(1, EXAMPLES // 15), suppress_health_check=[HealthCheck.too_slow])

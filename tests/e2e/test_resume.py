@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +19,7 @@ from coordinator.steering.wishes import Wish
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.data.rows import DataConfig
+from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import StepReport
 from tests.e2e.cluster import (
     WORDS,
@@ -126,6 +131,44 @@ def test_a_stopped_run_goes_on_with_the_same_devices(
     assert resumed.wait() == "completed"
     wait_all(clients)
     same(resumed, wholes[labels])
+
+
+def delay_after_stop(serving: Serving, seconds: float) -> None:
+    """Let what the coordinator sends after it was told to stop take its time, as on a busy one."""
+    send, due = serving.gateway.send, queue.Queue[tuple[Any, ...]]()
+
+    def deliver() -> None:
+        while True:
+            message = due.get()
+            time.sleep(seconds)
+            with suppress(PeerGone):
+                send(*message)
+
+    def send_late(*message: Any) -> None:
+        if serving.coordinator._executor.wish:
+            due.put(message)
+        else:
+            send(*message)
+
+    serving.gateway.send = send_late  # type: ignore[method-assign]
+    threading.Thread(target=deliver, daemon=True).start()
+
+
+def test_a_stop_waits_for_what_it_has_handed_out(
+    cluster: Cluster, config: ServeConfig, wholes: dict[str, Whole]
+) -> None:
+    """After the last round a coordinator leaves when devices hold its result: each bit is kept."""
+    stopped = cluster.serve(config).stop_at(5)
+    delay_after_stop(stopped, 0.3)
+    stopped.start()
+    clients = cluster.start(data=held_out())
+    assert stopped.wait() == "paused"
+
+    resumed = cluster.serve(config).start()
+
+    assert resumed.wait() == "completed"
+    wait_all(clients)
+    same(resumed, wholes["server"])
 
 
 def asked_at(serving: Serving, step: int, wish: Wish) -> Serving:

@@ -12,7 +12,6 @@ from coordinator.rounds.executor import RoundExecutor, Waves, act, robust_facts
 from coordinator.rounds.plans.changes import Moved
 from coordinator.rounds.state import Action, Phase
 from edge_sdk.errors import NumericError
-from edge_sdk.protocol.messages import Pause
 
 
 class Visiting(Waves, Protocol):
@@ -139,15 +138,18 @@ class TourExecutor(RoundExecutor):
 
     # ---- endings ----
 
+    def _may_leave(self, device: str) -> bool:
+        """Let everybody go at once: nobody waits for a tour, which goes on from where it is."""
+        return True
+
     def _pause(self, now_s: float) -> bool:
         """Let devices save themselves where they are, then save; return whether that is done."""
         run, state = self._run, self._run.tours
         if self._pause_until_s is None:
             self._pause_until_s = now_s + self._pausing.save_s
-            run.paused.clear()
-            for name in list(state.members):
-                self._admission.send(name, Pause(stamp=run.stamp(name)))
-        if not run.paused >= state.members.keys() and now_s < self._pause_until_s:
+            run.ask_to_save()
+            self._ask_to_save(goes_on=False)
+        if not run.has_saved and now_s < self._pause_until_s:
             return False
         while self._take_uploads():
             pass

@@ -80,9 +80,9 @@ class Visits(PendingInputs):
                 return visit
         return None
 
-    def forget(self, device: str) -> None:
+    def forget(self, device: str, *, keeps_report: bool = False) -> None:
         """Drop everything from one device but what it has uploaded, which is whole."""
-        super().forget(device)
+        super().forget(device, keeps_report=keeps_report)
         self.due = deque(visit for visit in self.due if visit.job.device != device)
         self.hidden = {place: v for place, v in self.hidden.items() if place[0] != device}
 
@@ -124,6 +124,9 @@ class BufferedRun(Run):
         """Return whether a message belongs to what its device is to do now."""
         now = self.stamp(stamp.device)
         return (stamp.run, stamp.round, stamp.attempt) == (now.run, now.round, now.attempt)
+
+    def _stands_at(self, device: str, step: int) -> bool:
+        return True  # each saves itself where it is
 
     # ---- tours ----
 
