@@ -73,6 +73,8 @@ class HeldStates:
         self._step, self._of_step = -1, dict[int, HeldArray | None]()
         """The newest step, and what was held before it, of samples that it has changed."""
         self._num_bytes = 0
+        self._committed, self._overtaken = -1, dict[int, HeldArray | None]()
+        """Step of the last commit, and what the one before held of samples that it has changed."""
         self._round: int | None = None
         self._log = None if path is None else _Log(path)
         if self._log is not None:
@@ -117,13 +119,27 @@ class HeldStates:
 
     # ---- rounds ----
 
-    def begin_round(self, number: int) -> None:
-        """Go back to the last commit where round *number* has been begun before."""
+    def begin_round(self, number: int, step: int | None = None) -> None:
+        """Go back to the last commit where round *number* has been begun before.
+
+        Args:
+            number: The round.
+            step: Where it begins; where the last commit was of a later step, and one that may fail,
+                the one before counts.
+
+        Raises:
+            StorageError: the log cannot be written.
+        """
         if number == self._round:
             self.roll_back()
+            if step is not None and self._committed > step:
+                self._restore(self._overtaken)
+                if self._log is not None:
+                    self._log.append({n: self._now.get(n) for n in sorted(self._overtaken)})
+                self._committed, self._overtaken = step, {}
         self._round = number
 
-    def commit(self, step: int, *, goes_on: bool = False) -> None:
+    def commit(self, step: int, *, goes_on: bool = False, may_fail: bool = False) -> None:
         """Make what is held now that to which `roll_back` returns, and with which others begin.
 
         Args:
@@ -131,13 +147,16 @@ class HeldStates:
                 it will be sent again.
             goes_on: Whether it stays held instead, as the step goes on; it is no part of the commit
                 all the same.
+            may_fail: Whether the other side may never come to commit: see `begin_round`.
 
         Raises:
             StorageError: the log cannot be written.
         """
-        self.commit_in_memory(step, goes_on=goes_on)()
+        self.commit_in_memory(step, goes_on=goes_on, may_fail=may_fail)()
 
-    def commit_in_memory(self, step: int, *, goes_on: bool = False) -> Callable[[], None]:
+    def commit_in_memory(
+        self, step: int, *, goes_on: bool = False, may_fail: bool = False
+    ) -> Callable[[], None]:
         """Commit for this process; return what writes the log, for any thread; see `commit`.
 
         Each is called before the next commit.
@@ -150,6 +169,7 @@ class HeldStates:
         if not is_begun:
             self._fold()
         changed, self._before = self._before, {}
+        self._committed, self._overtaken = step, changed if may_fail else {}
         if self._log is None or not changed:
             return _nothing
         then = {**self._now, **since}

@@ -46,16 +46,18 @@ class Residuals:
                 self._held[device].begin_round(self._round)
         return self._held[device]
 
-    def commit(self, step: int) -> Callable[[], None]:
+    def commit(self, step: int, *, goes_on: bool = False) -> Callable[[], None]:
         """Make what was held before *step* that to which a round that is begun again goes back.
 
-        A round that is on its way goes on with what has come of that step already.
+        Args:
+            step: Where the run stands.
+            goes_on: Whether what has come of that step already stays held, as it goes on.
 
         Returns:
             What writes that for a coordinator that resumes the run; any thread may call it, before
             the next commit. It raises StorageError where the folder cannot be written.
         """
-        writes = [held.commit_in_memory(step, goes_on=True) for held in self._held.values()]
+        writes = [held.commit_in_memory(step, goes_on=goes_on) for held in self._held.values()]
 
         def write() -> None:
             for each in writes:

@@ -39,15 +39,18 @@ class Checkpoints:
     def __bool__(self) -> bool:
         return bool(self._folder.checkpoints())
 
-    def moment(self) -> Callable[[], None]:
+    def moment(self, *, goes_on: bool = False) -> Callable[[], None]:
         """Return what writes a checkpoint of this very moment; any thread may call it.
 
         Until it has returned nothing may be computed; devices may come and go. It raises
         StorageError.
+
+        Args:
+            goes_on: Whether devices go on with what they have sent of the step.
         """
         step = self._run.state.step
         facts, planner = deepcopy(self._run.facts()), self._planner.copy()
-        write_held = self._run.residuals.commit(step)
+        write_held = self._run.residuals.commit(step, goes_on=goes_on)
 
         def write() -> None:
             state = {**facts, "planner": planner.state()}

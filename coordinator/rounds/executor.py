@@ -173,14 +173,14 @@ class RoundExecutor:
         self._worker.start(work, then, what)
         self._worker.collect()
 
-    def _save(self, then: Callable[[], None]) -> None:
-        """Save this moment; *then* the run goes on."""
+    def _save(self, then: Callable[[], None], *, goes_on: bool = False) -> None:
+        """Save this moment; *then* the run goes on, with what has come of the step if it does."""
 
         def saved(_: None) -> None:
             self._run.saved()
             then()
 
-        self._aside(self._checkpoints.moment(), saved)
+        self._aside(self._checkpoints.moment(goes_on=goes_on), saved)
 
     def _leave(self, *, saves: bool) -> None:
         """Let the run end as one that can be resumed.
@@ -287,7 +287,7 @@ class RoundExecutor:
         return may_leave(self._run.state, device, self._run.leavers)
 
     def _ask_to_save(self, *, goes_on: bool) -> None:
-        for name in sorted(self._run.savers):
+        for name in sorted(self._run.savers.due):
             self._admission.send(name, Pause(stamp=self._run.stamp(name), goes_on=goes_on))
 
     def _marks_if(self, is_over: bool) -> bool:
@@ -296,9 +296,10 @@ class RoundExecutor:
             return False
         if self._marking.end():
             members = list(self._run.state.members)
-            self._save(partial(self._marked, members, self._run.state.step))
+            then = partial(self._marked, members, self._run.state.step)
+            self._save(then, goes_on=not self._marking.leavers)
         elif self._marking.leavers:
-            self._run.let_go(self._marking.leavers)
+            self._run.holding.let_go(self._marking.leavers)
         return True
 
     def _marked(self, members: list[str], step: int) -> None:

@@ -84,7 +84,7 @@ class MessageHandler:
             StepReport: self._on_step,
             AdapterUpload: self._on_upload,
             EvalReport: self._on_eval_report,
-            Paused: lambda d, e: run.take_paused(d, e.message.stamp),
+            Paused: self._on_paused,
             Probe: probing.answer,
             Goodbye: self._on_goodbye,
             Profiled: lambda d, e: changes.profiled(d, e.message.profile),
@@ -141,6 +141,10 @@ class MessageHandler:
         if not admission.is_known(device):
             return DeviceState.UNKNOWN
         return DeviceState.ASSIGNED if device in admission.plans else DeviceState.WELCOMED
+
+    def _on_paused(self, device: str, envelope: Envelope) -> None:
+        if self._run.is_current(envelope.message.stamp):
+            self._run.savers.take(device, envelope.message.stamp.step)
 
     def _on_goodbye(self, device: str, envelope: Envelope) -> None:
         message: Goodbye = envelope.message

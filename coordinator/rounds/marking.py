@@ -69,12 +69,12 @@ class Marking:
         """Note that members are asked to save themselves; `leavers` says for whom, if anybody."""
         self.leavers = self._held_up()
         self._is_begun, self._began_s = True, now_s
-        self._run.ask_to_save()
+        self._run.savers.ask()
 
     def is_over(self, now_s: float) -> bool:
         """Return whether members have answered, or have had their time; or the round is gone."""
         is_late = now_s >= self._began_s + MARK_PATIENCE_S
-        return self._run.has_saved or is_late or not self._run.state.is_in_round
+        return not self._run.savers.silent or is_late or not self._run.state.is_in_round
 
     def end(self) -> bool:
         """Wait no longer; return whether to save the step."""
@@ -82,14 +82,13 @@ class Marking:
         self._is_begun = False
         if not state.is_in_round:
             self.leavers = {}
-            run.stop_saving()
+            run.holding.go_on()
             return False
-        if run.has_saved:
+        if not run.savers.silent:
             return True
-        silent = sorted(state.members.keys() - run.paused)
-        run.watcher.see(RoundUnsaved(state.round, state.step, silent))
+        run.watcher.see(RoundUnsaved(state.round, state.step, sorted(run.savers.silent)))
         self._spoilt = state.attempt  # of each device, the newest two steps are kept
-        run.stop_saving()
+        run.holding.go_on()
         return False
 
     def saved(self, now_s: float) -> None:
@@ -98,6 +97,6 @@ class Marking:
         self._since_s, self._cost_s = now_s, now_s - self._began_s
         run.watcher.see(RoundSaved(state.round, state.step, round(self._cost_s, 3)))
         if self.leavers and state.is_in_round:
-            run.hold_round(self.leavers)
+            run.holding.hold(self.leavers)
         else:
-            run.stop_saving()
+            run.holding.go_on()

@@ -106,9 +106,9 @@ class Pausing:
     def begin(self, now_s: float) -> bool:
         """Wait for those that have been asked to save themselves; return whether there are none."""
         state = self._run.state
-        if not self._run.savers:
+        if not self._run.savers.due:
             return True
-        self._run.ask_to_save()
+        self._run.savers.ask()
         self._until_s = self._limit_s(now_s)
         self._run.watcher.see(StopBegun(state.step))
         return False
@@ -117,7 +117,7 @@ class Pausing:
         """Return whether this very step can be saved; not while members may still answer."""
         assert self._until_s is not None
         self._until_s = min(self._until_s, self._limit_s(now_s))  # it may have become urgent
-        return self._run.has_saved or now_s >= self._until_s
+        return not self._run.savers.silent or now_s >= self._until_s
 
     def _limit_s(self, now_s: float) -> float:
         """Return until when devices may save themselves; what a step has left of its time, too."""
@@ -134,7 +134,7 @@ class Pausing:
         """
         state = self._run.state
         is_new = state.step > state.safe_step and not self._has_local()
-        if is_new and not self._run.has_saved:
-            silent = sorted(state.members.keys() - self._run.paused)
-            self._run.watcher.see(RoundUnsaved(state.round, state.step, silent))
-        return is_new and self._run.has_saved
+        silent = self._run.savers.silent
+        if is_new and silent:
+            self._run.watcher.see(RoundUnsaved(state.round, state.step, sorted(silent)))
+        return is_new and not silent

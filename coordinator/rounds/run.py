@@ -29,10 +29,10 @@ from coordinator.results.events import (
 from coordinator.results.metrics import Reporting
 from coordinator.results.saving_events import RoundHeld
 from coordinator.rounds.intake.evaluations import Evaluations
+from coordinator.rounds.intake.savers import Savers
 from coordinator.rounds.state import (
     Conduct,
     Member,
-    Phase,
     RunState,
     drop_kept,
     drop_member,
@@ -110,10 +110,7 @@ class Run:
         self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
         """Whether the round was given up: everything must go back to the last checkpoint."""
-        self.paused: set[str] = set()
-        """Members that have saved themselves since they were asked to."""
-        self.is_saving = False
-        """Whether they have been asked to."""
+        self.savers, self.holding = Savers(state), Holding(self)
         self.leavers: dict[str, str] = {}
         """Why members want to leave that wait until they may."""
         self.inputs = PendingInputs()
@@ -167,7 +164,7 @@ class Run:
             reason: Why.
             counts: Whether its part of the round counts all the same, where that is whole.
         """
-        is_kept = counts and self._is_whole(device)
+        is_kept = counts and self.savers.is_whole(device)
         (self.state.kept.add if is_kept else self.state.kept.discard)(device)
         self.leavers.pop(device, None)
         was_ready, was_coming = device in self.state.ready, device in self.coming
@@ -185,11 +182,6 @@ class Run:
         self.replays.forget(device)
         if is_told and reason:
             self.watcher.see(DeviceLeft(device, public_text(reason)))
-
-    def _is_whole(self, device: str) -> bool:
-        """Return whether a member has done all of its part of the round, or of what is saved."""
-        is_saved = self.is_saving and device in self.paused
-        return device in self.state.members and (device in self.state.uploaded or is_saved)
 
     def wait_for(self, device: str) -> None:
         """Let a device begin anew; the next round waits until it is ready again."""
@@ -336,55 +328,6 @@ class Run:
         self.state.hand_out()
         return list(self.state.awaiting_eval)
 
-    # ---- members save themselves ----
-
-    def ask_to_save(self) -> None:
-        """Note that members have been asked to save themselves."""
-        self.is_saving, self.paused = True, set()
-
-    def take_paused(self, device: str, stamp: Stamp) -> None:
-        """Note that a member has saved itself, if that is what it was asked to save."""
-        if self.is_saving and self.is_current(stamp) and self._stands_at(device, stamp.step):
-            self.paused.add(device)
-
-    def _stands_at(self, device: str, step: int) -> bool:
-        member = self.state.members.get(device)
-        return step == self.state.step or (member is not None and member.is_local)
-
-    @property
-    def savers(self) -> set[str]:
-        """Members and, after the last round, those that evaluate: who has to save itself."""
-        state = self.state
-        if state.phase is Phase.CLOSING and state.is_handed_out:
-            return state.awaiting_eval & state.ready.keys()
-        return set(state.members)
-
-    @property
-    def has_saved(self) -> bool:
-        """Whether all of these have saved themselves since they were asked to."""
-        return self.paused >= self.savers
-
-    def stop_saving(self) -> None:
-        """Note that what members have saved is in a checkpoint, or will never be."""
-        self.is_saving = False
-        self.must_rewind |= drop_kept(self.state)
-
-    def hold_round(self, leavers: Mapping[str, str]) -> None:
-        """Let *leavers* go, as the round is saved; it goes on from there when they are back."""
-        state = self.state
-        away = (state.members.keys() - state.ready.keys()) | leavers.keys()
-        self.watcher.see(RoundHeld(state.round, state.step, sorted(away)))
-        self.let_go(leavers)
-        state.wait_for(away)
-
-    def let_go(self, leavers: Mapping[str, str]) -> None:
-        """Give the round up, as *leavers* go for whom it was to be saved."""
-        give_up_round(self.state)
-        self.is_saving, self.must_rewind = False, True
-        for device, reason in leavers.items():
-            if device in self.state.ready:
-                self.lose(device, reason)
-
     # ---- checkpoints ----
 
     def facts(self) -> dict[str, Any]:
@@ -459,6 +402,35 @@ class CutOff:
         late = {device: number for device, number in self._late.items() if number}
         self._late = dict.fromkeys(self._late, 0)
         return late
+
+
+class Holding:
+    """Rounds that are saved on their way: they go on, or wait for those who have left."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def go_on(self) -> None:
+        """Go on with the round, whether it is saved or not; who has left meanwhile is no member."""
+        self._run.savers.is_asked = False
+        self._run.must_rewind |= drop_kept(self._run.state)
+
+    def hold(self, leavers: Mapping[str, str]) -> None:
+        """Let *leavers* go, as the round is saved; it goes on from there when they are back."""
+        state = self._run.state
+        away = (state.members.keys() - state.ready.keys()) | leavers.keys()
+        self._run.watcher.see(RoundHeld(state.round, state.step, sorted(away)))
+        self.let_go(leavers)
+        state.wait_for(away)
+
+    def let_go(self, leavers: Mapping[str, str]) -> None:
+        """Give the round up, as *leavers* go for whom it was to be saved."""
+        run = self._run
+        give_up_round(run.state)
+        run.savers.is_asked, run.must_rewind = False, True
+        for device, reason in leavers.items():
+            if device in run.state.ready:
+                run.lose(device, reason)
 
 
 class Faults:

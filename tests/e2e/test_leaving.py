@@ -206,3 +206,24 @@ def test_a_coordinator_that_dies_costs_what_was_done_since_it_was_saved(
     wait_all(clients)
     assert min(step for _, step in trap.trained) == 2
     assert_same(resumed, wholes("abc", labels))
+
+
+def test_what_is_held_of_the_samples_is_saved_as_well(cluster: Cluster) -> None:
+    """With the codec `residual` a device that dies changes no bit, where what it holds is kept."""
+    own = {n: DeviceSettings(split=2, micro_batch=2, codec="residual") for n in "ab"}
+    config = cluster.config(devices=own, min_devices=2, steps_per_round=14, save_every_s=0.0)
+    whole = cluster.serve(replace(config, name="whole", save_every_s=None)).start()
+    clients = cluster.start("a", "b", state=cluster.folder / "state-whole", keep_held=True)
+    assert whole.wait() == "completed"
+    wait_all(clients)
+    serving = cluster.serve(config).start()
+
+    dying = cluster.client("b", sentences(ord("b")), DieAt(11), keep_held=True).start()
+    staying = cluster.start("a", keep_held=True)
+    with pytest.raises(Died):
+        dying.wait()
+    back = cluster.start("b", keep_held=True)
+
+    assert serving.wait() == "completed"
+    wait_all([*staying, *back])
+    assert_same(serving, whole)

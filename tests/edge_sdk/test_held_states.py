@@ -169,3 +169,36 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match="file"):
         HeldStates(10, tmp_path / "file" / "held.log")
+
+
+def test_a_commit_goes_on_without_what_came_after_it(tmp_path: Path) -> None:
+    """A step that goes on stays held, and is no part of the commit, in memory as in the log."""
+    held = HeldStates(10_000, tmp_path / "log")
+    held.begin_round(0)
+    held.begin_step(3)
+    held.put(1, halves(1))
+    held.begin_step(4)
+    held.put(1, halves(2))
+    held.put(2, halves(3))
+
+    held.commit(4, goes_on=True)
+
+    assert content(held) == {1: 2, 2: 3}
+    assert content(HeldStates(10_000, tmp_path / "log")) == {1: 1}
+    held.begin_round(0)
+    assert content(held) == {1: 1}
+
+
+def test_a_commit_that_the_other_side_has_not_made_is_undone(tmp_path: Path) -> None:
+    """A round that begins before the last commit finds the one before, in memory as in the log."""
+    held = HeldStates(10_000, tmp_path / "log")
+    held.begin_round(0)
+    for step in (3, 4):
+        held.begin_step(step)
+        held.put(1, halves(step))
+        held.commit(step + 1, goes_on=True, may_fail=True)
+
+    held.begin_round(0, 4)
+
+    assert content(held) == {1: 3}
+    assert content(HeldStates(10_000, tmp_path / "log")) == {1: 3}

@@ -147,9 +147,9 @@ class TourExecutor(RoundExecutor):
         run, state = self._run, self._run.tours
         if self._pause_until_s is None:
             self._pause_until_s = now_s + self._pausing.save_s
-            run.ask_to_save()
+            run.savers.ask()
             self._ask_to_save(goes_on=False)
-        if not run.has_saved and now_s < self._pause_until_s:
+        if run.savers.silent and now_s < self._pause_until_s:
             return False
         while self._take_uploads():
             pass

@@ -102,6 +102,7 @@ class BufferedRun(Run):
         super().__init__(run_id, state, starts, reporting, residuals, replays)
         self.tours, self._starts = state, starts
         self.inputs: Visits = Visits()
+        self.savers.are_apart = True
 
     def stamp(self, device: str) -> Stamp:
         """Return the stamp of a device's tour; of this moment, where it is on none."""
@@ -124,9 +125,6 @@ class BufferedRun(Run):
         """Return whether a message belongs to what its device is to do now."""
         now = self.stamp(stamp.device)
         return (stamp.run, stamp.round, stamp.attempt) == (now.run, now.round, now.attempt)
-
-    def _stands_at(self, device: str, step: int) -> bool:
-        return True  # each saves itself where it is
 
     # ---- tours ----
 

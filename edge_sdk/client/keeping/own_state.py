@@ -46,16 +46,18 @@ class OwnState:
         """
         self._files.forget_after(start.stamp.step)
         if self._held is not None:
-            self._held.begin_round(start.stamp.round)
+            self._held.begin_round(start.stamp.round, start.stamp.step)
         if start.restore_step >= 0:
             return self._restore(start.restore_step)
         self._apply(start, tensors)
         self._state.begin_round()
-        self.save(start.stamp.step)
+        self._write(start.stamp.step)
+        if self._held is not None:
+            self._held.commit(start.stamp.step)
         return True
 
     def save(self, step: int, *, goes_on: bool = False) -> None:
-        """Save what is there at the start of *step*.
+        """Save, in mid-round, what is there at the start of *step*.
 
         Args:
             step: The step; none of its gradients has been applied.
@@ -64,10 +66,13 @@ class OwnState:
         Raises:
             StorageError: the folder cannot be written.
         """
+        self._write(step)
+        if self._held is not None:
+            self._held.commit(step, goes_on=goes_on, may_fail=True)
+
+    def _write(self, step: int) -> None:
         known = {} if self._known is None else self._known.state()
         self._files.save(step, self._state.checkpoint() | known)
-        if self._held is not None:
-            self._held.commit(step, goes_on=goes_on)
 
     def end_round(self, step: int) -> dict[str, TensorOut]:
         """Return what the coordinator is to know of factors and head; keep what it is not told.
