@@ -146,11 +146,6 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
         case RoundStarted(round_, attempt, devices):
             names = list(devices)
             return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
-        case RoundSaved(round_, step, seconds):
-            return {"event": "round.saved", "round": round_, "step": step, "seconds": seconds}
-        case RoundHeld(round_, step, devices) | RoundUnsaved(round_, step, devices):
-            kind = "round.held" if isinstance(event, RoundHeld) else "round.unsaved"
-            return {"event": kind, "round": round_, "step": step, "devices": list(devices)}
         case ToursMerged(version, updates, standing, dropped):
             on_tour = {n: {"version": v, "staleness": age} for n, (v, age) in standing.items()}
             merged: dict[str, Any] = {"event": "tours.merged", "version": version}
@@ -202,6 +197,17 @@ def _waiting_row(event: RunEvent) -> Mapping[str, Any] | None:
             return row | {"reason": reason}
         case RunRewound(round_, reason):
             return {"event": "run.rewound", "round": round_, "reason": reason}
+    return _saving_row(event)
+
+
+def _saving_row(event: RunEvent) -> Mapping[str, Any] | None:
+    """Return the line of a round that is saved on its way, or is not."""
+    match event:
+        case RoundSaved(round_, step, seconds):
+            return {"event": "round.saved", "round": round_, "step": step, "seconds": seconds}
+        case RoundHeld(round_, step, devices) | RoundUnsaved(round_, step, devices):
+            kind = "round.held" if isinstance(event, RoundHeld) else "round.unsaved"
+            return {"event": kind, "round": round_, "step": step, "devices": list(devices)}
     return None
 
 
