@@ -12,8 +12,6 @@ __all__ = [
     "run_config",
     "run_folder",
     "run_lock",
-    "saving_events",
-    "saving_events",
     "standing",
     "steering_events",
     "tour_events",

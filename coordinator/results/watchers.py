@@ -39,10 +39,9 @@ from coordinator.results.events import (
 from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import SAMPLES, RunFolder
-from coordinator.results.saving_events import RoundHeld, RoundSaved, RoundUnsaved
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
 from coordinator.results.steering_events import SampleText
-from coordinator.results.tour_events import ToursMerged
+from coordinator.results.tour_events import RoundHeld, RoundSaved, RoundUnsaved, ToursMerged
 
 # How a clock time is written, with its distance from UTC.
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"

@@ -27,7 +27,7 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
-from coordinator.results.saving_events import RoundHeld
+from coordinator.results.tour_events import RoundHeld
 from coordinator.rounds.intake.evaluations import Evaluations
 from coordinator.rounds.intake.savers import Savers
 from coordinator.rounds.state import (

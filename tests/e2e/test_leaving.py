@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.results.events import RunEvent, StepDone
-from coordinator.results.saving_events import RoundHeld, RoundSaved
+from coordinator.results.tour_events import RoundHeld, RoundSaved
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.protocol.messages import StepReport
