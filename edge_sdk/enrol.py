@@ -134,7 +134,8 @@ def _write(config: Path, before: str | None, after: str) -> None:
     if before is None:
         write_config(config, after)
     elif after != before:
-        atomic_write(config, after, mode=config.stat().st_mode & 0o777)
+        # A link stays one.
+        atomic_write(config.resolve(), after, mode=config.stat().st_mode & 0o777)
 
 
 def _elsewhere(code: EnrolCode, address: str) -> EnrolCode:

@@ -95,6 +95,18 @@ def test_a_config_that_is_there_keeps_the_rest(counter: Counter, tmp_path: Path)
     assert enrol(counter.code(replaces=True), config).changed == ()
 
 
+def test_a_link_to_a_config_stays_one(counter: Counter, tmp_path: Path) -> None:
+    """What is changed is the file that it leads to."""
+    real, link = tmp_path / "real.yaml", tmp_path / "device.yaml"
+    real.write_text(CONFIG)
+    link.symlink_to(real)
+
+    enrol(counter.code(), link)
+
+    assert link.is_symlink()
+    assert load_config(ClientConfig, real, env={}).coordinator == counter.address
+
+
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "threads: 2", "coordinator:\n"])
 def test_what_a_config_lacks_is_added(counter: Counter, tmp_path: Path, text: str) -> None:
     """Also to an empty one, and to one without a line end."""

@@ -152,11 +152,8 @@ class EnrolmentBook:
             self._identity = now  # however many strangers knock, the file is read once
             with contextlib.suppress(OSError, ConfigError):  # what was read before counts
                 self._load()
-        wanted, found = _hash(key), None
-        for entry in self._entries:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(entry.hash, wanted):
-                found = entry
-        return found
+        at = _place(self._entries, key)
+        return None if at is None else self._entries[at]
 
     def redeem(self, one_time: str, key: str, allowed: AllowList) -> str:
         """Register *key* for whoever has proven the key *one_time*; return the device's name.
@@ -168,8 +165,7 @@ class EnrolmentBook:
             StorageError: the book or the allow-list cannot be written now.
         """
         with self._changing(is_patient=False) as entries:
-            wanted = _hash(one_time)
-            at = next((i for i, entry in enumerate(entries) if entry.hash == wanted), None)
+            at = _place(entries, one_time)
             if at is None:
                 raise RefusedError("the coordinator does not know this code any more")
             entry = entries[at]
@@ -208,7 +204,7 @@ class EnrolmentBook:
                 f"clock, which says {clock}; make a new one"
             )
         devices = allowed.devices()
-        if self._find_hash(key):
+        if _place(self._entries, key) is not None:
             raise RefusedError("this key is that of a code; a device makes a key of its own")
         other = next((name for name, known in devices.items() if known == key), entry.name)
         if other != entry.name:
@@ -221,10 +217,6 @@ class EnrolmentBook:
                 f"{entry.name} is registered already, with another key; on the coordinator: "
                 f"coordinator enrol {entry.name} --replace"
             )
-
-    def _find_hash(self, key: str) -> bool:
-        wanted = _hash(key)
-        return any(entry.hash == wanted for entry in self._entries)
 
     # -- the file --
 
@@ -288,6 +280,15 @@ class EnrolmentBook:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(_PURPOSE + key.encode()).hexdigest()
+
+
+def _place(entries: list[CodeEntry], key: str) -> int | None:
+    """Return where the code of a one-time key stands."""
+    wanted, found = _hash(key), None
+    for at, entry in enumerate(entries):  # all of them, so that the time tells nothing
+        if hmac.compare_digest(entry.hash, wanted):
+            found = at
+    return found
 
 
 def _withdraw(entries: list[CodeEntry], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from zmq.utils import z85
 
 from coordinator.gateway import doorkeeper, zap
 from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.doorkeeper import Caller, Doorkeeper
 from coordinator.gateway.enrolment import desk as desks
 from coordinator.gateway.enrolment.book import EnrolmentBook
+from coordinator.gateway.enrolment.desk import EnrolDesk
 from coordinator.gateway.enrolment.refused import RefusedKeys, read_refused, refused_path
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Joined, Left, Registered
@@ -170,6 +173,37 @@ def test_with_a_code_nothing_is_done_but_to_enrol(gateway: ZmqGateway, make: Mak
 
     assert gateway.devices() == []
     assert gateway.events(0.2) == []
+
+
+def test_whatever_a_code_holder_sends_ends_nothing(allowed: AllowList) -> None:
+    """Bytes, and control frames with what nobody expects in them: each is passed over."""
+    draw, context = random.Random(0), zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    door = Doorkeeper(context, router, Trouble())
+    book, answers = EnrolmentBook(allowed.path), []
+    desk = EnrolDesk(book, allowed, door, lambda _, said: answers.append(said), answers.append)
+    code = book.make_code("two", "tcp://10.0.0.1:7070", SERVER.public)
+    frames = [draw.randbytes(draw.randrange(200)) for _ in range(200)]
+    for text in ("", "\0" * 2000, "\x1b[2J", "../x", "#" * 40, " " * 40, TWO.public[:-1]):
+        said = (
+            packets.Enrol(key=text, sdk_version=text),
+            packets.Enrolled(name=text),
+            packets.EnrolRefused(reason=text, may_pass=True),
+            packets.Closed(session=text, reason=text),
+            packets.Heartbeat(sent_s=1e300, rtt_s=-1.0, numbers={text: -1e300}),
+        )
+        frames += map(packets.control_frame, said)
+    try:
+        for frame in frames:
+            caller = Caller(b"r", "", one_time_keys(code).public, zmq.Frame(frame), None)
+            assert desk.takes(caller, 1.0)
+    finally:
+        door.close()
+        router.close(0)
+        context.term()
+
+    assert answers == []
+    assert AllowList(allowed.path).devices() == {"one": ONE.public}
 
 
 def test_with_a_code_nobody_asks_without_end(
