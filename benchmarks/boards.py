@@ -141,7 +141,7 @@ def main() -> None:
     if options.smoke:
         options.rounds, options.steps = 2, 2
     from coordinator.lab.experiment.config import load_experiment
-    from coordinator.lab.experiment.report import write_report
+    from coordinator.lab.experiment.outcome.report import write_report
     from coordinator.lab.experiment.testbed import run_experiment
     from edge_sdk.command import stopping_on_signals
 

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from coordinator.commands.terminal import say, say_table
+from coordinator.commands.terminal import say, say_results
 from coordinator.lab.experiment.config import load_experiment
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
@@ -32,7 +32,7 @@ def _run(options: argparse.Namespace) -> int:
 
     require_matplotlib()  # before hours of training, not after
     from coordinator.lab.experiment.completed_runs import COMPLETED
-    from coordinator.lab.experiment.report import write_report
+    from coordinator.lab.experiment.outcome.report import write_report
     from coordinator.lab.experiment.testbed import run_experiment
     from edge_sdk.command import stopping_on_signals
 
@@ -40,9 +40,11 @@ def _run(options: argparse.Namespace) -> int:
     stop = threading.Event()
     with stopping_on_signals(stop.set):
         ended = run_experiment(config, methods, options.out, say, stop)
-    if table := write_report(config, methods, options.out, ended):
-        say_table(table)
-        say(f"\n{options.out / 'report.html'}")
+    tables = write_report(config, methods, options.out, ended)
+    for table in tables:
+        say_results(table.title, table.titles, table.texts)
+    if tables:
+        say(f"\n{options.out / 'report.html'}; the tables also as .md, .csv and .tex beside it")
     if stop.is_set():
         return INTERRUPTED_EXIT_CODE
     return 0 if set(ended.values()) == {COMPLETED} else 1

@@ -8,5 +8,6 @@ __all__ = [
     "report",
     "result_table",
     "run",
+    "run_count",
     "table",
 ]

@@ -1,4 +1,4 @@
-"""Pictures of compared runs as PNG: loss against cost, who held what, which weights matter.
+"""Pictures of compared runs: loss against cost, who held what, which weights matter.
 
 The only file that imports matplotlib, which is an extra and drawn with its Agg backend: no window,
 no global state. Knows no training and no HTML.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coordinator.lab.comparison.cells import Point, RunResult, at_chosen_rates
@@ -26,15 +27,25 @@ DPI = 110
 # Beyond this ratio of the slowest to the fastest, a linear axis hides the fast ones.
 LOG_RATIO = 8.0
 MAX_HEAT_MAPS = 4
+# Losses after the first steps get panels of their own where they are less than this share of all.
+CLOSE_UP_SHARE = 0.6
+CLOSE_UP_INCHES = 2.6
 
 
 class Picture(NamedTuple):
-    """One PNG and what it shows."""
+    """One picture and what it shows."""
 
     name: str
     title: str
     caption: str
     png: bytes
+    vectors: tuple[tuple[str, bytes], ...] = ()
+    """The same for print, by the ending of the file: SVG and PDF."""
+
+    def write(self, folder: Path) -> None:
+        """Write it to files of its name."""
+        for kind, data in (("png", self.png), *self.vectors):
+            (folder / f"{self.name}.{kind}").write_bytes(data)
 
 
 class Cost(NamedTuple):
@@ -108,23 +119,43 @@ def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Pictur
     """Draw a panel for each set of devices, with a line for each method."""
     kinds = list(dict.fromkeys(cell.device_set for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    figure, panels = make_panels(1, len(kinds), sharey=True, sharex=True)
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        for index, method in enumerate(methods):
-            own = [c for c in cells if (c.method, c.device_set) == (method, kind)]
-            _line(axes, own, cost, index)
-        axes.axhline(target, color="#666666", linewidth=0.9, linestyle=":", zorder=1)
-        axes.set(title=f"{kind} devices", xlabel=cost.label)
-    _scale(panels[0], cells, cost)
-    panels[0][0].set_ylabel("loss on the evaluation data")
+    spans = _spans(cells)
+    shape: dict[str, Any] = {"height": CLOSE_UP_INCHES} if len(spans) > 1 else {}
+    figure, panels = make_panels(len(spans), len(kinds), sharey="row", sharex=True, **shape)
+    for row, span, what in zip(panels, spans, ("loss", "loss, close up"), strict=False):
+        row[0].set_ylabel(what)
+        for axes, kind in zip(row, kinds, strict=True):
+            for index, method in enumerate(methods):
+                own = [c for c in cells if (c.method, c.device_set) == (method, kind)]
+                _line(axes, own, cost, index)
+            axes.axhline(target, color="#666666", linewidth=0.9, linestyle=":", zorder=1)
+            axes.set_ylim(*span)
+    for top, bottom, kind in zip(panels[0], panels[-1], kinds, strict=True):
+        top.set_title(f"{kind} devices")
+        bottom.set_xlabel(cost.label)
+    _scale(list(panels.flat), cells, cost)
     handles, labels = _legend_entries(panels[0])
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     before = _mean([cell.points[0].loss for cell in cells])
     caption = (
-        f"Mean over seeds; the band is from the lowest to the highest. Dotted: the target, "
-        f"{target:.4g}. Not drawn: the loss before training, {before:.4g}."
+        f"On the evaluation data, mean over seeds; the band is from the lowest to the highest. "
+        f"Dotted: the target, {target:.4g}. Lines begin before training, at {before:.4g}."
+        + (" Below: the same, without that beginning." if len(spans) > 1 else "")
     )
-    return Picture(cost.name, cost.title, caption, to_png(figure))
+    return to_picture(cost.name, cost.title, caption, figure)
+
+
+def _spans(cells: Sequence[RunResult]) -> list[tuple[float, float]]:
+    """Return the range of the losses, and of those after the first steps where that is narrow."""
+    lowest = min(cell.best_loss for cell in cells)
+    first = max(cell.points[min(1, len(cell.points) - 1)].loss for cell in cells)
+    before = max(cell.points[0].loss for cell in cells)
+    ends = [top for top in (before, first) if math.isfinite(top) and top > lowest]
+    is_narrow = len(ends) > 1 and first - lowest < CLOSE_UP_SHARE * (before - lowest)
+    return [
+        (lowest - 0.05 * (top - lowest), top + 0.08 * (top - lowest))
+        for top in (ends if is_narrow else [max(ends, default=lowest + 1.0)])
+    ]
 
 
 def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
@@ -132,8 +163,6 @@ def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
     rows = list(zip(*(cell.points for cell in own), strict=False))
     if not rows or not any(cost.of(point) for point in rows[-1]):
         return
-    # Before training the cost is 0, which a logarithmic axis does not have.
-    rows = [row for row in rows if all(cost.of(point) > 0 for point in row)]
     x = [_mean([cost.of(point) for point in row]) for row in rows]
     y = [_mean([point.loss for point in row]) for row in rows]
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -147,17 +176,15 @@ def _line(axes: Axes, own: Sequence[RunResult], cost: Cost, index: int) -> None:
 
 
 def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> None:
-    """Fit the axis to the losses that training reached, not to those before it."""
-    lowest = min(cell.best_loss for cell in cells)
-    first = max(cell.points[min(1, len(cell.points) - 1)].loss for cell in cells)
-    before = max(cell.points[0].loss for cell in cells)
-    top = min(before, first + 0.15 * (first - lowest))
+    """Choose an axis on which the cheap methods can be seen, too."""
     ends = [end for cell in cells if (end := cost.of(cell.last)) > 0]
+    if not ends or max(ends) <= LOG_RATIO * min(ends):
+        return
+    positive = [cost.of(p) for cell in cells for p in cell.points if cost.of(p) > 0]
     for axes in panels:
-        if top > lowest and math.isfinite(top):
-            axes.set_ylim(lowest - 0.05 * (top - lowest), top)
-        if ends and max(ends) > LOG_RATIO * min(ends):
-            axes.set_xscale("log")
+        # Linear up to the first evaluation: a logarithmic axis has no place for what was before.
+        axes.set_xscale("symlog", linthresh=min(positive))
+        axes.set_xlim(left=0.0)
 
 
 def _legend_entries(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
@@ -201,7 +228,7 @@ def _holdings(cells: Sequence[RunResult]) -> Picture:
         "First seed. Equal values are drawn slightly apart. A device that is not in a panel "
         "cannot hold what the method asks of it."
     )
-    return Picture("splits-ranks", title, caption, to_png(figure))
+    return to_picture("splits-ranks", title, caption, figure)
 
 
 def _steps(axes: Axes, cell: RunResult, device: str, field: str, shift: float, colour: str) -> None:
@@ -240,7 +267,7 @@ def _heat_maps(cell: RunResult) -> Picture:
     figure.colorbar(image, ax=list(panels[0]), label="share of all importance (%)")
     title = f"Importance of weights, {cell.method} on {cell.device_set} devices"
     caption = "First seed; the smoothed global importance that ranks are chosen by."
-    return Picture("importance", title, caption, to_png(figure))
+    return to_picture("importance", title, caption, figure)
 
 
 def _spread_out(rows: Sequence[Any], most: int) -> list[Any]:
@@ -282,8 +309,26 @@ def make_panels(
     return figure, panels
 
 
+def to_picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    """Return a figure as a picture with all of its files."""
+    vectors = (("svg", to_svg(figure)), ("pdf", _saved(figure, "pdf", CreationDate=None)))
+    return Picture(name, title, caption, to_png(figure), vectors)
+
+
 def to_png(figure: Figure) -> bytes:
     """Return a figure as a PNG file."""
+    return _saved(figure, "png")
+
+
+def to_svg(figure: Figure) -> bytes:
+    """Return a figure as an SVG file; equal figures give equal files."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "edgesplit"}):
+        return _saved(figure, "svg", Date=None)
+
+
+def _saved(figure: Figure, kind: str, **metadata: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata or None)
     return buffer.getvalue()

@@ -73,7 +73,7 @@ class Page:
         table = markdown(self.column_titles, self.rows)
         with storage_errors(out):
             for picture in self.pictures:
-                (out / f"{picture.name}.png").write_bytes(picture.png)
+                picture.write(out)
             (out / "table.md").write_text(table + "\n", encoding="utf-8")
             for each in self.tables:
                 each.write(out)

@@ -27,6 +27,7 @@ from edge_sdk.errors import ConfigError, DeviceError
 INSTALL_S = 3600.0
 KEY, DATA, CONFIG = "device.key", "data", "device.yaml"
 RUN = "import sys; from edge_sdk.cli import main; sys.exit(main(sys.argv[1:]))"
+POWER_MODE = "from profiler.sensors.board import power_mode; print(power_mode().value or '')"
 # One thread, as a share of one core stands for the board.
 EMULATED = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Makes the environment once for each wheel; `$1` work folder, `$2` mark, `$3` wheel, then packages.
@@ -152,6 +153,21 @@ class BoardHost:
     def clean(self) -> None:
         """Remove the key, the data and everything else of this experiment."""
         ask(self.shell, ["rm", "-rf", self.home])
+
+    def enter_power_mode(self, mode: str | None) -> str | None:
+        """Bring an ssh board into a power mode, if one is named; return the one that it is in.
+
+        Raises:
+            DeviceError: it cannot be brought there.
+        """
+        if not isinstance(self.shell, SshShell):
+            return None
+        if mode is not None:
+            try:
+                ask(self.shell, ["sh", "-c", self.config.power_commands[mode]])
+            except DeviceError as error:
+                raise DeviceError(f"board {self.name}: power mode {mode}: {error}") from error
+        return ask(self.shell, [self.shell.python, "-c", POWER_MODE]).strip() or None
 
     def _address_of_ours(self) -> str:
         """Return the address under which the board reaches this machine.

@@ -53,6 +53,8 @@ class BoardRun:
     """Most memory of its control group, in bytes."""
     num_killed: int = 0
     """Number of its processes that the kernel ended because of the memory limit."""
+    power_mode: str | None = None
+    """Its power mode in this run; None: unknown."""
     used: LinkUsage | None = None
     """Usage of its relay when the run began."""
 
@@ -130,6 +132,7 @@ class BoardRun:
             "exits": self.exits,
             "peak_group_bytes": self.peak_bytes,
             "killed_for_memory": self.num_killed,
+            "power_mode": self.power_mode,
         }
         if self.relay is not None and self.used is not None:
             now, then = self.relay.usage(), self.used

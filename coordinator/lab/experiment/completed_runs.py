@@ -41,6 +41,11 @@ def is_complete(folder: Path, config: ExperimentConfig) -> bool:
     return facts.get("outcome") == COMPLETED and facts.get("digest") == digest(config)
 
 
+def seconds_of(folder: Path) -> float:
+    """Return how long the whole run in *folder* took, in seconds."""
+    return float(_facts(folder).get("seconds", 0.0))
+
+
 def refuse_foreign(folder: Path) -> None:
     """Refuse a *folder* that must not be replaced, before anything is started.
 

@@ -55,6 +55,11 @@ class BoardConfig:
     """Memory of an emulated board, instead of what the board has."""
     cpu_quota: float | None = None
     """Cores of this machine for an emulated board, instead of a share in proportion to its peak."""
+    watts: float | None = None
+    """Power of an emulated board while it computes, in watts; None: that of its data sheet."""
+    power_commands: dict[str, str] = field(default_factory=dict)
+    """What brings an ssh board into each of `experiment.power_modes`, as its shell reads it, such
+    as `sudo -n nvpmodel -m 0`."""
     link: str | None = None
     """Name in coordinator/lab/simulation/links.yaml or in `experiment.links`; None: no limit. An
     ssh board with a link dials a relay on this machine, in addition to its real link."""
@@ -70,12 +75,12 @@ class BoardConfig:
         if (self.ssh is None) == (self.emulated is None):
             raise ValueError("give ssh or emulated, one of them")
         foreign = _OVER_SSH if self.ssh is None else _EMULATION
-        defaults = {each.name: each.default for each in fields(self)}
+        plain = {each.name: each.default for each in fields(self)} | {"power_commands": {}}
         for name in foreign:
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) != plain[name]:
                 kind = "an emulated" if self.ssh is None else "an ssh"
                 raise ValueError(f"{name} means nothing to {kind} board; remove it")
-        for name in ("memory_bytes", "cpu_quota"):
+        for name in _EMULATION:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -83,8 +88,32 @@ class BoardConfig:
             raise ValueError(f"jitter_ms must be at least 0, got {self.jitter_ms}")
 
 
-_EMULATION = ("memory_bytes", "cpu_quota")
-_OVER_SSH = ("port", "identity", "ssh_options", "workdir", "python", "extras", "packages")
+_EMULATION = ("memory_bytes", "cpu_quota", "watts")
+_OVER_SSH = (
+    "port",
+    "identity",
+    "ssh_options",
+    "workdir",
+    "python",
+    "extras",
+    "packages",
+    "power_commands",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerModeConfig:
+    """What a power mode makes of emulated boards; real ones have `power_commands`."""
+
+    speed: float = 1.0
+    """Share of a board's speed."""
+    power: float = 1.0
+    """Share of its power while it computes."""
+
+    def __post_init__(self) -> None:
+        for name in ("speed", "power"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +162,8 @@ class ExperimentSection:
     """Further methods by name."""
     seeds: tuple[int, ...] = ()
     """Seeds; each method is run with each of them. Empty: training.seed."""
+    power_modes: dict[str, PowerModeConfig] = field(default_factory=dict)
+    """Power modes by name; each method is run in each of them. Empty: boards stay as they are."""
     target: float | None = None
     """Loss that times are measured to; None: the lowest that every run reached."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -171,6 +202,9 @@ class ExperimentSection:
         for name in ("presets", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must hold different entries")
+        for name in self.power_modes:
+            if not is_device_name(name):
+                raise ValueError(f"power_modes: {name!r} is no name: letters, digits, . _ - only")
         if self.restarts < 0:
             raise ValueError(f"restarts must be at least 0, got {self.restarts}")
         if self.coordinator_threads < 1:
@@ -221,6 +255,15 @@ class ExperimentConfig(ServeConfig):
                 f"{', '.join(kinds)}"
             )
         self._check_link(f"boards: {name}.link", board.link)
+        modes = self.experiment.power_modes
+        missing = [mode for mode in modes if mode not in board.power_commands]
+        if board.ssh is not None and missing:
+            raise ValueError(f"boards: {name}.power_commands lacks {', '.join(missing)}")
+        if unknown := sorted(board.power_commands.keys() - modes.keys()):
+            raise ValueError(
+                f"boards: {name}.power_commands has {', '.join(unknown)}, which is not in "
+                "experiment.power_modes"
+            )
 
     def _check_places(self) -> None:
         """Refuse two boards in one folder, which would make one environment at the same time."""
@@ -281,6 +324,13 @@ def data_sheet(config: ExperimentConfig, name: str) -> Board | None:
     """Return the data sheet of an emulated board; None for a real one."""
     kind = config.boards[name].emulated
     return config.known.boards[kind] if kind else None
+
+
+def watts(config: ExperimentConfig, name: str) -> float:
+    """Return the power of an emulated board while it computes, in watts."""
+    sheet = data_sheet(config, name)
+    assert sheet is not None, "real boards have a meter, or none"
+    return config.boards[name].watts or sheet.watts
 
 
 def memory_bytes(config: ExperimentConfig, name: str) -> float:

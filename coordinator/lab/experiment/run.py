@@ -261,7 +261,9 @@ class ExperimentRun:
 
     def _carry_out(self, fault: FaultConfig, *, begins: bool) -> None:
         board = self._boards[fault.board]
-        self._happened(fault.board, f"{fault.do} {'begins' if begins else 'ends'}")
+        number = next(n for n, each in enumerate(self._config.faults) if each is fault)
+        text = f"{fault.do} {'begins' if begins else 'ends'}"
+        self._happened(fault.board, text, fault=number, begins=begins)
         if fault.do in ("link", "cut"):
             board.change_link(self._config, fault, begins=begins)
         elif fault.do == "throttle":
@@ -328,11 +330,11 @@ class ExperimentRun:
 
     # ---- events and logs ----
 
-    def _happened(self, who: str, text: str) -> None:
+    def _happened(self, who: str, text: str, **more: Any) -> None:
         self._progress(f"{self.folder.name}: {who}: {text}")
         if self.folder.path.is_dir():
             row = {"time": time.time(), "at_s": round(self._now_s(), 3), "who": who, "text": text}
-            self.folder.append(HAPPENINGS, row)
+            self.folder.append(HAPPENINGS, row | more)
 
     def _log(self, who: str, line: str) -> None:
         """Write a line of *who* to its log; any thread may call this."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.allow_list import AllowList
+from coordinator.lab.comparison.run_count import RunCount, tell_nobody
 from coordinator.lab.experiment.board_host import BoardHost, make_host
 from coordinator.lab.experiment.board_run import BoardRun
 from coordinator.lab.experiment.cgroup import LEAST_CORES, CgroupLimits
@@ -30,6 +31,7 @@ from coordinator.lab.experiment.completed_runs import (
     is_complete,
     make_room,
     refuse_foreign,
+    seconds_of,
 )
 from coordinator.lab.experiment.config import (
     ExperimentConfig,
@@ -39,6 +41,7 @@ from coordinator.lab.experiment.config import (
     needs_relay,
 )
 from coordinator.lab.experiment.namespace import Namespace
+from coordinator.lab.experiment.planned_runs import PlannedRun, planned_runs
 from coordinator.lab.experiment.relay import LinkShape, Relay
 from coordinator.lab.experiment.run import ExperimentRun
 from coordinator.remote.wheel import build_wheel
@@ -67,34 +70,33 @@ def run_experiment(
         EdgeError: the config is wrong, a board cannot be prepared, or something in *out* has the
             name of a run and is none.
     """
-    ended = {}
+    ended: dict[str, str] = {}
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "experiment.yaml").write_text(dump_config(config), encoding="utf-8")
-    wanted = dict(_runs(methods, out))
-    missing = {label: run for label, run in wanted.items() if not is_complete(out / label, run)}
-    for label in missing:
+    wanted = planned_runs(methods, out)
+    missing = {run.label for run in wanted if not is_complete(out / run.label, run.config)}
+    for label in sorted(missing):
         refuse_foreign(out / label)
+    # Those that are there come first, so that what is left is told from what they took.
+    wanted = sorted(wanted, key=lambda run: run.label in missing)
+    count = RunCount([run.method for run in wanted], progress, tell_nobody, time.monotonic)
     with Testbed(config, progress, stop) if missing else ExitStack() as testbed:
-        for label, run in wanted.items():
-            if label in missing and isinstance(testbed, Testbed) and not stop.is_set():
-                make_room(out / label)
-                ended[label] = testbed.run(run, out, label)
+        for run in wanted:
+            if run.label not in missing:
+                count.kept(seconds_of(out / run.label))
+                ended[run.label] = COMPLETED
+            elif isinstance(testbed, Testbed) and not stop.is_set():
+                make_room(out / run.label)
+                count.begin(run.label)
+                progress(f"run {count.done + 1} of {count.total}: {run.label} begins")
+                ended[run.label] = testbed.run(run, out)
+                count.end(ended[run.label])
             else:
-                ended[label] = COMPLETED if label not in missing else NOT_RUN
-            progress(f"{label}: {ended[label]}")
-    return ended
-
-
-def _runs(
-    methods: Mapping[str, ExperimentConfig], out: Path
-) -> Iterator[tuple[str, ExperimentConfig]]:
-    for method, run in methods.items():
-        seeds = run.experiment.seeds or (run.training.seed,)
-        for seed in seeds:
-            training = replace(run.training, seed=seed)
-            label = f"{method}-{seed}" if run.experiment.seeds else method
-            yield label, replace(run, training=training, runs=out, name=label)
+                ended[run.label] = NOT_RUN
+                progress(f"{run.label}: {NOT_RUN}")
+    count.tell_kept()
+    return {run.label: ended[run.label] for run in planned_runs(methods, out)}
 
 
 class Testbed:
@@ -206,7 +208,7 @@ class Testbed:
             return False
         name = min(self._cores, key=lambda board: self._cores[board])
         try:
-            limits = self._make_limits(name)
+            limits = self._make_limits(name, self._cores[name])
         except DeviceError as error:
             if self._config.experiment.must_limit:
                 raise ConfigError(
@@ -231,22 +233,27 @@ class Testbed:
             if share < LEAST_CORES:
                 self._progress(f"{name}: {share:.4f} cores are too few, it gets {LEAST_CORES:g}")
 
-    def _make_limits(self, name: str) -> CgroupLimits:
+    def _make_limits(self, name: str, quota: float) -> CgroupLimits:
         # Each start has groups of its own: the peak of a program is not that of the one before.
         return CgroupLimits(
             f"edgesplit-{os.getpid()}-{name}-{time.monotonic_ns()}",
             memory_bytes=memory_bytes(self._config, name),
-            cores=self._cores[name],
+            cores=quota,
         )
 
     # ---- runs ----
 
-    def run(self, config: ExperimentConfig, out: Path, label: str) -> str:
-        """Run *config* once; return how it ended."""
-        boards = {name: self._board_run(name, host) for name, host in self._hosts.items()}
+    def run(self, planned: PlannedRun, out: Path) -> str:
+        """Run what is planned once; return how it ended.
+
+        Raises:
+            DeviceError: a board cannot be brought into the run's power mode.
+        """
+        config = planned.config
+        boards = {name: self._board_run(planned, host) for name, host in self._hosts.items()}
         run = ExperimentRun(
             config,
-            self._serve_config(config, out, label),
+            self._serve_config(config, out, planned.label),
             boards,
             server_key=self._public,
             workspace=self._workspace,
@@ -255,13 +262,13 @@ class Testbed:
         )
         return run.run()
 
-    def _board_run(self, name: str, host: BoardHost) -> BoardRun:
+    def _board_run(self, planned: PlannedRun, host: BoardHost) -> BoardRun:
+        name = host.name
         board_run = BoardRun(host, self._relays.get(name))
+        board_run.power_mode = host.enter_power_mode(planned.mode) or planned.mode
         if name in self._cores and self._is_limited:
-            board_run.make_limits, board_run.cores = (
-                partial(self._make_limits, name),
-                self._cores[name],
-            )
+            board_run.cores = cores(planned.config)[name]
+            board_run.make_limits = partial(self._make_limits, name, board_run.cores)
         if board_run.relay is not None:
             board = self._config.boards[name]
             board_run.relay.reshape(link_shape(self._config, board.link, board.jitter_ms))

@@ -38,5 +38,5 @@ def test_pictures_are_inside_and_notes_only_where_there_are_some() -> None:
     page = make_page("all")
 
     assert f'src="data:image/png;base64,{base64.b64encode(PNG).decode()}"' in page
-    assert "What methods could not do" not in page
+    assert "<h2>Notes</h2>" not in page
     assert "<li>a note</li>" in make_page("all", ("a note",))

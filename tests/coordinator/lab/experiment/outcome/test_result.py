@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
-from coordinator.lab.experiment.report import write_report
-from coordinator.lab.experiment.result import read_run
+from coordinator.lab.experiment.outcome.report import write_report
+from coordinator.lab.experiment.outcome.result import read_run
 from coordinator.lab.simulation.boards import catalogue
 from coordinator.results.run_folder import RunFolder
 
@@ -99,14 +99,18 @@ def test_the_report_holds_every_run(tmp_path: Path) -> None:
     write_run(tmp_path / "slow", losses=(4.0, 3.5, 3.0))
     methods = {"fast": config(), "slow": config()}
 
-    table = write_report(config(), methods, tmp_path, dict.fromkeys(methods, "completed"))
+    table, *_ = write_report(config(), methods, tmp_path, dict.fromkeys(methods, "completed"))
 
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[0][4] == "clock to loss 3 (s)"
-    whole = {line[0]: line for line in lines[2:] if line[1] == "all"}
-    assert (whole["fast"][4], whole["slow"][4]) == ("10.0", "20.0")
-    assert "(estimated)" in whole["fast"][12]
-    assert [line[1] for line in lines[2:5]] == ["all", "a", "b"]
+    assert table.titles[5:7] == ["clock to loss 3 (s)", "energy to loss 3 (J)"]
+    whole = {line[0]: line for line in table.texts if line[1] == "all"}
+    assert (whole["fast"][5], whole["slow"][5]) == ("10.0", "20.0")
+    watts = catalogue().boards["orin-nano-8gb"].watts
+    assert whole["fast"][6] == f"{watts * 4.0 + 25.0:,.0f} (estimated)"
+    assert whole["fast"][8] == f"{watts * 8.0 + 45.0:,.0f} (estimated)"
+    assert [line[1] for line in table.texts[:3]] == ["all", "a", "b"]
+    names = {"table", "power"}
+    assert {path.stem for path in tmp_path.glob("*.csv")} == names
+    assert {path.stem for path in tmp_path.glob("*.tex")} == names
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Loss against time" in html
     assert "coordinator, 70.0 % of the time" in html
@@ -145,9 +149,9 @@ def test_a_run_of_another_call_is_not_reported(tmp_path: Path) -> None:
     """What was stopped before its turn has no row, whatever its folder holds."""
     write_run(tmp_path / "run")
 
-    assert write_report(config(), {"run": config()}, tmp_path, {"run": "not run"}) == ""
+    assert write_report(config(), {"run": config()}, tmp_path, {"run": "not run"}) == []
 
 
 def test_a_run_that_never_began_is_no_report(tmp_path: Path) -> None:
     """Nothing to write about."""
-    assert write_report(config(), {"run": config()}, tmp_path, {"run": "failed"}) == ""
+    assert write_report(config(), {"run": config()}, tmp_path, {"run": "failed"}) == []

@@ -8,6 +8,7 @@ the time in which it computed. Both cover the time from the first round to the l
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from coordinator.lab.comparison.cells import Held, Point, RunResult
 from coordinator.lab.experiment.completed_runs import FACTS
-from coordinator.lab.experiment.config import ExperimentConfig, data_sheet
+from coordinator.lab.experiment.config import ExperimentConfig, watts
 from coordinator.lab.experiment.run import HAPPENINGS, MARKS
 from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
@@ -42,6 +43,10 @@ class BoardResult:
     energy_j: float | None
     energy_is_estimated: bool
     starts: int
+    tokens: int
+    """Tokens that it trained on in this time."""
+    power_mode: str | None
+    """Its power mode; None where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,10 @@ class ExperimentRunResult:
     cell: RunResult | None
     """Its row in a comparison; None if nothing was evaluated."""
     happenings: tuple[dict[str, Any], ...] = field(default=())
+    """What happened to boards, oldest first; `run_s` is the time on the run's clock, in seconds, as
+    that of the table: below 0 before the first round, and None where there was none."""
+    ends_s: tuple[float, ...] = ()
+    """When each round ended, on the run's clock."""
 
     def shares(self) -> dict[str, float]:
         """Return the busy share of every resource: boards, their links, the coordinator's CPU."""
@@ -94,7 +103,11 @@ def read_run(folder: Path, config: ExperimentConfig, method: str) -> ExperimentR
         coordinator_s=marks[-1]["cpu_s"] - marks[0]["cpu_s"] if marks else 0.0,
         boards=tuple(boards),
         cell=_cell(history, config, method, marks) if marks and history.costs else None,
-        happenings=tuple(run.rows(HAPPENINGS)),
+        happenings=tuple(
+            row | {"run_s": row["time"] - marks[0]["time"] if marks else None}
+            for row in run.rows(HAPPENINGS)
+        ),
+        ends_s=tuple(mark["time"] - marks[0]["time"] for mark in marks[1:]),
     )
 
 
@@ -107,9 +120,7 @@ def _board(
 ) -> BoardResult:
     # Without the round in which a run was stopped: clock and energy at its end are unknown.
     cost = history.cost(name, marks[-1]["round"] if marks else 0)
-    measured = [mark["energy_j"][name] for mark in marks if name in mark["energy_j"]]
-    sheet = data_sheet(config, name)
-    estimated = None if sheet is None else sheet.watts * cost.compute_s
+    is_emulated = config.boards[name].emulated is not None
     return BoardResult(
         name=name,
         splits=_splits(history, config, name),
@@ -120,11 +131,24 @@ def _board(
         peak_bytes=cost.peak_bytes,
         peak_group_bytes=facts["peak_group_bytes"],
         killed_for_memory=facts["killed_for_memory"],
-        # This machine's own meter cannot tell what an emulated board used.
-        energy_j=_spent(measured) if sheet is None and len(measured) > 1 else estimated,
-        energy_is_estimated=sheet is not None,
+        energy_j=_energy_j(history, config, name, marks),
+        energy_is_estimated=is_emulated,
         starts=facts["starts"],
+        tokens=cost.tokens,
+        power_mode=facts.get("power_mode"),
     )
+
+
+def _energy_j(
+    history: RunHistory, config: ExperimentConfig, name: str, marks: list[dict[str, Any]]
+) -> float | None:
+    """Return the joules of a board from the first of *marks* to the last; None: unknown."""
+    if config.boards[name].emulated is not None:
+        # This machine's own meter cannot tell what an emulated board used.
+        spent_s = history.cost(name, marks[-1]["round"] if marks else 0).compute_s
+        return watts(config, name) * spent_s
+    measured = [mark["energy_j"][name] for mark in marks if name in mark["energy_j"]]
+    return _spent(measured) if len(measured) > 1 else None
 
 
 def _spent(joules: list[float]) -> float:
@@ -156,8 +180,19 @@ def _cell(
 ) -> RunResult | None:
     times = {mark["round"]: mark["time"] - marks[0]["time"] for mark in marks}
     samples, traffic = history.samples(), history.traffic()
+    energy_j = {
+        mark["round"]: _energy_of_all_j(history, config, marks[: index + 1])
+        for index, mark in enumerate(marks)
+    }
     points = tuple(
-        Point(samples[done], times[done], times[done], *traffic.get(done, (0, 0)), *score)
+        Point(
+            samples[done],
+            times[done],
+            times[done],
+            *traffic.get(done, (0, 0)),
+            *score,
+            energy_j[done],
+        )
         for row in history.metrics
         if (score := overall(row)) is not None and (done := row["round"]) in times
     )
@@ -174,6 +209,16 @@ def _cell(
             (r["round"], r["importance"]) for r in history.plans if r.get("importance")
         ),
     )
+
+
+def _energy_of_all_j(
+    history: RunHistory, config: ExperimentConfig, marks: list[dict[str, Any]]
+) -> float:
+    """Return the joules of all boards until the last of *marks*; NaN if one of them is unknown."""
+    if len(marks) < 2:
+        return 0.0
+    found = [_energy_j(history, config, name, marks) for name in config.boards]
+    return sum(math.nan if each is None else each for each in found)
 
 
 def _held(history: RunHistory) -> list[dict[str, Held]]:
