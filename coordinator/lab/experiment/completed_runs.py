@@ -18,6 +18,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_errors
 
 FACTS = "boards.json"
+# Beside it: what had been used after each round, and what happened to boards.
+MARKS, HAPPENINGS = "marks.jsonl", "happenings.jsonl"
 COMPLETED, INTERRUPTED, NOT_RUN = "completed", "interrupted", "not run"
 # Outcome until a run has ended, so that its folder is known as ours even if we are killed.
 UNFINISHED = "unfinished"

@@ -23,7 +23,9 @@ from coordinator.lab.experiment.board_run import BoardRun
 from coordinator.lab.experiment.completed_runs import (
     COMPLETED,
     FACTS,
+    HAPPENINGS,
     INTERRUPTED,
+    MARKS,
     UNFINISHED,
     digest,
 )
@@ -38,8 +40,7 @@ from edge_sdk.errors import EdgeError
 TICK_S = 0.05
 # Seconds for the coordinator to begin and to stop with a checkpoint, and for boards to leave.
 BEGIN_S, STOP_S, GOODBYE_S = 600.0, 60.0, 15.0
-STEPS, MARKS = "steps.jsonl", "marks.jsonl"
-HAPPENINGS = "happenings.jsonl"
+STEPS = "steps.jsonl"
 
 
 class ExperimentRun:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.lab.comparison.cells import Held, Point, RunResult
-from coordinator.lab.experiment.completed_runs import FACTS
+from coordinator.lab.experiment.completed_runs import FACTS, HAPPENINGS, MARKS
 from coordinator.lab.experiment.config import ExperimentConfig, watts
-from coordinator.lab.experiment.run import HAPPENINGS, MARKS
 from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
 
