@@ -5,6 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -249,3 +253,107 @@ def test_a_damaged_book_is_named_and_ends_no_run(desk: Desk) -> None:
     assert desk.ours.find(key) is not None
     with pytest.raises(ConfigError, match="is no book of codes"):
         desk.code()
+
+
+@dataclass
+class Known:
+    """What ought to be true of a code."""
+
+    code: EnrolCode
+    name: str
+    until_s: float
+    replaces: bool
+    fate: str = "open"
+    used_by: str = ""
+
+
+class Ledger:
+    """What ought to be true of all codes and devices, said in a few lines."""
+
+    def __init__(self) -> None:
+        self.devices: dict[str, str] = {}
+        self.codes: list[Known] = []
+
+    def made(self, known: Known) -> None:
+        """A newer code makes an older one void."""
+        for other in self.codes:
+            if (other.name, other.fate) == (known.name, "open"):
+                other.fate = "withdrawn"
+        self.codes.append(known)
+
+    def redeems(self, known: Known, key: str, now_s: float) -> bool:
+        """Return whether *known* lets *key* in, and take note if it does."""
+        owner = self.devices.get(known.name)
+        if owner == key == known.used_by:
+            return True
+        others = (k for name, k in self.devices.items() if name != known.name)
+        is_taken = owner not in (None, key) and not known.replaces
+        if known.fate != "open" or now_s >= known.until_s or key in others or is_taken:
+            return False
+        known.fate, known.used_by, self.devices[known.name] = "used", key, key
+        return True
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_whatever_order_each_code_lets_in_whom_it_should(tmp_path: Path, seed: int) -> None:
+    """Made, used, used again, void, expired, replaced, taken away, restarted: as a model says."""
+    draw, ledger, desk = random.Random(seed), Ledger(), Desk(tmp_path)
+    names, keys = ("a", "b"), [make_key_pair().public for _ in range(3)]
+    num_let_in = 0
+    for _ in range(40):
+        name, key, act = draw.choice(names), draw.choice(keys), draw.random()
+        if act < 0.3:
+            replaces, lasts_s = draw.random() < 0.5, draw.choice((10.0, 900.0))
+            if name in ledger.devices and not replaces:
+                with pytest.raises(ConfigError):
+                    desk.code(name, lasts_s=lasts_s)
+                continue
+            code = desk.code(name, lasts_s=lasts_s, replaces=replaces)
+            ledger.made(Known(code, name, desk.now_s + lasts_s, replaces))
+        elif act < 0.8 and ledger.codes:
+            known = draw.choice(ledger.codes[-4:])
+            if ledger.redeems(known, key, desk.now_s):
+                assert desk.redeem(known.code, key) == known.name
+                num_let_in += 1
+            else:
+                with pytest.raises(RefusedError):
+                    desk.redeem(known.code, key)
+        elif act < 0.9 and name in ledger.devices:
+            desk.allowed.unregister(name)
+            del ledger.devices[name]
+        elif act < 0.95:
+            desk.now_s += draw.choice((1.0, 20.0))
+        else:
+            now_s, desk = desk.now_s, Desk(tmp_path)
+            desk.now_s = now_s
+        assert AllowList(desk.allowed.path).devices() == ledger.devices
+    assert num_let_in
+
+
+def test_of_many_at_once_one_gets_the_code(desk: Desk) -> None:
+    """Coordinators and devices that share the files race for it; exactly one key is registered."""
+    code, won = desk.code(), []
+    one_time = one_time_keys(code).public
+
+    def race(key: str) -> None:
+        book = EnrolmentBook(desk.allowed.path, lambda: desk.now_s)
+        allowed = AllowList(desk.allowed.path)
+        for _ in range(2000):
+            try:
+                won.append((book.redeem(one_time, key, allowed), key))
+            except StorageError:  # another one has the lock
+                time.sleep(0.005)
+                continue
+            except RefusedError:
+                pass
+            return
+
+    keys = [make_key_pair().public for _ in range(6)]
+    threads = [threading.Thread(target=race, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(won) == 1
+    assert AllowList(desk.allowed.path).devices() == dict(won)
