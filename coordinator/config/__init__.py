@@ -1,3 +1,13 @@
 """What a run is told: files, published methods, planning."""
 
-__all__ = ["buffered", "centralised", "exchange", "page", "planning", "presets", "replay", "run"]
+__all__ = [
+    "buffered",
+    "centralised",
+    "early_stopping",
+    "exchange",
+    "page",
+    "planning",
+    "presets",
+    "replay",
+    "run",
+]

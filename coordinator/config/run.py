@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from coordinator.aggregation.rules import RULES
 from coordinator.config.buffered import BufferedConfig
 from coordinator.config.centralised import PooledConfig
+from coordinator.config.early_stopping import EarlyStoppingConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.page import page_address
 from coordinator.config.planning import PlanningConfig
@@ -93,7 +94,13 @@ class EvaluationConfig:
     max_new_tokens: int = 48
     """Most tokens that the model adds to a prompt."""
 
+    test_file: str | tuple[str, ...] | None = None
+    """A file on the coordinator, as in `data.path` and read as `data` says, on which the model that
+    is the run's result is evaluated once, at the end; nothing is decided by it."""
+
     def __post_init__(self) -> None:
+        if isinstance(self.test_file, list):
+            object.__setattr__(self, "test_file", tuple(self.test_file))
         if isinstance(self.prompts, list):
             object.__setattr__(self, "prompts", tuple(self.prompts))
         if not isinstance(self.prompts, str) and not all(self.prompts):
@@ -210,6 +217,8 @@ class ServeConfig:
     """Optimizer and schedule of both sides."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """Whether the run ends when that gets no better, and its best model counts."""
     report_to: tuple[Tracker, ...] = ()
     """Where numbers go beside the run's folder; see docs/monitoring.md. What fails or hangs there
     costs the run nothing."""
@@ -265,6 +274,12 @@ class ServeConfig:
             )
         if self.round_mode == "buffered":
             self._check_buffered()
+        is_measured = self.evaluation.data.path is not None or self.evaluation.on_devices
+        if self.early_stopping.is_on and not is_measured:
+            raise ValueError(
+                "early_stopping.patience_rounds: nothing is measured; name a file in "
+                "evaluation.data.path, or let devices evaluate (evaluation.on_devices)"
+            )
 
     def _check_buffered(self) -> None:
         """Refuse what needs everybody at the same moment."""

@@ -19,7 +19,7 @@ from coordinator.planning.fixed import check_config, plan_server
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
 from edge_sdk.client.profile import block_speed
 from edge_sdk.data.batches import MicroBatch, eval_batches
-from edge_sdk.data.rows import load_rows
+from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import ModelLimits, check_tokenizer, tokenize_rows
 from edge_sdk.errors import ConfigError, ModelError, RemoteProtocolError, StorageError
 from edge_sdk.lora.targets import (
@@ -77,7 +77,10 @@ class ServerModel:
         self.facts = ModelFacts(layout, find_targets(self.source.config, config.task, layout, lora))
         self.first = check_config(config, self.facts)
         self._limits = self._find_limits()
-        self.eval_batches = self._load_evaluation()
+        evaluation = config.evaluation
+        self.eval_batches = self._load(evaluation.data)
+        self.test_batches = self._load(replace(evaluation.data, path=evaluation.test_file))
+        """What the result is evaluated on, once."""
         hashes = PartHashes(self.source, self._cache.folder)
         self.parts = {name: hashes.describe(name) for name in self.source.part_names()}
         self._forget_hashes = hashes.forget
@@ -179,14 +182,13 @@ class ServerModel:
                 own,
             )
 
-    def _load_evaluation(self) -> list[MicroBatch]:
-        evaluation = self._config.evaluation
-        if evaluation.data.path is None:
+    def _load(self, data: DataConfig) -> list[MicroBatch]:
+        """Return a file of ours as tokens; nothing where *data* names none."""
+        if data.path is None:
             return []
-        rows = load_rows(None, evaluation.data)
-        examples = tokenize_rows(rows, self.tokenizer, evaluation.data, self._limits)
-        pad_id = self.text_config.pad_token_id or 0
-        return list(eval_batches(examples, evaluation.batch_size, pad_id=pad_id))
+        examples = tokenize_rows(load_rows(None, data), self.tokenizer, data, self._limits)
+        pad_id, size = self.text_config.pad_token_id or 0, self._config.evaluation.batch_size
+        return list(eval_batches(examples, size, pad_id=pad_id))
 
     # ---- parts ----
 

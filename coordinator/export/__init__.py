@@ -6,6 +6,7 @@ __all__ = [
     "facts",
     "merged",
     "options",
+    "outcome",
     "run",
     "run_facts",
     "texts",

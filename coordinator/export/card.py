@@ -195,6 +195,12 @@ def _training(card: Card) -> str:
         "devices": facts.devices,
         "rounds": facts.rounds,
         "optimizer steps": facts.steps,
+        **({"model of round": f"{facts.result_round}, best {facts.best}"} if facts.best else {}),
+        **{
+            name.replace("_", " "): f"{facts.test[name]:.4f}"
+            for name in ("test_loss", "test_perplexity", "test_accuracy")
+            if facts.test.get(name) is not None
+        },
         "learning rate": facts.learning_rate,
         "seed": facts.seed,
         **facts.versions,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -39,3 +39,9 @@ class RunFacts:
     """Losses by round, oldest first."""
     versions: Mapping[str, str]
     """Versions of what has trained and written it, by package."""
+    result_round: int = 0
+    """Rounds that were done when the model was what it is here: all, or those of the best one."""
+    best: str = ""
+    """By what it was the best one; empty where the last model counts."""
+    test: Mapping[str, float] = field(default_factory=dict)
+    """What it does on a file that nothing was decided by, as `test_results.json` names it."""

@@ -29,7 +29,7 @@ from coordinator.export.hub import check_push, push
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
 from coordinator.export.peft_names import is_stacked
-from coordinator.export.run_facts import run_facts
+from coordinator.export.run_facts import result_checkpoint, run_facts
 from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from edge_sdk.data.batches import MicroBatch
@@ -39,6 +39,8 @@ from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import ModelFacts, find_targets
 from edge_sdk.model.loss import whole_sums
 from edge_sdk.model.weights import ModelSource
+from edge_sdk.runtime.interface import TailSums, add_up
+from edge_sdk.runtime.torch_runtime import totals
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def export_run(
     options: ExportOptions = PEFT,
     say: Say = log.info,
 ) -> float:
-    """Export the newest checkpoint of *run*; return the largest difference of a logit.
+    """Export the result of *run*, or what would be it; return the largest difference of a logit.
 
     Args:
         run: The run, or its folder.
@@ -103,7 +105,7 @@ def read_trained(
     Args:
         run: The run.
         config: Its config.
-        checkpoint: One of its checkpoints; None: the newest.
+        checkpoint: One of its checkpoints; None: that of its result.
 
     Raises:
         StorageError: there is no checkpoint, or it cannot be read.
@@ -115,11 +117,12 @@ def read_trained(
     targets = find_targets(source.config, config.task, source.layout, config.lora)
     facts = ModelFacts(source.layout, targets)
     ledger = Ledger(facts, config.lora, config.aggregation, None, config.training.seed)
-    checkpoint = checkpoint or run.load_checkpoint()
+    checkpoint = checkpoint or result_checkpoint(run, config)
     for damage in checkpoint.damaged:
         log.warning("checkpoint.damaged path=%s reason=%s", damage.checkpoint, damage.reason)
     ledger.load_state(checkpoint.arrays["ledger"])
-    return Trained(source, ledger.global_factors(), ledger.head, run_facts(run))
+    done = checkpoint.state["round"]
+    return Trained(source, ledger.global_factors(), ledger.head, run_facts(run, done))
 
 
 def check_options(options: ExportOptions) -> None:
@@ -243,13 +246,16 @@ def _eval_batches(config: ServeConfig, say: Say) -> list[MicroBatch]:
 
 def _eval_loss(trained: Trained, batches: list[MicroBatch]) -> float:
     """Return the mean loss per target."""
-    model = trained_slice(trained.source, trained.learned, trained.head)
-    loss, targets = 0.0, 0
+    sums = trained_sums(trained, batches)
+    return sums.loss_sum / max(1, sums.num_targets)
+
+
+def trained_sums(trained: Trained, batches: list[MicroBatch]) -> TailSums:
+    """Return what a trained model, in float32, finds on *batches*."""
+    model, found = trained_slice(trained.source, trained.learned, trained.head), []
     with torch.no_grad():
         for batch in batches:
             lengths_B = torch.from_numpy(np.asarray(batch.lengths))
             ids_BT, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-            sums = whole_sums(model, ids_BT, lengths_B, labels)
-            loss += float(sums.loss_B.sum())
-            targets += int(sums.targets_B.sum())
-    return loss / max(1, targets)
+            found.append(totals(whole_sums(model, ids_BT, lengths_B, labels)))
+    return add_up(found)

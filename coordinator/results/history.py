@@ -9,8 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from coordinator.results.run_folder import RunFolder
-from coordinator.results.watchers import CLOCK
+from coordinator.results.run_folder import CLOCK, TEST_RESULTS, RunFolder
 
 Row = Mapping[str, Any]
 _ENDS_WAITING = ("run.started", "run.ended", "round.started", "round.deadline")
@@ -89,6 +88,10 @@ class RunHistory:
     def tours(self) -> Row | None:
         """Return the last merge of a run without a barrier, as its event says; else None."""
         return next((r for r in reversed(self.events) if r["event"] == "tours.merged"), None)
+
+    def test(self) -> Row | None:
+        """Return what the result does on the test file, as transformers names it; else None."""
+        return next(iter(self._folder.rows(TEST_RESULTS)), None)
 
     @property
     def rounds_done(self) -> int:

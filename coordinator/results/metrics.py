@@ -39,6 +39,17 @@ def _read_progress(facts: Mapping[str, Any]) -> _Progress:
     return _Progress(**numbers)
 
 
+def score_of(sums: TailSums, *, is_classifier: bool) -> dict[str, float]:
+    """Return loss, accuracy and, of a language model, perplexity over all targets."""
+    loss_sum, num_targets, num_correct = sums
+    loss = loss_sum / max(1, num_targets)
+    score: dict[str, float] = {"loss": loss, "targets": num_targets}
+    score["accuracy"] = num_correct / max(1, num_targets)
+    if not is_classifier:
+        score["perplexity"] = math.exp(min(loss, 700.0))
+    return score
+
+
 @dataclass
 class Reporting:
     """Collects reports and tells the watcher of each complete row."""
@@ -99,23 +110,20 @@ class Reporting:
                 n: p.loss_sum / max(1, p.num_targets) for n, p in sorted(self._progress.items())
             }
         if evaluated is not None:
-            row["eval"] = self._score(*evaluated)
+            row["eval"] = self.score(evaluated)
         self.pending, self._heard, self._progress = row, set(), {}
 
-    def _score(self, loss_sum: float, num_targets: int, num_correct: int) -> dict[str, float]:
-        loss = loss_sum / max(1, num_targets)
-        score: dict[str, float] = {"loss": loss, "targets": num_targets}
-        score["accuracy"] = num_correct / max(1, num_targets)
-        if not self.is_classifier:
-            score["perplexity"] = math.exp(min(loss, 700.0))
-        return score
+    def score(self, sums: TailSums) -> dict[str, float]:
+        """Return loss, accuracy and, of a language model, perplexity over all targets."""
+        return score_of(sums, is_classifier=self.is_classifier)
 
     def evaluation(self, device: str, report: EvalReport) -> None:
         """Take in what a device found on its private validation data."""
         self._heard.add(device)
         if self.pending is not None and report.num_targets:
             scores = self.pending.setdefault("eval_by_device", {})
-            scores[device] = self._score(report.loss_sum, report.num_targets, report.num_correct)
+            sums = TailSums(report.loss_sum, report.num_targets, report.num_correct)
+            scores[device] = self.score(sums)
 
     def flush_if_complete(self, members: Collection[str]) -> None:
         """Complete the row that was waiting once everybody of the round has evaluated."""

@@ -9,6 +9,7 @@ whole then, and its manifest tells whether it still is. It knows no network and 
       metrics.jsonl         one line a round; the same bytes for the same seed on one machine
       telemetry.jsonl       one line a round: seconds, bytes, memory
       plans.jsonl           one line whenever something was planned
+      test_results.json     what the result does on `evaluation.test_file`
       samples.jsonl         round, prompt, text: what the model says to `evaluation.prompts`
       live.json             where it stands, written anew all the time; nothing depends on it
       checkpoint-000200/    state.json  engine.safetensors  ledger.safetensors  manifest.json
@@ -24,7 +25,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -49,8 +50,12 @@ CONFIG = "config.resolved.yaml"
 LIVE = "live.json"
 # Where a run that goes on listens to its owner; see coordinator/steering.
 SOCKET = ".control.sock"
+# How a clock time is written, with its distance from UTC.
+CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 # What the model says to the prompts of `evaluation.prompts`, a line a prompt and evaluation.
 SAMPLES = "samples.jsonl"
+# What the model that is the result does on `evaluation.test_file`, as transformers names it.
+TEST_RESULTS = "test_results.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
 
 
@@ -164,8 +169,10 @@ class RunFolder:
 
     # ---- checkpoints ----
 
-    def save_checkpoint(self, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-        """Write a checkpoint and remove all but the newest *keep*.
+    def save_checkpoint(
+        self, step: int, checkpoint: Checkpoint, keep: int, spared: Collection[int] = ()
+    ) -> Path:
+        """Write a checkpoint and remove all but the newest *keep*, and those of steps in *spared*.
 
         Lines written before it are as durable as the checkpoint that makes them final.
         """
@@ -183,7 +190,9 @@ class RunFolder:
                 final.replace(aside)
             temporary.replace(final)
             sync(self.path)
-            for old in {*self.path.glob(".checkpoint-*.old"), *self.checkpoints()[:-keep]}:
+            kept = {f"checkpoint-{each:06d}" for each in spared}
+            others = [path for path in self.checkpoints()[:-keep] if path.name not in kept]
+            for old in {*self.path.glob(".checkpoint-*.old"), *others}:
                 self._remove(old)
             for gone in self.path.glob(".checkpoint-*.gone"):  # a killed process was at it
                 shutil.rmtree(gone)

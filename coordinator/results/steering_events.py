@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.results.events import RunEvent
+from coordinator.results.events import RoundEvent, RunEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +47,53 @@ class SampleText(RunEvent):
 def shortened(text: str, most: int) -> str:
     """Return *text*, or its beginning and three points, in at most so many letters."""
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@dataclass(frozen=True, slots=True)
+class EndedEarly(RoundEvent):
+    """The round is the last one, although more were to come: nothing has become better for long."""
+
+    rounds_without: int
+    """Rounds since the last improvement."""
+    metric: str
+    best_round: int | None
+    """Rounds that were done when it was best."""
+
+    @property
+    def text(self) -> str:
+        """Why, and what counts."""
+        what = f"{self.metric} has not improved for {self.rounds_without} rounds"
+        return f"round {self.nth} is the last one: {what}; it was best after {self.best_round}"
+
+
+@dataclass(frozen=True, slots=True)
+class BestChosen(RunEvent):
+    """The model of another round than the last one is the result."""
+
+    LINE = "the result is that of round {0.round} of {0.rounds}, best {0.metric}: {0.value:.4f}"
+
+    round: int
+    """Rounds that were done then."""
+    rounds: int
+    """Rounds that are done."""
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class TestEvaluated(RunEvent):
+    """The result was evaluated on the file that nothing was decided by."""
+
+    __test__ = False  # no test of pytest's
+
+    round: int
+    """Rounds that were done when it was learned."""
+    score: Mapping[str, float]
+
+    @property
+    def text(self) -> str:
+        """How well it does."""
+        found = self.score
+        what = f"perplexity {found['perplexity']:.2f}, " if "perplexity" in found else ""
+        accuracy = f"accuracy {found['accuracy']:.1%}"
+        return f"test: loss {found['loss']:.4f}, {what}{accuracy}, {found['targets']:,} targets"

@@ -38,13 +38,10 @@ from coordinator.results.events import (
 )
 from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.result_files import hashes
-from coordinator.results.run_folder import SAMPLES, RunFolder
+from coordinator.results.run_folder import CLOCK, SAMPLES, RunFolder
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
-from coordinator.results.steering_events import SampleText
+from coordinator.results.steering_events import BestChosen, EndedEarly, SampleText, TestEvaluated
 from coordinator.results.tour_events import RoundHeld, RoundSaved, RoundUnsaved, ToursMerged
-
-# How a clock time is written, with its distance from UTC.
-CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 
 
 @runtime_checkable
@@ -170,7 +167,20 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "message.rejected", "device": device, "error": error}
         case TrackerLeftOut(tracker, reason):
             return {"event": "tracker.left_out", "tracker": tracker, "reason": reason}
-    return _waiting_row(event)
+    return _result_row(event) or _waiting_row(event)
+
+
+def _result_row(event: RunEvent) -> Mapping[str, Any] | None:
+    """Return the line of what decides which model is the result, and of how good that is."""
+    match event:
+        case EndedEarly(round_, rounds_without, metric, best):
+            row: dict[str, Any] = {"event": "ended.early", "round": round_, "metric": metric}
+            return row | {"rounds_without": rounds_without, "best_round": best}
+        case BestChosen(round_, _, metric, value):
+            return {"event": "best.chosen", "round": round_, "metric": metric, "value": value}
+        case TestEvaluated(round_, score):
+            return {"event": "test.evaluated", "round": round_, **score}
+    return None
 
 
 def _waiting_row(event: RunEvent) -> Mapping[str, Any] | None:

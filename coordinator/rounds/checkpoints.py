@@ -15,6 +15,7 @@ from coordinator.results.lifecycle import IMPORTANCE, METRICS, PLANS, TELEMETRY,
 from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
 from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.run import Run
+from coordinator.steering.early_stopping import EarlyStopping
 
 
 class SavedModel(Protocol):
@@ -31,9 +32,15 @@ class Checkpoints:
     """The checkpoints in a run's folder."""
 
     def __init__(
-        self, folder: RunFolder, keep: int, run: Run, learned: SavedModel, planner: PlanningDesk
+        self,
+        folder: RunFolder,
+        keep: int,
+        run: Run,
+        learned: SavedModel,
+        planner: PlanningDesk,
+        early: EarlyStopping,
     ) -> None:
-        self._folder, self._keep = folder, keep
+        self._folder, self._keep, self.early = folder, keep, early
         self._run, self._learned, self._planner = run, learned, planner
 
     def __bool__(self) -> bool:
@@ -51,14 +58,23 @@ class Checkpoints:
         step = self._run.state.step
         facts, planner = deepcopy(self._run.facts()), self._planner.copy()
         write_held = self._run.residuals.commit(step, goes_on=goes_on)
+        spared = self._spared()
 
         def write() -> None:
             state = {**facts, "planner": planner.state()}
             found = Checkpoint(state, self._learned.state())
-            self._folder.save_checkpoint(step, found, self._keep)
+            self._folder.save_checkpoint(step, found, self._keep, spared)
             write_held()
 
         return write
+
+    def _spared(self) -> list[int]:
+        """Return the steps of models that are the best so far, or may yet turn out to be."""
+        if not self.early.config.is_on:
+            return []
+        state, row = self._run.state, self._run.reporting.pending
+        found = {self.early.verdict().best_round, None if row is None else row["round"]}
+        return [n * state.steps_per_round for n in found if n is not None]
 
     def newest(self) -> Checkpoint:
         """Read the newest checkpoint that is whole, and let what was learned be as it was then."""
@@ -82,6 +98,9 @@ class Checkpoints:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from *checkpoint* in a new process: rows written after it are dropped."""
+        done, row = checkpoint.state["round"], checkpoint.state["row"]
+        if done and self.early.ends_at(done, row) is not None:
+            self._run.total_rounds = done
         self._planner.load_state(checkpoint.state["planner"])
         self._learned.load_state(checkpoint.arrays)
         self._restore(checkpoint, in_new_process=True)

@@ -15,7 +15,7 @@ from coordinator.engine.interface import ComputeFailed, DeviceFault
 from coordinator.results.events import RoundAbandoned
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.run_folder import Checkpoint
-from coordinator.results.steering_events import SampleText
+from coordinator.results.steering_events import EndedEarly, SampleText
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel
@@ -378,6 +378,21 @@ class RoundExecutor:
         if not self._evaluates_on_devices(state.round):
             reporting.flush()
 
+    def _end_early(self, evaluated: TailSums | None) -> None:
+        """Let the round that is done be the last one, if nothing better is to be expected."""
+        early, reporting, done = self._checkpoints.early, self._run.reporting, self._run.state.round
+        if not early.config.is_on:
+            return
+        reporting.flush()  # whoever had to evaluate the round before has done so by now
+        row: dict[str, Any] = {"round": done + 1}
+        if evaluated is not None:
+            row["eval"] = reporting.score(evaluated)
+        if (verdict := early.ends_at(done + 1, row)) is not None:
+            self._run.total_rounds = done + 1
+            best = verdict.best_round
+            metric = early.config.metric_for_best_model
+            self._run.watcher.see(EndedEarly(done, verdict.rounds_without, metric, best))
+
     def _round_done(self, reports: dict[str, Report], done: Aggregated) -> None:
         run = self._run
         if run.must_rewind:
@@ -386,6 +401,7 @@ class RoundExecutor:
         for name in refused.devices:
             run.faults.set_aside(name, {**refused.unlike, **refused.proven}[name])
         members = set(run.state.members)
+        self._end_early(done.evaluated)
         run.finish_round(done.result, evaluating=self._config.evaluation.on_devices)
         facts: dict[str, Any] = {
             "samples": sum(reports[name].num_samples for name in members),

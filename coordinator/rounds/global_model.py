@@ -6,7 +6,6 @@ It knows no network and no devices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +20,6 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
-from coordinator.export.adapter import export_adapter
-from coordinator.export.facts import RunFacts
 from coordinator.export.texts import Sayings
 from coordinator.planning.interface import InForce
 from coordinator.rounds.step.top_gradients import TopGradients
@@ -228,12 +225,7 @@ class GlobalModel:
         residuals = self.ledger.residuals(SERVER, self._model.facts.targets)
         self.engine.begin(pairs, residuals, carried)
 
-    # ---- result and checkpoints ----
-
-    def export(self, folder: Path, facts: RunFacts) -> float:
-        """Write what was learned as an adapter; return the largest difference of a logit."""
-        learned, head = self.ledger.global_factors(), self.ledger.head
-        return export_adapter(self._model.source, learned, head, folder, facts)
+    # ---- checkpoints ----
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
         """Return everything that a restart needs."""

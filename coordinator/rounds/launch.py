@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
-from coordinator.export.run import export_run
-from coordinator.export.run_facts import run_facts
+from coordinator.export.outcome import test_batches, tested, write_result
+from coordinator.export.run import PEFT, read_trained, write_export
+from coordinator.export.run_facts import result_checkpoint
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
@@ -36,10 +38,11 @@ from coordinator.results.lifecycle import (
     restoring,
 )
 from coordinator.results.result_files import is_whole
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.run_folder import TEST_RESULTS, RunFolder
 from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator, tell_end
+from coordinator.steering.early_stopping import EarlyStopping
 from coordinator.steering.listener import Listener
 from coordinator.tracking.reporting import reporting
 from coordinator.tracking.trackers import require_trackers
@@ -48,6 +51,8 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.names import run_name
 from edge_sdk.protocol.messages import Stamp
 from edge_sdk.transport.keys import KeyPair, load_key_pair
+
+log = logging.getLogger(__name__)
 
 # Seconds after Ctrl-C in which a run is left, with a step of its own or in the middle of one: less
 # than the 10 s after which containers are killed.
@@ -114,12 +119,18 @@ def _is_complete(run: Reopened) -> bool:
     """Return whether all rounds are done and the last row of metrics is complete."""
     state = {} if run.checkpoint is None else run.checkpoint.state
     done = state.get("round", -1)
-    if done < run.config.rounds:
+    if done < run.config.rounds and not _has_ended_early(run, done):
         return False
     if state["row"] is None and not state["unevaluated"]:
         return True
     # Its coordinator was killed when it had written that row and not yet a checkpoint after it.
     return any(row.get("round") == done for row in run.folder.rows(METRICS))
+
+
+def _has_ended_early(run: Reopened, done: int) -> bool:
+    early = EarlyStopping(run.folder, run.config.early_stopping)
+    row = {} if run.checkpoint is None else run.checkpoint.state["row"]
+    return done > 0 and early.ends_at(done, row) is not None
 
 
 def _complete_again(run: Reopened, watcher: Watcher) -> None:
@@ -128,8 +139,13 @@ def _complete_again(run: Reopened, watcher: Watcher) -> None:
     watchers.see(AlreadyComplete(folder.path))
     if not has_ended(folder):
         _tell_the_end(run, watchers)
-    if not is_whole(folder, ADAPTER):
-        watchers.see(Exported(ADAPTER, export_run(folder, target), target))
+    config, is_there = run.config, is_whole(folder, ADAPTER)
+    lacks_test = config.evaluation.test_file is not None and not folder.rows(TEST_RESULTS)
+    if is_there and not lacks_test:
+        return
+    trained = read_trained(folder, config, result_checkpoint(folder, config))
+    trained = tested(folder, config, trained, test_batches(config), watchers)
+    watchers.see(Exported(ADAPTER, write_export(trained, config, target, PEFT, log.info), target))
 
 
 def _tell_the_end(run: Reopened, watcher: Watcher) -> None:
@@ -181,9 +197,9 @@ def _finish(coordinator: Coordinator) -> str:
 
 def hand_out(coordinator: Coordinator) -> None:
     """Write the result of a run, as far as there is one, and say where it is."""
-    folder, state = coordinator.folder, coordinator.run.state
-    if not state.round:
-        return
-    target = folder.path / ADAPTER
-    difference = coordinator.learned.export(target, run_facts(folder))
-    coordinator.watcher.see(Exported(ADAPTER, difference, target))
+    target = coordinator.folder.path / ADAPTER
+    ledger, model = coordinator.learned.ledger, coordinator.model
+    folder, watcher = coordinator.folder, coordinator.watcher
+    difference = write_result(folder, coordinator.config, model, ledger, watcher)
+    if difference is not None:
+        watcher.see(Exported(ADAPTER, difference, target))

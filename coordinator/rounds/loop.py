@@ -55,6 +55,7 @@ from coordinator.rounds.run import Run
 from coordinator.rounds.state import Debt, RunState, debts
 from coordinator.rounds.validation import WaveInput
 from coordinator.rounds.waves import WaveRunner
+from coordinator.steering.early_stopping import EarlyStopping
 from coordinator.steering.wishes import URGENT, Wish
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
@@ -190,8 +191,8 @@ class Coordinator:
         self.admission.allowance.clock = clock
         self._parts = Parts(model, gateway, self.admission, pool and Inline())
         self._worker = Worker(gateway.wake, pool, self._tell_computed)
-        keep = config.save_total_limit
-        saved = self._checkpoints = Checkpoints(folder, keep, self.run, self.learned, desk)
+        keep, early = config.save_total_limit, EarlyStopping(folder, config.early_stopping)
+        saved = self._checkpoints = Checkpoints(folder, keep, self.run, self.learned, desk, early)
         waves = form.waves(self.run, self.admission, self.learned, self._worker, handlers.handle)
         tellers = Tellers(self.admission, changes)
         self._executor = form.executor(

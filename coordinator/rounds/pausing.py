@@ -47,7 +47,8 @@ class Pausing:
         if wish is not self._wish:
             self._wish = wish
             self._last_round = state.round + state.is_in_round
-            self._run.total_rounds = self._total_rounds
+            if state.phase is not Phase.CLOSING:
+                self._run.total_rounds = self._total_rounds
         if wish.after_round:
             if wish.kind == "stop" and state.phase is Phase.CLOSING:
                 return False
@@ -72,8 +73,9 @@ class Pausing:
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether fewer rounds are done than the run was begun with."""
-        return self._run.state.round < self._total_rounds
+        """Whether somebody wanted fewer rounds to be done than the run was begun with."""
+        is_wanted = self._wish is not None and self._wish.kind == "stop"
+        return is_wanted and self._run.state.round < self._total_rounds
 
     def is_late(self, now_s: float) -> bool:
         """Return whether no step is waited for any longer."""

@@ -1,3 +1,3 @@
-"""What an operator wants of a run that goes on, from another shell: pause it, or stop it."""
+"""When a run ends before its last round: as somebody wants it to, or nothing better is to come."""
 
-__all__ = ["asking", "listener", "socket_path", "wishes"]
+__all__ = ["asking", "early_stopping", "listener", "socket_path", "wishes"]

@@ -187,6 +187,7 @@ class _OneRun:
             "checkpoints": [p.name for p in self._folder.checkpoints() if p.name not in damaged],
             "damaged": damaged,
             "metrics": history.metrics[-1] if history.metrics else None,
+            "test": history.test(),
         }
 
     def is_over(self) -> bool:
@@ -198,7 +199,7 @@ class _OneRun:
         from rich.console import Group
 
         from coordinator.results.console import summary
-        from coordinator.results.standing.words import device_lines, device_table, head
+        from coordinator.results.standing.words import device_lines, device_table, head, test_line
 
         found, history = self._standing(), RunHistory(self._folder)
         parts: list[RenderableType] = [*head(found), *self._waits(history)]
@@ -207,6 +208,8 @@ class _OneRun:
         parts += [f"{name} is damaged: {reason}" for name, reason in self._damaged().items()]
         if history.first_scores():
             parts.append(summary(history))
+        if (test := history.test()) is not None:
+            parts.append(test_line(test))
         return Group(*parts)
 
     def _waits(self, history: RunHistory) -> list[str]:

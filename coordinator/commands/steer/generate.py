@@ -44,7 +44,8 @@ def add_generate(commands: Any) -> None:
         "--round",
         type=int,
         metavar="N",
-        help="rounds that were done: 0 is before training; default: the newest checkpoint",
+        help="rounds that were done: 0 is before training; default: the newest, or the best one "
+        "with early_stopping",
     )
     parser.add_argument("--device", metavar="NAME", help="where it computes; default: the run's")
 
@@ -53,6 +54,7 @@ def _generate(options: argparse.Namespace) -> int:
     folder, config = read_run(options.folder, [])
     sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
     from coordinator.export.run import read_trained
+    from coordinator.export.run_facts import result_checkpoint
     from coordinator.export.texts import Manner, Prompting, Speaker, read_prompts
     from coordinator.lab.centralised.run import read_pooled
     from edge_sdk.model.weights import load_tokenizer
@@ -69,7 +71,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.round:
         checkpoint = folder.checkpoint_of(options.round, config.steps_per_round)
     else:
-        checkpoint = folder.load_checkpoint()
+        checkpoint = result_checkpoint(folder, config)
     read = read_pooled if config.trained_by == "coordinator" else read_trained
     trained = read(folder, config, checkpoint)
     name = "" if checkpoint.path is None else checkpoint.path.name

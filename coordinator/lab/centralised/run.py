@@ -18,8 +18,9 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
+from coordinator.export.outcome import tell_choice, tested
 from coordinator.export.run import PEFT, Say, Trained, write_export
-from coordinator.export.run_facts import run_facts
+from coordinator.export.run_facts import best_checkpoint, best_of, result_checkpoint, run_facts
 from coordinator.export.texts import Sayings
 from coordinator.lab.centralised.trainer import (
     POOLED,
@@ -57,8 +58,9 @@ from coordinator.results.metrics import Reporting
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
 from coordinator.results.standing.observed import ModelKnown
-from coordinator.results.steering_events import RunStopped, SampleText
+from coordinator.results.steering_events import EndedEarly, RunStopped, SampleText
 from coordinator.results.watchers import RunFiles, Watchers
+from coordinator.steering.early_stopping import EarlyStopping
 from coordinator.steering.listener import Listener
 from coordinator.steering.wishes import URGENT, Wish
 from coordinator.tracking.reporting import reporting
@@ -122,7 +124,8 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
     One that was killed before its first checkpoint begins anew.
     """
     with reopened(path, overrides) as (folder, config, checkpoint):
-        if checkpoint is not None and checkpoint.state.get("step", -1) >= config.total_steps:
+        done = -1 if checkpoint is None else checkpoint.state.get("step", -1)
+        if done >= config.total_steps or has_ended_early(folder, config, done):
             watcher.see(AlreadyComplete(path))
             if is_whole(folder, result_name(config)):
                 return COMPLETED
@@ -145,6 +148,13 @@ def _steered(run: PooledRun) -> str:
     return outcome
 
 
+def has_ended_early(folder: RunFolder, config: ServeConfig, step: int) -> bool:
+    """Return whether a run ends at *step* because nothing better is to be expected."""
+    if step <= 0 or step % config.steps_per_round or not config.early_stopping.is_on:
+        return False
+    return EarlyStopping(folder, config.early_stopping).verdict().stops
+
+
 def result_name(config: ServeConfig) -> str:
     """Return the name of the folder that holds the run's result."""
     return MODEL if config.pooled.trains == "all" else ADAPTER
@@ -154,8 +164,8 @@ def export_pooled(
     run: RunFolder, folder: Path, *, options: ExportOptions = PEFT, say: Say = log.info
 ) -> float:
     """Export the newest checkpoint of *run*; return what `export_run` does."""
-    _, config, checkpoint = reopen(run.path, [])
-    trained = read_pooled(run, config, checkpoint)
+    _, config, _ = reopen(run.path, [])
+    trained = read_pooled(run, config)
     if not trained.learned and options == PEFT:
         options = ExportOptions(format="merged")
     return write_export(trained, config, folder, options, say)
@@ -164,14 +174,15 @@ def export_pooled(
 def read_pooled(
     run: RunFolder, config: ServeConfig, checkpoint: Checkpoint | None = None
 ) -> Trained:
-    """Return what a run without devices has learned by a checkpoint; None: by the newest."""
-    checkpoint = checkpoint or run.load_checkpoint()
+    """Return what a run without devices has learned by a checkpoint; None: that of its result."""
+    checkpoint = checkpoint or result_checkpoint(run, config)
     # Its data may be gone by now, and is not needed.
     model = ServerModel(replace(config, evaluation=EvaluationConfig()))
     runtime = make_runtime(config, model, plan_pooled(config, model.facts))
     load_trained(runtime, checkpoint)
     adapters = runtime.state.adapters.products()
-    return Trained(model.source, adapters, runtime.state.head(), run_facts(run))
+    done = checkpoint.state["step"] // config.steps_per_round
+    return Trained(model.source, adapters, runtime.state.head(), run_facts(run, done))
 
 
 def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
@@ -188,13 +199,15 @@ def load_trained(runtime: TorchRuntime, checkpoint: Checkpoint) -> None:
     runtime.state.restore(state)
 
 
-def write_result(run: RunFolder, config: ServeConfig, trainer: PooledTrainer) -> float:
+def write_result(
+    run: RunFolder, config: ServeConfig, trainer: PooledTrainer, done: int | None = None
+) -> float:
     """Write the result into the run's folder; return the largest difference of a logit, read back.
 
     The trainer's model must not be used after this: checking may write into its weights.
     """
     state, source = trainer.runtime.state, trainer.model.source
-    learned, head, facts = state.adapters.products(), state.head(), run_facts(run)
+    learned, head, facts = state.adapters.products(), state.head(), run_facts(run, done)
     folder = run.path / result_name(config)
     if config.pooled.trains == "all":
         return export_merged(source, learned, head, folder, facts, dtype="float32")
@@ -263,7 +276,7 @@ class PooledRun:
         self._watcher.see(ModelKnown(self.trainer.model.facts.layout.num_blocks))
         self._watcher.see(RunStarted(self._id, self._step))
         self._reporting.begin_round()
-        while self._step < config.total_steps:
+        while self._step < config.total_steps and not self._ends_early():
             if self._leaves():
                 return self._leave()
             self._train_step()
@@ -280,6 +293,17 @@ class PooledRun:
         return PooledResult(self.folder.path, self.folder.rows("metrics.jsonl"), shapes)
 
     # ---- steps and rounds ----
+
+    def _ends_early(self) -> bool:
+        """Return whether the last round was the last one; say so where it has just ended."""
+        config, early = self.config, self.config.early_stopping
+        if not has_ended_early(self.folder, config, self._step):
+            return False
+        found, done = EarlyStopping(self.folder, early).verdict(), self._step
+        round_ = done // config.steps_per_round - 1
+        metric = early.metric_for_best_model
+        self._watcher.see(EndedEarly(round_, found.rounds_without, metric, found.best_round))
+        return True
 
     def _train_step(self) -> None:
         round_ = self._step // self.config.steps_per_round
@@ -330,7 +354,10 @@ class PooledRun:
         progress = self._reporting.progress()
         state = {"run": self._id, "step": self._step, "progress": progress}
         checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state.checkpoint()})
-        self.folder.save_checkpoint(self._step, checkpoint, self.config.save_total_limit)
+        verdict, config = best_of(self.folder, self.config), self.config
+        best = None if verdict is None else verdict.best_round
+        spared = [] if best is None else [best * config.steps_per_round]
+        self.folder.save_checkpoint(self._step, checkpoint, config.save_total_limit, spared)
 
     def _leave(self) -> str:
         self._save()
@@ -357,6 +384,15 @@ class PooledRun:
         take_up(self.folder, checkpoint, self._watcher)
 
     def _write_result(self) -> None:
-        what = result_name(self.config)
-        difference = write_result(self.folder, self.config, self.trainer)
+        config, folder, trainer = self.config, self.folder, self.trainer
+        what, done = result_name(config), self._step // config.steps_per_round
+        if (best := best_checkpoint(folder, config, done)) is not None:
+            tell_choice(folder, config, done, self._watcher)
+            load_trained(trainer.runtime, best)
+            done = best.state["step"] // config.steps_per_round
+        state = trainer.runtime.state
+        learned, facts = state.adapters.products(), run_facts(folder, done)
+        trained = Trained(trainer.model.source, learned, state.head(), facts)
+        tested(folder, config, trained, trainer.model.test_batches, self._watcher)
+        difference = write_result(folder, config, trainer, done)
         self._watcher.see(Exported(what, difference, self.folder.path / what))

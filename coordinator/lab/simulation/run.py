@@ -18,7 +18,7 @@ from pathlib import Path
 from coordinator.config.run import ServeConfig
 from coordinator.engine.local import make_local
 from coordinator.engine.server_model import ServerModel
-from coordinator.export.run_facts import run_facts
+from coordinator.export.outcome import write_result
 from coordinator.lab.simulation.clock import Costs
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal, own_data
@@ -141,9 +141,11 @@ def _serve(coordinator: Coordinator) -> str:
     with Listener(folder.path, ask) as listener:
         with stopping_on_signals(coordinator.stop):
             outcome = coordinator.serve()
-        if outcome == COMPLETED or (outcome == STOPPED and coordinator.run.state.round):
-            difference = coordinator.learned.export(folder.path / ADAPTER, run_facts(folder))
-            coordinator.watcher.see(Exported(ADAPTER, difference))
+        if outcome in (COMPLETED, STOPPED):
+            about = coordinator.config, coordinator.model, coordinator.learned.ledger
+            difference = write_result(folder, *about, coordinator.watcher)
+            if difference is not None:
+                coordinator.watcher.see(Exported(ADAPTER, difference))
         else:
             coordinator.run.reporting.flush()
         listener.answer(outcome)

@@ -26,11 +26,10 @@ from coordinator.results.events import (
     StepDone,
 )
 from coordinator.results.json_text import json_text
-from coordinator.results.run_folder import LIVE
+from coordinator.results.run_folder import CLOCK, LIVE
 from coordinator.results.standing.observed import Computed
 from coordinator.results.standing.pulse import FINISHING, LISTENING, STARTING
 from coordinator.results.standing.timeline import Timeline
-from coordinator.results.watchers import CLOCK
 from edge_sdk.errors import StorageError
 from edge_sdk.files import atomic_write
 

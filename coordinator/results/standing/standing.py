@@ -13,9 +13,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.results.events import nth
 from coordinator.results.history import Row, RunHistory, overall
 from coordinator.results.lifecycle import PAUSED, STOPPED, has_ended
-from coordinator.results.run_folder import LIVE, RunFolder
+from coordinator.results.run_folder import CLOCK, LIVE, RunFolder
 from coordinator.results.run_lock import is_held
-from coordinator.results.watchers import CLOCK
 
 # Rounds whose mean says how long the next ones take.
 LATEST_ROUNDS = 3
@@ -91,7 +90,8 @@ def stand(folder: RunFolder, config: ServeConfig, now: datetime) -> Standing:
     """Return where the run in *folder* stands at *now*, which has a time zone."""
     history, live = RunHistory(folder), _read_live(folder)
     is_running, is_complete = is_held(folder.path), has_ended(folder)
-    round_ = config.rounds if is_complete else min(config.rounds, nth(history.rounds_done))
+    done = history.rounds_done
+    round_ = done if is_complete else min(config.rounds, nth(done))
     step = _step(folder, history, config, live if is_running else {})
     round_left_s, run_left_s = None, None
     if is_running and not is_complete:
@@ -137,7 +137,10 @@ def _state(
 ) -> str:
     """Return the state of a run in words."""
     if has_ended(folder):
-        return "complete; its result is being written" if is_held(folder.path) else "complete"
+        is_early = config.early_stopping.is_on and history.rounds_done < config.rounds
+        early = ", ended early" if is_early else ""
+        writes = "; its result is being written" if is_held(folder.path) else ""
+        return f"complete{early}{writes}"
     if is_held(folder.path):
         return _going_on(history, live)
     where = f"step {step} of {config.total_steps}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 def head(found: Standing) -> list[str]:
     """Return what the run as a whole does, in lines."""
     lines = [f"run {found.run}: {found.state}"]
-    done = f"{found.rounds} of {found.rounds} rounds" if found.is_complete else ""
+    done = f"{found.round} of {found.rounds} rounds" if found.is_complete else ""
     where = [
         done or f"round {found.round} of {found.rounds}",
         f"step {found.step} of {found.total_steps}",
@@ -90,6 +90,14 @@ def device_lines(devices: Iterable[DeviceStanding]) -> list[str]:
         if one.trouble:
             lines.append(f"{one.name}, last trouble ({one.trouble_time}): {one.trouble}")
     return [printable(line) for line in lines]
+
+
+def test_line(test: Mapping[str, Any]) -> str:
+    """Return what the result does on the test file."""
+    names = {"loss": ".4f", "perplexity": ".2f", "accuracy": ".1%"}
+    found = {name: test.get(f"test_{name}") for name in names}
+    parts = [f"{name} {value:{names[name]}}" for name, value in found.items() if value is not None]
+    return f"test file, model of round {test.get('round')}: {', '.join(parts)}"
 
 
 def run_table(runs: Sequence[Standing]) -> Table:

@@ -113,6 +113,7 @@ class TourExecutor(RoundExecutor):
 
     def _merged(self, done: Merged) -> None:
         run, evaluating = self._run, self._config.evaluation.on_devices
+        self._end_early(done.evaluated)
         dropped = run.merged(done.result, done.updates, evaluating=evaluating)
         facts: dict[str, Any] = {
             "samples": done.samples,
