@@ -134,7 +134,7 @@ class ServeConfig:
     secret_key: Path = Path("coordinator.key")
     """The coordinator's secret key, made by `coordinator keygen`."""
     allow_list: Path = Path("devices.yaml")
-    """Registered devices: a file of JSON, kept by `coordinator client register`."""
+    """Registered devices: a file of JSON, kept by `coordinator enrol` and `coordinator client`."""
     runs: Path = Path("runs")
     """Folder in which each run gets a folder of its own."""
     name: str | None = None
