@@ -34,6 +34,7 @@ SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 SLOW = (
     "e2e/test_experiment.py",
     "test_demo.py",
+    "test_notebook.py",
     "e2e/test_resume.py",
     "e2e/test_replan.py",
     "e2e/test_modes.py",

@@ -49,7 +49,7 @@ class Console:
         self._total_steps = total_steps
         self._devices: dict[str, _Device] = {}
         self._bars: Progress | None = None
-        if self._out.is_terminal:
+        if sys.stderr.isatty():  # FORCE_COLOR, which rich asks as well, is set where logs are kept
             columns = _columns(self._out.width, total_steps)
             self._bars = Progress(*columns, console=self._out, refresh_per_second=4)
 

@@ -6,8 +6,11 @@ that computes.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
@@ -20,6 +23,8 @@ from edge_sdk.model.precision import LINEAR_BYTES, Base, BaseSetting, Compute
 from profiler.profile import DeviceProfile
 
 log = logging.getLogger(__name__)
+
+_LOADING = threading.Lock()
 
 if TYPE_CHECKING:
     from edge_sdk.lora.targets import LoraConfig
@@ -116,6 +121,21 @@ class Backend:
     """Returns torch's device and dtype to measure a block's speed with; None measures none."""
     memory_model: Callable[[ComputeSettings], DeviceProfile]
     """Returns what is known of its memory without any measurement."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its packages are imported."""
+        return all(name in sys.modules for name in self.needs)
+
+    def load(self) -> None:
+        """Import its packages: one thread of an application at a time.
+
+        Two that import transformers at once may find it without most of its names: the module
+        replaces itself while it is imported.
+        """
+        with _LOADING:
+            for name in self.needs:
+                importlib.import_module(name)
 
 
 def choose_backend(config: ComputeSettings) -> Backend:

@@ -6,7 +6,6 @@ Nothing here trains. What is fetched is checked against its hash before it is us
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -129,6 +128,9 @@ class RuntimeSetup:
             DataError: as `data`.
         """
         self._rows(welcome)
+        if not self.backend.is_loaded:
+            self.say(f"importing {self.backend.needs[0]}")
+            self.backend.load()
         part = welcome.files
         folder = inside(self._cache.folder, f"{part.sha256}.files")
         for name, stored in map_part(self.fetch(part, ask, welcome.stamp)).items():
@@ -208,9 +210,7 @@ class RuntimeSetup:
         lora = from_pairs(LoraConfig, welcome.lora)
         training = from_pairs(TrainingConfig, settings)
         assert self._files is not None, "files come first"
-        needs = self.backend.needs[0]
-        importing = "" if needs in sys.modules else f"importing {needs}, "
-        self.say(f"{importing}building {assigned.plan.split} blocks")
+        self.say(f"building {assigned.plan.split} blocks")
         if welcome.wants_ids and assigned.plan.split < welcome.num_blocks:
             what = "the coordinator's blocks need the token ids of all texts"
             self.say(f"{what}: they leave this device")

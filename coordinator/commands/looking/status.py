@@ -86,7 +86,7 @@ def _watch(view: _OneRun | _Runs, console: Any, every_s: float) -> None:
     """Show *view* again and again, in place where there is a terminal, until nothing more comes."""
     from rich.live import Live
 
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         while True:
             is_over = view.is_over()  # before the look, which then shows how it ended
             console.print(view.shown())

@@ -75,3 +75,14 @@ def test_events_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "stopped; go on with: coordinator resume runs/r",
         "adapter: runs/r/adapter (read back, logits differ by 1e-07 at most)",
     ]
+
+
+def test_bars_are_for_terminals_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colours that are asked for everywhere, as on CI, draw no bars into a file."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Console(6) as console:
+        console.see(DeviceStatus("a", "fetching its blocks"))
+
+    assert capsys.readouterr().err == "a: fetching its blocks\n"
