@@ -243,3 +243,19 @@ def test_a_tunnel_is_another_way_to_the_same_coordinator(counter: Counter, tmp_p
     assert load_config(ClientConfig, config, env={}).coordinator == counter.address
     with pytest.raises(ConfigError, match="must be tcp://HOST:PORT"):
         enrol(code, config, address="somewhere")
+
+
+@pytest.mark.parametrize("example", ["examples/device.yaml", "examples/jetson/device.yaml"])
+def test_the_examples_can_be_enrolled(counter: Counter, tmp_path: Path, example: str) -> None:
+    """As their pages say: the example is put in its place, and the code fills in two settings."""
+    text = (Path(__file__).parents[2] / example).read_text(encoding="utf-8")
+    config = tmp_path / "device.yaml"
+    config.write_text(text)
+
+    done = enrol(counter.code(), config, tmp_path / "device.key")
+
+    assert set(done.changed) <= {"coordinator", "server_key", "secret_key"}
+    loaded = load_config(ClientConfig, config, env={})
+    assert (loaded.coordinator, loaded.server_key) == (counter.address, SERVER.public)
+    before, after = text.splitlines(), config.read_text(encoding="utf-8").splitlines()
+    assert len([line for line in after if line not in before]) <= 3
