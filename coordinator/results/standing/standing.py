@@ -174,7 +174,8 @@ def _doing(history: RunHistory, live: Row) -> str:
     if waiting := history.waiting():
         return f"waiting for {', '.join(sorted(waiting))}"
     began = [row["event"] for row in history.events if row["event"] in _BEGINNINGS]
-    if not began or began[-1] != "round.started":
+    is_stepping = live.get("step") is not None  # a coordinator that trains alone begins no rounds
+    if not is_stepping and (not began or began[-1] != "round.started"):
         return "waiting for devices" if live else "starting"
     return "running"
 
