@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from coordinator.commands.audit_privacy import add_audit_privacy
 from coordinator.commands.check import add_check
 from coordinator.commands.compare import add_compare
+from coordinator.commands.deployment.deploy import add_deploy
 from coordinator.commands.deployment.health import add_health
 from coordinator.commands.devices.client import add_client, add_keygen
 from coordinator.commands.devices.enrol import add_enrol
@@ -39,6 +40,7 @@ COMMANDS = (
     add_experiment,
     add_status,
     add_health,
+    add_deploy,
     add_pause,
     add_stop,
     add_generate,

@@ -49,7 +49,7 @@ ORDER = {
         ["config"],
         ["planning"],
         ["gateway", "onnx_export", "remote"],
-        ["engine"],
+        ["engine", "fleet"],
         ["results"],
         ["steering"],
         ["export", "page", "tracking"],

@@ -17,7 +17,10 @@ import pytest
 import yaml
 
 from coordinator.cli import make_parser
+from coordinator.fleet.config import DeployConfig, plan_of
 from coordinator.rounds.launch import STOP_S
+from edge_sdk.client.config import ClientConfig
+from edge_sdk.config.loader import load_config
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, ModelError, NumericError
 
 ROOT = Path(__file__).parents[1]
@@ -221,3 +224,21 @@ def test_what_is_mounted_is_where_the_image_works() -> None:
 
     assert targets == {found["WORKDIR"], environment["XDG_CACHE_HOME"], "/tmp"}
     assert environment["HF_HOME"].startswith(environment["XDG_CACHE_HOME"])
+
+
+# ---- boards --------------------------------------------------------------------------------------
+
+
+def test_the_boards_file_loads() -> None:
+    """Its keys exist, its settings are those of a device, its wheels those of the board's guide."""
+    config = load_config(DeployConfig, DEPLOY / "boards.yaml", env={})
+    guide = (ROOT / "examples" / "jetson" / "README.md").read_text(encoding="utf-8")
+
+    for name in config.boards:
+        board = plan_of(config, name)
+        needed = ("coordinator=tcp://example:7070", "server_key=key")
+        load_config(ClientConfig, overrides=[*needed, *board.settings], env={})
+        for line in board.first:
+            assert f"pip install {line}" in guide
+    assert plan_of(config, "kitchen").extras == ("onnx",)
+    assert plan_of(config, "orin").extras == ("torch",)

@@ -41,6 +41,12 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "experiment run examples/experiment.yaml --out boards rounds=2",
     ],
     "status": ["status runs/first", "status runs/first --format json"],
+    "deploy": [
+        "deploy boards.yaml --check",
+        "deploy boards.yaml",
+        "deploy boards.yaml --status --only kitchen garage",
+        "deploy boards.yaml --remove --only kitchen",
+    ],
     "health": ["health runs/first", "health --config run.yaml --live --within 120"],
     "pause": ["pause runs/first", "pause runs/first --after-round"],
     "generate": [

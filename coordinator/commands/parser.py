@@ -15,6 +15,7 @@ SERVE_CONFIG = ("coordinator.config.run", "ServeConfig", "")
 CONFIGS = {
     "simulate": ("coordinator.lab.simulation.config", "SimulationConfig", ""),
     "compare": ("coordinator.lab.comparison.config", "CompareConfig", ""),
+    "deploy": ("coordinator.fleet.config", "DeployConfig", ""),
     "experiment run": ("coordinator.lab.experiment.config", "ExperimentConfig", ""),
     "audit-privacy": ("coordinator.lab.privacy.config", "AuditConfig", "data."),
 }

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -115,12 +116,19 @@ def biggest_processes() -> list[tuple[str, int]]:
 
 
 def own_bytes(process: psutil.Process) -> int:
-    """Return what a process holds, its part of what it shares included where that can be read."""
+    """Return what a process holds, its part of what it shares included where that can be read.
+
+    One that has ended by now holds nothing.
+    """
     try:
         return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0
     except (psutil.Error, OSError, AttributeError):  # another user's, or not Linux
-        memory = process.memory_info()
-        return max(0, int(memory.rss) - int(getattr(memory, "shared", 0)))
+        with suppress(psutil.NoSuchProcess):
+            memory = process.memory_info()
+            return max(0, int(memory.rss) - int(getattr(memory, "shared", 0)))
+        return 0
 
 
 def check_memory(

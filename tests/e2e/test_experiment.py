@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +18,9 @@ from edge_sdk.deadline import Deadline
 from edge_sdk.errors import DeviceError
 from tests.e2e.cluster import sentences, write_rows
 from tests.e2e.programs import Program, free_port, write_yaml
+from tests.e2e.sshd import Sshd, serving_ssh
 
 PATIENCE_S = 240.0
-SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin")
 MEMORY_BYTES = 1_500_000_000
 # Devices without torch start in a fraction of the time.
 LIGHT = ["backend=onnxruntime"]
@@ -254,65 +247,11 @@ def test_ctrl_c_stops_everything_and_reports(folder: Path, llama: Path) -> None:
 # ---- over ssh ----
 
 
-@dataclass
-class Sshd:
-    """A server of our own on a port of the loopback, and how to log in."""
-
-    port: int
-    identity: Path
-
-    def board(self, folder: Path) -> dict[str, Any]:
-        """The config of a board behind it whose files are in *folder*."""
-        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
-        words = [word for option in options for word in ("-o", option)]
-        return {
-            "ssh": f"{getpass.getuser()}@127.0.0.1",
-            "port": self.port,
-            "identity": str(self.identity),
-            "ssh_options": ["-F", "/dev/null", *words],
-            "workdir": str(folder),
-            "python": sys.executable,
-        }
-
-
 @pytest.fixture
 def sshd(tmp_path: Path) -> Iterator[Sshd]:
     """A real sshd with keys made for the test."""
-    if SSHD is None or shutil.which("ssh") is None:
-        pytest.skip("sshd is not installed")
-    for name in ("host", "login"):
-        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
-        subprocess.run(words, check=True)
-    separation = Path("/run/sshd")  # only root's server asks for it
-    is_ours = os.getuid() == 0 and not separation.exists()
-    if is_ours:
-        separation.mkdir(mode=0o755)
-    port, config = free_port(), tmp_path / "sshd_config"
-    config.write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path / 'host'}\nPidFile none\n"
-        f"AuthorizedKeysFile {tmp_path / 'login.pub'}\nStrictModes no\nUsePAM no\n"
-        "PermitRootLogin prohibit-password\n"
-    )
-    log = (tmp_path / "sshd.log").open("wb")
-    server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(config)], stderr=log)
-    try:
-        deadline = Deadline.after(10.0)
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1.0).close()
-                break
-            except OSError:
-                said = (tmp_path / "sshd.log").read_text()
-                if server.poll() is not None or not deadline.left_s():
-                    pytest.skip(f"sshd does not start: {said.strip()}")
-                time.sleep(0.05)
-        yield Sshd(port, tmp_path / "login")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
-        log.close()
-        if is_ours:
-            separation.rmdir()
+    with serving_ssh(tmp_path) as served:
+        yield served
 
 
 def test_boards_over_ssh(folder: Path, llama: Path, sshd: Sshd) -> None:

@@ -1,3 +1,3 @@
 """Commands for a coordinator and boards that something else starts: systemd, Docker, Kubernetes."""
 
-__all__ = ["health"]
+__all__ = ["deploy", "health"]
