@@ -143,6 +143,13 @@ def _add_enrol(parser: argparse.ArgumentParser) -> None:
     )
     add("--key", type=Path, help="secret key; default: that of the config, or device.key beside it")
     add("--coordinator", metavar="ADDRESS", help="tcp://HOST:PORT, if not that in the code")
+    add(
+        "--wait",
+        type=_count,
+        default=60,
+        metavar="SECONDS",
+        help="for a coordinator that does not listen yet; default: %(default)s",
+    )
     parser.set_defaults(run=_enrol)
 
 
@@ -156,7 +163,14 @@ def _enrol(options: argparse.Namespace) -> int:
     text = text.rpartition("edge-sdk enrol ")[2]
     if len(text) >= MOST_CODE_LETTERS:
         raise ConfigError("this is no enrolment code: it is too long")
-    done = enrol(text, options.config, options.key, options.coordinator)
+    done = enrol(
+        text,
+        options.config,
+        options.key,
+        options.coordinator,
+        wait_s=options.wait,
+        tell=lambda line: print(line, flush=True),
+    )
     made = "made" if done.is_new_key else "was there"
     print(f"enrolled as {done.name} at {done.address}")
     print(f"key:    {done.key} ({made}), fingerprint {fingerprint(done.public_key)}")

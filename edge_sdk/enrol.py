@@ -8,7 +8,7 @@ Not here: the code (`transport/enrol_code.py`) and what is said to the coordinat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def enrol(
     config: Path,
     key: Path | None = None,
     address: str | None = None,
-    timeout_s: float = ANSWER_S,
+    wait_s: float = 0.0,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Enrolment:
     """Redeem the enrolment code *text*, and leave behind what `edge-sdk run` needs.
 
@@ -78,7 +79,8 @@ def enrol(
             beside it.
         address: Where this device finds the coordinator, if not at the code's address: behind a
             tunnel, for instance. Its key is that in the code all the same.
-        timeout_s: Seconds for the coordinator's answer.
+        wait_s: Seconds for which a coordinator is waited for that does not listen yet.
+        tell: Is told, in a line, that it is waited for.
 
     Raises:
         ConfigError: the code is none or mistyped, the config or the key that is there is no good.
@@ -96,8 +98,8 @@ def enrol(
         make_folder(config.parent)
     is_new_key = not secret.exists()
     pair = create_key_pair(secret) if is_new_key else load_key_pair(secret)
-    name = redeem(code, pair.public, timeout_s)
-    _see_that_it_is_let_in(code, pair, timeout_s)
+    name = redeem(code, pair.public, wait_s=wait_s, tell=tell)
+    _see_that_it_is_let_in(code, pair)
     _write(config, before, _named(after, name) if before is None else after)
     return Enrolment(
         name=name,
@@ -150,14 +152,14 @@ def _named(text: str, name: str) -> str:
     return re.sub(r"(?m)^(coordinator: \S+)$", rf"\1   # where this device is {name}", text)
 
 
-def _see_that_it_is_let_in(code: EnrolCode, pair: KeyPair, timeout_s: float) -> None:
+def _see_that_it_is_let_in(code: EnrolCode, pair: KeyPair) -> None:
     """Shake hands with the registered key, so that `edge-sdk run` will be let in.
 
     Raises:
         RefusedError: it is not.
     """
     config = LinkConfig(address=code.address, server_key=code.server_key, keys=pair)
-    if shake_hands(config, timeout_s).refused is not None:
+    if shake_hands(config, ANSWER_S).refused is not None:
         raise RefusedError(
             "the coordinator has registered this device's key and refuses it: somebody has taken "
             "it off the list again, or the allow-list cannot be read there"

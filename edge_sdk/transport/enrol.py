@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 
 import zmq
 
@@ -27,6 +28,8 @@ ANSWER_S = 12.0
 # What may pass in a moment: another process that is changing the list, or a disk.
 REFUSALS, AGAIN_S = 3, 0.6
 POLL_MS = 100
+# Between two looks whether somebody listens.
+LISTEN_S = 1.0
 DIAL_S = 5.0
 _NOT_KNOWN = (
     "the coordinator does not know this code: a newer one was made for the device, it was made "
@@ -34,19 +37,32 @@ _NOT_KNOWN = (
 )
 
 
-def redeem(code: EnrolCode, public_key: str, timeout_s: float = ANSWER_S) -> str:
+def redeem(
+    code: EnrolCode,
+    public_key: str,
+    timeout_s: float = ANSWER_S,
+    wait_s: float = 0.0,
+    tell: Callable[[str], object] = lambda _: None,
+) -> str:
     """Have *public_key* registered; return the name under which it is.
 
     A second time with the same key changes nothing, and is answered likewise while the key is
     registered. Nothing is written on this device.
+
+    Args:
+        code: The code as it was read.
+        public_key: This device's own.
+        timeout_s: Seconds for an answer.
+        wait_s: Seconds before that for a coordinator that does not listen yet.
+        tell: Is told, in a line, that it is waited for.
 
     Raises:
         ConfigError: the address in the code cannot be dialled.
         RefusedError: the coordinator does not take the code, or not this key; it says why.
         PeerGone: nobody answers, or somebody who has not the key of the coordinator.
     """
+    _wait_for(code.address, min(DIAL_S, timeout_s), wait_s, tell)
     deadline, refused = Deadline.after(timeout_s), 0
-    _dial(code.address, min(DIAL_S, timeout_s))
     while True:
         try:
             return _ask(code, public_key, deadline)
@@ -109,6 +125,26 @@ def _read(line: Line) -> str | None:
     return public_text(control.name) if isinstance(control, packets.Enrolled) else None
 
 
+class _NobodyListens(PeerGone):
+    """The machine is there, and may yet start its program."""
+
+
+def _wait_for(address: str, timeout_s: float, wait_s: float, tell: Callable[[str], object]) -> None:
+    until, is_told = Deadline.after(wait_s), False
+    while True:
+        try:
+            _dial(address, timeout_s)
+        except _NobodyListens:
+            if until.has_passed():
+                raise
+            if not is_told:
+                tell(f"nobody listens at {address} yet; trying for {wait_s:.0f} s")
+                is_told = True
+            time.sleep(min(LISTEN_S, until.left_s()))
+        else:
+            return
+
+
 def _dial(address: str, timeout_s: float) -> None:
     """Find out quickly, and in plainer words than ZeroMQ has, that nobody is there.
 
@@ -120,7 +156,7 @@ def _dial(address: str, timeout_s: float) -> None:
     try:
         socket.create_connection(where, timeout_s).close()
     except ConnectionRefusedError:
-        raise PeerGone(
+        raise _NobodyListens(
             f"nobody listens at {address}: the machine is there, but no coordinator serves; start "
             "it (coordinator serve) before the code expires"
         ) from None

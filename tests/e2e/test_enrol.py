@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 
 from coordinator.gateway.allow_list import AllowList
@@ -71,17 +70,25 @@ def _pending(start: Start, wanted: str) -> str:
             return listed.text
 
 
-def test_without_a_coordinator_that_serves_the_device_is_told(files: Cluster, start: Start) -> None:
-    """One line, and the code stays good for when one is there; no config is left."""
+def test_a_device_waits_for_the_coordinator_that_it_enrols_with(
+    files: Cluster, start: Start
+) -> None:
+    """Told in one line where it is not to wait; else it enrols as soon as there is one."""
     code = start("coordinator", "enrol", "kitchen", "--config", "run.yaml")
     assert code.wait() == 0
     assert "Nobody listens at" in code.text
     words = re.search(r"^edge-sdk (enrol \S+)$", code.text, re.MULTILINE)
     assert words is not None
 
-    device = start("edge-sdk", *words[1].split(), "--config", "board.yaml")
+    device = start("edge-sdk", *words[1].split(), "--config", "board.yaml", "--wait", "0")
 
     assert device.wait() == 3
     assert len(device.lines) == 1
     assert "no coordinator serves; start it (coordinator serve)" in device.text
-    assert not os.path.exists(files.folder / "board.yaml")
+    assert not (files.folder / "board.yaml").exists()
+
+    waiting = start("edge-sdk", *words[1].split(), "--config", "board.yaml")
+    waiting.wait_for("yet; trying for 60 s")
+    coordinator = start("coordinator", "serve", "--config", "run.yaml")
+    assert waiting.wait() == 0, waiting.text
+    coordinator.wait_for("kitchen: enrolled from 127.0.0.1")
