@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_the_help_of_every_command_ends_with_examples_that_work(program: str) ->
         assert shown == [f"  {program} {line}" for line in lines]
         for line in lines:
             assert line.split()[: len(name.split())] == name.split()
-            assert make().parse_args(line.split()).run
+            assert make().parse_args(shlex.split(line)).run
 
 
 @pytest.mark.parametrize("command", ["show", "measure", "watch"])
