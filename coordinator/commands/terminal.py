@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -40,21 +41,37 @@ def say_results(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]
     say(f"\n{title}\n\n{aligned(titles, rows, width)}")
 
 
-class Live:
+class Live(logging.Filter):
     """Lines that stay, and one at the end that says what is being done. A context manager.
 
-    Where there is no terminal, what is being done is a line now and then.
+    Where there is no terminal, what is being done is a line now and then. What is logged meanwhile
+    stands on lines of its own, and once: many runs of one thing warn of the same again and again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         self._clock, self._said_s = clock, float("-inf")
-        self._is_shown = False
+        self._num_shown = 0
+        self._logged: set[str] = set()
 
     def __enter__(self) -> Live:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for handler in logging.getLogger().handlers:
+            handler.removeFilter(self)
         self._clear()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record says something new; make room for it."""
+        text = record.getMessage()
+        is_new = text not in self._logged
+        self._logged.add(text)
+        if is_new:
+            self._clear()
+        return is_new
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -70,14 +87,16 @@ class Live:
             return
         self._clear()
         width = shutil.get_terminal_size((USUAL_WIDTH, 24)).columns
-        sys.stdout.write(text if len(text) < width else f"{text[: width - 4]}...")
+        lines = textwrap.wrap(text, max(1, width - 1))
+        sys.stdout.write("\n".join(lines))
         sys.stdout.flush()
-        self._is_shown = True
+        self._num_shown = len(lines)
 
     def _clear(self) -> None:
-        if self._is_shown:
-            sys.stdout.write("\r\x1b[K")
-            self._is_shown = False
+        if self._num_shown:
+            sys.stdout.write("\r\x1b[K" + "\x1b[1A\x1b[K" * (self._num_shown - 1))
+            sys.stdout.flush()
+            self._num_shown = 0
 
 
 def drawn(markdown: str) -> Any:

@@ -87,12 +87,12 @@ def digest_of_run(config: SimulationConfig) -> str:
 
 
 def differences(before: object, after: object) -> list[str]:
-    """Return each setting that differs, by its dotted key, with both values."""
+    """Return each setting that differs, by its dotted key, with both values; None: not set."""
     old, new = dict(_flat(before)), dict(_flat(after))
     return [
-        f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}"
+        f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key, "nothing") != new.get(key, "nothing")
+        if old.get(key) != new.get(key)
     ]
 
 

@@ -61,8 +61,8 @@ class RunCount:
     def doing(self, what: str, share: float = 0.0) -> None:
         """Show what the run is doing, and which share of it is done."""
         self._share = max(share, self._share)
-        where = f"run {self._done + 1} of {self.total}: {self._name}: {what}"
-        self._show(f"{where}{self._left()}")
+        where = f"run {self._done + 1} of {self.total}: {what}{self._left()}"
+        self._show(f"{where}: {self._name}")
 
     def end(self, text: str) -> float:
         """Note that the run has ended; return the seconds that it took."""

@@ -25,6 +25,11 @@ class PlannedRun:
     """Power mode that boards are brought into; None: as they are."""
     config: ExperimentConfig
 
+    @property
+    def row(self) -> str:
+        """The method as rows and curves call it: in two power modes it is two."""
+        return self.method if self.mode is None else f"{self.method}, {self.mode}"
+
 
 def planned_runs(methods: Mapping[str, ExperimentConfig], out: Path) -> list[PlannedRun]:
     """Return the runs in their order; their folders lie in *out*."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
@@ -82,7 +83,8 @@ def test_one_column_may_be_wider_than_the_screen() -> None:
 
 def test_what_is_being_done_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal each text takes the place of the last; elsewhere there is one now and then."""
-    screen, pipe, seconds = Terminal(), io.StringIO(), [0.0]
+    screen, pipe, log, seconds = Terminal(), io.StringIO(), io.StringIO(), [0.0]
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(log)])
 
     for out in (screen, pipe):
         monkeypatch.setattr("sys.stdout", out)
@@ -90,9 +92,14 @@ def test_what_is_being_done_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         with Live(clock=lambda: seconds[0]) as live:
             live.now("first")
             live.now("second, and much more than fits")
+            logging.getLogger("somebody").warning("take care")
+            logging.getLogger("somebody").warning("take care")
             live.line("over")
             seconds[0] += 60.0
             live.now("third")
 
-    assert screen.getvalue() == ("first\r\x1b[Ksecond, and much...\r\x1b[Kover\nthird\r\x1b[K")
+    assert screen.getvalue() == (
+        "first\r\x1b[Ksecond, and much\nmore than fits\r\x1b[K\x1b[1A\x1b[Kover\nthird\r\x1b[K"
+    )
     assert pipe.getvalue() == "first\nover\nthird\n"
+    assert log.getvalue() == "take care\n" * 2  # once on each

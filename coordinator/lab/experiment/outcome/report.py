@@ -58,7 +58,7 @@ def write_report(
         ended: How each run ended, by folder.
     """
     runs = [
-        read_run(out / run.label, run.config, run.method)
+        read_run(out / run.label, run.config, run.row)
         for run in planned_runs(methods, out)
         if ended.get(run.label, NOT_RUN) != NOT_RUN and (out / run.label / FACTS).is_file()
     ]
@@ -209,13 +209,14 @@ def _facts(config: ExperimentConfig, runs: Sequence[ExperimentRunResult]) -> lis
         "from the evaluation before training to the last one; joining is not in them.",
         "`Computes` is the share of this time in which a board's program ran forward, backward or "
         "its optimizer; `link busy` that of the busier way of its relay, at the rates of the link.",
-        "Peak memory is the most that was resident in a board's program.",
+        "Peak memory is the most that was resident in a board's program. Bytes down include blocks "
+        "of the model that a board did not hold before the run: the first run has more of them.",
     ]
     if any(board.emulated for board in config.boards.values()):
         facts.append(
             "Emulated boards are processes on one machine with limits of memory, CPU time and "
-            "link. Their energy is estimated: the board's highest power for the time in which it "
-            "computed."
+            "link. Their energy is estimated: the power of the board's data sheet, or its share in a "
+            "power mode, for the time in which it computed."
         )
     for run in runs:
         if slowest := run.slowest():

@@ -36,7 +36,7 @@ def test_differences_are_named_by_their_keys() -> None:
     assert differences(before, after) == [
         "rounds: 2 -> 3",
         "compare.labels: None -> server",
-        "gone.a: 1 -> nothing",
-        "new: nothing -> True",
+        "gone.a: 1 -> None",
+        "new: None -> True",
     ]
     assert differences(before, before) == []

@@ -22,7 +22,7 @@ def test_what_is_left_follows_from_what_was() -> None:
     count = RunCount(["a", "a", "b", "b"], told.append, shown.append, clock)
 
     count.begin("a, seed 0")
-    assert (shown, count.left_s()) == (["run 1 of 4: a, seed 0: getting ready"], None)
+    assert (shown, count.left_s()) == (["run 1 of 4: getting ready: a, seed 0"], None)
     clock.now_s = 10.0
     count.doing("round 1 of 4", 0.25)
     assert count.left_s() == 30.0 + 3 * 40.0  # so far, one run is like the other
@@ -36,7 +36,7 @@ def test_what_is_left_follows_from_what_was() -> None:
 
     assert count.left_s() == 20.0 + 20.0  # nothing is known of b yet but what a took
     assert told[0] == "run 1 of 4: a, seed 0: loss 1; 40 s; about 2 min left"
-    assert shown[-1] == "run 3 of 4: b, seed 0: round 2 of 4; about 40 s left"
+    assert shown[-1] == "run 3 of 4: round 2 of 4; about 40 s left: b, seed 0"
 
 
 def test_runs_that_are_there_count() -> None:

@@ -44,6 +44,7 @@ def test_each_mode_and_seed_has_a_run() -> None:
         ("n", "n", None),
     ]
     assert [run.label for run in many] == ["m-low-3", "m-low-4", "m-high-3", "m-high-4"]
+    assert [run.row for run in (plain[0], many[0])] == ["m", "m, low"]
     assert [run.config.training.seed for run in many] == [3, 4, 3, 4]
     assert {(run.config.runs, run.config.name) for run in many[:1]} == {(Path("out"), "m-low-3")}
 
