@@ -25,6 +25,7 @@ from coordinator.commands.serve import add_resume, add_serve
 from coordinator.commands.simulate import add_simulate
 from coordinator.commands.steer.generate import add_generate
 from coordinator.commands.steer.leave import add_pause, add_stop
+from coordinator.commands.steer.lr_find import add_lr_find
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
 
@@ -34,6 +35,7 @@ COMMANDS = (
     add_resume,
     add_check,
     add_plan,
+    add_lr_find,
     add_simulate,
     add_compare,
     add_audit_privacy,

@@ -24,6 +24,10 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "plan --config run.yaml --profiles kitchen.json garage.json --explain",
         "plan --preset hsplitlora --profiles kitchen.json model=examples/base",
     ],
+    "lr-find": [
+        "lr-find --config run.yaml",
+        "lr-find --config run.yaml --data texts.jsonl --steps 200 --plot rates.png",
+    ],
     "simulate": [
         "simulate --config examples/simulate.yaml",
         "simulate --config examples/simulate.yaml --preset hetlora rounds=2",

@@ -144,6 +144,10 @@ class Optimizer:
         elif groups:
             self._torch = torch.optim.SGD(groups, lr=config.learning_rate)
 
+    def go_by(self, config: TrainingConfig) -> None:
+        """Take rate, schedule and clipping from *config* from now on."""
+        self._config = config
+
     def step(self, step: int) -> bool:
         """Clip, update with the rate of *step*, and forget the gradients.
 
