@@ -5,7 +5,7 @@ It knows no model and no device; what only these can tell is checked in `plannin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +32,8 @@ AUTO = "auto"
 """The codec that the planner chooses."""
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     Aggregation = str
     Codec = str
 else:  # the rules and codecs themselves are the choices
@@ -333,6 +335,10 @@ class ServeConfig:
     def open_micros(self) -> int:
         """Micro-batches of each device that the coordinator holds for their backward pass."""
         return MOST_AWAY if self.waves == "available" and self.labels == "device" else 1
+
+    def unwatched(self) -> Self:
+        """Return the same run without its page, which changes nothing of it."""
+        return replace(self, page=None, page_token=None)
 
     def evaluates_after(self, rounds_done: int) -> bool:
         """Return whether the model is evaluated after so many rounds, as it is before the first."""

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
+from coordinator.config.page import page_address
 from coordinator.config.run import ServeConfig
 from coordinator.gateway import port
 from coordinator.gateway.allow_list import AllowList
+from coordinator.page.access import read_token
+from coordinator.page.listening import listen, require_page
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking.trackers import check_trackers
 from edge_sdk.data.rows import load_data
@@ -44,6 +48,8 @@ def before_the_model(config: ServeConfig) -> Iterator[Finding]:
     yield check_data(config)
     if config.report_to:
         yield check_report_to(config)
+    if config.page is not None:
+        yield check_page(config.page, config.page_token)
 
 
 def check_report_to(config: ServeConfig) -> Finding:
@@ -53,6 +59,19 @@ def check_report_to(config: ServeConfig) -> Finding:
     except EdgeError as error:
         return failure("report_to", one_line(error))
     return ok("report_to", ", ".join(names))
+
+
+def check_page(page: str, token: Path | None) -> Finding:
+    """Check whether the page's packages are here, its address is free and its token is one."""
+    try:
+        require_page("page")
+        address = page_address("page", page, has_token=token is not None)
+        listen(address, "page").close()
+        if token is not None and token.exists():
+            read_token(token)
+    except EdgeError as error:
+        return failure("page", one_line(error))
+    return ok("page", f"{address.url} is free")
 
 
 def check_run_folder(config: ServeConfig) -> Finding:

@@ -82,7 +82,7 @@ def digest_of_run(config: SimulationConfig) -> str:
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
     fleet = config.simulation
     files = (device.data for device in fleet.devices.values())
-    plain = replace(config, name=None, runs=Path())
+    plain = replace(config.unwatched(), name=None, runs=Path())
     return digest_of(plain, (fleet.data.path, config.evaluation.data.path, *files))
 
 

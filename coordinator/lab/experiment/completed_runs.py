@@ -32,7 +32,7 @@ def digest(config: ExperimentConfig) -> str:
         config: Configuration of one run; other methods and seeds make no difference.
     """
     section = replace(config.experiment, presets=(), methods={}, seeds=(), target=None)
-    own = replace(config, name=None, runs=Path(), experiment=section)
+    own = replace(config.unwatched(), name=None, runs=Path(), experiment=section)
     files = (board.data for board in config.boards.values())
     return digest_of(own, (section.data.path, config.evaluation.data.path, *files))
 

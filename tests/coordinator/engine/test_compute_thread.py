@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
-from coordinator.engine.compute_thread import Worker
+from coordinator.engine.compute_thread import Inline, Worker
 from edge_sdk.errors import NumericError
 
 
@@ -80,3 +81,18 @@ def test_collecting_nothing_is_nothing(woken: threading.Event) -> None:
 
     assert not worker.is_busy
     worker.close()
+
+
+def test_what_has_a_name_is_told_with_its_seconds() -> None:
+    """Those who look on hear of it once it is done, before anything follows."""
+    told: list[Any] = []
+    worker = Worker(lambda: None, Inline(), lambda *what: told.append(what))
+
+    worker.start(lambda: 1, told.append, "wave", ["a"])
+    worker.collect()
+    worker.start(lambda: 2, told.append)
+    worker.collect()
+
+    (what, devices, seconds), *results = told
+    assert (what, devices, results) == ("wave", ["a"], [1, 2])
+    assert 0.0 <= seconds < 60.0

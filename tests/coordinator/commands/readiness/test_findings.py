@@ -146,6 +146,21 @@ def test_a_port_that_is_taken(bench: Bench, capsys: pytest.CaptureFixture[str]) 
     assert f"tcp://127.0.0.1:{port}: Address already in use" in capsys.readouterr().out
 
 
+def test_an_address_of_the_page_that_is_taken(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is a failure by name, before a run begins, and fine when it is free again."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        page = f"127.0.0.1:{other.getsockname()[1]}"
+        taken = bench.check(f"page={page}")
+    free = bench.check(f"page={page}")
+
+    assert (taken, free) == (2, 0)
+    said = capsys.readouterr().out
+    assert f"page: cannot listen at {page}: Address already in use" in said
+    assert f"http://{page}/ is free" in said
+
+
 def test_devices_that_are_not_registered(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """They are a warning, as they may be registered while the run waits."""
     bench.settings["devices"] = {"came": {"split": 1}}
