@@ -71,7 +71,7 @@ const TONE_WORDS = {
 function makeCard(name) {
   const parts = {
     dot: el("span", { class: "dot" }), name: el("h3", {}, name), board: el("span", { class: "board" }),
-    doing: el("span", { class: "doing" }), blocks: svg("svg", { class: "blocks", role: "img" }),
+    doing: el("span", { class: "doing" }), pace: el("span", { class: "doing pace" }), blocks: svg("svg", { class: "blocks", role: "img" }),
     plan: el("p", { class: "small muted plan" }), trouble: el("p", { class: "trouble small" }),
     numbers: el("dl", { class: "numbers" }), work: el("div", { class: "bar" }),
     workWords: el("span"), memory: el("div", { class: "bar" }), memoryWords: el("span"), cells: new Map(),
@@ -79,7 +79,7 @@ function makeCard(name) {
   parts.work.append(el("i", { class: "compute" }), el("i", { class: "wait" }));
   parts.memory.append(el("i", { class: "taken" }));
   parts.card = el("article", { class: "card", tabindex: "0" },
-    el("div", { class: "who" }, parts.dot, parts.name, parts.board, parts.doing),
+    el("div", { class: "who" }, parts.dot, parts.name, parts.board, parts.doing, parts.pace),
     parts.blocks, parts.plan,
     el("div", { class: "meter work" }, parts.workWords, parts.work),
     el("div", { class: "meter memory" }, parts.memoryWords, parts.memory),
@@ -97,6 +97,7 @@ function fillCard(parts, one, model, most, run) {
   say(parts.board, [one.board.board, one.board.power_mode].filter(Boolean).join(", "));
   say(parts.doing, one.doing || TONE_WORDS[one.tone]);
   parts.doing.title = one.doing;
+  say(parts.pace, one.tone === "training" && one.tokens_per_s !== null ? `${number(one.tokens_per_s)} t/s` : "");
   drawBlocks(parts.blocks, one, model, most);
   say(parts.plan, planWords(one, model));
   drawWork(parts, one);

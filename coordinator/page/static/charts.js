@@ -97,7 +97,7 @@ export function drawImportance(found) {
   const weights = found.weights.map((name) => plain(name.replace(/^(\d+) /, (_, block) => `${Number(block) + 1}  `)));
   const hovertemplate = "block %{y}<br>after round %{x}: %{z:.3f}<extra></extra>";
   const trace = { type: "heatmap", x: found.rounds.map(String), y: weights, z: shares, colorscale: RAMP_STOPS, zmin: 0, zmax: 1,
-    hovertemplate, xgap: 1, ygap: weights.length > 60 ? 0 : 1, colorbar: { thickness: 10, len: 1, outlinewidth: 0 } };
+    hovertemplate, xgap: 1, ygap: weights.length > 40 ? 0 : 1, colorbar: { thickness: 10, len: 1, outlinewidth: 0 } };
   const height = Math.max(260, Math.min(380, 60 + weights.length * 12));
   withPlotly((Plotly) => Plotly.react(byId("importance"), [trace], layout({
     xaxis: { type: "category", title: { text: "rounds" } }, height, hovermode: "closest", showlegend: false,

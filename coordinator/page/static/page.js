@@ -109,7 +109,7 @@ const FACTS = [
 
 function power(run, all) {
   const used = all.energy === null ? DASH : all.energy < 1e4 ? `${number(all.energy)} J` : `${number(all.energy / 1000)} kJ`;
-  return run.is_running ? [all.power === null ? DASH : `${number(all.power)} W`, all.energy === null ? "" : `${used} so far`] : [used, "all boards that tell"];
+  return run.is_running ? [all.power === null ? DASH : `${number(all.power)} W`, all.energy === null ? "" : `${used} so far`] : [used, all.energy === null ? "" : "all boards that tell"];
 }
 
 function left(run) {

@@ -24,6 +24,7 @@ from coordinator.results.events import (
     RunFinished,
     RunRewound,
     StepDone,
+    Telemetry,
 )
 from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import CLOCK, LIVE
@@ -90,6 +91,8 @@ class LiveFile:
             case RunRewound():
                 self._facts["step"] = None
                 self._steps.ends.clear()
+            case Telemetry(devices=devices):
+                self._take_costs(devices)
             case RoundDone(boards=boards):
                 self._take_boards(boards)
             case StepDone():
@@ -122,6 +125,12 @@ class LiveFile:
     def _take_boards(self, boards: Mapping[str, Mapping[str, Any]]) -> None:
         for device, board in boards.items():
             self._of(device)["board"] = dict(board)
+
+    def _take_costs(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note what sessions have carried by the end of a round: more than at its last step."""
+        for device, cost in devices.items():
+            known = {key: cost[key] for key in ("bytes_up", "bytes_down") if key in cost}
+            self._of(device).update(known)
 
     def _take_step(self, event: StepDone, now_s: float) -> None:
         report, mine = event.report, self._of(event.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.results.events import FolderKnown, RoundDone, StepDone
+from coordinator.results.events import FolderKnown, RoundDone, StepDone, Telemetry
 from coordinator.results.run_folder import LIVE
 from coordinator.results.standing.live_file import LiveFile
 from coordinator.results.standing.observed import Computed
@@ -89,3 +89,13 @@ def test_how_fast_the_link_is_now(tmp_path: Path) -> None:
     assert mine["bytes_up"] == 100
     assert mine["up_bytes_per_s"] == pytest.approx(4000 / 3)
     assert mine["down_bytes_per_s"] == pytest.approx(8000 / 3)
+
+
+def test_what_a_round_s_end_has_carried_is_not_counted_twice(tmp_path: Path) -> None:
+    """Adapters travel after a round's last step: the file knows them when the next round begins."""
+    watcher = live(tmp_path)
+    watcher.see(step(0, (1000, 2000)))
+    watcher.see(Telemetry(0, 1.0, {"a": {"bytes_up": 1500, "bytes_down": 2100}}))
+
+    mine = json.loads((tmp_path / LIVE).read_bytes())["devices"]["a"]
+    assert (mine["bytes_up"], mine["bytes_down"]) == (1500, 2100)
