@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tempfile
 import threading
 from pathlib import Path
@@ -52,7 +53,13 @@ class RemoteBoard:
             DeviceError: it cannot, or it is; the message has the cure.
         """
         say = "import sys; print(*sys.version_info[:2])"
-        said = self._ask([self.plan.python, "-c", say])
+        try:
+            said = self._ask([self.plan.python, "-c", say])
+        except DeviceError as error:
+            by_hand = shlex.join(
+                ["ssh", *self.plan.ssh_words, self.plan.ssh, self.plan.python, "-V"]
+            )
+            raise DeviceError(f"{error}; try it by hand: {by_hand}") from error
         try:
             major, minor = (int(word) for word in said.split())
         except ValueError as error:

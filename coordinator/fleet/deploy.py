@@ -68,17 +68,22 @@ class Deployment:
     Args:
         config: What the file says.
         say: Gets a line a board, as soon as it is known.
+        note: Gets what takes a while, when it begins.
         stop: Set by whoever wants to end it; boards are left as they are then.
     """
 
     def __init__(
-        self, config: DeployConfig, say: Callable[[str], None], stop: threading.Event
+        self,
+        config: DeployConfig,
+        say: Callable[[str], None],
+        stop: threading.Event,
+        note: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._config, self._say, self._stop = config, say, stop
+        self._config, self._say, self._stop, self._note = config, say, stop, note
         self._secret_key, self._allow_list, self._port = _coordinator_of(config)
         self._lock = threading.Lock()
         self._package: _Package | None = None
-        self._workspace = Path()
+        self._workspace, self._public = Path(), ""
 
     def run(self, do: str, names: Sequence[str] = ()) -> int:
         """Do one thing on all boards, or on those of *names*; return how many have failed.
@@ -102,6 +107,7 @@ class Deployment:
             "remove": self._remove,
         }[do]
         if do in ("deploy", "check"):
+            self._public = load_key_pair(self._secret_key).public
             for plan in plans:
                 self._refuse_wrong(plan)
         failed = 0
@@ -145,11 +151,13 @@ class Deployment:
         if ENVIRONMENT in steps:
             assert venv is not None
             package = self._packaged()
+            self._note(f"{board.plan.name}: installing {package.name}, which may take minutes")
             board.install(venv, package.name, package.wheel, self._config.wheels)
             done.append("installed")
         if MAKE_KEY in steps or REGISTER in steps:
             done.append(self._give_key(board, venv, is_new=MAKE_KEY in steps))
         if PUT_DATA in steps:
+            self._note(f"{board.plan.name}: bringing {board.plan.data}")
             board.bring_data()
             done.append("data brought")
         if PUT_CONFIG in steps or MAKE_KEY in steps:
@@ -176,10 +184,9 @@ class Deployment:
             raise ConfigError(
                 f"{found['folder']} is that of {owner}; give each a `folder` of its own"
             )
-        public = load_key_pair(self._secret_key).public
         wanted = Wanted(
             venv=venv,
-            config=device_config(plan, found["folder"], self._address(found), public),
+            config=device_config(plan, found["folder"], self._address(found), self._public),
             data_name=None if plan.data is None else data_name(plan),
             data_sha256=None if plan.data is None else digest(plan.data),
             unit=unit_text(plan, found, board.python(venv)),
@@ -195,7 +202,10 @@ class Deployment:
                 if name is not None:
                     self._package = _Package(name, name.encode(), None)
                 else:
-                    wheel = self._config.wheel or build_wheel(self._workspace / "wheel", NO_WHEEL)
+                    wheel = self._config.wheel
+                    if wheel is None:
+                        self._note("building a wheel of this checkout")
+                        wheel = build_wheel(self._workspace / "wheel", NO_WHEEL)
                     self._package = _Package(wheel.name, wheel.read_bytes(), wheel)
             return self._package
 
@@ -212,9 +222,8 @@ class Deployment:
         """Let the board have a key that is registered."""
         name, address = board.plan.name, self._address(board.found)
         if is_new and _listens(address):
-            public = load_key_pair(self._secret_key).public
             code = EnrolmentBook(self._allow_list).make_code(
-                name, address, public, lasts_s=CODE_LASTS_S, replaces=True
+                name, address, self._public, lasts_s=CODE_LASTS_S, replaces=True
             )
             board.enrol(venv, write_code(code))
             return "key enrolled"
@@ -224,6 +233,7 @@ class Deployment:
 
     def _examined(self, board: RemoteBoard, venv: str | None) -> str:
         """Ask the doctor there; what keeps a run from starting is an error."""
+        self._note(f"{board.plan.name}: asking the doctor")
         findings = board.doctor(venv)
         ignored = () if _listens(self._address(board.found)) else LINK_CHECKS
         if failure := first_failure(findings, ignored):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def add_deploy(commands: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the file")
 
 
+def _note(text: str) -> None:
+    """Say what takes a while, where it is no result."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def _deploy(options: argparse.Namespace) -> int:
     from coordinator.fleet.config import DeployConfig
     from coordinator.fleet.deploy import Deployment
@@ -43,7 +50,7 @@ def _deploy(options: argparse.Namespace) -> int:
     config = load_config(DeployConfig, options.file, options.overrides, env={})
     stop = threading.Event()
     with stopping_on_signals(stop.set):
-        failed = Deployment(config, say, stop).run(options.do or "deploy", options.only)
+        failed = Deployment(config, say, stop, _note).run(options.do or "deploy", options.only)
     if stop.is_set():
         return INTERRUPTED_EXIT_CODE
     return DeviceError.exit_code if failed else 0
