@@ -14,7 +14,7 @@ from coordinator.commands.devices.client import add_client, add_keygen
 from coordinator.commands.devices.enrol import add_enrol
 from coordinator.commands.examples import EXAMPLES
 from coordinator.commands.experiment import add_experiment
-from coordinator.commands.export import add_export
+from coordinator.commands.export import add_export, add_report
 from coordinator.commands.init import add_init
 from coordinator.commands.looking.page import add_page
 from coordinator.commands.looking.status import add_status
@@ -47,6 +47,7 @@ COMMANDS = (
     add_stop,
     add_generate,
     add_page,
+    add_report,
     add_export,
     add_presets,
     add_keygen,

@@ -52,7 +52,7 @@ ORDER = {
         ["engine", "fleet"],
         ["results"],
         ["steering"],
-        ["export", "page", "tracking"],
+        ["export", "page", "tracking", "report"],
         ["rounds"],
         ["lab"],
         ["commands"],

@@ -64,6 +64,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "page runs --listen 127.0.0.1:8080",
         "page runs/first --listen 0.0.0.0:7071 --token-file page.token",
     ],
+    "report": ["report runs/first", "report runs/first --out first.html"],
     "export": [
         "export runs/first --to my-adapter",
         "export runs/first --to for-vllm --format vllm",

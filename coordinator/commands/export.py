@@ -1,8 +1,9 @@
-"""`coordinator export`: the adapter or the whole model of a run."""
+"""`coordinator export` and `coordinator report`: a run's result, and the run on one page."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,18 @@ def _wanted(options: argparse.Namespace) -> ExportOptions:
         push_to_hub=options.push_to_hub,
         public=options.public,
     )
+
+
+def add_report(commands: Any) -> None:
+    """Register the command with the parser of `coordinator`."""
+    text = "write a run's report: one HTML file with curves, plans, traffic, energy and troubles"
+    parser = add_command(commands, "report", text, _report, run_folder=True)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from coordinator.report.write import write_report
+
+    folder, config = read_run(options.folder, [])
+    sys.stdout.write(f"report: {write_report(folder, config, options.out)}\n")
+    return 0

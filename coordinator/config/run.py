@@ -226,6 +226,8 @@ class ServeConfig:
     costs the run nothing."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """How they come there."""
+    report: bool = True
+    """Whether a run that ends with a result leaves `report.html` in its folder."""
     device: str = "auto"
     """Where the coordinator computes: `auto`, `cpu`, `cuda`, `cuda:1`."""
     compute: Compute = "auto"

@@ -10,4 +10,5 @@ __all__ = [
     "port",
     "replays",
     "residuals",
+    "traffic",
 ]

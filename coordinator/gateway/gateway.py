@@ -148,6 +148,7 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
 
     def _took(self, session: DeviceSession, event: Received) -> None:
         envelope = event.envelope
+        session.traffic.add(envelope.message, envelope.num_bytes)
         self._taken.setdefault(session, []).append((envelope.lane, envelope.num_bytes))
         self._taken_bytes += envelope.num_bytes
 
@@ -170,6 +171,7 @@ class ZmqGateway(AbstractContextManager["ZmqGateway"]):
             raise LocalProtocolError(f"{type(message).__name__} is not a coordinator's message")
         session, size = self._session(device), self._config.chunk_bytes
         outgoing = OutgoingMessage(message, tensors, size, session.memories)
+        session.traffic.add(message, outgoing.total + len(outgoing.head))
         self._io.post("send", session, outgoing)
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:

@@ -7,7 +7,7 @@ There are two: `ZmqGateway` in `gateway.py` and, without a network, `SimulatedGa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_sdk.protocol.fragments import Envelope, TensorOut
@@ -85,6 +85,8 @@ class DeviceStats:
     """Packets of messages, in both directions, that have reached the other side."""
     queued_bytes: int = 0
     """What was sent to the device and is not confirmed as a whole message."""
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of messages by kind, as `traffic.py` names them."""
 
 
 class Gateway(Protocol):

@@ -17,6 +17,7 @@ from itertools import islice
 from coordinator.gateway.doorkeeper import Caller, PortConnection
 from coordinator.gateway.interface import DeviceStats
 from coordinator.gateway.ration import Bucket
+from coordinator.gateway.traffic import Traffic
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.protocol.codecs import Memories
 from edge_sdk.protocol.fragments import OutgoingMessage
@@ -75,6 +76,7 @@ class DeviceSession:
     leave: tuple[str, float] | None = None
     """Reason for which it ends when all is sent, and the time at which it ends at the latest."""
     rival: Rival | None = None
+    traffic: Traffic = field(default_factory=Traffic)
     memories: Memories = field(default_factory=dict)
     """What the codecs know of the tensors sent; used by the thread that sends."""
 
@@ -125,6 +127,7 @@ class DeviceSession:
             dict(self.telemetry),
             self.talk.num_moved,
             self.talk.queued_bytes,
+            self.traffic.counts(),
         )
 
 

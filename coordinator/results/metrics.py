@@ -144,7 +144,7 @@ class Reporting:
         """Tell what the round cost, and how many messages of earlier ones came *late* in it."""
         devices = {}
         for name, progress in sorted(self._progress.items()):
-            board = self._telemetry_of(name)
+            board, kinds = self._telemetry_of(name), self._kinds(name)
             traffic = self._traffic(name)
             devices[name] = {
                 "tokens": progress.num_tokens,
@@ -152,6 +152,7 @@ class Reporting:
                 "wait_s": round(progress.wait_s, 3),
                 "peak_bytes": progress.peak_bytes,
                 **({"bytes_up": traffic[0], "bytes_down": traffic[1]} if traffic else {}),
+                **({"traffic": kinds} if kinds else {}),
                 **({"board": board} if board else {}),
             }
         self.watcher.see(Telemetry(round_, time.monotonic() - self._began_s, devices, late))
@@ -164,6 +165,10 @@ class Reporting:
     def _telemetry_of(self, device: str) -> Mapping[str, Any]:
         stats = self._stats(device)
         return {} if stats is None else stats.telemetry
+
+    def _kinds(self, device: str) -> Mapping[str, int]:
+        stats = self._stats(device)
+        return {} if stats is None else stats.traffic
 
     def _traffic(self, device: str) -> tuple[int, int] | None:
         stats = self._stats(device)

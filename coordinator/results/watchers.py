@@ -36,7 +36,7 @@ from coordinator.results.events import (
     Watcher,
     WorkDropped,
 )
-from coordinator.results.reporting_events import TrackerLeftOut
+from coordinator.results.reporting_events import ReportFailed, TrackerLeftOut
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import CLOCK, SAMPLES, RunFolder
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
@@ -167,6 +167,8 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
             return {"event": "message.rejected", "device": device, "error": error}
         case TrackerLeftOut(tracker, reason):
             return {"event": "tracker.left_out", "tracker": tracker, "reason": reason}
+        case ReportFailed(reason):
+            return {"event": "report.failed", "reason": reason}
     return _result_row(event) or _waiting_row(event)
 
 

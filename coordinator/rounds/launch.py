@@ -15,6 +15,7 @@ from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
 from coordinator.gateway.port import require_free_port
+from coordinator.report.at_end import report_at_end
 from coordinator.results.events import (
     AlreadyComplete,
     Exported,
@@ -78,7 +79,8 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     with (
         _gateway(config, keys) as gateway,
         new_folder(config) as folder,
-        reporting(config, folder, watcher) as seen_by,
+        reporting(config, folder, watcher) as told,
+        report_at_end(config, folder, told) as seen_by,
     ):
         coordinator = Coordinator(
             config, model, folder, gateway, seen_by, _new_id(folder), least_devices=least_devices
@@ -102,7 +104,11 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         require_free_port(config.listen)
         watcher.see(Preparing(f"reading model {config.model}"))
         model = ServerModel(config)
-        with _gateway(config, keys) as gateway, reporting(config, folder, watcher) as seen_by:
+        with (
+            _gateway(config, keys) as gateway,
+            reporting(config, folder, watcher) as told,
+            report_at_end(config, folder, told) as seen_by,
+        ):
             run_id = _new_id(folder) if checkpoint is None else run_name(checkpoint.state["run"])
             coordinator = Coordinator(config, model, folder, gateway, seen_by, run_id)
             if checkpoint is not None:

@@ -30,6 +30,7 @@ from coordinator.lab.centralised.trainer import (
     make_runtime,
     plan_pooled,
 )
+from coordinator.report.at_end import report_at_end
 from coordinator.results.events import (
     AlreadyComplete,
     Exported,
@@ -131,7 +132,10 @@ def resume_pooled(path: Path, watcher: Watcher, overrides: list[str]) -> str:
                 return COMPLETED
         require_trackers(config)
         trainer = PooledTrainer(config, ServerModel(config))
-        with reporting(config, folder, watcher) as seen_by:
+        with (
+            reporting(config, folder, watcher) as told,
+            report_at_end(config, folder, told) as seen_by,
+        ):
             run = PooledRun(config, trainer, folder, seen_by)
             if checkpoint is not None:
                 with restoring(folder):
@@ -222,7 +226,11 @@ def _new_run(
         raise ConfigError("trained_by: must be 'coordinator' to train on pooled data")
     require_trackers(config)
     trainer = PooledTrainer(config, ServerModel(config), dataset)
-    with new_folder(config) as folder, reporting(config, folder, watcher) as seen_by:
+    with (
+        new_folder(config) as folder,
+        reporting(config, folder, watcher) as told,
+        report_at_end(config, folder, told) as seen_by,
+    ):
         yield PooledRun(config, trainer, folder, seen_by, durable=durable)
 
 

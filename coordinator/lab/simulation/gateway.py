@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received, Rejected
+from coordinator.gateway.traffic import Traffic
 from coordinator.lab.simulation.arrivals import Arrivals
 from coordinator.lab.simulation.device import SimulatedDevice, SimulationListener
 from edge_sdk.deadline import Deadline
@@ -44,6 +45,7 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         self._listener = listener
         self._is_woken, self._is_timed = False, is_timed
         self._arrivals = Arrivals()
+        self._traffic = {name: Traffic() for name in devices}
 
     def devices(self) -> list[str]:
         """Return the names of all devices with a session; see `Gateway`."""
@@ -61,6 +63,7 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             heard_s=time.monotonic(),
             telemetry={},
             num_moved=stats.bytes_down + stats.bytes_up,
+            traffic=self._traffic[device].counts(),
         )
 
     def events(self, timeout_s: float) -> list[Event]:
@@ -112,6 +115,7 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
                 del self._present[device.name]
                 events.append(Left(device.name))
             else:
+                self._traffic[device.name].add(envelope.message, envelope.num_bytes)
                 events.append(Received(device.name, envelope))
                 if _is_last_word(device, envelope.message):
                     del self._present[device.name]
@@ -127,7 +131,9 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         before = receiver.link.stats().bytes_up
         receiver.link.send(message, tensors)
         receiver.is_due = True
-        self._listener.down(device, message, receiver.link.stats().bytes_up - before)
+        num_bytes = receiver.link.stats().bytes_up - before
+        self._traffic[device].add(message, num_bytes)
+        self._listener.down(device, message, num_bytes)
 
     def set_limits(self, device: str, max_message_bytes: int) -> None:
         """Change the size that a message of *device* may have; see `Gateway`."""

@@ -32,6 +32,7 @@ from coordinator.lab.simulation.timing import (
     Jitter,
     TimedEngine,
 )
+from coordinator.report.at_end import report_at_end
 from coordinator.results.events import Exported, FolderKnown, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, STOPPED, new_folder
 from coordinator.results.watchers import Watchers
@@ -95,7 +96,8 @@ def simulate(config: SimulationConfig, watcher: Watcher) -> SimulationResult:
         clock = ClockWatcher(folder, listener)
         with (
             SimulatedGateway(devices, listener, is_timed=is_timed) as gateway,
-            reporting(serve_config, folder, Watchers([clock, watcher])) as seen_by,
+            reporting(serve_config, folder, Watchers([clock, watcher])) as told,
+            report_at_end(serve_config, folder, told) as seen_by,
         ):
             coordinator = Coordinator(
                 serve_config,

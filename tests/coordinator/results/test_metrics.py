@@ -28,7 +28,7 @@ class Traffic:
         """Bytes of a session."""
         if device == "gone":
             raise PeerGone(device)
-        return SimpleNamespace(bytes_up=10, bytes_down=20, telemetry={})
+        return SimpleNamespace(bytes_up=10, bytes_down=20, telemetry={}, traffic={"parts_down": 7})
 
 
 GATEWAY: Any = Traffic()
@@ -155,6 +155,7 @@ def test_telemetry_holds_what_the_seed_does_not_decide(
         "peak_bytes": 500,
         "bytes_up": 10,
         "bytes_down": 20,
+        "traffic": {"parts_down": 7},
     }
     assert "bytes_up" not in row["devices"]["gone"]
 

@@ -1,1 +1,1 @@
-"""Tests of `coordinator/results`."""
+"""Tests of `coordinator/tracking`."""

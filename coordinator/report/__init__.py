@@ -1,0 +1,3 @@
+"""A run on one page: what it learned, who did what, what it cost, and what went wrong."""
+
+__all__ = ["at_end", "write"]

@@ -1,0 +1,63 @@
+"""What a run has learned: its numbers before and after, and its losses against what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from coordinator.report.parts import Chart, Grid, Section, by_device, chart_of, text_of
+from coordinator.report.run_sums import RunSums
+from coordinator.report.svg import ChartLine
+from coordinator.results.history import overall, scores
+
+
+def learned(facts: RunSums) -> Section:
+    """Return the losses of a run, over samples, time and bytes."""
+    time = "modelled time (s)" if facts.is_modelled else "time in rounds (s)"
+    samples = {n: float(v) for n, v in facts.history.samples().items()}
+    sent = {n: v / 1e6 for n, v in facts.bytes_at.items()}
+    axes = (
+        ("samples", "samples trained on", samples),
+        ("time", time, facts.seconds_at()),
+        ("traffic", "sent by and to all devices (MB)", sent),
+    )
+    charts: list[Chart] = []
+    for name, label, at in axes:
+        if any(at.values()):
+            charts += chart_of(f"Loss over {name}", list(_losses(facts, at)), label, "loss")
+    own: dict[str, list[tuple[float, float]]] = {}
+    for row in facts.metrics:
+        for name, score in scores(row).items():
+            if name != "file":
+                own.setdefault(name, []).append((row["round"], score["loss"]))
+    charts += chart_of("Loss on each device's own validation data", by_device(own), "round", "loss")
+    return Section("What was learned", charts=charts, grids=[_scores(facts)])
+
+
+def _losses(facts: RunSums, at: Mapping[int, float]) -> Iterator[ChartLine]:
+    """Yield the loss of training and of evaluation, where *at* says where each round stands."""
+    trained = [
+        (at[row["round"]], row["train_loss"])
+        for row in facts.metrics
+        if row["round"] in at and row.get("train_loss") is not None
+    ]
+    yield ChartLine("training", trained, 1)
+    found = [(row["round"], overall(row)) for row in facts.metrics]
+    yield ChartLine(
+        "evaluation", [(at[n], s.loss) for n, s in found if s is not None and n in at], 0
+    )
+
+
+def _scores(facts: RunSums) -> Grid:
+    first, last = facts.history.first_scores(), facts.history.last_scores()
+    rows = []
+    for who in sorted(last, key=lambda name: (name != "file", name)):
+        before, after = first.get(who, {}), last[who]
+        name = "the coordinator's file" if who == "file" else f"{who}, own data"
+        values = [
+            text_of(score.get(key), form)
+            for key, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("accuracy", ".1%"))
+            for score in (before, after)
+        ]
+        rows.append([name, *values])
+    head = ("validation data", "loss before", "after", "perplexity before", "after")
+    return Grid((*head, "accuracy before", "after"), rows)
