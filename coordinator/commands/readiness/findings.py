@@ -57,7 +57,7 @@ def check_report_to(config: ServeConfig) -> Finding:
     try:
         names = list(check_trackers(config))
     except EdgeError as error:
-        return failure("report_to", one_line(error))
+        return failure("report_to", one_line(error).removeprefix("report_to: "))
     return ok("report_to", ", ".join(names))
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coordinator.cli import main
-from coordinator.commands.readiness.findings import in_words
+from coordinator.commands.readiness.findings import check_report_to, in_words
+from coordinator.config.run import ServeConfig
+from coordinator.config.tracking import TrackingConfig
 from coordinator.gateway.allow_list import AllowList
 from edge_sdk.transport.keys import create_key_pair, make_key_pair
 from tests.tiny import make_config
@@ -133,6 +136,18 @@ def test_what_would_end_a_run_is_told_with_its_exit_code(
     said = capsys.readouterr().out
     assert words in said
     assert said.count("failure  ") == 1
+
+
+def test_what_report_to_lacks_is_said_before_a_run(tmp_path: Path) -> None:
+    """Each tracker is looked at: a token that is not there fails, what needs nothing is fine."""
+    tracking = TrackingConfig(prometheus_token=tmp_path / "none")
+    config = ServeConfig(model="m", report_to=("csv", "prometheus"), tracking=tracking)
+
+    lacks = check_report_to(config)
+    fine = check_report_to(replace(config, tracking=TrackingConfig()))
+
+    assert (lacks.status, lacks.text.rpartition(": ")[2]) == ("failure", "No such file or directory")
+    assert (fine.status, fine.text) == ("ok", "csv, prometheus")
 
 
 def test_a_port_that_is_taken(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
