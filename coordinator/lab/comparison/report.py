@@ -144,7 +144,14 @@ def _facts(config: CompareConfig, cells: Sequence[RunResult], target: Target) ->
         "is nobody's. Energy is modelled: a board's highest power for the time in which it "
         "computes.",
     ]
-    if LOCAL in {cell.method for cell in cells}:
+    kinds = {cell.device_set for cell in cells if cell.method == LOCAL}
+    missing = [kind for kind in wanted.device_sets if kind not in kinds]
+    if LOCAL in wanted.references and missing:
+        facts.append(
+            f"There is no row of devices alone among the {' and '.join(missing)} ones: none of "
+            "them can hold the whole model."
+        )
+    if kinds:
         facts.append(
             "local: each device that can hold the whole model trains alone on its own data, as "
             "many steps as with the others, and sends nothing; loss and score are means over these "

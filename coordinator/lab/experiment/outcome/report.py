@@ -215,7 +215,7 @@ def _facts(config: ExperimentConfig, runs: Sequence[ExperimentRunResult]) -> lis
     if any(board.emulated for board in config.boards.values()):
         facts.append(
             "Emulated boards are processes on one machine with limits of memory, CPU time and "
-            "link. Their energy is estimated: the power of the board's data sheet, or its share in a "
+            "link. Their energy is estimated: the power of the data sheet, or its share in a "
             "power mode, for the time in which it computed."
         )
     for run in runs:

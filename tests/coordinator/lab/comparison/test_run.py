@@ -25,6 +25,7 @@ from coordinator.lab.comparison.config import (
     load_methods,
 )
 from coordinator.lab.comparison.fit_devices import whole_situation
+from coordinator.lab.comparison.report import write_report
 from coordinator.lab.comparison.run import compare
 from coordinator.lab.simulation.clock import Costs, central_step_s
 from coordinator.lab.simulation.config import SimulationConfig
@@ -238,6 +239,24 @@ def test_devices_alone_are_runs_of_one_machine_each(
     assert local.last.energy_j > 0
     assert local.peak_bytes is not None
     assert sorted(local.peak_bytes) == [file.stem for file in files]
+
+
+def test_devices_too_small_for_the_model_are_not_run_alone(
+    folder: Path, cells: dict[str, RunResult], tmp_path: Path
+) -> None:
+    """The comparison goes on without that row, and says so."""
+    file, told = folder / "compare.json", []
+    small = [f"simulation.devices.{name}.memory_bytes=18.2e6" for name in ("big", "small")]
+    told_all = [*small, "simulation.overhead_bytes=0", "planning.memory_margin=0"]
+    config = load_compare(file, told_all)
+    alone = {"local": load_methods(config, file, told_all)["local"]}
+
+    assert compare(config, alone, tmp_path, told.append, simulate) == []
+
+    assert told[0].startswith("run 1 of 1: local, heterogeneous: it cannot run on any device: ")
+    write_report(config, [cells["cenlora"], cells["splitlora"]], tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "There is no row of devices alone among the heterogeneous ones" in page
 
 
 def test_methods_are_on_equal_terms(folder: Path, loaded: Any) -> None:
