@@ -69,6 +69,10 @@ class RunHistory:
                 since = _before(row["time"], row["seconds"])
                 new = {name: {"what": row["what"], "since": since} for name in row["devices"]}
                 found = {**new, **found}
+            elif kind == "round.held":
+                what = f"round {row['round'] + 1}, which is saved at step {row['step']}"
+                new = {name: {"what": what, "since": row["time"]} for name in row["devices"]}
+                found = {**new, **found}
             elif kind in ("waiting.over", "device.left"):
                 found.pop(row["device"], None)
             elif kind in _ENDS_WAITING:

@@ -312,7 +312,8 @@ class RoundExecutor:
     def _rewinds(self) -> bool:
         """Go back to the last checkpoint, if the round was given up; return whether it was."""
         if self._run.must_rewind:
-            self._run.watcher.see(RoundAbandoned(self._run.state.round))
+            if not self._run.holding.is_held:  # of the other it has been told
+                self._run.watcher.see(RoundAbandoned(self._run.state.round))
             self._aside(self._checkpoints.newest, self._rewind)
             return True
         return False

@@ -354,7 +354,7 @@ class Run:
         self._round_start.forget()
         self.reporting.load_progress(facts["progress"])
         self.inputs, self.evaluations = PendingInputs(), Evaluations()
-        self.must_rewind = False
+        self.must_rewind = self.holding.is_held = False
         if in_new_process:
             self.reporting.restore_row(facts["row"])
             evaluated = set((facts["row"] or {}).get("eval_by_device", {}))
@@ -409,6 +409,8 @@ class Holding:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.is_held = False
+        """Whether the round that is given up waits where it is saved, for those who have left."""
 
     def go_on(self) -> None:
         """Go on with the round, whether it is saved or not; who has left meanwhile is no member."""
@@ -419,8 +421,10 @@ class Holding:
         """Let *leavers* go, as the round is saved; it goes on from there when they are back."""
         state = self._run.state
         away = (state.members.keys() - state.ready.keys()) | leavers.keys()
-        self._run.watcher.see(RoundHeld(state.round, state.step, sorted(away)))
+        held = RoundHeld(state.round, state.step, sorted(away))
         self.let_go(leavers)
+        self._run.watcher.see(held)
+        self.is_held = True
         state.wait_for(away)
 
     def let_go(self, leavers: Mapping[str, str]) -> None:

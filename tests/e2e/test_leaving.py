@@ -227,3 +227,21 @@ def test_what_is_held_of_the_samples_is_saved_as_well(cluster: Cluster) -> None:
     assert serving.wait() == "completed"
     wait_all([*staying, *back])
     assert_same(serving, whole)
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_without_a_barrier_who_leaves_goes_on_with_its_tour(cluster: Cluster, labels: str) -> None:
+    """A device that leaves in the middle of its tour repeats no step of it when it is back."""
+    own = {"a": DeviceSettings(split=2, micro_batch=2)}
+    config = cluster.config(
+        devices=own, min_devices=1, steps_per_round=STEPS, labels=labels, round_mode="buffered"
+    )
+    trap = Counted()
+    serving = cluster.serve(config, trap=trap).start()
+
+    leaving_at(STEPS + 1, cluster, "a").start().wait()
+    back = cluster.start("a")
+
+    assert serving.wait() == "completed"
+    wait_all(back)
+    assert trap.trained == each_once("a")

@@ -114,6 +114,16 @@ WAITS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"event": "device.left", "device": "c"}],
         {"b": {"what": "step 3", "since": "2026-01-01T00:00:00+0000"}},
     ),
+    "held": (
+        [{"event": "round.held", "round": 1, "step": 7, "devices": ["c"]}],
+        {
+            "b": {"what": "step 3", "since": "2026-01-01T00:00:00+0000"},
+            "c": {
+                "what": "round 2, which is saved at step 7",
+                "since": "2026-01-01T00:00:40+0000",
+            },
+        },
+    ),
     "the next round": ([{"event": "round.started"}], {}),
     "the end": ([{"event": "run.ended"}], {}),
 }
