@@ -159,7 +159,8 @@ def main() -> None:
 
     with stopping_on_signals(stop.set):
         ended = run_experiment(config, methods, options.out, told, stop)
-    text = report(options, options.out, write_report(config, methods, options.out, ended))
+    tables = write_report(config, methods, options.out, ended)
+    text = report(options, options.out, tables[0].markdown() if tables else "")
     print(text)
     if not options.smoke and set(ended.values()) == {"completed"}:
         print(save("boards", text))
