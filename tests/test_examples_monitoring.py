@@ -69,7 +69,7 @@ def test_a_query_asks_for_what_there_is(query: str) -> None:
 
 
 def test_every_number_is_drawn() -> None:
-    """What the dashboard leaves out are sums, and scores of devices beside their loss."""
+    """What the dashboard leaves out are sums, scores of devices beside their loss, and the test."""
     drawn = {name for query in expressions() for name in re.findall(r"edgesplit_\w+", query)}
 
     assert metrics() - drawn == {
@@ -77,6 +77,9 @@ def test_every_number_is_drawn() -> None:
         "edgesplit_device_eval_perplexity",
         "edgesplit_traffic_down_bytes_total",
         "edgesplit_traffic_up_bytes_total",
+        "edgesplit_test_loss",
+        "edgesplit_test_accuracy",
+        "edgesplit_test_perplexity",
     }
 
 

@@ -8,6 +8,9 @@ from coordinator.report.parts import Chart, Grid, Section, by_device, chart_of, 
 from coordinator.report.run_sums import RunSums
 from coordinator.report.svg import ChartLine
 from coordinator.results.history import overall, scores
+from coordinator.results.run_folder import SAMPLES
+
+_FORMS = (("loss", ".4f"), ("perplexity", ",.2f"), ("accuracy", ".1%"))
 
 
 def learned(facts: RunSums) -> Section:
@@ -30,7 +33,31 @@ def learned(facts: RunSums) -> Section:
             if name != "file":
                 own.setdefault(name, []).append((row["round"], score["loss"]))
     charts += chart_of("Loss on each device's own validation data", by_device(own), "round", "loss")
-    return Section("What was learned", charts=charts, grids=[_scores(facts)])
+    grids = [_scores(facts), _texts(facts)]
+    return Section("What was learned", _choices(facts), charts, grids)
+
+
+def _choices(facts: RunSums) -> list[str]:
+    """Return why the run ended before its last round, and which round's model is the result."""
+    found = []
+    for row in facts.history.events:
+        if row["event"] == "ended.early":
+            found.append(
+                f"It ended after round {row['round'] + 1}: {row['metric']} had not improved for "
+                f"{row['rounds_without']} rounds."
+            )
+        elif row["event"] == "best.chosen":
+            value = text_of(row["value"], ".4f")
+            found.append(f"The result is that of round {row['round']}: {row['metric']} {value}.")
+    return found
+
+
+def _texts(facts: RunSums) -> Grid:
+    """Return what the model said last to the coordinator's own prompts."""
+    rows = facts.folder.rows(SAMPLES)
+    newest = rows[-1]["round"] if rows else 0
+    said = [[r["prompt"], r["text"]] for r in rows if r["round"] == newest]
+    return Grid(("prompt", f"what the model says after round {newest}"), said, num_texts=2)
 
 
 def _losses(facts: RunSums, at: Mapping[int, float]) -> Iterator[ChartLine]:
@@ -54,10 +81,14 @@ def _scores(facts: RunSums) -> Grid:
         before, after = first.get(who, {}), last[who]
         name = "the coordinator's file" if who == "file" else f"{who}, own data"
         values = [
-            text_of(score.get(key), form)
-            for key, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("accuracy", ".1%"))
-            for score in (before, after)
+            text_of(score.get(key), form) for key, form in _FORMS for score in (before, after)
         ]
         rows.append([name, *values])
-    head = ("validation data", "loss before", "after", "perplexity before", "after")
+    if (tested := facts.history.test()) is not None:
+        texts = [text_of(tested.get(f"test_{key}"), form) for key, form in _FORMS]
+        row = ["the test file, once at the end"]
+        for text in texts:
+            row += ["-", text]
+        rows.append(row)
+    head = ("data", "loss before", "after", "perplexity before", "after")
     return Grid((*head, "accuracy before", "after"), rows)

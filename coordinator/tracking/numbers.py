@@ -29,6 +29,7 @@ from coordinator.results.events import (
     WaitingOver,
 )
 from coordinator.results.history import RunHistory, overall, scores
+from coordinator.results.steering_events import TestEvaluated
 from coordinator.tracking.names import Moment, Number
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import learning_rate
@@ -54,6 +55,7 @@ COUNTED = (
     RoundStarted,
     StepDone,
     Telemetry,
+    TestEvaluated,
     UploadRefused,
     Waiting,
     WaitingOver,
@@ -140,6 +142,9 @@ class Numbers:
             case Telemetry():
                 self._take_costs(event)
                 return []
+            case TestEvaluated(score=score):
+                tested = tuple(_scores(score, None, "test"))
+                return [Moment("test", self._step, now_s, tested)]
         found = list(self._of_moment(event))
         return [Moment("", self._step, now_s, tuple(found), is_live=True)] if found else []
 
@@ -282,10 +287,10 @@ def _board(device: str, board: Mapping[str, float]) -> Iterator[Number]:
         yield Number("board/memory_used_bytes", taken, device)
 
 
-def _scores(score: Mapping[str, float], device: str | None) -> Iterator[Number]:
+def _scores(score: Mapping[str, float], device: str | None, what: str = "eval") -> Iterator[Number]:
     for key in ("loss", "accuracy", "perplexity"):
         if key in score:
-            yield Number(f"eval/{key}", score[key], device)
+            yield Number(f"{what}/{key}", score[key], device)
 
 
 def _perplexity(loss: float) -> float:

@@ -7,6 +7,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
+from coordinator.report.work import KINDS
 from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
 from tests.e2e.cluster import Cluster
@@ -59,6 +60,11 @@ def test_a_killed_run_goes_on_in_every_tracker(files: Cluster, start: Start) -> 
     assert told == {step: measured[step] for step in told}
     assert max(told) == max(measured)
     assert 'edgesplit_run_info{model="' in page
+    report = (run.path / "report.html").read_text("utf-8")
+    assert {kind for kind in KINDS.values() if kind in report} == {
+        *("activations up", "activations down", "gradients up", "gradients down", "adapters up"),
+        *("round starts and residuals down", "parts of the model down"),
+    }
     for program in (killed, resumed):
         assert program.text.count("report_to: mlflow is left out from here on") == 1
         assert not [word for word in NOISE if word in program.text], program.text

@@ -193,6 +193,29 @@ def test_a_run_that_has_just_begun_has_a_page_too(tmp_path: Path) -> None:
     assert not (folder.path / "report.html").exists()
 
 
+def test_what_was_decided_at_the_end_is_said(folder: RunFolder) -> None:
+    """An early end, the round whose model is the result, the test, and the newest sample texts."""
+    time = TIME.format(30)
+    early = {"event": "ended.early", "round": 2, "metric": "loss", "rounds_without": 2}
+    folder.append("events.jsonl", {"time": time, **early})
+    best = {"event": "best.chosen", "round": 1, "metric": "loss", "value": 2.9}
+    folder.append("events.jsonl", {"time": time, **best})
+    folder.append("test_results.json", {"round": 1, "test_loss": 2.8, "test_accuracy": 0.5})
+    for round_ in (1, 3):
+        text = {"round": round_, "prompt": "Say <hello>", "text": f"hello {round_}"}
+        folder.append("samples.jsonl", text)
+
+    page = read(write_report(folder, CONFIG_OF))
+
+    assert "It ended after round 3: loss had not improved for 2 rounds." in page.text
+    assert "The result is that of round 1: loss 2.9000." in page.text
+    assert page.tables[0][-1] == [
+        "the test file, once at the end",
+        *("-", "2.8000", "-", "-", "-", "50.0%"),
+    ]
+    assert page.tables[1][1:] == [["Say <hello>", "hello 3"]]
+
+
 def test_numbers_that_are_none_are_left_out(folder: RunFolder) -> None:
     """A loss that was no number breaks neither chart nor table."""
     row = {"round": 4, "step": 16, "samples": 1, "train_loss": None, "eval": score(1.0)}

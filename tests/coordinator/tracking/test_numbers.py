@@ -25,6 +25,7 @@ from coordinator.results.events import (
 )
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.steering_events import TestEvaluated
 from coordinator.tracking.names import DEVICE_NUMBERS, RUN_NUMBERS, Moment
 from coordinator.tracking.numbers import Numbers, so_far
 from edge_sdk.protocol.messages import Stamp, StepReport
@@ -178,11 +179,13 @@ def test_every_number_has_a_meaning() -> None:
         DeviceJoined("a", 2, 9),
         RoundStarted(0, 1, ["a"], {}),
         RoundDone({**row, "eval": score, "eval_by_device": {"a": score}}, {}),
+        TestEvaluated(1, score),
     ]
 
     found = told([sample for event in events for sample in numbers.of(event)])
 
     assert {name for name in found if isinstance(name, str)} <= RUN_NUMBERS.keys()
+    assert found["test/loss"] == 1.5
     assert {name[1] for name in found if isinstance(name, tuple)} <= DEVICE_NUMBERS.keys()
 
 
