@@ -8,6 +8,7 @@ __all__ = [
     "page",
     "planning",
     "presets",
+    "prompts",
     "replay",
     "run",
 ]

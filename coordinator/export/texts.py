@@ -7,27 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from coordinator.config.prompts import read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.export.check import trained_slice
 from edge_sdk.data.encoding import Encoder
-from edge_sdk.data.readers import read_records
 from edge_sdk.data.rows import load_rows
 from edge_sdk.data.templates import ChatTemplate, TemplateRefusal
-from edge_sdk.errors import ConfigError, DataError, ModelError, is_out_of_memory, one_line
+from edge_sdk.errors import ConfigError, ModelError, is_out_of_memory, one_line
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.layout import usable_positions
 from edge_sdk.model.weights import ModelSource
 from edge_sdk.runtime.torch_runtime import pick_device
-
-# Most prompts of a run: each is answered at every evaluation, and devices wait meanwhile.
-MOST_PROMPTS = 64
-PROMPT_COLUMNS = ("prompt", "text", "instruction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,50 +41,6 @@ class Manner:
             raise ConfigError(f"max-new-tokens must be at least 1, got {self.max_new_tokens}")
         if not 0.0 <= self.temperature <= 100.0:
             raise ConfigError(f"temperature must be within 0 and 100, got {self.temperature}")
-
-
-def read_prompts(evaluation: EvaluationConfig) -> list[str]:
-    """Return the prompts of a run; none where none are configured.
-
-    Raises:
-        DataError: their file cannot be read, or a row of it has no prompt.
-        ConfigError: there are too many.
-    """
-    prompts = evaluation.prompts
-    if isinstance(prompts, str):
-        found = _lines(prompts) if prompts.endswith(".txt") else _rows(prompts)
-        if not found:
-            raise DataError(f"evaluation.prompts: {prompts} holds no prompt")
-    else:
-        found = list(prompts)
-    if len(found) > MOST_PROMPTS:
-        raise ConfigError(
-            f"evaluation.prompts: at most {MOST_PROMPTS} prompts, as devices wait while they are "
-            "answered"
-        )
-    return found
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"evaluation.prompts: {file} cannot be read: {one_line(error)}") from error
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def _rows(file: str) -> list[str]:
-    records = read_records(file, PROMPT_COLUMNS)
-    return [_prompt(record, where) for where, record in islice(records, MOST_PROMPTS + 1)]
-
-
-def _prompt(record: Any, where: str) -> str:
-    if isinstance(record, DataError):
-        raise record
-    found = next((record[c] for c in PROMPT_COLUMNS if record.get(c)), None)
-    if not isinstance(found, str):
-        raise DataError(f"{where}: has no text under {', '.join(PROMPT_COLUMNS[:-1])}")
-    return found
 
 
 class Prompting:

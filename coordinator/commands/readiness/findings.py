@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
 from coordinator.config.page import page_address
-from coordinator.config.run import ServeConfig
+from coordinator.config.prompts import read_prompts
+from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.gateway import port
 from coordinator.gateway.allow_list import AllowList
 from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking.trackers import check_trackers
-from edge_sdk.data.rows import load_data
+from edge_sdk.data.rows import load_data, load_rows
 from edge_sdk.data.tally import Tally
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import ConfigError, DataError, DeviceError, EdgeError, one_line
@@ -141,15 +143,29 @@ def check_data(config: ServeConfig) -> Finding:
         for source in sources:
             for shard in load_data(source, settings, config.training.seed, tally):
                 rows += shard
+        others = _others(config.evaluation)
     except EdgeError as error:
         return failure("data", one_line(error), "`edge-sdk data preview --data FILE` shows rows")
     except ModuleNotFoundError as error:
         return failure("data", one_line(error), "pip install 'edgesplit[data]'")
     if not rows:
         text = "none on the coordinator"
-        return failure("data", text, "pooled.data.path=FILE") if pooled else ok("data", text)
+        if pooled:
+            return failure("data", text, "pooled.data.path=FILE")
+        return ok("data", text + others)
     skipped_rows = f", {count} skipped" if (count := tally.count("skipped")) else ""
-    return ok("data", f"{len(rows)} rows of the schema {rows[0].schema}{skipped_rows}")
+    return ok("data", f"{len(rows)} rows of the schema {rows[0].schema}{skipped_rows}{others}")
+
+
+def _others(evaluation: EvaluationConfig) -> str:
+    """Return what else of ours is read: a file to test on, and prompts."""
+    found, data = "", evaluation.data
+    if evaluation.test_file is not None:
+        num_rows = len(load_rows(None, replace(data, path=evaluation.test_file)))
+        found = f", {num_rows} rows to test on"
+    if prompts := read_prompts(evaluation):
+        found += f", {len(prompts)} prompts"
+    return found
 
 
 # ---- what the run would take ----

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from coordinator.commands.parser import add_command
+from coordinator.config.prompts import read_prompts
 from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import ConfigError, printable
 
@@ -55,7 +56,7 @@ def _generate(options: argparse.Namespace) -> int:
     sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
     from coordinator.export.run import read_trained
     from coordinator.export.run_facts import result_checkpoint
-    from coordinator.export.texts import Manner, Prompting, Speaker, read_prompts
+    from coordinator.export.texts import Manner, Prompting, Speaker
     from coordinator.lab.centralised.run import read_pooled
     from edge_sdk.model.weights import load_tokenizer
 

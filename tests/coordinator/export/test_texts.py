@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 
+from coordinator.config.prompts import MOST_PROMPTS, read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.export.adapter import export_adapter
 from coordinator.export.check import load_base
-from coordinator.export.texts import MOST_PROMPTS, Manner, Prompting, Speaker, read_prompts
+from coordinator.export.texts import Manner, Prompting, Speaker
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.model.weights import load_tokenizer
