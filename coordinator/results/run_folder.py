@@ -50,6 +50,8 @@ CONFIG = "config.resolved.yaml"
 LIVE = "live.json"
 # Where a run that goes on listens to its owner; see coordinator/steering.
 SOCKET = ".control.sock"
+# What was simulated, beside the config of the coordinator; such a run cannot go on later.
+SIMULATION = "simulation.yaml"
 # How a clock time is written, with its distance from UTC.
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 # What the model says to the prompts of `evaluation.prompts`, a line a prompt and evaluation.

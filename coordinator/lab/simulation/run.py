@@ -35,6 +35,7 @@ from coordinator.lab.simulation.timing import (
 from coordinator.report.at_end import report_at_end
 from coordinator.results.events import Exported, FolderKnown, Watcher
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, STOPPED, new_folder
+from coordinator.results.run_folder import SIMULATION
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
 from coordinator.steering.listener import Listener
@@ -48,8 +49,6 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.model.kept.part_cache import PartCache
 from profiler.profile import DeviceProfile
 
-# File of what was simulated, beside the configuration of the coordinator.
-SIMULATION = "simulation.yaml"
 # Fixed, as it is in every message: times must not depend on the name of a folder.
 RUN_ID = "simulation"
 

@@ -13,7 +13,7 @@ from coordinator.config.run import ServeConfig
 from coordinator.results.events import nth
 from coordinator.results.history import Row, RunHistory, overall
 from coordinator.results.lifecycle import PAUSED, STOPPED, has_ended
-from coordinator.results.run_folder import CLOCK, LIVE, RunFolder
+from coordinator.results.run_folder import CLOCK, LIVE, SIMULATION, RunFolder
 from coordinator.results.run_lock import is_held
 
 # Rounds whose mean says how long the next ones take.
@@ -148,12 +148,10 @@ def _state(
         return "ended before its first checkpoint; `coordinator resume` begins it anew"
     outcomes = [row for row in history.events if row["event"] in ("run.started", "run.ended")]
     outcome = outcomes[-1].get("outcome") if outcomes else None
-    if outcome == PAUSED:
-        return f"paused at {where}, resumable"
-    if outcome == STOPPED:
-        result = "its result is exported, " if history.rounds_done else ""
-        return f"stopped at {where}, {result}resumable"
-    return f"ended without a word at {where}, resumable"
+    doing = {PAUSED: "paused", STOPPED: "stopped"}.get(outcome or "", "ended without a word")
+    result = ", its result is exported" if outcome == STOPPED and history.rounds_done else ""
+    is_simulated = (folder.path / SIMULATION).is_file()
+    return f"{doing} at {where}{result}{'' if is_simulated else ', resumable'}"
 
 
 def _going_on(history: RunHistory, live: Row) -> str:

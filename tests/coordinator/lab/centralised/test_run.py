@@ -8,6 +8,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import peft
@@ -22,6 +23,8 @@ from coordinator.lab.centralised.run import resume_pooled, serve_pooled, train_p
 from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
 from coordinator.results.events import RunEvent, StepDone
 from coordinator.results.watchers import Watchers
+from coordinator.steering.asking import ask
+from coordinator.steering.wishes import Kind, Wish
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.lora.targets import LoraConfig
@@ -107,6 +110,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert (config.runs / "run" / name).read_bytes() == expected
     telemetry = (config.runs / "run" / "telemetry.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in telemetry] == [0, 1]
+
+
+class Asking:
+    """A watcher in whose run somebody asks for something, once the first step is done."""
+
+    def __init__(self, folder: Path, wish: Wish) -> None:
+        self._folder, self._wish, self.outcome = folder, wish, ""
+        self._thread, self._taken = Thread(target=self._ask), Event()
+
+    def _ask(self) -> None:
+        self.outcome = ask(self._folder, self._wish, self._taken.set)
+
+    def see(self, event: RunEvent) -> None:
+        """Ask from another thread, through the run's socket, and wait until that is known."""
+        if isinstance(event, StepDone) and not self._taken.is_set():
+            self._thread.start()
+            assert self._taken.wait(30.0)
+
+    def answer(self) -> str:
+        """What whoever asked was told."""
+        self._thread.join(30.0)
+        return self.outcome
+
+
+@pytest.mark.parametrize("kind", ["pause", "stop"])
+@pytest.mark.parametrize("after_round", [False, True])
+def test_a_run_is_steered_from_another_shell(
+    llama: Path, tmp_path: Path, kind: Kind, after_round: bool
+) -> None:
+    """Paused or stopped, after a step or a round, it goes on to the bytes of an undisturbed one."""
+    pooled = PooledConfig(files=shard_files(tmp_path), batch_size=6, micro_batch=3)
+    config = make_config(llama, tmp_path, pooled=pooled)
+    whole = replace(config, name="whole")
+    assert serve_pooled(whole, Watchers()) == "completed"
+    asking = Asking(config.runs / "run", Wish(kind, after_round))
+
+    outcome = serve_pooled(config, asking)
+
+    assert outcome == asking.answer() == {"pause": "paused", "stop": "stopped"}[kind]
+    has_result = (config.runs / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert has_result == (kind == "stop")
+    steps = [path.name for path in (config.runs / "run").glob("checkpoint-*")]
+    assert max(steps) == ("checkpoint-000003" if after_round else "checkpoint-000001")
+    assert resume_pooled(config.runs / "run", Watchers(), []) == "completed"
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        expected = (whole.runs / "whole" / name).read_bytes()
+        assert (config.runs / "run" / name).read_bytes() == expected
 
 
 def test_what_cannot_be_trained_is_one_line(llama: Path, tmp_path: Path) -> None:
