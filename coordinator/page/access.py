@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coordinator.config.page import PageAddress
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import atomic_write, storage_errors
+from edge_sdk.files import atomic_write
 
 COOKIE = "edgesplit_page"
 # Letters of a token: one of fewer could be guessed by trying.
@@ -45,8 +45,7 @@ def read_token(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"page_token {path}: cannot be read: {error}") from error
     if mode & 0o077:
-        with storage_errors(path):
-            path.chmod(0o600)
+        raise ConfigError(f"page_token {path}: others can read it; run: chmod 600 {path}")
     if len(token) < LEAST_LETTERS:
         raise ConfigError(
             f"page_token {path}: a token has at least {LEAST_LETTERS} letters, got {len(token)}; "

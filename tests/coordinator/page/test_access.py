@@ -66,20 +66,23 @@ def test_a_token_is_made_where_there_is_none(tmp_path: Path) -> None:
     assert read_token(tmp_path / "other.token") != token
 
 
-def test_a_token_that_others_can_read_is_closed(tmp_path: Path) -> None:
-    """A file of one's own is made private before it is used."""
+def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """As a key is: the line says what to do, and the file stays as it was."""
     path = tmp_path / "page.token"
     path.write_text("0123456789abcdefXYZ\n")
     path.chmod(0o644)
 
-    assert read_token(path) == "0123456789abcdefXYZ"
-    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="others can read it; run: chmod 600"):
+        read_token(path)
+
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_short_token_is_refused(tmp_path: Path) -> None:
     """What can be guessed is none; the line does not show it."""
     path = tmp_path / "page.token"
     path.write_text("secret\n")
+    path.chmod(0o600)
 
     with pytest.raises(ConfigError, match="at least 16 letters, got 6") as found:
         read_token(path)
