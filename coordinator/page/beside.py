@@ -41,7 +41,10 @@ class PageBeside:
         return self._address._replace(port=port).url
 
     def see(self, event: RunEvent) -> None:
-        """Start it with the folder."""
+        """Start it with the folder; note once where it has ended before the run."""
+        if self._process is not None and self._process.poll() is not None:
+            log.warning("page.ended code=%s", self._process.returncode)
+            self._let_go()
         if isinstance(event, FolderKnown) and self._socket is not None:
             sock, self._socket = self._socket, None
             command = [sys.executable, "-m", "coordinator.page.serving", str(event.folder)]
@@ -59,6 +62,13 @@ class PageBeside:
                 except OSError as error:
                     log.warning("page.not_started reason=%s", error)
 
+    def _let_go(self) -> None:
+        """End its standard input, with which it ends."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+        self._process = None
+
     def close(self) -> None:
         """Let it end."""
         if self._socket is not None:
@@ -66,9 +76,7 @@ class PageBeside:
         process = self._process
         if process is None:
             return
-        with suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
+        self._let_go()
         try:
             process.wait(END_S)
         except subprocess.TimeoutExpired:
