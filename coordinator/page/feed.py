@@ -67,7 +67,10 @@ class RunFeed:
             await self.look()
 
     async def messages(self) -> AsyncGenerator[str, None]:
-        """Yield what is new, whenever the one who asks can take it; empty where nothing is."""
+        """Yield what is new, whenever the one who asks can take it; empty where nothing is.
+
+        The last one, once everybody is to go, is how the run stands then.
+        """
         self.num_viewers += 1
         sent: dict[str, int] = {}
         try:
@@ -84,6 +87,8 @@ class RunFeed:
                     await asyncio.wait_for(news.wait(), BEAT_S)
                 except asyncio.TimeoutError:  # noqa: UP041 - another class before Python 3.11
                     continue
+            await self.look()
+            yield changes(self._state.parts, sent) or ""
         finally:
             self.num_viewers -= 1
             if not self.num_viewers and self._looking is not None:

@@ -215,6 +215,7 @@ async def _sse(messages: AsyncIterator[str]) -> AsyncIterator[str]:
     yield "retry: 2000\n\n"
     async for text in messages:
         yield f"event: state\ndata: {text}\n\n" if text else "event: beat\ndata: \n\n"
+    yield "event: end\ndata: \n\n"
 
 
 async def _body(request: Request) -> str:

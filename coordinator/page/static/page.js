@@ -8,7 +8,7 @@ import { drawTimeline } from "./timeline.js";
 
 const known = new Map();
 const QUIET_MS = 25000; // the server says something every 10 s
-let stream = null, heard = 0, tries = 0, told = 0;
+let stream = null, heard = 0, tries = 0, told = 0, hasEnded = false;
 
 // ---- what comes ----
 
@@ -32,7 +32,8 @@ function listen() {
     draw(new Set([...Object.keys(set), ...gone]));
   });
   stream.addEventListener("beat", () => { heard = Date.now(); tries = 0; });
-  stream.addEventListener("open", () => { isFirst = true; });
+  stream.addEventListener("end", () => { hasEnded = true; });
+  stream.addEventListener("open", () => { isFirst = true; hasEnded = false; });
   stream.addEventListener("error", () => {
     if (stream.readyState === EventSource.CLOSED) again();
   });
@@ -49,8 +50,9 @@ async function again() {
 
 function watch() {
   const isLost = stream.readyState !== EventSource.OPEN || Date.now() - heard > QUIET_MS;
-  say(byId("link"), isLost ? "connection lost, trying again" : "");
-  document.body.classList.toggle("lost", isLost);
+  say(byId("link"), !isLost ? "" : hasEnded ? "this page has ended with its run" : "connection lost, trying again");
+  document.body.classList.toggle("lost", isLost && !hasEnded);
+  document.body.classList.toggle("ended", isLost && hasEnded);
   if (Date.now() - heard > QUIET_MS && stream.readyState === EventSource.OPEN) listen();
   if (known.has("run")) drawFacts();
 }

@@ -127,20 +127,21 @@ def test_no_text_becomes_part_of_the_page(browser: Any, tmp_path: Path) -> None:
 
 
 def test_it_comes_back_by_itself(browser: Any, tmp_path: Path) -> None:
-    """When the page's process ends and another one serves the same port, the browser goes on."""
+    """When the page ends, that is said; when another one serves the same port, it goes on."""
     run = Recording(tmp_path, ["a", "b"], 2).play(ends=False)
     tab = Tab(browser)
     with served(run.path) as page:
         tab.page.goto(page.url)
         tab.page.wait_for_selector(".card")
-    tab.wait("document.body.classList.contains('lost')")
+    tab.wait("document.body.classList.contains('ended')")
+    assert tab.text("#link") == "this page has ended with its run"
     run.watcher.see(DeviceLeft("a", "while nobody looked"))
 
     from coordinator.config.page import PageAddress
     from coordinator.page.listening import listen
 
     with served(run.path, sock=listen(PageAddress("127.0.0.1", page.port), "page")):
-        tab.wait("!document.body.classList.contains('lost')")
+        tab.wait("!document.body.classList.contains('ended')")
         tab.wait("document.querySelector('#events').textContent.includes('while nobody looked')")
 
 

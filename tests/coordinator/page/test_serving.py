@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import queue
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +24,8 @@ from coordinator.page import listening, serving
 from coordinator.page.access import HEADERS
 from coordinator.page.listening import listen, require_page
 from coordinator.page.serving import FILES, PLOTLY
-from coordinator.results.events import DeviceLeft
+from coordinator.results.events import DeviceLeft, RunFinished
+from coordinator.results.lifecycle import COMPLETED
 from edge_sdk.errors import ConfigError
 from tests.coordinator.page.recorded import Recording
 from tests.coordinator.page.served import WAIT_S, Page, served
@@ -155,6 +159,27 @@ def test_only_what_has_changed_is_sent(tmp_path: Path) -> None:
     assert "curves" not in later["set"]
     assert "plan" not in later["set"]
     assert any("battery" in row["text"] for row in later["set"]["events:0"])
+
+
+def test_the_end_of_the_page_tells_the_last_of_the_run(tmp_path: Path) -> None:
+    """What was written until the page ends is sent, and then that it ends."""
+    run, found = Recording(tmp_path, ["a"], 1).play(ends=False), queue.SimpleQueue[Any]()
+    with served(run.path, look_s=60.0) as page:
+        reader = threading.Thread(target=_read_all, args=(page, found))
+        reader.start()
+        first = found.get(timeout=WAIT_S)
+        run.watcher.see(RunFinished(COMPLETED))
+    reader.join(WAIT_S)
+
+    assert first[1]["set"]["run"]["state"] != "complete"
+    assert found.get(timeout=0)[1]["set"]["run"]["state"] == "complete"
+    assert found.get(timeout=0) == ("end", None)
+
+
+def _read_all(page: Page, found: queue.SimpleQueue[Any]) -> None:
+    with page.stream() as events:
+        for event in events:
+            found.put(event)
 
 
 def test_too_many_are_told_to_come_later(
