@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
 }
+
+MOST_DIGITS = 9
 
 Raw = str | int | float | None
 
@@ -63,7 +66,15 @@ def number(value: float | None, digits: int, unit: float = 1.0) -> Entry:
     """Return a number as a cell; *unit* is what the reader's unit is worth."""
     if value is None:
         return EMPTY
-    return Entry(f"{value / unit:,.{digits}f}", (("", value),))
+    scaled = value / unit
+    return Entry(f"{scaled:,.{digits_of(scaled, digits)}f}", (("", value),))
+
+
+def digits_of(value: float, digits: int) -> int:
+    """Return *digits* behind the point, or enough for two that are not 0 where those hide all."""
+    if not 0 < abs(value) < 10.0**-digits:
+        return digits
+    return min(MOST_DIGITS, 1 - math.floor(math.log10(abs(value))))
 
 
 def change(value: float | None, digits: int, unit: float = 1.0) -> Entry:
@@ -78,7 +89,7 @@ def mean(values: Spread | None, digits: int, unit: float = 1.0, note: str = "") 
     if values is None:
         return Entry(note or NOTHING)
     scaled = Spread(values.mean / unit, values.deviation / unit, values.num_seeds)
-    text = scaled.text(digits) + (f" ({note})" if note else "")
+    text = scaled.text(digits_of(scaled.mean, digits)) + (f" ({note})" if note else "")
     deviation = values.deviation if values.num_seeds > 1 else None
     return Entry(text, (("", values.mean), ("_sd", deviation)))
 

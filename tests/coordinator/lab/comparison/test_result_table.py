@@ -54,6 +54,14 @@ def test_a_reader_gets_rounded_texts() -> None:
     assert TABLE.markdown().splitlines()[2].startswith("| a_b | few | 2.5 | 1.25 ")
 
 
+def test_small_numbers_are_not_hidden() -> None:
+    """A cost below the last digit has two digits of its own; nothing stays nothing."""
+    small = [number(value, 1) for value in (0.0314, 0.1, 0.0, 12.345)]
+
+    assert [entry.text for entry in small] == ["0.031", "0.1", "0.0", "12.3"]
+    assert mean(Spread(0.00042, 0.0001, 2), 1).text == "0.00042 \u00b1 0.00010"
+
+
 def test_a_program_gets_whole_numbers() -> None:
     """In bytes and seconds, deviations and ends of a span in columns of their own; else nothing."""
     first, second = csv.DictReader(io.StringIO(TABLE.csv()))
