@@ -183,7 +183,10 @@ def _ends(folder: Path, config: Any) -> set[int]:
 
     found: list[Any] = [config.get_text_config().eos_token_id]
     if (folder / "generation_config.json").is_file():
-        found.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+        own = GenerationConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        found.append(own.eos_token_id)
     flat = [t for each in found for t in (each if isinstance(each, list) else [each])]
     return {token for token in flat if token is not None}
 
