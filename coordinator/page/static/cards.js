@@ -179,26 +179,27 @@ function drawBlocks(picture, one, model, most) {
   if (picture.dataset.key === key) return;
   picture.dataset.key = key;
   const rows = Math.max(1, model.kinds.length), gap = columns > 48 ? 1 : 2;
-  picture.setAttribute("viewBox", `0 0 ${columns * 10} ${10 * rows + 6}`);
+  const tall = 50, each = tall / rows;
+  picture.setAttribute("viewBox", `0 0 ${columns * 10} ${tall + 6}`);
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("aria-label", `${one.split ?? 0} of ${columns} blocks on the device`);
   const drawnParts = [];
   for (let block = 0; block < columns; block += 1) {
     const x = block * 10 + gap / 2, width = 10 - gap, isHere = block < strip.length;
-    drawnParts.push(svg("rect", { x, width, y: 0, height: 10 * rows, class: isHere ? "here" : "there" }));
+    drawnParts.push(svg("rect", { x, width, y: 0, height: tall, class: isHere ? "here" : "there" }));
     if (!isHere) continue;
     strip[block].forEach((rank, row) => {
       const kind = model.kinds[row] ?? "";
       const words = rank < 0 ? "no adapter" : rank === 0 ? "frozen" : `rank ${rank}`;
-      const cell = svg("rect", { x, width, y: row * 10, height: 9.4, class: rank > 0 ? "rank" : "none",
+      const cell = svg("rect", { x, width, y: row * each, height: 0.94 * each, class: rank > 0 ? "rank" : "none",
         fill: rank > 0 ? ramp(most > 1 ? (rank - 1) / (most - 1) : 1) : null },
         svg("title", {}, `block ${block + 1}, ${kind}: ${words}`));
       drawnParts.push(cell);
     });
   }
   const split = one.split ?? 0;
-  drawnParts.push(svg("rect", { x: 0, width: split * 10, y: 10 * rows + 2, height: 4, class: "device-line" }));
-  drawnParts.push(svg("rect", { x: split * 10, width: Math.max(0, (columns - split) * 10), y: 10 * rows + 2, height: 4, class: "server-line" }));
+  drawnParts.push(svg("rect", { x: 0, width: split * 10, y: tall + 2, height: 4, class: "device-line" }));
+  drawnParts.push(svg("rect", { x: split * 10, width: Math.max(0, (columns - split) * 10), y: tall + 2, height: 4, class: "server-line" }));
   picture.replaceChildren(...drawnParts);
 }
 
