@@ -13,6 +13,9 @@ from pathlib import Path
 
 _ADDRESS = re.compile(r"(?:\[([^\]\s]+)\]|([^:/\[\]\s]+)):(\d{1,5})")
 
+# A name and a password before the host of an address.
+_SECRET = re.compile(r"//[^/\s]*@")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingConfig:
@@ -33,6 +36,11 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         if not self.project.strip():
             raise ValueError("project must not be empty")
+        if self.mlflow_uri is not None and _SECRET.search(self.mlflow_uri):
+            raise ValueError(
+                "mlflow_uri must hold no password, as it stands in the run's files: give it in "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
         host, _ = self.prometheus_place
         if not _is_loopback(host) and self.prometheus_token is None:
             raise ValueError(

@@ -126,7 +126,7 @@ def _facts(facts: RunSums) -> list[str]:
         found.append("Devices were simulated: time is modelled, and all share one process.")
     try:
         about: Any = json.loads((facts.folder.path / "env.json").read_bytes())
-        named = [f"{name} {about[name]}" for name in ("edgesplit", "torch", "python", "platform")]
+        named = [f"{name} {about[name]}" for name in ("edgesplit", "torch", "python")]
         found.append(f"On {', '.join(named)}.")
     except (OSError, ValueError, KeyError, TypeError):
         pass

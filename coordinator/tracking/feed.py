@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ EVERY_S = 1.0
 # Seconds after which a tracker that does not come back from one call is not waited for any more;
 # the libraries themselves give up a service that does not answer after 90 to 120 s.
 PATIENCE_S = 150.0
+# A name and a password in an address that an error quotes.
+_SECRET = re.compile(r"//[^/\s]*@")
 
 
 class Feed:
@@ -77,7 +80,7 @@ class Feed:
 
     def _fail(self, reason: str) -> None:
         """Give up; the first reason counts."""
-        self.failure = self.failure or public_text(reason)
+        self.failure = self.failure or public_text(_SECRET.sub("//...@", reason))
 
     def end(self, *, completed: bool) -> None:
         """Say that nothing more comes."""

@@ -108,15 +108,16 @@ def test_a_run_that_goes_on_gives_no_step_twice(bad: Bad, tmp_path: Path) -> Non
 
 
 def test_what_a_tracker_raises_is_told_once_and_ends_nothing(bad: Bad, tmp_path: Path) -> None:
-    """One line with the reason, in the run's events as well; later numbers go nowhere."""
-    bad.error, listener, folder = "no\nnetwork", Listener(), RunFolder(tmp_path)
+    """One line with the reason and no password, in events as well; later numbers go nowhere."""
+    bad.error = "no\nnetwork: http://me:secret@host/x"
+    listener, folder = Listener(), RunFolder(tmp_path)
 
     with reporting(CONFIG, folder, listener) as watcher:
         for number in range(3):
             watcher.see(row(number))
             time.sleep(0.05)
 
-    assert listener.left_out == ["RuntimeError: no network"]
+    assert listener.left_out == ["RuntimeError: no network: http://...@host/x"]
     assert [e["reason"] for e in folder.rows("events.jsonl")] == listener.left_out
     assert bad.samples == []
 

@@ -321,6 +321,12 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         TrackingConfig(prometheus_address=address)
 
 
+def test_a_password_has_no_place_in_a_config() -> None:
+    """It would stand in the run's files; the message says where it goes instead."""
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
+        TrackingConfig(mlflow_uri="https://me:secret@host/mlflow")
+
+
 def test_names_are_those_of_prometheus() -> None:
     """Letters and underscores, our name before them."""
     names = [metric_name(name, of_device=False) for name in RUN_NUMBERS]
