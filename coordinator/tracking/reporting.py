@@ -33,8 +33,9 @@ from edge_sdk.errors import StorageError
 
 # Seconds for trackers to finish after a run.
 FINISH_S = 15.0
-# Seconds after Ctrl-C in which they have finished: containers are killed after 10.
-LEAVE_S = 9.0
+# Seconds after Ctrl-C in which they have finished, and those that come on top: containers are
+# killed after 10, and one that hangs takes a moment to be let go.
+LEAVE_S, LEAST_S = 8.0, 0.5
 # What is told of a run: how it is trained. No file, address, key, or name of a data set.
 _TOLD = (
     "preset",
@@ -134,11 +135,11 @@ class Reporter:
         """Let trackers finish, as long as there is time."""
         end_s = self._clock() + FINISH_S
         if self._stopped_s is not None:
-            end_s = self._stopped_s + LEAVE_S
+            end_s = max(self._stopped_s + LEAVE_S, self._clock() + LEAST_S)
         for feed in self._feeds:
             feed.end(completed=self._outcome in (COMPLETED, STOPPED))
         for feed in self._feeds:
-            feed.wait(max(1.0, end_s - self._clock()))
+            feed.wait(end_s - self._clock())
         self._look()
 
 

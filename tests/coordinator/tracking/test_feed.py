@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import RoundDone, RunEvent, RunFinished, RunStarted
+from coordinator.results.events import RoundDone, RunEvent, RunFinished, RunStarted, StopAsked
 from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking import feed as feeding
@@ -141,6 +141,23 @@ def test_a_tracker_that_hangs_holds_nobody_up(
         "it was not done when the run ended; its last numbers may be missing"
     ]
     assert bad.hangs.is_set()
+
+
+def test_ctrl_c_waits_for_no_tracker(
+    bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever hangs, the run is left in what remains of the seconds after Ctrl-C."""
+    monkeypatch.setattr("coordinator.tracking.reporting.LEAVE_S", 0.1)
+    bad.hangs.clear()
+    began_s = time.monotonic()
+
+    with reporting(CONFIG, RunFolder(tmp_path), Listener()) as watcher:
+        watcher.see(row(0))
+        watcher.see(StopAsked())
+        watcher.see(RunFinished("paused"))
+
+    assert time.monotonic() - began_s < 5
+    assert not bad.completed
 
 
 def test_a_queue_has_an_end(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
