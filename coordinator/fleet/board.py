@@ -25,16 +25,10 @@ from edge_sdk.errors import DeviceError
 AGENT = Path(__file__).with_name("on_board.py")
 LEAST_PYTHON = (3, 10)
 INSTALL_S, DOCTOR_S, AGENT_S = 3600.0, 600.0, 240.0
-# `$1` folder, `$2` environment, `$3` its mark, `$4` interpreter, `$5` lines for pip, then the words
-# of the last one. What was begun and not finished is begun anew.
-INSTALL = """
-set -e; cd "$1"; venv="$2"; mark="$3"; python="$4"; first="$5"; shift 5
-rm -rf "$venv"; "$python" -m venv --system-site-packages "$venv"
-pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
-printf '%s' "$first" | while IFS= read -r line; do eval "$pip $line"; done
-$pip "$@"
-: > "$venv/$mark"
-"""
+# `$1` folder, `$2` environment in it, `$3` interpreter. What was begun and not finished goes first.
+MAKE_VENV = 'cd "$1" && rm -rf "$2" && "$3" -m venv --system-site-packages "$2"'
+# `$1` folder, `$2` interpreter of the environment, then words for pip.
+PIP = 'cd "$1" && p="$2" && shift 2 && exec "$p" -m pip install -q --disable-pip-version-check "$@"'
 
 
 class RemoteBoard:
@@ -130,12 +124,22 @@ class RemoteBoard:
             for file in sorted(wheels.glob("*.whl")):
                 put(self._shell, file, f"{self.folder}/wheels/{file.name}", stop=self._stop)
             words = ["--no-index", "--find-links", "wheels", *words]
+        try:
+            made = ["sh", "-c", MAKE_VENV, "sh", self.folder, venv, self.plan.python]
+            self._ask(made, timeout_s=INSTALL_S)
+        except DeviceError as error:
+            cure = "Debian and Ubuntu need: sudo apt install python3-venv"
+            raise DeviceError(f"no environment can be made: {error}; {cure}") from error
+        for line in self.plan.first:
+            self._pip(venv, shlex.split(line))
         extras = f"[{','.join(self.plan.extras)}]" if self.plan.extras else ""
         name, equals, version = package.partition("==")
-        first = "".join(f"{line}\n" for line in self.plan.first)
-        given = [self.folder, venv, DONE, self.plan.python, first]
-        script = ["sh", "-c", INSTALL, "sh", *given, f"{name}{extras}{equals}{version}", *words]
-        self._ask(script, timeout_s=INSTALL_S)
+        self._pip(venv, [f"{name}{extras}{equals}{version}", *words])
+        self._ask(["touch", f"{self.folder}/{venv}/{DONE}"])
+
+    def _pip(self, venv: str, words: list[str]) -> None:
+        given = [self.folder, f"{venv}/bin/python", *words]
+        self._ask(["sh", "-c", PIP, "sh", *given], timeout_s=INSTALL_S)
 
     def bring_data(self) -> None:
         """Copy the training file."""

@@ -44,6 +44,7 @@ def boards(files: Cluster, sshd: Sshd) -> Iterator[Path]:
     x, y = (board(sshd, folder / name, path) for name, path in (("x", LIBRARIES), ("y", str(ROOT))))
     # The libraries are there; EdgeSplit, which is as well, shall come from the wheel all the same.
     x |= {"extras": [], "packages": ["--no-deps", "--no-index", "--force-reinstall"]}
+    x |= {"first": ["--no-index 'pip<1000'"]}
     y |= {"installed": sys.executable}
     settings = ["backend=onnxruntime", "device=cpu", "data.validation_fraction=0.25"]
     path = write_yaml(
