@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import socket
 import sys
 import sysconfig
+import time
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -23,7 +25,7 @@ from coordinator import cli
 from coordinator.gateway.allow_list import AllowList
 from edge_sdk.errors import ConfigError, DeviceError
 from tests.e2e.cluster import Cluster
-from tests.e2e.programs import Start, free_port, write_yaml
+from tests.e2e.programs import PATIENCE_S, Start, free_port, write_yaml
 from tests.e2e.sshd import Sshd, serving_ssh
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +190,25 @@ def test_one_bad_board_holds_nobody_up(
     code, said = deploy(capsys, str(boards), "--only", "y", "--remove")
     assert (code, said["y"].endswith("it is left alone")) == (DeviceError.exit_code, True)
     assert (files.folder / "y" / "thesis.txt").exists()
+
+
+def test_ctrl_c_waits_for_no_board(boards: Path, start: Start) -> None:
+    """One that takes a connection and says nothing is left alone at once; exit code 130."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE_S)
+        port = silent.getsockname()[1]
+        program = start(
+            "coordinator", "deploy", str(boards), "--only", "x", f"boards.x.port={port}"
+        )
+        connection, _ = silent.accept()
+        began_s = time.monotonic()
+        program.interrupt()
+
+        assert program.wait() == 130, program.text
+        assert time.monotonic() - began_s < 5.0
+        assert "x: `" in program.text
+        assert "was stopped" in program.text
+        connection.close()
 
 
 @pytest.mark.parametrize(
