@@ -62,7 +62,8 @@ def _change(device: str, before: Row | None, plan: Row) -> str:
     said = "frozen" if ranks in ([], [0]) else f"ranks {ranks[0]}"
     if len(ranks) > 1:
         said = f"ranks {ranks[0]}-{ranks[-1]}"
-    return f"{device}: {plan['split']} blocks, {said}"
+    blocks = "1 block" if plan["split"] == 1 else f"{plan['split']} blocks"
+    return f"{device}: {blocks}, {said}"
 
 
 def _drawn(facts: RunSums, plans: list[dict[str, Any]]) -> list[Chart]:
