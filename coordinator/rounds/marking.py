@@ -11,8 +11,9 @@ from coordinator.results.tour_events import RoundSaved, RoundUnsaved
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Phase, is_between_steps, may_leave
 
-# Seconds that members get to save themselves; a device that wants to leave waits no longer.
-MARK_PATIENCE_S = 5.0
+# Seconds that members get to save themselves: a slow card writes some MB a second; and where one of
+# them wants to leave, which waits no longer.
+MARK_PATIENCE_S, HOLD_PATIENCE_S = 30.0, 5.0
 # Saving takes at most this part of the time, however seldom that is.
 MOST_SHARE = 0.02
 
@@ -73,7 +74,8 @@ class Marking:
 
     def is_over(self, now_s: float) -> bool:
         """Return whether members have answered, or have had their time; or the round is gone."""
-        is_late = now_s >= self._began_s + MARK_PATIENCE_S
+        patience_s = HOLD_PATIENCE_S if self.leavers else MARK_PATIENCE_S
+        is_late = now_s >= self._began_s + patience_s
         return not self._run.savers.silent or is_late or not self._run.state.is_in_round
 
     def end(self) -> bool:

@@ -245,3 +245,26 @@ def test_without_a_barrier_who_leaves_goes_on_with_its_tour(cluster: Cluster, la
     assert serving.wait() == "completed"
     wait_all(back)
     assert trap.trained == each_once("a")
+
+
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_waves_of_what_is_there_lose_no_step_either(cluster: Cluster, labels: str) -> None:
+    """Saved after each step, with one device that leaves and one that dies: each sample counts."""
+    config = config_of(cluster, "abc", labels=labels, waves="available", save_every_s=0.0)
+    trap = Counted()
+    serving = cluster.serve(config, trap=trap).start()
+    staying = cluster.start("a")
+    dying = cluster.client("c", sentences(ord("c")), DieAt(STEPS + 2)).start()
+
+    leaving_at(1, cluster, "b").start().wait()
+    back = cluster.start("b")
+    with pytest.raises(Died):
+        dying.wait()
+    back += cluster.start("c")
+
+    assert serving.wait() == "completed"
+    wait_all([*staying, *back])
+    again = {step for (_, step), times in trap.trained.items() if times > 1}
+    assert again <= {STEPS + 2}
+    assert trap.trained.keys() == each_once("abc").keys()
+    assert [row["samples"] for row in serving.rows[1:]] == [STEPS * 14, STEPS * 14]
