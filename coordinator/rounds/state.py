@@ -392,7 +392,7 @@ def may_leave(state: RunState, device: str, leavers: Container[str]) -> bool:
     """Return whether one of several *leavers* may go now, and nothing that was done is lost by it.
 
     In mid-round that is so where enough others go on, or where nothing was done since the last
-    checkpoint. At its end a member stays for the start of the next one: of that it keeps a
+    checkpoint; where somebody trains alone, no round is saved on its way. At its end a member stays for the start of the next one: of that it keeps a
     checkpoint of its own.
     """
     if state.phase is Phase.GATHERING:
@@ -401,7 +401,8 @@ def may_leave(state: RunState, device: str, leavers: Container[str]) -> bool:
         return True
     left = [name for name in state.members if name not in leavers]
     is_spare = len(left) >= state.min_devices or state.step <= state.safe_step
-    return state.phase is Phase.TRAINING and is_spare
+    has_local = any(member.is_local for member in state.members.values())
+    return state.phase is Phase.TRAINING and (is_spare or has_local)
 
 
 def has_steps_done(state: RunState, device: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.rounds.state import Action, Member, Phase, RunState
+from coordinator.rounds.state import Action, Member, Phase, RunState, may_leave
 from edge_sdk.errors import LocalProtocolError
 
 
@@ -354,3 +354,54 @@ def test_a_run_may_go_on_with_fewer_than_it_began_with() -> None:
 
     assert not state.leave("b")
     assert (state.phase, state.min_devices) == (Phase.TRAINING, 1)
+
+
+def test_a_member_leaves_where_that_costs_nothing_more() -> None:
+    """In mid-round once the round is saved, or others are enough; at its end with the next one."""
+    state = make_state(min_devices=2)
+    for name in "ab":
+        state.join(member(name))
+    assert not may_leave(state, "a", {"a"})  # the round begins in a moment, and then a holds it
+    state.start_round()
+    begun = may_leave(state, "a", {"a"})
+    state.step = 1
+
+    assert (begun, may_leave(state, "a", {"a"})) == (True, False)
+    state.saved()
+    assert may_leave(state, "a", {"a"})
+    state.step, state.phase = 2, Phase.COLLECTING
+    assert not may_leave(state, "a", {"a"})
+    state.upload("a")
+    assert not may_leave(state, "a", {"a"})
+
+
+def test_others_that_are_enough_let_a_member_go() -> None:
+    """One of three may go where two are enough, two of them may not."""
+    state = make_state(min_devices=2)
+    for name in "abc":
+        state.join(member(name))
+    state.start_round()
+    state.step = 1
+
+    assert may_leave(state, "a", {"a"})
+    assert not may_leave(state, "a", {"a", "b"})
+
+
+def test_a_round_counts_an_upload_whose_device_has_left() -> None:
+    """What is whole stays in the round, also where too few are left to begin another one."""
+    state = make_state(min_devices=2)
+    for name in "ab":
+        state.join(member(name))
+    state.start_round()
+    state.step, state.phase = 2, Phase.COLLECTING
+    state.upload("a")
+    state.kept.add("a")
+
+    gave_up = state.leave("a")
+    state.upload("b")
+
+    assert not gave_up
+    assert state.ready.keys() == {"b"}
+    assert state.decide() is Action.AGGREGATE
+    state.finish_round(evaluating=set())
+    assert state.kept == set()
