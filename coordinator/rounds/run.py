@@ -420,11 +420,13 @@ class Holding:
     def hold(self, leavers: Mapping[str, str]) -> None:
         """Let *leavers* go, as the round is saved; it goes on from there when they are back."""
         state = self._run.state
-        away = (state.members.keys() - state.ready.keys()) | leavers.keys()
+        here = state.ready.keys() - (leavers.keys() & self._run.leavers.keys())
+        away = state.members.keys() - here
         held = RoundHeld(state.round, state.step, sorted(away))
         self.let_go(leavers)
-        self._run.watcher.see(held)
-        self.is_held = True
+        self.is_held = bool(away)
+        if away:
+            self._run.watcher.see(held)
         state.wait_for(away)
 
     def let_go(self, leavers: Mapping[str, str]) -> None:
@@ -433,7 +435,7 @@ class Holding:
         give_up_round(run.state)
         run.savers.is_asked, run.must_rewind = False, True
         for device, reason in leavers.items():
-            if device in run.state.ready:
+            if device in run.leavers:  # else it has left, and may be back
                 run.lose(device, reason)
 
 

@@ -106,6 +106,22 @@ class Crash(BaseException):
     """The coordinator dies here and now: no error that anybody could answer for."""
 
 
+class Died(BaseException):
+    """The device dies here and now, without a goodbye."""
+
+
+class DieAt(Callback):
+    """Lets its device die when that has finished *step*."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, report: StepReport) -> None:
+        """Die at the step."""
+        if report.stamp.step == self._step:
+            raise Died
+
+
 class Serving:
     """A coordinator in a thread of its own."""
 

@@ -25,6 +25,8 @@ from tests.damage import DAMAGES
 from tests.e2e.cluster import (
     Cluster,
     Crash,
+    DieAt,
+    Died,
     Serving,
     Trap,
     held_out,
@@ -32,7 +34,7 @@ from tests.e2e.cluster import (
     wait_all,
 )
 from tests.e2e.programs import PATIENCE_S, Program, Start
-from tests.e2e.test_resume import Whole, complete, config_of, leaving_at, same
+from tests.e2e.test_resume import Whole, complete, config_of, same
 
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -92,8 +94,9 @@ def test_a_round_that_starts_again_goes_back_to_an_older_checkpoint(
 
     trap.on_step = damage
     staying = cluster.start("a", "c", data=held_out())
-    leaving = leaving_at(4, cluster, "b", sentences(ord("b")), data=held_out()).start()
-    leaving.wait()
+    dying = cluster.client("b", sentences(ord("b")), DieAt(4), data=held_out()).start()
+    with pytest.raises(Died):
+        dying.wait()
     back = cluster.start("b", data=held_out())
 
     assert serving.wait() == "completed"
@@ -148,8 +151,9 @@ def test_a_checkpoint_that_is_damaged_after_it_was_offered(cluster: Cluster) -> 
     config = config_of(cluster)
     serving = cluster.serve(config).start()
     staying = cluster.start("a", "c", data=held_out())
-    leaving = leaving_at(4, cluster, "b", sentences(ord("b")), data=held_out()).start()
-    leaving.wait()
+    dying = cluster.client("b", sentences(ord("b")), DieAt(4), data=held_out()).start()
+    with pytest.raises(Died):
+        dying.wait()
     newest = device_files(cluster, "a")[-1]
     DAMAGES["a bit in the middle"](newest)
     back = cluster.start("b", data=held_out())

@@ -18,7 +18,7 @@ from coordinator.results.tour_events import RoundHeld, RoundSaved
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.protocol.messages import StepReport
-from tests.e2e.cluster import Cluster, Serving, Trap, sentences, wait_all
+from tests.e2e.cluster import Cluster, DieAt, Died, Serving, Trap, sentences, wait_all
 
 STEPS = 4
 
@@ -41,22 +41,6 @@ class Counted(Trap):
             self.held.append(event)
         elif isinstance(event, RoundSaved):
             self.saved.append(event.step)
-
-
-class Died(BaseException):
-    """The device dies here and now, without a goodbye."""
-
-
-class DieAt(Callback):
-    """Lets its device die when that has finished *step*."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, report: StepReport) -> None:
-        """Die at the step."""
-        if report.stamp.step == self._step:
-            raise Died
 
 
 class LeaveAt(Callback):

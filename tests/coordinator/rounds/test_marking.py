@@ -140,3 +140,22 @@ def test_a_stop_saves_what_all_have_saved(savers: str) -> None:
     assert [pausing.is_over(s) for s in (end_s - 0.1, end_s)] == [savers == "ab", True]
     assert pausing.is_worth_saving is (savers == "ab")
     assert (RoundUnsaved(0, 5, ["b"]) in scene.events) is (savers == "a")
+
+
+def test_who_is_back_before_the_round_is_saved_is_not_sent_away() -> None:
+    """A device that has saved itself, left and come back is in the round that goes on at once."""
+    scene = Scene()
+    marking, run = Marking(scene.run, None), scene.run
+    run.leavers["b"] = "stopped"
+    marking.is_due(0.0)
+    marking.begin(0.0)
+    scene.save("a", "b")
+    run.lose("b", "stopped", counts=True)
+    assert marking.end()
+
+    run.join(Member("b", 1, 4, 1, is_local=False, marks=True), num_samples=9)
+    run.saved()
+    marking.saved(0.1)
+
+    assert run.state.ready.keys() == {"a", "b"}
+    assert (run.state.awaited, run.must_rewind) == (set(), True)
