@@ -392,8 +392,8 @@ def may_leave(state: RunState, device: str, leavers: Container[str]) -> bool:
     """Return whether one of several *leavers* may go now, and nothing that was done is lost by it.
 
     In mid-round that is so where enough others go on, or where nothing was done since the last
-    checkpoint; where somebody trains alone, no round is saved on its way. At its end a member stays for the start of the next one: of that it keeps a
-    checkpoint of its own.
+    checkpoint; where somebody trains alone, no round is saved on its way. At its end a member stays
+    for the start of the next one: of that it keeps a checkpoint of its own.
     """
     if state.phase is Phase.GATHERING:
         return device not in state.ready or state.decide() is Action.WAIT
