@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator.planning import run_planner
-from coordinator.results.run_folder import Checkpoint, RunFolder
+from coordinator.results.run_folder import RunFolder
 from edge_sdk import held_states
 from tests.e2e.cluster import PATIENCE_S, Cluster, held_out, sentences, wait_all
 from tests.e2e.test_replan import LONG_S, RESTLESS, Progress, is_smaller, serve, take_part
@@ -106,11 +106,11 @@ def test_a_slow_disk_delays_no_greeting(cluster: Cluster, monkeypatch: pytest.Mo
     cluster.register("d")
     held, go, save = threading.Event(), threading.Event(), RunFolder.save_checkpoint
 
-    def slow(self: RunFolder, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    def slow(self: RunFolder, step: int, *about: Any) -> Path:
         if step == 3:
             held.set()
             assert go.wait(PATIENCE_S)
-        return save(self, step, checkpoint, keep)
+        return save(self, step, *about)
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", slow)
     serving = cluster.serve().start()
