@@ -51,6 +51,8 @@ SLOW = (
     "test_models_page.py",
     "edge_sdk/lora/test_importance_",
     "coordinator/lab/centralised/",
+    "coordinator/lab/rates/",
+    "coordinator/export/test_texts.py",
     "coordinator/gateway/enrolment/test_desk.py",
     "coordinator/page/test_browser.py",
     "coordinator/page/test_serving.py",
