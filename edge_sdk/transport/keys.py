@@ -19,6 +19,8 @@ import zmq
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.files import create_file
 
+# How the file of a public key is named, after that of the secret one.
+PUBLIC_ENDING = ".pub"
 _Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 # A key file is one short line; anything longer is not one.
 _MAX_FILE_BYTES = 4096
@@ -41,14 +43,14 @@ def fingerprint(public: str) -> str:
 def make_key_pair() -> KeyPair:
     """Return a fresh key pair that is written nowhere.
 
-    Its public key begins with a letter or a digit and ends with no colon, so that neither YAML nor
-    a command line takes it for something else.
+    Its public key begins with a letter or a digit and ends with no colon and not like the name of
+    a file, so that neither YAML nor a command line takes it for something else.
     """
     if not zmq.has("curve"):
         raise ConfigError("this pyzmq has no CURVE; install it from a wheel: pip install pyzmq")
     while True:
         public, secret = (half.decode() for half in zmq.curve_keypair())
-        if public[0].isalnum() and not public.endswith(":"):
+        if public[0].isalnum() and not public.endswith((":", PUBLIC_ENDING)):
             return KeyPair(public, secret)
 
 
@@ -84,18 +86,22 @@ def is_public_key(text: object) -> bool:
 
 
 def load_public_key(path_or_z85: str | Path) -> str:
-    """Return a public key that is given as Z85, or as a file that holds it."""
-    text = str(path_or_z85)
-    if is_public_key(text):
+    """Return a public key that is given as Z85, or as a file that holds it.
+
+    A path may have 40 characters as well, all of them such as Z85 has: what is a file, or is named
+    like one, is a file.
+    """
+    text, path = str(path_or_z85), Path(path_or_z85)
+    is_file = isinstance(path_or_z85, Path) or text.endswith(PUBLIC_ENDING) or path.exists()
+    if is_public_key(text) and not is_file:
         return text
-    path = Path(path_or_z85)
     if not path.exists():
         raise ConfigError(f"{text!r} is neither a public key (40 characters of Z85) nor a file")
     return _read(path, is_secret=False)
 
 
 def _public_path(path: Path) -> Path:
-    return path.with_name(path.name + ".pub")
+    return path.with_name(path.name + PUBLIC_ENDING)
 
 
 def _read(path: Path, *, is_secret: bool) -> str:

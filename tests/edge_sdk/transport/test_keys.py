@@ -83,3 +83,21 @@ def test_a_new_public_key_needs_no_quotes_in_yaml() -> None:
 
         assert public[0].isalnum()
         assert yaml.safe_load(f"key: {public}") == {"key": public}
+
+
+def test_a_path_of_forty_characters_is_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there, or is named like a file of a key, is a file, although a key looks alike."""
+    monkeypatch.chdir(tmp_path)
+    pair = keys.make_key_pair()
+    names = ("d" * 36 + ".pub", "k" * 40)
+    for name in names:
+        Path(name).write_text(pair.public, "ascii")
+
+    assert [keys.load_public_key(name) for name in names] == [pair.public] * 2
+    for name in names:
+        Path(name).unlink()
+    with pytest.raises(ConfigError, match="nor a file"):
+        keys.load_public_key(names[0])
+    assert keys.load_public_key(names[1]) == names[1]
