@@ -59,7 +59,7 @@ def device_table(devices: Iterable[DeviceStanding]) -> Table:
     """Return a row for each device: what it holds, how far and how fast it is, what it costs."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     headings = ("device", "blocks", "ranks", "step", "tok/s", "up MB", "down MB")
-    for heading in (*headings, "peak MiB", "board MiB", "temp C"):
+    for heading in (*headings, "peak MiB", "used MiB", "temp C"):
         side: Literal["left", "right"] = "left" if heading == "device" else "right"
         table.add_column(heading, justify=side, overflow="fold")
     for one in devices:
