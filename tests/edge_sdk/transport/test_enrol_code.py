@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 
 import pytest
 from hypothesis import example, given, settings
@@ -103,6 +102,7 @@ def test_two_letters_that_were_swapped_are_always_noticed(place: int) -> None:
         ("U" + TEXT[1:], "no enrolment code has 'U', the letter 1 of this one"),
         (TEXT[:3] + "\u0410" + TEXT[4:], "the letter 4 of this one"),
     ],
+    ids=["empty", "dashes", "word", "begun", "short", "long", "mistyped", "foreign", "cyrillic"],
 )
 def test_what_is_wrong_with_a_code_is_named(text: str, words: str) -> None:
     """A person reads in one line what to do about it, and not the code itself."""
@@ -113,7 +113,7 @@ def test_what_is_wrong_with_a_code_is_named(text: str, words: str) -> None:
     assert TEXT not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [secrets.token_hex(48), "0" * 96, "Z" * 200, "\ud800"])
+@pytest.mark.parametrize("text", ["0123456789abcdef" * 6, "0" * 96, "Z" * 200, "\ud800"])
 def test_what_is_no_code_is_refused(text: str) -> None:
     """Any letters at all lead to an error for a person and nothing else."""
     with pytest.raises(ConfigError):
