@@ -32,7 +32,8 @@ from report import header, save, table
 
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.lab.simulation.run import simulate
-from coordinator.results.events import RunEvent, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import StepDone
 from edge_sdk.config.loader import load_config
 from edge_sdk.held_states import HeldStates
 from edge_sdk.protocol import codecs, residual

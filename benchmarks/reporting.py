@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.report.write import write_report
-from coordinator.results.events import StepDone
+from coordinator.results.events.rounds import StepDone
 from coordinator.results.lifecycle import read_run
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import Watchers

@@ -10,12 +10,12 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
 from coordinator.export.run import Trained, read_trained, trained_sums
 from coordinator.export.run_facts import best_checkpoint, best_of, run_facts
-from coordinator.results.events import Watcher
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.steering import BestChosen, TestEvaluated
 from coordinator.results.json_text import json_text
 from coordinator.results.lifecycle import ADAPTER
 from coordinator.results.metrics import score_of
 from coordinator.results.run_folder import TEST_RESULTS, RunFolder
-from coordinator.results.steering_events import BestChosen, TestEvaluated
 from edge_sdk.data.batches import MicroBatch
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from coordinator.config.page import PageAddress, page_address
 from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
-from coordinator.results.events import FolderKnown, Preparing, RunEvent, Watcher
+from coordinator.results.events.event import RunEvent, Watcher
+from coordinator.results.events.run import FolderKnown, Preparing
 from coordinator.results.watchers import Watchers
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from coordinator.results.events import nth
+from coordinator.results.events.event import nth
 from coordinator.results.history import Row, RunHistory
 
 # Events that are shown, the newest, and how many of them are sent at once.

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from coordinator.config.run import ServeConfig
 from coordinator.report.write import write_report
-from coordinator.results.events import RunEvent, RunFinished, Watcher
+from coordinator.results.events.event import RunEvent, Watcher
+from coordinator.results.events.reporting import ReportFailed, ReportWritten
+from coordinator.results.events.run import RunFinished
 from coordinator.results.lifecycle import COMPLETED, STOPPED
-from coordinator.results.reporting_events import ReportFailed, ReportWritten
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from edge_sdk.errors import public_text

@@ -7,7 +7,7 @@ from typing import Any
 
 from coordinator.report.parts import Chart, Grid, Section, by_device, chart_of
 from coordinator.report.run_sums import RunSums
-from coordinator.results.events import nth
+from coordinator.results.events.event import nth
 from coordinator.results.history import Row
 
 # Rows of a table; a long run has more of both than anybody reads.

@@ -7,13 +7,10 @@ __all__ = [
     "json_text",
     "lifecycle",
     "metrics",
-    "reporting_events",
     "result_files",
     "run_config",
     "run_folder",
     "run_lock",
     "standing",
-    "steering_events",
-    "tour_events",
     "watchers",
 ]

@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from coordinator.results.events import DeviceEvent, RoundDone, RunEvent, StepDone
+from coordinator.results.events.devices import DeviceEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundDone, StepDone
 from coordinator.results.history import RunHistory, scores
 from edge_sdk.errors import printable
 

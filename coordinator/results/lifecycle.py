@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from coordinator.config.run import ServeConfig
 from coordinator.results.checkpoint_files import FORMAT, check_format
-from coordinator.results.events import CheckpointDamaged, Watcher
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.run import CheckpointDamaged
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import (

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from coordinator.gateway.interface import DeviceStats, Gateway
-from coordinator.results.events import RoundDone, StepDone, Telemetry, Watcher
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.rounds import RoundDone, StepDone, Telemetry
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums

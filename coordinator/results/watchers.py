@@ -8,40 +8,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
-from coordinator.results.events import (
-    CheckpointDamaged,
+from coordinator.results.events.devices import (
     DeviceEnrolled,
     DeviceJoined,
     DeviceLeft,
+    DeviceStatus,
+    MessageRejected,
+)
+from coordinator.results.events.event import RunEvent, Watcher
+from coordinator.results.events.plans import ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.results.events.reporting import ReportFailed, TrackerLeftOut
+from coordinator.results.events.rounds import (
     DevicesCutOff,
     DevicesMissing,
-    DeviceStatus,
-    Exported,
-    ImportanceMeasured,
-    MessageRejected,
-    PlanMade,
-    PlanShrunk,
     RoundDone,
+    RoundHeld,
+    RoundSaved,
     RoundStarted,
-    RunEvent,
-    RunFinished,
+    RoundUnsaved,
     RunRewound,
-    RunStarted,
     StepSkipped,
-    StopAsked,
     Telemetry,
     UploadRefused,
     Waiting,
     WaitingOver,
-    Watcher,
     WorkDropped,
 )
-from coordinator.results.reporting_events import ReportFailed, TrackerLeftOut
+from coordinator.results.events.run import (
+    CheckpointDamaged,
+    Exported,
+    RunFinished,
+    RunStarted,
+    StopAsked,
+)
+from coordinator.results.events.steering import BestChosen, EndedEarly, SampleText, TestEvaluated
+from coordinator.results.events.tours import ToursMerged
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import CLOCK, SAMPLES, RunFolder
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
-from coordinator.results.steering_events import BestChosen, EndedEarly, SampleText, TestEvaluated
-from coordinator.results.tour_events import RoundHeld, RoundSaved, RoundUnsaved, ToursMerged
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from coordinator.config.run import AUTO, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.costs import UNKNOWN_CODEC
-from coordinator.results.events import DeviceStatus
+from coordinator.results.events.devices import DeviceStatus
 from coordinator.rounds.intake.allowance import Allowance
 from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.run import Run

@@ -12,10 +12,10 @@ from coordinator.aggregation.screening import Diverged, Refusals
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import Worker
 from coordinator.engine.interface import ComputeFailed, DeviceFault
-from coordinator.results.events import RoundAbandoned
+from coordinator.results.events.rounds import RoundAbandoned
+from coordinator.results.events.steering import EndedEarly, SampleText
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED
 from coordinator.results.run_folder import Checkpoint
-from coordinator.results.steering_events import EndedEarly, SampleText
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.checkpoints import Checkpoints
 from coordinator.rounds.global_model import Aggregated, GlobalModel

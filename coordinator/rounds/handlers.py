@@ -16,7 +16,7 @@ from coordinator.gateway.interface import (
     Silent,
 )
 from coordinator.gateway.link_probe import Probing
-from coordinator.results.events import DeviceEnrolled, DeviceStatus, MessageRejected
+from coordinator.results.events.devices import DeviceEnrolled, DeviceStatus, MessageRejected
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.device_states import DeviceState, action_on
 from coordinator.rounds.global_model import GlobalModel

@@ -16,15 +16,16 @@ from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
 from coordinator.gateway.port import require_free_port
 from coordinator.report.at_end import report_at_end
-from coordinator.results.events import (
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.run import (
     AlreadyComplete,
     Exported,
     Listening,
     Preparing,
     RunFinished,
     RunPaused,
-    Watcher,
 )
+from coordinator.results.events.steering import RunStopped
 from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,
@@ -40,7 +41,6 @@ from coordinator.results.lifecycle import (
 )
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import TEST_RESULTS, RunFolder
-from coordinator.results.steering_events import RunStopped
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.rounds.loop import Coordinator, tell_end
 from coordinator.steering.early_stopping import EarlyStopping

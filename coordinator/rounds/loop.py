@@ -23,12 +23,12 @@ from coordinator.gateway.link_probe import Probing
 from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
 from coordinator.planning.run_planner import Planner
-from coordinator.results.events import (
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.run import (
     Preparing,
     RunFinished,
     RunStarted,
     StopAsked,
-    Watcher,
     WeightsAdapted,
 )
 from coordinator.results.lifecycle import COMPLETED, CUT_SHORT, OVER, STOPPED

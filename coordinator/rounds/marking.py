@@ -7,7 +7,7 @@ is carried out is in `executor.py`.
 
 from __future__ import annotations
 
-from coordinator.results.tour_events import RoundSaved, RoundUnsaved
+from coordinator.results.events.rounds import RoundSaved, RoundUnsaved
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Phase, is_between_steps, may_leave
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from coordinator.results.events import StopBegun, StopForced
-from coordinator.results.tour_events import RoundUnsaved
+from coordinator.results.events.rounds import RoundUnsaved, StopForced
+from coordinator.results.events.run import StopBegun
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Phase, debts, is_between_steps
 from coordinator.steering.wishes import Wish

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import InForce
-from coordinator.results.events import DevicesCutOff, DevicesMissing, Waiting, WaitingOver, nth
+from coordinator.results.events.event import nth
+from coordinator.results.events.rounds import DevicesCutOff, DevicesMissing, Waiting, WaitingOver
 from coordinator.rounds.run import Run
 from coordinator.rounds.state import Action, Debt, Owed, Phase, RunState, debts
 from edge_sdk.errors import PeerGone

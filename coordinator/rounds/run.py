@@ -16,10 +16,9 @@ from coordinator.engine.interface import Job
 from coordinator.gateway.interface import Received
 from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
-    DeviceStatus,
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft, DeviceStatus
+from coordinator.results.events.rounds import (
+    RoundHeld,
     RoundStarted,
     RunRewound,
     UploadRefused,
@@ -27,7 +26,6 @@ from coordinator.results.events import (
     WorkDropped,
 )
 from coordinator.results.metrics import Reporting
-from coordinator.results.tour_events import RoundHeld
 from coordinator.rounds.intake.evaluations import Evaluations
 from coordinator.rounds.intake.savers import Savers
 from coordinator.rounds.state import (

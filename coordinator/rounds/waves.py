@@ -11,7 +11,7 @@ import numpy as np
 from coordinator.engine.compute_thread import Worker, owned
 from coordinator.engine.interface import Answer, Job
 from coordinator.gateway.interface import Event
-from coordinator.results.events import StepSkipped
+from coordinator.results.events.rounds import StepSkipped
 from coordinator.rounds.admission import Admission
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.run import Run

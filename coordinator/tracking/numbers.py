@@ -11,25 +11,26 @@ from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.planning.plan_set import PlanSet
-from coordinator.results.events import (
+from coordinator.results.events.devices import (
     DeviceJoined,
     DeviceLeft,
-    DevicesMissing,
     DeviceStatus,
     MessageRejected,
-    PlanMade,
-    PlanShrunk,
+)
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.plans import PlanMade, PlanShrunk
+from coordinator.results.events.rounds import (
+    DevicesMissing,
     RoundDone,
     RoundStarted,
-    RunEvent,
     StepDone,
     Telemetry,
     UploadRefused,
     Waiting,
     WaitingOver,
 )
+from coordinator.results.events.steering import TestEvaluated
 from coordinator.results.history import RunHistory, overall, scores
-from coordinator.results.steering_events import TestEvaluated
 from coordinator.tracking.names import Moment, Number
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.training import learning_rate

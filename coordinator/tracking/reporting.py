@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import (
-    RunEvent,
-    RunFinished,
-    RunStarted,
-    StopAsked,
-    Watcher,
-)
+from coordinator.results.events.event import RunEvent, Watcher
+from coordinator.results.events.reporting import TrackerLeftOut
+from coordinator.results.events.run import RunFinished, RunStarted, StopAsked
 from coordinator.results.history import RunHistory
 from coordinator.results.lifecycle import COMPLETED, STOPPED, TRACKERS
-from coordinator.results.reporting_events import TrackerLeftOut
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.tracking.feed import Feed

@@ -15,7 +15,8 @@ from coordinator.engine.interface import EngineMaker
 from coordinator.engine.server_model import ENGINES, ServerModel
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
-from coordinator.results.events import RoundDone, RunEvent, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundDone, StepDone
 from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.loop import Coordinator
 from edge_sdk.client.callbacks import Callback

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.engine.server_model import ENGINES, ServerModel
 from coordinator.gateway.interface import Event
-from coordinator.results.events import RunEvent, RunFinished, Telemetry
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import Telemetry
+from coordinator.results.events.run import RunFinished
 from coordinator.results.run_folder import RunFolder
 from coordinator.rounds.loop import GOODBYE_S, Coordinator
 from coordinator.rounds.plans.changes import Moved, PlanChanges

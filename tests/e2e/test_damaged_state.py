@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from coordinator.results.events import AlreadyComplete, Exported, Listening, RunEvent, RunFinished
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import AlreadyComplete, Exported, Listening, RunFinished
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import CONFIG, RunFolder
 from coordinator.rounds import launch

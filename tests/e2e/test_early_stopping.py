@@ -14,7 +14,8 @@ from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.export.outcome import write_result
 from coordinator.export.run import export_run
 from coordinator.lab.centralised.run import export_pooled, resume_pooled, train_pooled
-from coordinator.results.events import AlreadyComplete, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import AlreadyComplete
 from coordinator.results.run_folder import CONFIG, TEST_RESULTS, RunFolder
 from coordinator.rounds.launch import resume
 from edge_sdk.config.describe import dump_config

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from coordinator.config.run import DeviceSettings, ServeConfig
-from coordinator.results.events import RunEvent, StepDone
-from coordinator.results.tour_events import RoundHeld, RoundSaved
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundHeld, RoundSaved, StepDone
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.protocol.messages import StepReport

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.results.events import DevicesMissing, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import DevicesMissing
 from tests.e2e.cluster import save_model
 from tests.e2e.scheduled import ScheduledDevice
 from tests.e2e.test_both_sides import EXAMPLES, FLOWS, KINDS, OTHERS, Kind, Step, World, go

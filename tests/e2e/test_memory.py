@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig
-from coordinator.results.events import DevicesCutOff, RoundStarted, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import DevicesCutOff, RoundStarted
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.checkpoints import LocalState
 from edge_sdk.client.setup import RuntimeSetup

@@ -13,7 +13,8 @@ from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings
 from coordinator.engine.interface import Job
 from coordinator.engine.local import LocalEngine
-from coordinator.results.events import RoundStarted, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundStarted
 from edge_sdk.errors import ConfigError, EdgeError, LocalProtocolError, NumericError, StorageError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.protocol import headers

@@ -17,7 +17,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from coordinator.page.beside import page_beside
-from coordinator.results.events import FolderKnown, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import FolderKnown
 from coordinator.results.run_folder import CONFIG
 from coordinator.results.run_lock import locked
 from coordinator.results.standing.live_file import LiveFile

@@ -11,7 +11,8 @@ import pytest
 from coordinator.aggregation.screening import Diverged
 from coordinator.config.run import DeviceSettings
 from coordinator.config.screening import ScreeningConfig
-from coordinator.results.events import RoundStarted, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundStarted
 from coordinator.rounds.buffered.model import BufferedModel
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair

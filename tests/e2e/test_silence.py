@@ -11,15 +11,9 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import DeviceSettings
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
-    DevicesCutOff,
-    RoundDone,
-    RoundStarted,
-    RunEvent,
-    Telemetry,
-)
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import DevicesCutOff, RoundDone, RoundStarted, Telemetry
 from edge_sdk.client.callbacks import Callback
 from edge_sdk.client.client import EdgeClient
 from edge_sdk.deadline import Deadline

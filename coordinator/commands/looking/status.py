@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
-from coordinator.results.events import nth
+from coordinator.results.events.event import nth
 from coordinator.results.history import RunHistory
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from coordinator.commands.parser import add_command
-from coordinator.results.events import StopAsked
+from coordinator.results.events.run import StopAsked
 from coordinator.results.lifecycle import COMPLETED, PAUSED, read_run
 from coordinator.steering.asking import ask
 from coordinator.steering.wishes import Kind, Wish

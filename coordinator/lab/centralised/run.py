@@ -31,7 +31,8 @@ from coordinator.lab.centralised.trainer import (
     plan_pooled,
 )
 from coordinator.report.at_end import report_at_end
-from coordinator.results.events import (
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.run import (
     AlreadyComplete,
     Exported,
     FolderKnown,
@@ -39,9 +40,9 @@ from coordinator.results.events import (
     RunPaused,
     RunStarted,
     StopAsked,
-    Watcher,
     WeightsAdapted,
 )
+from coordinator.results.events.steering import EndedEarly, RunStopped, SampleText
 from coordinator.results.lifecycle import (
     ADAPTER,
     COMPLETED,
@@ -59,7 +60,6 @@ from coordinator.results.metrics import Reporting
 from coordinator.results.result_files import is_whole
 from coordinator.results.run_folder import SAMPLES, Checkpoint, RunFolder
 from coordinator.results.standing.observed import ModelKnown
-from coordinator.results.steering_events import EndedEarly, RunStopped, SampleText
 from coordinator.results.watchers import RunFiles, Watchers
 from coordinator.steering.early_stopping import EarlyStopping
 from coordinator.steering.listener import Listener

@@ -37,7 +37,8 @@ from coordinator.lab.comparison.undivided_runs import points_of, run_alone, run_
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
 from coordinator.lab.simulation.result import SimulatedRound, SimulationResult
-from coordinator.results.events import ImportanceMeasured, RunEvent, Watcher
+from coordinator.results.events.event import RunEvent, Watcher
+from coordinator.results.events.plans import ImportanceMeasured
 from coordinator.results.history import RunHistory
 from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.watchers import Watchers

@@ -8,7 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from coordinator.results.events import RoundDone, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundDone
 
 Tell = Callable[[str], None]
 

@@ -27,7 +27,7 @@ from coordinator.lab.simulation.fleet import make_fleet
 from coordinator.lab.simulation.result import SimulatedRound, read_result
 from coordinator.planning.joint import plan_all
 from coordinator.planning.problem import PlanningProblem
-from coordinator.results.events import Watcher
+from coordinator.results.events.event import Watcher
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.errors import ConfigError

@@ -18,7 +18,9 @@ from typing import Any
 
 from coordinator.config.presets import load_serve_config
 from coordinator.page.beside import page_beside
-from coordinator.results.events import Listening, RoundDone, RoundStarted, RunEvent, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundDone, RoundStarted, StepDone
+from coordinator.results.events.run import Listening
 from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.standing.live_file import LiveFile
 from coordinator.results.watchers import Watchers

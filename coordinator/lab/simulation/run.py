@@ -33,7 +33,8 @@ from coordinator.lab.simulation.timing import (
     TimedEngine,
 )
 from coordinator.report.at_end import report_at_end
-from coordinator.results.events import Exported, FolderKnown, Watcher
+from coordinator.results.events.event import Watcher
+from coordinator.results.events.run import Exported, FolderKnown
 from coordinator.results.lifecycle import ADAPTER, COMPLETED, STOPPED, new_folder
 from coordinator.results.run_folder import SIMULATION
 from coordinator.results.watchers import Watchers

@@ -17,7 +17,8 @@ from coordinator.engine.local import LocalEngine
 from coordinator.lab.simulation.clock import Clock, Costs, Machine, Usage
 from coordinator.lab.simulation.device import SimulationListener
 from coordinator.lab.simulation.traffic import TrafficCounter
-from coordinator.results.events import RunEvent, Telemetry
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import Telemetry
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Array

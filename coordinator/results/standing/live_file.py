@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.results.events import (
-    DeviceEvent,
-    FolderKnown,
-    Listening,
+from coordinator.results.events.devices import DeviceEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import (
     RoundDone,
     RoundStarted,
-    RunEvent,
-    RunFinished,
     RunRewound,
     StepDone,
     Telemetry,
 )
+from coordinator.results.events.run import FolderKnown, Listening, RunFinished
 from coordinator.results.json_text import json_text
 from coordinator.results.run_folder import CLOCK, LIVE
 from coordinator.results.standing.observed import Computed

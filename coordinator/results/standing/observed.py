@@ -1,6 +1,6 @@
 """What is told for those who look on alone: the model's size, what boards offer, what is computed.
 
-Nothing of a run depends on these events. What every run meets is in `events.py`.
+Nothing of a run depends on these events. What every run meets is in `results/events`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.results.events import DeviceEvent, RunEvent
+from coordinator.results.events.devices import DeviceEvent
+from coordinator.results.events.event import RunEvent
 from profiler.profile import DeviceProfile
 
 

@@ -12,12 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from coordinator.results.events import (
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundStarted
+from coordinator.results.events.run import (
     Exported,
     Listening,
     Preparing,
-    RoundStarted,
-    RunEvent,
     RunFinished,
     RunStarted,
     StopAsked,

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import nth
+from coordinator.results.events.event import nth
 from coordinator.results.history import Row, RunHistory, overall
 from coordinator.results.lifecycle import PAUSED, STOPPED, has_ended
 from coordinator.results.run_folder import CLOCK, LIVE, SIMULATION, RunFolder

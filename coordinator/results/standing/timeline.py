@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from coordinator.results.events import StepDone
+from coordinator.results.events.rounds import StepDone
 from coordinator.results.standing.observed import Computed
 
 # So many of each are kept: about 30 kB in the file, a step or two of 200 devices.

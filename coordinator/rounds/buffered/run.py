@@ -12,9 +12,9 @@ from coordinator.aggregation.versions import VersionedStart
 from coordinator.engine.interface import Job
 from coordinator.gateway.replays import Replays
 from coordinator.gateway.residuals import Residuals
-from coordinator.results.events import RoundStarted, WorkDropped
+from coordinator.results.events.rounds import RoundStarted, WorkDropped
+from coordinator.results.events.tours import TourBegun, ToursMerged
 from coordinator.results.metrics import Reporting
-from coordinator.results.tour_events import TourBegun, ToursMerged
 from coordinator.rounds.buffered.tours import BufferedState
 from coordinator.rounds.run import PendingInputs, Run
 from coordinator.rounds.state import Phase

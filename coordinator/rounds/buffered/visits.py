@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.engine.interface import Answer
-from coordinator.results.events import StepSkipped
+from coordinator.results.events.rounds import StepSkipped
 from coordinator.rounds.buffered.model import BufferedModel
 from coordinator.rounds.buffered.run import BufferedRun, Visit
 from coordinator.rounds.waves import TOP, WaveRunner

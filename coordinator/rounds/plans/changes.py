@@ -18,7 +18,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.gateway.interface import Gateway
 from coordinator.planning.interface import Planning
 from coordinator.planning.plan_set import Decision, PlanSet, changed
-from coordinator.results.events import DeviceStatus, ImportanceMeasured, PlanMade, PlanShrunk
+from coordinator.results.events.devices import DeviceStatus
+from coordinator.results.events.plans import ImportanceMeasured, PlanMade, PlanShrunk
 from coordinator.results.standing.observed import DeviceOffer
 from coordinator.rounds.plans.desk import Inquiry, PlanningDesk
 from coordinator.rounds.run import Run

@@ -13,21 +13,10 @@ from coordinator.planning.plan_set import (
     PlanSet,
     ServerExplanation,
 )
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
-    DeviceStatus,
-    FolderKnown,
-    ImportanceMeasured,
-    PlanMade,
-    RoundDone,
-    RoundStarted,
-    RunFinished,
-    RunStarted,
-    StepDone,
-    Telemetry,
-    Waiting,
-)
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft, DeviceStatus
+from coordinator.results.events.plans import ImportanceMeasured, PlanMade
+from coordinator.results.events.rounds import RoundDone, RoundStarted, StepDone, Telemetry, Waiting
+from coordinator.results.events.run import FolderKnown, RunFinished, RunStarted
 from coordinator.results.lifecycle import COMPLETED, new_folder
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.standing.live_file import LiveFile

@@ -18,7 +18,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from coordinator.page.beside import page_beside
-from coordinator.results.events import FolderKnown, RunEvent, RunStarted
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import FolderKnown, RunStarted
 from edge_sdk.deadline import Deadline
 from tests.coordinator.page.recorded import Recording
 from tests.e2e.programs import free_port
@@ -28,7 +29,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from coordinator.page.beside import page_beside
-from coordinator.results.events import FolderKnown
+from coordinator.results.events.run import FolderKnown
 from coordinator.results.watchers import Watchers
 
 with page_beside(sys.argv[2], None, Watchers()) as shown:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from coordinator.results.events import DeviceLeft, MessageRejected
+from coordinator.results.events.devices import DeviceLeft, MessageRejected
 from tests.coordinator.page.browser import Tab, chromium
 from tests.coordinator.page.recorded import Recording
 from tests.coordinator.page.served import served

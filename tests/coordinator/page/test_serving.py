@@ -24,7 +24,8 @@ from coordinator.page import listening, serving
 from coordinator.page.access import HEADERS
 from coordinator.page.listening import listen, require_page
 from coordinator.page.serving import FILES, PLOTLY
-from coordinator.results.events import DeviceLeft, RunFinished
+from coordinator.results.events.devices import DeviceLeft
+from coordinator.results.events.run import RunFinished
 from coordinator.results.lifecycle import COMPLETED
 from edge_sdk.errors import ConfigError
 from tests.coordinator.page.recorded import Recording

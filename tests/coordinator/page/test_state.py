@@ -12,7 +12,8 @@ from coordinator.page.curves import MOST_LINES, thin
 from coordinator.page.pieces import changes
 from coordinator.page.state import PageState
 from coordinator.page.stories import CHUNK, MOST_EVENTS, event_chunks
-from coordinator.results.events import MessageRejected, RunRewound
+from coordinator.results.events.devices import MessageRejected
+from coordinator.results.events.rounds import RunRewound
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.run_lock import locked

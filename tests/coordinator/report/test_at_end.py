@@ -10,7 +10,8 @@ import pytest
 from coordinator.cli import main
 from coordinator.report import at_end
 from coordinator.report.at_end import report_at_end
-from coordinator.results.events import RunEvent, RunFinished
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import RunFinished
 from coordinator.results.run_folder import RunFolder
 from tests.coordinator.report.test_write import CONFIG_OF, make_folder
 

@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from coordinator.results.console import Console
-from coordinator.results.events import (
+from coordinator.results.events.devices import (
     DeviceJoined,
     DeviceLeft,
     DeviceStatus,
-    Exported,
-    Listening,
     MessageRejected,
+)
+from coordinator.results.events.rounds import (
     RoundAbandoned,
     RoundDone,
     RoundStarted,
-    RunPaused,
     StepDone,
     WaitEnded,
 )
+from coordinator.results.events.run import Exported, Listening, RunPaused
 from edge_sdk.protocol.messages import Stamp, StepReport
 
 

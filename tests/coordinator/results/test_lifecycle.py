@@ -18,7 +18,8 @@ import pytest
 from coordinator.config.run import ServeConfig
 from coordinator.results import run_lock
 from coordinator.results.checkpoint_files import FORMAT
-from coordinator.results.events import CheckpointDamaged, RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.run import CheckpointDamaged
 from coordinator.results.lifecycle import ENVIRONMENT, new_folder, read_run, reopened, take_up
 from coordinator.results.run_folder import CONFIG, Checkpoint, RunFolder
 from coordinator.results.run_lock import LOCK, locked

@@ -7,26 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft, MessageRejected
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.plans import ImportanceMeasured
+from coordinator.results.events.rounds import (
     DevicesCutOff,
     DevicesMissing,
-    Exported,
-    ImportanceMeasured,
-    MessageRejected,
     RoundAbandoned,
     RoundDone,
     RoundStarted,
-    RunEvent,
-    RunFinished,
-    RunStarted,
     StepSkipped,
     Telemetry,
     Waiting,
     WaitingOver,
     WorkDropped,
 )
+from coordinator.results.events.run import Exported, RunFinished, RunStarted
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.standing.observed import DeviceOffer, ModelKnown
 from coordinator.results.watchers import RunFiles, Watchers

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coordinator.gateway.residuals import Residuals
-from coordinator.results.events import RunEvent
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import RoundHeld, RoundUnsaved
 from coordinator.results.metrics import Reporting
-from coordinator.results.tour_events import RoundHeld, RoundUnsaved
 from coordinator.rounds.marking import MARK_PATIENCE_S, MOST_SHARE, Marking
 from coordinator.rounds.pausing import PAUSE_PATIENCE_S, STEP_PATIENCE_S, Pausing
 from coordinator.rounds.run import Run

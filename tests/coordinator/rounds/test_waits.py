@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.residuals import Residuals
-from coordinator.results.events import RunEvent
+from coordinator.results.events.event import RunEvent
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.progress import Waits
 from coordinator.rounds.run import RESTS, Run

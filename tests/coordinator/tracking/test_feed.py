@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import RoundDone, RunEvent, RunFinished, RunStarted, StopAsked
-from coordinator.results.reporting_events import TrackerLeftOut
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.reporting import TrackerLeftOut
+from coordinator.results.events.rounds import RoundDone
+from coordinator.results.events.run import RunFinished, RunStarted, StopAsked
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking import feed as feeding
 from coordinator.tracking.feed import Feed

@@ -22,7 +22,9 @@ import pytest
 from coordinator.config.run import ServeConfig
 from coordinator.config.tracking import TrackingConfig
 from coordinator.lab.centralised.run import resume_pooled, serve_pooled
-from coordinator.results.events import RunEvent, RunFinished, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import StepDone
+from coordinator.results.events.run import RunFinished
 from coordinator.results.lifecycle import METRICS, TRACKERS
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking import to_prometheus

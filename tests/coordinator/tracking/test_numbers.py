@@ -9,23 +9,21 @@ from typing import Any
 import pytest
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft, DeviceStatus
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import (
     DevicesMissing,
-    DeviceStatus,
     RoundDone,
     RoundStarted,
-    RunEvent,
     StepDone,
     Telemetry,
     UploadRefused,
     Waiting,
     WaitingOver,
 )
+from coordinator.results.events.steering import TestEvaluated
 from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder
-from coordinator.results.steering_events import TestEvaluated
 from coordinator.tracking.names import DEVICE_NUMBERS, RUN_NUMBERS, Moment
 from coordinator.tracking.numbers import Numbers, so_far
 from edge_sdk.protocol.messages import Stamp, StepReport

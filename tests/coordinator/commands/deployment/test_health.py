@@ -10,7 +10,7 @@ import pytest
 
 from coordinator import cli
 from coordinator.config.presets import load_serve_config
-from coordinator.results.events import Listening
+from coordinator.results.events.run import Listening
 from coordinator.results.lifecycle import new_folder
 from coordinator.results.standing.live_file import LiveFile
 from edge_sdk.errors import ConfigError

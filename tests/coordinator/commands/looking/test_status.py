@@ -10,13 +10,8 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import (
-    DeviceJoined,
-    DevicesMissing,
-    RoundDone,
-    RoundStarted,
-    Waiting,
-)
+from coordinator.results.events.devices import DeviceJoined
+from coordinator.results.events.rounds import DevicesMissing, RoundDone, RoundStarted, Waiting
 from coordinator.results.lifecycle import new_folder
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.run_lock import locked

@@ -21,7 +21,8 @@ from coordinator.config.run import EvaluationConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.lab.centralised.run import resume_pooled, serve_pooled, train_pooled
 from coordinator.lab.centralised.trainer import MicroShape, PooledTrainer
-from coordinator.results.events import RunEvent, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import StepDone
 from coordinator.results.watchers import Watchers
 from coordinator.steering.asking import ask
 from coordinator.steering.wishes import Kind, Wish

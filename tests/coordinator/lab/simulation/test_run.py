@@ -23,7 +23,8 @@ from coordinator.lab.simulation.config import FleetConfig, SimulatedDeviceConfig
 from coordinator.lab.simulation.device import InstrumentedRuntime, SharedCompute
 from coordinator.lab.simulation.result import SimulationResult
 from coordinator.lab.simulation.run import simulate
-from coordinator.results.events import RunEvent, StepDone
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import StepDone
 from coordinator.results.run_folder import CONFIG
 from coordinator.results.watchers import Watchers
 from edge_sdk.config.loader import load_config

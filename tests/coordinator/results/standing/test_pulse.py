@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.results.events import Listening, RunFinished
+from coordinator.results.events.run import Listening, RunFinished
 from coordinator.results.lifecycle import COMPLETED
 from coordinator.results.run_lock import locked
 from coordinator.results.standing.live_file import LiveFile

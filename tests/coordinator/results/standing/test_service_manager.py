@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.results.events import (
+from coordinator.results.events.rounds import RoundStarted
+from coordinator.results.events.run import (
     Exported,
     Listening,
     Preparing,
-    RoundStarted,
     RunFinished,
     RunPaused,
     RunStarted,

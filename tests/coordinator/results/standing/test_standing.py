@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 
 from coordinator.config.run import ServeConfig
-from coordinator.results.events import (
-    DeviceJoined,
-    DeviceLeft,
+from coordinator.results.events.devices import DeviceJoined, DeviceLeft, DeviceStatus
+from coordinator.results.events.event import RunEvent
+from coordinator.results.events.rounds import (
     DevicesMissing,
-    DeviceStatus,
-    Listening,
     RoundDone,
     RoundStarted,
-    RunEvent,
-    RunFinished,
-    RunStarted,
     StepDone,
     Telemetry,
     Waiting,
 )
+from coordinator.results.events.run import Listening, RunFinished, RunStarted
 from coordinator.results.lifecycle import COMPLETED, PAUSED, new_folder
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.run_lock import is_held, locked

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.results.events import FolderKnown, RoundDone, StepDone, Telemetry
+from coordinator.results.events.rounds import RoundDone, StepDone, Telemetry
+from coordinator.results.events.run import FolderKnown
 from coordinator.results.run_folder import LIVE
 from coordinator.results.standing.live_file import LiveFile
 from coordinator.results.standing.observed import Computed

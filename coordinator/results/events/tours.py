@@ -1,11 +1,12 @@
-"""What can happen on the way of a round or a tour, as values. The rest is in `events.py`."""
+"""Rounds without a barrier: devices go on tours, and what they bring is merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.results.events import DeviceEvent, RoundEvent, RunEvent
+from coordinator.results.events.devices import DeviceEvent
+from coordinator.results.events.event import RunEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,44 +54,3 @@ class ToursMerged(RunEvent):
 
 def _numbers(values: Sequence[int]) -> str:
     return "+".join(map(str, values))
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSaved(RoundEvent):
-    """A round is saved in mid-way, by the coordinator and by all of its members."""
-
-    step: int
-    """First step that is to be done from there."""
-    seconds: float
-    """What it took."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundUnsaved(RoundEvent):
-    """Members did not save themselves in time; the last checkpoint counts."""
-
-    LINE = "round {0.nth}: not saved at step {0.step}: no answer from {0.names}"
-
-    step: int
-    devices: Sequence[str]
-    """Who did not."""
-
-    @property
-    def names(self) -> str:
-        """Who did not, as text."""
-        return ", ".join(self.devices)
-
-
-@dataclass(frozen=True, slots=True)
-class RoundHeld(RoundEvent):
-    """A round is saved, and goes on from there once devices that have left are back."""
-
-    LINE = "round {0.nth} is saved at step {0.step} and waits for {0.names}"
-
-    step: int
-    devices: Sequence[str]
-
-    @property
-    def names(self) -> str:
-        """Who is waited for."""
-        return ", ".join(self.devices)

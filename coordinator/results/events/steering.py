@@ -1,4 +1,4 @@
-"""What happens because a person steers a run, or wants to see what its model says, as values."""
+"""A person stops a run, or what it was told about its end does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.results.events import RoundEvent, RunEvent
+from coordinator.results.events.event import RoundEvent, RunEvent
 
 
 @dataclass(frozen=True, slots=True)

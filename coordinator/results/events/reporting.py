@@ -1,11 +1,11 @@
-"""What can happen to those who tell of a run, as values. The run itself goes on as it would."""
+"""What is told of a run elsewhere, and its report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.results.events import RunEvent
+from coordinator.results.events.event import RunEvent
 
 
 @dataclass(frozen=True, slots=True)
