@@ -15,10 +15,13 @@ from typing import Any
 from coordinator.gateway.interface import DeviceStats, Gateway
 from coordinator.results.events.event import Watcher
 from coordinator.results.events.rounds import RoundDone, StepDone, Telemetry
+from coordinator.results.session_counters import SessionCounters
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums
 
+# Names of the counters of all bytes, beside those of their kinds.
+UP, DOWN = "bytes_up", "bytes_down"
 NOTHING_LATE: Mapping[str, int] = MappingProxyType({})
 
 
@@ -51,6 +54,11 @@ def score_of(sums: TailSums, *, is_classifier: bool) -> dict[str, float]:
     return score
 
 
+def _counts(stats: DeviceStats) -> dict[str, int]:
+    """Return all counters of a session."""
+    return {UP: stats.bytes_up, DOWN: stats.bytes_down, **stats.traffic}
+
+
 @dataclass
 class Reporting:
     """Collects reports and tells the watcher of each complete row."""
@@ -65,10 +73,23 @@ class Reporting:
     """Devices that have evaluated for that row, also those without validation data."""
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _began_s: float = field(default_factory=time.monotonic)
+    _carried_s: float = 0.0
+    """What the round had taken before the coordinator was started again."""
+    _counters: SessionCounters = field(default_factory=SessionCounters)
 
     def begin_round(self) -> None:
-        """Start the round's clock."""
-        self._began_s = time.monotonic()
+        """Start the round's clock, or let it go on."""
+        self._began_s, self._carried_s = time.monotonic() - self._carried_s, 0.0
+
+    def costs(self) -> dict[str, Any]:
+        """Return what the round and the run have cost by now, for a checkpoint."""
+        elapsed_s = time.monotonic() - self._began_s if self._progress else 0.0
+        return {"elapsed_s": elapsed_s, "counters": self._counters.facts()}
+
+    def load_costs(self, costs: Mapping[str, Any]) -> None:
+        """Go on from what `costs` returned in a process that is no more."""
+        self._carried_s = costs.get("elapsed_s") or 0.0
+        self._counters.load(costs.get("counters", {}))
 
     def progress(self) -> dict[str, dict[str, float]]:
         """Return what devices have reported in the current round, for a checkpoint."""
@@ -168,12 +189,20 @@ class Reporting:
         return {} if stats is None else stats.telemetry
 
     def _kinds(self, device: str) -> Mapping[str, int]:
+        """Return bytes by kind over all sessions in the run."""
         stats = self._stats(device)
-        return {} if stats is None else stats.traffic
+        if stats is None:
+            return {}
+        found = self._counters.take(device, _counts(stats))
+        return {name: found[name] for name in stats.traffic}
 
     def _traffic(self, device: str) -> tuple[int, int] | None:
+        """Return bytes up and down over all sessions in the run; None without a connection."""
         stats = self._stats(device)
-        return None if stats is None else (stats.bytes_up, stats.bytes_down)
+        if stats is None:
+            return None
+        found = self._counters.take(device, _counts(stats))
+        return found[UP], found[DOWN]
 
     def _stats(self, device: str) -> DeviceStats | None:
         """Return what is known of the connection of *device*; None without one."""

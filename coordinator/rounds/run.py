@@ -340,6 +340,7 @@ class Run:
             "unevaluated": sorted(self.state.awaiting_eval),
             "row": self.reporting.pending,
             "progress": self.reporting.progress(),
+            "costs": self.reporting.costs(),
         }
 
     def saved(self) -> None:
@@ -354,6 +355,7 @@ class Run:
         self.inputs, self.evaluations = PendingInputs(), Evaluations()
         self.must_rewind = self.holding.is_held = False
         if in_new_process:
+            self.reporting.load_costs(facts.get("costs", {}))  # older checkpoints have none
             self.reporting.restore_row(facts["row"])
             evaluated = set((facts["row"] or {}).get("eval_by_device", {}))
             self.state.wait_for(facts["devices"], set(facts["unevaluated"]) - evaluated)

@@ -359,8 +359,9 @@ class PooledRun:
     def _save(self) -> None:
         if not self._durable:
             return
-        progress = self._reporting.progress()
-        state = {"run": self._id, "step": self._step, "progress": progress}
+        reporting = self._reporting
+        reported = {"progress": reporting.progress(), "costs": reporting.costs()}
+        state = {"run": self._id, "step": self._step, **reported}
         checkpoint = Checkpoint(state, {"trainer": self.trainer.runtime.state.checkpoint()})
         verdict, config = best_of(self.folder, self.config), self.config
         best = None if verdict is None else verdict.best_round
@@ -384,6 +385,7 @@ class PooledRun:
         """Go back to *checkpoint*; rows written after it are dropped."""
         self._id, self._step = checkpoint.state["run"], checkpoint.state["step"]
         self._reporting.load_progress(checkpoint.state["progress"])
+        self._reporting.load_costs(checkpoint.state.get("costs", {}))  # older ones have none
         load_trained(self.trainer.runtime, checkpoint)
         done = self._step // self.config.steps_per_round
         self.folder.drop_rows_from(METRICS, done + 1)
