@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from coordinator.aggregation.buffer import expected_staleness
 from coordinator.commands.readiness.devices import add_devices, read_devices
@@ -125,12 +125,12 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
 
 def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
     """Make a row for each device and one for the coordinator."""
-    headings = ("", "blocks", "bound by", "needs MiB", "budget", "adapters", "wave s")
+    headings = ("", "blocks", "bound by", "MiB", "of MiB", "adapters", "wave s")
     table = _table(headings, num_text=3)
     for device, story in found.explanation.devices.items():
         table.add_row(
             device,
-            f"0..{found.plans[device].split - 1}",
+            _span(0, found.plans[device].split - 1),
             story.binding,
             _mib(story.planned_bytes),
             _mib(story.budget_bytes),
@@ -140,7 +140,7 @@ def _overview(problem: PlanningProblem, found: PlanSet) -> Table:
     server, last = found.explanation.server, problem.num_blocks - 1
     table.add_row(
         "coordinator",
-        f"{server.first}..{last}" if server.first <= last else "none",
+        _span(server.first, last) if server.first <= last else "none",
         "",
         _mib(server.planned_bytes),
         _mib(server.budget_bytes),
@@ -155,7 +155,7 @@ def _options_table(
     problem: PlanningProblem, story: DeviceExplanation, split: int, wave_s: float | None
 ) -> Table:
     """List every split of a device, and what rules it out."""
-    headings = ("split", "", "device MiB", "device s", "coordinator MiB", "coordinator s")
+    headings = ("split", "", "device MiB", "s", "coordinator MiB", "s")
     table = _table(headings, num_text=2)
     for cut in problem.facts.layout.cuts:
         if cut < problem.config.planning.min_split:
@@ -180,12 +180,14 @@ def _table(headings: Sequence[str], num_text: int) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < num_text else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if index < num_text else "right"
+        # A long name goes on in the next line; a number is never cut.
+        table.add_column(heading, justify=justify, no_wrap=index > 0, overflow="fold")
     return table
 
 
 def _rank_lines(problem: PlanningProblem, ranks: Mapping[str, int]) -> list[str]:
-    """Write `attn.q_proj  0-3: 8, 4: 2`: ranks by kind of weight and block, one line if equal."""
+    """Write `attn.q_proj  1-4: 8, 5: 2`: ranks by kind of weight and block, one line if equal."""
     kinds: dict[str, list[tuple[int, int]]] = {}
     for name, rank in ranks.items():
         block = problem.facts.block_of(name)
@@ -199,13 +201,17 @@ def _rank_lines(problem: PlanningProblem, ranks: Mapping[str, int]) -> list[str]
 
 
 def _stretches(ranks: Iterable[tuple[int, int]]) -> str:
-    """Write (block, rank) pairs as `0-3: 8, 4: 2`."""
+    """Write (block, rank) pairs as `1-4: 8, 5: 2`; pairs count blocks from 0."""
     runs = []
     for rank, group in itertools.groupby(sorted(ranks), key=lambda pair: pair[1]):
         blocks = [block for block, _ in group]
-        last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
-        runs.append(f"{blocks[0]}{last}: {rank}")
+        runs.append(f"{_span(blocks[0], blocks[-1])}: {rank}")
     return ", ".join(runs)
+
+
+def _span(first: int, last: int) -> str:
+    """Write blocks that are counted from 0 as people count them, from 1."""
+    return f"{first + 1}-{last + 1}" if first < last else f"{first + 1}"
 
 
 def _all_notes(found: PlanSet) -> list[str]:
@@ -232,7 +238,10 @@ def _tempo_notes(config: ServeConfig, found: PlanSet) -> list[str]:
 
 
 def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / MIB:,.1f}" if math.isfinite(num_bytes) else "unknown"
+    if not math.isfinite(num_bytes):
+        return "unknown"
+    # The model of a test takes less than a MiB; elsewhere a decimal is noise.
+    return f"{num_bytes / MIB:,.{0 if num_bytes >= 10 * MIB else 1}f}"
 
 
 def _seconds(seconds: float | None) -> str:

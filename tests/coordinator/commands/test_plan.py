@@ -91,12 +91,36 @@ def test_the_plan_as_text(config: str, tmp_path: Path, capsys: pytest.CaptureFix
     short, long = plan(capsys, *arguments), plan(capsys, *arguments, "--explain")
 
     assert "cam" in short
-    assert f"all 7 kinds of weight  0-{BLOCKS - 1}: 16" in short
+    assert f"all 7 kinds of weight  1-{BLOCKS}: 16" in short
     assert "gate: refused, device 'gate': split 1 needs" in short
     assert "importance not measured yet: all weights alike" in short
     assert "chosen" not in short
     assert long.count("chosen") == 1
     assert "coordinator MiB" in long
+
+
+def test_a_table_of_80_columns_cuts_no_number(
+    config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long names and boards of many GiB fit a terminal, and blocks are counted from 1."""
+    monkeypatch.setenv("COLUMNS", "80")
+    profiles = [
+        write(tmp_path / "kitchen-corner.json", {**PROFILE, "memory_bytes": 64e9}),
+        write(tmp_path / "the-garage-at-the-back.json", {**PROFILE, "memory_bytes": 64e9}),
+    ]
+
+    arguments = ["planning.split=memory", "--config", config, "--profiles", *profiles]
+    text = plan(capsys, *arguments, "--explain")
+
+    tables = [line for line in text.splitlines() if line.startswith("  ")]
+    assert max(map(len, tables)) <= 80
+    assert chr(0x2026) not in text
+    row = next(line.split() for line in tables if "kitchen-corner" in line)
+    assert row[1] == f"1-{BLOCKS}"
+    assert any(len(word) == len("54,932") and "," in word for word in row)
 
 
 def test_the_least_split_is_explained(
@@ -151,8 +175,8 @@ def test_ranks_by_kind_and_block(
     text = plan(capsys, *arguments)
 
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if "_proj" in line)
-    assert lines["self_attn.q_proj"] == f"0-1: 3, 2-{BLOCKS - 1}: 16"
-    assert lines["self_attn.k_proj"] == f"0-{BLOCKS - 1}: 16"
+    assert lines["self_attn.q_proj"] == f"1-2: 3, 3-{BLOCKS}: 16"
+    assert lines["self_attn.k_proj"] == f"1-{BLOCKS}: 16"
 
 
 def test_nobody_can_take_part(
