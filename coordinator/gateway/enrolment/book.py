@@ -244,7 +244,8 @@ class EnrolmentBook:
         with storage_errors(self.path):
             make_folder(self.path.parent)
             name = self.path.with_name(self.path.name + ".lock")
-            lock = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)  # nobody else may hold it
+            # Nobody else may hold it, and no link may lead root to a file to give away.
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
                 owner = self._owner()

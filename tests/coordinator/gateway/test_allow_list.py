@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import pytest
 import zmq
 from zmq.utils import z85
 
+from coordinator.gateway import allow_list
 from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.ration import Trouble
 from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.transport.keys import make_key_pair
 
 ONE, TWO = make_key_pair().public, make_key_pair().public
@@ -185,15 +187,57 @@ def test_a_list_that_another_user_has_changed_stays_readable() -> None:
     """Who may write to the folder and give nothing away leaves a file that all may read."""
     with TemporaryDirectory() as name:  # which another user may enter
         folder = Path(name)
+        folder.chmod(0o777)
         AllowList(folder / "a.json").register("x", ONE)
         os.chown(folder / "a.json", 12345, 12345)
         (folder / "a.json").chmod(0o644)
-        folder.chmod(0o777)
         as_user(23456, lambda: AllowList(folder / "a.json").unregister("x"))
 
         assert (folder / "a.json").stat().st_uid == 23456
         assert (folder / "a.json").stat().st_mode & 0o444 == 0o444
         assert AllowList(folder / "a.json").devices() == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+def test_who_may_not_change_the_list_cannot_hold_its_lock() -> None:
+    """A lock that an earlier version left open to all is closed, and is the owner's."""
+    with TemporaryDirectory() as name:
+        folder, lock = Path(name), Path(name) / "a.json.lock"
+        folder.chmod(0o755)
+        os.chown(folder, 12345, 12345)
+        lock.touch()
+        lock.chmod(0o644)
+        AllowList(folder / "a.json").register("x", ONE)
+
+        assert (lock.stat().st_uid, lock.stat().st_mode & 0o777) == (12345, 0o600)
+        as_user(23456, lambda: refused(lock))
+        as_user(12345, lambda: AllowList(folder / "a.json").unregister("x"))
+
+
+def refused(path: Path) -> None:
+    """Fail if the file can be opened."""
+    with pytest.raises(PermissionError):
+        path.open()
+
+
+def test_a_lock_that_is_held_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who holds the lock for good is named after a while; a link in its place is none."""
+    monkeypatch.setattr(allow_list, "LOCK_S", 0.2)
+    allowed = AllowList(tmp_path / "a.json")
+    allowed.register("x", ONE)
+    lock = tmp_path / "a.json.lock"
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match=r"another process.* holds its lock .*json\.lock"):
+            allowed.unregister("x")
+    lock.unlink()
+    (tmp_path / "target").touch(0o644)
+    lock.symlink_to(tmp_path / "target")
+    with pytest.raises(StorageError, match=r"a\.json\.lock: Too many levels of symbolic links"):
+        allowed.unregister("x")
+    assert AllowList(tmp_path / "a.json").devices() == {"x": ONE}
 
 
 def as_user(number: int, act: Callable[[], None]) -> None:
