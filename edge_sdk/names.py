@@ -14,6 +14,7 @@ from edge_sdk.errors import RemoteProtocolError
 
 # A file system takes 255 bytes for a name; some are given an ending of ours.
 MAX_NAME = 80
+MAX_FOLDER_BYTES = 200
 # A part of a model: twice the largest known layer of experts. Whoever wants less says so.
 MAX_PART_BYTES = 1 << 36
 
@@ -41,6 +42,22 @@ PartName = Annotated[str, Matching(r"files|front|block\.[0-9]{1,5}|tail|graphs")
 """Name of a part of a model."""
 PartBytes = Annotated[int, Between(0, MAX_PART_BYTES)]
 """Size of a part, or a place in it."""
+
+
+def check_folder_name(name: str | None) -> None:
+    """Refuse a *name* that a person has given and that is not that of one folder; None is any.
+
+    Raises:
+        ValueError: it is a path, hidden, cannot be printed, or is too long for a file system.
+    """
+    if name is None:
+        return
+    is_plain = bool(name) and name.isprintable() and not name.startswith((".", "-", " "))
+    if not is_plain or "/" in name or "\\" in name or len(name.encode()) > MAX_FOLDER_BYTES:
+        raise ValueError(
+            f"name must be that of one folder: without '/', '.' at its beginning and what cannot "
+            f"be printed, at most {MAX_FOLDER_BYTES} bytes, got {name[:MAX_NAME]!r}"
+        )
 
 
 def run_name(text: str) -> str:

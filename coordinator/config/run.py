@@ -22,6 +22,7 @@ from coordinator.config.tracking import TrackingConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.precision import Compute
+from edge_sdk.names import check_folder_name
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.plan import MOST_AWAY, Residual
 from edge_sdk.protocol.residual import RESIDUAL
@@ -140,7 +141,8 @@ class ServeConfig:
     runs: Path = Path("runs")
     """Folder in which each run gets a folder of its own."""
     name: str | None = None
-    """Name of the run's folder; without one it is made from the date and time."""
+    """Name of the run's folder, which lies in `runs`: a name and no path; without one it is made
+    from the date and time."""
     page: str | None = None
     """HOST:PORT of a page to watch the run on in a browser, as 127.0.0.1:7071; see docs/page.md.
     Needs the extra `page`. None: there is none."""
@@ -242,6 +244,7 @@ class ServeConfig:
     saved on its way only for a device that leaves on purpose, and for a stop."""
 
     def __post_init__(self) -> None:
+        check_folder_name(self.name)
         for name in ("rounds", "steps_per_round", "min_devices", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -323,6 +323,7 @@ class Participant:
 
     def _pause(self, _envelope: Envelope) -> None:
         self._save()
+        self._callback.on_status(f"the coordinator pauses after step {self._stamp.step}; waiting")
         self._link.send(Paused(stamp=self._stamp))
         self._leaving.leave_round()
 
@@ -344,6 +345,8 @@ class Participant:
     def _evaluate(self) -> None:
         assert self._data is not None
         steps = self._ready()[1]
+        if count := len(self._data.validation):
+            self._callback.on_status(f"evaluating on {count:,} samples")
         self._link.send(steps.evaluate(self._data.validation, self._data.pad_id, self._stamp))
 
     # ---- training ----

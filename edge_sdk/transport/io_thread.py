@@ -311,7 +311,7 @@ class DeviceIo:
         log.info("link.attached lane=%s name=%s", line.lane.name, control.name)
 
     def _lost(self, now_s: float) -> None:
-        log.warning("link.session_lost address=%s", self.config.address)
+        log.info("link.session_lost address=%s", self.config.address)
         self._new_talk()
         self.inbox.put((self.epoch, SessionLost("the coordinator does not know this session")))
         self.epoch += 1

@@ -57,7 +57,7 @@ def test_one_ctrl_c_is_enough_beside_a_frozen_device(files: Cluster, start: Star
     coordinator.interrupt()
     assert coordinator.wait() == 130
     assert time.monotonic() - began_s < 10.0
-    assert "stopped; go on with: coordinator resume" in coordinator.text
+    assert "paused; go on with: coordinator resume" in coordinator.text
 
     frozen.thaw()
     resumed = start("coordinator", "resume", "runs/run")
@@ -82,7 +82,7 @@ def test_ctrl_c_once_and_twice(files: Cluster, start: Start) -> None:
     coordinator.wait_for_match(r"a: left: stopped(.*\n)+round (.*\n)+round ")
     coordinator.interrupt()
     assert coordinator.wait() == 130
-    assert "stopped; go on with: coordinator resume" in coordinator.lines[-1]
+    assert "paused; go on with: coordinator resume" in coordinator.lines[-1]
     checkpoints = sorted((files.folder / "runs" / "run").glob("checkpoint-*"))
     step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.names import MAX_PART_BYTES, Between, Matching, inside, run_name
+from edge_sdk.names import MAX_PART_BYTES, Between, Matching, check_folder_name, inside, run_name
 from edge_sdk.protocol import headers
 from edge_sdk.protocol.messages import MESSAGES
 
@@ -157,3 +157,18 @@ def test_a_link_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
 
     with pytest.raises(RemoteProtocolError, match="leads out of its folder"):
         inside(tmp_path / "state", "run-1", "a")
+
+
+@pytest.mark.parametrize("name", ["first", "a b", "küche-2", "x" * 200, "1e+06"])
+def test_a_run_may_have_any_name_of_a_folder(name: str) -> None:
+    """Letters of any script, and blanks within."""
+    check_folder_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../evil", "a/b", "a\\b", ".hidden", "-x", " x", "a\nb", "x" * 201]
+)
+def test_a_name_of_a_run_is_no_path(name: str) -> None:
+    """What would lie elsewhere, be hidden, or move a cursor is refused."""
+    with pytest.raises(ValueError, match="name must be that of one folder"):
+        check_folder_name(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,9 +91,12 @@ class RunFinished(RunEvent):
 class RunPaused(RunEvent):
     """A stopped run is saved, and can go on."""
 
-    LINE = "stopped; go on with: coordinator resume {0.folder}"
-
     folder: Path
+
+    @property
+    def text(self) -> str:
+        """How to go on, as a shell takes it."""
+        return f"paused; go on with: coordinator resume {shlex.quote(str(self.folder))}"
 
 
 @dataclass(frozen=True, slots=True)

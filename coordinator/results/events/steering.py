@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class RunStopped(RunEvent):
         """How far it came."""
         done = f"stopped after {self.rounds} of {self.total_rounds} rounds"
         lacks = "" if self.rounds else ", so there is no result yet"
-        return f"{done}{lacks}; to go on all the same: coordinator resume {self.folder}"
+        folder = shlex.quote(str(self.folder))
+        return f"{done}{lacks}; to go on all the same: coordinator resume {folder}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def test_events_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "going on without a, b: not back yet",
         "b: rejected: bad",
         "a: left: silent for 9 s",
-        "stopped; go on with: coordinator resume runs/r",
+        "paused; go on with: coordinator resume runs/r",
         "adapter: runs/r/adapter (read back, logits differ by 1e-07 at most)",
     ]
 
