@@ -99,7 +99,8 @@ class EvaluationConfig:
 
     test_file: str | tuple[str, ...] | None = None
     """A file on the coordinator, as in `data.path` and read as `data` says, on which the model that
-    is the run's result is evaluated once, at the end; nothing is decided by it."""
+    is the run's result is evaluated once, at the end; nothing is decided by it. A run that goes on
+    after its end, or after a stop, has another end and another result."""
 
     def __post_init__(self) -> None:
         if isinstance(self.test_file, list):
@@ -251,8 +252,7 @@ class ServeConfig:
         check_listened("listen", self.listen)
         if len(set(self.report_to)) < len(self.report_to):
             raise ValueError(f"report_to must name each once, got {list(self.report_to)}")
-        if self.page is not None:
-            page_address("page", self.page, has_token=self.page_token is not None)
+        self._check_ports()
         if self.wave_tokens is not None and self.wave_tokens < 1:
             raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:
@@ -325,6 +325,19 @@ class ServeConfig:
                 "planning.replan: plans change between rounds, which round_mode: 'buffered' has "
                 "not; set it to false"
             )
+
+    def _check_ports(self) -> None:
+        """Refuse addresses of this run that have one port."""
+        taken = {"listen": self.listen.rpartition(":")[2]}
+        if self.page is not None:
+            has_token = self.page_token is not None
+            taken["page"] = str(page_address("page", self.page, has_token=has_token).port)
+        if "prometheus" in self.report_to:
+            taken["tracking.prometheus_address"] = str(self.tracking.prometheus_place[1])
+        ports = [port for port in taken.values() if port not in ("*", "0")]
+        if twice := next((port for port in ports if ports.count(port) > 1), None):
+            keys = " and ".join(key for key, port in taken.items() if port == twice)
+            raise ValueError(f"{keys} have one port, {twice}; give each its own")
 
     @property
     def total_steps(self) -> int:

@@ -82,3 +82,22 @@ def test_the_choices_of_aggregation_are_the_rules() -> None:
     )
     with pytest.raises(ValueError, match="aggregation must be one of exact, stack"):
         ServeConfig(model="m", aggregation="zeropat")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page": "127.0.0.1:7070"},
+        {"listen": "tcp://*:9464", "report_to": ("prometheus",)},
+        {"page": "127.0.0.1:9464", "report_to": ("csv", "prometheus")},
+    ],
+)
+def test_a_run_has_a_port_for_each_of_its_addresses(change: dict[str, Any]) -> None:
+    """Two of its own addresses with one port are named before anybody listens."""
+    with pytest.raises(ValueError, match=r" and .* have one port, (7070|9464); give each its own"):
+        ServeConfig(model="m", **change)
+
+
+def test_any_port_is_another_one() -> None:
+    """What the system chooses meets nothing."""
+    ServeConfig(model="m", listen="tcp://*:*", page="127.0.0.1:0", report_to=("prometheus",))
