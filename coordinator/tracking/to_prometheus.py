@@ -1,17 +1,21 @@
 """Numbers as Prometheus reads them: the newest of each, over HTTP at `/metrics`.
 
-On loopback for everybody; anywhere else for whoever has the token.
+On loopback for everybody who comes by a name of ours; anywhere else for whoever has the token.
 """
 
 from __future__ import annotations
 
 import hmac
+import io
+import ipaddress
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from coordinator.config.run import ServeConfig
@@ -23,8 +27,9 @@ if TYPE_CHECKING:
 
 PATH = "/metrics"
 LEAST_TOKEN = 16
-# Readers at once: one Prometheus asks every few seconds. More are shut out, and each has so long.
-MOST_READERS, READER_S = 8, 5.0
+# Readers at once, and those of one address beyond this machine: one Prometheus asks every few
+# seconds. More are shut out, and each has so many seconds for question and answer together.
+MOST_READERS, MOST_OF_ONE, READER_S = 8, 4, 5.0
 
 
 def check_token(config: ServeConfig) -> None:
@@ -71,7 +76,8 @@ class PrometheusPage:
         path = settings.prometheus_token
         token = None if path is None else read_token(path)
         self._newest = _Newest(about)
-        self._server = _serve(settings.prometheus_place, _page(self._newest, token))
+        place = settings.prometheus_place
+        self._server = _serve(place, _page(self._newest, token, place[0]))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -135,8 +141,8 @@ class _Newest:
                 yield family
 
 
-def _page(newest: _Newest, token: bytes | None) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application with one page."""
+def _page(newest: _Newest, token: bytes | None, own: str) -> Callable[..., Iterable[bytes]]:
+    """Return a WSGI application with one page, at the host *own*."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -144,7 +150,13 @@ def _page(newest: _Newest, token: bytes | None) -> Callable[..., Iterable[bytes]
     registry.register(newest)
     wanted = None if token is None else b"Bearer " + token
 
+    hosts = {own.lower(), "localhost", "127.0.0.1", "::1"}
+
     def answer(environ: Mapping[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        # Another site's name may lead here, too, and then a browser gives it what we answer.
+        if wanted is None and _host(str(environ.get("HTTP_HOST", ""))) not in hosts:
+            start("421 Misdirected Request", [("Content-Type", "text/plain")])
+            return [b"unknown host\n"]
         given = str(environ.get("HTTP_AUTHORIZATION", "")).encode("latin-1", "replace")
         if wanted is not None and not hmac.compare_digest(given, wanted):
             start("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
@@ -158,10 +170,54 @@ def _page(newest: _Newest, token: bytes | None) -> Callable[..., Iterable[bytes]
     return answer
 
 
+def _host(given: str) -> str:
+    """Return the name in a Host header, without its port."""
+    name = given if given.endswith("]") else given.rsplit(":", 1)[0]
+    return name.strip("[]").lower()
+
+
+class _Hurried(io.RawIOBase):
+    """A connection whose reads and writes all end by one time."""
+
+    def __init__(self, connection: socket.socket, until_s: float) -> None:
+        super().__init__()
+        self._connection, self._until_s = connection, until_s
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def writable(self) -> bool:
+        """Return that it can be written."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come; wait no longer than that time."""
+        self._hurry()
+        return self._connection.recv_into(buffer)
+
+    def write(self, data: Any) -> int:
+        """Write all of it by that time."""
+        self._hurry()
+        self._connection.sendall(data)
+        return len(data)
+
+    def _hurry(self) -> None:
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0.0:
+            raise TimeoutError
+        self._connection.settimeout(left_s)
+
+
 class _Handler(WSGIRequestHandler):
     """Says nothing on the terminal, and waits for nobody."""
 
-    timeout = READER_S
+    def setup(self) -> None:
+        """Let question and answer have one deadline, however slowly their bytes come and go."""
+        super().setup()
+        self.rfile.close()
+        stream = _Hurried(self.connection, time.monotonic() + READER_S)
+        self.rfile, self.wfile = io.BufferedReader(stream), cast(Any, stream)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -175,7 +231,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     block_on_close = False
 
     def __init__(self, place: tuple[str, int]) -> None:
-        self._free = threading.BoundedSemaphore(MOST_READERS)
+        self._lock = threading.Lock()
+        self._readers: Counter[str] = Counter()
         super().__init__(place, _Handler)
 
     def server_bind(self) -> None:
@@ -188,7 +245,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, if there is one left."""
-        if self._free.acquire(blocking=False):
+        if self._has_room(client_address[0]):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -198,7 +255,19 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._lock:
+                self._readers -= Counter([client_address[0]])
+
+    def _has_room(self, address: str) -> bool:
+        """Count one more reader if there may be one."""
+        is_own = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        with self._lock:
+            if self._readers.total() >= MOST_READERS or (
+                self._readers[address] >= MOST_OF_ONE and not is_own
+            ):
+                return False
+            self._readers[address] += 1
+            return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a reader that leaves is none of the run's business."""

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -303,6 +304,56 @@ def test_readers_that_say_nothing_are_bounded(tmp_path: Path) -> None:
 
     assert most - before <= to_prometheus.MOST_READERS
     assert shut == b""
+
+
+def test_slow_readers_have_one_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then holds no place: question and answer together have so long."""
+    monkeypatch.setattr(to_prometheus, "READER_S", 1.0)
+    page = open_page(tmp_path, prometheus_address="127.0.0.1:0")
+    slow = [socket.create_connection(page.address, 10.0) for _ in range(to_prometheus.MOST_READERS)]
+    begun_s = time.monotonic()
+
+    answer, refused = "", 0
+    while not answer:
+        assert time.monotonic() - begun_s < 10.0
+        for each in slow:
+            with suppress(OSError):  # it was shut
+                each.send(b"G")
+        time.sleep(0.2)
+        answer = read(page.address[1])
+        refused += not answer
+    for each in slow:
+        each.close()
+    page.close(completed=True)
+
+    assert refused >= 2, "they held every place for a while"
+    assert "edgesplit_run_info" in answer
+
+
+def test_one_address_holds_half_of_the_places(tmp_path: Path) -> None:
+    """Another machine's silent connections leave room for a second one; this machine has all."""
+    page = open_page(tmp_path, prometheus_address="127.0.0.1:0")
+    has_room = page._server._has_room
+
+    assert [has_room("192.0.2.1") for _ in range(5)] == [True] * 4 + [False]
+    assert [has_room("127.0.0.1") for _ in range(5)] == [True] * 4 + [False]
+    page.close(completed=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"), [("LOCALHOST:9464", True), ("[::1]:9464", True), ("evil.example", False)]
+)
+def test_without_a_token_only_our_own_names_lead_to_it(
+    tmp_path: Path, host: str, is_ours: bool
+) -> None:
+    """A page of another site, whose name leads to this machine, reads nothing."""
+    page = open_page(tmp_path, prometheus_address="127.0.0.1:0")
+
+    answer = read(page.address[1], Host=host)
+    page.close(completed=True)
+
+    assert ("edgesplit_run_info" in answer) == is_ours
+    assert is_ours or answer == "421"
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
