@@ -79,7 +79,7 @@ def _doing(one: DeviceStanding, late: Row | None, left: Row | None) -> str:
 def _tone(one: DeviceStanding, standing: Standing, *, is_late: bool, is_gone: bool) -> str:
     """Return a word for what state a device is in."""
     if not standing.is_running:
-        return "done" if standing.is_complete else "off"
+        return "done" if standing.is_complete else "rest" if standing.is_orderly else "off"
     if is_gone or one.doing.startswith("left"):
         return "off"
     if is_late or one.doing.startswith(("silent", "waits: no plan", "rests")):
@@ -97,7 +97,7 @@ def rank_strips(
     -1 stands where there is no adapter. Where nothing was planned all of a device's adapters have
     one rank, and there is one kind.
     """
-    plans = history.plans_in(config.rounds)
+    plans = history.plans_in(standing.planned_round)
     found = {name: _by_block(plan["ranks"]) for name, plan in plans.items()}
     kinds = sorted({kind for blocks in found.values() for _, kind in blocks})[:MOST_KINDS]
     strips = {}

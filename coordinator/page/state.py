@@ -93,7 +93,7 @@ def run_parts(folder: FollowedFolder, config: ServeConfig) -> dict[str, Any]:
         **{f"device:{name}": card for name, card in cards.items()},
         "curves": curves(history, folder.rows(CLOCK)),
         "importance": importance(history, folder.rows(IMPORTANCE)),
-        "plan": plan_rows(history, config.rounds),
+        "plan": plan_rows(history, standing.planned_round),
         "plannings": plannings(history),
         "timeline": _timeline(live),
         "samples": _samples(folder),
@@ -154,7 +154,7 @@ def _tone(standing: Standing) -> str:
     if standing.is_complete:
         return "done"
     if not standing.is_running:
-        return "off"
+        return "rest" if standing.is_orderly else "off"
     return "training" if standing.state == "running" else "late"
 
 

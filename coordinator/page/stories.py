@@ -171,7 +171,8 @@ def plan_rows(history: RunHistory, rounds: int) -> list[dict[str, Any]]:
     newest = next((row for row in reversed(history.plans) if row["round"] <= rounds), None)
     if newest is None:
         return []
-    told = (row["why"] for row in reversed(history.events) if row["event"] == "plans.made")
+    made = [row for row in history.events if row["event"] == "plans.made"]
+    told = (row["why"] for row in reversed(made) if row["round"] <= rounds)
     why: Mapping[str, Row] = next(told, {})
     rows = []
     for name, plan in sorted(newest["plans"].items()):

@@ -3,7 +3,7 @@
 import { byId, bytes, clock, DOT, DOWN, el, fixed, number, ramp, say, seconds, show, svg, UP } from "./draw.js";
 
 const FEW = 12, MANY = 24, AT_ONCE = 60;
-const TONES = ["late", "off", "coming", "ready", "training", "done"];
+const TONES = ["late", "off", "coming", "ready", "training", "rest", "done"];
 const cards = new Map();
 let shown = AT_ONCE, drawn = "";
 
@@ -63,7 +63,8 @@ function counted(devices, found) {
 }
 
 const TONE_WORDS = {
-  late: "late", off: "gone", coming: "on the way", ready: "ready", training: "training", done: "done",
+  late: "late", off: "gone", coming: "on the way", ready: "ready", training: "training", rest: "at rest",
+  done: "done",
 };
 
 // ---- one card ----

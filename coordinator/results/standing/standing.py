@@ -69,8 +69,13 @@ class Standing:
     is_running: bool
     """Whether a coordinator holds it."""
     is_complete: bool
+    is_orderly: bool
+    """Whether nobody holds it because somebody wanted that: paused or stopped."""
+    is_between: bool
+    """Whether no round goes on: it has ended, and `round` counts those that are done."""
     round: int
-    """The round that goes on, or is next, as people count; the last one of a complete run."""
+    """The round that goes on, or is next, as people count; the last one where all are done, or
+    where it has ended between two."""
     rounds: int
     step: int
     total_steps: int
@@ -85,14 +90,21 @@ class Standing:
     run_left_s: float | None
     devices: tuple[DeviceStanding, ...]
 
+    @property
+    def planned_round(self) -> int:
+        """The last round whose plans count, from 0: not one that was planned and never began."""
+        return self.round - 1 if self.is_between else self.rounds
+
 
 def stand(folder: RunFolder, config: ServeConfig, now: datetime) -> Standing:
     """Return where the run in *folder* stands at *now*, which has a time zone."""
     history, live = RunHistory(folder), _read_live(folder)
     is_running, is_complete = is_held(folder.path), has_ended(folder)
     done = history.rounds_done
-    round_ = done if is_complete else min(config.rounds, nth(done))
     step = _step(folder, history, config, live if is_running else {})
+    is_orderly = not is_running and not is_complete and _outcome(history) in _ENDINGS
+    is_between = is_complete or (is_orderly and done > 0 and step <= done * config.steps_per_round)
+    round_ = done if is_between else min(config.rounds, nth(done))
     round_left_s, run_left_s = None, None
     if is_running and not is_complete:
         round_left_s, run_left_s = _left_s(history, config, live, step)
@@ -102,6 +114,8 @@ def stand(folder: RunFolder, config: ServeConfig, now: datetime) -> Standing:
         state=_state(folder, history, config, live, step),
         is_running=is_running,
         is_complete=is_complete,
+        is_orderly=is_orderly,
+        is_between=is_between,
         round=round_,
         rounds=config.rounds,
         step=step,
@@ -113,7 +127,13 @@ def stand(folder: RunFolder, config: ServeConfig, now: datetime) -> Standing:
         else None,
         round_left_s=round_left_s,
         run_left_s=run_left_s,
-        devices=_devices(history, config, live, is_running=is_running),
+        devices=_devices(
+            history,
+            config,
+            live,
+            planned_round=round_ - 1 if is_between else config.rounds,
+            is_running=is_running,
+        ),
     )
 
 
@@ -146,12 +166,20 @@ def _state(
     where = f"step {step} of {config.total_steps}"
     if not folder.has_checkpoint():
         return "ended before its first checkpoint; `coordinator resume` begins it anew"
-    outcomes = [row for row in history.events if row["event"] in ("run.started", "run.ended")]
-    outcome = outcomes[-1].get("outcome") if outcomes else None
-    doing = {PAUSED: "paused", STOPPED: "stopped"}.get(outcome or "", "ended without a word")
+    outcome = _outcome(history)
+    doing = _ENDINGS.get(outcome, "ended without a word")
     result = ", its result is exported" if outcome == STOPPED and history.rounds_done else ""
     is_simulated = (folder.path / SIMULATION).is_file()
     return f"{doing} at {where}{result}{'' if is_simulated else ', resumable'}"
+
+
+_ENDINGS = {PAUSED: "paused", STOPPED: "stopped"}
+
+
+def _outcome(history: RunHistory) -> str:
+    """Return how the run ended; empty where it said nothing."""
+    rows = [row for row in history.events if row["event"] in ("run.started", "run.ended")]
+    return str(rows[-1].get("outcome", "")) if rows else ""
 
 
 def _going_on(history: RunHistory, live: Row) -> str:
@@ -222,13 +250,13 @@ def _loss(history: RunHistory) -> float | None:
 
 
 def _devices(
-    history: RunHistory, config: ServeConfig, live: Row, *, is_running: bool
+    history: RunHistory, config: ServeConfig, live: Row, *, planned_round: int, is_running: bool
 ) -> tuple[DeviceStanding, ...]:
     now: Mapping[str, Row] = live.get("devices", {})
     splits = {r["device"]: r["split"] for r in history.events if r["event"] == "device.joined"}
     names = {*config.devices, *history.devices(), *splits, *now}
     troubles = _troubles(history)
-    plans = history.plans_in(config.rounds)
+    plans = history.plans_in(planned_round)
     # At the end of a round its row knows more than the last step did.
     now_in = live.get("round")  # None: it has been resumed, and no round has begun yet
     is_newer = not history.costs or (now_in or 0) > history.costs[-1]["round"]

@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 def head(found: Standing) -> list[str]:
     """Return what the run as a whole does, in lines."""
     lines = [f"run {found.run}: {found.state}"]
-    done = f"{found.round} of {found.rounds} rounds" if found.is_complete else ""
+    done = f"{found.round} of {found.rounds} rounds" if found.is_between else ""
     where = [
         done or f"round {found.round} of {found.rounds}",
         f"step {found.step} of {found.total_steps}",

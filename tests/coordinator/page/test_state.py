@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from coordinator.page.state import PageState
 from coordinator.page.stories import CHUNK, MOST_EVENTS, event_chunks
 from coordinator.results.events.devices import MessageRejected
 from coordinator.results.events.rounds import RunRewound
+from coordinator.results.events.run import RunFinished
 from coordinator.results.history import RunHistory
-from coordinator.results.run_folder import RunFolder
+from coordinator.results.lifecycle import STOPPED
+from coordinator.results.run_folder import Checkpoint, RunFolder
 from coordinator.results.run_lock import locked
-from tests.coordinator.page.recorded import BLOCKS, KINDS, Recording
+from coordinator.results.standing.standing import stand
+from coordinator.results.standing.words import head
+from tests.coordinator.page.recorded import BLOCKS, KINDS, STEPS, Recording
 
 
 def values(state: PageState) -> dict[str, Any]:
@@ -66,6 +71,30 @@ def test_a_device_s_tone_follows_what_happens(three: Recording) -> None:
         assert values(state)["run"]["is_running"]
     state.refresh()
     assert not values(state)["run"]["is_running"]
+
+
+def test_a_run_that_was_stopped_after_a_round_is_at_rest(tmp_path: Path) -> None:
+    """Rounds that are done, the plan that was in force, and no alarm: somebody wanted this."""
+    recording = Recording(tmp_path, ["a", "b"], 4)
+    recording.rounds = 2  # it plans for the third
+    recording.play(ends=False)
+    recording.watcher.see(RunFinished(STOPPED))
+    recording.folder.save_checkpoint(2 * STEPS, Checkpoint({}, {"engine": {}, "ledger": {}}), 1)
+    state = PageState(recording.path)
+    state.refresh()
+
+    parts, plans = values(state), RunHistory(recording.folder).plans
+
+    assert (parts["run"]["round"], parts["run"]["rounds"]) == (2, 4)
+    assert {parts[name]["tone"] for name in ("run", "device:a", "device:b")} == {"rest"}
+    assert [row["round"] for row in plans] == [0, 2]
+    first, second = (
+        [row["plans"]["a"]["ranks"][f"model.layers.0.{kind}"] for kind in sorted(KINDS)]
+        for row in plans
+    )
+    assert parts["model"]["strips"]["a"][0] == first != second
+    found = stand(recording.folder, recording.config, datetime.now().astimezone())
+    assert head(found)[1].startswith(f"2 of 4 rounds, step {2 * STEPS} of {4 * STEPS}, ")
 
 
 def test_nothing_new_is_nothing_to_send(three: Recording) -> None:
