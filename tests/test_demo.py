@@ -60,7 +60,9 @@ def test_the_demo_runs_twice_into_one_folder(tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.stderr
     assert not (out / "left-over").exists()
-    assert "whole model, plain PEFT" in result.stdout
+    tables = result.stdout[: result.stdout.index("Above: ")].splitlines()
+    assert "plain PEFT" in result.stdout
+    assert max(map(len, tables)) <= 80
     assert "device-3, private" in result.stdout
     assert "\n  after " in result.stdout
     assert "device-2: step 2/2" in result.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -33,7 +33,7 @@ def print_results(
     console.print(cost(history, splits, memory))
     paragraph(
         console,
-        f"Above imports: the peak less what python, torch, transformers and PEFT take before "
+        f"Above: the peak less what python, torch, transformers and PEFT take before "
         f"anything is loaded, {mib(memory['device_floor'])} MiB on a device and "
         f"{mib(memory['floor'])} MiB for plain PEFT. Plain PEFT trained the whole model in one "
         f"process for {memory['steps']} steps, on the largest batches that the devices had. "
@@ -57,7 +57,9 @@ def table(title: str, *headings: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for number, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        # A long name goes on in the next line; a number is never cut.
+        side: Literal["left", "right"] = "right" if number else "left"
+        made.add_column(heading, justify=side, no_wrap=number > 0, overflow="fold")
     return made
 
 
@@ -82,7 +84,7 @@ def score(found: dict[str, float]) -> str:
 
 def cost(history: RunHistory, splits: dict[str, int], memory: dict[str, Any]) -> Table:
     """Bytes and memory of every device, and memory of the whole model beside them."""
-    headings = ("", "blocks", "tokens/s", "up MiB", "down MiB", "peak MiB", "above imports MiB")
+    headings = ("", "blocks", "tokens/s", "up MB", "down MB", "peak MiB", "above MiB")
     made = table("What it cost", *headings)
     seconds = sum(row["seconds"] for row in history.costs)
     for name, split in splits.items():
@@ -91,20 +93,20 @@ def cost(history: RunHistory, splits: dict[str, int], memory: dict[str, Any]) ->
             name,
             str(split),
             f"{own.tokens / seconds:.0f}",
-            mib(own.bytes_up, 1),
-            mib(own.bytes_down, 1),
+            f"{own.bytes_up / 1e6:.1f}",
+            f"{own.bytes_down / 1e6:.1f}",
             mib(own.peak_bytes),
             mib(own.peak_bytes - memory["device_floor"]),
         )
     made.add_section()
     above = memory["peak"] - memory["floor"]
-    made.add_row("whole model, plain PEFT", "all", "", "", "", mib(memory["peak"]), mib(above))
+    made.add_row("plain PEFT", "all", "", "", "", mib(memory["peak"]), mib(above))
     return made
 
 
-def mib(num_bytes: float, digits: int = 0) -> str:
+def mib(num_bytes: float) -> str:
     """A number of bytes in MiB."""
-    return f"{num_bytes / 2**20:.{digits}f}"
+    return f"{num_bytes / 2**20:.0f}"
 
 
 def show_sample(console: Console, model: Path, adapter: Path, shards: Shards) -> None:
