@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.commands.parser import add_command
+from coordinator.export.needs import check_options
 from coordinator.export.options import DTYPES, FORMATS, ExportOptions
 from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import ConfigError
@@ -29,9 +30,6 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from coordinator.export.run import check_options, export_run
-    from coordinator.lab.centralised.run import export_pooled
-
     wanted = _wanted(options)
     if options.to.exists() and not options.to.is_dir():
         raise ConfigError(f"--to: {options.to} is a file; name a folder")
@@ -39,6 +37,11 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")
     check_options(wanted)
     folder, config = read_run(options.folder, [])
+    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    from coordinator.export.run import export_run
+    from coordinator.lab.centralised.run import export_pooled
+
+    sys.stderr.write(f"reading model and result of run {folder.name}, writing {options.to}\n")
     export = export_pooled if config.trained_by == "coordinator" else export_run
     difference = export(folder, options.to, options=wanted, say=print)
     what = "model" if (options.to / "config.json").exists() else "adapter"

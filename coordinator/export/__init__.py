@@ -5,6 +5,7 @@ __all__ = [
     "check",
     "facts",
     "merged",
+    "needs",
     "options",
     "outcome",
     "run",

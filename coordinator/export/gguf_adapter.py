@@ -6,11 +6,8 @@ by the `gguf` package.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +22,11 @@ from coordinator.export.card import Card
 from coordinator.export.check import TOLERANCE, ExportError
 from coordinator.export.facts import RunFacts
 from coordinator.export.peft_names import pad
-from edge_sdk.errors import ConfigError, ModelError, one_line
+from edge_sdk.errors import ModelError, one_line
 from edge_sdk.files import storage_errors
 from edge_sdk.lora.factors import Factors, norm
 from edge_sdk.model.weights import ModelSource
 
-CONVERTER = "convert_lora_to_gguf.py"
-LLAMA_CPP = "LLAMA_CPP"
-"""Environment variable that names llama.cpp's folder."""
 ADAPTER_FILE = "adapter.gguf"
 MODELFILE = """\
 # For `ollama create NAME -f Modelfile`, in this folder. base.gguf: the base model as llama.cpp's
@@ -40,31 +34,6 @@ MODELFILE = """\
 FROM ./base.gguf
 ADAPTER ./adapter.gguf
 """
-
-
-def find_converter(given: Path | None) -> Path:
-    """Return llama.cpp's converter of adapters, and see that what reads its work is there.
-
-    Args:
-        given: llama.cpp's folder, or the converter itself; None: `LLAMA_CPP` in the environment,
-            then the search path.
-
-    Raises:
-        ConfigError: it is not there, or the package `gguf` is not.
-    """
-    named = given or (Path(os.environ[LLAMA_CPP]) if os.environ.get(LLAMA_CPP) else None)
-    found = None if named is None else named / CONVERTER if named.is_dir() else named
-    if named is None and (on_path := shutil.which(CONVERTER)) is not None:
-        found = Path(on_path)
-    if found is None or not found.is_file():
-        where = "on the search path" if named is None else f"at {named}"
-        raise ConfigError(
-            f"--format gguf: no {CONVERTER} {where}; clone llama.cpp and name its folder by "
-            f"--llama-cpp or in the variable {LLAMA_CPP}, or use --format merged"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("--format gguf: needs the package gguf; pip install 'edgesplit[gguf]'")
-    return found
 
 
 def export_gguf(

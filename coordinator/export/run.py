@@ -24,9 +24,10 @@ from coordinator.export.adapter import (
 )
 from coordinator.export.check import TOLERANCE, trained_slice
 from coordinator.export.facts import RunFacts
-from coordinator.export.gguf_adapter import export_gguf, find_converter
-from coordinator.export.hub import check_push, push
+from coordinator.export.gguf_adapter import export_gguf
+from coordinator.export.hub import push
 from coordinator.export.merged import export_merged
+from coordinator.export.needs import check_options, find_converter
 from coordinator.export.options import ExportOptions
 from coordinator.export.peft_names import is_stacked
 from coordinator.export.run_facts import result_checkpoint, run_facts
@@ -123,18 +124,6 @@ def read_trained(
     ledger.load_state(checkpoint.arrays["ledger"])
     done = checkpoint.state["round"]
     return Trained(source, ledger.global_factors(), ledger.head, run_facts(run, done))
-
-
-def check_options(options: ExportOptions) -> None:
-    """Refuse what cannot be done here, before anything is loaded.
-
-    Raises:
-        ConfigError: llama.cpp's converter, or a token for the hub, is missing.
-    """
-    if options.format == "gguf":
-        find_converter(options.llama_cpp)
-    if options.push_to_hub is not None:
-        check_push(options.push_to_hub)
 
 
 def write_export(

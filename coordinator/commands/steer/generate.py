@@ -53,6 +53,9 @@ def add_generate(commands: Any) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     folder, config = read_run(options.folder, [])
+    prompts = _asked(options.prompt) or read_prompts(config.evaluation)
+    if not prompts:
+        raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
     sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
     from coordinator.export.run import read_trained
     from coordinator.export.run_facts import result_checkpoint
@@ -60,9 +63,6 @@ def _generate(options: argparse.Namespace) -> int:
     from coordinator.lab.centralised.run import read_pooled
     from edge_sdk.model.weights import load_tokenizer
 
-    prompts = _asked(options.prompt) or read_prompts(config.evaluation)
-    if not prompts:
-        raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
     most = config.evaluation.max_new_tokens
     manner = Manner(
         max_new_tokens=most if options.max_new_tokens is None else options.max_new_tokens,

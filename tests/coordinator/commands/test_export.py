@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,42 @@ def test_what_cannot_be_had_is_said_before_anything_is_loaded(
     assert says in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_known_without_torch_is_said_without_it(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder that is not empty, a converter or a prompt that is missing: nobody waits for it."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    run = str(runs["adapters"])
+    wrong = [
+        ["export", run, "--to", str(tmp_path / "full")],
+        ["export", run, "--to", str(tmp_path / "no"), "--format", "gguf", "--llama-cpp", "nowhere"],
+        ["generate", run],
+    ]
+    program = (
+        "import sys; from coordinator.cli import main; "
+        f"print([main(each) for each in {wrong}], 'torch' in sys.modules)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "[2, 2, 2] False\n"
+    assert "importing torch" not in done.stderr
+
+
+def test_an_export_says_what_it_waits_for(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is read and written is said before it takes its time, beside the result's line."""
+    assert main(["export", str(runs["adapters"]), "--to", str(tmp_path / "out")]) == 0
+
+    printed = capsys.readouterr()
+    assert f"reading model and result of run adapters, writing {tmp_path / 'out'}" in printed.err
+    assert printed.out.startswith("adapter written to ")
 
 
 def test_a_push_follows_the_export(
