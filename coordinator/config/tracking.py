@@ -10,11 +10,9 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _ADDRESS = re.compile(r"(?:\[([^\]\s]+)\]|([^:/\[\]\s]+)):(\d{1,5})")
-
-# A name and a password before the host of an address.
-_SECRET = re.compile(r"//[^/\s]*@")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +23,8 @@ class TrackingConfig:
     """Project of Weights & Biases, experiment of MLflow."""
     mlflow_uri: str | None = None
     """Where MLflow keeps runs, as its `MLFLOW_TRACKING_URI`, which counts where this is None; None
-    without it: the folder `mlruns` below `runs`."""
+    without it: the folder `mlruns` below `runs`. An address with an `@` anywhere is refused: what
+    stands before it may be a password; write `%40` where none does."""
     prometheus_address: str = "127.0.0.1:9464"
     """HOST:PORT of the page `/metrics`; port 0 is any. Anything but this machine's own loopback
     needs `prometheus_token`."""
@@ -36,10 +35,11 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         if not self.project.strip():
             raise ValueError("project must not be empty")
-        if self.mlflow_uri is not None and _SECRET.search(self.mlflow_uri):
+        if self.mlflow_uri is not None and _may_hold_secret(self.mlflow_uri):
             raise ValueError(
-                "mlflow_uri must hold no password, as it stands in the run's files: give it in "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "mlflow_uri must hold no name and password, as it stands in the run's files: give "
+                "them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; an @ of anything "
+                "else is written %40"
             )
         host, _ = self.prometheus_place
         if not _is_loopback(host) and self.prometheus_token is None:
@@ -71,3 +71,19 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name: whoever answers to it
         return False
+
+
+def _may_hold_secret(uri: str) -> bool:
+    """Return whether something before an `@` could be a password, whatever stands in that.
+
+    Only a path of this machine may hold an `@`.
+    """
+    if "@" not in uri:
+        return False
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return True
+    if not parts.scheme:
+        return "//" in uri
+    return bool(parts.netloc) or parts.scheme not in ("file", "sqlite")

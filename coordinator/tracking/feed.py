@@ -27,8 +27,8 @@ EVERY_S = 1.0
 # Seconds after which a tracker that does not come back from one call is not waited for any more;
 # the libraries themselves give up a service that does not answer after 90 to 120 s.
 PATIENCE_S = 150.0
-# A name and a password in an address that an error quotes.
-_SECRET = re.compile(r"//[^/\s]*@")
+# A name and a password in an address that an error quotes, whatever but a space stands in them.
+_SECRET = re.compile(r"//\S*@")
 
 
 class Feed:

@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_gives_no_step_twice(bad: Bad, tmp_path: Path) -> Non
 
 def test_what_a_tracker_raises_is_told_once_and_ends_nothing(bad: Bad, tmp_path: Path) -> None:
     """One line with the reason and no password, in events as well; later numbers go nowhere."""
-    bad.error = "no\nnetwork: http://me:secret@host/x"
+    bad.error = "no\nnetwork: http://me:sec/r@et@host/x"
     listener, folder = Listener(), RunFolder(tmp_path)
 
     with reporting(CONFIG, folder, listener) as watcher:

@@ -265,11 +265,12 @@ def open_page(folder: Path, **settings: Any) -> PrometheusPage:
 
 
 def test_beyond_this_machine_only_with_the_token(tmp_path: Path) -> None:
-    """Another address is refused without a token, and then nobody reads without it."""
+    """Another address is refused without a token; whatever its file's mode, none reads without."""
     with pytest.raises(ValueError, match="beyond this machine"):
         TrackingConfig(prometheus_address="0.0.0.0:9464")
     (tmp_path / "short").write_text("1234\n")
     (tmp_path / "token").write_text("correct-horse-battery\n")
+    (tmp_path / "token").chmod(0o644)  # as a container's other user needs it
     with pytest.raises(ConfigError, match="at least 16 characters, got 4"):
         to_prometheus.read_token(tmp_path / "short")
     page = open_page(tmp_path, prometheus_address="0.0.0.0:0", prometheus_token=tmp_path / "token")
@@ -374,10 +375,37 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         TrackingConfig(prometheus_address=address)
 
 
-def test_a_password_has_no_place_in_a_config() -> None:
-    """It would stand in the run's files; the message says where it goes instead."""
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
-        TrackingConfig(mlflow_uri="https://me:secret@host/mlflow")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:secret@host/mlflow",
+        "https://me:sec/ret@host/mlflow",
+        "https://me:sec?r#et@host",
+        "https://me:sec@ret@host",
+        "https://[me:secret@host",
+        "//me:secret@host",
+        "postgresql://me:secret@host/db",
+        "file://me:secret@host/mlruns",
+        "https:/me:secret@host",
+        "ht tps://me:secret@host",
+        "https:\t//me:secret@host",
+    ],
+)
+def test_a_password_has_no_place_in_a_config(address: str) -> None:
+    """It would stand in the run's files; the message says where it goes instead, and not it."""
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        TrackingConfig(mlflow_uri=address)
+
+    assert "sec" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://host:5000/mlflow", "file:///data/me@work", "sqlite:////data/me@work.db", "me@work"],
+)
+def test_paths_may_hold_an_at(address: str) -> None:
+    """A folder of this machine is no password."""
+    assert TrackingConfig(mlflow_uri=address).mlflow_uri == address
 
 
 def test_names_are_those_of_prometheus() -> None:
