@@ -12,7 +12,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +154,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def _unknown_key(path: str, key: str, node: Node, names: list[str]) -> str:
     allowed = ", ".join(names) or "none"
-    hint = _hint(key, names) or f"; the keys here are {allowed}"
+    hint = _hint(key, {name: repr(name) for name in names}) or f"; the keys here are {allowed}"
     return f"{node.origin.where}: unknown key {path!r}{hint}"
 
 
@@ -275,13 +275,15 @@ def _shown(node: Node) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _choices(annotation: Any) -> list[str]:
-    """Return the texts that *annotation* allows, for a suggestion."""
-    if typing.get_origin(annotation) is Literal:
-        return [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
-    return [text for option in typing.get_args(annotation) for text in _choices(option)]
+def _choices(annotation: Any) -> dict[str, str]:
+    """Return the texts that *annotation* allows, and how a suggestion is to write each."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return {choice: repr(choice) for choice in arguments if isinstance(choice, str)}
+    below = {text: shown for option in arguments for text, shown in _choices(option).items()}
+    return {text: f"[{text}]" for text in below} if origin is tuple else below
 
 
-def _hint(word: object, known: Sequence[str]) -> str:
+def _hint(word: object, known: Mapping[str, str]) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=1) if isinstance(word, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {known[close[0]]}?" if close else ""

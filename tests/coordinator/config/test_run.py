@@ -69,6 +69,16 @@ def test_a_run_has_rounds_times_steps() -> None:
     assert ServeConfig(model="m", rounds=3, steps_per_round=7).total_steps == 21
 
 
+@pytest.mark.parametrize(("given", "nearest"), [("csv", "[csv]"), ("tensorbord", "[tensorboard]")])
+def test_one_choice_in_place_of_a_list_is_told_how_to_write_it(given: str, nearest: str) -> None:
+    """The hint can be taken as it stands."""
+    with pytest.raises(ConfigError) as refused:
+        load_config(ServeConfig, None, ["model=m", f"report_to={given}"], env={})
+
+    assert str(refused.value).endswith(f", got {given!r}; did you mean {nearest}?")
+    assert load_config(ServeConfig, None, ["model=m", f"report_to={nearest}"], env={}).report_to
+
+
 def test_the_choices_of_aggregation_are_the_rules() -> None:
     """A rule is a choice by being in `RULES`; a wrong name is told the choices and the nearest."""
     assert get_args(field_types(ServeConfig)["aggregation"]) == tuple(RULES)
