@@ -94,7 +94,7 @@ def run_parts(folder: FollowedFolder, config: ServeConfig) -> dict[str, Any]:
         "curves": curves(history, folder.rows(CLOCK)),
         "importance": importance(history, folder.rows(IMPORTANCE)),
         "plan": plan_rows(history, standing.planned_round),
-        "plannings": plannings(history),
+        "plannings": plannings(history, standing.planned_round),
         "timeline": _timeline(live),
         "samples": _samples(folder),
         **event_chunks(history),

@@ -120,11 +120,14 @@ def _offer(row: Row) -> str:
 # ---- plans ----
 
 
-def plannings(history: RunHistory) -> list[dict[str, Any]]:
-    """Return what was planned, oldest first: why, what it is worth, and what moved."""
+def plannings(history: RunHistory, rounds: int) -> list[dict[str, Any]]:
+    """Return what was planned, oldest first: why, what it is worth, and what moved.
+
+    A plan for a round after *rounds*, from 0, has never been in force.
+    """
     found = []
     before: Mapping[str, Row] = {}
-    rows = history.plans
+    rows = [row for row in history.plans if row["round"] <= rounds]
     for row in rows:
         plans: Mapping[str, Row] = row.get("plans", {})
         found.append(

@@ -90,7 +90,7 @@ def troubles(facts: RunSums) -> Section:
     found: list[list[Any]] = []
     for row in facts.history.events:
         said = TROUBLES.get(row["event"])
-        if said is None or row.get("reason") in _BY_WILL:
+        if said is None or row.get("reason") in _BY_WILL or _is_first_wait(row):
             continue
         line = [said, _who(row), _why(row)]
         if found and found[-1][1:4] == line:
@@ -106,6 +106,11 @@ def troubles(facts: RunSums) -> Section:
     rows = [[*line[:4], f"{line[4]} times" if line[4] > 1 else ""] for line in found]
     head = ("when", "what", "who", "why", "how often")
     return Section("What went wrong", notes=notes, grids=[Grid(head, rows, num_texts=5)])
+
+
+def _is_first_wait(row: Row) -> bool:
+    """Whether nobody has come yet whom a run waits for: it was started before its devices."""
+    return row["event"] == "devices.missing" and not row["why"]
 
 
 def _who(row: Row) -> str:

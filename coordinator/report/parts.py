@@ -87,7 +87,12 @@ def text_of(value: float | None, form: str = ",.0f") -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
+def mebibytes(num_bytes: float | None) -> str:
+    """Return memory in MiB."""
+    return text_of(None if num_bytes is None else num_bytes / 2**20)
+
+
 def megabytes(num_bytes: float | None) -> str:
-    """Return bytes in MB."""
+    """Return traffic in MB."""
     value = None if num_bytes is None else num_bytes / 1e6
     return text_of(value, ",.1f" if value is not None and value < 100 else ",.0f")

@@ -8,6 +8,7 @@ from coordinator.report.parts import (
     Section,
     by_device,
     chart_of,
+    mebibytes,
     megabytes,
     text_of,
 )
@@ -50,11 +51,11 @@ def work(facts: RunSums) -> Section:
                 text_of(own.tokens / taken if taken else None),
                 text_of(own.compute_s, ",.1f"),
                 text_of(own.wait_s, ",.1f"),
-                megabytes(own.peak_bytes or None),
+                mebibytes(own.peak_bytes or None),
             ]
         )
-    head = ("device", "board", "blocks", "ranks", "samples", "rounds", "tokens", "tokens/s")
-    grid = Grid((*head, "computing s", "waiting s", "program MB"), rows, num_texts=2)
+    head = ("device", "board", "blocks", "ranks", "rows held", "rounds", "tokens", "tokens/s")
+    grid = Grid((*head, "computing s", "waiting s", "program MiB"), rows, num_texts=2)
     charts = _shares(facts) + _rates(facts)
     return Section("Who did what", charts=charts, grids=[grid] if rows else [])
 
@@ -152,12 +153,12 @@ def boards(facts: RunSums) -> Section:
                 text_of(per, ",.2f"),
                 text_of(sum(powers) / len(powers) if powers else None, ",.1f"),
                 text_of(max(heats, default=None), ".0f"),
-                megabytes(max(taken, default=None)),
+                mebibytes(max(taken, default=None)),
                 text_of(slow) if own.boards else "-",
             ]
         )
     head = ("device", "energy J", "J per 1,000 tokens", "mean power W", "highest deg C")
-    grid = Grid((*head, "board MB taken", "rounds slowed down"), rows)
+    grid = Grid((*head, "board MiB taken", "rounds slowed down"), rows)
     charts = []
     for key, title, label in (
         ("temperature", "Temperature", "degrees Celsius"),

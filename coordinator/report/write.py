@@ -113,7 +113,9 @@ def _facts(facts: RunSums) -> list[str]:
     lora = config.lora.r
     pooled = config.trained_by == "coordinator"
     method = f"method {config.preset}, " if config.preset else ""
-    who = "the coordinator alone" if pooled else f"{len(facts.devices)} devices"
+    count = len(facts.devices)
+    devices = "1 device" if count == 1 else f"{count} devices"
+    who = "the coordinator alone" if pooled else devices
     training = config.training
     found = [
         f"Model {model}, {config.task}, trained by {who}: {method}{done} of {config.rounds} rounds "

@@ -1,6 +1,6 @@
 // Devices as cards: blocks, ranks, pace, waiting, link, memory, heat, power.
 
-import { byId, bytes, clock, DOT, DOWN, el, fixed, number, ramp, say, seconds, show, svg, UP } from "./draw.js";
+import { byId, bytes, clock, DOT, DOWN, el, fixed, memory, number, ramp, say, seconds, show, svg, UP } from "./draw.js";
 
 const FEW = 12, MANY = 24, AT_ONCE = 60;
 const TONES = ["late", "off", "coming", "ready", "training", "rest", "done"];
@@ -153,8 +153,8 @@ function drawMemory(parts, one) {
     parts.memory.children[0].style.width = `${(100 * taken) / total}%`;
     parts.memory.classList.toggle("full", taken / total > 0.92);
   }
-  const program = one.peak_bytes === null ? "" : `program ${bytes(one.peak_bytes)}`;
-  const board = isBoard ? `board ${bytes(taken)} of ${bytes(total)}` : "";
+  const program = one.peak_bytes === null ? "" : `program ${memory(one.peak_bytes)}`;
+  const board = isBoard ? `board ${memory(taken)} of ${memory(total)}` : "";
   say(parts.memoryWords, [board, program].filter(Boolean).join(", "));
 }
 

@@ -45,6 +45,10 @@ export function bytes(value) {
   return `${value >= 99.5 || unit === 0 ? Math.round(value) : value.toPrecision(2)} ${units[unit]}`;
 }
 
+export function memory(value) {
+  return isKnown(value) ? `${Math.round(value / 2 ** 20).toLocaleString("en")} MiB` : DASH;
+}
+
 export function number(value, digits = 3) {
   if (!isKnown(value)) return DASH;
   if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");

@@ -1,6 +1,6 @@
 // Plan, events and texts: tables and lists of words.
 
-import { byId, bytes, clock, DASH, el, number, say, seconds, show } from "./draw.js";
+import { byId, clock, DASH, el, memory, number, say, seconds, show } from "./draw.js";
 
 // ---- plan ----
 
@@ -10,7 +10,7 @@ export function drawPlan(rows, plannings) {
   const columns = [
     ["device", (row) => row.device], ["blocks", (row) => row.blocks], ["ranks", ranks],
     ["adapters", (row) => row.adapters], ["bound by", (row) => row.bound_by ?? DASH],
-    ["needs", (row) => bytes(row.needs_bytes)], ["has", (row) => bytes(row.budget_bytes)],
+    ["needs", (row) => memory(row.needs_bytes)], ["has", (row) => memory(row.budget_bytes)],
     ["wave", (row) => seconds(row.wave_s)],
   ];
   const heads = columns.map(([name]) => el("th", { scope: "col" }, name));

@@ -93,6 +93,7 @@ def test_a_run_that_was_stopped_after_a_round_is_at_rest(tmp_path: Path) -> None
         for row in plans
     )
     assert parts["model"]["strips"]["a"][0] == first != second
+    assert [one["round"] for one in parts["plannings"]] == [1]
     found = stand(recording.folder, recording.config, datetime.now().astimezone())
     assert head(found)[1].startswith(f"2 of 4 rounds, step {2 * STEPS} of {4 * STEPS}, ")
 

@@ -26,6 +26,8 @@ def make_folder(path: Path, names: tuple[str, ...] = ("attic", "kitchen")) -> Ru
     folder.write_text(CONFIG, dump_config(CONFIG_OF))
     folder.append("metrics.jsonl", {"round": 0, "step": 0, "eval": score(3.0)})
     events: list[dict[str, Any]] = [{"event": "run.started", "run": "r", "step": 0}]
+    first_wait = {"round": 0, "ready": [], "least": 2, "why": {}, "seconds": 15.0}
+    events.append({"event": "devices.missing", **first_wait})
     for name in names:
         events.append({"event": "device.joined", "device": name, "split": 2, "samples": 90})
     for done in (1, 2, 3):
@@ -118,6 +120,13 @@ def folder(tmp_path: Path) -> RunFolder:
     return make_folder(tmp_path / "demo")
 
 
+def test_one_device_is_one(tmp_path: Path) -> None:
+    """A run of a single device is not one of many."""
+    folder = make_folder(tmp_path / "run", ("attic",))
+
+    assert "trained by 1 device: method" in read(write_report(folder, CONFIG_OF)).text
+
+
 def test_a_run_is_one_file_that_needs_nothing(folder: RunFolder) -> None:
     """No link, no script; each section with its numbers, sums over sessions, equal lines as one."""
     path = write_report(folder, CONFIG_OF)
@@ -128,10 +137,11 @@ def test_a_run_is_one_file_that_needs_nothing(folder: RunFolder) -> None:
     assert "complete; from 2026-11-29 10:00:00 UTC to" in page.text
     assert "Model tiny, causal-lm, trained by 2 devices: method hsplitlora, 3 of 3" in page.text
     scores, work, plans, traffic, boards, troubles = page.tables
+    assert (work[0][4], work[0][-1]) == ("rows held", "program MiB")
     assert scores[1][:3] == ["the coordinator's file", "3.0000", "2.7000"]
     assert work[1] == [
         *("attic", "-", "4", "8-16", "90", "3"),
-        *("3,000", "100", "24.0", "6.0", "500"),
+        *("3,000", "100", "24.0", "6.0", "477"),
     ]
     assert plans[2] == [
         "3",
@@ -145,7 +155,7 @@ def test_a_run_is_one_file_that_needs_nothing(folder: RunFolder) -> None:
     ]
     assert traffic[1] == ["attic", "9.0", "12.0", "6.0", "1.0", "14.0"]
     assert traffic[-1] == ["all", "18.0", "24.0", "12.0", "2.0", "28.0"]
-    assert boards[1] == ["attic", "300", "100.00", "5.0", "53", "3,000", "1"]
+    assert boards[1] == ["attic", "300", "100.00", "5.0", "53", "2,861", "1"]
     assert troubles[1][1:] == ["left", "attic", "silent for 30 s <b>", "2 times"]
     assert len(troubles) == 2
 
