@@ -214,6 +214,20 @@ def test_while_another_process_writes_a_device_is_asked_to_wait(desk: Desk) -> N
         code = desk.code()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_link_in_place_of_the_lock_gives_no_file_away(desk: Desk, tmp_path: Path) -> None:
+    """Who owns the folder cannot have root hand over the file to which a link leads."""
+    os.chown(tmp_path, 12345, 12345)
+    target = tmp_path / "target"
+    target.touch(0o600)
+    (tmp_path / "devices.yaml.codes.lock").symlink_to(target)
+
+    with pytest.raises(StorageError, match="symbolic links"):
+        desk.code()
+
+    assert target.stat().st_uid == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
