@@ -187,11 +187,11 @@ def test_a_merge_goes_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) ->
     """Without a barrier, too: tours begin again from the last version, and the run completes."""
     merge, spoilt = BufferedModel.merge, [1]
 
-    def merged(self: BufferedModel, version: int) -> Any:
+    def merged(self: BufferedModel, version: int, **how: Any) -> Any:
         if version in spoilt:
             spoilt.remove(version)
             raise Diverged("nothing good comes of it")
-        return merge(self, version)
+        return merge(self, version, **how)
 
     monkeypatch.setattr(BufferedModel, "merge", merged)
     serving = cluster.serve(cluster.config(round_mode="buffered", rounds=3)).start()

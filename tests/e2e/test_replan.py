@@ -235,7 +235,7 @@ def test_a_link_may_be_measured_after_every_round(
     assert serving.wait(LONG_S) == "completed"
 
     wait_all([client], LONG_S)
-    assert serving.trap.notes.count("a: reports another speed") == 6
+    assert serving.trap.notes.count("a: another speed") == 6
 
 
 def test_a_planned_run_resumes_bit_for_bit(cluster: Cluster) -> None:

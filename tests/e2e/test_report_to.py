@@ -61,10 +61,13 @@ def test_a_killed_run_goes_on_in_every_tracker(files: Cluster, start: Start) -> 
     assert max(told) == max(measured)
     assert 'edgesplit_run_info{model="' in page
     report = (run.path / "report.html").read_text("utf-8")
-    assert {kind for kind in KINDS.values() if kind in report} == {
+    always = {
         *("activations up", "activations down", "gradients up", "gradients down", "adapters up"),
-        *("round starts and residuals down", "parts of the model down"),
+        "round starts and residuals down",
     }
+    # Parts of the model are fetched where an earlier run has not left them.
+    maybe = {"parts of the model down"}
+    assert {kind for kind in KINDS.values() if kind in report} - maybe == always
     for program in (killed, resumed):
         assert program.text.count("report_to: mlflow is left out from here on") == 1
         assert not [word for word in NOISE if word in program.text], program.text
