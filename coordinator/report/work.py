@@ -32,7 +32,8 @@ OTHER = "frames, acks and the rest"
 def work(facts: RunSums) -> Section:
     """Return who did what."""
     boards, joined = facts.board_names(), _joined(facts)
-    plans = facts.history.plans_in(facts.config.rounds)
+    # Of the last round that is done: what was planned after it has done nothing yet.
+    plans = facts.history.plans_in(max(0, facts.history.rounds_done - 1))
     rows = []
     for name, own in sorted(facts.devices.items()):
         plan = plans.get(name)

@@ -373,8 +373,9 @@ def test_none_whole_or_a_later_version_is_one_line(files: Cluster, start: Start,
     if who == "status":
         assert f"checkpoint-000000 is damaged: {reason}" in damaged.lines
         return
-    assert len(damaged.lines) == 1
-    assert f"checkpoint-000000 cannot be read: {reason}" in damaged.lines[0]
+    waits = ("importing torch", "reading model ")
+    [line] = [each for each in damaged.lines if not each.startswith(waits)]
+    assert f"checkpoint-000000 cannot be read: {reason}" in line
     about = json.loads((path / "env.json").read_text()) | {"format": 99, "edgesplit": "9.9.9"}
     (path / "env.json").write_text(json.dumps(about))
     later = start("coordinator", *arguments)

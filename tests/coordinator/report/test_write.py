@@ -120,6 +120,16 @@ def folder(tmp_path: Path) -> RunFolder:
     return make_folder(tmp_path / "demo")
 
 
+def test_a_plan_for_a_round_that_never_began_did_nothing(folder: RunFolder) -> None:
+    """Blocks and ranks beside what a device did are those with which it did it."""
+    plans = {"attic": {"split": 1, "ranks": {"w": 2}}}
+    folder.append("plans.jsonl", {"round": 3, "reasons": ["slower"], "plans": plans})
+
+    work = read(write_report(folder, CONFIG_OF)).tables[1]
+
+    assert work[1][2:4] == ["4", "8-16"]
+
+
 def test_one_device_is_one(tmp_path: Path) -> None:
     """A run of a single device is not one of many."""
     folder = make_folder(tmp_path / "run", ("attic",))
