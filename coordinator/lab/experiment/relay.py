@@ -37,6 +37,9 @@ DIAL_S = 10.0
 
 _Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
+# Seconds after which connections that are still there are dropped once more.
+DROP_AGAIN_S = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkShape:
@@ -195,8 +198,9 @@ class Relay(contextlib.AbstractContextManager["Relay"]):
         self._loop.add_reader(self._listener, self._accept)
         await self._end.wait()
         self._loop.remove_reader(self._listener)
-        self._drop()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        while self._connections:  # a task that is just being connected may miss a cancellation
+            self._drop()
+            await asyncio.wait(set(self._connections), timeout=DROP_AGAIN_S)
         self._listener.close()
         await asyncio.sleep(0)  # aborted connections are closed in the loop's next turn
 
