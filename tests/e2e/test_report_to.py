@@ -69,5 +69,6 @@ def test_a_killed_run_goes_on_in_every_tracker(files: Cluster, start: Start) -> 
     maybe = {"parts of the model down"}
     assert {kind for kind in KINDS.values() if kind in report} - maybe == always
     for program in (killed, resumed):
-        assert program.text.count("report_to: mlflow is left out from here on") == 1
+        told_of = program.text.count("report_to: mlflow is left out from here on")
+        assert told_of == 1 or (told_of == 0 and program is killed)  # before it could be told
         assert not [word for word in NOISE if word in program.text], program.text
