@@ -125,7 +125,7 @@ class Backend:
     @property
     def is_loaded(self) -> bool:
         """Whether its packages are imported."""
-        return all(name in sys.modules for name in self.needs)
+        return all(name in sys.modules for name in self._packages())
 
     def load(self) -> None:
         """Import its packages: one thread of an application at a time.
@@ -134,8 +134,16 @@ class Backend:
         replaces itself while it is imported.
         """
         with _LOADING:
-            for name in self.needs:
+            for name in self._packages():
                 importlib.import_module(name)
+
+    def _packages(self) -> tuple[str, ...]:
+        """Return the outermost packages of what it needs.
+
+        A module within one need not be importable where its runtime works: onnxruntime.training
+        imports torch, which no device of that backend needs.
+        """
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.needs))
 
 
 def choose_backend(config: ComputeSettings) -> Backend:
