@@ -11,6 +11,7 @@ from typing import Any
 from coordinator.config.run import ServeConfig
 from coordinator.results.history import Row, RunHistory
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.session_counters import DOWN, UP, SessionCounters
 
 # Written by the laboratory, where time is modelled.
 CLOCK = "clock.jsonl"
@@ -44,20 +45,6 @@ def _modelled(row: Row) -> dict[str, tuple[float, float]]:
     return {n: (own["compute_s"], whole_s - own["compute_s"]) for n, own in devices.items()}
 
 
-class SessionCounter:
-    """A counter that begins at 0 with every session."""
-
-    def __init__(self) -> None:
-        self._before = self._last = 0.0
-
-    def take(self, value: float) -> float:
-        """Return the sum over all sessions, the newest standing at *value*."""
-        if value < self._last:
-            self._before += self._last
-        self._last = value
-        return self._before + value
-
-
 class RunSums:
     """What a report reads of a run."""
 
@@ -69,11 +56,11 @@ class RunSums:
         self.devices: dict[str, DeviceSums] = {}
         self.bytes_at: dict[int, int] = {0: 0}
         """Bytes of all devices both ways, by rounds done."""
-        self._counters: dict[tuple[str, str], SessionCounter] = {}
+        self._bytes = SessionCounters[int]()
+        self._joules = SessionCounters[float]()  # a program's, which may have many sessions
         for row in self.costs:
             self._take(row["round"] + 1, row["devices"])
-            sums = self.devices.values()
-            self.bytes_at[row["round"] + 1] = sum(one.up_bytes + one.down_bytes for one in sums)
+            self.bytes_at[row["round"] + 1] = self._bytes.total(UP) + self._bytes.total(DOWN)
         self.times: dict[int, dict[str, tuple[float, float]]] = {
             row["round"] + 1: {name: _measured(own) for name, own in row["devices"].items()}
             for row in self.costs
@@ -94,18 +81,14 @@ class RunSums:
             mine = self.devices.setdefault(name, DeviceSums())
             mine.rounds += 1
             mine.tokens += row.get("tokens", 0)
-            mine.up_bytes = int(self._count(name, "up", row.get("bytes_up", 0)))
-            mine.down_bytes = int(self._count(name, "down", row.get("bytes_down", 0)))
+            ways = {way: row[way] for way in (UP, DOWN) if way in row}
+            mine.kinds = self._bytes.take(name, {**ways, **row.get("traffic", {})})
+            mine.up_bytes, mine.down_bytes = mine.kinds.pop(UP, 0), mine.kinds.pop(DOWN, 0)
             mine.peak_bytes = max(mine.peak_bytes, row.get("peak_bytes", 0))
-            for kind, num_bytes in row.get("traffic", {}).items():
-                mine.kinds[kind] = int(self._count(name, kind, num_bytes))
             if board := row.get("board"):
                 mine.boards.append((done, board))
                 if "energy" in board:
-                    mine.joules = self._count(name, "energy", board["energy"])
-
-    def _count(self, device: str, what: str, value: float) -> float:
-        return self._counters.setdefault((device, what), SessionCounter()).take(value)
+                    mine.joules = self._joules.take(name, {"energy": board["energy"]})["energy"]
 
     def seconds_at(self) -> dict[int, float]:
         """Return the seconds since the start by rounds done: modelled ones, where there are any."""

@@ -11,6 +11,7 @@ __all__ = [
     "run_config",
     "run_folder",
     "run_lock",
+    "session_counters",
     "standing",
     "watchers",
 ]

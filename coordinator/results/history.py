@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from coordinator.results.run_folder import CLOCK, TEST_RESULTS, RunFolder
+from coordinator.results.session_counters import DOWN, UP, SessionCounters
 
 Row = Mapping[str, Any]
 _ENDS_WAITING = ("run.started", "run.ended", "round.started", "round.deadline")
@@ -115,12 +116,11 @@ class RunHistory:
     def traffic(self) -> dict[int, tuple[int, int]]:
         """Sum the bytes up and down of all devices since the start, by rounds done."""
         found = {}
-        up, down = _Counters(), _Counters()
+        counters = SessionCounters[int]()
         for row in self.costs:
             for name, mine in row["devices"].items():
-                up.take(name, mine.get("bytes_up", 0))
-                down.take(name, mine.get("bytes_down", 0))
-            found[row["round"] + 1] = up.total, down.total
+                counters.take(name, _ways(mine))
+            found[row["round"] + 1] = counters.total(UP), counters.total(DOWN)
         return found
 
     def devices(self) -> list[str]:
@@ -135,15 +135,19 @@ class RunHistory:
         Args:
             device: Its name.
             rounds: Rounds that count.
-            now: Bytes up and down in its session since the last of them; 0: nothing is known.
+            now: Bytes up and down that were counted since the last of them; 0: nothing is known.
         """
         rows = (row for row in self.costs if rounds is None or row["round"] < rounds)
         own = [row["devices"][device] for row in rows if device in row["devices"]]
+        counters = SessionCounters[int]()
+        for counts in (*map(_ways, own), {UP: now[0], DOWN: now[1]} if any(now) else {}):
+            counters.take(device, counts)
+        bytes_ = counters.sums(device)
         return DeviceCosts(
             tokens=sum(row.get("tokens", 0) for row in own),
             compute_s=sum(row.get("compute_s", 0.0) for row in own),
-            bytes_up=_total([row.get("bytes_up", 0) for row in own] + [now[0]] * (now[0] > 0)),
-            bytes_down=_total([row.get("bytes_down", 0) for row in own] + [now[1]] * (now[1] > 0)),
+            bytes_up=bytes_.get(UP, 0),
+            bytes_down=bytes_.get(DOWN, 0),
             peak_bytes=max((row["peak_bytes"] for row in own), default=0),
         )
 
@@ -193,21 +197,6 @@ def _numbers(score: Row) -> Row:
     return {key: math.nan if value is None else value for key, value in score.items()}
 
 
-class _Counters:
-    """Sums counters of devices that begin at 0 with every session."""
-
-    def __init__(self) -> None:
-        self._now: dict[str, int] = {}
-        self.total = 0
-
-    def take(self, device: str, count: int) -> None:
-        """Take what the counter of *device* says now."""
-        before = self._now.get(device, 0)
-        self.total += count - before if count >= before else count
-        self._now[device] = count
-
-
-def _total(counts: list[int]) -> int:
-    """Sum a counter that begins at 0 with every session: what it held before each fall, and now."""
-    falls = [before for before, now in zip(counts, counts[1:], strict=False) if now < before]
-    return sum(falls) + (counts[-1] if counts else 0)
+def _ways(costs: Row) -> dict[str, int]:
+    """Return the bytes up and down of a device's part of a row, as far as it has them."""
+    return {way: costs[way] for way in (UP, DOWN) if way in costs}

@@ -15,13 +15,11 @@ from typing import Any
 from coordinator.gateway.interface import DeviceStats, Gateway
 from coordinator.results.events.event import Watcher
 from coordinator.results.events.rounds import RoundDone, StepDone, Telemetry
-from coordinator.results.session_counters import SessionCounters
+from coordinator.results.session_counters import DOWN, UP, SessionCounters
 from edge_sdk.errors import PeerGone
 from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums
 
-# Names of the counters of all bytes, beside those of their kinds.
-UP, DOWN = "bytes_up", "bytes_down"
 NOTHING_LATE: Mapping[str, int] = MappingProxyType({})
 
 
@@ -75,7 +73,7 @@ class Reporting:
     _began_s: float = field(default_factory=time.monotonic)
     _carried_s: float = 0.0
     """What the round had taken before the coordinator was started again."""
-    _counters: SessionCounters = field(default_factory=SessionCounters)
+    _counters: SessionCounters[int] = field(default_factory=SessionCounters)
 
     def begin_round(self) -> None:
         """Start the round's clock, or let it go on."""
@@ -84,6 +82,8 @@ class Reporting:
     def costs(self) -> dict[str, Any]:
         """Return what the round and the run have cost by now, for a checkpoint."""
         elapsed_s = time.monotonic() - self._began_s if self._progress else 0.0
+        for device in [] if self.gateway is None else self.gateway.devices():
+            self._bytes(device)
         return {"elapsed_s": elapsed_s, "counters": self._counters.facts()}
 
     def load_costs(self, costs: Mapping[str, Any]) -> None:
@@ -166,14 +166,14 @@ class Reporting:
         """Tell what the round cost, and how many messages of earlier ones came *late* in it."""
         devices = {}
         for name, progress in sorted(self._progress.items()):
-            board, kinds = self._telemetry_of(name), self._kinds(name)
-            traffic = self._traffic(name)
+            board, kinds = self._telemetry_of(name), self._bytes(name) or {}
+            ways = {way: kinds.pop(way) for way in (UP, DOWN) if way in kinds}
             devices[name] = {
                 "tokens": progress.num_tokens,
                 "compute_s": round(progress.compute_s, 3),
                 "wait_s": round(progress.wait_s, 3),
                 "peak_bytes": progress.peak_bytes,
-                **({"bytes_up": traffic[0], "bytes_down": traffic[1]} if traffic else {}),
+                **ways,
                 **({"traffic": kinds} if kinds else {}),
                 **({"board": board} if board else {}),
             }
@@ -188,21 +188,17 @@ class Reporting:
         stats = self._stats(device)
         return {} if stats is None else stats.telemetry
 
-    def _kinds(self, device: str) -> Mapping[str, int]:
-        """Return bytes by kind over all sessions in the run."""
-        stats = self._stats(device)
-        if stats is None:
-            return {}
-        found = self._counters.take(device, _counts(stats))
-        return {name: found[name] for name in stats.traffic}
-
-    def _traffic(self, device: str) -> tuple[int, int] | None:
-        """Return bytes up and down over all sessions in the run; None without a connection."""
+    def _bytes(self, device: str) -> dict[str, int] | None:
+        """Return bytes up, down and by kind over all sessions in the run; None without one now."""
         stats = self._stats(device)
         if stats is None:
             return None
-        found = self._counters.take(device, _counts(stats))
-        return found[UP], found[DOWN]
+        return self._counters.take(device, _counts(stats), stats.session)
+
+    def _traffic(self, device: str) -> tuple[int, int] | None:
+        """Return bytes up and down over all sessions in the run; None without one now."""
+        found = self._bytes(device)
+        return None if found is None else (found[UP], found[DOWN])
 
     def _stats(self, device: str) -> DeviceStats | None:
         """Return what is known of the connection of *device*; None without one."""

@@ -90,22 +90,10 @@ def so_far(history: RunHistory) -> SoFar:
 
 @dataclass
 class _Device:
-    before: tuple[int, int] = (0, 0)
-    """Bytes up and down of sessions that have ended."""
-    session: tuple[int, int] = (0, 0)
+    traffic: tuple[int, int] = (0, 0)
+    """Bytes up and down in the whole run, as events say them."""
     plan: tuple[Number, ...] = ()
     troubles: int = 0
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Bytes up and down in the whole run."""
-        return self.before[0] + self.session[0], self.before[1] + self.session[1]
-
-    def count(self, up: int, down: int) -> None:
-        """Take the counters of a session, which begin at 0 with every one."""
-        if up < self.session[0] or down < self.session[1]:
-            self.before, self.session = self.traffic, (0, 0)
-        self.session = up, down
 
 
 class Numbers:
@@ -124,7 +112,7 @@ class Numbers:
         self._tokens, self._samples = before.tokens, before.samples
         self._costs = dict(before.costs)
         for name, traffic in before.traffic.items():
-            self._devices[name] = _Device(before=traffic)
+            self._devices[name] = _Device(traffic)
 
     def of(self, event: RunEvent | SoFar, time_s: float | None = None) -> list[Moment]:
         """Return what *event* says in numbers; *time_s* is when it happened, None: now.
@@ -165,7 +153,7 @@ class Numbers:
             first.append(Number("train/tokens_per_second", rate, device))
         yield Moment(source, done, now_s, tuple(first))
         if event.traffic is not None:
-            self._of(device).count(*event.traffic)
+            self._of(device).traffic = event.traffic
         rest = {
             "train/global_step": done,
             "train/compute_seconds": report.compute_s,
@@ -192,7 +180,7 @@ class Numbers:
         for device, cost in event.devices.items():
             self._tokens += cost["tokens"]
             if "bytes_up" in cost:
-                self._of(device).count(cost["bytes_up"], cost["bytes_down"])
+                self._of(device).traffic = cost["bytes_up"], cost["bytes_down"]
 
     def _of_round(self, event: RoundDone, now_s: float) -> Moment:
         row, done = event.row, event.row["round"]

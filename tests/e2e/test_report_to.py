@@ -59,6 +59,8 @@ def test_a_killed_run_goes_on_in_every_tracker(files: Cluster, start: Start) -> 
     assert len(told) >= len(measured) - 2
     assert told == {step: measured[step] for step in told}
     assert max(told) == max(measured)
+    moved = [float(row["value"]) for row in rows if row["name"] == "traffic/up_bytes"]
+    assert max(moved) <= sum(RunHistory(run).cost(name).bytes_up for name in "ab")
     assert 'edgesplit_run_info{model="' in page
     report = (run.path / "report.html").read_text("utf-8")
     always = {

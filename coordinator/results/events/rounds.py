@@ -158,7 +158,7 @@ class StepDone(RunEvent):
     end_step: int
     """First step after the round."""
     traffic: tuple[int, int] | None
-    """Bytes up and down in the device's session; None without a connection."""
+    """Bytes up and down of the device in the whole run; None without a connection."""
     board: Mapping[str, Any] = field(default_factory=dict)
     """What its board said of itself with its last sign of life."""
 

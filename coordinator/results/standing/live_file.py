@@ -125,7 +125,7 @@ class LiveFile:
             self._of(device)["board"] = dict(board)
 
     def _take_costs(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note what sessions have carried by the end of a round: more than at its last step."""
+        """Note what devices have moved by the end of a round: more than at its last step."""
         for device, cost in devices.items():
             known = {key: cost[key] for key in ("bytes_up", "bytes_down") if key in cost}
             self._of(device).update(known)
@@ -150,7 +150,7 @@ class LiveFile:
         self._facts["end_step"] = event.end_step
 
     def _take_traffic(self, device: str, traffic: tuple[int, int], now_s: float) -> None:
-        """Note what a session has carried in all, and how fast it does so now."""
+        """Note what a device has moved in all, and how fast it does so now."""
         mine, links = self._of(device), self._links.setdefault(device, (_Pace(), _Pace()))
         for way, total, pace in zip(("up", "down"), traffic, links, strict=True):
             pace.ends.append((now_s, max(0, total - mine.get(f"bytes_{way}", 0))))

@@ -163,8 +163,8 @@ def test_a_run_is_one_file_that_needs_nothing(folder: RunFolder) -> None:
         "round starts and residuals down",
         "frames, acks and the rest",
     ]
-    assert traffic[1] == ["attic", "9.0", "12.0", "6.0", "1.0", "14.0"]
-    assert traffic[-1] == ["all", "18.0", "24.0", "12.0", "2.0", "28.0"]
+    assert traffic[1] == ["attic", "9.0", "12.0", "6.0", "2.0", "13.0"]
+    assert traffic[-1] == ["all", "18.0", "24.0", "12.0", "4.0", "26.0"]
     assert boards[1] == ["attic", "300", "100.00", "5.0", "53", "2,861", "1"]
     assert troubles[1][1:] == ["left", "attic", "silent for 30 s <b>", "2 times"]
     assert len(troubles) == 2

@@ -28,7 +28,9 @@ class Traffic:
         """Bytes of a session."""
         if device == "gone":
             raise PeerGone(device)
-        return SimpleNamespace(bytes_up=10, bytes_down=20, telemetry={}, traffic={"parts_down": 7})
+        return SimpleNamespace(
+            session="1", bytes_up=10, bytes_down=20, telemetry={}, traffic={"parts_down": 7}
+        )
 
 
 GATEWAY: Any = Traffic()

@@ -19,6 +19,7 @@ from coordinator.lab.experiment.completed_runs import FACTS, HAPPENINGS, MARKS
 from coordinator.lab.experiment.config import ExperimentConfig, watts
 from coordinator.results.history import RunHistory, overall
 from coordinator.results.run_folder import RunFolder
+from coordinator.results.session_counters import SessionCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +156,10 @@ def _spent(joules: list[float]) -> float:
 
     It leaves out what a program used between its last reading and its death.
     """
-    return sum(b - a if b >= a else b for a, b in zip(joules, joules[1:], strict=False))
+    counters = SessionCounters[float]()
+    for reading in joules:
+        counters.take("", {"energy": reading})
+    return counters.total("energy") - joules[0]
 
 
 def _link_s(marks: list[dict[str, Any]], name: str) -> float | None:
