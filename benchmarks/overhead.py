@@ -131,7 +131,7 @@ def device(folder: Path, port: int) -> dict[str, Any]:
 def coordinator(folder: Path, port: int, steps: int, split: int, labels: str) -> dict[str, Any]:
     """Serve one round of *steps* steps."""
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-    from coordinator.gateway.allow_list import AllowList
+    from coordinator.gateway.keys.allow_list import AllowList
     from coordinator.results.watchers import Watchers
     from coordinator.rounds.launch import serve
     from edge_sdk.lora.targets import LoraConfig

@@ -103,7 +103,7 @@ def coordinator(options: argparse.Namespace) -> None:
     import torch
 
     from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
-    from coordinator.gateway.allow_list import AllowList
+    from coordinator.gateway.keys.allow_list import AllowList
     from coordinator.results.watchers import Watchers
     from coordinator.rounds.launch import serve
     from edge_sdk.lora.targets import LoraConfig

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.transport.keys import create_key_pair
 from tests.e2e.relay import Relay

@@ -24,9 +24,9 @@ import numpy as np
 import zmq
 from report import header, save, table
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Received
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.protocol.messages import AdapterUpload, Stamp
 from edge_sdk.protocol.packets import MAX_CHUNK_BYTES
 from edge_sdk.transport.keys import KeyPair, make_key_pair

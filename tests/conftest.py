@@ -53,7 +53,7 @@ SLOW = (
     "coordinator/lab/centralised/",
     "coordinator/lab/rates/",
     "coordinator/export/test_texts.py",
-    "coordinator/gateway/enrolment/test_desk.py",
+    "coordinator/gateway/keys/test_enrolment_desk.py",
     "coordinator/page/test_browser.py",
     "coordinator/page/test_serving.py",
     "profiler/test_measure.py",

@@ -25,7 +25,7 @@ from coordinator.commands.readiness.findings import (
 from coordinator.commands.readiness.forecast import Forecast, forecast
 from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.doctor.finding import Finding, as_lines, summary
 from edge_sdk.errors import ConfigError
 from edge_sdk.lora.targets import Coverage, LoraConfig, coverage, find_targets, stretches

@@ -14,7 +14,7 @@ from coordinator.commands.parser import add_command
 from coordinator.commands.readiness.devices import Assumed, add_devices, read_devices
 from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.results.lifecycle import read_run
 from coordinator.results.run_folder import CONFIG
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError

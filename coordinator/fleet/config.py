@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coordinator.gateway.allow_list import is_device_name
+from coordinator.gateway.keys.allow_list import is_device_name
 from edge_sdk.transport.addresses import check_dialled
 
 Service = Literal["auto", "user", "system", "process", "none"]

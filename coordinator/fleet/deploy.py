@@ -36,8 +36,8 @@ from coordinator.fleet.wanted import (
     unit_text,
     venv_name,
 )
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
 from coordinator.remote.wheel import build_wheel
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config

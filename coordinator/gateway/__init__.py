@@ -1,13 +1,13 @@
 """Devices as the coordinator sees them: who may come, who is here, what they send."""
 
 __all__ = [
-    "allow_list",
     "doorkeeper",
-    "enrolment",
     "gateway",
     "interface",
+    "keys",
     "link_probe",
     "port",
+    "ration",
     "replays",
     "residuals",
     "traffic",

@@ -16,18 +16,18 @@ from queue import SimpleQueue
 
 import zmq
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import Doorkeeper
-from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.enrolment.desk import EnrolDesk
-from coordinator.gateway.enrolment.refused import RefusedKeys
 from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received
 from coordinator.gateway.io_thread import GatewayIo
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
+from coordinator.gateway.keys.enrolment_desk import EnrolDesk
+from coordinator.gateway.keys.refused_keys import RefusedKeys
+from coordinator.gateway.keys.zap import ZAP_DOMAIN, ZapHandler
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.ration import Trouble
 from coordinator.gateway.sessions import DeviceSession
-from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, TransportError
 from edge_sdk.protocol.channel import ACK_EVERY_BYTES
 from edge_sdk.protocol.fragments import OutgoingMessage, TensorOut

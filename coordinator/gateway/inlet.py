@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import zmq
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import Caller, Doorkeeper, wire_bytes
-from coordinator.gateway.enrolment.desk import EnrolDesk
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_desk import EnrolDesk
 from edge_sdk.transport.sockets import frame_property
 
 

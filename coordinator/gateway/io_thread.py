@@ -1,7 +1,7 @@
 """The I/O thread of the coordinator: one ROUTER socket, all sessions.
 
 Not here: what the rest of the coordinator calls (`gateway.py`), delivery
-(`edge_sdk/protocol/session.py`), keys (`allow_list.py`). Work per frame does not depend on the
+(`edge_sdk/protocol/session.py`), keys (`keys`). Work per frame does not depend on the
 number of devices: whatever is due later lies in a heap, whatever is due now in a small dict.
 """
 
@@ -16,10 +16,11 @@ from typing import Any
 
 import zmq
 
-from coordinator.gateway.allow_list import AllowList, is_device_name
 from coordinator.gateway.doorkeeper import CHEAP, DEAR, Caller, Doorkeeper
 from coordinator.gateway.inlet import Inlet
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
+from coordinator.gateway.keys.allow_list import AllowList, is_device_name
+from coordinator.gateway.keys.zap import ZapHandler
 from coordinator.gateway.outbox import Outbox
 from coordinator.gateway.sessions import (
     FAULT_COSTS,
@@ -30,7 +31,6 @@ from coordinator.gateway.sessions import (
     SessionBudgets,
     is_session_id,
 )
-from coordinator.gateway.zap import ZapHandler
 from edge_sdk.errors import RemoteProtocolError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.protocol.fragments import Envelope

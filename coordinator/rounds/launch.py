@@ -11,9 +11,9 @@ from coordinator.engine.server_model import ServerModel
 from coordinator.export.outcome import test_batches, tested, write_result
 from coordinator.export.run import PEFT, read_trained, write_export
 from coordinator.export.run_facts import result_checkpoint
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Left, Received
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.gateway.port import require_free_port
 from coordinator.report.at_end import report_at_end
 from coordinator.results.events.event import Watcher

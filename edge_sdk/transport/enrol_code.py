@@ -3,7 +3,7 @@
 What stands in a code is all that a device needs to be let in once, and nothing else: it is told the
 coordinator's whole public key, and a one-time pair of CURVE keys is computed from the secret. So
 the secret itself never travels. Pure, but for drawing a secret. Not here: how a code is redeemed
-(`enrol.py`), and how the coordinator keeps it (its `coordinator/gateway/enrolment`).
+(`enrol.py`), and how the coordinator keeps it (its `coordinator/gateway/keys`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A key pair is two files: `NAME` holds the secret key and is readable by its owner only, `NAME.pub`
 holds the public key and may be given to anyone. Each is one line of Z85 (40 characters).
-Not here: which keys the coordinator lets in (its `coordinator/gateway/allow_list.py`).
+Not here: which keys the coordinator lets in (its `coordinator/gateway/keys/allow_list.py`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import numpy as np
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.interface import EngineMaker
 from coordinator.engine.server_model import ENGINES, ServerModel
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.results.events.event import RunEvent
 from coordinator.results.events.rounds import RoundDone, StepDone
 from coordinator.results.run_folder import RunFolder

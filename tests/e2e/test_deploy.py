@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from coordinator import cli
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.errors import ConfigError, DeviceError
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PATIENCE_S, Start, free_port, write_yaml

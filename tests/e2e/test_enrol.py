@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.transport.keys import create_key_pair, fingerprint, load_key_pair
 from tests.e2e.cluster import Cluster, sentences, write_rows
 from tests.e2e.programs import Start

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
 from edge_sdk.cli import main
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config

@@ -11,9 +11,9 @@ from typing import Any
 
 from coordinator.commands.parser import add_command
 from coordinator.commands.terminal import say
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.enrolment.refused import RefusedKey, read_refused, refused_path
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
+from coordinator.gateway.keys.refused_keys import RefusedKey, read_refused, refused_path
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import create_key_pair, fingerprint, load_public_key
 

@@ -1,7 +1,7 @@
 """`coordinator enrol`: a code by which one device may have its own key registered.
 
 Not here: what is in a code (`edge_sdk/transport/enrol_code.py`) and who keeps it
-(`coordinator/gateway/enrolment/book.py`).
+(`coordinator/gateway/keys/enrolment_book.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from coordinator.commands.parser import add_command
 from coordinator.commands.terminal import say
 from coordinator.config.presets import load_serve_config
-from coordinator.gateway.enrolment.book import LASTS_S, EnrolmentBook
+from coordinator.gateway.keys.enrolment_book import LASTS_S, EnrolmentBook
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport.addresses import DEFAULT_PORT, check_dialled, parse_address
 from edge_sdk.transport.enrol_code import write_code

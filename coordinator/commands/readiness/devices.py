@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import is_device_name
+from coordinator.gateway.keys.allow_list import is_device_name
 from coordinator.lab.simulation.boards import (
     Connection,
     Scale,

@@ -15,7 +15,7 @@ from coordinator.config.page import page_address
 from coordinator.config.prompts import read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.gateway import port
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
 from coordinator.results.run_folder import RunFolder

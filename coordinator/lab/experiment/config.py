@@ -13,7 +13,7 @@ from typing import Literal
 
 from coordinator.config.presets import NAMES
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import is_device_name
+from coordinator.gateway.keys.allow_list import is_device_name
 from coordinator.lab.comparison.config import MethodConfig
 from coordinator.lab.experiment.relay import LinkShape
 from coordinator.lab.simulation.boards import Board, Catalogue, Connection, Scale, free_bytes, known

@@ -20,7 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.lab.comparison.run_count import RunCount, tell_nobody
 from coordinator.lab.experiment.board_host import BoardHost, make_host
 from coordinator.lab.experiment.board_run import BoardRun

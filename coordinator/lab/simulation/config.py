@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import is_device_name
+from coordinator.gateway.keys.allow_list import is_device_name
 from coordinator.lab.simulation.boards import Board, Connection, Scale
 from edge_sdk.data.rows import DataConfig
 

@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.commands.serve import say_who_may_come
 from coordinator.config.run import ServeConfig
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.transport.keys import make_key_pair
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.gateway import doorkeeper, sessions, zap
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway import doorkeeper, sessions
 from coordinator.gateway.doorkeeper import PortConnection, fault_of, wire_bytes
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received
+from coordinator.gateway.keys import zap
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import PeerGone
 from edge_sdk.files import atomic_write

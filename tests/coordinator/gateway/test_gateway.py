@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected, Silent
 from coordinator.gateway.io_thread import GatewayIo
+from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.gateway.sessions import DeviceSession
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ConfigError, LocalProtocolError, PeerGone, RefusedError, SessionLost

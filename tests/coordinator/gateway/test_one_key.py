@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.gateway import io_thread
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import RefusedError, SessionLost
 from edge_sdk.protocol import packets

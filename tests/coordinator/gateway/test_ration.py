@@ -9,7 +9,8 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.zap import ZAP_DOMAIN, ZapHandler
 from coordinator.gateway.ration import (
     MOST_LINES,
     MOST_LINES_EACH,
@@ -18,7 +19,6 @@ from coordinator.gateway.ration import (
     Trouble,
     source_of,
 )
-from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import MAX_TEXT
 from edge_sdk.transport.keys import make_key_pair
 

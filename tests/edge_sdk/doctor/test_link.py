@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import zmq
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.client.link_speed import LinkSpeed
 from edge_sdk.doctor import link as links
 from edge_sdk.doctor.link import Reached, Session

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import zmq
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Received
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.deadline import Deadline
 from edge_sdk.errors import ReceiveTimeout, SessionLost
 from edge_sdk.protocol import packets

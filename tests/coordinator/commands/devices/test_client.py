@@ -9,9 +9,9 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.commands.devices import client
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.enrolment.refused import RefusedKeys
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
+from coordinator.gateway.keys.refused_keys import RefusedKeys
 from edge_sdk.transport.keys import fingerprint, make_key_pair
 
 ONE, TWO, THREE = (make_key_pair().public for _ in range(3))

@@ -11,8 +11,8 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.commands.devices import enrol
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
 from edge_sdk.transport.enrol_code import one_time_keys, read_code
 from edge_sdk.transport.keys import KeyPair, create_key_pair, fingerprint, make_key_pair
 

@@ -15,7 +15,7 @@ from coordinator.cli import main
 from coordinator.commands.readiness.findings import check_report_to, in_words
 from coordinator.config.run import ServeConfig
 from coordinator.config.tracking import TrackingConfig
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.transport.keys import create_key_pair, make_key_pair
 from tests.tiny import make_config
 

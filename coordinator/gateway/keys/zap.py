@@ -1,6 +1,6 @@
 """The answer to libzmq's question whether a key may come in (ZAP).
 
-Not here: which keys are registered (`allow_list.py`), what a code is (`enrolment`).
+Not here: which keys are registered (`allow_list.py`), what a code is (`enrolment_book.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections import OrderedDict
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.enrolment.refused import RefusedKeys
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
+from coordinator.gateway.keys.refused_keys import RefusedKeys
 from coordinator.gateway.ration import Bucket, Trouble, source_of
 from edge_sdk.transport.keys import fingerprint
 

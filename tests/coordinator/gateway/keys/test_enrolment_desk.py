@@ -11,17 +11,18 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway import doorkeeper, zap
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway import doorkeeper
 from coordinator.gateway.doorkeeper import Caller, Doorkeeper
-from coordinator.gateway.enrolment import desk as desks
-from coordinator.gateway.enrolment.book import EnrolmentBook
-from coordinator.gateway.enrolment.desk import EnrolDesk
-from coordinator.gateway.enrolment.refused import RefusedKeys, read_refused, refused_path
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.interface import Joined, Left, Registered
+from coordinator.gateway.keys import enrolment_desk as desks
+from coordinator.gateway.keys import zap
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
+from coordinator.gateway.keys.enrolment_desk import EnrolDesk
+from coordinator.gateway.keys.refused_keys import RefusedKeys, read_refused, refused_path
+from coordinator.gateway.keys.zap import ZAP_DOMAIN, ZapHandler
 from coordinator.gateway.ration import Trouble
-from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
 from edge_sdk.errors import PeerGone, RefusedError
 from edge_sdk.protocol import packets
 from edge_sdk.transport import enrol

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -15,11 +14,10 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from coordinator.gateway import allow_list
-from coordinator.gateway.allow_list import AllowList
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.zap import ZAP_DOMAIN, ZapHandler
 from coordinator.gateway.ration import Trouble
-from coordinator.gateway.zap import ZAP_DOMAIN, ZapHandler
-from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.errors import ConfigError
 from edge_sdk.transport.keys import make_key_pair
 
 ONE, TWO = make_key_pair().public, make_key_pair().public
@@ -218,26 +216,6 @@ def refused(path: Path) -> None:
     """Fail if the file can be opened."""
     with pytest.raises(PermissionError):
         path.open()
-
-
-def test_a_lock_that_is_held_ends_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who holds the lock for good is named after a while; a link in its place is none."""
-    monkeypatch.setattr(allow_list, "LOCK_S", 0.2)
-    allowed = AllowList(tmp_path / "a.json")
-    allowed.register("x", ONE)
-    lock = tmp_path / "a.json.lock"
-    with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(StorageError, match=r"another process.* holds its lock .*json\.lock"):
-            allowed.unregister("x")
-    lock.unlink()
-    (tmp_path / "target").touch(0o644)
-    lock.symlink_to(tmp_path / "target")
-    with pytest.raises(StorageError, match=r"a\.json\.lock: Too many levels of symbolic links"):
-        allowed.unregister("x")
-    assert AllowList(tmp_path / "a.json").devices() == {"x": ONE}
 
 
 def as_user(number: int, act: Callable[[], None]) -> None:

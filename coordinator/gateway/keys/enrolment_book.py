@@ -3,13 +3,12 @@
 A file beside the allow-list, `NAME.codes`, readable by its owner only. Of a code it holds the hash
 of its one-time public key: whoever reads it can enrol nobody. `coordinator enrol` writes to it and
 a coordinator that serves reads it again, so that neither needs the other. Not here: what is said on
-the wire (`desk.py`).
+the wire (`enrolment_desk.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -21,7 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from coordinator.gateway.allow_list import AllowList, give_to, identity_of, is_device_name
+from coordinator.gateway.keys.allow_list import AllowList, give_to, identity_of, is_device_name
+from coordinator.gateway.keys.list_lock import locked
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.files import atomic_write, make_folder, storage_errors
 from edge_sdk.transport.enrol_code import EnrolCode, new_code, one_time_keys
@@ -243,21 +243,14 @@ class EnrolmentBook:
         """Read the book, let the caller change it, write it; one process at a time."""
         with storage_errors(self.path):
             make_folder(self.path.parent)
-            name = self.path.with_name(self.path.name + ".lock")
-            # Nobody else may hold it, and no link may lead root to a file to give away.
-            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
-                owner = self._owner()
-                give_to(name, owner)
-                if os.geteuid() not in (0, owner.st_uid):  # it could not be read by its owner
+            with locked(self.path, is_patient=is_patient):
+                # Otherwise it could not be read by its owner.
+                if os.geteuid() not in (0, self._owner().st_uid):
                     raise ConfigError(f"{self.path} is another user's; enrol devices as that user")
                 self._load()
                 entries = list(self._entries)
                 yield entries
                 self._write(entries)
-            finally:
-                os.close(lock)
 
     def _owner(self) -> os.stat_result:
         return (self.path if self.path.exists() else self.path.parent).stat()

@@ -2,7 +2,8 @@
 
 A connection whose key is in the book but not on the allow-list gets no further than here: what it
 sends is an `Enrol` or is not read. To the doorkeeper it stays a stranger, with a stranger's few
-bytes and seconds. Used by the I/O thread alone. Not here: codes and their file (`book.py`).
+bytes and seconds. Used by the I/O thread alone. Not here: codes and their file
+(`enrolment_book.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 from zmq.utils import z85
 
-from coordinator.gateway.allow_list import AllowList
 from coordinator.gateway.doorkeeper import DEAR, Caller, Doorkeeper
-from coordinator.gateway.enrolment.book import EnrolmentBook
 from coordinator.gateway.interface import Registered
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import EnrolmentBook
 from edge_sdk.errors import EdgeError, RemoteProtocolError, StorageError, public_text
 from edge_sdk.protocol import packets
 from edge_sdk.transport.keys import is_public_key

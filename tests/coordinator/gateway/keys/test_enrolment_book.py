@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.gateway.allow_list import AllowList
-from coordinator.gateway.enrolment import book as books
-from coordinator.gateway.enrolment.book import MOST_CLOSED, EnrolmentBook
+from coordinator.gateway.keys import enrolment_book as books
+from coordinator.gateway.keys.allow_list import AllowList
+from coordinator.gateway.keys.enrolment_book import MOST_CLOSED, EnrolmentBook
 from edge_sdk.errors import ConfigError, RefusedError, StorageError
 from edge_sdk.transport.enrol_code import EnrolCode, one_time_keys, write_code
 from edge_sdk.transport.keys import make_key_pair

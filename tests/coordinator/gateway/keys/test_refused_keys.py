@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zmq.utils import z85
 
-from coordinator.gateway.enrolment.refused import (
+from coordinator.gateway.keys.refused_keys import (
     FRESH_S,
     MOST_EACH,
     MOST_KEYS,

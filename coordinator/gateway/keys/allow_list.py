@@ -2,24 +2,23 @@
 
 The list is a JSON file ``{"devices": {name: public key}}`` whatever its name ends in, replaced as a
 whole and read again when it changes, so `coordinator client register` works while a run is on. Not
-here: the answer to libzmq's question (`zap.py`), codes (`enrolment`).
+here: the answer to libzmq's question (`zap.py`), codes (`enrolment_book.py`), who changes the list
+at a time (`list_lock.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
 import re
-import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edge_sdk.errors import ConfigError, StorageError, public_text
+from coordinator.gateway.keys.list_lock import locked
+from edge_sdk.errors import ConfigError, public_text
 from edge_sdk.files import atomic_write, identity, storage_errors
 from edge_sdk.transport.keys import is_public_key, load_public_key
 
@@ -31,8 +30,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_FILE_BYTES = 8 * 1024 * 1024
 # Trouble of a disk or of this process that says nothing about who may come.
 _OF_THE_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EINTR)
-# Seconds for which another process that changes the list is waited for, and between two tries.
-LOCK_S, _AGAIN_S = 10.0, 0.05
 # Content of a file that is not there, and of none at all; no list looks like them.
 _MISSING, _NONE = b"\0missing", b"\0none"
 
@@ -204,7 +201,7 @@ class AllowList:
         """Read the list, let the caller change it, write it; one process at a time."""
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path, LOCK_S if is_patient else 0.0):
+            with locked(self.path, is_patient=is_patient):
                 content = self._read()
                 if content is None:
                     raise ConfigError(f"cannot read {self.path}: {self._why}")
@@ -240,63 +237,3 @@ def give_to(path: Path, owner: os.stat_result) -> bool:
         except PermissionError:
             return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold the lock of the list at *path*, for which we wait so many *seconds*."""
-    name = path.with_name(path.name + ".lock")
-    try:
-        # For writing: who may only read it must not hold it.
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot lock {path}: {name}: {error.strerror}") from error
-    try:
-        _mend(lock, path)
-        until_s = time.monotonic() + seconds
-        while not _takes(lock):
-            if time.monotonic() >= until_s:
-                raise StorageError(
-                    f"cannot change {path}: {_holder(lock)} holds its lock {name}"
-                    + (f", for {seconds:.0f} s and more" if seconds else "")
-                )
-            time.sleep(_AGAIN_S)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _takes(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _mend(lock: int, path: Path) -> None:
-    """Let those alone open a lock that is ours who can replace the list in its folder anyhow."""
-    found, folder = os.fstat(lock), path.parent.stat()
-    owner = path.stat() if path.exists() else folder
-    mine = {os.geteuid()} | ({owner.st_uid} if os.geteuid() == 0 else set())
-    if found.st_uid not in mine or found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
-        return
-    with contextlib.suppress(PermissionError):
-        os.fchown(lock, owner.st_uid if os.geteuid() == 0 else -1, folder.st_gid)
-    mode = 0o600
-    if not folder.st_mode & stat.S_ISVTX:
-        mode |= 0o060 if folder.st_mode & 0o020 and os.fstat(lock).st_gid == folder.st_gid else 0
-        mode |= 0o006 if folder.st_mode & 0o002 else 0
-    if stat.S_IMODE(found.st_mode) != mode:
-        os.fchmod(lock, mode)
-
-
-def _holder(lock: int) -> str:
-    """Return who holds a lock, as far as the kernel tells us."""
-    inode = f":{os.fstat(lock).st_ino}"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()
-            if words[1:2] == ["FLOCK"] and words[5].endswith(inode) and int(words[4]) > 0:
-                return f"another process ({words[4]})"
-    return "another process"

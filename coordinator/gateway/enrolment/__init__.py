@@ -1,3 +1,0 @@
-"""Devices that are not registered yet: codes by which they may, and keys that were refused."""
-
-__all__ = ["book", "desk", "refused"]
