@@ -21,7 +21,7 @@ from coordinator.config.screening import ScreeningConfig
 from coordinator.config.tracking import TrackingConfig
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.lora.targets import LoraConfig
-from edge_sdk.model.precision import Compute
+from edge_sdk.model.precision import Base, Compute
 from edge_sdk.names import check_folder_name
 from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.plan import MOST_AWAY, Residual
@@ -236,6 +236,10 @@ class ServeConfig:
     compute: Compute = "auto"
     """Dtype of the coordinator's matrix products; auto is bfloat16 where the hardware has it. Where
     numbers do not fit into float16, products go on in bfloat16, and the log names the block."""
+    base: Base = "float32"
+    """How the coordinator keeps the frozen weights of its part: `bfloat16` and `float16` need as
+    much less, and `compute: bfloat16` or `float16`; `int8` and `int4` keep the linear layers of its
+    blocks in 8 or 4 bits, as a device's `base` does; see docs/quantized.md."""
     save_total_limit: int = 2
     """Checkpoints that are kept."""
     save_every_s: float | None = 60.0
@@ -281,6 +285,11 @@ class ServeConfig:
             )
         if self.round_mode == "buffered":
             self._check_buffered()
+        if self.base != "float32" and self.trains_all:
+            raise ValueError(
+                f"base must be 'float32' where pooled.trains is 'all', got {self.base!r}: all "
+                "weights are trained, and none is frozen"
+            )
         is_measured = self.evaluation.data.path is not None or self.evaluation.on_devices
         if self.early_stopping.is_on and not is_measured:
             raise ValueError(
@@ -338,6 +347,21 @@ class ServeConfig:
         if twice := next((port for port in ports if ports.count(port) > 1), None):
             keys = " and ".join(key for key, port in taken.items() if port == twice)
             raise ValueError(f"{keys} have one port, {twice}; give each its own")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, and none is frozen."""
+        return self.trained_by == "coordinator" and self.pooled.trains == "all"
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the coordinator holds the whole model, so that it can evaluate by itself."""
+        return self.evaluation.data.path is not None or bool(self.evaluation.prompts)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers of the coordinator's blocks are kept in 8 or 4 bits."""
+        return self.base in ("int8", "int4")
 
     @property
     def total_steps(self) -> int:

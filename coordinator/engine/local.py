@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from coordinator.engine.blocks import load_slice
 from coordinator.engine.interface import (
     NOTHING,
     Answer,
@@ -49,7 +50,6 @@ from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
     TorchTrainingState,
     load_parameters,
-    pick_device,
     to_numpy,
     totals,
 )
@@ -126,7 +126,7 @@ class LocalEngine:
         asked = resolve_compute(compute, slice_.device)
         self._products = Products(asked, slice_.device, slice_.blocks)
         self.open_step = _OpenStep()
-        is_folded = folds(residual, is_quantized=False)
+        is_folded = folds(residual, is_quantized=slice_.is_quantized)
         adapters = Adapters(slice_, ranks, {}, lora, folds=is_folded)
         head = named_parameters(slice_, head_names(slice_) if trains_head else ())
         parameters = {**adapters.parameters(), **head}
@@ -282,7 +282,7 @@ class LocalEngine:
         batch: torch.Tensor | None = None
         stops = [*(job.split for job in jobs[1:]), last]
         for job, own, stop in zip(jobs, hidden, stops, strict=True):
-            padded = F.pad(own, (0, 0, 0, longest - own.shape[1]))
+            padded = F.pad(self._entering(own), (0, 0, 0, longest - own.shape[1]))
             batch = padded if batch is None else torch.cat([batch, padded.to(batch.dtype)])
             own_lengths = torch.from_numpy(job.lengths_B).to(self._device, torch.int32)
             lengths_B = torch.cat([lengths_B, own_lengths])
@@ -294,6 +294,12 @@ class LocalEngine:
             pooled_B = self._pooled(jobs)
             batch = self.slice.logits(batch, lengths_B, jobs[-1].split, pooled_B, ids_BT)
         return batch, lengths_B
+
+    def _entering(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a hidden state as blocks of this base hand it on: in 16 bits where they do."""
+        kind, dtype = self._device.type, self.slice.dtype
+        is_own = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == dtype
+        return hidden.to(dtype) if is_own else hidden
 
     def _ids(self, jobs: Sequence[Job], longest: int) -> torch.Tensor | None:
         """Return the token ids of a wave, padded; None where the model's blocks need none."""
@@ -458,13 +464,8 @@ class LocalEngine:
 def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine) -> LocalEngine:
     """Build an engine in this process, of class *kind*."""
     config, source = spec.config, spec.source
-    slice_ = Slice(
-        source.config, config.task, source.layout, torch.float32, pick_device(config.device)
-    )
-    for name in spec.parts:
-        slice_.add(name, source.tensors(name))
     engine = kind(
-        slice_,
+        load_slice(config, source, spec.parts),
         spec.first,
         spec.ranks,
         config.lora,

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from coordinator.config.run import ServeConfig
+from coordinator.engine.blocks import base_of
 from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
 from coordinator.engine.local import make_local
 from coordinator.onnx_export.cache import GraphCache, check_experts, check_layout, check_lora
@@ -33,7 +34,7 @@ from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.model.kept.part_hashes import PartHashes
 from edge_sdk.model.kept.split_proof import prove_split, prove_weights
 from edge_sdk.model.layout import usable_positions
-from edge_sdk.model.precision import compute_name
+from edge_sdk.model.precision import compute_name, resolve_compute
 from edge_sdk.model.weights import ModelSource, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
@@ -62,6 +63,7 @@ class ServerModel:
         make_engine: EngineMaker = ENGINES["local"],
     ) -> None:
         self._config, self._make_engine = config, make_engine
+        base_of(config)  # refused before anything is read
         num_labels = len(config.label_names)
         self.source = ModelSource(
             config.model, config.task, num_labels=num_labels, revision=config.revision
@@ -145,13 +147,18 @@ class ServerModel:
             facts=self.facts,
             model=self.shape,
             profiles={},
-            server=ServerProfile(memory_bytes=memory),
+            server=ServerProfile(memory_bytes=memory, compute_bytes=self._compute_bytes),
             length=planning_length(self._config, self.max_length),
         )
         if found.split_rule.weighs_time and found.server_speed is None:
             server = replace(found.server, flops_per_s=self.measured_speed())
             return replace(found, server=server)
         return found
+
+    @property
+    def _compute_bytes(self) -> int:
+        """Bytes of an activation on the coordinator."""
+        return resolve_compute(self._config.compute, pick_device(self._config.device)).itemsize
 
     def measured_speed(self) -> float | None:
         """Measure a block's operations a second on the coordinator, as a device does."""
@@ -262,15 +269,16 @@ class ServerModel:
         return self.make_engine(self.first, plan_server(self._config, self.facts, self.first))
 
     def make_engine(self, first: int, ranks: Mapping[str, int]) -> Engine:
-        """Build the blocks that some device leaves to the coordinator; all if a file is evaluated.
+        """Build the blocks that some device leaves to the coordinator; all if it evaluates itself.
 
         Args:
             first: First block that the coordinator trains.
             ranks: Rank of each of its own adapters.
         """
         layout = self.facts.layout
-        present = 0 if self.eval_batches else first
-        has_tail = self._config.labels == "server" or bool(self.eval_batches)
+        holds_all = self._config.holds_all
+        present = 0 if holds_all else first
+        has_tail = self._config.labels == "server" or holds_all
         parts = [f"block.{i}" for i in range(present, layout.num_blocks)]
         if present == 0 or (has_tail and layout.tail_needs_front):
             parts.append("front")

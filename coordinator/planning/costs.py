@@ -15,6 +15,7 @@ from coordinator.config.run import AUTO
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
+from edge_sdk.model.precision import base_widths
 from edge_sdk.protocol.codecs import find
 from edge_sdk.protocol.residual import CHANGE, GRADIENT, RESIDUAL, TOP_GRADIENT, WHOLE, plain
 from profiler.estimate.flops import estimate_flops
@@ -169,13 +170,18 @@ def _device_work(
 def server_base_bytes(problem: PlanningProblem, first: int, ranks: Ranks) -> float:
     """Return the coordinator's bytes before any device's rows come, with blocks from *first* on.
 
-    With a file to evaluate it holds the whole model, whatever the devices hold.
+    With a file to evaluate, or prompts, it holds the whole model, whatever the devices hold.
     """
-    holds_all = problem.config.evaluation.data.path is not None
+    holds_all = problem.config.holds_all
     if first == problem.num_blocks and not holds_all:
         return 0.0
     work = _server_work(problem, SERVER, first, ranks, holds_all=holds_all)
     return estimate_memory(problem.model, work).total
+
+
+def server_widths(problem: PlanningProblem) -> tuple[int, int]:
+    """Return the bytes of one of the coordinator's frozen parameters, and of one activation."""
+    return base_widths(problem.config.base)[0], problem.server.compute_bytes
 
 
 def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
@@ -195,9 +201,13 @@ def _server_work(
     """Return the coordinator's work for one device's rows; for `SERVER`, that without rows."""
     config = problem.config
     has_tail = config.labels == "server" or holds_all
+    base_bytes, compute_bytes = server_widths(problem)
     return Work(
         first=0 if holds_all else split,
         stop=problem.num_blocks,
+        base_bytes=base_bytes,
+        linear_bytes=base_widths(config.base)[1],
+        compute_bytes=compute_bytes,
         has_front=holds_all,
         has_tail=has_tail,
         ranks=dict(ranks),

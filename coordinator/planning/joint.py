@@ -27,6 +27,7 @@ from coordinator.planning.costs import (
     options,
     rank_tables,
     server_side,
+    server_widths,
 )
 from coordinator.planning.fixed import by_hand, make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
@@ -200,9 +201,8 @@ def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
             for device, option in splits.chosen.items()
             if option.split <= block
         )
-        found |= dict.fromkeys(
-            problem.weights(block, block + 1), Load(tokens, problem.config.open_micros)
-        )
+        load = Load(tokens, problem.config.open_micros, *server_widths(problem))
+        found |= dict.fromkeys(problem.weights(block, block + 1), load)
     return found
 
 

@@ -32,6 +32,8 @@ class ServerProfile:
 
     memory_bytes: float | None = None
     flops_per_s: float | None = None
+    compute_bytes: int = 4
+    """Bytes of an activation there."""
 
 
 class StepSize(NamedTuple):
@@ -270,7 +272,7 @@ class PlanningProblem:
     def folds(self, device: str) -> bool:
         """Return whether a device, or `SERVER`, adds the residual to its frozen weights."""
         if device == SERVER:
-            return folds(self.config.residual, is_quantized=False)
+            return folds(self.config.residual, is_quantized=self.config.is_quantized)
         profile, own = self.profile(device), self.config.settings(device).residual
         is_quantized = profile.linear_bytes is not None and profile.base_bytes != 2
         return folds(own or self.config.residual, is_quantized=is_quantized)

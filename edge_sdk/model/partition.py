@@ -65,7 +65,8 @@ class Slice:
         self.present: set[str] = set()
         self._sources: dict[str, Mapping[str, torch.Tensor]] = {}
         """Where each tensor of a block came from, to be read again."""
-        self._is_quantized = quantized is not None
+        self.is_quantized = quantized is not None
+        """Whether linear layers of its blocks are kept in 8 or 4 bits."""
         path, _, self._list_name = layout.blocks_path.rpartition(".")
         self._list_owner = self.model.get_submodule(path)
         self.blocks: list[nn.Module] = list(self._list_owner._modules[self._list_name].children())  # type: ignore[union-attr]
@@ -104,7 +105,7 @@ class Slice:
             if name not in tensors:
                 raise ModelError(f"part {part!r} lacks tensor {name!r}")
             self._put(part, name, tensors[name])
-            if part.startswith("block.") and not self._is_quantized:
+            if part.startswith("block.") and not self.is_quantized:
                 self._sources[name] = tensors
         tie: Any = self.model.tie_weights
         tie()
@@ -138,10 +139,12 @@ class Slice:
             stack.take_over(value, self.device)
             return
         dtype = self.dtype if value.is_floating_point() else value.dtype
+        if name in head_names(self):
+            dtype = torch.float32  # trained: 16 bits would swallow its steps
         # A classifier's head is trained in place: never in the caller's tensors. Nor may a bias
         # hold on to the file in which its block's dense weights lie.
         is_own = part == "tail" and self.task != "causal-lm"
-        is_own |= part.startswith("block.") and self._is_quantized
+        is_own |= part.startswith("block.") and self.is_quantized
         _set_tensor(self.model, name, value.to(self.device, dtype, copy=is_own))
 
     def _with_buffers(self, part: str) -> nn.Module:

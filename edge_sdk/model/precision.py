@@ -33,6 +33,16 @@ LINEAR_BYTES: Mapping[Base, float] = {
 }
 
 
+def base_widths(base: Base) -> tuple[int, float | None]:
+    """Return the bytes of a frozen number, and those of a linear weight of a block.
+
+    The second is None where it is as all the others.
+    """
+    if base in ("bfloat16", "float16"):
+        return 2, None
+    return 4, LINEAR_BYTES.get(base)
+
+
 def resolve_compute(compute: Compute, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products; `auto` is bfloat16 where the hardware has it."""
     import torch

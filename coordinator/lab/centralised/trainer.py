@@ -184,6 +184,7 @@ def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRu
         total_steps=config.total_steps,
         device=config.device,
         compute=config.compute,
+        base=config.base,
     )
     runtime.state.adapters.load_pairs(
         {

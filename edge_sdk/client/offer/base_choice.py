@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from edge_sdk.errors import EdgeError
 from edge_sdk.files import atomic_write
-from edge_sdk.model.precision import LINEAR_BYTES, Base
+from edge_sdk.model.precision import Base, base_widths
 from edge_sdk.protocol.messages import Welcome
 from edge_sdk.protocol.plan import Plan
 from profiler.estimate.memory import estimate_memory
@@ -63,8 +63,9 @@ def choose(
 
 
 def with_base(work: Work, base: Base) -> Work:
-    """Return the same work with linear weights of the blocks kept as *base*; others in float32."""
-    return replace(work, base_bytes=4, linear_bytes=LINEAR_BYTES.get(base))
+    """Return the same work with frozen weights kept as *base*."""
+    base_bytes, linear_bytes = base_widths(base)
+    return replace(work, base_bytes=base_bytes, linear_bytes=linear_bytes)
 
 
 def work_of(
