@@ -5,7 +5,6 @@ __all__ = [
     "centralised",
     "early_stopping",
     "exchange",
-    "page",
     "planning",
     "presets",
     "prompts",

@@ -14,7 +14,6 @@ from coordinator.config.buffered import BufferedConfig
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.early_stopping import EarlyStoppingConfig
 from coordinator.config.exchange import ExchangeConfig
-from coordinator.config.page import page_address
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
 from coordinator.config.screening import ScreeningConfig
@@ -27,7 +26,7 @@ from edge_sdk.protocol.codecs import float_codecs
 from edge_sdk.protocol.plan import MOST_AWAY, Residual
 from edge_sdk.protocol.residual import RESIDUAL
 from edge_sdk.runtime.training import TrainingConfig
-from edge_sdk.transport.addresses import check_listened
+from edge_sdk.transport.addresses import check_listened, web_address
 
 AUTO = "auto"
 """The codec that the planner chooses."""
@@ -340,7 +339,7 @@ class ServeConfig:
         taken = {"listen": self.listen.rpartition(":")[2]}
         if self.page is not None:
             has_token = self.page_token is not None
-            taken["page"] = str(page_address("page", self.page, has_token=has_token).port)
+            taken["page"] = str(web_address("page", self.page, has_token=has_token).port)
         if "prometheus" in self.report_to:
             taken["tracking.prometheus_address"] = str(self.tracking.prometheus_place[1])
         ports = [port for port in taken.values() if port not in ("*", "0")]

@@ -6,13 +6,11 @@ here.
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-_ADDRESS = re.compile(r"(?:\[([^\]\s]+)\]|([^:/\[\]\s]+)):(\d{1,5})")
+from edge_sdk.transport.addresses import WebAddress, web_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,36 +39,21 @@ class TrackingConfig:
                 "them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; an @ of anything "
                 "else is written %40"
             )
-        host, _ = self.prometheus_place
-        if not _is_loopback(host) and self.prometheus_token is None:
-            raise ValueError(
-                f"prometheus_address: {self.prometheus_address!r} is beyond this machine, which "
-                "needs prometheus_token: a file with a secret of your choice"
-            )
+        _ = self.prometheus_place
 
     @property
-    def prometheus_place(self) -> tuple[str, int]:
-        """Host and port of the page `/metrics`.
+    def prometheus_place(self) -> WebAddress:
+        """Where the page `/metrics` is.
 
         Raises:
-            ValueError: `prometheus_address` is no HOST:PORT.
+            ValueError: `prometheus_address` is no HOST:PORT, or is open to all.
         """
-        match = _ADDRESS.fullmatch(self.prometheus_address)
-        if match is None or int(match[3]) > 65535:
-            raise ValueError(
-                "prometheus_address must be HOST:PORT with a port of 0..65535, got "
-                f"{self.prometheus_address!r}"
-            )
-        return match[1] or match[2], int(match[3])
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: whoever answers to it
-        return False
+        return web_address(
+            "prometheus_address",
+            self.prometheus_address,
+            has_token=self.prometheus_token is not None,
+            token="prometheus_token",
+        )
 
 
 def _may_hold_secret(uri: str) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 
-from coordinator.config.page import PageAddress
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import atomic_write
+from edge_sdk.transport.addresses import WebAddress
 
 COOKIE = "edgesplit_page"
 # Letters of a token: one of fewer could be guessed by trying.
@@ -57,17 +57,12 @@ def read_token(path: Path) -> str:
 class Access:
     """Lets in who comes by a name of ours and, where there is a token, knows it."""
 
-    def __init__(self, address: PageAddress, token: str | None) -> None:
-        self._token = token
-        self._hosts = {address.host, "localhost", "127.0.0.1", "::1"}
-        if token is not None:
-            # Whoever knows the token may come by whatever name the machine has.
-            self._hosts = set()
+    def __init__(self, address: WebAddress, token: str | None) -> None:
+        self._address, self._token = address, token
 
     def is_ours(self, host: str) -> bool:
-        """Return whether a request's Host is this page: another site's name may lead here, too."""
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        return not self._hosts or name.strip("[]").lower() in self._hosts
+        """Return whether a request's Host is this page; who knows the token may use any name."""
+        return self._token is not None or self._address.is_named_by(host)
 
     def admits(self, headers: Mapping[str, str]) -> bool:
         """Return whether a request may see the page, by its cookie or `Authorization: Bearer`."""

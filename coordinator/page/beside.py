@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from coordinator.config.page import PageAddress, page_address
 from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
 from coordinator.results.events.event import RunEvent, Watcher
 from coordinator.results.events.run import FolderKnown, Preparing
 from coordinator.results.watchers import Watchers
+from edge_sdk.transport.addresses import WebAddress, web_address
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class PageBeside:
     It holds the socket from the start, so that an address that is taken shows before a run begins.
     """
 
-    def __init__(self, address: PageAddress, token: Path | None) -> None:
+    def __init__(self, address: WebAddress, token: Path | None) -> None:
         self._address, self._token = address, token
         self._socket: socket.socket | None = listen(address, "page")
         self._process: subprocess.Popen[bytes] | None = None
@@ -97,7 +97,7 @@ def page_beside(address: str | None, token: Path | None, watcher: Watcher) -> It
         yield watcher
         return
     require_page("page")
-    found = page_address("page", address, has_token=token is not None)
+    found = web_address("page", address, has_token=token is not None)
     if token is not None:
         read_token(token)
     beside = PageBeside(found, token)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from importlib import util
 
-from coordinator.config.page import PageAddress
 from edge_sdk.errors import ConfigError
+from edge_sdk.transport.addresses import WebAddress
 
 NEEDS = ("starlette", "uvicorn", "plotly")
 
@@ -24,7 +24,7 @@ def require_page(key: str) -> None:
         )
 
 
-def listen(address: PageAddress, key: str) -> socket.socket:
+def listen(address: WebAddress, key: str) -> socket.socket:
     """Return a socket that listens, so that whatever is wrong shows before a run begins.
 
     Raises:

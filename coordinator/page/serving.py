@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from coordinator.config.page import PageAddress
 from coordinator.page.access import COOKIE, HEADERS, Access, read_token
 from coordinator.page.feed import LOOK_S, RunFeed
 from coordinator.page.runs import Runs
 from coordinator.page.state import PageState
+from edge_sdk.transport.addresses import WebAddress
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -329,7 +329,7 @@ def main(arguments: list[str]) -> int:
     _be_modest()
     sock = socket.socket(fileno=options.fd)
     token = None if options.token is None else read_token(options.token)
-    address = PageAddress(options.host, sock.getsockname()[1])
+    address = WebAddress(options.host, sock.getsockname()[1])
     server = make_server(PageApp(Runs(options.folder), Access(address, token)))
 
     def end_with_run() -> None:

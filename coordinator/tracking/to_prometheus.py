@@ -21,6 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from coordinator.config.run import ServeConfig
 from coordinator.tracking.names import DEVICE_NUMBERS, RUN_NUMBERS, Moment, Number, TrackedRun
 from edge_sdk.errors import ConfigError
+from edge_sdk.transport.addresses import WebAddress
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -77,7 +78,7 @@ class PrometheusPage:
         token = None if path is None else read_token(path)
         self._newest = _Newest(about)
         place = settings.prometheus_place
-        self._server = _serve(place, _page(self._newest, token, place[0]))
+        self._server = _serve(place, _page(self._newest, token, place))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -141,8 +142,8 @@ class _Newest:
                 yield family
 
 
-def _page(newest: _Newest, token: bytes | None, own: str) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application with one page, at the host *own*."""
+def _page(newest: _Newest, token: bytes | None, own: WebAddress) -> Callable[..., Iterable[bytes]]:
+    """Return a WSGI application with one page, at the address *own*."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -150,11 +151,8 @@ def _page(newest: _Newest, token: bytes | None, own: str) -> Callable[..., Itera
     registry.register(newest)
     wanted = None if token is None else b"Bearer " + token
 
-    hosts = {own.lower(), "localhost", "127.0.0.1", "::1"}
-
     def answer(environ: Mapping[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        # Another site's name may lead here, too, and then a browser gives it what we answer.
-        if wanted is None and _host(str(environ.get("HTTP_HOST", ""))) not in hosts:
+        if wanted is None and not own.is_named_by(str(environ.get("HTTP_HOST", ""))):
             start("421 Misdirected Request", [("Content-Type", "text/plain")])
             return [b"unknown host\n"]
         given = str(environ.get("HTTP_AUTHORIZATION", "")).encode("latin-1", "replace")
@@ -168,12 +166,6 @@ def _page(newest: _Newest, token: bytes | None, own: str) -> Callable[..., Itera
         return [generate_latest(registry)]
 
     return answer
-
-
-def _host(given: str) -> str:
-    """Return the name in a Host header, without its port."""
-    name = given if given.endswith("]") else given.rsplit(":", 1)[0]
-    return name.strip("[]").lower()
 
 
 class _Hurried(io.RawIOBase):

@@ -32,19 +32,19 @@ def add_page(commands: Any) -> None:
 
 
 def _page(options: argparse.Namespace) -> int:
-    from coordinator.config.page import page_address
     from coordinator.page.access import Access, read_token
     from coordinator.page.listening import listen, require_page
     from coordinator.page.runs import Runs
     from coordinator.page.serving import serve_page
+    from edge_sdk.transport.addresses import web_address
 
     require_page("coordinator page")
     token_file = options.token_file
     try:
-        address = page_address("--listen", options.listen, has_token=token_file is not None)
+        has_token = token_file is not None
+        address = web_address("--listen", options.listen, has_token=has_token, token="--token-file")
     except ValueError as error:
-        text = str(error).replace("page_token", "--token-file")
-        raise ConfigError(text) from error
+        raise ConfigError(str(error)) from error
     runs = Runs(options.folder)
     token = None if token_file is None else read_token(token_file)
     with listen(address, "--listen") as sock:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from coordinator.commands.readiness.forecast import DeviceForecast, Forecast
-from coordinator.config.page import page_address
 from coordinator.config.prompts import read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.gateway import port
@@ -24,7 +23,7 @@ from edge_sdk.data.rows import load_data, load_rows
 from edge_sdk.data.tally import Tally
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
 from edge_sdk.errors import ConfigError, DataError, DeviceError, EdgeError, one_line
-from edge_sdk.transport.addresses import parse_address
+from edge_sdk.transport.addresses import parse_address, web_address
 from edge_sdk.transport.keys import fingerprint, load_key_pair
 
 MIB = 2**20
@@ -67,7 +66,7 @@ def check_page(page: str, token: Path | None) -> Finding:
     """Check whether the page's packages are here, its address is free and its token is one."""
     try:
         require_page("page")
-        address = page_address("page", page, has_token=token is not None)
+        address = web_address("page", page, has_token=token is not None)
         listen(address, "page").close()
         if token is not None and token.exists():
             read_token(token)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.config.page import PageAddress
 from coordinator.page.access import Access
 from coordinator.page.listening import listen
 from coordinator.page.runs import Runs
 from coordinator.page.serving import PageApp, make_server
+from edge_sdk.transport.addresses import WebAddress
 
 WAIT_S = 20.0
 
@@ -78,9 +78,9 @@ def served(
     folder: Path, token: str | None = None, look_s: float = 0.05, sock: socket.socket | None = None
 ) -> Iterator[Page]:
     """Serve the page of *folder* at any port of this machine."""
-    sock = sock or listen(PageAddress("127.0.0.1", 0), "page")
+    sock = sock or listen(WebAddress("127.0.0.1", 0), "page")
     port = sock.getsockname()[1]
-    app = PageApp(Runs(folder), Access(PageAddress("127.0.0.1", port), token), look_s)
+    app = PageApp(Runs(folder), Access(WebAddress("127.0.0.1", port), token), look_s)
     server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

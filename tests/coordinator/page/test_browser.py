@@ -137,10 +137,10 @@ def test_it_comes_back_by_itself(browser: Any, tmp_path: Path) -> None:
     assert tab.text("#link") == "this page has ended with its run"
     run.watcher.see(DeviceLeft("a", "while nobody looked"))
 
-    from coordinator.config.page import PageAddress
     from coordinator.page.listening import listen
+    from edge_sdk.transport.addresses import WebAddress
 
-    with served(run.path, sock=listen(PageAddress("127.0.0.1", page.port), "page")):
+    with served(run.path, sock=listen(WebAddress("127.0.0.1", page.port), "page")):
         tab.wait("!document.body.classList.contains('ended')")
         tab.wait("document.querySelector('#events').textContent.includes('while nobody looked')")
 

@@ -19,7 +19,6 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from coordinator.config.page import PageAddress
 from coordinator.page import listening, serving
 from coordinator.page.access import HEADERS
 from coordinator.page.listening import listen, require_page
@@ -28,6 +27,7 @@ from coordinator.results.events.devices import DeviceLeft
 from coordinator.results.events.run import RunFinished
 from coordinator.results.lifecycle import COMPLETED
 from edge_sdk.errors import ConfigError
+from edge_sdk.transport.addresses import WebAddress
 from tests.coordinator.page.recorded import Recording
 from tests.coordinator.page.served import WAIT_S, Page, served
 
@@ -209,7 +209,7 @@ def test_a_browser_that_takes_nothing_is_cut_off(
     """Nothing is queued for it, others see the page meanwhile, and its connection is ended."""
     monkeypatch.setattr(serving, "STALL_S", 1.0)
     run = Recording(tmp_path, [f"d{n}" for n in range(120)], 2).play(ends=False)
-    sock = listen(PageAddress("127.0.0.1", 0), "page")
+    sock = listen(WebAddress("127.0.0.1", 0), "page")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with served(run.path, sock=sock) as page:
         slow = socket.socket()
@@ -253,7 +253,7 @@ def test_who_asks_for_nothing_is_cut_off(
 def test_an_address_that_is_taken_is_said(page: Page) -> None:
     """One clear line, before a run begins."""
     with pytest.raises(ConfigError, match=r"page: cannot listen at 127\.0\.0\.1"):
-        listen(PageAddress("127.0.0.1", page.port), "page")
+        listen(WebAddress("127.0.0.1", page.port), "page")
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

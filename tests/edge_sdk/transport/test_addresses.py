@@ -8,7 +8,13 @@ from coordinator.config.run import ServeConfig
 from edge_sdk.client.config import ClientConfig
 from edge_sdk.config.loader import load_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.transport.addresses import check_dialled, check_listened, parse_address
+from edge_sdk.transport.addresses import (
+    WebAddress,
+    check_dialled,
+    check_listened,
+    parse_address,
+    web_address,
+)
 
 MEANT = {
     "192.168.1.10:7070": "tcp://192.168.1.10:7070",
@@ -52,3 +58,53 @@ def test_a_coordinator_listens_at_an_address_too(address: str) -> None:
 def test_any_interface_and_any_port_can_be_listened_at(address: str) -> None:
     """As ZeroMQ writes them; a device could dial none of the first two."""
     check_listened("listen", address)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:7071", "127.0.0.1", 7071),
+        ("http://localhost:80/", "localhost", 80),
+        ("[::1]:7071", "::1", 7071),
+        ("127.0.0.2:0", "127.0.0.2", 0),
+    ],
+)
+def test_this_machine_needs_no_token(text: str, host: str, port: int) -> None:
+    """What nobody else can reach is taken as it stands."""
+    assert web_address("page", text, has_token=False) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "text", ["0.0.0.0:7071", "*:7071", "[::]:7071", "192.168.1.4:7071", "lab:1"]
+)
+def test_others_need_a_token(text: str) -> None:
+    """Where others can reach the page it must be said who may look; with a token it may listen."""
+    with pytest.raises(ValueError, match="others can reach"):
+        web_address("page", text, has_token=False)
+
+    assert web_address("page", text, has_token=True).port in (7071, 1)
+
+
+@pytest.mark.parametrize("text", ["7071", "localhost", "tcp://*:7071", "host:99999", "a b:1", ""])
+def test_what_is_no_address_is_said(text: str) -> None:
+    """The line names the key, and how an address looks."""
+    with pytest.raises(ValueError, match=r"page must be HOST:PORT, as 127\.0\.0\.1:7071"):
+        web_address("page", text, has_token=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("127.0.0.1:7071", True),
+        ("localhost:7071", True),
+        ("localhost", True),
+        ("LOCALHOST:9464", True),
+        ("[::1]:7071", True),
+        ("evil.example:7071", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+def test_only_our_own_names_lead_here(host: str, is_ours: bool) -> None:
+    """A name of another site that points to this machine is refused."""
+    assert WebAddress("127.0.0.1", 7071).is_named_by(host) == is_ours
