@@ -1,3 +1,3 @@
 """A run on one page: what it learned, who did what, what it cost, and what went wrong."""
 
-__all__ = ["at_end", "write"]
+__all__ = ["at_end", "template", "write"]

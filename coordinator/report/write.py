@@ -13,13 +13,14 @@ from coordinator.report.decided import decided, troubles
 from coordinator.report.learned import learned
 from coordinator.report.parts import Section, text_of
 from coordinator.report.run_sums import RunSums
+from coordinator.report.template import render
 from coordinator.report.work import boards, traffic, work
 from coordinator.results.history import overall
 from coordinator.results.run_folder import CLOCK, CONFIG, RunFolder
-from edge_sdk.errors import ConfigError
 from edge_sdk.files import atomic_write, storage_errors
 
 REPORT = "report.html"
+TEMPLATE = Path(__file__).with_name(REPORT)
 _OUTCOMES = {
     "completed": "complete",
     "stopped": "stopped by its operator, with a result",
@@ -39,24 +40,6 @@ class ReportPage:
     """The numbers that are looked for first, and what they are."""
     sections: list[Section]
     config: str
-
-    def html(self) -> str:
-        """Return the page, with everything in it."""
-        try:
-            from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        except ImportError as error:
-            raise ConfigError(
-                "a report needs jinja2, which is missing: pip install 'edgesplit[coordinator]'"
-            ) from error
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        return environment.get_template(REPORT).render(page=self)
 
 
 def write_report(folder: RunFolder, config: ServeConfig, out: Path | None = None) -> Path:
@@ -85,7 +68,7 @@ def write_report(folder: RunFolder, config: ServeConfig, out: Path | None = None
         ],
         config=text,
     )
-    atomic_write(path, page.html(), what="the report")
+    atomic_write(path, render(TEMPLATE, page), what="the report")
     return path
 
 

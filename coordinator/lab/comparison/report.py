@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,14 @@ from coordinator.lab.comparison.plots import Picture, draw
 from coordinator.lab.comparison.result_table import ResultTable, markdown
 from coordinator.lab.comparison.robustness import robustness_table
 from coordinator.lab.comparison.table import main_table, make_rows
+from coordinator.report.template import render
 from edge_sdk.config.describe import dump_config
 from edge_sdk.files import storage_errors
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.config import CompareConfig
+
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +54,7 @@ class Page:
 
     def html(self) -> str:
         """Return the page with its style and its pictures inside."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-        return environment.get_template("report.html").render(page=self)
+        return render(TEMPLATE, self)
 
     def write(self, out: Path) -> str:
         """Write report.html, table.md and the pictures to *out*; return the table.
