@@ -159,12 +159,29 @@ def _unknown_key(path: str, key: str, node: Node, names: list[str]) -> str:
 
 
 def _rejection(error: ValueError, layers: dict[str, list[Node]], spot: Spot) -> str:
-    """Say which setting a `__post_init__` refused: it names the field, we name the place."""
+    """Say which setting a `__post_init__` refused: it names the field, we name the place.
+
+    A reason that begins with a key and a colon blames that key, whatever else it mentions.
+    """
     text = " ".join(str(error).split())
-    words = set(text.replace("`", " ").replace("'", " ").replace(",", " ").split())
-    blamed = [given[-1].origin.where for key, given in layers.items() if key in words]
-    places = blamed or [given[-1].origin.where for given in layers.values()] or ["defaults"]
+    words = [word.strip("`'\",;:()") for word in text.split()]
+    if text.split(" ", 1)[0].endswith(":") and _place(words[0], layers):
+        words = words[:1]
+    blamed = {word: place for word in words if (place := _place(word, layers))}
+    ordered = sorted(blamed, key=lambda word: list(layers).index(word.partition(".")[0]))
+    places = [blamed[word] for word in ordered]
+    places = places or [given[-1].origin.where for given in layers.values()] or ["defaults"]
     return f"{', '.join(dict.fromkeys(places))}: {spot.key + ': ' if spot.key else ''}{text}"
+
+
+def _place(key: str, layers: Mapping[str, Sequence[Node]]) -> str:
+    """Return where a dotted *key* was given, or the group that it is of; empty: neither was."""
+    name, *below = key.split(".")
+    given = [_parsed(node) for node in layers.get(name, [])]
+    for inner in below:
+        deeper = [n.entries[inner] for n in given if isinstance(n, Entries) and inner in n.entries]
+        given = [_parsed(node) for node in deeper] or given
+    return given[-1].origin.where if given else ""
 
 
 # ---- one value -----------------------------------------------------------------------------------

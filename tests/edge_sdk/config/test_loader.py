@@ -260,6 +260,52 @@ def test_a_refused_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """A group whose fields are refused by their keys."""
+
+    low: int = 1
+    high: int = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusing:
+    """Refuses whatever it is given, for a reason of its own."""
+
+    why: str = ""
+    page: str = ""
+    name: str = ""
+    ports: Ports = field(default_factory=Ports)
+
+    def __post_init__(self) -> None:
+        raise ValueError(self.why)
+
+
+@pytest.mark.parametrize(
+    ("why", "line"),
+    [
+        ("page: others can reach it; name a file", "2"),
+        ("ports.high: 9 is taken by page", "5"),
+        ("ports.high must be above 9", "5"),
+        ("ports.low: 1 is not above the name", "5"),  # its group, in which it is left out
+        ("page and name: one of the two", "2, run.yaml:3"),
+        ("other: page is in its way", "2"),
+    ],
+)
+def test_a_reason_that_begins_with_its_key_blames_that_line(
+    tmp_path: Path, why: str, line: str
+) -> None:
+    """Also of a key further down, and whatever else the reason mentions."""
+    text = f'why: "{why}"\npage: a\nname: b\nports:\n  high: 9'
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as found:
+        load_config(Refusing, path, env={})
+
+    assert str(found.value).replace(f"{tmp_path}/", "") == f"run.yaml:{line}: {why}"
+
+
 def test_a_missing_required_field_is_named() -> None:
     """A required field is named by its whole path, though its group is not mentioned anywhere."""
     with pytest.raises(ConfigError, match=r"^device\.memory_gib is missing; it must be a number$"):
