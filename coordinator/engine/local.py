@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,12 @@ from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import TailSums
 from edge_sdk.runtime.torch_runtime import (
     TorchTrainingState,
+    each_total,
     load_parameters,
-    to_numpy,
     totals,
 )
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
+from edge_sdk.runtime.transfers import Arrival, transfers_of
 
 
 @dataclass(eq=False)
@@ -64,7 +66,6 @@ class _Wave:
     leaves: list[torch.Tensor]
     final_hidden: torch.Tensor
     """Hidden states after the last block; logits where `has_logits`."""
-    lengths_B: torch.Tensor
     step: int
     number: int
     has_logits: bool = False
@@ -122,6 +123,7 @@ class LocalEngine:
         self.first = first
         self._layout: Layout = slice_.layout
         self._device = slice_.device
+        self._transfers = transfers_of(slice_.device)
         self._training = training
         asked = resolve_compute(compute, slice_.device)
         self._products = Products(asked, slice_.device, slice_.blocks)
@@ -147,17 +149,18 @@ class LocalEngine:
         if not jobs:  # the devices of this micro-batch have left
             return []
 
-        def attempt() -> tuple[_Wave, list[LossSums]]:
+        def attempt() -> tuple[_Wave, list[TailSums]]:
             own = self._forward(jobs, step, wave, to_logits=not self.slice.has_local_tail)
             sums = self._losses(own)
+            found = each_total(sums)
             total = torch.zeros((), device=self._device)
-            for job, its in zip(own.jobs, sums, strict=True):
-                loss = its.loss_B.sum()
-                if not torch.isfinite(loss):
+            for job, its, told in zip(own.jobs, sums, found, strict=True):
+                loss = told.loss_sum
+                if not isfinite(loss):
                     raise DeviceFault(job.device, f"the loss of device {job.device!r} is {loss}")
-                total = total + (job.weight / job.num_targets) * loss
+                total = total + (job.weight / job.num_targets) * its.loss_B.sum()
             torch.autograd.backward(total * self.trained.optimizer.loss_scale)
-            return own, sums
+            return own, found
 
         with self._moved_by(jobs):
             own, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
@@ -173,7 +176,7 @@ class LocalEngine:
             own = self._forward(jobs, step, wave, to_logits=False)
         if keeps:
             self.open_step.waves.append(own)
-        return _unstack(own)
+        return self._final_hidden(own)
 
     def backward(self, grads: Mapping[Place, Array]) -> list[Answer]:
         """Go back through what `forward` has left of these micro-batches; see `Engine`."""
@@ -219,10 +222,10 @@ class LocalEngine:
         for job in wave.jobs:
             rows, length = job.hidden_BTD.shape[:2]
             if job.place in grads:
-                own = torch.from_numpy(grads[job.place]).to(self._device)
+                own = self._up(grads[job.place])
                 scale = job.weight * self.trained.optimizer.loss_scale
                 own_rows = grad_BTD[start : start + rows, :length]
-                own_rows[_wanted(job)] = (own * scale).to(grad_BTD.dtype)
+                own_rows[self._wanted(job)] = (own * scale).to(grad_BTD.dtype)
             start += rows
         torch.autograd.backward(wave.final_hidden, grad_BTD)
 
@@ -258,42 +261,42 @@ class LocalEngine:
         self.slice.model.train()
         # By name within a split: the same wave gives the same bits whoever answered first.
         ordered = sorted(jobs, key=lambda job: (job.split, job.device, job.micro))
-        leaves = [self._leaf(job) for job in ordered]
+        hidden = [self._transfers.upload(job.hidden_BTD) for job in ordered]
+        leaves = [coming.raw.requires_grad_(True) for coming in hidden]
 
-        def work() -> tuple[torch.Tensor, torch.Tensor]:
+        def work() -> torch.Tensor:
             seed_step(self._training.seed, self._device, "coordinator", step, number)
-            return self._run_blocks(ordered, leaves, to_logits=to_logits)
+            return self._run_blocks(ordered, hidden, to_logits=to_logits)
 
         with self.trained.meter.watching(step):
-            final_hidden, lengths_B = self._products.run(work, lambda found: found[0])
-        return _Wave(ordered, leaves, final_hidden, lengths_B, step, number, to_logits)
+            final_hidden = self._products.run(work, lambda found: found)
+        return _Wave(ordered, leaves, final_hidden, step, number, to_logits)
 
-    def _leaf(self, job: Job) -> torch.Tensor:
-        return torch.from_numpy(job.hidden_BTD).to(self._device).requires_grad_(True)
+    def _up(self, array: np.ndarray) -> torch.Tensor:
+        return self._transfers.upload(array).tensor()
 
     def _run_blocks(
-        self, jobs: Sequence[Job], hidden: Sequence[torch.Tensor], *, to_logits: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run all blocks, letting each job's rows join at its own; returns result and lengths."""
+        self, jobs: Sequence[Job], hidden: Sequence[Arrival], *, to_logits: bool
+    ) -> torch.Tensor:
+        """Run all blocks, letting each job's rows join at its own, when they have arrived."""
         last = self._layout.num_blocks
-        longest = max(h.shape[1] for h in hidden)
+        longest = max(coming.raw.shape[1] for coming in hidden)
         ids_BT = self._ids(jobs, longest)
-        lengths_B = torch.zeros(0, dtype=torch.int32, device=self._device)
+        all_B = self._up(np.concatenate([job.lengths_B for job in jobs], dtype=np.int32))
         batch: torch.Tensor | None = None
         stops = [*(job.split for job in jobs[1:]), last]
         for job, own, stop in zip(jobs, hidden, stops, strict=True):
-            padded = F.pad(self._entering(own), (0, 0, 0, longest - own.shape[1]))
+            padded = F.pad(self._entering(own.tensor()), (0, 0, 0, longest - own.raw.shape[1]))
             batch = padded if batch is None else torch.cat([batch, padded.to(batch.dtype)])
-            own_lengths = torch.from_numpy(job.lengths_B).to(self._device, torch.int32)
-            lengths_B = torch.cat([lengths_B, own_lengths])
+            lengths_B = all_B[: len(batch)]
             if stop > job.split and not (to_logits and stop == last):
                 own_ids = None if ids_BT is None else ids_BT[: len(batch)]
                 batch = self.slice.middle(batch, lengths_B, job.split, stop, own_ids)
         assert batch is not None, "a wave has at least one job"
         if to_logits:
             pooled_B = self._pooled(jobs)
-            batch = self.slice.logits(batch, lengths_B, jobs[-1].split, pooled_B, ids_BT)
-        return batch, lengths_B
+            batch = self.slice.logits(batch, all_B, jobs[-1].split, pooled_B, ids_BT)
+        return batch
 
     def _entering(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return a hidden state as blocks of this base hand it on: in 16 bits where they do."""
@@ -305,32 +308,28 @@ class LocalEngine:
         """Return the token ids of a wave, padded; None where the model's blocks need none."""
         if not self._layout.needs_ids:
             return None
-        padded = []
-        for job in jobs:
-            assert job.ids_BT is not None, "blocks need the token ids"
-            ids_BT = torch.from_numpy(job.ids_BT).to(self._device, torch.int64)
-            padding = (0, longest - ids_BT.shape[1])
-            padded.append(F.pad(ids_BT, padding, value=self.slice.pad_id))
-        return torch.cat(padded)
+        ids = [job.ids_BT for job in jobs if job.ids_BT is not None]
+        assert len(ids) == len(jobs), "blocks need the token ids"
+        return self._up(_joined(ids, longest, self.slice.pad_id))
 
     def _pooled(self, jobs: Sequence[Job]) -> torch.Tensor | None:
         """Return where a classification head looks in each sequence; None: always at its end."""
         if all(job.pooled_B is None for job in jobs):
             return None
         ends = (job.lengths_B - 1 if job.pooled_B is None else job.pooled_B for job in jobs)
-        return torch.from_numpy(np.concatenate(list(ends))).to(self._device, torch.int32)
+        return self._up(np.concatenate(list(ends), dtype=np.int32))
 
     def evaluate(self, job: Job) -> TailSums | Array:
         """Return the loss of an evaluation micro-batch, or its final hidden state; see `Engine`."""
         self.slice.model.eval()
-        hidden = [torch.from_numpy(job.hidden_BTD).to(self._device)]
+        hidden = [self._transfers.upload(job.hidden_BTD)]
         to_logits = job.labels is not None and not self.slice.has_local_tail
         run = partial(self._run_blocks, [job], hidden, to_logits=to_logits)
         with torch.no_grad():
-            final_hidden, _ = self._products.run(run, lambda found: found[0])
+            final_hidden = self._products.run(run, lambda found: found)
             if job.labels is None:
-                return to_numpy(final_hidden[_wanted(job)])
-            labels = self._labels(job.labels)
+                return self._transfers.download(final_hidden[self._wanted(job)]).array()
+            labels = self._up(job.labels.astype(np.int64))
             return totals(self._sums(final_hidden, labels, has_logits=to_logits))
 
     def _sums(
@@ -348,47 +347,55 @@ class LocalEngine:
         tail = partial(target_sums, self.slice, final_hidden, labels, unit_B)
         return self._products.run(tail, lambda sums: sums.loss_B)
 
-    def _labels(self, labels: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(labels.astype(np.int64)).to(self._device)
-
     def _losses(self, wave: _Wave) -> list[LossSums]:
         """Compute a wave's losses at once, so that nothing is sliced; return them by job."""
+        given = [job.labels for job in wave.jobs if job.labels is not None]
+        assert len(given) == len(wave.jobs), "labels are on the device"
         longest = max(job.hidden_BTD.shape[1] for job in wave.jobs)
-        labels = []
-        for job in wave.jobs:
-            assert job.labels is not None, "labels are on the device"
-            own = self._labels(job.labels)
-            labels.append(
-                F.pad(own, (0, longest - own.shape[1]), value=IGNORED) if own.dim() == 2 else own
-            )
+        labels = self._up(_joined(given, longest, IGNORED))
         rows = [len(job.lengths_B) for job in wave.jobs]
         scale = self.trained.optimizer.loss_scale
         units = [scale * job.weight / job.num_targets for job in wave.jobs]
-        unit_B = torch.tensor(units).repeat_interleave(torch.tensor(rows))
-        whole = self._sums(wave.final_hidden, torch.cat(labels), unit_B, has_logits=wave.has_logits)
+        unit_B = self._up(np.repeat(np.array(units, np.float32), rows))
+        whole = self._sums(wave.final_hidden, labels, unit_B, has_logits=wave.has_logits)
         by_job = [torch.split(column, rows) for column in whole]
         return [LossSums(*columns) for columns in zip(*by_job, strict=True)]
 
     def _answers(
-        self, wave: _Wave, sums: Sequence[LossSums | None], places: Container[Place]
+        self, wave: _Wave, sums: Sequence[TailSums | None], places: Container[Place]
     ) -> list[Answer]:
-        answers = []
-        for job, leaf, own in zip(wave.jobs, wave.leaves, sums, strict=True):
+        scale, coming = self.trained.optimizer.loss_scale, []
+        for job, leaf, found in zip(wave.jobs, wave.leaves, sums, strict=True):
             if job.place not in places:
                 continue
             assert leaf.grad is not None
-            grad = leaf.grad / (job.weight * self.trained.optimizer.loss_scale)
-            found = None if own is None else totals(own)
-            answers.append(Answer(job.device, to_numpy(grad), found, job.micro))
+            grad = self._transfers.download(leaf.grad / (job.weight * scale))
+            coming.append((job, grad, found))
             self.open_step.serve(job)
-        return answers
+        return [Answer(job.device, grad.array(), found, job.micro) for job, grad, found in coming]
+
+    def _final_hidden(self, wave: _Wave) -> dict[Place, Array]:
+        coming, start = {}, 0
+        for job in wave.jobs:
+            rows, length = job.hidden_BTD.shape[:2]
+            own = wave.final_hidden[start : start + rows, :length]
+            coming[job.place] = self._transfers.download(own[self._wanted(job)])
+            start += rows
+        return {place: hidden.array() for place, hidden in coming.items()}
+
+    def _wanted(self, job: Job) -> Any:
+        """Return the index of what a device wants of the rows of its final hidden state."""
+        if job.wanted_BT is None:
+            return ...
+        # Not the mask: the device would have to say how many it marks before anything goes on.
+        return tuple(self._up(np.stack(job.wanted_BT.nonzero())))
 
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of one micro-batch through the whole model; see `Engine`."""
         self.slice.model.eval()
-        ids_BT, lengths_B = (torch.from_numpy(x).to(self._device) for x in micro[:2])
+        ids_BT, lengths_B = (self._up(x) for x in micro[:2])
         with torch.no_grad():
-            labels = self._labels(micro.labels)
+            labels = self._up(micro.labels.astype(np.int64))
             whole = partial(whole_sums, self.slice, ids_BT, lengths_B, labels)
             return totals(self._products.run(whole, lambda sums: sums.loss_B))
 
@@ -481,16 +488,11 @@ def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine)
     return engine
 
 
-def _unstack(wave: _Wave) -> dict[Place, Array]:
-    final_hidden, start = {}, 0
-    for job in wave.jobs:
-        rows, length = job.hidden_BTD.shape[:2]
-        own = wave.final_hidden[start : start + rows, :length]
-        final_hidden[job.place] = to_numpy(own[_wanted(job)])
-        start += rows
-    return final_hidden
-
-
-def _wanted(job: Job) -> Any:
-    """Return the index of what a device wants of the rows of its final hidden state."""
-    return ... if job.wanted_BT is None else torch.from_numpy(job.wanted_BT)
+def _joined(arrays: Sequence[np.ndarray], longest: int, filler: int) -> np.ndarray:
+    """Return whole numbers of several jobs under one another, with *filler* up to *longest*."""
+    if arrays[0].ndim == 1:
+        return np.concatenate(arrays, dtype=np.int64)
+    padded = (
+        np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=filler) for a in arrays
+    )
+    return np.concatenate(list(padded), dtype=np.int64)

@@ -57,12 +57,11 @@ def loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> LossSums:
         loss_B = F.cross_entropy(logits.float(), labels, reduction="none")
         return LossSums(loss_B, torch.ones_like(labels), (logits.argmax(-1) == labels).long())
     labels_BT = _shifted(labels)
-    is_target_BT = labels_BT != IGNORED
     # Only where there is a target: prompts cost no softmax over the vocabulary.
-    logits_NV = logits[is_target_BT].float()
-    labels_N = labels_BT[is_target_BT]
+    where = _targets(labels_BT)
+    logits_NV, labels_N = logits[where].float(), labels_BT[where]
     loss_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-    return _by_row(loss_N, logits_NV.argmax(-1) == labels_N, is_target_BT)
+    return _by_row(loss_N, logits_NV.argmax(-1) == labels_N, where[0], len(labels_BT))
 
 
 def target_sums(
@@ -81,17 +80,18 @@ def target_sums(
             room for a gradient that is divided only then. None: 1.
     """
     next_BT = _shifted(labels_BT)
-    is_target_BT = next_BT != IGNORED
-    hidden_ND, labels_N = hidden_BTD[is_target_BT], next_BT[is_target_BT]
+    where = _targets(next_BT)
+    hidden_ND, labels_N = hidden_BTD[where], next_BT[where]
     fused = _fused_loss(slice_, hidden_ND) if hidden_ND.requires_grad else None
     if fused is not None:
-        return _by_row(fused(hidden_ND, labels_N), torch.zeros_like(labels_N), is_target_BT)
+        loss_N, is_correct_N = fused(hidden_ND, labels_N), torch.zeros_like(labels_N)
+        return _by_row(loss_N, is_correct_N, where[0], len(next_BT))
     unit_N = torch.ones(len(labels_N), device=labels_N.device)
     if unit_B is not None:
-        unit_N = unit_B.to(labels_N.device)[is_target_BT.nonzero()[:, 0]]
+        unit_N = unit_B[where[0]]
     found: Any = _PositionLoss.apply(hidden_ND, labels_N, unit_N, slice_)  # type: ignore[no-untyped-call]
     loss_N, is_correct_N = found
-    return _by_row(loss_N, is_correct_N, is_target_BT)
+    return _by_row(loss_N, is_correct_N, where[0], len(next_BT))
 
 
 def whole_sums(
@@ -116,15 +116,23 @@ def _shifted(labels_BT: torch.Tensor) -> torch.Tensor:
     return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
+def _targets(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return row and position of every target.
+
+    Asked for once: a GPU has to be waited for until it has counted them.
+    """
+    rows_N, positions_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
+    return rows_N, positions_N
+
+
 def _by_row(
-    loss_N: torch.Tensor, is_correct_N: torch.Tensor, is_target_BT: torch.Tensor
+    loss_N: torch.Tensor, is_correct_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int
 ) -> LossSums:
     """Add up what was found at the targets, row by row."""
-    rows_N, num_rows = is_target_BT.nonzero()[:, 0], len(is_target_BT)
-    zeros_B = torch.zeros(num_rows, dtype=torch.long, device=is_target_BT.device)
+    zeros_B = torch.zeros(num_rows, dtype=torch.long, device=rows_N.device)
     return LossSums(
         loss_N.new_zeros(num_rows).index_add(0, rows_N, loss_N),
-        is_target_BT.sum(1),
+        zeros_B.index_add(0, rows_N, torch.ones_like(rows_N)),
         zeros_B.index_add(0, rows_N, is_correct_N.long()),
     )
 

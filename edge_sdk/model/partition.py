@@ -83,7 +83,7 @@ class Slice:
             for name in expert_weights(self.model):
                 take_place(self.model, name, device).quantize(quantized)
         for name in (*layout.front, *layout.tail):
-            _set_tensor(self.model, name, _hollow(self.model, name, dtype).to(device))
+            _set_tensor(self.model, name, _hollow(self.model, name, dtype, device))
         for name, buffer in list(self.model.named_buffers()):
             if buffer.device.type != "meta":
                 _set_tensor(self.model, name, buffer.to(device))
@@ -381,11 +381,12 @@ def _replace_hidden(
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def _hollow(model: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _hollow(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return a tensor of the right shape that takes the memory of one number."""
     wanted = _get_tensor(model, name)
     kind = dtype if wanted.is_floating_point() else wanted.dtype
-    return torch.zeros((), dtype=kind).expand(wanted.shape)
+    # Made where it is to lie: moved there, it would take the memory of all its numbers.
+    return torch.zeros((), dtype=kind, device=device).expand(wanted.shape)
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:

@@ -11,4 +11,5 @@ __all__ = [
     "torch_runtime",
     "training",
     "training_state",
+    "transfers",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from edge_sdk.runtime.half_range import Products
 from edge_sdk.runtime.interface import MemoryUse, TailSums, process_memory
 from edge_sdk.runtime.training import Optimizer, TrainingConfig, seed_step
 from edge_sdk.runtime.training_state import Pending, TrainingState
+from edge_sdk.runtime.transfers import transfers_of
 from profiler.sensors.memory import memory_info
 
 
@@ -59,6 +60,7 @@ class TorchRuntime:
         recompute: bool = False,
     ) -> None:
         self._device = pick_device(device)
+        self._transfers = transfers_of(self._device)
         asked = resolve_compute(compute, self._device)
         dtype, quantized = resolve_base(base, asked)
         self._slice = Slice(config, task, layout, dtype, self._device, quantized)
@@ -114,7 +116,7 @@ class TorchRuntime:
             hidden = self._run_blocks(micro, step, index)
         if not self._plan.is_forward_only:
             self._open.append(hidden if keeps_graph else (micro, step, index))
-        return to_numpy(hidden)
+        return self._down(hidden)
 
     def _run_blocks(self, micro: MicroBatch, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""
@@ -144,7 +146,7 @@ class TorchRuntime:
         self._slice.model.train()
 
         def attempt() -> tuple[LossSums, torch.Tensor]:
-            final_hidden = torch.from_numpy(final_hidden_BTD).to(self._device).requires_grad_(True)
+            final_hidden = self._up(final_hidden_BTD).requires_grad_(True)
             scale = self.state.optimizer.loss_scale
             unit = scale / num_targets
             sums = self._sums(final_hidden, micro, unit)
@@ -153,7 +155,8 @@ class TorchRuntime:
             return sums, final_hidden.grad / scale
 
         sums, grad_BTD = self.state.optimizer.scaled(attempt, lambda found: (found[1],))
-        return totals(sums), to_numpy(grad_BTD)
+        coming = self._transfers.download(grad_BTD)
+        return totals(sums), coming.array()
 
     def backward(self, grad_BTD: Array) -> None:
         """Continue the backward pass from dL/dh; see `Runtime`."""
@@ -164,7 +167,7 @@ class TorchRuntime:
         hidden = oldest if isinstance(oldest, torch.Tensor) else self._run_blocks(*oldest)
         del oldest
         if hidden.requires_grad:
-            grad = torch.from_numpy(grad_BTD).to(self._device) * self.state.optimizer.loss_scale
+            grad = self._up(grad_BTD) * self.state.optimizer.loss_scale
             torch.autograd.backward(hidden, grad.to(hidden.dtype))
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
@@ -201,20 +204,18 @@ class TorchRuntime:
         ids_BT, lengths_B, _ = self._tensors(micro)
         with torch.no_grad():
             work = partial(self._slice.front, ids_BT, lengths_B, self._plan.split)
-            return to_numpy(self._products.run(work, lambda hidden: hidden))
+            return self._down(self._products.run(work, lambda hidden: hidden))
 
     def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Return the loss without gradients; see `Runtime`."""
         self._slice.model.eval()
         with torch.no_grad():
-            return totals(self._sums(torch.from_numpy(final_hidden_BTD).to(self._device), micro))
+            return totals(self._sums(self._up(final_hidden_BTD), micro))
 
     def _sums(self, final_hidden: torch.Tensor, micro: MicroBatch, unit: float = 1.0) -> LossSums:
         """Return the loss of a final hidden state; see `target_sums`."""
         _, lengths_B, labels = self._tensors(micro)
-        pooled_B = None if micro.pooled is None else torch.from_numpy(micro.pooled)
-        if pooled_B is not None:
-            pooled_B = pooled_B.to(self._device)
+        pooled_B = None if micro.pooled is None else self._up(micro.pooled)
         last = self._slice.layout.num_blocks
 
         def work() -> LossSums:
@@ -226,9 +227,14 @@ class TorchRuntime:
         return self._products.run(work, lambda sums: sums.loss_B)
 
     def _tensors(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ids_BT, lengths_B, labels = (torch.from_numpy(np.ascontiguousarray(x)) for x in micro[:3])
-        device = self._device
-        return ids_BT.to(device), lengths_B.to(device), labels.to(device)
+        ids_BT, lengths_B, labels = (self._up(np.ascontiguousarray(x)) for x in micro[:3])
+        return ids_BT, lengths_B, labels
+
+    def _up(self, array: np.ndarray) -> torch.Tensor:
+        return self._transfers.upload(array).tensor()
+
+    def _down(self, tensor: torch.Tensor) -> Array:
+        return self._transfers.download(tensor).array()
 
     # ---- memory ----
 
@@ -309,6 +315,14 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 
 def totals(sums: LossSums) -> TailSums:
     """Return the sums over the sequences, as plain numbers."""
-    return TailSums(
-        float(sums.loss_B.detach().sum()), int(sums.targets_B.sum()), int(sums.correct_B.sum())
-    )
+    return each_total([sums])[0]
+
+
+def each_total(sums: Sequence[LossSums]) -> list[TailSums]:
+    """Return the sums over the sequences of each, as plain numbers; waits for the device once."""
+    losses = torch.stack([its.loss_B.detach().sum() for its in sums])
+    counts = [count.sum() for its in sums for count in (its.targets_B, its.correct_B)]
+    numbers = torch.cat([losses.double(), torch.stack(counts).double()]).tolist()
+    targets, corrects = numbers[len(sums) :: 2], numbers[len(sums) + 1 :: 2]
+    found = zip(numbers, targets, corrects, strict=False)
+    return [TailSums(loss, int(target), int(correct)) for loss, target, correct in found]

@@ -194,7 +194,8 @@ class Optimizer:
         while True:
             held = {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
             found = attempt()
-            if self.loss_scale <= 1.0 or all(bool(torch.isfinite(g).all()) for g in seen(found)):
+            finite = [torch.isfinite(gradient).all() for gradient in seen(found)]
+            if self.loss_scale <= 1.0 or not finite or bool(torch.stack(finite).all()):
                 return found
             for name, parameter in self.parameters.items():
                 parameter.grad = held[name].div_(2) if name in held else None
@@ -259,4 +260,5 @@ def seed_step(seed: int, device: torch.device, *where: int | str) -> None:
     # Not torch.manual_seed: it looks at every backend, and writes down a stack trace for CUDA.
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
-        torch.cuda.manual_seed(number)
+        with torch.cuda.device(device):  # else it is the generator of the first one
+            torch.cuda.manual_seed(number)
