@@ -18,6 +18,7 @@ from edge_sdk.client.config import ClientConfig
 from edge_sdk.command import add_log_level, run_command, stopping_on_signals
 from edge_sdk.config.loader import load_config
 from edge_sdk.config.templates import write_config
+from edge_sdk.duration import duration
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, one_line
 from edge_sdk.protocol.messages import StepReport
 from edge_sdk.protocol.plan import Plan
@@ -277,7 +278,7 @@ class _Lines(Callback):
         rate = self._tokens / max(1e-9, now_s - self._began_s)
         print(
             f"round {begun.round + 1}: step {done} of {begun.total_steps}, loss {report.loss:.3f}, "
-            f"{rate:.0f} tok/s; left: {_time(round_s)}, run {_time(run_s)}",
+            f"{rate:.0f} tok/s; left: {duration(round_s)}, run {duration(run_s)}",
             flush=True,
         )
 
@@ -301,13 +302,6 @@ class _Lines(Callback):
     def on_train_end(self, reason: str) -> None:
         if reason != FAILED:  # then the error is the one line to read
             print(f"ended: {reason}", flush=True)
-
-
-def _time(seconds: float) -> str:
-    """Return a time left as a person reads it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _run(options: argparse.Namespace) -> int:

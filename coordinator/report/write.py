@@ -17,6 +17,7 @@ from coordinator.report.template import render
 from coordinator.report.work import boards, traffic, work
 from coordinator.results.history import overall
 from coordinator.results.run_folder import CLOCK, CONFIG, RunFolder
+from edge_sdk.duration import duration
 from edge_sdk.files import atomic_write, storage_errors
 
 REPORT = "report.html"
@@ -131,7 +132,7 @@ def _tiles(facts: RunSums) -> list[tuple[str, str]]:
     tiles.append((text_of(samples), "samples trained on"))
     seconds = max(facts.seconds_at().values(), default=0.0)
     what = "of modelled time" if facts.is_modelled else "in rounds"
-    tiles.append((_duration(seconds), what))
+    tiles.append((duration(seconds), what))
     total = max(facts.bytes_at.values(), default=0)
     tiles.append((f"{total / 1e6:,.1f} MB", "sent by and to devices"))
     joules = [own.joules for own in facts.devices.values() if own.joules is not None]
@@ -139,9 +140,3 @@ def _tiles(facts: RunSums) -> list[tuple[str, str]]:
         kind = "modelled energy" if facts.is_modelled else "energy"
         tiles.append((f"{sum(joules):,.0f} J", f"{kind} of {len(joules)} boards"))
     return tiles
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

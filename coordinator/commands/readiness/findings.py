@@ -22,6 +22,7 @@ from coordinator.tracking.trackers import check_trackers
 from edge_sdk.data.rows import load_data, load_rows
 from edge_sdk.data.tally import Tally
 from edge_sdk.doctor.finding import Finding, failure, ok, skipped, warning
+from edge_sdk.duration import duration
 from edge_sdk.errors import ConfigError, DataError, DeviceError, EdgeError, one_line
 from edge_sdk.transport.addresses import parse_address, web_address
 from edge_sdk.transport.keys import fingerprint, load_key_pair
@@ -199,14 +200,7 @@ def _bytes(config: ServeConfig, name: str, own: DeviceForecast) -> str:
 
 def _time(config: ServeConfig, found: Forecast) -> Finding:
     if found.run_s is not None:
-        text = f"about {in_words(found.run_s)} for {config.total_steps} steps, evaluations left out"
+        text = f"about {duration(found.run_s)} for {config.total_steps} steps, evaluations left out"
         return ok("time", text)
-    known = [f"{n} alone {in_words(d.own_s)}" for n, d in found.devices.items() if d.own_s]
+    known = [f"{n} alone {duration(d.own_s)}" for n, d in found.devices.items() if d.own_s]
     return skipped("time", "; ".join(["not known", *known, *found.unknown]))
-
-
-def in_words(seconds: float) -> str:
-    """Return a time as `40 s`, `12 min` or `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

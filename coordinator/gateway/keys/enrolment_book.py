@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from coordinator.gateway.keys.allow_list import AllowList, give_to, identity_of, is_device_name
 from coordinator.gateway.keys.list_lock import locked
+from edge_sdk.duration import duration
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.files import atomic_write, make_folder, storage_errors
 from edge_sdk.transport.enrol_code import EnrolCode, new_code, one_time_keys
@@ -199,9 +200,10 @@ class EnrolmentBook:
                 f"clock, which says {clock}: that clock was set back; make a new code"
             )
         if now_s >= entry.until_s:
+            ago = duration(round(now_s - entry.until_s))
             raise RefusedError(
-                f"this code has expired {_ago(now_s - entry.until_s)} ago by the coordinator's "
-                f"clock, which says {clock}; make a new one"
+                f"this code has expired {ago} ago by the coordinator's clock, which says {clock}; "
+                "make a new one"
             )
         devices = allowed.devices()
         if _place(self._entries, key) is not None:
@@ -317,7 +319,3 @@ def _is_sound(entry: CodeEntry) -> bool:
         and entry.fate in get_args(Fate)
         and (not entry.used_by or is_public_key(entry.used_by))
     )
-
-
-def _ago(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from coordinator.results.events.event import RunEvent
 from coordinator.results.events.rounds import RoundDone
+from edge_sdk.duration import duration
 
 Tell = Callable[[str], None]
 
@@ -71,7 +72,7 @@ class RunCount:
         name, self._share = self._name, 0.0
         self._note(took_s)
         self._began_s = self._clock()
-        words = f"run {self._done} of {self.total}: {name}: {text}; {in_words(took_s)}"
+        words = f"run {self._done} of {self.total}: {name}: {text}; {duration(took_s)}"
         self._tell(words + (self._left() if self._done < self.total else ""))
         return took_s
 
@@ -95,7 +96,7 @@ class RunCount:
     def _left(self) -> str:
         """Return how long all that is left will take, where that can be said."""
         left_s = self.left_s()
-        return "" if left_s is None else f"; about {in_words(left_s)} left"
+        return "" if left_s is None else f"; about {duration(left_s)} left"
 
     def left_s(self) -> float | None:
         """Return the seconds until the last run ends; None where nothing is known yet."""
@@ -127,11 +128,3 @@ class RoundTeller:
             who = f"device {index + 1} of {parts}, " if parts > 1 else ""
             share = (index + done / self._rounds) / parts
             self._count.doing(f"{who}round {done} of {self._rounds}", share)
-
-
-def in_words(seconds: float) -> str:
-    """Return a duration for a person: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

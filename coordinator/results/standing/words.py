@@ -8,23 +8,12 @@ from typing import Any, Literal
 from rich.table import Table
 
 from coordinator.results.standing.standing import DeviceStanding, Standing
+from edge_sdk.duration import duration
 from edge_sdk.errors import printable
 
 MB, MIB = 10**6, 2**20
 # Letters of a device's name in the table; the lines below it hold the whole name.
 NAME_WIDTH = 14
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: two units at most."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole < 600 and whole % 60 else "")
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 86400} days"
 
 
 def head(found: Standing) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from coordinator.cli import main
-from coordinator.commands.readiness.findings import check_report_to, in_words
+from coordinator.commands.readiness.findings import check_report_to
 from coordinator.config.run import ServeConfig
 from coordinator.config.tracking import TrackingConfig
 from coordinator.gateway.keys.allow_list import AllowList
@@ -239,11 +239,3 @@ def test_profiles_belong_to_a_check(bench: Bench, capsys: pytest.CaptureFixture[
 
     assert main(["serve", "--profiles", profile, "model=x"]) == 2
     assert "these are for --check" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.3, "0.3 s"), (40, "40 s"), (600, "10 min"), (12600, "3.5 h")]
-)
-def test_times_in_words(seconds: float, words: str) -> None:
-    """As a person would say them."""
-    assert in_words(seconds) == words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.lab.comparison.run_count import RunCount, in_words
+from coordinator.lab.comparison.run_count import RunCount
 
 
 class Clock:
@@ -58,14 +58,3 @@ def test_runs_that_are_there_count() -> None:
         "run 3 of 3: b, seed 1: loss 2; 5 s",
     ]
     assert (count.done, count.total) == (3, 3)
-
-
-def test_durations_are_for_people() -> None:
-    """Seconds, then minutes, then hours."""
-    assert [in_words(s) for s in (0.4, 99, 100, 5940, 7300)] == [
-        "0 s",
-        "99 s",
-        "2 min",
-        "99 min",
-        "2 h 2 min",
-    ]

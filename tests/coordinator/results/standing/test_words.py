@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
 from coordinator.results.standing.standing import DeviceStanding, Standing
-from coordinator.results.standing.words import device_lines, device_table, duration, head, run_table
+from coordinator.results.standing.words import device_lines, device_table, head, run_table
 
-TIMES = {
-    "0 s": 0.2,
-    "59 s": 59.0,
-    "1 min": 60.0,
-    "1 min 30 s": 90.0,
-    "12 min": 725.0,
-    "3 h 05 min": 11_100.0,
-    "2 days": 200_000.0,
-}
 DEVICE = DeviceStanding(
     name="kitchen-shelf-left",
     doing="fetching its blocks",
@@ -52,12 +42,6 @@ RUN = Standing(
     run_left_s=70.0,
     devices=(DEVICE,),
 )
-
-
-@pytest.mark.parametrize(("words", "seconds"), TIMES.items())
-def test_times_are_said_in_two_units(words: str, seconds: float) -> None:
-    """Seconds matter in the first minutes only."""
-    assert duration(seconds) == words
 
 
 def test_the_head_says_state_place_and_end() -> None:
