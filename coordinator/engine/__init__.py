@@ -1,3 +1,3 @@
 """What computes the coordinator's share of the model, for many devices at once."""
 
-__all__ = ["blocks", "compute_thread", "interface", "local", "server_model"]
+__all__ = ["blocks", "compute_thread", "interface", "local", "server_model", "whole"]

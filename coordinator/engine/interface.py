@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from coordinator.config.run import ServeConfig
+from coordinator.engine.whole import Manner
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import EdgeError, NumericError
 from edge_sdk.lora.adapters import Pair
@@ -185,6 +186,14 @@ class Engine(Protocol):
 
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of a micro-batch through the whole model, whose blocks are all here."""
+
+    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
+        """Return the tokens that the whole model, whose blocks are all here, adds to a prompt.
+
+        Raises:
+            ConfigError: there is no room for a token behind so many.
+            ModelError: transformers cannot generate with this model.
+        """
 
     # ---- between rounds ----
 

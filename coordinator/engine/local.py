@@ -35,6 +35,7 @@ from coordinator.engine.interface import (
     Job,
     Learned,
 )
+from coordinator.engine.whole import Manner, continue_text, evaluate_whole
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.adapters import Adapters, Pair
 from edge_sdk.lora.factors import Array, Factors
@@ -42,7 +43,7 @@ from edge_sdk.lora.folding import folds
 from edge_sdk.lora.importance import ImportanceMeter
 from edge_sdk.lora.targets import LoraConfig
 from edge_sdk.model.layout import Layout
-from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums, whole_sums
+from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums
 from edge_sdk.model.partition import Slice, head_names, named_parameters
 from edge_sdk.model.precision import Compute, autocast, resolve_compute
 from edge_sdk.protocol.plan import Place, Residual
@@ -392,12 +393,11 @@ class LocalEngine:
 
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of one micro-batch through the whole model; see `Engine`."""
-        self.slice.model.eval()
-        ids_BT, lengths_B = (self._up(x) for x in micro[:2])
-        with torch.no_grad():
-            labels = self._up(micro.labels.astype(np.int64))
-            whole = partial(whole_sums, self.slice, ids_BT, lengths_B, labels)
-            return totals(self._products.run(whole, lambda sums: sums.loss_B))
+        return evaluate_whole(self.slice, self._products, micro)
+
+    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
+        """Return the tokens that the whole model adds to a prompt; see `Engine`."""
+        return continue_text(self.slice, self._products, ids, manner)
 
     # ---- adapters ----
 

@@ -11,4 +11,5 @@ __all__ = [
     "run",
     "run_facts",
     "texts",
+    "trained",
 ]

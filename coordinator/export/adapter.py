@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from coordinator.export.card import Card, base_name
-from coordinator.export.check import load_base, verify
+from coordinator.export.check import ExportError, verify
 from coordinator.export.facts import RunFacts
 from coordinator.export.peft_names import as_peft, pad
 from coordinator.results.json_text import json_text
@@ -17,6 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.files import private_files, storage_errors
 from edge_sdk.lora.factors import Array, Factors, compress, zero_like
 from edge_sdk.model.layout import build_empty, is_transposed
+from edge_sdk.model.safetensors_files import open_files
 from edge_sdk.model.weights import ModelSource
 
 LABELS = "labels.json"
@@ -33,7 +34,7 @@ def export_adapter(
     folder: Path,
     facts: RunFacts | None = None,
 ) -> float:
-    """Write *learned* as a PEFT adapter; return the largest difference of a logit.
+    """Write *learned* as a PEFT adapter; return what `verify` does.
 
     The ranks are those of dW, weight by weight (`rank_pattern`), with scale 1.
 
@@ -46,7 +47,7 @@ def export_adapter(
     ranks = {name: factors.rank for name, factors in kept.items()}
     card = Card(source=source, format="peft", ranks=ranks, facts=facts)
     write_files(card, kept, head, folder)
-    return _read_back(source, learned, head, folder)
+    return verify(source, learned, head, folder)
 
 
 def export_uniform(
@@ -67,7 +68,7 @@ def export_uniform(
     padded = {name: pad(factors, rank) for name, factors in kept.items()}
     card = Card(source=source, format="vllm", ranks=dict.fromkeys(kept, rank), facts=facts)
     write_files(card, padded, {}, folder, is_uniform=True)
-    return _read_back(source, learned, {}, folder)
+    return verify(source, learned, {}, folder)
 
 
 def _drawn(source: ModelSource) -> dict[str, Array]:
@@ -130,9 +131,13 @@ def write_files(
     tensors |= {key: torch.from_numpy(value) for key, value in named.items()}
     with storage_errors(f"adapter {folder}"), private_files():
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        path = folder / "adapter_model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        written = open_files([path], is_streamed=True)
+        if lost := [n for n, t in tensors.items() if not torch.equal(written[n], t)]:
+            raise ExportError(f"{path}: read back, {lost[0]} is not what was written")
         if card.label_names:
             (folder / LABELS).write_text(_labels(card), encoding="utf-8")
 
@@ -146,15 +151,6 @@ def _labels(card: Card) -> str:
         "pad_token_id": pad_token_id,
     }
     return json_text(found, indent=2) + "\n"
-
-
-def _read_back(
-    source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array], folder: Path
-) -> float:
-    from peft import PeftModel
-
-    loaded = PeftModel.from_pretrained(load_base(source), folder, local_files_only=True)
-    return verify(source, learned, head, loaded, folder)
 
 
 def _smallest(learned: Mapping[str, Factors]) -> dict[str, Factors]:

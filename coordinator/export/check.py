@@ -62,9 +62,9 @@ def load_base(source: ModelSource) -> nn.Module:
 def trained_slice(
     source: ModelSource, learned: Mapping[str, Factors], head: Mapping[str, Array]
 ) -> Slice:
-    """Load the whole model as the coordinator computes it: the base, and dW as factors."""
+    """Load the whole model in float32: the base, and dW as factors."""
     slice_ = _slice_of(source, source.layout.part_names(), source.tensors)
-    _learn(slice_, learned, head)
+    learn(slice_, learned, head)
     slice_.model.eval()
     return slice_
 
@@ -74,13 +74,14 @@ def _slice_of(
     parts: Sequence[str],
     tensors: Callable[[str], Mapping[str, torch.Tensor]],
 ) -> Slice:
+    """Return a slice in float32, of *parts* as *tensors* gives them."""
     slice_ = Slice(source.config, source.task, source.layout, torch.float32)
     for part in parts:
         slice_.add(part, tensors(part))
     return slice_
 
 
-def _learn(slice_: Slice, learned: Mapping[str, Factors], head: Mapping[str, Array]) -> None:
+def learn(slice_: Slice, learned: Mapping[str, Factors], head: Mapping[str, Array]) -> None:
     """Give a slice, all of it or its first blocks, what a run has learned."""
     own = {name for part in slice_.present for name in slice_.layout.part(part)}
     adapters = Adapters(slice_, {}, {}, LoraConfig())
@@ -93,23 +94,66 @@ def verify(
     source: ModelSource,
     learned: Mapping[str, Factors],
     head: Mapping[str, Array],
-    loaded: nn.Module,
     folder: Path,
 ) -> float:
-    """Return the largest difference of a logit between *loaded* and what was trained.
+    """Return by how much the model with the adapter in *folder* differs from what was trained.
+
+    PEFT reads the adapter. A model that fits `CHECK_BYTES` is run as a whole; of a larger one only
+    its first blocks. One model at a time lies in memory.
+
+    Args:
+        source: The base.
+        learned: dW by weight.
+        head: Parameters that were trained in full.
+        folder: The adapter.
+
+    Returns:
+        The largest difference of a logit or hidden state, relative.
 
     Raises:
         ExportError: it is more than rounding.
     """
-    ours = trained_slice(source, learned, head)
-    ids_BT, lengths_B = _inputs(source)
-    with torch.no_grad():
-        expected = ours.whole(ids_BT, lengths_B)
-        found = loaded.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
-    difference = _relative(expected, found)
+    num_blocks = _blocks_that_fit(source)
+    parts = _stretch(source, num_blocks)
+    ours = _slice_of(source, parts, source.tensors)
+    learn(ours, learned, head)
+    expected = _answer(ours, num_blocks)
+    del ours
+    difference = _relative(expected, _peft_answer(source, parts, num_blocks, folder))
     _refuse_more_than_rounding(folder, difference)
     log.info("export.verified folder=%s difference=%.1e", folder, difference)
     return difference
+
+
+def _peft_answer(
+    source: ModelSource, parts: Sequence[str], num_blocks: int, folder: Path
+) -> torch.Tensor:
+    """Return what `_answer` does, of the base with an adapter that PEFT has read."""
+    from peft import PeftModel
+
+    if num_blocks == source.layout.num_blocks:
+        loaded: Any = PeftModel.from_pretrained(load_base(source), folder, local_files_only=True)
+        ids_BT, _ = _inputs(source)
+        with torch.no_grad():
+            found: torch.Tensor = loaded.eval()(
+                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)
+            ).logits
+        return found
+    base = _slice_of(source, parts, source.tensors)
+    # Where blocks are absent an adapter has to be made of its file: there is nothing to copy into.
+    PeftModel.from_pretrained(
+        base.model,
+        folder,
+        local_files_only=True,
+        low_cpu_mem_usage=True,
+    )
+    return _answer(base, num_blocks)
+
+
+def _stretch(source: ModelSource, num_blocks: int) -> list[str]:
+    """Return the parts of the first blocks, and the tail if these are all."""
+    is_whole = num_blocks == source.layout.num_blocks
+    return ["front", *(f"block.{i}" for i in range(num_blocks)), *(["tail"] if is_whole else [])]
 
 
 def compare_stretch(
@@ -139,7 +183,7 @@ def compare_stretch(
     """
     num_blocks = _blocks_that_fit(source)
     is_whole = num_blocks == source.layout.num_blocks
-    parts = ["front", *(f"block.{i}" for i in range(num_blocks)), *(["tail"] if is_whole else [])]
+    parts = _stretch(source, num_blocks)
     expected = _answer(_slice_of(source, parts, tensors), num_blocks)
     if is_whole:
         ids_BT, _ = _inputs(source)
@@ -151,7 +195,7 @@ def compare_stretch(
         found = _answer(_slice_of(written, parts, written.tensors), num_blocks)
     _refuse_more_than_rounding(written.folder, _relative(expected, found))
     trained = _slice_of(source, parts, source.tensors)
-    _learn(trained, learned, head)
+    learn(trained, learned, head)
     difference = _relative(_answer(trained, num_blocks), found)
     log.info("export.verified folder=%s difference=%.1e", written.folder, difference)
     return difference

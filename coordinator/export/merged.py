@@ -27,7 +27,7 @@ from edge_sdk.files import private_files, storage_errors
 from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.experts import lies_transposed
 from edge_sdk.model.layout import build_empty, is_transposed
-from edge_sdk.model.safetensors_files import open_files
+from edge_sdk.model.safetensors_files import open_files, write_tensors
 from edge_sdk.model.weights import FILE_NAMES, ModelSource, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -188,14 +188,12 @@ class _Shards:
             (self._folder / INDEX).write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
         if not self._filling:
             return
         self._files.append(list(self._filling))
         path = _shard(self._folder, len(self._files))
-        tensors = {name: tensor.contiguous() for name, tensor in self._filling.items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+        with path.open("wb") as file:  # the library's own would copy all of them first
+            write_tensors(self._filling, file, {"format": "pt"})
         self._filling = {}
 
 

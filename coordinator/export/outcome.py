@@ -63,7 +63,7 @@ def tested(
     """
     if not batches:
         return trained
-    score = score_of(trained_sums(trained, batches), is_classifier=bool(config.label_names))
+    score = score_of(trained_sums(config, trained, batches), is_classifier=bool(config.label_names))
     round_ = trained.facts.result_round
     found: dict[str, Any] = {"round": round_}
     found |= {f"test_{name}": value for name, value in score.items()}

@@ -9,9 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
@@ -22,7 +19,7 @@ from coordinator.export.adapter import (
     least_ranks,
     vllm_rank,
 )
-from coordinator.export.check import TOLERANCE, trained_slice
+from coordinator.export.check import TOLERANCE
 from coordinator.export.facts import RunFacts
 from coordinator.export.gguf_adapter import export_gguf
 from coordinator.export.hub import push
@@ -31,6 +28,7 @@ from coordinator.export.needs import check_options, find_converter
 from coordinator.export.options import ExportOptions
 from coordinator.export.peft_names import is_stacked
 from coordinator.export.run_facts import result_checkpoint, run_facts
+from coordinator.export.trained import TrainedModel
 from coordinator.results.run_config import read_config
 from coordinator.results.run_folder import Checkpoint, RunFolder
 from edge_sdk.data.batches import MicroBatch
@@ -38,10 +36,8 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.files import private_files
 from edge_sdk.lora.factors import Array, Factors, compress
 from edge_sdk.lora.targets import ModelFacts, find_targets
-from edge_sdk.model.loss import whole_sums
 from edge_sdk.model.weights import ModelSource
-from edge_sdk.runtime.interface import TailSums, add_up
-from edge_sdk.runtime.torch_runtime import totals
+from edge_sdk.runtime.interface import TailSums
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +200,7 @@ def _cut(trained: Trained, config: ServeConfig, max_rank: int, say: Say) -> Trai
     cut = trained._replace(learned=kept)
     batches = _eval_batches(config, say)
     if batches:
-        before, after = _eval_loss(trained, batches), _eval_loss(cut, batches)
+        before, after = (_eval_loss(config, t, batches) for t in (trained, cut))
         say(f"evaluation loss: {before:.4f} with all ranks, {after:.4f} with {max_rank}")
     return cut
 
@@ -233,18 +229,13 @@ def _eval_batches(config: ServeConfig, say: Say) -> list[MicroBatch]:
         return []
 
 
-def _eval_loss(trained: Trained, batches: list[MicroBatch]) -> float:
+def _eval_loss(config: ServeConfig, trained: Trained, batches: list[MicroBatch]) -> float:
     """Return the mean loss per target."""
-    sums = trained_sums(trained, batches)
+    sums = trained_sums(config, trained, batches)
     return sums.loss_sum / max(1, sums.num_targets)
 
 
-def trained_sums(trained: Trained, batches: list[MicroBatch]) -> TailSums:
-    """Return what a trained model, in float32, finds on *batches*."""
-    model, found = trained_slice(trained.source, trained.learned, trained.head), []
-    with torch.no_grad():
-        for batch in batches:
-            lengths_B = torch.from_numpy(np.asarray(batch.lengths))
-            ids_BT, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-            found.append(totals(whole_sums(model, ids_BT, lengths_B, labels)))
-    return add_up(found)
+def trained_sums(config: ServeConfig, trained: Trained, batches: list[MicroBatch]) -> TailSums:
+    """Return what a trained model, in the base of its run, finds on *batches*."""
+    model = TrainedModel(config, trained.source, trained.learned, trained.head)
+    return model.evaluate(batches)

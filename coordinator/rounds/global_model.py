@@ -29,6 +29,7 @@ from edge_sdk.lora.exchange import moved
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.interface import TailSums, add_up
 from edge_sdk.runtime.training_state import under
+from profiler.sensors.memory import return_freed
 
 
 class Aggregated(NamedTuple):
@@ -193,7 +194,7 @@ class GlobalModel:
     def evaluate(self) -> TailSums | None:
         """Evaluate on the coordinator's own file, if there is one; `said` is then new, too."""
         if self._sayings:
-            self.said = self._sayings.say(self.ledger.global_factors(), self.ledger.head)
+            self.said = self._sayings.say(self.engine.continue_text)
         batches = self._model.eval_batches
         if not batches:
             return None
@@ -219,11 +220,20 @@ class GlobalModel:
         assert self._wanted is not None
         first, ranks = self._wanted
         carried = self.engine.carried()
-        del self.engine  # two would need twice the memory
-        self.engine = self._model.make_engine(first, ranks)
+        self._make_engine(first, ranks)
         pairs = self.ledger.enrol(SERVER, ranks)
         residuals = self.ledger.residuals(SERVER, self._model.facts.targets)
         self.engine.begin(pairs, residuals, carried)
+
+    def _make_engine(self, first: int, ranks: Mapping[str, int]) -> None:
+        """Let another engine take the place of the one that is there."""
+        self.release()
+        self.engine = self._model.make_engine(first, ranks)
+
+    def release(self) -> None:
+        """Let go of the coordinator's blocks: of two engines each would need the memory."""
+        del self.engine
+        return_freed()
 
     # ---- checkpoints ----
 
@@ -242,7 +252,7 @@ class GlobalModel:
         ranks = {name.removesuffix(".A"): value.shape[-2] for name, value in own.items()}
         first = int(engine["first"])
         if (first, ranks) != (self.engine.first, self.engine.ranks):
-            self.engine = self._model.make_engine(first, ranks)
+            self._make_engine(first, ranks)
         self.engine.load_state(engine)
 
 

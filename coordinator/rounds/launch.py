@@ -192,6 +192,7 @@ def _finish(coordinator: Coordinator) -> str:
         with stopping_on_signals(coordinator.stop, STOP_S):
             outcome = coordinator.serve()
         if outcome in (COMPLETED, STOPPED):
+            coordinator.learned.release()  # checking the result takes memory of its own
             hand_out(coordinator)
         if outcome == STOPPED:
             watcher.see(RunStopped(path, coordinator.run.state.round, coordinator.config.rounds))

@@ -22,6 +22,7 @@ from edge_sdk.errors import ModelError, is_out_of_memory, one_line
 from edge_sdk.model.experts import expert_weights, find_stack, take_place
 from edge_sdk.model.layout import Layout, Task, build_empty
 from edge_sdk.model.quantized import Quantized, quantize_linears, take_weight
+from edge_sdk.model.safetensors_files import drop_pages
 from edge_sdk.model.weightless import hidden_of
 
 log = logging.getLogger(__name__)
@@ -133,10 +134,12 @@ class Slice:
             )
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and take_weight(_owner(self.model, path), value, self.device):
+            drop_pages(value)
             return
         stack = find_stack(self.model, name)
         if stack is not None and stack.packed:
             stack.take_over(value, self.device)
+            drop_pages(value)
             return
         dtype = self.dtype if value.is_floating_point() else value.dtype
         if name in head_names(self):
@@ -145,7 +148,10 @@ class Slice:
         # hold on to the file in which its block's dense weights lie.
         is_own = part == "tail" and self.task != "causal-lm"
         is_own |= part.startswith("block.") and self.is_quantized
-        _set_tensor(self.model, name, value.to(self.device, dtype, copy=is_own))
+        own = value.to(self.device, dtype, copy=is_own)
+        _set_tensor(self.model, name, own)
+        if own.data_ptr() != value.data_ptr():
+            drop_pages(value)
 
     def _with_buffers(self, part: str) -> nn.Module:
         """Bring the non-persistent buffers of a block back from the meta device."""

@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from edge_sdk.errors import ModelError, one_line
+from profiler.sensors.memory import drop_mapped
 
 if TYPE_CHECKING:
     import torch
+
+
+# Looking for the mapping takes a millisecond: small tensors stay where they are.
+LEAST_DROPPED = 1 << 20
 
 
 class _Mapped(Mapping[str, "torch.Tensor"]):
@@ -93,10 +98,13 @@ class Sink(Protocol):
         """Take *data*."""
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], sink: Sink) -> None:
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], sink: Sink, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write *tensors* as `safetensors.torch.save` does, to the bit, but one after the other.
 
-    Each is asked for twice, as the file begins with all their dtypes and shapes.
+    Each is asked for twice, as the file begins with all their dtypes and shapes. Pages of mapped
+    files are let go of once they are written.
     """
     import torch
     from safetensors.torch import save
@@ -107,18 +115,29 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], sink: Sink) -> None:
         tensor = tensors[name]
         dtypes[name], shapes[name] = tensor.dtype, tensor.shape
     # The library decides what stands in which order, and what dtypes are called.
-    empty = save({name: torch.empty(0, dtype=dtype) for name, dtype in dtypes.items()})
-    header: dict[str, Any] = json.loads(empty[8:])
+    nothing = {name: torch.empty(0, dtype=dtype) for name, dtype in dtypes.items()}
+    header: dict[str, Any] = json.loads(
+        save(nothing, None if metadata is None else {**metadata})[8:]
+    )
+    about = {key: header.pop(key) for key in ("__metadata__",) if key in header}
     stop = 0
     for name, entry in header.items():
         begin, stop = stop, stop + math.prod(shapes[name]) * dtypes[name].itemsize
         entry["shape"], entry["data_offsets"] = list(shapes[name]), [begin, stop]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps({**about, **header}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
     for name in header:
         if math.prod(shapes[name]):
-            sink.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+            tensor = tensors[name]
+            sink.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            drop_pages(tensor)
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Let go of the pages of a large tensor that lies in a mapped file and was only read."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= LEAST_DROPPED and tensor.is_contiguous():
+        drop_mapped(tensor.data_ptr(), tensor.nbytes)
 
 
 # As safetensors calls them; bfloat16 is kept as the bits that it is.

@@ -63,10 +63,10 @@ class TorchRuntime:
         self._transfers = transfers_of(self._device)
         asked = resolve_compute(compute, self._device)
         dtype, quantized = resolve_base(base, asked)
-        self._slice = Slice(config, task, layout, dtype, self._device, quantized)
+        self.slice = Slice(config, task, layout, dtype, self._device, quantized)
         for name, tensors in parts.items():
-            self._slice.add(name, tensors)
-        self._products = Products(asked, self._device, self._slice.blocks)
+            self.slice.add(name, tensors)
+        self.products = Products(asked, self._device, self.slice.blocks)
         self._plan = plan
         self._training = training
         self._recompute = recompute
@@ -75,7 +75,7 @@ class TorchRuntime:
         is to compute them again, what `forward` was given."""
         is_folded = self._folds(is_quantized=quantized is not None)
         adapters = Adapters(
-            self._slice,
+            self.slice,
             plan.ranks,
             plan.alphas,
             lora,
@@ -85,29 +85,27 @@ class TorchRuntime:
         head = self._trained_head()
         trained = {**adapters.parameters(), **head}
         optimizer = Optimizer(trained, training, total_steps, asked)
-        meter = ImportanceMeter(self._slice.model, plan.ranks, folded=adapters.folded)
-        self.state = TorchTrainingState(
-            adapters, optimizer, meter, head, self._open, self._products
-        )
+        meter = ImportanceMeter(self.slice.model, plan.ranks, folded=adapters.folded)
+        self.state = TorchTrainingState(adapters, optimizer, meter, head, self._open, self.products)
 
     def _folds(self, *, is_quantized: bool) -> bool:
         """Return whether residuals go into the weights; see `folding.py`."""
         wanted = folds(self._plan.residual, is_quantized=is_quantized)
         if not wanted or self._plan.residual != "auto" or self._device.type != "cpu":
             return wanted
-        return has_room(self._slice.block_bytes(), memory_info().total.value)
+        return has_room(self.slice.block_bytes(), memory_info().total.value)
 
     def _trained_head(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained beside the adapters, by whole-model name."""
-        names = head_names(self._slice) if self._plan.tail else ()
-        return named_parameters(self._slice, names)
+        names = head_names(self.slice) if self._plan.tail else ()
+        return named_parameters(self.slice, names)
 
     # ---- training ----
 
     @property
     def has_local_tail(self) -> bool:
         """Whether the tail looks at single positions; see `Runtime`."""
-        return self._slice.has_local_tail
+        return self.slice.has_local_tail
 
     def forward(self, micro: MicroBatch, step: int, index: int) -> Array:
         """Run the device's blocks; see `Runtime`."""
@@ -120,17 +118,17 @@ class TorchRuntime:
 
     def _run_blocks(self, micro: MicroBatch, step: int, index: int) -> torch.Tensor:
         """Run the device's blocks; with the same arguments, to the same bits."""
-        self._slice.model.train()
+        self.slice.model.train()
         ids_BT, lengths_B, _ = self._tensors(micro)
 
         def work() -> torch.Tensor:
             seed_step(self._training.seed, self._device, "device", step, index)
-            return self._slice.front(ids_BT, lengths_B, self._plan.split)
+            return self.slice.front(ids_BT, lengths_B, self._plan.split)
 
         # A pass without a graph has nothing to measure.
         watched = self.state.meter.watching(step) if torch.is_grad_enabled() else nullcontext()
         with watched:
-            return self._products.run(work, lambda hidden: hidden)
+            return self.products.run(work, lambda hidden: hidden)
 
     @torch.no_grad()
     def is_random(self, micro: MicroBatch) -> bool:
@@ -143,7 +141,7 @@ class TorchRuntime:
         self, final_hidden_BTD: Array, micro: MicroBatch, num_targets: int
     ) -> tuple[TailSums, Array]:
         """Return loss and dL/dh of the final hidden state; see `Runtime`."""
-        self._slice.model.train()
+        self.slice.model.train()
 
         def attempt() -> tuple[LossSums, torch.Tensor]:
             final_hidden = self._up(final_hidden_BTD).requires_grad_(True)
@@ -172,16 +170,16 @@ class TorchRuntime:
 
     def local(self, micro: MicroBatch, num_targets: int, step: int, index: int) -> TailSums:
         """Run the whole model forward and backward; see `Runtime`."""
-        self._slice.model.train()
+        self.slice.model.train()
         ids_BT, lengths_B, labels = self._tensors(micro)
         unit = self.state.optimizer.loss_scale / num_targets
 
         def work() -> LossSums:
             seed_step(self._training.seed, self._device, "device", step, index)
-            return whole_sums(self._slice, ids_BT, lengths_B, labels, _same(unit, labels))
+            return whole_sums(self.slice, ids_BT, lengths_B, labels, _same(unit, labels))
 
         with self.state.meter.watching(step):
-            sums = self._products.run(work, lambda sums: sums.loss_B)
+            sums = self.products.run(work, lambda sums: sums.loss_B)
         torch.autograd.backward(sums.loss_B.sum() * unit)
         return totals(sums)
 
@@ -200,15 +198,15 @@ class TorchRuntime:
 
     def forward_eval(self, micro: MicroBatch) -> Array:
         """Run the device's blocks without a graph; see `Runtime`."""
-        self._slice.model.eval()
+        self.slice.model.eval()
         ids_BT, lengths_B, _ = self._tensors(micro)
         with torch.no_grad():
-            work = partial(self._slice.front, ids_BT, lengths_B, self._plan.split)
-            return self._down(self._products.run(work, lambda hidden: hidden))
+            work = partial(self.slice.front, ids_BT, lengths_B, self._plan.split)
+            return self._down(self.products.run(work, lambda hidden: hidden))
 
     def tail_eval(self, final_hidden_BTD: Array, micro: MicroBatch) -> TailSums:
         """Return the loss without gradients; see `Runtime`."""
-        self._slice.model.eval()
+        self.slice.model.eval()
         with torch.no_grad():
             return totals(self._sums(self._up(final_hidden_BTD), micro))
 
@@ -216,15 +214,15 @@ class TorchRuntime:
         """Return the loss of a final hidden state; see `target_sums`."""
         _, lengths_B, labels = self._tensors(micro)
         pooled_B = None if micro.pooled is None else self._up(micro.pooled)
-        last = self._slice.layout.num_blocks
+        last = self.slice.layout.num_blocks
 
         def work() -> LossSums:
-            if self._slice.has_local_tail:
-                return target_sums(self._slice, final_hidden, labels, _same(unit, labels))
-            logits = self._slice.logits(final_hidden, lengths_B, last, pooled_B)
+            if self.slice.has_local_tail:
+                return target_sums(self.slice, final_hidden, labels, _same(unit, labels))
+            logits = self.slice.logits(final_hidden, lengths_B, last, pooled_B)
             return loss_sums(logits, labels)
 
-        return self._products.run(work, lambda sums: sums.loss_B)
+        return self.products.run(work, lambda sums: sums.loss_B)
 
     def _tensors(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids_BT, lengths_B, labels = (self._up(np.ascontiguousarray(x)) for x in micro[:3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from coordinator.commands.parser import add_command
@@ -57,18 +58,14 @@ def _generate(options: argparse.Namespace) -> int:
     if not prompts:
         raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
     sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    from coordinator.engine.whole import Manner
     from coordinator.export.run import read_trained
     from coordinator.export.run_facts import result_checkpoint
-    from coordinator.export.texts import Manner, Prompting, Speaker
+    from coordinator.export.texts import Prompting, text_ends
+    from coordinator.export.trained import TrainedModel
     from coordinator.lab.centralised.run import read_pooled
     from edge_sdk.model.weights import load_tokenizer
 
-    most = config.evaluation.max_new_tokens
-    manner = Manner(
-        max_new_tokens=most if options.max_new_tokens is None else options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
     if options.round:
         checkpoint = folder.checkpoint_of(options.round, config.steps_per_round)
     else:
@@ -79,15 +76,22 @@ def _generate(options: argparse.Namespace) -> int:
     if options.round == 0:  # nothing is learned yet: whatever checkpoint is left knows the base
         trained, name = trained._replace(learned={}, head={}), "the base model"
     prompting = Prompting(config, load_tokenizer(trained.source.folder), options.form)
-    device = options.device or config.device
-    speaker = Speaker(trained.source, trained.learned, trained.head, device, prompting.ends)
+    most = config.evaluation.max_new_tokens
+    manner = Manner(
+        max_new_tokens=most if options.max_new_tokens is None else options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        ends=tuple(text_ends(trained.source).union(prompting.ends)),
+    )
+    config = replace(config, device=options.device or config.device)
+    model = TrainedModel(config, trained.source, trained.learned, trained.head)
     found = []
     if options.format == "text":
         drawn = f"temperature {manner.temperature:g}, seed {manner.seed}"
         how = drawn if manner.temperature else "the most likely token each time"
         sys.stderr.write(f"run {folder.name} by {name}, {prompting.form}, {how}\n")
     for prompt in prompts:
-        text = prompting.text(speaker.add_to(prompting.ids(prompt), manner))
+        text = prompting.text(model.continue_text(prompting.ids(prompt), manner))
         found.append({"prompt": prompt, "text": text})
         if options.format == "text":
             _show(prompt, text, is_alone=len(prompts) == 1)

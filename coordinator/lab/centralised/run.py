@@ -344,8 +344,7 @@ class PooledRun:
         scores = trainer.evaluate(batches) if batches else None
         self._reporting.end_round(done, self._step, facts, scores)
         if is_due and self._sayings:
-            state = trainer.runtime.state
-            for prompt, text in self._sayings.say(state.adapters.products(), state.head()):
+            for prompt, text in self._sayings.say(trainer.continue_text):
                 self._watcher.see(SampleText(done, prompt, text))
         if trainer.held_out and is_due and evaluation.on_devices:
             own = trainer.evaluate(trainer.held_out)

@@ -18,6 +18,7 @@ from torch import nn
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
+from coordinator.engine.whole import Manner, continue_text
 from coordinator.planning.fixed import plan_device
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data
@@ -54,10 +55,10 @@ class WholeRuntime(TorchRuntime):
 
     def _trained_head(self) -> dict[str, nn.Parameter]:
         """Return all weights of the model; see `TorchRuntime`."""
-        layout = self._slice.layout
+        layout = self.slice.layout
         ours = {name for part in layout.part_names() for name in layout.part(part)}
         # Tied weights are named once. What no forward uses belongs to no part and stays as it was.
-        named = self._slice.model.named_parameters()
+        named = self.slice.model.named_parameters()
         trained = {name: p for name, p in named if name in ours}
         for parameter in trained.values():
             parameter.data = parameter.data.clone()  # never train in the model's memory-mapped file
@@ -129,6 +130,10 @@ class PooledTrainer:
         """Return the loss over *batches*, without dropout."""
         runtime = self.runtime
         return add_up([runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches])
+
+    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
+        """Return the tokens that the model adds to a prompt; see `Engine`."""
+        return continue_text(self.runtime.slice, self.runtime.products, ids, manner)
 
     def shapes(self, step: int) -> tuple[MicroShape, ...]:
         """Return the micro-batches of *step*, in their order; the same on every call."""

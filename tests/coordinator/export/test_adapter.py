@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from coordinator.export import check
 from coordinator.export.adapter import export_adapter
 from coordinator.export.check import ExportError, load_base, trained_slice
 from coordinator.export.merged import export_merged
@@ -51,6 +52,23 @@ def test_peft_loads_the_adapter(trained: Result, tmp_path: Path) -> None:
     assert config["rank_pattern"] == ranks
     assert config["alpha_pattern"] == ranks
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_large_model_is_checked_by_its_first_block(
+    trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT puts the whole adapter on a model of one block, and what differs is found."""
+    monkeypatch.setattr(check, "CHECK_BYTES", 0)
+    monkeypatch.setattr(check, "load_base", None)
+
+    difference = export_adapter(trained.source, trained.learned, trained.head, tmp_path / "out")
+
+    assert difference <= TOLERANCE
+    other = {name: factors.scaled(1.001) for name, factors in trained.learned.items()}
+    with pytest.raises(ExportError, match="read back"):
+        check.verify(trained.source, other, trained.head, tmp_path / "out")
+    monkeypatch.undo()
+    trained.check(peft.PeftModel.from_pretrained(load_base(trained.source), tmp_path / "out"))
 
 
 def test_a_model_with_dense_blocks_beside_experts_is_read_by_peft(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 
 from coordinator.config.prompts import MOST_PROMPTS, read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
+from coordinator.engine.whole import Manner
 from coordinator.export.adapter import export_adapter
 from coordinator.export.check import load_base
-from coordinator.export.texts import Manner, Prompting, Speaker
+from coordinator.export.texts import Prompting, text_ends
+from coordinator.export.trained import TrainedModel
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.model.weights import load_tokenizer
@@ -27,6 +29,16 @@ GREEDY = Manner(max_new_tokens=12)
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+def run_of(trained: Result) -> ServeConfig:
+    """A run that has trained it."""
+    return ServeConfig(model=str(trained.source.folder), device="cpu", compute="float32")
+
+
+def model_of(trained: Result) -> TrainedModel:
+    """The model as the coordinator holds it."""
+    return TrainedModel(run_of(trained), trained.source, trained.learned, trained.head)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", sorted(EXPERTS)[0]])
 def test_it_says_what_peft_generates(family: str, tmp_path: Path) -> None:
     """The tokens that follow are those of PEFT and transformers on the adapter as exported."""
@@ -35,40 +47,40 @@ def test_it_says_what_peft_generates(family: str, tmp_path: Path) -> None:
     model: Any = peft.PeftModel.from_pretrained(load_base(trained.source), tmp_path / "out").eval()
     ids = trained.inputs["input_ids"][:1]
 
-    found = Speaker(trained.source, trained.learned, trained.head, "cpu").add_to(
-        ids[0].tolist(), GREEDY
-    )
-
     ends = trained.source.config.get_text_config().eos_token_id
+    assert text_ends(trained.source) == {ends}
+    greedy = replace(GREEDY, ends=(ends,))
+    found = model_of(trained).continue_text(ids[0].tolist(), greedy)
+
     said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=ends)
     expected = said[0, ids.shape[1] :].tolist()
     assert found == [token for token in expected if token != ends]
-    base = Speaker(trained.source, {}, {}, "cpu").add_to(ids[0].tolist(), GREEDY)
-    assert base != found
+    base = TrainedModel(run_of(trained), trained.source, {}, {})
+    assert base.continue_text(ids[0].tolist(), greedy) != found
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     """One seed draws one text, another another, and nobody else's draws are disturbed."""
     trained = Result("llama", tmp_path / "base")
-    speaker = Speaker(trained.source, trained.learned, trained.head, "cpu")
+    speaker = model_of(trained)
     manner = Manner(max_new_tokens=12, temperature=1.5, seed=3)
     torch.manual_seed(7)
     undisturbed = torch.rand(3)
 
     torch.manual_seed(7)
-    first = speaker.add_to([5, 6, 7], manner)
+    first = speaker.continue_text([5, 6, 7], manner)
     assert torch.equal(torch.rand(3), undisturbed)
 
-    assert speaker.add_to([5, 6, 7], manner) == first
-    assert speaker.add_to([5, 6, 7], replace(manner, seed=4)) != first
+    assert speaker.continue_text([5, 6, 7], manner) == first
+    assert speaker.continue_text([5, 6, 7], replace(manner, seed=4)) != first
 
 
 def test_a_prompt_without_room_is_refused(tmp_path: Path) -> None:
     """A prompt as long as the model's positions is refused with both numbers."""
-    speaker = Speaker(Result("llama", tmp_path / "base").source, {}, {}, "cpu")
+    speaker = model_of(Result("llama", tmp_path / "base"))
 
     with pytest.raises(ConfigError, match="a prompt of 4096 tokens"):
-        speaker.add_to([5] * 4096, GREEDY)
+        speaker.continue_text([5] * 4096, GREEDY)
 
 
 # ---- prompts ----
