@@ -258,6 +258,16 @@ def control_frame(control: Any, lane: int = Lane.CONTROL, tag: int = 0) -> bytes
     return prefix(Kind.CONTROL, lane, tag, 0, 0, len(data)) + data
 
 
+def control_in(frame: Any) -> Any:
+    """Return what the packet in *frame* says as a control frame; None for one of another kind.
+
+    Raises:
+        RemoteProtocolError: it is no packet, or no control frame that we know.
+    """
+    packet = read_packet(frame)
+    return read_control(packet) if packet.kind == Kind.CONTROL else None
+
+
 def read_control(packet: Packet) -> Any:
     """Return what a packet of kind CONTROL carries."""
     if len(packet.payload) > MAX_CONTROL_BYTES:

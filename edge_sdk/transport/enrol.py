@@ -113,8 +113,7 @@ def _read(line: Line) -> str | None:
     if frame is None:
         return None
     try:
-        packet = packets.read_packet(frame.buffer)
-        control = packets.read_control(packet) if packet.kind == packets.Kind.CONTROL else None
+        control = packets.control_in(frame.buffer)
     except RemoteProtocolError:
         return None
     if isinstance(control, packets.EnrolRefused):

@@ -87,8 +87,7 @@ def _is_answer(line: Line, session: str) -> bool:
     if frame is None:
         return False
     try:
-        packet = packets.read_packet(frame.buffer)
-        control = packets.read_control(packet) if packet.kind == packets.Kind.CONTROL else None
+        control = packets.control_in(frame.buffer)
     except RemoteProtocolError:
         return False
     return isinstance(control, packets.UnknownSession) and control.session == session

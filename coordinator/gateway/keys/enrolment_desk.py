@@ -68,8 +68,7 @@ class EnrolDesk:
         Raises:
             RemoteProtocolError: it has sent something else than `Enrol`.
         """
-        packet = packets.read_packet(caller.frame.buffer)
-        control = packets.read_control(packet) if packet.kind == packets.Kind.CONTROL else None
+        control = packets.control_in(caller.frame.buffer)
         if not isinstance(control, packets.Enrol) or not _is_curve_key(control.key):
             raise RemoteProtocolError("no question to enrol a key")
         was = self._allowed.name_of(control.key)

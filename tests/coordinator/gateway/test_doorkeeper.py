@@ -34,11 +34,9 @@ from edge_sdk.transport.descriptors import bytes_moved
 from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
+from tests.coordinator.gateway.conftest import ONE, SERVER, TWO
 from tests.coordinator.gateway.test_gateway import (
-    ONE,
     PAUSED,
-    SERVER,
-    TWO,
     RawDevice,
     open_link,
     until,

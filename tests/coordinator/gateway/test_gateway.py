@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,28 +30,12 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.packets import Attach, Kind, Lane, Packet
 from edge_sdk.protocol.session import Conversation
-from edge_sdk.transport.keys import KeyPair, make_key_pair
+from edge_sdk.transport.keys import KeyPair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
+from tests.coordinator.gateway.conftest import ONE, SERVER, TWO
 
-SERVER, ONE, TWO = make_key_pair(), make_key_pair(), make_key_pair()
 PAUSED = Paused(stamp=Stamp(step=1))
-
-
-@pytest.fixture
-def allowed(tmp_path: Path) -> AllowList:
-    """Two devices, `one` and `two`."""
-    both = AllowList(tmp_path / "allowed.json")
-    both.register("one", ONE.public)
-    both.register("two", TWO.public)
-    return both
-
-
-@pytest.fixture
-def gateway(allowed: AllowList) -> Iterator[ZmqGateway]:
-    """An open gateway."""
-    with ZmqGateway(GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER), allowed) as opened:
-        yield opened
 
 
 def open_link(gateway: ZmqGateway, keys: KeyPair = ONE) -> ZmqLink:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from coordinator.gateway import io_thread
-from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
+from coordinator.gateway.gateway import ZmqGateway
 from coordinator.gateway.interface import Event, Joined, Left, Received, Rejected
 from coordinator.gateway.keys.allow_list import AllowList
 from edge_sdk.deadline import Deadline
@@ -20,11 +17,9 @@ from edge_sdk.protocol.packets import AttachRequired, Closed
 from edge_sdk.transport.keys import make_key_pair
 from edge_sdk.transport.link import LinkConfig
 from edge_sdk.transport.zmq_link import ZmqLink
+from tests.coordinator.gateway.conftest import ONE, SERVER
 from tests.coordinator.gateway.test_gateway import (
-    ONE,
     PAUSED,
-    SERVER,
-    TWO,
     RawDevice,
     open_link,
     until,
@@ -32,22 +27,6 @@ from tests.coordinator.gateway.test_gateway import (
 from tests.e2e.relay import Relay
 
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def allowed(tmp_path: Path) -> AllowList:
-    """Two devices, `one` and `two`."""
-    both = AllowList(tmp_path / "allowed.json")
-    both.register("one", ONE.public)
-    both.register("two", TWO.public)
-    return both
-
-
-@pytest.fixture
-def gateway(allowed: AllowList) -> Iterator[ZmqGateway]:
-    """An open gateway."""
-    with ZmqGateway(GatewayConfig(address="tcp://127.0.0.1:*", keys=SERVER), allowed) as opened:
-        yield opened
 
 
 def said(gateway: ZmqGateway, link: ZmqLink) -> list[Event]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,9 @@ from hypothesis import strategies as st
 
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.errors import ConfigError, DataError
+from tests.edge_sdk.data.conftest import Write
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-Write = Callable[[str, Any], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write bytes, text, or a list of values as JSON Lines, and return the path."""
-
-    def write_file(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        if isinstance(content, list):
-            content = "".join(json.dumps(value) + "\n" for value in content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write_file
 
 
 class Items:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,24 +13,10 @@ from hypothesis import strategies as st
 from edge_sdk.data.rows import DataConfig, Row, hold_out, load_data, load_rows
 from edge_sdk.data.schemas import SCHEMAS
 from edge_sdk.errors import DataError
+from tests.edge_sdk.data.conftest import Write
 
 PAIR = {"prompt": "p", "completion": "c"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-Write = Callable[[str, Any], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write bytes, text, or a list of values as JSON Lines, and return the path."""
-
-    def write_file(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        if isinstance(content, list):
-            content = "".join(json.dumps(value) + "\n" for value in content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write_file
 
 
 def error_of(source: Any, config: DataConfig | None = None) -> str:

@@ -29,7 +29,8 @@ from edge_sdk.transport import enrol
 from edge_sdk.transport.enrol import redeem
 from edge_sdk.transport.enrol_code import EnrolCode, new_code, one_time_keys
 from edge_sdk.transport.keys import make_key_pair
-from tests.coordinator.gateway.test_gateway import ONE, SERVER, TWO, RawDevice, open_link, until
+from tests.coordinator.gateway.conftest import ONE, SERVER, TWO
+from tests.coordinator.gateway.test_gateway import RawDevice, open_link, until
 
 THREE = make_key_pair()
 
