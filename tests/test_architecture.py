@@ -29,7 +29,7 @@ ORDER = {
     ],
     "edge_sdk": [
         ["errors"],
-        ["deadline", "files", "names"],
+        ["deadline", "duration", "files", "names"],
         ["held_states", "running_note", "home"],
         ["config"],
         ["protocol"],
