@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.terminal import Live, say, say_results
 from coordinator.lab.comparison.report import write_report
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+
+if TYPE_CHECKING:
+    from coordinator.lab.comparison.cells import RunResult
+    from coordinator.lab.comparison.config import CompareConfig
 
 
 def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
@@ -53,8 +58,19 @@ def _compare(options: argparse.Namespace) -> int:
         return INTERRUPTED_EXIT_CODE
     for table in write_report(config, cells, options.out):
         say_results(table.title, table.titles, table.texts)
+    say_what_is_open(config, cells)
     say(f"\n{options.out / 'report.html'}; the tables also as .md, .csv and .tex beside it")
     return 0
+
+
+def say_what_is_open(config: CompareConfig, cells: Sequence[RunResult]) -> None:
+    """Say which learning rates are not settled, so that nobody reads more into a row."""
+    from coordinator.lab.comparison.search.table import unsettled
+
+    if texts := unsettled(cells, config.compare.learning_rate_search).values():
+        say("\nNot settled; no place is given where the first one is among them:")
+        for text in texts:
+            say(f"  {text}")
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

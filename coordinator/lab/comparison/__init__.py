@@ -9,5 +9,7 @@ __all__ = [
     "result_table",
     "run",
     "run_count",
+    "search",
+    "statistics",
     "table",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
+from coordinator.lab.comparison.search.grid import best_rate
+
 # A cell is one of these for each device set, seed and rate.
 Key = tuple[str, str, int, float]
 
@@ -103,11 +105,17 @@ def cell_to_row(cell: RunResult) -> dict[str, Any]:
 
 
 def cell_from_row(row: Mapping[str, Any]) -> RunResult:
-    """Read what `cell_to_row` wrote; what else stands in the row is left out."""
+    """Read what `cell_to_row` wrote; what else stands in the row is left out.
+
+    What was no number was written as null.
+    """
     return RunResult(
         **{
             **{each.name: row[each.name] for each in fields(RunResult) if each.name in row},
-            "points": tuple(Point(*point) for point in row["points"]),
+            "points": tuple(
+                Point(*(math.nan if value is None else value for value in point))
+                for point in row["points"]
+            ),
             "held": tuple({d: Held(*h) for d, h in held.items()} for held in row["held"]),
             "importance": tuple((round_, values) for round_, values in row["importance"]),
             "notes": tuple(row["notes"]),
@@ -141,15 +149,16 @@ def spread(values: Iterable[float]) -> Spread:
 
 def best_rates(cells: Sequence[RunResult]) -> dict[tuple[str, str], float]:
     """Return each method's rate with the lowest final loss on the first seed, by device set."""
-    rates = {}
-    for group, own in by_group(cells).items():
-        first = [cell for cell in own if cell.seed == own[0].seed]
-        rates[group] = min(first, key=_final).rate
-    return rates
+    return {group: best_rate(losses) for group, losses in tried_rates(cells).items()}
 
 
-def _final(cell: RunResult) -> float:
-    return cell.last.loss if math.isfinite(cell.last.loss) else math.inf
+def tried_rates(cells: Sequence[RunResult]) -> dict[tuple[str, str], dict[float, float]]:
+    """Return the final loss by rate of each method on the first seed, by device set."""
+    plain = by_group([cell for cell in cells if not cell.disturbance])
+    return {
+        group: {cell.rate: cell.last.loss for cell in own if cell.seed == own[0].seed}
+        for group, own in plain.items()
+    }
 
 
 def at_chosen_rates(cells: Sequence[RunResult]) -> list[RunResult]:

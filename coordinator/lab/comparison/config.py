@@ -13,10 +13,11 @@ from typing import Literal
 
 from coordinator.config.presets import NAMES, load_with_preset, preset_text
 from coordinator.config.run import Preset
+from coordinator.lab.comparison.search.config import RateSearchConfig
 from coordinator.lab.simulation.config import SimulationConfig
 from edge_sdk.errors import ConfigError
 
-DeviceSet = Literal["homogeneous", "heterogeneous"]
+DeviceSet = Literal["homogeneous", "heterogeneous", "one-cut"]
 Disturbance = Literal["dropouts", "stragglers"]
 Labels = Literal["device", "server", "published"]
 
@@ -67,12 +68,20 @@ class CompareSection:
     """Further methods by name."""
     device_sets: tuple[DeviceSet, ...] = ("homogeneous", "heterogeneous")
     """`heterogeneous`: the devices as they are configured; `homogeneous`: as many that are all
-    like the one with the median memory."""
+    like the one with the median memory; `one-cut`: as configured, but with the cuts of methods
+    that have several all where the shallowest one is, to see what mixed cuts cost."""
+    reference: str | None = None
+    """The row that the others are compared with, pair by pair of seeds; None: the first of
+    `presets`."""
     seeds: tuple[int, ...] = (0,)
     """Each seed decides initial adapters, who gets which samples, and their order."""
     learning_rates: tuple[float, ...] = ()
     """Every method tries each rate on the first seed and keeps the one with the lowest final loss,
-    for each set of devices; empty: training.learning_rate alone."""
+    for each set of devices; empty: training.learning_rate alone. `learning_rate_search` goes on
+    from there."""
+    learning_rate_search: RateSearchConfig = field(default_factory=RateSearchConfig)
+    """How rates beyond `learning_rates` are searched, until the best one has a worse one on both
+    sides."""
     target: float | None = None
     """Loss that costs are measured to; None: what `target_gain` says."""
     target_gain: float = 0.9
@@ -89,7 +98,7 @@ class CompareSection:
     """What the table of quality under a budget looks at."""
     disturbances: tuple[Disturbance, ...] = ("dropouts", "stragglers")
     """What every method with devices is run with once more: on the first seed, at its rate, on the
-    last of `device_sets`."""
+    last of `device_sets` that is not `one-cut`."""
     dropout_share: float = 0.2
     """Share of the devices, at least one, that leave for good in the middle third of the run."""
     straggler_share: float = 0.2
@@ -102,12 +111,18 @@ class CompareSection:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must hold different entries, at least 1, got {values}")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"learning_rates must be different, got {list(self.learning_rates)}")
         if any(not rate > 0 for rate in self.learning_rates):
             raise ValueError(f"learning_rates must be above 0, got {list(self.learning_rates)}")
         for name in self.presets:
             if name not in NAMES and name not in self.methods:
                 known = ", ".join((*NAMES, *self.methods))
                 raise ValueError(f"presets: {name!r} is unknown; there are {known}")
+        rows = (*self.presets, *self.references)
+        if self.reference is not None and self.reference not in rows:
+            known = ", ".join(dict.fromkeys(rows))
+            raise ValueError(f"reference: {self.reference!r} is no row; there are {known}")
         if LOCAL in self.methods:
             raise ValueError(f"methods: {LOCAL!r} is the row of devices alone; choose another name")
         if not 0 < self.target_gain <= 1:

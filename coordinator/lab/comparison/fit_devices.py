@@ -54,15 +54,33 @@ class Fitted:
 
 
 def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
-    """Return *config* with every device named singly, and all alike where *kind* says so."""
+    """Return *config* with every device named singly, and changed as *kind* says.
+
+    `homogeneous`: all are alike; `one-cut`: all hold as many blocks as the one that holds least.
+    """
     devices = {name: replace(d, count=1) for name, d in device_names(config.simulation).items()}
     settings = {name: config.devices.get(name, DeviceSettings()) for name in devices}
     if kind == "homogeneous":
         median = _median(config, devices)
         devices = {name: replace(median, data=own.data) for name, own in devices.items()}
         settings = {name: replace(own, split=None, r=None) for name, own in settings.items()}
+    elif kind == "one-cut" and (cuts := mixed_cuts(config)):
+        settings = {name: replace(own, split=min(cuts)) for name, own in settings.items()}
     fleet = replace(config.simulation, devices=devices)
     return replace(config, simulation=fleet, devices=settings)
+
+
+def mixed_cuts(config: SimulationConfig) -> set[int]:
+    """Return the blocks that the first plans give devices as configured; empty where all are alike.
+
+    Raises:
+        ConfigError: the method cannot run on any of them.
+    """
+    if config.trained_by == "coordinator":
+        return set()
+    fitted = fit(device_set(config, "heterogeneous"))
+    cuts = {plan.split for plan in plan_all(fitted.problem).plans.values()}
+    return cuts if len(cuts) > 1 else set()
 
 
 def _median(

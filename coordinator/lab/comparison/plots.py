@@ -134,7 +134,7 @@ def draw_losses(cells: Sequence[RunResult], cost: Cost, target: float) -> Pictur
         top.set_title(f"{kind} devices")
         bottom.set_xlabel(cost.label)
     _scale(list(panels.flat), cells, cost)
-    handles, labels = _legend_entries(panels[0])
+    handles, labels = legend_entries(panels[0])
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     before = _mean([cell.points[0].loss for cell in cells])
     caption = (
@@ -187,7 +187,7 @@ def _scale(panels: Sequence[Axes], cells: Sequence[RunResult], cost: Cost) -> No
         axes.set_xlim(left=0.0)
 
 
-def _legend_entries(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+def legend_entries(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     """List each method once, also where a panel lacks it."""
     handles: dict[str, Any] = {}
     for axes in panels:
@@ -221,7 +221,7 @@ def _holdings(cells: Sequence[RunResult]) -> Picture:
         panels[-1][column].set_xlabel("round")
     for axes, cell in zip(panels[:, 0], shown, strict=True):
         axes.set_ylabel(cell.method)
-    handles, labels = _legend_entries(list(panels.flat))
+    handles, labels = legend_entries(list(panels.flat))
     figure.legend(handles, labels, title="device", loc="outside right center", frameon=False)
     title = f"Split points and ranks over the rounds, {last} devices"
     caption = (

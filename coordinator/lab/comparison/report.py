@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.lab.comparison.cells import RunResult
-from coordinator.lab.comparison.config import LOCAL, labels_for_all
+from coordinator.lab.comparison.config import LOCAL, CompareSection, labels_for_all
 from coordinator.lab.comparison.cost_tables import (
     Target,
     budget_table,
@@ -22,6 +22,18 @@ from coordinator.lab.comparison.cost_tables import (
 from coordinator.lab.comparison.plots import Picture, draw
 from coordinator.lab.comparison.result_table import ResultTable, markdown
 from coordinator.lab.comparison.robustness import robustness_table
+from coordinator.lab.comparison.search.picture import draw_search
+from coordinator.lab.comparison.search.table import rate_table, unsettled
+from coordinator.lab.comparison.statistics.differences import (
+    against_reference,
+    between_sets,
+    heterogeneity_table,
+    mixed_cuts_table,
+    reference_table,
+)
+from coordinator.lab.comparison.statistics.measures import measures
+from coordinator.lab.comparison.statistics.picture import draw_differences
+from coordinator.lab.comparison.statistics.ranking import rank_table
 from coordinator.lab.comparison.table import main_table, make_rows
 from coordinator.report.template import render
 from edge_sdk.config.describe import dump_config
@@ -80,20 +92,23 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     plain = [cell for cell in cells if not cell.disturbance]
     rows = make_rows(plain, target.loss, is_classifier=is_classifier)
     main = main_table(rows, target.loss, is_classifier=is_classifier)
+    found = _differences(config, plain)
     tables = [
+        *found.tables,
+        rate_table(plain),
         budget_table(plain, wanted.budgets, is_classifier=is_classifier),
         target_table(plain, target),
         traffic_table(plain),
     ]
     if robustness := robustness_table(cells, wanted, is_classifier=is_classifier):
-        tables.insert(2, robustness)
+        tables.insert(-1, robustness)
     page = Page(
         title="Comparison of methods",
         facts=_facts(config, plain, target),
         column_titles=main.titles,
         rows=main.texts,
         notes=[f"{r.method}, {r.device_set}: {note}" for r in rows for note in r.notes],
-        pictures=draw(plain, target.loss),
+        pictures=[*draw(plain, target.loss), *found.pictures],
         config=dump_config(config),
         tables=tables,
     )
@@ -101,6 +116,37 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     with storage_errors(out):
         main.write(out)
     return [main, *tables]
+
+
+class _Found(NamedTuple):
+    tables: list[ResultTable]
+    pictures: list[Picture]
+
+
+def _differences(config: CompareConfig, cells: Sequence[RunResult]) -> _Found:
+    """Return who is ahead, whether that is more than chance, and what the searches came to."""
+    wanted = config.compare
+    kinds = measures(is_classifier=config.task == "sequence-classification")
+    reference = wanted.reference or wanted.presets[0]
+    against = against_reference(cells, reference, kinds)
+    unequal = between_sets(cells, "heterogeneous", "homogeneous", kinds)
+    mixed = between_sets(cells, "heterogeneous", "one-cut", kinds)
+    ranking = rank_table(cells, unsettled(cells, wanted.learning_rate_search), kinds[0])
+    made = [
+        reference_table(against, reference, kinds) if against else None,
+        heterogeneity_table(unequal, kinds) if unequal else None,
+        mixed_cuts_table(mixed, kinds) if mixed else None,
+    ]
+    panels = {
+        f"less {reference}": against,
+        "unequal devices less equal ones": unequal,
+        "mixed cuts less one cut": mixed,
+    }
+    pictures = [draw_differences(panels, kinds), draw_search(cells)]
+    return _Found(
+        [table for table in (ranking, *made) if table is not None],
+        [picture for picture in pictures if picture is not None],
+    )
 
 
 LABELS = {
@@ -112,6 +158,22 @@ LABELS = {
 }
 
 
+def _how_rates_were_found(wanted: CompareSection, rates: str) -> str:
+    kept = (
+        "For each set of devices, a method keeps the rate with the lowest final loss on the "
+        f"evaluation data with seed {wanted.seeds[0]}."
+    )
+    search, began = wanted.learning_rate_search, len(wanted.learning_rates) or 1
+    if not search.most_trials:
+        return f"Learning rates {rates}: every method tried all of them. {kept}"
+    return (
+        f"Learning rates were searched by every method for itself: {began} to begin with, then up "
+        f"to {search.most_trials} more, beyond an edge while the best one stood there, then "
+        f"between the best one and its neighbours until these were at most {search.finest:g} "
+        f"times away. {kept}"
+    )
+
+
 def _facts(config: CompareConfig, cells: Sequence[RunResult], target: Target) -> list[str]:
     """Return how it was compared, a sentence each."""
     wanted = config.compare
@@ -120,8 +182,7 @@ def _facts(config: CompareConfig, cells: Sequence[RunResult], target: Target) ->
         f"Model {Path(config.model).name}; seeds {', '.join(map(str, wanted.seeds))}, of which a "
         "number after \u00b1 is the sample standard deviation. Each seed deals the data out anew.",
         LABELS[labels_for_all(config)],
-        f"Learning rates {rates}: every method tried all of them on seed {wanted.seeds[0]} and "
-        "kept, for each set of devices, the one with the lowest final loss.",
+        _how_rates_were_found(wanted, rates),
         f"Time is modelled from operations, bytes and data sheets, to a loss of {target.loss:.4g} "
         f"({target.why}), between evaluations on a straight line. `Simulated in` is what this "
         "machine took for it, one device after the other.",

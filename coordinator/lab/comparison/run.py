@@ -3,12 +3,13 @@
     cells = compare(config, load_methods(config, file), folder, print, simulate)
 
 A method with devices is simulated; `undivided_runs.py` has the others. Runs that have ended are
-kept and not run again. `table.py` and `cost_tables.py` summarise cells.
+kept and not run again, those of a search as well. `table.py` and `cost_tables.py` summarise cells.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from coordinator.lab.comparison.config import (
     DeviceSet,
     Disturbance,
 )
-from coordinator.lab.comparison.fit_devices import Fitted, device_set, fit
+from coordinator.lab.comparison.fit_devices import Fitted, device_set, fit, mixed_cuts
 from coordinator.lab.comparison.kept_cells import (
     MOST_CHANGES,
     KeptCells,
@@ -33,6 +34,8 @@ from coordinator.lab.comparison.kept_cells import (
 )
 from coordinator.lab.comparison.robustness import disturb
 from coordinator.lab.comparison.run_count import RoundTeller, RunCount, Tell, tell_nobody
+from coordinator.lab.comparison.search.diverged import UntrainedScore, diverged_parts
+from coordinator.lab.comparison.search.grid import in_words, next_rate
 from coordinator.lab.comparison.undivided_runs import points_of, run_alone, run_pooled
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
@@ -41,8 +44,9 @@ from coordinator.results.events.event import RunEvent, Watcher
 from coordinator.results.events.plans import ImportanceMeasured
 from coordinator.results.history import RunHistory
 from coordinator.results.lifecycle import COMPLETED
+from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import Watchers
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.files import storage_errors
 
 Simulate = Callable[[SimulationConfig, Watcher], SimulationResult]
@@ -74,9 +78,11 @@ def compare(
         ComparisonRunner(method, run, kind, out, simulate, wanted)
         for kind in wanted.device_sets
         for method, run in methods.items()
+        if kind != "one-cut" or mixed_cuts(run)
     ]
     names = [runner.method for runner in runs for _ in range(runner.num_runs)]
-    count = RunCount(names, progress, now, time.monotonic)
+    num_searches = len(runs) if wanted.learning_rate_search.most_trials else 0
+    count = RunCount(names, progress, now, time.monotonic, num_searches)
     kept = KeptCells(out)
     tell_changes(kept, config, progress)
     cells: list[RunResult] = []
@@ -112,7 +118,8 @@ class ComparisonRunner:
     def _disturbances(self) -> tuple[Disturbance, ...]:
         """What it is run with once more."""
         trains_alone = self.method == LOCAL or self.config.trained_by == "coordinator"
-        is_last = self.kind == self.wanted.device_sets[-1]
+        plain = [kind for kind in self.wanted.device_sets if kind != "one-cut"]
+        is_last = plain and self.kind == plain[-1]
         return self.wanted.disturbances if is_last and not trains_alone else ()
 
     @property
@@ -121,14 +128,14 @@ class ComparisonRunner:
 
     @property
     def num_runs(self) -> int:
-        """Number of its runs."""
+        """Number of its runs, without those that its search asks for."""
         return len(self._rates) + len(self.wanted.seeds) - 1 + len(self._disturbances)
 
     def cells(self, kept: KeptCells, count: RunCount) -> list[RunResult]:
         """Return all of its runs; those that were there before are not run again."""
         first, *others = self.wanted.seeds
         try:
-            tried = [self._cell(first, rate, kept, count) for rate in self._rates]
+            tried = self._search(first, kept, count)
             best = best_rates(tried)[self.method, self.kind]
             cells = [*tried, *(self._cell(seed, best, kept, count) for seed in others)]
             return cells + [
@@ -141,7 +148,24 @@ class ComparisonRunner:
                 raise ConfigError(f"{self.method}, {self.kind} devices: {error}") from error
             for _ in range(self.num_runs):
                 count.skip(f"{self.method}, {self.kind}: {error}")
+            if self.wanted.learning_rate_search.most_trials:
+                count.search_ended()
             return []
+
+    def _search(self, seed: int, kept: KeptCells, count: RunCount) -> list[RunResult]:
+        """Return the runs at all rates that are tried, in the order in which they were."""
+        search, num_before = self.wanted.learning_rate_search, count.num_run
+        tried = [self._cell(seed, rate, kept, count) for rate in self._rates]
+        losses = {cell.rate: cell.last.loss for cell in tried}
+        while (rate := next_rate(losses, len(self._rates), search)) is not None:
+            count.further(self.method)
+            tried.append(self._cell(seed, rate, kept, count))
+            losses[rate] = tried[-1].last.loss
+        if search.most_trials:
+            is_news = count.num_run > num_before
+            about = f"{self.method}, {self.kind}: {in_words(losses)}"
+            count.search_ended(about if is_news else "")
+        return tried
 
     def _run(self, seed: int, rate: float) -> SimulationConfig:
         config = device_set(self.config, self.kind)
@@ -172,7 +196,8 @@ class ComparisonRunner:
         cell = RunResult(
             method=self.method, device_set=self.kind, seed=seed, rate=rate, **parts, **facts
         )
-        took_s = count.end(f"loss {cell.last.loss:.4f} after {round(cell.last.samples)} samples")
+        came = f"loss {cell.last.loss:.4f} after {round(cell.last.samples)} samples"
+        took_s = count.end(came if math.isfinite(cell.last.loss) else "it diverged")
         kept.append(cell, digest, took_s)
         return cell
 
@@ -196,14 +221,23 @@ class ComparisonRunner:
     def _train(self, config: SimulationConfig, count: RunCount) -> dict[str, Any]:
         files = write_shards(config, self.out / "data" / f"seed-{config.training.seed}")
 
-        def watching(index: int, parts: int) -> Watcher:
-            return RoundTeller(count, config.rounds, (index, parts))
+        before = UntrainedScore()
 
-        if self.method == LOCAL:
-            return run_alone(config, files, watching, train_pooled)
-        if config.trained_by == "coordinator":
-            return run_pooled(config, files, watching, train_pooled)
-        return _simulated(config, files, self.simulate, count)
+        def watching(index: int, parts: int, rounds: int = config.rounds) -> Watcher:
+            return Watchers([before, RoundTeller(count, rounds, (index, parts))])
+
+        try:
+            if self.method == LOCAL:
+                return run_alone(config, files, watching, train_pooled)
+            if config.trained_by == "coordinator":
+                return run_pooled(config, files, watching, train_pooled)
+            return _simulated(config, files, self.simulate, watching)
+        except NumericError as error:
+            return diverged_parts(config, before.score, error)
+        finally:
+            for folder in config.runs.glob(f"{config.name}*"):
+                for checkpoint in RunFolder(folder).checkpoints():
+                    shutil.rmtree(checkpoint)  # a simulation cannot be resumed
 
 
 # ---- data ----
@@ -230,7 +264,10 @@ def write_shards(config: SimulationConfig, folder: Path) -> dict[str, str]:
 
 
 def _simulated(
-    config: SimulationConfig, files: Mapping[str, str], simulate: Simulate, count: RunCount
+    config: SimulationConfig,
+    files: Mapping[str, str],
+    simulate: Simulate,
+    watching: Callable[[int, int, int], Watcher],
 ) -> dict[str, Any]:
     """Simulate a run and return what a cell holds of it."""
     try:
@@ -241,14 +278,11 @@ def _simulated(
     devices = {name: replace(d, data=files[name]) for name, d in fleet.devices.items()}
     config = replace(fitted.config, simulation=replace(fleet, devices=devices))
     watcher = ImportanceWatcher()
-    result = simulate(config, Watchers([watcher, RoundTeller(count, config.rounds)]))
-    folder = result.folder
+    result = simulate(config, Watchers([watcher, watching(0, 1, config.rounds)]))
     if result.outcome != COMPLETED:
         raise KeyboardInterrupt
-    for checkpoint in folder.checkpoints():  # a simulation cannot be resumed
-        shutil.rmtree(checkpoint)
     return {
-        "points": points_of(result.rounds, RunHistory(folder).seconds()),
+        "points": points_of(result.rounds, RunHistory(result.folder).seconds()),
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
         "importance": tuple(sorted(watcher.importance.items())),
         "notes": fitted.notes,

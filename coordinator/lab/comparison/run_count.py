@@ -27,13 +27,20 @@ class RunCount:
         tell: Gets a line for each run that has ended.
         now: Gets what is being done at the moment; each text takes the place of the one before.
         clock: Seconds that never go back.
+        num_searches: How many searches may still ask for further runs.
     """
 
     def __init__(
-        self, methods: Sequence[str], tell: Tell, now: Tell, clock: Callable[[], float]
+        self,
+        methods: Sequence[str],
+        tell: Tell,
+        now: Tell,
+        clock: Callable[[], float],
+        num_searches: int = 0,
     ) -> None:
         self._methods, self._tell, self._show, self._clock = list(methods), tell, now, clock
-        self._done = self._kept = 0
+        self._num_searches = num_searches
+        self._done = self._kept = self._num_run = 0
         self._took: list[tuple[str, float]] = []
         """Method and seconds of the runs that have ended."""
         self._began_s = clock()
@@ -43,6 +50,22 @@ class RunCount:
     def total(self) -> int:
         """Number of all runs."""
         return len(self._methods)
+
+    @property
+    def _of(self) -> str:
+        """The number of all runs, as far as that is known."""
+        return f"at least {self.total}" if self._num_searches else str(self.total)
+
+    def further(self, method: str) -> None:
+        """Note that a search asks for one more run, which is the next."""
+        self._methods.insert(self._done, method)
+
+    def search_ended(self, text: str = "") -> None:
+        """Note that a search asks for no more runs, and tell what has come of it."""
+        self._num_searches -= 1
+        if text:
+            self.tell_kept()
+            self._tell(text)
 
     @property
     def done(self) -> int:
@@ -63,30 +86,36 @@ class RunCount:
     def doing(self, what: str, share: float = 0.0) -> None:
         """Show what the run is doing, and which share of it is done."""
         self._share = max(share, self._share)
-        where = f"run {self._done + 1} of {self.total}: {what}{self._left()}"
+        where = f"run {self._done + 1} of {self._of}: {what}{self._left()}"
         self._show(f"{where}: {self._name}")
 
     def end(self, text: str) -> float:
         """Note that the run has ended; return the seconds that it took."""
         took_s = self._clock() - self._began_s
         name, self._share = self._name, 0.0
+        self._num_run += 1
         self._note(took_s)
         self._began_s = self._clock()
-        words = f"run {self._done} of {self.total}: {name}: {text}; {duration(took_s)}"
+        words = f"run {self._done} of {self._of}: {name}: {text}; {duration(took_s)}"
         self._tell(words + (self._left() if self._done < self.total else ""))
         return took_s
 
     def skip(self, text: str) -> None:
         """Note that the next run cannot be, and why."""
         self.tell_kept()
-        self._tell(f"run {self._done + 1} of {self.total}: {text}")
+        self._tell(f"run {self._done + 1} of {self._of}: {text}")
         del self._methods[self._done]
+
+    @property
+    def num_run(self) -> int:
+        """Number of the runs that were not there already."""
+        return self._num_run
 
     def tell_kept(self) -> None:
         """Say how many runs were there already, once."""
         if self._kept:
             are = "was" if self._kept == 1 else "were"
-            self._tell(f"{self._kept} of {self.total} runs {are} there already")
+            self._tell(f"{self._kept} of {self._of} runs {are} there already")
             self._kept = 0
 
     def _note(self, took_s: float) -> None:
@@ -96,7 +125,8 @@ class RunCount:
     def _left(self) -> str:
         """Return how long all that is left will take, where that can be said."""
         left_s = self.left_s()
-        return "" if left_s is None else f"; about {duration(left_s)} left"
+        least = "at least" if self._num_searches else "about"
+        return "" if left_s is None else f"; {least} {duration(left_s)} left"
 
     def left_s(self) -> float | None:
         """Return the seconds until the last run ends; None where nothing is known yet."""

@@ -38,7 +38,7 @@ class TableRow:
     device_set: str
     rate: float
     rate_is_extreme: bool
-    """Whether its rate is the smallest or largest that was tried: others might do better."""
+    """Whether its rate is the lowest or the highest that was tried: others might do better."""
     samples: int
     before: Spread
     """Loss before training."""
@@ -79,7 +79,7 @@ def _row(
         method=first.method,
         device_set=first.device_set,
         rate=first.rate,
-        rate_is_extreme=len(rates) > 1 and first.rate in (rates[0], rates[-1]),
+        rate_is_extreme=first.rate in (rates[0], rates[-1]),
         samples=round(max(cell.last.samples for cell in own)),
         before=spread(cell.points[0].loss for cell in own),
         loss=spread(cell.last.loss for cell in own),
@@ -133,7 +133,7 @@ def main_table(rows: Sequence[TableRow], target: float, *, is_classifier: bool) 
 
 
 def _cells(row: TableRow, *, is_classifier: bool) -> list[Entry]:
-    edge = " (edge of the grid)" if row.rate_is_extreme else ""
+    edge = " (not settled)" if row.rate_is_extreme else ""
     missed = row.loss.num_seeds - row.num_reached
     note = f"{missed} of {row.loss.num_seeds} not reached" if missed else ""
     note = note if row.num_reached else "not reached"

@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "methods": {"ours": {"settings": ["aggregation=stack", "devices.big.split=2"]}},
             "device_sets": ["heterogeneous"],
             "disturbances": [],
+            "learning_rate_search": {"most_trials": 0},
         },
     }
     (folder / "compare.json").write_text(json.dumps(config))
@@ -291,6 +292,7 @@ def test_the_command_writes_one_page_that_needs_nothing_else(
     pictures = sorted(out.glob("*.png"))
     inside = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
     assert {path.stem for path in pictures} == {
+        "differences",
         "importance",
         "loss-bytes",
         "loss-samples",
@@ -305,8 +307,11 @@ def test_the_command_writes_one_page_that_needs_nothing_else(
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {m}" for m in ROWS]
     shown = capsys.readouterr().out
     assert "|" not in shown
-    assert max(map(len, shown[shown.index("Results") :].splitlines()[:-1])) <= 100
-    names = ["cost-to-target", "quality-under-budget", "table", "traffic"]
+    tables_shown = shown[shown.index("Results") : shown.index("Not settled")]
+    assert max(map(len, tables_shown.splitlines())) <= 100
+    assert "hsplitlora, heterogeneous: 0.01 is the only learning rate that was tried" in shown
+    tables = ["cost-to-target", "differences", "learning-rates", "quality-under-budget", "ranking"]
+    names = [*tables, "table", "traffic"]
     for kind in ("md", "csv", "tex"):
         assert sorted(path.stem for path in out.glob(f"*.{kind}")) == names
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
@@ -336,6 +341,60 @@ def test_flags_choose_methods_rates_and_seeds(folder: Path, tmp_path: Path) -> N
     assert "1e-05, 0.01" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_search_goes_on_until_the_best_rate_is_inside(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond rates that diverge and rates too small; a second call repeats no trial of it."""
+    settings = [
+        "compare.references=[]",
+        "compare.learning_rate_search={most_trials: 6, factor: 20}",
+    ]
+    command = ["compare", *settings, "--config", str(folder / "compare.json")]
+    command += ["--out", str(tmp_path), "--presets", "splitlora", "--rates", "100", "500"]
+
+    assert main(command) == 0
+
+    said = capsys.readouterr().out
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    losses = {cell["rate"]: cell["points"][-1][5] for cell in cells}
+    assert list(losses)[:4] == [100.0, 500.0, 5.0, 0.25]
+    assert losses[500.0] is None
+    assert "run 2 of at least 2: splitlora, heterogeneous, seed 0, rate 500: it diverged; " in said
+    (row,) = csv.DictReader((tmp_path / "learning-rates.csv").open(encoding="utf-8"))
+    assert (row["settled"], float(row["tried"])) == ("1", len(losses))
+    assert float(row["lower_rate"]) < float(row["learning_rate"]) < float(row["higher_rate"])
+    assert float(row["loss"]) == min(loss for loss in losses.values() if loss is not None)
+    assert "Not settled" not in said
+    assert (tmp_path / "learning-rates.svg").is_file()
+    assert not list(tmp_path.glob("runs/*/checkpoint*"))
+    rows = (tmp_path / "learning-rates.csv").read_bytes()
+    assert main(command) == 0
+    assert f"{len(losses)} of {len(losses)} runs were there already" in capsys.readouterr().out
+    assert (tmp_path / "learning-rates.csv").read_bytes() == rows
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == len(losses)
+
+
+def test_one_cut_for_all_is_where_the_shallowest_was(
+    folder: Path, cells: dict[str, RunResult], tmp_path: Path
+) -> None:
+    """Only methods with several cuts are run so; all else of them stays as it is."""
+    file = folder / "compare.json"
+    told = ["compare.device_sets=[one-cut]", "compare.presets=[ours,splitlora]"]
+    told += ["compare.references=[]"]
+    config = load_compare(file, told)
+
+    (one,) = compare(config, load_methods(config, file, told), tmp_path, [].append, simulate)
+
+    mixed = [{name: h.split for name, h in held.items()} for held in cells["ours"].held]
+    assert len(set(mixed[0].values())) > 1
+    least = min(mixed[0].values())
+    assert [{name: h.split for name, h in held.items()} for held in one.held] == [
+        dict.fromkeys(own, least) for own in mixed
+    ]
+    assert (one.method, one.device_set) == ("ours", "one-cut")
+    assert one.last.samples == cells["ours"].last.samples
+
+
 def test_bad_input_is_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,6 +403,10 @@ def test_bad_input_is_one_line(
         CompareSection(presets=("x",))
     with pytest.raises(ValueError, match="seeds must hold different entries"):
         CompareSection(seeds=(1, 1))
+    with pytest.raises(ValueError, match="learning_rates must be different"):
+        CompareSection(learning_rates=(0.1, 0.1))
+    with pytest.raises(ValueError, match="reference: 'hlra' is no row; there are hsplitlora, "):
+        CompareSection(reference="hlra")
     with pytest.raises(ValueError, match="learning_rates must be above 0"):
         CompareSection(learning_rates=(0.0,))
     file = folder / "compare.json"
