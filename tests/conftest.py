@@ -63,6 +63,7 @@ SLOW = (
     "edge_sdk/model/test_partition.py",
     "coordinator/rounds/test_siege.py",
     "coordinator/engine/",
+    "test_far_device.py",
     "edge_sdk/runtime/test_torch_runtime.py",
 )
 # These look at all control groups or network namespaces of the machine: one process, in turn.

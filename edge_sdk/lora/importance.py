@@ -211,7 +211,12 @@ class ImportanceMeter(ImportanceAccumulator):
 
     def close_step(self, step: int, divisor: Callable[[str], float] = lambda _: 1.0) -> None:
         """Take *step* in, if it was followed; see `ImportanceAccumulator`."""
+        import torch
+
         if step == self._watched:
+            if self._raw:  # at once: each single one would be waited for
+                values = torch.stack(list(self._raw.values())).tolist()
+                self._raw = dict(zip(self._raw, values, strict=True))
             super().close_step(step, divisor)
 
 

@@ -18,6 +18,8 @@ from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.partition import Slice
 from edge_sdk.protocol.plan import Place
 from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.runtime.transfers import StreamTransfers
+from tests.edge_sdk.runtime.late_streams import LateStreams
 from tests.tiny import BLOCKS, CLASSES, VOCAB, make_config, make_model, make_parts, task_of
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -390,3 +392,25 @@ def test_the_optimizer_skips_what_is_not_finite() -> None:
     assert not was_finite
     assert all(np.array_equal(value, before[key]) for key, value in engine.state().items())
     assert raw_gradients(engine) == {}
+
+
+def test_copies_beside_the_computation_change_nothing() -> None:
+    """Where every copy is made as late as it may, waves give the same bits, in both label modes."""
+    plain, late = make_engine("llama"), make_engine("llama")
+    late._transfers = StreamTransfers(torch.device("cpu"), LateStreams())
+    jobs = make_jobs("llama")
+    wanted = np.arange(9) % 2 == 0
+    kept = [
+        replace(job, labels=None, wanted_BT=np.broadcast_to(wanted[: h.shape[1]], h.shape[:2]))
+        for job, h in ((job, job.hidden_BTD) for job in jobs)
+    ]
+
+    def numbers(engine: LocalEngine) -> list[np.ndarray]:
+        answers = engine.train(jobs, 0, 0)
+        hidden = engine.forward(kept, 0, 1)
+        answers += engine.backward({place: np.tanh(h) for place, h in hidden.items()})
+        found = [*hidden.values(), *(answer.grad_BTD for answer in answers)]
+        return [*found, engine.evaluate(kept[0]), *gradients(engine).values()]
+
+    for found, expected in zip(numbers(late), numbers(plain), strict=True):
+        assert np.array_equal(found, expected)

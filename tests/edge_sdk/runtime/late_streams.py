@@ -121,7 +121,8 @@ class _PutOff(TorchDispatchMode):
             return torch.full(args[0], GARBAGE, **given)
         if func is torch.ops.aten.copy_.default:
             target, source = args[:2]
-            self._stream.begin(lambda: target.copy_(source))
+            memory = target.detach()  # *target* may become part of a graph meanwhile
+            self._stream.begin(lambda: memory.copy_(source))
             if not (given.get("non_blocking") or args[2:] == (True,)):
                 self._stream.record_event().synchronize()
             return target

@@ -17,6 +17,8 @@ from edge_sdk.model.layout import find_layout
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime, pick_device
 from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.runtime.transfers import StreamTransfers
+from tests.edge_sdk.runtime.late_streams import LateStreams
 from tests.tiny import BLOCKS, make_config, make_micro, make_model, make_parts, num_targets, task_of
 
 LORA = LoraConfig(r=3, lora_alpha=6.0, lora_dropout=0.1)
@@ -207,3 +209,20 @@ def test_a_device_that_computes_again_keeps_no_graph_while_it_waits() -> None:
     runtime.state.begin_round()
     with pytest.raises(AssertionError, match="backward without forward"):
         runtime.backward(np.zeros_like(hidden))
+
+
+def test_copies_beside_the_computation_change_nothing() -> None:
+    """Where every copy is made as late as it may, a device's step gives the same bits."""
+    plain, late = make_runtime("llama", split=2), make_runtime("llama", split=2)
+    late._transfers = StreamTransfers(torch.device("cpu"), LateStreams())
+    micro = make_micro("causal-lm", 0)
+
+    def numbers(runtime: TorchRuntime) -> list[np.ndarray]:
+        hidden_BTD = runtime.forward(micro, 0, 0)
+        sums, grad_BTD = runtime.tail(hidden_BTD, micro, num_targets(micro))
+        runtime.backward(grad_BTD)
+        runtime.step(0)
+        return [hidden_BTD, grad_BTD, np.array(sums), runtime.forward_eval(micro)]
+
+    for found, expected in zip(numbers(late), numbers(plain), strict=True):
+        assert np.array_equal(found, expected)
