@@ -1,19 +1,18 @@
 """What splits and ranks cost on one device and on the coordinator, by the profiler's estimates.
 
-It turns a planning problem into the tables from which `splits.py` and `ranks.py` choose.
+It turns a planning problem into the table from which `splits.py` chooses; what ranks are worth and
+cost is `pricing/rank_tables.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from coordinator.aggregation.rules import SERVER
 from coordinator.config.run import AUTO
 from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.ranks import Choice, Weights, rank_table
 from coordinator.planning.splits import Option, Server
 from edge_sdk.model.precision import base_widths
 from edge_sdk.protocol.codecs import find
@@ -23,8 +22,6 @@ from profiler.estimate.memory import estimate_memory, hidden_bytes
 from profiler.estimate.sizes import Work
 
 Ranks = Mapping[str, int]
-# Combinations of the ranks of weights that read the same input: more are not listed.
-MOST_COMBINATIONS = 1000
 # Codecs from which `auto` chooses, the most exact first.
 AUTO_CODECS = ("bfloat16", "int8", RESIDUAL)
 # What `auto` means where speed or link are unknown: what is lost in 8 bits is hardly measurable.
@@ -47,8 +44,12 @@ class Load(NamedTuple):
 
 
 def first_ranks(problem: PlanningProblem, device: str, first: int, stop: int) -> dict[str, int]:
-    """Return the ranks that a stretch of blocks is priced with."""
-    return {n: problem.first_rank(device, n) for n in problem.weights(first, stop)}
+    """Return the ranks that a stretch of blocks is priced with; nobody may change them."""
+
+    def make() -> dict[str, int]:
+        return {n: problem.first_rank(device, n) for n in problem.weights(first, stop)}
+
+    return problem.known.of(("first ranks", problem.kind(device), first, stop), make)
 
 
 # ---- memory ----
@@ -61,11 +62,11 @@ def adapters_bytes(problem: PlanningProblem, ranks: Ranks, loads: Mapping[str, L
         block, inside = problem.place(name)
         blocks.setdefault((block, loads[name]), {})[inside] = rank
     return math.fsum(
-        _adapters_of_block(problem, tuple(own.items()), load) for (_, load), own in blocks.items()
+        block_adapters_bytes(problem, tuple(own.items()), load) for (_, load), own in blocks.items()
     )
 
 
-def _adapters_of_block(
+def block_adapters_bytes(
     problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load
 ) -> float:
     """Return the bytes that adapters add to one block; ranks are by name inside the block."""
@@ -75,25 +76,28 @@ def _adapters_of_block(
 
 def _block_bytes(problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load) -> int:
     """Return the bytes of one block inside a stretch; only differences of it mean something."""
-    known, key = problem.block_bytes, (ranks, load)
-    if key not in known:
-        config, path = problem.config, problem.model.blocks_path
-        work = Work(
-            first=0,
-            stop=1,
-            has_front=False,
-            has_tail=False,
-            ranks={f"{path}.0.{name}": rank for name, rank in ranks},
-            micro_batch=load.tokens,
-            in_flight=load.in_flight,
-            base_bytes=load.base_bytes,
-            compute_bytes=load.compute_bytes,
-            length=1,
-            optimizer=config.training.optimizer,
-            has_lora_dropout=config.lora.lora_dropout > 0,
-        )
-        known[key] = estimate_memory(problem.model, work).total
-    return known[key]
+    return problem.known.of(("block", ranks, load), lambda: _find_block_bytes(problem, ranks, load))
+
+
+def _find_block_bytes(
+    problem: PlanningProblem, ranks: tuple[tuple[str, int], ...], load: Load
+) -> int:
+    config, path = problem.config, problem.model.blocks_path
+    work = Work(
+        first=0,
+        stop=1,
+        has_front=False,
+        has_tail=False,
+        ranks={f"{path}.0.{name}": rank for name, rank in ranks},
+        micro_batch=load.tokens,
+        in_flight=load.in_flight,
+        base_bytes=load.base_bytes,
+        compute_bytes=load.compute_bytes,
+        length=1,
+        optimizer=config.training.optimizer,
+        has_lora_dropout=config.lora.lora_dropout > 0,
+    )
+    return estimate_memory(problem.model, work).total
 
 
 def device_loads(problem: PlanningProblem, device: str, split: int) -> dict[str, Load]:
@@ -121,9 +125,9 @@ def device_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks
     return _memory(problem, device, work) + _held_bytes(problem, codec)
 
 
-def _memory(problem: PlanningProblem, device: str, work: Work) -> float:
-    overhead = int(problem.profile(device).overhead_bytes or 0)
-    return estimate_memory(problem.model, work, overhead).total
+def _memory(problem: PlanningProblem, device: str, work: Work) -> int:
+    overhead = _overhead(problem, device)
+    return estimate_memory(problem.model, work, overhead, problem.known).total
 
 
 def _held_bytes(problem: PlanningProblem, codec: str) -> float:
@@ -133,9 +137,52 @@ def _held_bytes(problem: PlanningProblem, codec: str) -> float:
 
 def device_base_bytes(problem: PlanningProblem, device: str, split: int) -> float:
     """Return the peak bytes of a device's process without any adapters."""
-    ranks = first_ranks(problem, device, 0, split)
-    total = device_bytes(problem, device, split, ranks)
-    return total - adapters_bytes(problem, ranks, device_loads(problem, device, split))
+    one = _at_split(problem, device, split, codec_of(problem, device, split))
+    return one.memory_bytes + _overhead(problem, device) + one.held_bytes - one.adapters_bytes
+
+
+def _overhead(problem: PlanningProblem, device: str) -> int:
+    return int(problem.profile(device).overhead_bytes or 0)
+
+
+class _AtSplit(NamedTuple):
+    """What a split takes of all devices of a kind, with the ranks that splits are priced with."""
+
+    memory_bytes: int
+    """Beside the process before, and what is held of samples."""
+    held_bytes: float
+    adapters_bytes: float
+    """Part of the former."""
+    flops: float
+    trains: bool
+    """Whether a device's own weights get a gradient."""
+    rows_bytes: float
+    """What its rows take on the coordinator."""
+    rows_flops: float
+
+
+def _at_split(problem: PlanningProblem, device: str, split: int, codec: str) -> _AtSplit:
+    """Return what a split takes where hidden states and gradients travel by *codec*."""
+    key = "split", problem.kind(device), split, codec, problem.residual_rank
+    found: _AtSplit | None = problem.known.get(key)
+    if found is None:
+        found = problem.known.of(key, lambda: _price_split(problem, device, split, codec))
+    return found
+
+
+def _price_split(problem: PlanningProblem, device: str, split: int, codec: str) -> _AtSplit:
+    own = first_ranks(problem, device, 0, split)
+    rest = first_ranks(problem, SERVER, split, problem.num_blocks)
+    work = _device_work(problem, device, split, own, codec)
+    return _AtSplit(
+        estimate_memory(problem.model, work, 0, problem.known).total,
+        _held_bytes(problem, codec),
+        adapters_bytes(problem, own, device_loads(problem, device, split)),
+        device_flops(problem, device, split, own),
+        any(own.values()),
+        _rows_bytes(problem, device, split, rest, codec),
+        _rows_flops(problem, device, split, rest, codec),
+    )
 
 
 def _device_work(
@@ -161,7 +208,7 @@ def _device_work(
         optimizer=config.training.optimizer,
         trains_head=has_tail and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
-        residual_cut=config.settings(device).residual_rank or 0,
+        residual_cut=problem.settings(device).residual_rank or 0,
         folds_residual=problem.folds(device),
         has_lora_dropout=config.lora.lora_dropout > 0,
     )
@@ -176,7 +223,7 @@ def server_base_bytes(problem: PlanningProblem, first: int, ranks: Ranks) -> flo
     if first == problem.num_blocks and not holds_all:
         return 0.0
     work = _server_work(problem, SERVER, first, ranks, holds_all=holds_all)
-    return estimate_memory(problem.model, work).total
+    return estimate_memory(problem.model, work, 0, problem.known).total
 
 
 def server_widths(problem: PlanningProblem) -> tuple[int, int]:
@@ -186,17 +233,30 @@ def server_widths(problem: PlanningProblem) -> tuple[int, int]:
 
 def server_rows_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Return the bytes that a device's rows take on the coordinator."""
+    return _rows_bytes(problem, device, split, ranks, codec_of(problem, device, split))
+
+
+def _rows_bytes(
+    problem: PlanningProblem, device: str, split: int, ranks: Ranks, codec: str
+) -> float:
     if split == problem.num_blocks:
         return 0.0
-    model = problem.model
-    with_rows = _server_work(problem, device, split, ranks)
+    model, known = problem.model, problem.known
+    with_rows = _server_work(problem, device, split, ranks, codec)
     empty = _server_work(problem, SERVER, split, ranks)
-    rows = estimate_memory(model, with_rows).total - estimate_memory(model, empty).total
-    return rows + _held_bytes(problem, codec_of(problem, device, split))
+    rows = estimate_memory(model, with_rows, 0, known).total
+    rows -= estimate_memory(model, empty, 0, known).total
+    return rows + _held_bytes(problem, codec)
 
 
 def _server_work(
-    problem: PlanningProblem, device: str, split: int, ranks: Ranks, *, holds_all: bool = False
+    problem: PlanningProblem,
+    device: str,
+    split: int,
+    ranks: Ranks,
+    codec: str = "",
+    *,
+    holds_all: bool = False,
 ) -> Work:
     """Return the coordinator's work for one device's rows; for `SERVER`, that without rows."""
     config = problem.config
@@ -214,7 +274,7 @@ def _server_work(
         micro_batch=0 if device == SERVER else problem.micro_batch(device),
         in_flight=config.open_micros,
         length=problem.length,
-        codec_bytes=2 if device == SERVER else _buffer_bytes(codec_of(problem, device, split)),
+        codec_bytes=2 if device == SERVER else _buffer_bytes(codec),
         optimizer=config.training.optimizer,
         trains_head=config.labels == "server" and config.task == "sequence-classification",
         residual_rank=problem.residual_rank,
@@ -228,20 +288,30 @@ def _server_work(
 
 def device_flops(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float:
     """Return the floating-point operations of a device in a wave."""
-    return estimate_flops(problem.model, _device_work(problem, device, split, ranks)).total
+    work = _device_work(problem, device, split, ranks)
+    return estimate_flops(problem.model, work, problem.known).total
 
 
 def device_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
     """Return a device's seconds in a wave, compute and link; None where one of both is unknown."""
-    profile = problem.profile(device)
-    if profile.flops_per_s is None:
+    if problem.profile(device).flops_per_s is None:
         return None
     flops = device_flops(problem, device, split, ranks)
+    return _seconds(problem, device, split, flops, trains=any(ranks.values()))
+
+
+def _seconds(
+    problem: PlanningProblem, device: str, split: int, flops: float, *, trains: bool
+) -> float | None:
+    """Return a device's seconds for *flops* and on the link; None where one of both is unknown."""
+    speed = problem.profile(device).flops_per_s
+    if speed is None:
+        return None
     link_s: float | None = 0.0
     if split < problem.num_blocks:
         codec = codec_of(problem, device, split)
-        link_s = link_seconds(problem, device, codec, trains=any(ranks.values()))
-    return None if link_s is None else flops / profile.flops_per_s + link_s
+        link_s = link_seconds(problem, device, codec, trains=trains)
+    return None if link_s is None else flops / speed + link_s
 
 
 def link_seconds(
@@ -259,29 +329,52 @@ def link_seconds(
     up, down = profile.up_bytes_per_s, profile.down_bytes_per_s
     if up is None or down is None:
         return None
-    hidden, gradient = (
-        hidden_bytes(problem.model, problem.micro_batch(device), problem.length, width)
-        for width in _codec_bytes(codec)
-    )
+    sizes = _link_bytes(problem, problem.micro_batch(device), codec)
     # There and back once for h and dL/dh; with the tail on the device once more for its ends.
-    seconds = hidden / up + (profile.round_trip_s or 0.0)
-    seconds += gradient / down if trains else 0.0
+    seconds = sizes.hidden / up + (profile.round_trip_s or 0.0)
+    seconds += sizes.gradient / down if trains else 0.0
     if problem.config.labels == "device":
-        top = find(plain(codec, WHOLE)).bytes_per_number
-        ends = hidden_bytes(problem.model, problem.micro_batch(device), problem.length, top)
-        grad = find(plain(codec, TOP_GRADIENT)).bytes_per_number
-        back = hidden_bytes(problem.model, problem.micro_batch(device), problem.length, grad)
-        seconds += back / up + (profile.round_trip_s or 0.0) + ends / down
+        seconds += sizes.back / up + (profile.round_trip_s or 0.0) + sizes.ends / down
     return seconds
+
+
+class _LinkBytes(NamedTuple):
+    """Bytes of the tensors of a micro-batch."""
+
+    hidden: int
+    gradient: int
+    ends: int
+    """Final hidden states."""
+    back: int
+    """Their gradients."""
+
+
+def _link_bytes(problem: PlanningProblem, micro_batch: int, codec: str) -> _LinkBytes:
+    def make() -> _LinkBytes:
+        top = find(plain(codec, WHOLE)).bytes_per_number
+        back = find(plain(codec, TOP_GRADIENT)).bytes_per_number
+        widths = (*_codec_bytes(codec), top, back)
+        model, length = problem.model, problem.length
+        return _LinkBytes(*(hidden_bytes(model, micro_batch, length, width) for width in widths))
+
+    return problem.known.of(("link", micro_batch, codec), make)
 
 
 def server_seconds(problem: PlanningProblem, device: str, split: int, ranks: Ranks) -> float | None:
     """Return the coordinator's seconds for a device's rows; None where its speed is unknown."""
     if split == problem.num_blocks:
         return 0.0
-    speed = problem.server_speed
-    work = _server_work(problem, device, split, ranks)
-    return None if speed is None else estimate_flops(problem.model, work).total / speed
+    speed, codec = problem.server_speed, codec_of(problem, device, split)
+    return None if speed is None else _rows_flops(problem, device, split, ranks, codec) / speed
+
+
+def _rows_flops(
+    problem: PlanningProblem, device: str, split: int, ranks: Ranks, codec: str
+) -> float:
+    if split == problem.num_blocks:
+        return 0.0
+    work = _server_work(problem, device, split, ranks, codec)
+    return estimate_flops(problem.model, work, problem.known).total
 
 
 def _codec_bytes(codec: str) -> tuple[float, float]:
@@ -306,17 +399,27 @@ def codec_of(problem: PlanningProblem, device: str, split: int) -> str:
     computes; changes of what is held only where there is memory for that, and rounds have a
     barrier.
     """
-    codec = problem.config.settings(device).codec
+    codec = problem.settings(device).codec
     assert codec is not None, "settings fill in every field"
     if codec != AUTO:
         return codec
-    shares = link_shares(problem, device, split)
-    if shares is None:
-        return UNKNOWN_CODEC
-    codec = next((name for name, share in shares.items() if share <= LINK_SHARE), RESIDUAL)
+    found = problem.codecs.get((device, split))
+    if found is None:
+        found = problem.codecs[device, split] = _find_codec(problem, device, split)
+    return found
+
+
+def _find_codec(problem: PlanningProblem, device: str, split: int) -> str:
+    codec = RESIDUAL
+    for name, share in _link_shares(problem, device, split):
+        if share is None:
+            return UNKNOWN_CODEC
+        if share <= LINK_SHARE:
+            codec = name
+            break
     if codec == RESIDUAL:
-        ranks = first_ranks(problem, device, 0, split)
-        least = _memory(problem, device, _device_work(problem, device, split, ranks))
+        one = _at_split(problem, device, split, UNKNOWN_CODEC)
+        least = one.memory_bytes + _overhead(problem, device)
         is_too_much = least + problem.config.held_bytes > problem.limit_bytes(device)
         if is_too_much or problem.config.round_mode == "buffered":
             return UNKNOWN_CODEC
@@ -328,18 +431,23 @@ def link_shares(problem: PlanningProblem, device: str, split: int) -> dict[str, 
 
     None where its speed or link is unknown.
     """
+    shares = dict(_link_shares(problem, device, split))
+    known = {name: share for name, share in shares.items() if share is not None}
+    return known if len(known) == len(shares) else None
+
+
+def _link_shares(
+    problem: PlanningProblem, device: str, split: int
+) -> Iterator[tuple[str, float | None]]:
+    """Yield what `link_shares` returns, codec by codec; None for what is unknown."""
     speed = problem.profile(device).flops_per_s if device in problem.profiles else None
-    if speed is None:
-        return None
-    ranks = first_ranks(problem, device, 0, split)
-    compute_s = device_flops(problem, device, split, ranks) / speed
-    found = {}
+    one = _at_split(problem, device, split, UNKNOWN_CODEC)
     for name in AUTO_CODECS:
-        link_s = link_seconds(problem, device, name, trains=any(ranks.values()))
-        if link_s is None:
-            return None
-        found[name] = link_s / compute_s
-    return found
+        if speed is None:
+            yield name, None
+            continue
+        link_s = link_seconds(problem, device, name, trains=one.trains)
+        yield name, None if link_s is None else link_s / (one.flops / speed)
 
 
 # ---- tables ----
@@ -359,16 +467,15 @@ def options(problem: PlanningProblem, device: str) -> list[Option]:
 
 
 def _option(problem: PlanningProblem, device: str, split: int) -> Option:
-    last = problem.num_blocks
-    own = first_ranks(problem, device, 0, split)
-    rest = first_ranks(problem, SERVER, split, last)
-    adapters = adapters_bytes(problem, own, device_loads(problem, device, split))
+    codec, speed = codec_of(problem, device, split), problem.server_speed
+    one = _at_split(problem, device, split, codec)
+    base = one.memory_bytes + _overhead(problem, device) + one.held_bytes - one.adapters_bytes
     return Option(
         split,
-        device_base_bytes(problem, device, split) + min(adapters, _cap(problem, device)),
-        device_seconds(problem, device, split, own),
-        server_rows_bytes(problem, device, split, rest),
-        server_seconds(problem, device, split, rest) or 0.0,
+        base + min(one.adapters_bytes, _cap(problem, device)),
+        _seconds(problem, device, split, one.flops, trains=one.trains),
+        one.rows_bytes,
+        0.0 if speed is None else one.rows_flops / speed,
     )
 
 
@@ -391,47 +498,3 @@ def adapter_budget(problem: PlanningProblem, device: str, split: int) -> float:
 def _cap(problem: PlanningProblem, device: str) -> float:
     cap = problem.config.planning.adapter_bytes
     return math.inf if cap is None or problem.pinned_rank(device) is not None else cap
-
-
-def rank_tables(
-    problem: PlanningProblem, device: str, loads: Mapping[str, Load]
-) -> dict[Weights, tuple[Choice, ...]]:
-    """Return what ranks are worth and cost, on a device or on `SERVER`.
-
-    Args:
-        problem: The situation.
-        device: Whose ranks.
-        loads: What passes through each weight; only these get a table.
-    """
-    tables = {}
-    for item in _items(problem, device, loads):
-        insides = [problem.place(name)[1] for name in item]
-        price = partial(_price, problem, insides, loads[item[0]])
-        tables[item] = rank_table(
-            [problem.importance_of(name) for name in item],
-            [problem.ranks(device, name) for name in item],
-            price,
-            problem.config.planning.utility,
-        )
-    return tables
-
-
-def _price(
-    problem: PlanningProblem, insides: Sequence[str], load: Load, ranks: tuple[int, ...]
-) -> float:
-    return _adapters_of_block(problem, tuple(zip(insides, ranks, strict=True)), load)
-
-
-def _items(problem: PlanningProblem, device: str, weights: Iterable[str]) -> list[Weights]:
-    """Group weights that are chosen together: those of a block that read the same input."""
-    inputs: dict[tuple[int, int | str], list[str]] = {}
-    for name in weights:
-        block, inside = problem.place(name)
-        source = problem.input_ids.get(inside, -1)
-        inputs.setdefault((block, source if source >= 0 else inside), []).append(name)
-    found: list[Weights] = []
-    for names in inputs.values():
-        size = math.prod(len(problem.ranks(device, name)) for name in names)
-        # Too many combinations: each weight is charged for the input as if no other kept it.
-        found += [tuple(names)] if size <= MOST_COMBINATIONS else [(name,) for name in names]
-    return found

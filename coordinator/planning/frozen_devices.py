@@ -8,7 +8,6 @@ shallowest split. Its samples go on training the coordinator's blocks (SplitFroz
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import options
@@ -65,7 +64,7 @@ def _helps(problem: PlanningProblem, device: str, why: str) -> bool:
     is_unknown = problem.profile(device).memory_bytes is None
     if is_unknown or problem.pinned_rank(device) is not None:
         return False  # nothing about it is free to choose
-    frozen = replace(problem, frozen={device: why})
+    frozen = problem.freezing({device: why})
     split = frozen.pinned_split(device)
     if split is None or split == problem.num_blocks:
         return False  # nobody would train anything with its samples

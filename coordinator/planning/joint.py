@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import AUTO
@@ -25,7 +25,6 @@ from coordinator.planning.costs import (
     device_seconds,
     link_shares,
     options,
-    rank_tables,
     server_side,
     server_widths,
 )
@@ -33,12 +32,15 @@ from coordinator.planning.fixed import by_hand, make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
 from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
 from coordinator.planning.plan_set import DeviceExplanation, Explanation, PlanSet, ServerExplanation
+from coordinator.planning.pricing.rank_tables import rank_tables
 from coordinator.planning.problem import PlanningProblem
-from coordinator.planning.ranks import choose_ranks, uniform_ranks
+from coordinator.planning.ranks import Knapsack, UniformRanks
 from coordinator.planning.splits import SPLIT_RULES, Option, Splits, fitting
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import problems
+
+T = TypeVar("T")
 
 
 def plan_all(problem: PlanningProblem) -> PlanSet:
@@ -53,7 +55,7 @@ def plan_all(problem: PlanningProblem) -> PlanSet:
     """
     tables, refused = _tables(problem, problem.profiles)
     if frozen := cannot_train(problem, tables):
-        problem = replace(problem, frozen=frozen)
+        problem = problem.freezing(frozen)
         again, refused_again = _tables(problem, frozen)  # the others' options are as they were
         tables = dict(sorted({**tables, **again}.items()))
         refused = {d: why for d, why in refused.items() if d not in frozen} | refused_again
@@ -142,7 +144,7 @@ def _choose(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
     """Return the ranks of a device, or of `SERVER`, on the weights that have *loads*."""
-    possible = {name: problem.ranks(device, name) for name in loads}
+    possible = _possible(problem, device, loads)
     if all(len(ranks) == 1 for ranks in possible.values()):
         return {name: ranks[0] for name, ranks in possible.items()}
     found = RANK_RULES[problem.config.planning.ranks](problem, device, loads, budget_bytes)
@@ -155,19 +157,49 @@ def _choose(
     return found
 
 
+def _possible(
+    problem: PlanningProblem, device: str, loads: Mapping[str, Load]
+) -> dict[str, list[int]]:
+    def make() -> dict[str, list[int]]:
+        return {name: problem.ranks(device, name) for name in loads}
+
+    return _once(problem, device, loads, "possible", make)
+
+
+def _once(
+    problem: PlanningProblem,
+    device: str,
+    loads: Mapping[str, Load],
+    what: str,
+    make: Callable[[], T],
+) -> T:
+    """Return what devices of a kind share that have as many blocks, made once."""
+    if device == SERVER:  # what passes through its blocks depends on all devices
+        return make()
+    return problem.tables.of((what, problem.kind(device), len(loads)), make)
+
+
 def _uniform(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
     """Return the largest one rank that fits."""
-    possible = {name: problem.ranks(device, name) for name in loads}
-    return uniform_ranks(possible, partial(adapters_bytes, problem, loads=loads), budget_bytes)
+
+    def make() -> UniformRanks:
+        possible = _possible(problem, device, loads)
+        return UniformRanks(possible, partial(adapters_bytes, problem, loads=loads))
+
+    return _once(problem, device, loads, "uniform", make).choose(budget_bytes)
 
 
 def _by_importance(
     problem: PlanningProblem, device: str, loads: Mapping[str, Load], budget_bytes: float
 ) -> dict[str, int]:
     """Return the ranks of the largest value."""
-    return choose_ranks(rank_tables(problem, device, loads), budget_bytes)
+
+    def make() -> Knapsack:
+        return Knapsack(rank_tables(problem, device, loads))
+
+    return _once(problem, device, loads, "knapsack", make).choose(budget_bytes)
 
 
 RankRule = Callable[[PlanningProblem, str, Mapping[str, Load], float], dict[str, int]]
@@ -195,12 +227,13 @@ def _made_equal(
 def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
     """Return what passes through each of the coordinator's weights."""
     found: dict[str, Load] = {}
-    for block in range(_first(problem, splits), problem.num_blocks):
-        tokens = sum(
-            problem.tokens(device)
-            for device, option in splits.chosen.items()
-            if option.split <= block
-        )
+    tokens_at = [0] * (problem.num_blocks + 1)
+    for device, option in splits.chosen.items():
+        tokens_at[option.split] += problem.tokens(device)
+    first = _first(problem, splits)
+    tokens = sum(tokens_at[:first])
+    for block in range(first, problem.num_blocks):
+        tokens += tokens_at[block]
         load = Load(tokens, problem.config.open_micros, *server_widths(problem))
         found |= dict.fromkeys(problem.weights(block, block + 1), load)
     return found

@@ -6,10 +6,12 @@ It knows no rule by which plans are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from coordinator.planning.costs import (
     Ranks,
+    codec_of,
     device_seconds,
     server_base_bytes,
     server_rows_bytes,
@@ -18,6 +20,8 @@ from coordinator.planning.costs import (
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import worth
 from edge_sdk.protocol.plan import Plan
+
+T = TypeVar("T")
 
 
 def wave_seconds(
@@ -36,10 +40,7 @@ def server_wave_seconds(
     problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks
 ) -> float | None:
     """Return the coordinator's seconds of a wave at *splits*; None where its speed is unknown."""
-    times = [
-        server_seconds(problem, device, split, _above(problem, split, ranks))
-        for device, split in splits.items()
-    ]
+    times = _by_rows(problem, splits, ranks, server_seconds)
     known = [seconds for seconds in times if seconds is not None]
     return math.fsum(known) if len(known) == len(times) else None
 
@@ -47,11 +48,25 @@ def server_wave_seconds(
 def server_bytes(problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks) -> float:
     """Return the coordinator's peak bytes with devices at *splits* and adapters at *ranks*."""
     first = min(splits.values(), default=problem.num_blocks)
-    rows = [
-        server_rows_bytes(problem, device, split, _above(problem, split, ranks))
-        for device, split in splits.items()
-    ]
+    rows = _by_rows(problem, splits, ranks, server_rows_bytes)
     return server_base_bytes(problem, first, ranks) + math.fsum(rows)
+
+
+def _by_rows(
+    problem: PlanningProblem,
+    splits: Mapping[str, int],
+    ranks: Ranks,
+    cost: Callable[[PlanningProblem, str, int, Ranks], T],
+) -> list[T]:
+    """Return what the rows of each device cost; where they are alike, it is found once."""
+    known: dict[tuple[int, int, str], T] = {}
+    found = []
+    for device, split in splits.items():
+        key = problem.kind(device), split, codec_of(problem, device, split)
+        if key not in known:
+            known[key] = cost(problem, device, split, _above(problem, split, ranks))
+        found.append(known[key])
+    return found
 
 
 def _above(problem: PlanningProblem, split: int, ranks: Ranks) -> dict[str, int]:
@@ -65,13 +80,16 @@ def utility(problem: PlanningProblem, plans: Mapping[str, Plan], server_ranks: R
     A weight has the rank of whoever trains it for that device's samples: device or coordinator.
     """
     kind = problem.config.planning.utility
+    values: dict[tuple[str, int], float] = {}
+
+    def value(name: str, rank: int) -> float:
+        found = values.get((name, rank))
+        if found is None:
+            found = values[name, rank] = problem.importance_of(name) * worth(kind, rank)
+        return found
+
     totals = []
     for plan in plans.values():
         ranks = {**server_ranks, **plan.ranks}
-        totals += [
-            math.fsum(
-                problem.importance_of(name) * worth(kind, ranks.get(name, 0))
-                for name in problem.facts.targets
-            )
-        ]
+        totals.append(math.fsum([value(n, ranks.get(n, 0)) for n in problem.facts.targets]))
     return math.fsum(totals) / max(1, len(totals))

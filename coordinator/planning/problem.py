@@ -6,13 +6,14 @@ It knows no memory estimate (`costs.py`) and no rule by which plans are chosen (
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
 
 from coordinator.aggregation.rules import RULES, SERVER
-from coordinator.config.run import ServeConfig
+from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.cuts import allowed_cuts, given_split
 from coordinator.planning.ranks import possible_ranks
 from coordinator.planning.splits import SPLIT_RULES, SplitRule
@@ -24,6 +25,9 @@ from profiler.profile import DeviceProfile, problems
 
 # Models take up to 131,072 positions; sequences of fine-tuning data are rarely that long.
 LONGEST = 1024
+# Costs that are remembered: a fleet of a thousand unequal devices asks for a tenth of them a round.
+MOST_KNOWN = 200_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,37 @@ def step_of(plan: Plan) -> StepSize:
     return StepSize(plan.micro_batch, plan.in_flight)
 
 
+class KnownCosts(dict[Hashable, Any]):
+    """Costs that were found before, for all problems of one config, model, length and server.
+
+    Two threads may share it: what one of them writes the other at worst finds again.
+    """
+
+    def __init__(self, *about: object) -> None:
+        super().__init__()
+        self._about = about
+        self._kinds: dict[Hashable, int] = {}
+        self._numbers = count()
+
+    def is_about(self, *about: object) -> bool:
+        """Return whether it holds what is true of *about*, these very objects."""
+        return len(about) == len(self._about) and all(map(lambda a, b: a is b, about, self._about))
+
+    def number_of(self, facts: Hashable) -> int:
+        """Return a number of its own for *facts*, always the same."""
+        return self._kinds.setdefault(facts, next(self._numbers))
+
+    def of(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what is known under *key*, which says all that *make* depends on."""
+        try:
+            found: T = self[key]
+        except KeyError:
+            if len(self) >= MOST_KNOWN:
+                self.clear()
+            found = self[key] = make()
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanningProblem:
     """Everything that plans depend on; equal problems get equal plans."""
@@ -70,13 +105,33 @@ class PlanningProblem:
     """How much of the blocks has adapters, for people; None: not asked for."""
     steps: Mapping[str, StepSize] = field(default_factory=dict)
     """Devices that could not hold the config's micro-batches, each with what it can."""
+    known: KnownCosts = field(default_factory=KnownCosts, compare=False, repr=False)
+    """What `costs.py` has asked the estimates already; problems that are made of this one by
+    `replace` share it."""
+
+    def __post_init__(self) -> None:
+        about = self.config, self.facts, self.model, self.length, self.server
+        if not self.known.is_about(*about):
+            object.__setattr__(self, "known", KnownCosts(*about))
+
+    def updated(
+        self,
+        profiles: Mapping[str, DeviceProfile],
+        importance: Mapping[str, float] | None,
+        steps: Mapping[str, StepSize],
+    ) -> PlanningProblem:
+        """Return the problem with what may change while a run goes on; itself where nothing has."""
+        if (self.profiles, self.importance, self.steps) == (profiles, importance, steps):
+            return self
+        profiles, steps = dict(profiles), dict(steps)
+        return replace(self, profiles=profiles, importance=importance, steps=steps)
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks of the model."""
         return self.facts.layout.num_blocks
 
-    @property
+    @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Numbers of blocks that a plan may give a device."""
         return allowed_cuts(self.config.planning, self.facts.layout)
@@ -98,11 +153,6 @@ class PlanningProblem:
         split = {name: name.removeprefix(path).partition(".") for name in self.facts.targets}
         return {name: (int(block), inside) for name, (block, _, inside) in split.items()}
 
-    @cached_property
-    def block_bytes(self) -> dict[Hashable, int]:
-        """What `costs.py` has asked the estimate already: plans ask the same of every block."""
-        return {}
-
     def place(self, weight: str) -> tuple[int, str]:
         """Return the block of an adapted weight, and its name inside the block."""
         return self._places[weight]
@@ -112,7 +162,7 @@ class PlanningProblem:
         """Which layers of a block read the same input, by name inside the block."""
         return {linear.name: linear.input_id for linear in self.model.linears}
 
-    @property
+    @cached_property
     def is_fixed(self) -> bool:
         """Whether the config leaves nothing to plan."""
         return self.config.planning.split == self.config.planning.ranks == "fixed"
@@ -129,10 +179,54 @@ class PlanningProblem:
         return self.importance.get(weight, self._mean_importance)
 
     @cached_property
+    def tables(self) -> KnownCosts:
+        """What ranks are worth beside what they cost, as far as it was asked: by importance."""
+        return KnownCosts()
+
+    @cached_property
     def _mean_importance(self) -> float:
         return math.fsum((self.importance or {}).values()) / max(1, len(self.importance or {}))
 
     # ---- one device ----
+
+    def settings(self, device: str) -> DeviceSettings:
+        """Return what the config gives a device."""
+        own = device if device in self.config.devices else ""
+        found = self._settings.get(own)
+        if found is None:
+            found = self._settings[own] = self.config.settings(own)
+        return found
+
+    @cached_property
+    def _settings(self) -> dict[str, DeviceSettings]:
+        return {}
+
+    @cached_property
+    def codecs(self) -> dict[tuple[str, int], str]:
+        """What `costs.py` has chosen already for devices at their splits."""
+        return {}
+
+    def kind(self, device: str) -> int:
+        """Return a number that devices share whose work, and the ranks that they may have, are one.
+
+        They may differ in memory, speed and link.
+        """
+        if device not in self._kinds:
+            self._kinds[device] = self.known.number_of(self._kind_facts(device))
+        return self._kinds[device]
+
+    @cached_property
+    def _kinds(self) -> dict[str, int]:
+        return {}
+
+    def _kind_facts(self, device: str) -> Hashable:
+        settings, pin = self.settings(device), self.pinned_rank(device)
+        if device == SERVER:
+            return SERVER, pin
+        own = self.profile(device)
+        widths = own.linear_bytes, own.base_bytes, own.compute_bytes, own.recompute
+        is_unknown = own.memory_bytes is None
+        return settings, pin, self.steps.get(device), widths, is_unknown
 
     def profile(self, device: str) -> DeviceProfile:
         """Return what a device says of itself, less nonsense on which nothing depends."""
@@ -165,7 +259,7 @@ class PlanningProblem:
         is_known = self.profile(device).memory_bytes is not None
         is_frozen = self.pinned_rank(device) == 0
         if split is None and (self.config.planning.split == "fixed" or is_frozen or not is_known):
-            split = self.config.settings(device).split
+            split = self.settings(device).split
             assert split is not None
             split = given_split(self.config.planning, self.facts.layout, split, is_own=False)
         return self.num_blocks if split == "all" else split
@@ -174,7 +268,7 @@ class PlanningProblem:
         """Return how many sequences pass through the model together."""
         if device in self.steps:
             return self.steps[device].micro_batch
-        settings = self.config.settings(device)
+        settings = self.settings(device)
         assert settings.batch_size is not None
         return settings.micro_batch or settings.batch_size
 
@@ -182,7 +276,7 @@ class PlanningProblem:
         """Return how many micro-batches are under way at the same time."""
         if device in self.steps:
             return self.steps[device].in_flight
-        settings = self.config.settings(device)
+        settings = self.settings(device)
         assert settings.batch_size is not None
         assert settings.in_flight is not None
         return min(settings.in_flight, settings.batch_size // self.micro_batch(device))
@@ -215,19 +309,13 @@ class PlanningProblem:
         own = config.devices.get(device)
         rank = config.server_rank if device == SERVER else own.r if own else None
         if rank is None and config.planning.ranks == "fixed":
-            rank = config.lora.r if device == SERVER else config.settings(device).r
+            rank = config.lora.r if device == SERVER else self.settings(device).r
         return rank
 
     def ranks(self, device: str, weight: str) -> list[int]:
         """Return the ranks that a weight may have on a device or `SERVER`, the smallest first."""
-        key = (device, weight)
-        if key not in self._ranks:
-            self._ranks[key] = self._find_ranks(device, weight)
-        return self._ranks[key]
-
-    @cached_property
-    def _ranks(self) -> dict[tuple[str, str], list[int]]:
-        return {}
+        key = ("ranks", self.kind(device), weight)
+        return self.known.of(key, lambda: self._find_ranks(device, weight))
 
     def _find_ranks(self, device: str, weight: str) -> list[int]:
         lora, pin = self.config.lora, self.pinned_rank(device)
@@ -238,7 +326,7 @@ class PlanningProblem:
         if device == SERVER or self.profile(device).memory_bytes is not None:
             return found
         # Memory unknown: nothing above what the config would give.
-        most = self.config.settings(device).r or 0
+        most = self.settings(device).r or 0
         allowed = [rank for rank in found if rank <= most]
         return allowed if len(allowed) > 1 else [min(most, *self.facts.targets[weight])]
 
@@ -262,18 +350,27 @@ class PlanningProblem:
             return replace(self, frozen={}).residual_rank
         if RULES[self.config.aggregation].redistribute is not None:
             return 0
-        most = {
-            device: max(self.ranks(device, weight)[-1] for weight in self.facts.targets)
-            for device in (SERVER, *self.profiles)
-        }
+        most = {device: self._most_rank(device) for device in (SERVER, *self.profiles)}
         total = min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
         return total if self.config.exchange.is_plain else total + 2 * max(most.values())
+
+    def freezing(self, frozen: Mapping[str, str]) -> PlanningProblem:
+        """Return the problem with devices that compute forward only, each with the reason."""
+        found = replace(self, frozen=frozen)
+        vars(found)["residual_rank"] = self.residual_rank  # the same, and long to find
+        return found
+
+    def _most_rank(self, device: str) -> int:
+        def make() -> int:
+            return max(self.ranks(device, weight)[-1] for weight in self.facts.targets)
+
+        return self.known.of(("most rank", self.kind(device)), make)
 
     def folds(self, device: str) -> bool:
         """Return whether a device, or `SERVER`, adds the residual to its frozen weights."""
         if device == SERVER:
             return folds(self.config.residual, is_quantized=self.config.is_quantized)
-        profile, own = self.profile(device), self.config.settings(device).residual
+        profile, own = self.profile(device), self.settings(device).residual
         is_quantized = profile.linear_bytes is not None and profile.base_bytes != 2
         return folds(own or self.config.residual, is_quantized=is_quantized)
 

@@ -12,16 +12,19 @@ Pure: tables in, ranks out. It knows no model and no memory estimate.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError
 
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 Utility = Literal["log", "sqrt", "linear"]
 Table = Sequence["Choice"]
 Weights = tuple[str, ...]
@@ -108,15 +111,38 @@ def uniform_ranks(
     Raises:
         ConfigError: not even the smallest ranks fit.
     """
-    least = {name: ranks[0] for name, ranks in possible.items()}
-    for rank in sorted({r for ranks in possible.values() for r in ranks}, reverse=True):
-        taken = {
-            n: max([r for r in ranks if r <= rank] or ranks[:1]) for n, ranks in possible.items()
-        }
-        if bytes_of(taken) <= budget_bytes:
-            return taken
-    _check(bytes_of(least), budget_bytes)
-    return least
+    return UniformRanks(possible, bytes_of).choose(budget_bytes)
+
+
+class UniformRanks:
+    """One rank on all weights, chosen under one budget after another."""
+
+    def __init__(
+        self, possible: Mapping[str, Sequence[int]], bytes_of: Callable[[dict[str, int]], float]
+    ) -> None:
+        """Take what there is to choose from; see `uniform_ranks`."""
+        self._possible, self._bytes_of = possible, bytes_of
+        self._ranks = sorted({r for ranks in possible.values() for r in ranks}, reverse=True)
+        self._known: dict[int, tuple[dict[str, int], float]] = {}
+
+    def choose(self, budget_bytes: float) -> dict[str, int]:
+        """Return the largest one rank that fits; see `uniform_ranks`."""
+        for rank in self._ranks:
+            taken, num_bytes = self._priced(rank)
+            if num_bytes <= budget_bytes:
+                return dict(taken)
+        least = {name: ranks[0] for name, ranks in self._possible.items()}
+        _check(self._bytes_of(least), budget_bytes)
+        return least
+
+    def _priced(self, rank: int) -> tuple[dict[str, int], float]:
+        if rank not in self._known:
+            taken = {
+                name: max([r for r in ranks if r <= rank] or ranks[:1])
+                for name, ranks in self._possible.items()
+            }
+            self._known[rank] = taken, self._bytes_of(taken)
+        return self._known[rank]
 
 
 def choose_ranks(tables: Mapping[Weights, Table], budget_bytes: float) -> dict[str, int]:
@@ -125,19 +151,7 @@ def choose_ranks(tables: Mapping[Weights, Table], budget_bytes: float) -> dict[s
     Raises:
         ConfigError: not even the smallest ranks fit.
     """
-    least = math.fsum(table[0].num_bytes for table in tables.values())
-    _check(least, budget_bytes)
-    gains = {item: _gains(table, budget_bytes - least) for item, table in tables.items()}
-    taken, bound = _greedy(gains, budget_bytes - least)
-    total = _value(taken)
-    if total < (1.0 - TOLERANCE) * bound:
-        better = _dynamic(gains, budget_bytes - least, bound)
-        taken = better if _value(better) > total else taken
-    return {
-        name: rank
-        for item, choice in taken.items()
-        for name, rank in zip(item, choice.ranks, strict=True)
-    }
+    return Knapsack(tables).choose(budget_bytes)
 
 
 def _check(least_bytes: float, budget_bytes: float) -> None:
@@ -148,25 +162,193 @@ def _check(least_bytes: float, budget_bytes: float) -> None:
         )
 
 
-def _gains(table: Table, spare: float) -> list[Choice]:
-    """Compare an item's choices with its first one, without those that could never fit."""
-    _, value, num_bytes = table[0]
-    gains = [Choice(c.ranks, c.value - value, c.num_bytes - num_bytes) for c in table]
-    return [c for c in gains if c.num_bytes <= spare]
+class Knapsack:
+    """Items whose ranks are chosen under one budget after another.
+
+    What all budgets have in common is found once: a fleet has as many budgets as devices.
+    """
+
+    def __init__(self, tables: Mapping[Weights, Table]) -> None:
+        """Take what there is to choose from.
+
+        Args:
+            tables: By item, as `rank_table` makes them: bytes and value rise from row to row.
+        """
+        self._least = math.fsum(table[0].num_bytes for table in tables.values())
+        self._items = [_Item(names, table) for names, table in tables.items()]
+
+    def choose(self, budget_bytes: float) -> dict[str, int]:
+        """Return the ranks of the largest total value within a budget, to 1 %.
+
+        Raises:
+            ConfigError: not even the smallest ranks fit.
+        """
+        _check(self._least, budget_bytes)
+        if not self._items:
+            return {}
+        spare = budget_bytes - self._least
+        stops = [bisect_right(item.num_bytes, spare) for item in self._items]
+        taken, bound = self._greedy(stops, spare)
+        total = math.fsum(i.gains[n].value for i, n in zip(self._items, taken, strict=True))
+        found = [i.gains[n] for i, n in zip(self._items, taken, strict=True)]
+        if total < (1.0 - TOLERANCE) * bound:
+            gains = {i.names: i.gains[:n] for i, n in zip(self._items, stops, strict=True)}
+            better = by_units(gains, spare, bound)
+            if math.fsum(choice.value for choice in better.values()) > total:
+                found = list(better.values())
+        return {
+            name: rank
+            for item, choice in zip(self._items, found, strict=True)
+            for name, rank in zip(item.names, choice.ranks, strict=True)
+        }
+
+    def _greedy(self, stops: Sequence[int], spare: float) -> tuple[list[int], float]:
+        """Return a choice for each item, by its row, and a value that no choice can exceed."""
+        items, paths = self._items, self._paths(stops)
+        taken, left, bound = list(paths.begins), spare, math.inf
+        # As many as fit one after the other; then whatever still fits of those that follow.
+        lefts = np.subtract.accumulate(np.concatenate(([left], paths.costs)))[1:]
+        count = int(np.argmax(lefts < 0.0)) if (lefts < 0.0).any() else len(lefts)
+        for order, row in zip(
+            paths.orders[:count].tolist(), paths.rows[:count].tolist(), strict=True
+        ):
+            taken[order] = row
+        left = float(lefts[count - 1]) if count else left
+        if count < len(lefts):  # so far as a fraction of this upgrade would have gone
+            so_far = math.fsum(item.gains[n].value for item, n in zip(items, taken, strict=True))
+            bound = so_far + float(paths.densities[count]) * left
+            left = _squeeze(paths, count, taken, left)
+        self._fill(stops, taken, left)
+        most = math.fsum(
+            item.gains[stop - 1].value for item, stop in zip(items, stops, strict=True)
+        )
+        return taken, min(bound, most)
+
+    def _paths(self, stops: Sequence[int]) -> _Paths:
+        """Return the upgrades of all items, the densest first.
+
+        In the model's order where densities are equal: the same input gives the same plan.
+        """
+        own = [item.path(stop) for item, stop in zip(self._items, stops, strict=True)]
+        lengths = [len(path.rows) for path in own]
+        orders = np.repeat(np.arange(len(own)), lengths)
+        densities = np.concatenate([path.densities for path in own])
+        ranked = np.argsort(-densities, kind="stable")
+        rows = np.concatenate([path.rows for path in own])[ranked]
+        costs = np.concatenate([path.costs for path in own])[ranked]
+        begins = [path.begin for path in own]
+        return _Paths(begins, orders[ranked], rows, costs, densities[ranked])
+
+    def _fill(self, stops: Sequence[int], taken: list[int], left: float) -> None:
+        """Spend what is left on whatever still fits, upgrades beside the hull included."""
+        for order, item in enumerate(self._items):
+            now, stop, num_bytes = taken[order], stops[order], item.num_bytes
+            row = now
+            while row + 1 < stop and num_bytes[row + 1] - num_bytes[now] <= left:
+                row += 1
+            if row > now:
+                left -= num_bytes[row] - num_bytes[now]
+                taken[order] = row
 
 
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """Return the choices of an item whose upgrades fall in density one after the other."""
-    kept = [choices[0]]
-    for choice in choices[1:]:
-        while kept and choice.num_bytes <= kept[-1].num_bytes and choice.value >= kept[-1].value:
+class _Path(NamedTuple):
+    """The upgrades of an item one after the other, their density falling."""
+
+    begin: int
+    """Row that it has without any."""
+    rows: IntArray
+    """Row that each leads to."""
+    costs: FloatArray
+    """Its bytes beside those of the one before."""
+    densities: FloatArray
+    """Value per byte."""
+
+
+class _Paths(NamedTuple):
+    """Upgrades of all items, the densest first."""
+
+    begins: list[int]
+    """Row of each item without any."""
+    orders: IntArray
+    """Number of the item."""
+    rows: IntArray
+    costs: FloatArray
+    densities: FloatArray
+
+
+class _Item:
+    """One item, and the upgrades that its rows allow under whatever budget."""
+
+    def __init__(self, names: Weights, table: Table) -> None:
+        self.names = names
+        _, value, num_bytes = table[0]
+        rows = [table[0]]
+        for choice in table[1:]:
+            if choice.value > rows[-1].value:  # else it is worth nothing more
+                rows.append(choice)
+        self.gains = [Choice(c.ranks, c.value - value, c.num_bytes - num_bytes) for c in rows]
+        """Beside the first row."""
+        self.num_bytes = [choice.num_bytes for choice in self.gains]
+        self._before = _hulls(self.gains)
+        self._known: dict[int, _Path] = {}
+
+    def path(self, stop: int) -> _Path:
+        """Return the upgrades among the first *stop* rows."""
+        if stop not in self._known:
+            self._known[stop] = self._path(stop)
+        return self._known[stop]
+
+    def _path(self, stop: int) -> _Path:
+        hull = [stop - 1]
+        while self._before[hull[-1]] >= 0:
+            hull.append(self._before[hull[-1]])
+        hull.reverse()
+        ups = [(self.gains[a], self.gains[b]) for a, b in zip(hull, hull[1:], strict=False)]
+        return _Path(
+            hull[0],
+            np.array(hull[1:], dtype=np.int64),
+            np.array([new.num_bytes - old.num_bytes for old, new in ups], dtype=np.float64),
+            np.array([_density(old, new) for old, new in ups], dtype=np.float64),
+        )
+
+
+def _hulls(choices: Sequence[Choice]) -> list[int]:
+    """Return the row before each row in the convex hull of value over bytes that ends with it.
+
+    So the upgrades of an item whose last rows do not fit are known as well; -1: there is none.
+    """
+    kept: list[int] = []
+    before = []
+    for row, choice in enumerate(choices):
+        while kept and choice.num_bytes <= choices[kept[-1]].num_bytes:
             kept.pop()
-        if kept and choice.value <= kept[-1].value:
+        while len(kept) > 1 and _density(choices[kept[-2]], choices[kept[-1]]) <= _density(
+            choices[kept[-1]], choice
+        ):
+            kept.pop()
+        before.append(kept[-1] if kept else -1)
+        kept.append(row)
+    return before
+
+
+def _squeeze(paths: _Paths, first: int, taken: list[int], left: float) -> float:
+    """Take what still fits of the upgrades from *first* on; return the bytes that are left then.
+
+    An item of which one does not fit gets none of those that follow.
+    """
+    costs = paths.costs[first:]
+    if not (costs <= left).any():
+        return left
+    full: set[int] = set()
+    orders, rows = paths.orders[first:].tolist(), paths.rows[first:].tolist()
+    for order, row, cost in zip(orders, rows, costs.tolist(), strict=True):
+        if order in full:
             continue
-        while len(kept) > 1 and _density(kept[-2], kept[-1]) <= _density(kept[-1], choice):
-            kept.pop()
-        kept.append(choice)
-    return kept
+        if cost > left:
+            full.add(order)
+        else:
+            taken[order], left = row, left - cost
+    return left
 
 
 def _density(old: Choice, new: Choice) -> float:
@@ -174,59 +356,7 @@ def _density(old: Choice, new: Choice) -> float:
     return (new.value - old.value) / max(new.num_bytes - old.num_bytes, 1e-300)
 
 
-def _value(taken: Mapping[Weights, Choice]) -> float:
-    return math.fsum(choice.value for choice in taken.values())
-
-
-def _greedy(
-    gains: Mapping[Weights, Sequence[Choice]], spare: float
-) -> tuple[dict[Weights, Choice], float]:
-    """Return a choice, and a value that no choice can exceed."""
-    hulls = {name: _hull(choices) for name, choices in gains.items()}
-    taken = {name: hull[0] for name, hull in hulls.items()}
-    left = spare - math.fsum(choice.num_bytes for choice in taken.values())
-    bound = math.inf
-    # In the model's order where densities are equal: the same input gives the same plan.
-    heap = [
-        (-_density(*hull[:2]), order, name, 1)
-        for order, (name, hull) in enumerate(hulls.items())
-        if len(hull) > 1
-    ]
-    heapq.heapify(heap)
-    while heap:
-        minus_density, order, name, level = heapq.heappop(heap)
-        hull = hulls[name]
-        cost = hull[level].num_bytes - taken[name].num_bytes
-        if cost > left:
-            if bound == math.inf:  # so far as a fraction of this upgrade would have gone
-                bound = _value(taken) - minus_density * left
-            continue
-        taken[name], left = hull[level], left - cost
-        if level + 1 < len(hull):
-            density = _density(hull[level], hull[level + 1])
-            heapq.heappush(heap, (-density, order, name, level + 1))
-    taken = _fill(gains, taken, left)
-    return taken, min(bound, _most(gains))
-
-
-def _most(gains: Mapping[Weights, Sequence[Choice]]) -> float:
-    return math.fsum(max(c.value for c in choices) for choices in gains.values())
-
-
-def _fill(
-    gains: Mapping[Weights, Sequence[Choice]], taken: dict[Weights, Choice], left: float
-) -> dict[Weights, Choice]:
-    """Spend what is left on whatever still fits, upgrades beside the hull included."""
-    for name, choices in gains.items():
-        fits = [c for c in choices if c.num_bytes - taken[name].num_bytes <= left]
-        best = max(fits, key=lambda c: (c.value, -c.num_bytes))
-        if best.value > taken[name].value:
-            left -= best.num_bytes - taken[name].num_bytes
-            taken[name] = best
-    return taken
-
-
-def _dynamic(
+def by_units(
     gains: Mapping[Weights, Sequence[Choice]], spare: float, bound: float
 ) -> dict[Weights, Choice]:
     """Find the choice of the largest value after rounding down: at most TOLERANCE is lost."""

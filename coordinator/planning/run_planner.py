@@ -59,6 +59,8 @@ class Planner:
         """The plans in force; None before the first, and for a fixed config."""
         self._before = start
         """The problem that they were made for."""
+        self._last = start  # the problem as it was last asked for: it knows many costs
+        self._made: tuple[PlanningProblem, PlanSet] | None = None  # the last plans for everybody
         self._smoothing = Smoothing()
         self._pruned: dict[str, dict[str, int]] = {}
         """Ranks that devices have cut off themselves, by device and weight."""
@@ -88,9 +90,8 @@ class Planner:
         """What plans are made from, as of now."""
         assert self._start is not None, "nothing is planned for a fixed config"
         importance = dict(self._smoothing.values) or None
-        return replace(
-            self._start, profiles=self.profiles, importance=importance, steps=self._steps
-        )
+        self._last = (self._last or self._start).updated(self.profiles, importance, self._steps)
+        return self._last
 
     @property
     def importance(self) -> Mapping[str, float]:
@@ -185,7 +186,10 @@ class Planner:
     def _add(self, device: str) -> None:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
         assert self.plans is not None
-        new = plan_all(self._problem)
+        now = self._problem
+        if self._made is None or self._made[0] is not now:
+            self._made = now, plan_all(now)
+        new = self._made[1]
         if device not in new.plans:
             raise RefusedError(new.refused[device])
         self._adopt(device, new)
@@ -350,14 +354,15 @@ class Planner:
         """Take speeds from the round's median steps: a plan's first ones may take far longer."""
         rates, self._rates = self._rates, {}
         now = None if self.plans is None else self._problem
+        known = dict(self.profiles)
         for device, own in rates.items():
             plan = None if self.plans is None else self.plans.plans.get(device)
             if now is None or plan is None or device not in self.profiles:
                 continue
             flops = device_flops(now, device, plan.split, plan.ranks)
             self._speeds[device] = flops / now.tokens(device) * median(own)
-            fresh = replace(self.profiles[device], flops_per_s=self._speeds[device])
-            self._know({**self.profiles, device: fresh})
+            known[device] = replace(known[device], flops_per_s=self._speeds[device])
+        self._know(known)
 
     def round_ended(
         self, round_: int, reports: Mapping[str, Report], present: Collection[str]
@@ -430,8 +435,10 @@ class Planner:
         """Return a planner that knows the same, and goes its own way from now on."""
         found = copy(self)
         for name, value in vars(self).items():
-            if name in ("_rates", "_rounds", "_smoothing"):  # changed inside
+            if name == "_smoothing":  # changed inside, as are the next two
                 setattr(found, name, deepcopy(value))
+            elif name in ("_rates", "_rounds"):
+                setattr(found, name, {device: copy(own) for device, own in value.items()})
             elif isinstance(value, (dict, set)):
                 setattr(found, name, copy(value))
         return found

@@ -75,6 +75,8 @@ T = TypeVar("T")
 
 
 def _first_fit(patterns: Mapping[str, T], weight: str, default: T) -> T:
+    if not patterns:
+        return default
     fits = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", weight))
     return next(fits, default)
 

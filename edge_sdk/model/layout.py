@@ -11,6 +11,7 @@ import copy
 import math
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from edge_sdk.model.weightless import POSITIONS, ROWS, first_names, own_tensors,
 Task = Literal["causal-lm", "sequence-classification"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Which of a model's tensors belong to which part of it; names are the whole model's."""
 
@@ -60,7 +61,7 @@ class Layout:
         """Return the names of all parts, in model order; `late` is a part of the front."""
         return ("front", *(f"block.{i}" for i in range(self.num_blocks)), "tail")
 
-    @property
+    @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Numbers of blocks, 1 .. L, that a device can hold: no cut parts blocks that share."""
         every = range(1, self.num_blocks + 1)

@@ -9,16 +9,20 @@ What a frozen block keeps for its backward pass is told by `ModelShape.kept`, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from profiler.estimate.sizes import (
     FRAGMENTATION,
     TAIL_TARGETS,
+    BlockRanks,
     Kept,
+    Known,
     Linear,
     ModelShape,
     Work,
-    adapted_linears,
+    block_ranks,
     lowest_block,
     targets_at_once,
 )
@@ -64,31 +68,87 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum([getattr(self, name) for name in _PARTS])
 
 
-def estimate_memory(model: ModelShape, work: Work, overhead_bytes: int = 0) -> MemoryEstimate:
+class _Block(NamedTuple):
+    """What the adapters of one block add; numbers where it says nothing else."""
+
+    trained: int
+    residual: int
+    largest: int
+    """Frozen numbers of the largest weight that has a residual."""
+    kept: int
+    """Bytes between forward and backward pass."""
+    freed: int
+    """Bytes that come and go beside the weights: for adapters, then for residuals."""
+    freed_residual: int
+
+
+_PARTS = tuple(field.name for field in fields(MemoryEstimate))
+
+
+def estimate_memory(
+    model: ModelShape, work: Work, overhead_bytes: int = 0, known: Known | None = None
+) -> MemoryEstimate:
     """Return the peak memory of a process that does *work*, again and again.
 
     Args:
         model: Sizes of the model.
         work: The stretch, its adapters and the micro-batch.
         overhead_bytes: Memory of the process once its libraries are loaded.
+        known: What was found of blocks of this model before, and what is found now; None: nothing.
     """
-    trained = _adapter_params(model, work)
+    ranks = block_ranks(model, work)
+    blocks = _blocks(model, work, ranks, {} if known is None else known)
+    reached = blocks[lowest_block(work, ranks) - work.first :]
+    trained = sum([block.trained for block in blocks])
     head = model.head_params if work.trains_head and work.has_tail else 0
-    activations = _activations(model, work)
+    activations = _activations(model, work, reached)
     between = _between(model, work, activations)
+    residual = sum([block.residual for block in blocks])
     return MemoryEstimate(
         base=_base_bytes(model, work),
         adapters=ADAPTER_BYTES * trained,
         gradients=ADAPTER_BYTES * (trained + head),
         optimizer=ADAPTER_BYTES * _moments(work.optimizer) * (trained + head),
-        residual=ADAPTER_BYTES * _residual_params(model, work) + _folding_bytes(model, work),
+        residual=ADAPTER_BYTES * residual + _folding_bytes(work, blocks),
         activations=between,
-        workspace=_workspace(model, work, max(0, activations - between)),
+        workspace=_workspace(model, work, reached, max(0, activations - between)),
         wire=_wire(model, work),
         overhead=overhead_bytes,
+    )
+
+
+def _blocks(
+    model: ModelShape, work: Work, blocks: Sequence[BlockRanks], known: Known
+) -> list[_Block]:
+    """Return what the adapters of each block add; equal ones are looked at once."""
+    residual = work.residual_rank, work.residual_used, work.folds_residual
+    about = ("memory", work.tokens, work.compute_bytes, work.has_lora_dropout, *residual)
+    found = []
+    for ranks in blocks:
+        key = ranks, about
+        block = known.get(key)
+        if block is None:
+            block = known[key] = _block(model, work, ranks)
+        found.append(block)
+    return found
+
+
+def _block(model: ModelShape, work: Work, ranks: BlockRanks) -> _Block:
+    pairs = list(zip(model.linears, ranks, strict=True))
+    adapted = [(linear, rank) for linear, rank in pairs if rank]
+    has_any = work.residual_rank > 0
+    beside = [linear for linear, rank in pairs if has_any and rank is not None]
+    width = work.tokens * work.compute_bytes
+    return _Block(
+        trained=sum(rank * linear.num_factors for linear, rank in adapted),
+        residual=_residual_params(work, beside),
+        largest=max((linear.num_weights for linear in beside), default=0),
+        kept=_kept_adapters(adapted, work),
+        freed=sum(_freed_beside(linear, width) for linear, _ in adapted),
+        freed_residual=sum(_freed_beside(linear, width) for linear in beside),
     )
 
 
@@ -157,49 +217,31 @@ def _base_bytes(model: ModelShape, work: Work) -> int:
     return work.base_bytes * (params - packed) + round(work.linear_bytes * packed)
 
 
-def _adapter_params(model: ModelShape, work: Work) -> int:
-    return sum(
-        rank * linear.num_factors
-        for block in range(work.first, work.stop)
-        for linear, rank in adapted_linears(model, work, block)
-    )
-
-
-def _residual_params(model: ModelShape, work: Work) -> int:
+def _residual_params(work: Work, linears: Sequence[Linear]) -> int:
+    """Return the numbers of a block's frozen residual, beside these linear layers."""
     is_cut = 0 < work.residual_used < work.residual_rank
     cut = work.residual_used if is_cut else 0
     return sum(
         (min(work.residual_rank, linear.most_rank) + min(cut, linear.most_rank))
         * linear.num_factors
-        for block in range(work.first, work.stop)
-        for linear in _with_residual(model, work, block)
+        for linear in linears
     )
 
 
-def _folding_bytes(model: ModelShape, work: Work) -> int:
+def _folding_bytes(work: Work, blocks: Sequence[_Block]) -> int:
     """Return what making weights anew takes beside them: the largest as it was at first."""
     if not work.folds_residual:
         return 0
-    blocks = range(work.first, work.stop)
-    found = (li for block in blocks for li in _with_residual(model, work, block))
-    return work.base_bytes * max((linear.num_weights for linear in found), default=0)
+    return work.base_bytes * max((block.largest for block in blocks), default=0)
 
 
-def _with_residual(model: ModelShape, work: Work, block: int) -> list[Linear]:
-    """Return the linear layers of a block that have a frozen residual."""
-    prefix = f"{model.blocks_path}.{block}."
-    has_any = work.residual_rank > 0
-    return [li for li in model.linears if has_any and prefix + li.name in work.ranks]
-
-
-def _activations(model: ModelShape, work: Work) -> int:
+def _activations(model: ModelShape, work: Work, reached: Sequence[_Block]) -> int:
     """Return what all blocks keep that the backward pass reaches, and their adapters on top.
 
     The lowest block counts as a whole, although it keeps nothing that lies below its adapters.
     """
-    reached = range(lowest_block(model, work), work.stop)
-    own = (_kept_adapters(adapted_linears(model, work, block), work) for block in reached)
-    return round(len(reached) * _kept_frozen(model, work)) + sum(own)
+    own = sum([block.kept for block in reached])
+    return round(len(reached) * _kept_frozen(model, work)) + own
 
 
 def _kept_of(model: ModelShape, work: Work) -> Kept:
@@ -250,27 +292,27 @@ def _kept_adapters(adapted: list[tuple[Linear, int]], work: Work) -> int:
     return kept
 
 
-def _workspace(model: ModelShape, work: Work, again: int) -> int:
+def _workspace(model: ModelShape, work: Work, reached: Sequence[_Block], again: int) -> int:
     """Return the larger of head and block, whose backward passes alternate, and fragments.
 
     Args:
         model: Sizes of the model.
         work: What is done.
+        reached: The blocks that its backward pass reaches.
         again: Activations that are there during the backward pass only.
     """
     if work.recompute in ARENA_FACTORS:
-        return RUNTIME_BYTES + _arena(model, work)
+        return RUNTIME_BYTES + _arena(model, work, reached)
     head = _head_workspace(model, work) if work.has_tail else 0
-    fragments = round(work.fragmentation * _freed(model, work))
+    fragments = round(work.fragmentation * _freed(model, work, reached))
     return RUNTIME_BYTES + max(head, _block_workspace(model, work)) + fragments + again
 
 
-def _arena(model: ModelShape, work: Work) -> int:
+def _arena(model: ModelShape, work: Work, reached: Sequence[_Block]) -> int:
     """Return what onnxruntime takes for the largest block and the tail, and never gives back."""
-    reached = range(lowest_block(model, work), work.stop)
-    own = [_kept_adapters(adapted_linears(model, work, block), work) for block in reached]
-    factor = ARENA_FACTORS[work.recompute] if own else 1.0  # forward only
-    found = factor * (_kept_frozen(model, work) + max(own, default=0))
+    factor = ARENA_FACTORS[work.recompute] if reached else 1.0  # forward only
+    largest = max((block.kept for block in reached), default=0)
+    found = factor * (_kept_frozen(model, work) + largest)
     if work.has_tail:
         outputs = model.num_labels or model.vocab_size
         rows = min(work.tokens, TAIL_TARGETS, targets_at_once(outputs))
@@ -278,18 +320,18 @@ def _arena(model: ModelShape, work: Work) -> int:
     return round(found)
 
 
-def _freed(model: ModelShape, work: Work) -> float:
+def _freed(model: ModelShape, work: Work, reached: Sequence[_Block]) -> float:
     """Return what the forward pass frees between activations, as far as it is in the heap."""
     kept, width = _kept_of(model, work), work.tokens * work.compute_bytes
     sides = [n for li in model.linears for n in (li.num_outputs, li.num_inputs)]
     in_heap = sum(n for n in sides if n * width <= MAX_HEAP_BYTES) / sum(sides)
     frozen = in_heap * work.tokens * (kept.freed_per_token + work.length * kept.freed_per_pair)
     freed = 0.0
-    for block in range(lowest_block(model, work), work.stop):
+    for block in reached:
         freed += frozen
-        freed += sum(_freed_beside(li, width) for li, _ in adapted_linears(model, work, block))
+        freed += block.freed
         if not work.folds_residual:
-            freed += sum(_freed_beside(li, width) for li in _with_residual(model, work, block))
+            freed += block.freed_residual
     return freed
 
 

@@ -8,8 +8,9 @@ Legend: B sequences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # Share of what a forward pass makes and frees whose place in glibc's heap is not used again: torch
 # asks for aligned blocks, which fit badly into holes of their own size. Measured as 0.35 to 0.9 on
@@ -182,16 +183,34 @@ def targets_at_once(vocab_size: int) -> int:
     return max(1, TAIL_LOGITS // vocab_size)
 
 
-def adapted_linears(model: ModelShape, work: Work, block: int) -> list[tuple[Linear, int]]:
-    """Return the adapted linear layers of a block and their ranks."""
-    prefix = f"{model.blocks_path}.{block}."
-    found = ((linear, work.ranks.get(prefix + linear.name, 0)) for linear in model.linears)
-    return [(linear, rank) for linear, rank in found if rank > 0]
+BlockRanks = tuple[int | None, ...]
+"""Rank of each linear layer of a block, in their order; None where it has no adapter."""
 
 
-def lowest_block(model: ModelShape, work: Work) -> int:
-    """Return the first block that the backward pass reaches: the very first without a front."""
+Known = dict[Hashable, Any]
+"""Costs of single blocks of one model, which an estimate that is asked again need not find anew."""
+
+
+def block_ranks(model: ModelShape, work: Work) -> list[BlockRanks]:
+    """Return the ranks of blocks first .. stop-1."""
+    names, rank_of = [linear.name for linear in model.linears], work.ranks.get
+    if not work.ranks:
+        return [(None,) * len(names)] * (work.stop - work.first)
+    found = []
+    for block in range(work.first, work.stop):
+        prefix = f"{model.blocks_path}.{block}."
+        found.append(tuple([rank_of(prefix + name) for name in names]))
+    return found
+
+
+def lowest_block(work: Work, blocks: list[BlockRanks]) -> int:
+    """Return the first block that the backward pass reaches: the very first without a front.
+
+    Args:
+        work: What is done.
+        blocks: The ranks of its blocks.
+    """
     if not work.has_front:
         return work.first
-    blocks = range(work.first, work.stop)
-    return next((block for block in blocks if adapted_linears(model, work, block)), work.stop)
+    reached = (work.first + n for n, ranks in enumerate(blocks) if any(ranks))
+    return next(reached, work.stop)

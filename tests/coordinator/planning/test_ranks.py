@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from typing import get_args
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from coordinator.planning.ranks import (
     TOLERANCE,
     Choice,
+    Knapsack,
     Utility,
     choose_ranks,
     possible_ranks,
@@ -21,6 +23,7 @@ from coordinator.planning.ranks import (
     uniform_ranks,
 )
 from edge_sdk.errors import ConfigError
+from tests.coordinator.planning.plain_ranks import plain_choice
 
 Tables = dict[tuple[str, ...], tuple[Choice, ...]]
 
@@ -224,3 +227,28 @@ def test_a_model_of_7b_shapes_fills_its_budget() -> None:
 
         assert 0.99 * budget < cost(tables, ranks) <= budget
         assert value(tables, ranks) > 1.02 * uniform
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_many_budgets_share_what_they_have_in_common(seed: int) -> None:
+    """One knapsack chooses under each budget what the plain definition does, to the last bit."""
+    rng = random.Random(seed)
+    tables = {}
+    for item in range(rng.randint(1, 12)):
+        names = tuple(f"{item}.{n}" for n in range(rng.randint(1, 2)))
+        ranks = [[0, *sorted(rng.sample((1, 2, 4, 8, 16), rng.randint(0, 4)))] for _ in names]
+        prices = sorted(rng.choice((1, 3, 1000, 1e6)) * rng.randint(1, 50) for _ in range(99))
+
+        def bytes_of(own: tuple[int, ...], prices: list[float] = prices) -> float:
+            return float(prices[sum(own)])  # never less for larger ranks
+
+        importance = [rng.choice((0.0, 1.0, rng.random())) for _ in names]
+        tables[names] = rank_table(importance, ranks, bytes_of, rng.choice(("log", "linear")))
+    least = sum(table[0].num_bytes for table in tables.values())
+    most = sum(table[-1].num_bytes for table in tables.values())
+    knapsack = Knapsack(tables)
+
+    for share in (0.0, 1.0, 2.0, *(rng.random() ** 3 for _ in range(20))):
+        budget = least + share * (most - least)
+
+        assert knapsack.choose(budget) == plain_choice(tables, budget)

@@ -1,0 +1,3 @@
+"""What there is to choose from, weight by weight."""
+
+__all__ = ["rank_tables"]
