@@ -8,5 +8,6 @@ __all__ = [
     "plan_set",
     "problem",
     "problem_files",
+    "ranks",
     "run_planner",
 ]
