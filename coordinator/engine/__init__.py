@@ -1,3 +1,13 @@
 """What computes the coordinator's share of the model, for many devices at once."""
 
-__all__ = ["blocks", "compute_thread", "interface", "local", "server_model", "whole"]
+__all__ = [
+    "blocks",
+    "compute_thread",
+    "interface",
+    "local",
+    "passage",
+    "server_model",
+    "share",
+    "stage",
+    "whole",
+]

@@ -122,6 +122,8 @@ class EngineSpec:
     """First block that it trains."""
     ranks: Mapping[str, int]
     """Rank of each of its own adapters, by weight."""
+    stop: int | None = None
+    """Block after the last one of a stage; None: it holds the model's end."""
 
 
 class Engine(Protocol):

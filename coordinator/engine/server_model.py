@@ -9,12 +9,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.blocks import base_of
 from coordinator.engine.interface import Engine, EngineMaker, EngineSpec
-from coordinator.engine.local import make_local
 from coordinator.onnx_export.cache import GraphCache, check_experts, check_layout, check_lora
 from coordinator.planning.fixed import check_config, plan_server
 from coordinator.planning.problem import PlanningProblem, ServerProfile, planning_length
@@ -43,7 +43,15 @@ from profiler.sensors.memory import memory_info
 
 log = logging.getLogger(__name__)
 
-ENGINES: dict[str, EngineMaker] = {"local": make_local}
+ENGINES = {"local": "coordinator.engine.local:make_local"}
+"""Where the maker of each engine stands; what it needs is imported when it is asked for."""
+
+
+def engine_maker(kind: str) -> EngineMaker:
+    """Return what makes engines of that name in `ENGINES`."""
+    module, _, function = ENGINES[kind].partition(":")
+    maker: EngineMaker = getattr(import_module(module), function)
+    return maker
 
 
 class ServerModel:
@@ -60,9 +68,9 @@ class ServerModel:
         self,
         config: ServeConfig,
         cache: PartCache | None = None,
-        make_engine: EngineMaker = ENGINES["local"],
+        make_engine: EngineMaker | None = None,
     ) -> None:
-        self._config, self._make_engine = config, make_engine
+        self._config, self._make_engine = config, make_engine or engine_maker("local")
         base_of(config)  # refused before anything is read
         num_labels = len(config.label_names)
         self.source = ModelSource(

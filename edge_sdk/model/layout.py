@@ -57,6 +57,13 @@ class Layout:
             return outside[name]
         return self.blocks[int(name.removeprefix("block."))]
 
+    def block_of(self, name: str) -> int | None:
+        """Return the block that a tensor or a module belongs to; None outside the blocks."""
+        prefix = f"{self.blocks_path}."
+        if not name.startswith(prefix):
+            return None
+        return int(name.removeprefix(prefix).split(".", 1)[0])
+
     def part_names(self) -> tuple[str, ...]:
         """Return the names of all parts, in model order; `late` is a part of the front."""
         return ("front", *(f"block.{i}" for i in range(self.num_blocks)), "tail")

@@ -12,7 +12,7 @@ import numpy as np
 
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.engine.interface import EngineMaker
-from coordinator.engine.server_model import ENGINES, ServerModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.gateway import GatewayConfig, ZmqGateway
 from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.results.events.event import RunEvent
@@ -245,7 +245,7 @@ class Cluster:
         config: ServeConfig | None = None,
         *,
         trap: Trap | None = None,
-        make_engine: EngineMaker = ENGINES["local"],
+        make_engine: EngineMaker | None = None,
     ) -> Serving:
         """Start a coordinator; where the run's folder exists, it resumes."""
         config, trap = config or self.config(), trap or Trap()

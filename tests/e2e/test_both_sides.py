@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coordinator.config.run import DeviceSettings, ServeConfig
-from coordinator.engine.server_model import ENGINES, ServerModel
+from coordinator.engine.server_model import ServerModel
 from coordinator.gateway.interface import Event
 from coordinator.results.events.event import RunEvent
 from coordinator.results.events.rounds import Telemetry
@@ -363,7 +363,7 @@ def model_of(config: ServeConfig, *, is_light: bool) -> ServerModel:
     """Return the model of a run, read once."""
     if id(config) not in MODELS:
         parts = PartCache(Path(config.model).parent / "parts")
-        make = LightEngine if is_light else ENGINES["local"]
+        make = LightEngine if is_light else None
         MODELS[id(config)] = ServerModel(config, parts, make)
     return MODELS[id(config)]
 

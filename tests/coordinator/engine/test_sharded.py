@@ -12,7 +12,7 @@ import torch
 
 from coordinator.engine.interface import Answer, Engine, EngineSpec, Job
 from coordinator.engine.local import LocalEngine, make_local
-from coordinator.engine.server_model import ENGINES
+from coordinator.engine.server_model import ENGINES, engine_maker
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.plan import Place
 from tests.coordinator.engine.test_local import make_engine, make_jobs, tail_gradients
@@ -104,14 +104,14 @@ def test_a_run_on_another_engine_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One registration, and a whole run with its evaluations gives the losses of one engine."""
-    monkeypatch.setitem(ENGINES, "sharded", make_sharded)
+    monkeypatch.setitem(ENGINES, "sharded", f"{__name__}:make_sharded")
     losses = []
     for name in ("local", "sharded"):
         (tmp_path / name).mkdir()
         model = save_model("llama", tmp_path / name / "model")
         cluster = Cluster(tmp_path / name, model, tmp_path / "parts")
         try:
-            serving = cluster.serve(make_engine=ENGINES[name]).start()
+            serving = cluster.serve(make_engine=engine_maker(name)).start()
             clients = cluster.start()
             assert serving.wait() == "completed"
             wait_all(clients)
