@@ -1,0 +1,118 @@
+"""What docs/scaling.md says follows from the estimates that plans are made with."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from coordinator.config.run import ServeConfig
+from edge_sdk.config.loader import load_config
+from edge_sdk.model.layout import find_layout
+from edge_sdk.model.shape import model_shape
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+
+
+def load_tables() -> Any:
+    """The script, as a module."""
+    path = ROOT / "scripts" / "scaling_tables.py"
+    spec = importlib.util.spec_from_file_location("scaling_tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling_tables"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load_tables()
+CASES = [*tables.SERVED, *tables.FLEETS]
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_is_what_the_estimates_say(name: str) -> None:
+    """Every cell stands on the page as it is computed now, in its order, and nothing else does."""
+    head, rows = tables.TABLES[name]
+    written = re.search(rf"<!-- Table {name}: .*?-->\n(.*?)\n<!-- End", PAGE, re.DOTALL)
+    assert written is not None
+
+    cells = [line.strip("| ").split(" | ") for line in written[1].splitlines()]
+
+    assert [tuple(row) for row in (cells[0], *cells[2:])] == [tuple(head), *rows()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.board}-{case.blocks}")
+def test_the_bounds_follow_the_formula(case: Any) -> None:
+    """By hand: 4 operations a token for each frozen weight, 6 for each adapter's, and attention."""
+    shape, tokens = case.shape, tables.SEQUENCES * tables.LENGTH
+    blocks = shape.num_blocks - case.blocks
+    frozen = blocks * sum(li.num_outputs * li.num_inputs for li in shape.linears)
+    frozen += shape.vocab_size * shape.hidden_size
+    adapters = blocks * tables.RANK * sum(li.num_outputs + li.num_inputs for li in shape.linears)
+    attention = blocks * 14 * tables.LENGTH * shape.hidden_size
+    gpu_s = tokens * (4 * frozen + 6 * adapters + attention) / (0.3 * 989e12)
+    wire_bytes = tokens * shape.hidden_size * {"bfloat16": 2, "int4": 0.53125}[case.codec]
+
+    assert case.gpu_s == pytest.approx(gpu_s, rel=1e-3)
+    assert case.wire_bytes == wire_bytes
+    n = case.served
+    assert n * case.gpu_s <= case.step_s < (n + 1) * case.gpu_s
+    assert case.carried * wire_bytes * 8 <= 25e9 * case.step_s
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.board}-{case.blocks}")
+def test_every_device_holds_its_part(case: Any) -> None:
+    """No row is about a board whose memory is too small for the blocks that it is given."""
+    assert case.is_held
+    # Nothing but the largest board could hold the whole model.
+    assert not replace(case, blocks=case.shape.num_blocks, base="float32").is_held
+
+
+def test_the_sizes_are_those_of_the_models_code() -> None:
+    """What is put together from five numbers is what transformers builds from them."""
+    sizes = {"hidden": 64, "intermediate": 96, "blocks": 3, "heads": 4, "kv_heads": 2, "vocab": 50}
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+
+    built = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))
+
+    assert replace(tables.llama(**sizes), kept=built.kept) == built
+    for model, params in (("LLaMA-2-7B", 6_738_415_616), ("LLaMA-2-70B", 68_976_648_192)):
+        shape = tables.MODELS[model]
+        found = shape.num_blocks * shape.block_params + shape.front_params + shape.tail_params
+        assert found == params
+
+
+def test_what_to_set_can_be_set(tmp_path: Path) -> None:
+    """The settings that the page recommends are those of a run that can begin."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\n{block}")
+
+    config = load_config(ServeConfig, path, env={})
+
+    assert config.aggregation == yaml.safe_load(block)["aggregation"]
+
+
+def test_what_a_block_keeps_is_what_one_keeps() -> None:
+    """The bytes that the script holds for a block are those that its code, run, is seen to keep."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=1)
+
+    built = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))
+
+    assert tables.MODELS["LLaMA-2-7B"].kept == built.kept[1:]
