@@ -64,6 +64,7 @@ SLOW = (
     "coordinator/rounds/test_siege.py",
     "coordinator/engine/",
     "test_far_device.py",
+    "gpu/test_script.py",
     "edge_sdk/runtime/test_torch_runtime.py",
 )
 # These look at all control groups or network namespaces of the machine: one process, in turn.

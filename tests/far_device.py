@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 ROOT = str(Path(__file__).parents[1])
 NAME = "far"
@@ -67,6 +66,8 @@ class _Module:
 
 def register() -> torch.device:
     """Make the device known to torch; returns it."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
     _setup_privateuseone_for_python_backend(NAME, _Module())
     # Casts are not what is looked for: products run in the dtype that they are given.
     global _LIBRARY  # noqa: PLW0603 - it lasts as long as it is held

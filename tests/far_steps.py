@@ -37,6 +37,8 @@ LORA = LoraConfig(r=4, lora_alpha=8)
 TRAINING = TrainingConfig(learning_rate=1e-2)
 STEPS = 2
 Numbers = list[np.ndarray]
+Where = Far | str | None
+"""The device of its own, another one by name, or the CPU."""
 
 
 class Known:
@@ -73,14 +75,14 @@ def everything(state: Any) -> Numbers:
     return [np.asarray(state[name]) for name in sorted(state)]
 
 
-def counted(far: Far | None) -> AbstractContextManager[None]:
+def counted(where: Where) -> AbstractContextManager[None]:
     """Count what is waited for, if this is on the device of its own."""
-    return nullcontext() if far is None else far.counting()
+    return where.counting() if isinstance(where, Far) else nullcontext()
 
 
-def run_device(family: str, far: Far | None, *, split: int = 2, **options: Any) -> Numbers:
+def run_device(family: str, where: Where, *, split: int = 2, **options: Any) -> Numbers:
     """Steps and an evaluation of the part of a device, with the tail; a round; a restart."""
-    known, device = Known(family), name_of(far)
+    known, device = Known(family), name_of(where)
     blocks = range(split)
     plan = Plan(
         split=split, ranks=known.ranks(blocks), alphas={}, batch_size=4, micro_batch=4, tail=True
@@ -94,7 +96,7 @@ def run_device(family: str, far: Far | None, *, split: int = 2, **options: Any) 
     found: Numbers = []
     for step in range(STEPS):
         micro = make_micro(known.task, step)
-        with counted(far if step else None):
+        with counted(where if step else None):
             if split == BLOCKS:
                 found.append(np.array(runtime.local(micro, num_targets(micro), step, 0)))
             else:
@@ -112,14 +114,14 @@ def run_device(family: str, far: Far | None, *, split: int = 2, **options: Any) 
 
 def run_engine(
     family: str,
-    far: Far | None,
+    where: Where,
     *,
     labels: str = "server",
     base: Any = "float32",
     form: Any = "free",
 ) -> Numbers:
     """Steps and an evaluation of devices cut at 1, 2 and 4, with a round and a restart."""
-    known, device = Known(family), name_of(far)
+    known, device = Known(family), name_of(where)
     dtype, quantized = resolve_base(base, torch.float32)
     slice_ = Slice(known.config, known.task, known.layout, dtype, torch.device(device), quantized)
     for name, tensors in known.parts(list(known.layout.part_names())).items():
@@ -136,7 +138,7 @@ def run_engine(
         jobs = list(map(without_labels, jobs))
     found: Numbers = []
     for step in range(STEPS):
-        with counted(far if step else None):
+        with counted(where if step else None):
             if labels == "server":
                 answers = engine.train(jobs, step, 0)
             else:
@@ -153,7 +155,7 @@ def run_engine(
     found += everything(engine.state())
     if labels == "device":
         return found
-    return found + run_engine(family, far, labels="device", base=base, form=form)
+    return found + run_engine(family, where, labels="device", base=base, form=form)
 
 
 def make_job(known: Known, name: str, split: int) -> Job:
@@ -174,17 +176,17 @@ def without_labels(job: Job) -> Job:
     return replace(job, labels=None, wanted_BT=wanted)
 
 
-def run_absent(far: Far | None) -> Numbers:
+def run_absent(where: Where) -> Numbers:
     """Bytes of embeddings and head that are not here, of a slice that has only blocks."""
     known = Known("qwen3")
-    device = torch.device(name_of(far))
+    device = torch.device(name_of(where))
     slice_ = Slice(known.config, known.task, known.layout, torch.float32, device)
     absent = [slice_.model.get_parameter(n) for n in (*known.layout.front, *known.layout.tail)]
     own: list[Any] = [getattr(tensor, "here", tensor) for tensor in absent]
     return [np.array([tensor.untyped_storage().nbytes() for tensor in own])]
 
 
-CASES: dict[str, Callable[[Far | None], Numbers]] = {
+CASES: dict[str, Callable[[Where], Numbers]] = {
     "absent parts": run_absent,
     "device llama": partial(run_device, "llama"),
     "device llama alone": partial(run_device, "llama", split=BLOCKS),
@@ -201,9 +203,11 @@ CASES: dict[str, Callable[[Far | None], Numbers]] = {
 }
 
 
-def name_of(far: Far | None) -> str:
+def name_of(where: Where) -> str:
     """Return where a case is to compute."""
-    return "cpu" if far is None else f"{NAME}:0"
+    if isinstance(where, Far):
+        return f"{NAME}:0"
+    return where or "cpu"
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:

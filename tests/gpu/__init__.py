@@ -1,0 +1,1 @@
+"""What needs a CUDA device, and the script that measures there."""
