@@ -49,6 +49,7 @@ SLOW = (
     "coordinator/lab/comparison/",
     "test_examples_jetson.py",
     "test_models_page.py",
+    "test_scaling.py",
     "edge_sdk/lora/test_importance_",
     "coordinator/lab/centralised/",
     "coordinator/lab/rates/",

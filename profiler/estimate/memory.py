@@ -266,6 +266,9 @@ def _kept_frozen(model: ModelShape, work: Work) -> float:
     """Return what a block without adapters keeps."""
     kept, tokens = _kept_of(model, work), work.tokens
     per_block = kept.per_block if tokens else 0.0
+    if work.linear_bytes is not None:  # quantised layers make their matrices anew, and keep none
+        copies = work.compute_bytes * sum(linear.num_weights for linear in model.linears)
+        per_block = max(0.0, per_block - copies)
     return per_block + tokens * (kept.per_token + work.length * kept.per_pair)
 
 
