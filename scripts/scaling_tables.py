@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,7 +26,10 @@ from profiler.estimate.sizes import Kept, Linear, ModelShape, Work
 
 GPU = "h100-80gb"
 # Share of a peak that training reaches, of boards and of the GPU: that of simulations.
-UTILISATION = FleetConfig.__dataclass_fields__["utilisation"].default
+DEFAULTS = {field.name: field.default for field in fields(FleetConfig)}
+UTILISATION = DEFAULTS["utilisation"]
+# What the process of a device takes before any part of the model.
+OVERHEAD_BYTES = int(DEFAULTS["overhead_bytes"])
 # Sequences of a device in a step, tokens of each, rank of every linear layer of every block.
 SEQUENCES, LENGTH, RANK = 4, 512, 8
 # Bits a second of the coordinator's network card, for each GPU.
@@ -224,7 +227,7 @@ class Case:
     @property
     def is_held(self) -> bool:
         """Whether the device's memory is enough, by the estimate that plans are made with."""
-        needed = estimate_memory(self.shape, self.work(is_device=True), 600_000_000).total
+        needed = estimate_memory(self.shape, self.work(is_device=True), OVERHEAD_BYTES).total
         return needed <= free_bytes(catalogue().boards[self.board], Scale())
 
     def adapter_bytes(self) -> int:

@@ -14,9 +14,12 @@ import yaml
 from transformers import LlamaConfig
 
 from coordinator.config.run import ServeConfig
+from coordinator.lab.simulation.boards import Scale, catalogue, make_machine
+from coordinator.lab.simulation.clock import Clock
 from edge_sdk.config.loader import load_config
 from edge_sdk.model.layout import find_layout
 from edge_sdk.model.shape import model_shape
+from profiler.estimate.flops import estimate_flops
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
@@ -67,6 +70,43 @@ def test_the_bounds_follow_the_formula(case: Any) -> None:
     n = case.served
     assert n * case.gpu_s <= case.step_s < (n + 1) * case.gpu_s
     assert case.carried * wire_bytes * 8 <= 25e9 * case.step_s
+
+
+@pytest.mark.parametrize("case", tables.FLEETS, ids=lambda case: case.model)
+@pytest.mark.parametrize("share", [0.1, 1.0, 2.0])
+def test_nobody_waits_for_a_gpu_that_serves_no_more_than_it_can(case: Any, share: float) -> None:
+    """On the clock of simulations N devices take the time of one, and twice as many twice as long.
+
+    Rows are computed in the order in which they come, a step's before those of the next.
+    """
+    num_devices, num_steps = max(1, int(share * case.served)), 24
+    ends = steps_on_a_clock(case, num_devices, num_steps)
+
+    step_s = (ends[-1] - ends[num_steps // 2 - 1]) / (num_steps // 2)
+    assert step_s == pytest.approx(max(case.step_s, num_devices * case.gpu_s), rel=0.01)
+
+
+def steps_on_a_clock(case: Any, num_devices: int, num_steps: int) -> list[float]:
+    """Seconds at which the GPU is done with each step of so many devices."""
+    known, names = catalogue(), [f"d{number}" for number in range(num_devices)]
+    machine, gpu = (
+        make_machine(known.boards[board], link, utilisation=0.3, scale=Scale())
+        for board, link in ((case.board, known.links[case.link]), (tables.GPU, None))
+    )
+    clock = Clock(dict.fromkeys(names, machine), gpu)
+    own = estimate_flops(case.shape, case.work(is_device=True))
+    rest = estimate_flops(case.shape, case.work(is_device=False)).total
+    ends = []
+    for _ in range(num_steps):
+        for name in names:
+            clock.compute(name, own.forward)
+            clock.upload(name, case.wire_bytes)
+        for name in sorted(names, key=clock.arrival_s):
+            clock.serve([name], rest)
+            clock.download(name, case.wire_bytes)
+            clock.compute(name, own.backward)
+        ends.append(clock.now_s)
+    return ends
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.board}-{case.blocks}")
