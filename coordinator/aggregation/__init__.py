@@ -10,5 +10,6 @@ __all__ = [
     "round_start",
     "rules",
     "screening",
+    "spectrum",
     "versions",
 ]

@@ -66,6 +66,8 @@ class RoundResult:
     """Devices of which nothing was joined, as those of `screening.method: krum`."""
     clipped: list[str] = field(default_factory=list)
     """Devices that count with a part of what they have moved."""
+    energy: list[float] = field(default_factory=list)
+    """As `energy_within` of dW, where that is wanted."""
     handouts: dict[str, Handout] = field(default_factory=dict)
     """What each device is given of the changes, where less than all travels."""
 

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.terminal import Live, say, say_results
 from coordinator.lab.comparison.report import write_report
+from coordinator.lab.comparison.sweeps.report import write_sweep_report
+from coordinator.lab.comparison.sweeps.table import SweptRuns
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.cells import RunResult
-    from coordinator.lab.comparison.config import CompareConfig
+    from coordinator.lab.comparison.result_table import ResultTable
+    from coordinator.lab.comparison.run import Comparison
+    from coordinator.lab.comparison.sweeps.grid import GridPoint
 
 
 def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
@@ -27,6 +31,13 @@ def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the typ
     )
     parser.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="compare for each value of a key of the config; several make a grid",
+    )
     parser.add_argument(
         "--labels",
         choices=("device", "server", "published"),
@@ -42,33 +53,55 @@ def _compare(options: argparse.Namespace) -> int:
     from coordinator.lab.comparison.plots import require_matplotlib
 
     require_matplotlib()  # before hours of training, not after
-    from coordinator.lab.comparison.config import load_compare, load_methods
-    from coordinator.lab.comparison.run import compare
+    from coordinator.lab.comparison.config import load_compare
+    from coordinator.lab.comparison.run import compare_each
+    from coordinator.lab.comparison.sweeps.grid import grid, read_sweep
     from coordinator.lab.simulation.run import simulate
 
-    overrides = _overrides(options)
-    config = load_compare(options.config, overrides)
-    methods = load_methods(config, options.config, overrides)
+    points = grid([read_sweep(text) for text in options.sweep])
+    comparisons = [_comparison(options, point) for point in points]
+    swept: list[SweptRuns] = []
+    tables: list[ResultTable] = []
     try:
         with Live() as live:
             live.now("getting ready")
-            cells = compare(config, methods, options.out, live.line, simulate, live.now)
+            every = compare_each(comparisons, live.line, simulate, live.now)
+            for point, comparison, cells in zip(points, comparisons, every, strict=True):
+                tables = write_report(comparison.config, cells, comparison.out)
+                swept.append(SweptRuns(point, cells))
     except KeyboardInterrupt:
         say("stopped; runs that have ended are kept, and the same command goes on with the others")
         return INTERRUPTED_EXIT_CODE
-    for table in write_report(config, cells, options.out):
+    if options.sweep:
+        config = load_compare(options.config, _overrides(options))
+        tables = [write_sweep_report(config, swept, options.out)]
+    for table in tables:
         say_results(table.title, table.titles, table.texts)
-    say_what_is_open(config, cells)
+    for comparison, runs in zip(comparisons, swept, strict=True):
+        say_what_is_open(comparison, runs.cells)
     say(f"\n{options.out / 'report.html'}; the tables also as .md, .csv and .tex beside it")
     return 0
 
 
-def say_what_is_open(config: CompareConfig, cells: Sequence[RunResult]) -> None:
+def _comparison(options: argparse.Namespace, point: GridPoint) -> Comparison:
+    """Return the comparison of one point of a grid; that of no sweep has the folder for itself."""
+    from coordinator.lab.comparison.config import load_compare, load_methods
+    from coordinator.lab.comparison.run import Comparison
+
+    overrides = [*_overrides(options), *point.overrides]
+    config = load_compare(options.config, overrides)
+    methods = load_methods(config, options.config, overrides)
+    return Comparison(config, methods, options.out / point.folder, point.name)
+
+
+def say_what_is_open(comparison: Comparison, cells: Sequence[RunResult]) -> None:
     """Say which learning rates are not settled, so that nobody reads more into a row."""
     from coordinator.lab.comparison.search.table import unsettled
 
-    if texts := unsettled(cells, config.compare.learning_rate_search).values():
-        say("\nNot settled; no place is given where the first one is among them:")
+    search = comparison.config.compare.learning_rate_search
+    if texts := unsettled(cells, search).values():
+        where = f" ({comparison.name})" if comparison.name else ""
+        say(f"\nNot settled{where}; no place is given where the first one is among them:")
         for text in texts:
             say(f"  {text}")
 

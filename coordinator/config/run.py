@@ -85,6 +85,9 @@ class EvaluationConfig:
     """Rounds between two evaluations; the last round is always evaluated."""
     on_devices: bool = True
     """Whether devices go through their private validation data, where they have some."""
+    rank_energy: bool = False
+    """Whether rows of metrics say how the energy of dW (its squared Frobenius norm) is spread over
+    singular values after each round: `rank_energy`, the shares within the 1, 2, 4, ... largest."""
     prompts: str | tuple[str, ...] = ()
     """Prompts of which each evaluation shows what the model says to them: a list, or a file of
     lines or of rows with `prompt`. Shown on the console, kept in `samples.jsonl`. Meanwhile the

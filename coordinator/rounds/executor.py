@@ -68,9 +68,16 @@ def act(action: Action, doing: Mapping[Action, Callable[[], object]]) -> bool:
 
 
 def robust_facts(result: RoundResult) -> dict[str, Any]:
-    """Return whom a row names because of `screening`, where there is anybody."""
-    named = {"left_out": result.left_out, "clipped": result.clipped}
-    return {key: devices for key, devices in named.items() if devices}
+    """Return what a row says of an aggregation where there is anything to say.
+
+    That is whom `screening` names, and the energy of dW by rank.
+    """
+    said = {
+        "left_out": result.left_out,
+        "clipped": result.clipped,
+        "rank_energy": result.energy,
+    }
+    return {key: values for key, values in said.items() if values}
 
 
 class RoundExecutor:

@@ -16,6 +16,7 @@ from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, lar
 from coordinator.aggregation.robust import Robust
 from coordinator.aggregation.rules import SERVER
 from coordinator.aggregation.screening import Diverged, Refusals, Screening
+from coordinator.aggregation.spectrum import energy_within
 from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
@@ -161,6 +162,8 @@ class GlobalModel:
 
     def _take(self, result: RoundResult) -> None:
         """Let the coordinator's own blocks have what an aggregation has made."""
+        if self._config.evaluation.rank_energy:
+            result.energy = energy_within(self.ledger.totals.values())
         replaced, changes = result.replaced.get(SERVER, {}), result.changes_for(SERVER)
         self.engine.take(changes, replaced, result.head, restarts=result.restarts)
 

@@ -160,6 +160,11 @@ def leading(term: Factors, max_rank: int | None = None, tolerance: float = TOLER
     return Factors(b_OR.astype(np.float32), a_RI.astype(np.float32))
 
 
+def singular_values(term: Factors) -> Array:
+    """Return the singular values, largest first, (K,) or (E, K); only rounding beyond the rank."""
+    return _decomposed(term)[2]
+
+
 def _rounding_of(term: Factors) -> float:
     """Return how large a singular value can be that is only the rounding of terms that cancel."""
     left_OS, right_SI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)

@@ -5,11 +5,13 @@ __all__ = [
     "config",
     "fit_devices",
     "plots",
+    "rank_energy",
     "report",
     "result_table",
     "run",
     "run_count",
     "search",
     "statistics",
+    "sweeps",
     "table",
 ]

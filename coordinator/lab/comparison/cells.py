@@ -64,6 +64,8 @@ class RunResult:
     trained: dict[str, int] | None = None
     """Most numbers in the adapters that each device held."""
     notes: tuple[str, ...] = ()
+    rank_energy: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """Round, and shares of the energy of dW within its 1, 2, 4, ... largest singular values."""
     traffic: dict[str, dict[str, int]] | None = None
     """What the bytes of all devices were in the whole run, by way and kind; None where unknown."""
     disturbance: str = ""
@@ -119,6 +121,7 @@ def cell_from_row(row: Mapping[str, Any]) -> RunResult:
             "held": tuple({d: Held(*h) for d, h in held.items()} for held in row["held"]),
             "importance": tuple((round_, values) for round_, values in row["importance"]),
             "notes": tuple(row["notes"]),
+            "rank_energy": tuple((n, tuple(shares)) for n, shares in row.get("rank_energy", ())),
             "disturbed": tuple(row.get("disturbed", ())),
         }
     )

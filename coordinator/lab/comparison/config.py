@@ -82,6 +82,9 @@ class CompareSection:
     learning_rate_search: RateSearchConfig = field(default_factory=RateSearchConfig)
     """How rates beyond `learning_rates` are searched, until the best one has a worse one on both
     sides."""
+    steps: int | None = None
+    """Steps of every device in the whole run, from which rounds follow: `steps / steps_per_round`,
+    to the nearest; None: `rounds` as configured."""
     target: float | None = None
     """Loss that costs are measured to; None: what `target_gain` says."""
     target_gain: float = 0.9
@@ -125,6 +128,8 @@ class CompareSection:
             raise ValueError(f"reference: {self.reference!r} is no row; there are {known}")
         if LOCAL in self.methods:
             raise ValueError(f"methods: {LOCAL!r} is the row of devices alone; choose another name")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.target_gain <= 1:
             raise ValueError(f"target_gain must be above 0 and at most 1, got {self.target_gain}")
         for name in ("dropout_share", "straggler_share"):
@@ -189,7 +194,14 @@ def load_methods(
     if CENTRALISED in config.compare.references and CENTRALISED not in runs:
         central = load_with_preset(CompareConfig, file, overrides, env, preset=CENTRALISED)
         runs[CENTRALISED] = central.simulation_config()
-    return runs
+    return {name: _with_steps(run, config.compare.steps) for name, run in runs.items()}
+
+
+def _with_steps(run: SimulationConfig, steps: int | None) -> SimulationConfig:
+    """Return *run* with as many rounds as make *steps*, if that is said."""
+    if steps is None:
+        return run
+    return replace(run, rounds=max(1, round(steps / run.steps_per_round)))
 
 
 def labels_for_all(config: CompareConfig) -> Labels:

@@ -66,19 +66,21 @@ def device_set(config: SimulationConfig, kind: DeviceSet) -> SimulationConfig:
         settings = {name: replace(own, split=None, r=None) for name, own in settings.items()}
     elif kind == "one-cut" and (cuts := mixed_cuts(config)):
         settings = {name: replace(own, split=min(cuts)) for name, own in settings.items()}
-    fleet = replace(config.simulation, devices=devices)
+    fleet = replace(config.simulation, devices=devices, num_devices=None)
     return replace(config, simulation=fleet, devices=settings)
 
 
 def mixed_cuts(config: SimulationConfig) -> set[int]:
-    """Return the blocks that the first plans give devices as configured; empty where all are alike.
+    """Return the blocks that the first plans give devices as configured.
 
-    Raises:
-        ConfigError: the method cannot run on any of them.
+    It is empty where all are alike, and where there are none or the method cannot run on any.
     """
     if config.trained_by == "coordinator":
         return set()
-    fitted = fit(device_set(config, "heterogeneous"))
+    try:
+        fitted = fit(device_set(config, "heterogeneous"))
+    except ConfigError:
+        return set()
     cuts = {plan.split for plan in plan_all(fitted.problem).plans.values()}
     return cuts if len(cuts) > 1 else set()
 

@@ -95,7 +95,7 @@ def draw(cells: Sequence[RunResult], target: float) -> list[Picture]:
 def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
     """Draw split points and ranks over the rounds, and importance, where *cells* have them."""
     pictures = []
-    held = [cell for cell in _first_seeds(cells) if any(cell.held)]
+    held = [cell for cell in first_seeds(cells) if any(cell.held)]
     if held:
         pictures.append(_holdings(held))
     measured = [cell for cell in held if cell.importance]
@@ -104,7 +104,7 @@ def draw_plans(cells: Sequence[RunResult]) -> list[Picture]:
     return pictures
 
 
-def _first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
+def first_seeds(cells: Sequence[RunResult]) -> list[RunResult]:
     """Return one run of each method and device set."""
     first: dict[tuple[str, str], RunResult] = {}
     for cell in cells:

@@ -20,6 +20,7 @@ from coordinator.lab.comparison.cost_tables import (
     traffic_table,
 )
 from coordinator.lab.comparison.plots import Picture, draw
+from coordinator.lab.comparison.rank_energy import draw_energy, energy_table
 from coordinator.lab.comparison.result_table import ResultTable, markdown
 from coordinator.lab.comparison.robustness import robustness_table
 from coordinator.lab.comparison.search.picture import draw_search
@@ -100,8 +101,10 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
         target_table(plain, target),
         traffic_table(plain),
     ]
+    if energy := energy_table(plain):
+        tables.append(energy)
     if robustness := robustness_table(cells, wanted, is_classifier=is_classifier):
-        tables.insert(-1, robustness)
+        tables.append(robustness)
     page = Page(
         title="Comparison of methods",
         facts=_facts(config, plain, target),
@@ -124,7 +127,7 @@ class _Found(NamedTuple):
 
 
 def _differences(config: CompareConfig, cells: Sequence[RunResult]) -> _Found:
-    """Return who is ahead, whether that is more than chance, and what the searches came to."""
+    """Return who is ahead, whether that is more than chance, and further pictures."""
     wanted = config.compare
     kinds = measures(is_classifier=config.task == "sequence-classification")
     reference = wanted.reference or wanted.presets[0]
@@ -142,7 +145,7 @@ def _differences(config: CompareConfig, cells: Sequence[RunResult]) -> _Found:
         "unequal devices less equal ones": unequal,
         "mixed cuts less one cut": mixed,
     }
-    pictures = [draw_differences(panels, kinds), draw_search(cells)]
+    pictures = [draw_differences(panels, kinds), draw_search(cells), draw_energy(cells)]
     return _Found(
         [table for table in (ranking, *made) if table is not None],
         [picture for picture in pictures if picture is not None],

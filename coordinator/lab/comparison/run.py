@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,23 +73,48 @@ def compare(
     Raises:
         EdgeError: a config, the data or the model is wrong.
     """
-    wanted = config.compare
-    runs = [
-        ComparisonRunner(method, run, kind, out, simulate, wanted)
-        for kind in wanted.device_sets
-        for method, run in methods.items()
-        if kind != "one-cut" or mixed_cuts(run)
-    ]
-    names = [runner.method for runner in runs for _ in range(runner.num_runs)]
-    num_searches = len(runs) if wanted.learning_rate_search.most_trials else 0
-    count = RunCount(names, progress, now, time.monotonic, num_searches)
-    kept = KeptCells(out)
-    tell_changes(kept, config, progress)
-    cells: list[RunResult] = []
-    for runner in runs:
-        cells += runner.cells(kept, count)
-    count.tell_kept()
+    (cells,) = compare_each([Comparison(config, methods, out)], progress, simulate, now)
     return cells
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on some devices, with everything else the same."""
+
+    config: CompareConfig
+    methods: Mapping[str, SimulationConfig]
+    """The run of each method, as `load_methods` gives them."""
+    out: Path
+    """Folder of its cells, runs and data."""
+    name: str = ""
+    """What tells it from others that are run with it."""
+
+    def runners(self, simulate: Simulate) -> list[ComparisonRunner]:
+        """Return its methods on each set of devices, in order."""
+        wanted = self.config.compare
+        return [
+            ComparisonRunner(method, run, kind, self, simulate)
+            for kind in wanted.device_sets
+            for method, run in self.methods.items()
+            if kind != "one-cut" or mixed_cuts(run)
+        ]
+
+
+def compare_each(
+    comparisons: Sequence[Comparison], progress: Tell, simulate: Simulate, now: Tell = tell_nobody
+) -> Iterator[list[RunResult]]:
+    """Run comparisons one after the other, as `compare` does; yield the cells of each."""
+    runners = [comparison.runners(simulate) for comparison in comparisons]
+    every = [runner for own in runners for runner in own]
+    names = [runner.title for runner in every for _ in range(runner.num_runs)]
+    num_searches = sum(bool(runner.wanted.learning_rate_search.most_trials) for runner in every)
+    count = RunCount(names, progress, now, time.monotonic, num_searches)
+    for comparison, own in zip(comparisons, runners, strict=True):
+        kept = KeptCells(comparison.out)
+        tell_changes(kept, comparison.config, progress)
+        cells = [cell for runner in own for cell in runner.cells(kept, count)]
+        count.tell_kept()
+        yield cells
 
 
 def tell_changes(kept: KeptCells, config: CompareConfig, progress: Tell) -> None:
@@ -110,9 +135,18 @@ class ComparisonRunner:
     method: str
     config: SimulationConfig
     kind: DeviceSet
-    out: Path
+    within: Comparison
     simulate: Simulate
-    wanted: CompareSection
+
+    @property
+    def wanted(self) -> CompareSection:
+        """What is compared."""
+        return self.within.config.compare
+
+    @property
+    def title(self) -> str:
+        """The method, and which comparison it is in where there are several."""
+        return f"{self.within.name}: {self.method}" if self.within.name else self.method
 
     @property
     def _disturbances(self) -> tuple[Disturbance, ...]:
@@ -145,9 +179,9 @@ class ComparisonRunner:
             ]
         except ConfigError as error:
             if self.method != LOCAL:
-                raise ConfigError(f"{self.method}, {self.kind} devices: {error}") from error
+                raise ConfigError(f"{self.title}, {self.kind} devices: {error}") from error
             for _ in range(self.num_runs):
-                count.skip(f"{self.method}, {self.kind}: {error}")
+                count.skip(f"{self.title}, {self.kind}: {error}")
             if self.wanted.learning_rate_search.most_trials:
                 count.search_ended()
             return []
@@ -158,19 +192,19 @@ class ComparisonRunner:
         tried = [self._cell(seed, rate, kept, count) for rate in self._rates]
         losses = {cell.rate: cell.last.loss for cell in tried}
         while (rate := next_rate(losses, len(self._rates), search)) is not None:
-            count.further(self.method)
+            count.further(self.title)
             tried.append(self._cell(seed, rate, kept, count))
             losses[rate] = tried[-1].last.loss
         if search.most_trials:
             is_news = count.num_run > num_before
-            about = f"{self.method}, {self.kind}: {in_words(losses)}"
+            about = f"{self.title}, {self.kind}: {in_words(losses)}"
             count.search_ended(about if is_news else "")
         return tried
 
     def _run(self, seed: int, rate: float) -> SimulationConfig:
         config = device_set(self.config, self.kind)
         training = replace(config.training, seed=seed, learning_rate=rate)
-        return replace(config, training=training, runs=self.out / "runs")
+        return replace(config, training=training, runs=self.within.out / "runs")
 
     def _cell(
         self,
@@ -190,7 +224,7 @@ class ComparisonRunner:
         if found is not None:
             count.kept(found[1])
             return replace(found[0], device_set=self.kind)
-        name = f"{self.method}, {self.kind}, seed {seed}, rate {rate:g}"
+        name = f"{self.title}, {self.kind}, seed {seed}, rate {rate:g}"
         count.begin(f"{name}, {disturbance}" if disturbance else name)
         parts = self._train(replace(config, name=self._folder(config, digest)), count)
         cell = RunResult(
@@ -207,7 +241,7 @@ class ComparisonRunner:
         try:
             return self._cell(seed, rate, kept, count, what)
         except ConfigError as error:
-            count.skip(f"{self.method}, {self.kind}, {what}: {error}")
+            count.skip(f"{self.title}, {self.kind}, {what}: {error}")
             return None
 
     def _folder(self, config: SimulationConfig, digest: str) -> str:
@@ -219,7 +253,7 @@ class ComparisonRunner:
         return folder
 
     def _train(self, config: SimulationConfig, count: RunCount) -> dict[str, Any]:
-        files = write_shards(config, self.out / "data" / f"seed-{config.training.seed}")
+        files = write_shards(config, self.within.out / "data" / f"seed-{config.training.seed}")
 
         before = UntrainedScore()
 
@@ -286,6 +320,11 @@ def _simulated(
         "held": tuple(_held(round_) for round_ in result.rounds[1:]),
         "importance": tuple(sorted(watcher.importance.items())),
         "notes": fitted.notes,
+        "rank_energy": tuple(
+            (round_.round, tuple(shares))
+            for round_ in result.rounds
+            if (shares := round_.metrics.get("rank_energy"))
+        ),
         "traffic": result.rounds[-1].traffic,
         **_sizes(fitted, result.rounds[1:]),
     }

@@ -55,6 +55,9 @@ class FleetConfig:
 
     devices: dict[str, SimulatedDeviceConfig] = field(default_factory=dict)
     """The devices by name; what each trains is set in `devices` of the run, as always."""
+    num_devices: int | None = None
+    """So many devices in all, of the kinds in `devices` in the proportions of their `count`, whose
+    numbers then do not count; None: as many as are counted."""
     data: DataConfig = field(default_factory=DataConfig)
     """The training data that is dealt out; its columns count for files of single devices too."""
     shards: Literal["contiguous", "iid", "dirichlet"] = "iid"
@@ -94,6 +97,11 @@ class FleetConfig:
             raise ValueError(f"overhead_bytes must be at least 0, got {self.overhead_bytes}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.num_devices is not None:
+            if self.num_devices < 1:
+                raise ValueError(f"num_devices must be at least 1, got {self.num_devices}")
+            if any(device.data is not None for device in self.devices.values()):
+                raise ValueError("num_devices: a device has `data` of its own; give it to none")
         for name in device_names(self):
             if not is_device_name(name):
                 raise ValueError(f"devices: {name!r} is no name: letters, digits, . _ - only")
@@ -129,10 +137,26 @@ def device_names(fleet: FleetConfig) -> dict[str, SimulatedDeviceConfig]:
         ValueError: two devices have one name.
     """
     devices: dict[str, SimulatedDeviceConfig] = {}
+    counts = _counts(fleet)
     for name, device in fleet.devices.items():
-        names = [name] if device.count == 1 else [f"{name}-{i}" for i in range(device.count)]
+        count = counts[name]
+        names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
         for each in names:
             if each in devices:
                 raise ValueError(f"devices: two are named {each!r}")
             devices[each] = device
     return dict(sorted(devices.items()))
+
+
+def _counts(fleet: FleetConfig) -> dict[str, int]:
+    """Return how many devices there are of each kind; parts of a device go to the largest parts."""
+    counts = {name: device.count for name, device in fleet.devices.items()}
+    if fleet.num_devices is None or not counts:
+        return counts
+    all_of_them = sum(counts.values())
+    whole = {name: fleet.num_devices * n // all_of_them for name, n in counts.items()}
+    left = fleet.num_devices - sum(whole.values())
+    parts = {name: fleet.num_devices * n % all_of_them for name, n in counts.items()}
+    for name in sorted(parts, key=parts.__getitem__, reverse=True)[:left]:
+        whole[name] += 1
+    return whole

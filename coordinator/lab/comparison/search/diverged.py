@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from coordinator.lab.comparison.cells import Point
+from coordinator.lab.comparison.fit_devices import samples_of_a_step
 from coordinator.lab.simulation.config import SimulationConfig
 from coordinator.results.events.event import RunEvent
 from coordinator.results.events.rounds import RoundDone
@@ -40,9 +41,7 @@ def diverged_parts(
     """
     if before is None:
         raise error
-    samples = config.total_steps * sum(
-        config.settings(name).batch_size or 0 for name in config.simulation.devices
-    )
+    samples = config.total_steps * samples_of_a_step(config)
     first = Point(0, 0.0, 0.0, 0, 0, before.loss, before.accuracy)
     unknown = [math.nan] * (len(Point._fields) - 1)
     return {

@@ -22,6 +22,8 @@ def draw_search(cells: Sequence[RunResult]) -> Picture | None:
     tried = tried_rates(cells)
     if all(len(losses) == 1 for losses in tried.values()):
         return None
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     kinds = list(dict.fromkeys(kind for _, kind in tried))
     methods = list(dict.fromkeys(method for method, _ in tried))
     figure, panels = make_panels(1, len(kinds), sharey=True, sharex=True)
@@ -38,6 +40,9 @@ def draw_search(cells: Sequence[RunResult]) -> Picture | None:
             axes.plot([best], [losses[best]], marker=marker, **ring)
     for axes, kind in zip(panels[0], kinds, strict=True):
         axes.set(xscale="log", xlabel="learning rate", title=f"{kind} devices")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0][0].set_ylabel("final loss")
     handles, labels = legend_entries(panels[0])
     figure.legend(handles, labels, loc="outside right center", frameon=False)

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from coordinator.cli import main
 from coordinator.engine.server_model import ServerModel
@@ -393,6 +395,48 @@ def test_one_cut_for_all_is_where_the_shallowest_was(
     ]
     assert (one.method, one.device_set) == ("ours", "one-cut")
     assert one.last.samples == cells["ours"].last.samples
+
+
+def test_a_sweep_is_a_comparison_for_each_value(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is that of its own overrides; the energy of dW is that of the adapters they export."""
+    told = ["compare.presets=[ours]", "compare.references=[]", "compare.steps=4"]
+    told += ["evaluation.rank_energy=true"]
+    file = folder / "compare.json"
+    command = ["compare", *told, "--config", str(file), "--out", str(tmp_path)]
+    command += ["--sweep", "steps_per_round=2,4", "--sweep", "simulation.num_devices=4,2"]
+
+    assert main(command) == 0
+
+    said = capsys.readouterr().out
+    assert "run 1 of 4: steps_per_round 2, num_devices 4: ours, heterogeneous, seed 0" in said
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open(encoding="utf-8")))
+    keys = [(row["steps_per_round"], row["simulation.num_devices"]) for row in rows]
+    assert keys == [("2", "4"), ("2", "2"), ("4", "4"), ("4", "2")]
+    assert [float(row["samples"]) for row in rows] == [64, 32, 64, 32]
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {
+        "rank-energy",
+        "sweep-num_devices",
+        "sweep-steps_per_round",
+    }
+    point = tmp_path / "steps_per_round=2,num_devices=2"
+    alone = load_compare(file, [*told, "steps_per_round=2", "simulation.num_devices=2"])
+    methods = load_methods(alone, file, [*told, "steps_per_round=2", "simulation.num_devices=2"])
+    (cell,) = compare(alone, methods, point, [].append, simulate)
+    assert str(cell.last.loss) == rows[1]["loss"]
+    assert [round_ for round_, _ in cell.rank_energy] == [1, 2]
+    (run,) = (point / "runs").iterdir()
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    energy = np.zeros(64)
+    for name, a_RI in adapter.items():
+        if "lora_A" in name:
+            dense = adapter[name.replace("lora_A", "lora_B")] @ a_RI
+            values = np.linalg.svd(dense.astype(np.float64), compute_uv=False)
+            energy[: len(values)] += values**2
+    shares = cell.rank_energy[-1][1]
+    within = [float(energy[: 2**at].sum() / energy.sum()) for at in range(len(shares))]
+    assert shares == pytest.approx(within, abs=1e-5)
 
 
 def test_bad_input_is_one_line(
