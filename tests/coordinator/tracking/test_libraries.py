@@ -44,6 +44,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 EVERYWHERE = ("tensorboard", "wandb", "mlflow", "prometheus", "csv")
+LIVE = "prometheus"
+"""Takes the newest numbers alone, and has nothing to go on from."""
 Points = dict[str, list[tuple[int, float]]]
 """By name, in the order of steps."""
 
@@ -59,18 +61,26 @@ class Told(NamedTuple):
 class Watching:
     """Crashes in the middle of round 2, the first time; reads `/metrics` before the end."""
 
-    def __init__(self, port: int, *, crashes: bool) -> None:
-        self.port, self.crashes, self.metrics = port, crashes, ""
+    def __init__(self, port: int, crashes_in: Path | None = None) -> None:
+        self.port, self.crashes_in, self.metrics = port, crashes_in, ""
 
     def see(self, event: RunEvent) -> None:
         """Crash, or ask for the page until it is up to date."""
-        if self.crashes and isinstance(event, StepDone) and event.report.stamp.step == 4:
+        if self.crashes_in and isinstance(event, StepDone) and event.report.stamp.step == 4:
+            self.wait_for_trackers(self.crashes_in)
             raise Crash
         if isinstance(event, RunFinished):
             deadline = Deadline.after(60.0)
             while 'edgesplit_train_global_step{run="run"} 6.0' not in self.metrics:
                 assert deadline.left_s(), self.metrics
                 self.metrics = read(self.port)
+
+    def wait_for_trackers(self, folder: Path) -> None:
+        """Crash no sooner than the slowest library has begun: else there is nothing to go on."""
+        deadline = Deadline.after(120.0)
+        while not all((folder / f"{name}.json").exists() for name in EVERYWHERE if name != LIVE):
+            assert deadline.left_s()
+            time.sleep(0.05)
 
 
 def read(port: int, path: str = "/metrics", **headers: str) -> str:
@@ -120,8 +130,8 @@ def told(tmp_path_factory: pytest.TempPathFactory, environment: None) -> Told:
         tracking=TrackingConfig(prometheus_address=f"127.0.0.1:{port}"),
     )
     with pytest.raises(Crash):
-        serve_pooled(config, Watching(port, crashes=True))
-    watching = Watching(port, crashes=False)
+        serve_pooled(config, Watching(port, folder / "runs" / "run" / TRACKERS))
+    watching = Watching(port)
     resume_pooled(folder / "runs" / "run", watching, [])
     return Told(RunFolder(folder / "runs" / "run"), watching.metrics)
 
