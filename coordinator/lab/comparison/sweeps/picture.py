@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-BESIDE_INCHES = 0.06
+# Bars of several methods at one value stand side by side, so far apart as shares of the axis.
+BESIDE = 0.012
 
 
 class _Place(NamedTuple):
@@ -61,7 +62,8 @@ def draw_sweep_of(key: SweptKey, swept: Sequence[SweptRuns], *, is_classifier: b
         row[0].set_ylabel(title)
         for axes, name in zip(row, names, strict=True):
             for method, places in lines[name].items():
-                _line(axes, key, places, method, methods.index(method))
+                index = methods.index(method)
+                _line(axes, key, places, method, (index, len(methods)))
             _scale(axes, key)
     for top, bottom, name in zip(panels[0], panels[-1], names, strict=True):
         top.set_title(name, fontsize="medium")
@@ -93,22 +95,20 @@ def _measured(cell: RunResult, kind: str) -> float:
     return cell.last.loss if kind == "loss" else score(cell.last, is_classifier=True)
 
 
-def _line(axes: Axes, key: SweptKey, places: Sequence[_Place], method: str, index: int) -> None:
-    from matplotlib.transforms import ScaledTranslation
-
+def _line(
+    axes: Axes, key: SweptKey, places: Sequence[_Place], method: str, order: tuple[int, int]
+) -> None:
+    """Draw the method that is of this number among so many."""
+    index, steps_aside = order[0], order[0] - (order[1] - 1) / 2
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     shown_places = [place for place in places if math.isfinite(place.found.mean)]
     if not shown_places:
         return
     shown_places.sort(key=lambda place: _at(key, place.value))
-    x = [_at(key, place.value) for place in shown_places]
+    x = [_beside(key, _at(key, place.value), steps_aside) for place in shown_places]
     y = [place.found.mean for place in shown_places]
     half = [0.0 if p.found.high is None else p.found.high - p.found.mean for p in shown_places]
-    # Bars of several methods at one value stand side by side.
-    inches = ScaledTranslation(BESIDE_INCHES * index, 0.0, axes.figure.dpi_scale_trans)
-    beside = axes.transData + inches
     style: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": method}
-    style["transform"] = beside
     axes.errorbar(x, y, yerr=half if any(half) else None, capsize=3.0, **style)
     for at, place in zip(x, shown_places, strict=True):
         fill = colour if place.is_settled else "white"
@@ -117,7 +117,7 @@ def _line(axes: Axes, key: SweptKey, places: Sequence[_Place], method: str, inde
             "markerfacecolor": fill,
             "markersize": 5.5,
         }
-        ring |= {"marker": marker, "linestyle": "none", "zorder": 3, "transform": beside}
+        ring |= {"marker": marker, "linestyle": "none", "zorder": 3}
         axes.plot([at], [place.found.mean], **ring)
 
 
@@ -126,12 +126,25 @@ def _at(key: SweptKey, value: Value) -> float:
     return float(value) if key.is_numeric else float(key.values.index(value))  # type: ignore[arg-type]
 
 
+def _beside(key: SweptKey, at: float, steps: float) -> float:
+    """Return a place so many small steps beside another."""
+    places = [_at(key, value) for value in key.values]
+    if _is_logarithmic(key):
+        return at * float((max(places) / min(places)) ** (BESIDE * steps))
+    return at + BESIDE * steps * (max(places) - min(places))
+
+
+def _is_logarithmic(key: SweptKey) -> bool:
+    places = [_at(key, value) for value in key.values]
+    return key.is_numeric and min(places) > 0 and max(places) >= LOG_RATIO * min(places)
+
+
 def _scale(axes: Axes, key: SweptKey) -> None:
     """Put a mark at every value; far apart ones stand on a logarithmic axis."""
     from matplotlib.ticker import NullLocator
 
     places = [_at(key, value) for value in key.values]
-    if key.is_numeric and min(places) > 0 and max(places) >= LOG_RATIO * min(places):
+    if _is_logarithmic(key):
         axes.set_xscale("log")
     axes.set_xticks(places, [shown(value) for value in key.values])
     axes.xaxis.set_minor_locator(NullLocator())

@@ -58,3 +58,29 @@ def test_runs_that_are_there_count() -> None:
         "run 3 of 3: b, seed 1: loss 2; 5 s",
     ]
     assert (count.done, count.total) == (3, 3)
+
+
+def test_a_search_makes_the_count_a_lower_bound() -> None:
+    """While one may ask for more, runs and time are at least so many; then they are that."""
+    clock, told, shown = Clock(), [], []
+    count = RunCount(["a", "b"], told.append, shown.append, clock, num_searches=1)
+
+    count.begin("a, rate 1")
+    clock.now_s = 10.0
+    count.end("loss 3")
+    count.further("a")
+    count.begin("a, rate 2")
+    clock.now_s = 20.0
+    count.end("loss 2")
+    count.search_ended("a: rate 2")
+    count.begin("b, rate 2")
+    clock.now_s = 30.0
+    count.end("loss 2")
+
+    assert told == [
+        "run 1 of at least 2: a, rate 1: loss 3; 10 s; at least 10 s left",
+        "run 2 of at least 3: a, rate 2: loss 2; 10 s; at least 10 s left",
+        "a: rate 2",
+        "run 3 of 3: b, rate 2: loss 2; 10 s",
+    ]
+    assert count.num_run == 3

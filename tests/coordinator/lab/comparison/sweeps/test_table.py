@@ -63,3 +63,6 @@ def test_each_key_has_a_picture() -> None:
     assert "<!-- svd -->" in texts[1]
     assert "<!-- accuracy (%) -->" in texts[1]
     assert "<!-- accuracy (%) -->" not in texts[0]
+    # What is drawn lies inside: losses from 2 to 5.5, an accuracy of 25 %.
+    assert "<!-- 4 -->" in texts[0]
+    assert "<!-- 25.0 -->" in texts[1]
