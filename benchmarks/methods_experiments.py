@@ -254,6 +254,8 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
         "device_sets": [HETERO] if smoke else list(experiment.sets),
         "seeds": [0] if smoke else list(experiment.seeds),
         "learning_rates": list(experiment.rates)[: 1 if smoke else None],
+        # A trial run looks whether all works; the others search on where a rate is at an edge.
+        "learning_rate_search": {"most_trials": 0} if smoke else {},
     }
     return config
 
