@@ -243,10 +243,11 @@ class Case:
     def handout_bytes(self, devices: int, cap: int | None = None) -> int:
         """Return the bytes that a device is given after a round of so many *devices* with `exact`.
 
-        The change is the sum of all their products: its rank is the sum of theirs, up to that of
-        the matrix, where the factors are larger than the matrix, or up to the *cap*.
+        The change is the sum of what each has, less what each had: from the second round on its
+        rank is twice the sum of theirs, up to that of the matrix, where the factors are larger than
+        the matrix, or up to the *cap*.
         """
-        most = devices * RANK if cap is None else min(cap, devices * RANK)
+        most = 2 * devices * RANK if cap is None else min(cap, 2 * devices * RANK)
         per_block = sum(min(most, li.most_rank) * li.num_factors for li in self.shape.linears)
         return 4 * self.blocks * per_block
 

@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import LlamaConfig
 
+from coordinator.aggregation.ledger import Ledger, Report
 from coordinator.config.run import ServeConfig
 from coordinator.lab.simulation.boards import Scale, catalogue, make_machine
 from coordinator.lab.simulation.clock import Clock
 from edge_sdk.config.loader import load_config
-from edge_sdk.model.layout import find_layout
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape
+from edge_sdk.model.layout import Layout, find_layout
 from edge_sdk.model.shape import model_shape
 from profiler.estimate.flops import estimate_flops
 
@@ -117,9 +121,49 @@ def test_every_device_holds_its_part(case: Any) -> None:
     assert not replace(case, blocks=case.shape.num_blocks, base="float32").is_held
 
 
+TINY = tables.llama(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocab=50)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 12])
+@pytest.mark.parametrize(("rule", "cap"), [("exact", None), ("exact", 20), ("svd", None)])
+def test_what_comes_down_is_what_the_aggregation_hands_out(
+    monkeypatch: pytest.MonkeyPatch, num_devices: int, rule: str, cap: int | None
+) -> None:
+    """After two rounds in which all factors move, byte for byte, also where ranks are capped."""
+    monkeypatch.setitem(tables.MODELS, "tiny", TINY)
+    case, generator = tables.Case("tiny", "", "", 2), np.random.default_rng(0)
+    layout = Layout("model.layers", 3, ("front",), ((), (), ()), (), False, False)
+    names = [(block, linear) for block in range(3) for linear in TINY.linears]
+    targets = {
+        f"model.layers.{block}.{li.name}": Shape(li.num_outputs, li.num_inputs)
+        for block, li in names
+    }
+    facts = ModelFacts(layout, targets)
+    ledger = Ledger(facts, LoraConfig(r=tables.RANK), rule, cap, seed=0)
+    weights = facts.weights(0, 2)
+
+    for _ in range(2):
+        reports = {}
+        for name in map(str, range(num_devices)):
+            own = ledger.enrol(name, dict.fromkeys(weights, tables.RANK))
+            pairs = {weight: moved(pair, generator) for weight, pair in own.items()}
+            reports[name] = Report(2, 4, pairs)
+        result = ledger.aggregate(reports)
+
+    handed_out = [*result.changes_for("0").values(), *result.replaced.get("0", {}).values()]
+    num_bytes = sum(factors.a_RI.nbytes + factors.b_OR.nbytes for factors in handed_out)
+    expected = case.adapter_bytes() if rule == "svd" else case.handout_bytes(num_devices, cap)
+    assert num_bytes == expected
+
+
+def moved(pair: Pair, generator: np.random.Generator) -> Pair:
+    """Factors somewhere else."""
+    a, b = (x + 0.1 * generator.normal(size=x.shape) for x in (pair.a_RI, pair.b_OR))
+    return Pair(a.astype(np.float32), b.astype(np.float32))
+
+
 def test_the_sizes_are_those_of_the_models_code() -> None:
     """What is put together from five numbers is what transformers builds from them."""
-    sizes = {"hidden": 64, "intermediate": 96, "blocks": 3, "heads": 4, "kv_heads": 2, "vocab": 50}
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -131,7 +175,7 @@ def test_the_sizes_are_those_of_the_models_code() -> None:
 
     built = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))
 
-    assert replace(tables.llama(**sizes), kept=built.kept) == built
+    assert replace(TINY, kept=built.kept) == built
     for model, params in (("LLaMA-2-7B", 6_738_415_616), ("LLaMA-2-70B", 68_976_648_192)):
         shape = tables.MODELS[model]
         found = shape.num_blocks * shape.block_params + shape.front_params + shape.tail_params
