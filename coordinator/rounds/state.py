@@ -379,7 +379,7 @@ def awaits_gradient(state: RunState, place: Place) -> bool | None:
     device, micro = place
     if state.is_gathered:
         return state.is_forward_done if micro == state.micro else None
-    is_stale = micro < state.here.answered.get(device, 0) or place in state.here.returned
+    is_stale = micro < state.here.answered.get(device, 0) or place in state.here.away.returned
     return None if is_stale else state.here.is_away(place)
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from coordinator.rounds.step.wave_choice import Candidate, Limits, Rows, choose
+from coordinator.rounds.step.arrivals import Arrivals, InStep, Members, Turns
+from coordinator.rounds.step.away import Away
+from coordinator.rounds.step.wave_choice import Limits, Rows, choose, fills
 from edge_sdk.protocol.plan import MOST_AWAY, MOST_IN_FLIGHT, Place
 
 # Of the rows that all members send at once, one micro-batch each, a wave has at most this part:
@@ -24,29 +26,6 @@ Doing = Enum("Doing", "NOTHING TRAIN FORWARD BACKWARD FINISH")
 Arrival = Enum("Arrival", "NOW LATER STALE BEYOND")
 
 
-class InStep(Protocol):
-    """A member of the round, as far as its steps go."""
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences of a step."""
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of a step."""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it takes no part in waves."""
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether it takes a final hidden state before the gradient of the micro-batch before."""
-
-
-Members = Mapping[str, InStep]
-
-
 class Due(NamedTuple):
     """What the coordinator can compute now."""
 
@@ -55,60 +34,123 @@ class Due(NamedTuple):
 
 
 @dataclass
+class Tally:
+    """What all members together still need of a step; during one, members only leave."""
+
+    _num_members: int = -1
+    _at_once: int = 0
+    _unfinished: set[str] = field(default_factory=set)
+    _answered: list[str] = field(default_factory=list)
+    """Devices that have had an answer since the last look."""
+
+    def answered(self, device: str) -> None:
+        """Note that a device has had an answer."""
+        self._answered.append(device)
+
+    def at_once(self, members: Members, answered: Mapping[str, int]) -> int:
+        """Count the rows that all members send at once, one micro-batch each."""
+        self._look(members, answered)
+        return self._at_once
+
+    def is_complete(self, members: Members, answered: Mapping[str, int]) -> bool:
+        """Return whether all members have all answers."""
+        self._look(members, answered)
+        return not self._unfinished
+
+    def _look(self, members: Members, answered: Mapping[str, int]) -> None:
+        if len(members) != self._num_members:
+            self._num_members = len(members)
+            waves = [m for m in members.values() if not m.is_local]
+            self._at_once = sum(-(-m.batch_size // m.num_micro) for m in waves)
+            self._unfinished = {n for n, m in members.items() if answers_left(n, m, answered)}
+        for device in self._answered:
+            if device in members and not answers_left(device, members[device], answered):
+                self._unfinished.discard(device)
+        self._answered.clear()
+
+
+def answers_left(name: str, member: InStep, answered: Mapping[str, int]) -> int:
+    """Count the answers that a member still needs."""
+    return 0 if member.is_local else member.num_micro - answered.get(name, 0)
+
+
+@dataclass
 class OpenStep:
-    """What is here of a step, what is away, and what is done."""
+    """What is here of a step, what is away, and what is done.
+
+    It is asked after every message and before every wave. With a thousand members it must not go
+    through all of them, but where one has left, or where a wave of several is chosen.
+    """
 
     sizes: dict[Place, Rows] = field(default_factory=dict)
-    """All that has come and is not answered, in the order of arrival."""
-    away: list[list[Place]] = field(default_factory=list)
+    """All that has come and is not answered."""
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    """That of it which waits."""
+    away: Away = field(default_factory=Away)
     """Waves between their forward and their backward half."""
-    returned: set[Place] = field(default_factory=set)
-    """Those of them whose gradients are here."""
     answered: dict[str, int] = field(default_factory=dict)
     """Micro-batches that are done, by device."""
     num_waves: int = 0
     """Forward passes that have been made."""
+    _micros: dict[str, set[int]] = field(default_factory=dict)
+    """Micro-batches of `sizes`, by device."""
+    _rows_away: int = 0
+    _tally: Tally = field(default_factory=Tally)
 
     # ---- what happens ----
 
     def arrive(self, place: Place, rows: Rows) -> None:
         """Note that the hidden state of a micro-batch is here."""
         self.sizes[place] = rows
+        self._micros.setdefault(place[0], set()).add(place[1])
+        self.arrivals.add(place, rows)
 
     def come_back(self, place: Place) -> None:
         """Note that the gradient of a micro-batch that was away is here."""
-        self.returned.add(place)
+        self.away.come_back(place)
 
     def send_away(self, places: Iterable[Place]) -> None:
         """End the forward half of a wave; those that have left meanwhile are no part of it."""
         self.num_waves += 1
-        if wave := [place for place in places if place in self.sizes]:
-            self.away.append(wave)
+        wave = [place for place in places if place in self.sizes]
+        for place in wave:
+            self._rows_away += self.sizes[place].num
+            self.arrivals.remove(place)
+        if wave:
+            self.away.send(wave)
 
     def answer(self, places: Iterable[Place], *, is_new_wave: bool) -> None:
         """End a wave."""
         self.num_waves += is_new_wave
-        done = {place for place in places if place in self.sizes}
-        for device, _ in done:
+        for place in {place for place in places if place in self.sizes}:
+            device = place[0]
             self.answered[device] = self.answered.get(device, 0) + 1
-        self._forget(done)
+            self._tally.answered(device)
+            self._forget(place)
 
     def drop(self, device: str) -> None:
         """Forget a device that is no member any more."""
         self.answered.pop(device, None)
-        self._forget({place for place in self.sizes if place[0] == device})
+        for micro in list(self._micros.get(device, ())):
+            self._forget((device, micro))
 
-    def _forget(self, places: set[Place]) -> None:
-        self.sizes = {place: rows for place, rows in self.sizes.items() if place not in places}
-        self.returned -= places
-        rest = ([place for place in wave if place not in places] for wave in self.away)
-        self.away = [wave for wave in rest if wave]
+    def _forget(self, place: Place) -> None:
+        rows, device = self.sizes.pop(place), place[0]
+        self._micros[device].discard(place[1])
+        if not self._micros[device]:
+            del self._micros[device]
+        if place in self.away:
+            self.away.remove(place)
+            self._rows_away -= rows.num
+            self.arrivals.look_again(device)
+        else:
+            self.arrivals.remove(place)
 
     # ---- what is true ----
 
     def next_micro(self, device: str) -> int:
         """Return the number of the micro-batch of *device* that comes next."""
-        return self.answered.get(device, 0) + sum(place[0] == device for place in self.sizes)
+        return self.answered.get(device, 0) + len(self._micros.get(device, ()))
 
     def judge(self, device: str, micro: int) -> Arrival:
         """Return what becomes of a hidden state that has come for this step."""
@@ -122,15 +164,11 @@ class OpenStep:
 
     def is_away(self, place: Place) -> bool:
         """Return whether the gradient of a micro-batch is awaited."""
-        return place not in self.returned and any(place in wave for wave in self.away)
+        return place in self.away and place not in self.away.returned
 
     def is_complete(self, members: Members) -> bool:
         """Return whether all members have all answers."""
-        return all(not self._left(name, m) for name, m in members.items())
-
-    def _left(self, name: str, member: InStep) -> int:
-        """Count the answers that a member still needs."""
-        return 0 if member.is_local else member.num_micro - self.answered.get(name, 0)
+        return self._tally.is_complete(members, self.answered)
 
     def owing(self, members: Members) -> dict[str, tuple[bool, int]]:
         """Return of whom something is awaited: whether it is a gradient, and of which micro-batch.
@@ -139,10 +177,10 @@ class OpenStep:
         """
         owed = {}
         for name, member in members.items():
-            here = [place for place in self.sizes if place[0] == name]
-            if gone := [micro for _, micro in filter(self.is_away, here)]:
+            micros = self._micros.get(name, ())
+            if gone := [micro for micro in micros if self.is_away((name, micro))]:
                 owed[name] = (True, min(gone))
-            elif not here and self._left(name, member):
+            elif not micros and answers_left(name, member, self.answered):
                 owed[name] = (False, self.answered.get(name, 0))
         return owed
 
@@ -150,38 +188,21 @@ class OpenStep:
 
     def work(self, members: Members, most_tokens: int, *, labels_on_device: bool) -> Due:
         """Return what can be computed now, in waves of at most so many tokens."""
-        if wave := self._back():
-            return Due(Doing.BACKWARD, wave)
-        at_once = sum(-(-m.batch_size // m.num_micro) for m in members.values() if not m.is_local)
-        away = sum(self.sizes[place].num for wave in self.away for place in wave)
-        room = MOST_AWAY * at_once - away
+        if wave := self.away.oldest_whole():
+            return Due(Doing.BACKWARD, [*wave])
+        at_once = self._tally.at_once(members, self.answered)
+        room = MOST_AWAY * at_once - self._rows_away
         limits = Limits(most_tokens, min(-(-at_once // WAVE_PART), room))
-        places = choose(self._waiting(members, labels_on_device=labels_on_device), limits)
-        if away and sum(self.sizes[place].num for place in places) > room:
+        places = self._forward(Turns(members, self.away, labels_on_device), limits)
+        if self._rows_away and sum(self.sizes[place].num for place in places) > room:
             places = []
         if places:
             return Due(Doing.FORWARD if labels_on_device else Doing.TRAIN, places)
         return Due(Doing.FINISH if self.is_complete(members) else Doing.NOTHING, [])
 
-    def _back(self) -> list[Place]:
-        """Return the oldest wave that can go back; a device gets its answers in their order."""
-        earlier = set[str]()
-        for wave in self.away:
-            devices = {device for device, _ in wave}
-            if not devices & earlier and all(place in self.returned for place in wave):
-                return wave
-            earlier |= devices
-        return []
-
-    def _waiting(self, members: Members, *, labels_on_device: bool) -> list[Candidate]:
-        """Return what can go forward now, in the order of arrival."""
-        away = {place for wave in self.away for place in wave}
-        busy = {device for device, _ in away}
-        waiting = []
-        for (device, micro), rows in self.sizes.items():
-            member = members[device]
-            is_next = device not in busy or member.looks_ahead or not labels_on_device
-            if is_next and (device, micro) not in away:
-                busy.add(device)
-                waiting.append(Candidate((device, micro), rows, member.num_micro - micro))
-        return waiting
+    def _forward(self, turns: Turns, limits: Limits) -> list[Place]:
+        """Return what goes forward together now."""
+        first = self.arrivals.first(turns)
+        if first is None or fills(first.rows, limits):
+            return [] if first is None else [first.place]
+        return choose(self.arrivals.all(turns), limits)

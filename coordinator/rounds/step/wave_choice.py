@@ -7,7 +7,10 @@ the micro-batches are taken in their order, as it waits for the answers in that 
 
 from __future__ import annotations
 
+import heapq
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from edge_sdk.protocol.plan import Place
@@ -41,6 +44,12 @@ class Limits(NamedTuple):
     rows: int
 
 
+def fills(rows: Rows, limits: Limits) -> bool:
+    """Return whether beside a micro-batch of that size there is no room for another one."""
+    num = rows.num + 1
+    return num > limits.rows or num * rows.longest > limits.tokens
+
+
 def choose(waiting: Sequence[Candidate], limits: Limits) -> list[Place]:
     """Return what is run together now; nothing only where nothing waits.
 
@@ -48,32 +57,55 @@ def choose(waiting: Sequence[Candidate], limits: Limits) -> list[Place]:
         waiting: In the order of arrival, each device's micro-batches in that of its step.
         limits: What they may have together.
     """
-    queues: dict[str, list[Candidate]] = {}
+    queues: dict[str, deque[Candidate]] = {}
     for one in waiting:
-        queues.setdefault(one.place[0], []).append(one)
+        queues.setdefault(one.place[0], deque()).append(one)
     if not queues:
         return []
-    heads = [queue[0] for queue in queues.values()]
-    first = max(heads, key=lambda one: one.left)  # the earlier one of equals
-    chosen, queue = [first], queues[first.place[0]]
-    del queue[0]
-    while heads := [queue[0] for queue in queues.values() if queue]:
-        nearest = min(heads, key=lambda one: (_distance(one, first), -one.left))
-        queue = queues[nearest.place[0]]
-        if _fits([*chosen, nearest], limits):
-            chosen.append(nearest)
-            del queue[0]
+    first = max((queue[0] for queue in queues.values()), key=lambda one: one.left)
+    queues[first.place[0]].popleft()  # of equals it is the earlier one
+    wave = _Wave([first], first.rows, first.rows.longest)
+    # Of those that are as near, whoever is further behind comes first, then whoever came first.
+    heads = [
+        (*_nearness(queue[0], first), number, queue)
+        for number, queue in enumerate(queues.values())
+        if queue
+    ]
+    heapq.heapify(heads)
+    while heads and not fills(wave.rows, limits):
+        _, _, number, queue = heads[0]
+        if wave.takes(queue.popleft(), limits) and queue:
+            heapq.heapreplace(heads, (*_nearness(queue[0], first), number, queue))
         else:
-            queue.clear()
-    return [one.place for one in chosen]
+            heapq.heappop(heads)
+    return wave.places
 
 
-def _distance(one: Candidate, other: Candidate) -> int:
-    return abs(one.rows.longest - other.rows.longest)
+def _nearness(one: Candidate, first: Candidate) -> tuple[int, int]:
+    return abs(one.rows.longest - first.rows.longest), -one.left
 
 
-def _fits(wave: Sequence[Candidate], limits: Limits) -> bool:
-    rows = sum(one.rows.num for one in wave)
-    lengths = [one.rows.longest for one in wave]
-    is_similar = max(lengths) <= MOST_PADDING * min(lengths)
-    return is_similar and rows <= limits.rows and rows * max(lengths) <= limits.tokens
+@dataclass(slots=True)
+class _Wave:
+    """What has been chosen, and its size."""
+
+    chosen: list[Candidate]
+    rows: Rows
+    shortest: int
+    """Tokens of the micro-batch whose longest row is the shortest."""
+
+    @property
+    def places(self) -> list[Place]:
+        """What has been chosen, in that order."""
+        return [one.place for one in self.chosen]
+
+    def takes(self, one: Candidate, limits: Limits) -> bool:
+        """Add *one* if it fits; return whether it does."""
+        num, longest = self.rows.num + one.rows.num, max(self.rows.longest, one.rows.longest)
+        shortest = min(self.shortest, one.rows.longest)
+        is_similar = longest <= MOST_PADDING * shortest
+        if not (is_similar and num <= limits.rows and num * longest <= limits.tokens):
+            return False
+        self.chosen.append(one)
+        self.rows, self.shortest = Rows(num, longest), shortest
+        return True

@@ -341,7 +341,7 @@ class Play:
             if device not in state.members or state.step >= state.end_step or start is None:
                 return
             stamp = dataclasses.replace(start.stamp, step=state.step)
-            if state.is_forward_done or state.here.away:
+            if state.is_forward_done or state.here.away.waves:
                 sent = tensors_of(TopGradient, None, 0.5, self._labels)
                 yield arriving(device, TopGradient(stamp=stamp, micro=0), sent)
             else:
