@@ -229,7 +229,8 @@ def test_every_micro_batch_counts_once(
             if is_due and judge(state, name, state.step, micro) is Arrival.NOW:
                 state.here.arrive((name, micro), ROWS)
         elif kind == "return":
-            own = [p for wave in state.here.away for p in wave if p[0] == name]
+            waves = state.here.away.waves.values()
+            own = [p for wave in waves for p in wave if p[0] == name]
             for place in filter(state.here.is_away, own):
                 state.here.come_back(place)
                 return

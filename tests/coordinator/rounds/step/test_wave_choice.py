@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.rounds.step.wave_choice import MOST_PADDING, Candidate, Limits, Rows, choose
+from edge_sdk.protocol.plan import Place
 
 WIDE = Limits(tokens=10_000, rows=100)
 
@@ -88,3 +89,46 @@ def test_every_wave_keeps_order_and_limits(
 
     for device, own in enumerate(sizes):
         assert [micro for name, micro in done if name == f"d{device}"] == list(range(len(own)))
+
+
+def plainly(waiting: list[Candidate], limits: Limits) -> list[Place]:
+    """What is chosen, as it is defined: the nearest of all heads, looked for anew each time."""
+    queues: dict[str, list[Candidate]] = {}
+    for one in waiting:
+        queues.setdefault(one.place[0], []).append(one)
+    if not queues:
+        return []
+    first = max((queue[0] for queue in queues.values()), key=lambda one: one.left)
+    chosen = [queues[first.place[0]].pop(0)]
+    while heads := [queue[0] for queue in queues.values() if queue]:
+        nearest = min(heads, key=lambda o: (abs(o.rows.longest - first.rows.longest), -o.left))
+        rows = sum(one.rows.num for one in [*chosen, nearest])
+        lengths = [one.rows.longest for one in [*chosen, nearest]]
+        fits = rows <= limits.rows and rows * max(lengths) <= limits.tokens
+        if fits and max(lengths) <= MOST_PADDING * min(lengths):
+            chosen.append(queues[nearest.place[0]].pop(0))
+        else:
+            queues[nearest.place[0]].clear()
+    return [one.place for one in chosen]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4), st.integers(1, 9)), max_size=20),
+    st.dictionaries(st.integers(0, 6), st.integers(1, 9)),
+    st.integers(1, 200),
+    st.integers(-2, 30),
+)
+def test_choice_is_that_of_its_definition(
+    sizes: list[tuple[int, int, int]], totals: dict[int, int], tokens: int, rows: int
+) -> None:
+    """A heap finds the same wave, in the same order, as a look at all heads for each place of it."""
+    come: dict[int, int] = {}
+    waiting = []
+    for device, num, longest in sizes:
+        micro = come.get(device, 0)
+        come[device] = micro + 1
+        left = totals.get(device, 4) + 20 - micro
+        waiting.append(Candidate((f"d{device}", micro), Rows(num, longest), left))
+    limits = Limits(tokens, rows)
+
+    assert choose(waiting, limits) == plainly(waiting, limits)
