@@ -83,7 +83,8 @@ class Reporting:
         """Return what the round and the run have cost by now, for a checkpoint."""
         elapsed_s = time.monotonic() - self._began_s if self._progress else 0.0
         for device in [] if self.gateway is None else self.gateway.devices():
-            self._bytes(device)
+            if (stats := self._stats(device)) is not None:
+                self._sums(device, stats)
         return {"elapsed_s": elapsed_s, "counters": self._counters.facts()}
 
     def load_costs(self, costs: Mapping[str, Any]) -> None:
@@ -112,7 +113,10 @@ class Reporting:
         mine.compute_s += report.compute_s
         mine.wait_s += report.wait_s
         mine.peak_bytes = max(mine.peak_bytes, report.peak_bytes)
-        traffic, board = self._traffic(device), self._telemetry_of(device)
+        stats = self._stats(device)
+        found = None if stats is None else self._sums(device, stats)
+        traffic = None if found is None else (found[UP], found[DOWN])
+        board = {} if stats is None else stats.telemetry
         self.watcher.see(StepDone(device, report, end_step, traffic, board))
 
     def end_round(
@@ -166,7 +170,9 @@ class Reporting:
         """Tell what the round cost, and how many messages of earlier ones came *late* in it."""
         devices = {}
         for name, progress in sorted(self._progress.items()):
-            board, kinds = self._telemetry_of(name), self._bytes(name) or {}
+            stats = self._stats(name)
+            board = {} if stats is None else stats.telemetry
+            kinds = {} if stats is None else self._sums(name, stats)
             ways = {way: kinds.pop(way) for way in (UP, DOWN) if way in kinds}
             devices[name] = {
                 "tokens": progress.num_tokens,
@@ -188,17 +194,9 @@ class Reporting:
         stats = self._stats(device)
         return {} if stats is None else stats.telemetry
 
-    def _bytes(self, device: str) -> dict[str, int] | None:
-        """Return bytes up, down and by kind over all sessions in the run; None without one now."""
-        stats = self._stats(device)
-        if stats is None:
-            return None
+    def _sums(self, device: str, stats: DeviceStats) -> dict[str, int]:
+        """Return bytes up, down and by kind over all sessions in the run."""
         return self._counters.take(device, _counts(stats), stats.session)
-
-    def _traffic(self, device: str) -> tuple[int, int] | None:
-        """Return bytes up and down over all sessions in the run; None without one now."""
-        found = self._bytes(device)
-        return None if found is None else (found[UP], found[DOWN])
 
     def _stats(self, device: str) -> DeviceStats | None:
         """Return what is known of the connection of *device*; None without one."""

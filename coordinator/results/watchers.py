@@ -66,6 +66,8 @@ class Watchers:
 
     def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
         self._watchers = tuple(watchers)
+        # Asked once: to look for the method takes longer than most calls of it.
+        self._turning = [watcher for watcher in watchers if isinstance(watcher, LoopWatcher)]
         self.failure: Exception | None = None
         """What a watcher has raised: no device is the reason, whatever it was shown."""
 
@@ -80,9 +82,8 @@ class Watchers:
 
     def turn(self) -> None:
         """Let those know who want to that the event loop turns."""
-        for watcher in self._watchers:
-            if isinstance(watcher, LoopWatcher):
-                watcher.turn()
+        for watcher in self._turning:
+            watcher.turn()
 
 
 class RunFiles:

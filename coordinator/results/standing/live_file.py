@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # Seconds between two writes for steps alone; everything else is written as it happens.
 EVERY_S = 1.0
+# Of a large fleet the file is large. To write it takes one part of so many of the time, and is
+# never put off for longer than that.
+WRITE_PART, MOST_PAUSE_S = 50, 10.0
 # Steps over which a rate is taken: what is done now, not what was done an hour ago.
 RATE_STEPS = 20
 
@@ -67,7 +70,10 @@ class LiveFile:
         self._links: dict[str, tuple[_Pace, _Pace]] = {}
         self._timeline = Timeline()
         self._steps = _Pace()
-        self._written_s = self._turned_s = float("-inf")
+        self._written_s = self._turned_s = self._free_s = float("-inf")
+        """When it was last written, last touched, and when it may be written again for a device."""
+        self._is_behind = False
+        """Whether something that is known has not been written."""
 
     def see(self, event: RunEvent) -> None:
         """Take notice of *event*, and write where that is due."""
@@ -95,13 +101,17 @@ class LiveFile:
                 self._take_boards(boards)
             case StepDone():
                 self._take_step(event, now_s)
-                if now_s - self._written_s < EVERY_S:
+                self._is_behind = True
+                if now_s < max(self._free_s, self._written_s + EVERY_S):
                     return
             case DeviceEvent():
                 about = {"doing": event.doing, "since": time.strftime(CLOCK)}
                 self._of(event.device).update(about)
                 self._tokens.pop(event.device, None)
                 self._links.pop(event.device, None)
+                self._is_behind = True
+                if now_s < self._free_s:
+                    return
         self._write(now_s)
 
     def turn(self) -> None:
@@ -110,6 +120,8 @@ class LiveFile:
         if self._path is None or now_s - self._turned_s < EVERY_S:
             return
         self._turned_s = now_s
+        if self._is_behind and now_s >= self._free_s:
+            self._write(now_s)
         try:
             os.utime(self._path)
         except FileNotFoundError:
@@ -166,3 +178,5 @@ class LiveFile:
             atomic_write(self._path, json_text(facts), sync=False, what="where the run stands")
         except StorageError as error:
             log.info("live.unwritten reason=%s", error)
+        self._is_behind = False
+        self._free_s = now_s + min(MOST_PAUSE_S, WRITE_PART * (self._clock() - now_s))

@@ -1,3 +1,3 @@
 """Inside a step: which micro-batches are here, and which of them are run together."""
 
-__all__ = ["arrivals", "away", "open_step", "top_gradients", "wave_choice"]
+__all__ = ["away", "open_step", "top_gradients", "wave_choice"]

@@ -1,4 +1,4 @@
-"""Waves between their forward and their backward half: whose gradients are awaited, which are whole.
+"""Waves between their forward and their backward half: what is awaited of them, which are whole.
 
 Pure. What goes through all places would cost a fleet of a thousand the square of that in a step, so
 everything is counted as it happens.
@@ -7,6 +7,7 @@ everything is counted as it happens.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from edge_sdk.protocol.plan import Place
@@ -32,13 +33,10 @@ class Away:
     def __contains__(self, place: Place) -> bool:
         return place in self._wave_of
 
-    def has(self, device: str) -> bool:
-        """Return whether anything of a device is away."""
-        return device in self._waves_of
-
-    def devices(self) -> set[str]:
-        """Return the devices of which anything is away."""
-        return set(self._waves_of)
+    @property
+    def devices(self) -> Container[str]:
+        """The devices of which anything is away."""
+        return self._waves_of
 
     def send(self, places: list[Place]) -> None:
         """Let a wave go."""

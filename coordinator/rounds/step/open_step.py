@@ -13,9 +13,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from coordinator.rounds.step.arrivals import Arrivals, InStep, Members, Turns
 from coordinator.rounds.step.away import Away
-from coordinator.rounds.step.wave_choice import Limits, Rows, choose, fills
+from coordinator.rounds.step.wave_choice import (
+    Arrivals,
+    InStep,
+    Limits,
+    Members,
+    Rows,
+    Turns,
+    choose,
+    fills,
+)
 from edge_sdk.protocol.plan import MOST_AWAY, MOST_IN_FLIGHT, Place
 
 # Of the rows that all members send at once, one micro-batch each, a wave has at most this part:
@@ -193,7 +201,7 @@ class OpenStep:
         at_once = self._tally.at_once(members, self.answered)
         room = MOST_AWAY * at_once - self._rows_away
         limits = Limits(most_tokens, min(-(-at_once // WAVE_PART), room))
-        places = self._forward(Turns(members, self.away, labels_on_device), limits)
+        places = self._forward(Turns(members, self.away.devices, labels_on_device), limits)
         if self._rows_away and sum(self.sizes[place].num for place in places) > room:
             places = []
         if places:

@@ -121,7 +121,7 @@ def plainly(waiting: list[Candidate], limits: Limits) -> list[Place]:
 def test_choice_is_that_of_its_definition(
     sizes: list[tuple[int, int, int]], totals: dict[int, int], tokens: int, rows: int
 ) -> None:
-    """A heap finds the same wave, in the same order, as a look at all heads for each place of it."""
+    """A heap finds the wave that a look at all heads for each place of it finds, in its order."""
     come: dict[int, int] = {}
     waiting = []
     for device, num, longest in sizes:
