@@ -22,6 +22,8 @@ ACK_DELAY_S = 0.002
 RETRY_FULL_S = 0.005
 # A closing coordinator tries this long to get its last acks out.
 FAREWELL_MS = 200
+# Added up once: flags are enumerations, and adding two of them takes longer than to queue a frame.
+_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
 # A device is sent so many packets in a row before the others have their turn.
 TURN_PACKETS = 8
 
@@ -91,7 +93,7 @@ class Outbox:
         if route is None:
             return False
         try:
-            self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
+            self.router.send(route, _MORE)
             self.router.send(frame, zmq.NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
         except zmq.Again:
             if not self._full:
@@ -116,7 +118,7 @@ class Outbox:
     def _say(self, route: bytes, frame: bytes) -> int:
         """Send a frame; return 0, EAGAIN where there is no room, EHOSTUNREACH where nobody is."""
         try:
-            self.router.send(route, zmq.SNDMORE | zmq.NOBLOCK)
+            self.router.send(route, _MORE)
             self.router.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):

@@ -27,6 +27,7 @@ from coordinator.results.events.rounds import (
     RoundStarted,
     RoundUnsaved,
     RunRewound,
+    StepDone,
     StepSkipped,
     Telemetry,
     UploadRefused,
@@ -45,7 +46,7 @@ from coordinator.results.events.steering import BestChosen, EndedEarly, SampleTe
 from coordinator.results.events.tours import ToursMerged
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import CLOCK, SAMPLES, RunFolder
-from coordinator.results.standing.observed import DeviceOffer, ModelKnown
+from coordinator.results.standing.observed import Computed, DeviceOffer, ModelKnown
 
 
 @runtime_checkable
@@ -86,6 +87,10 @@ class Watchers:
             watcher.turn()
 
 
+# Of each there is one for every step of a device: they stand in no file, and are known at once.
+_UNWRITTEN = (StepDone, Computed)
+
+
 class RunFiles:
     """Writes events, metrics, telemetry and plans into the folder of a run."""
 
@@ -98,6 +103,8 @@ class RunFiles:
         Raises:
             StorageError: it cannot be written.
         """
+        if isinstance(event, _UNWRITTEN):
+            return
         match event:
             case RoundDone(row):
                 self._folder.append("metrics.jsonl", row)

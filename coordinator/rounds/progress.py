@@ -27,6 +27,8 @@ from edge_sdk.errors import PeerGone
 NAME_AFTER_S = 15.0
 # Seconds between two looks: a look goes through all devices, and a run hears of each several times.
 LOOK_EVERY_S = 0.1
+# With many devices a look takes longer, and they come more rarely: so many seconds for each device.
+LOOK_EACH_S = 0.0005
 # A look that comes later than that does not count the rest: this process itself stood still.
 MOST_LOOK_S = 2.0
 # A device may take this many times what it takes otherwise, or the others take.
@@ -260,7 +262,7 @@ class Waits:
             self._clock.pause(now_s)
             return
         passed_s = min(now_s - self._looked_s, MOST_LOOK_S)
-        if passed_s < LOOK_EVERY_S:
+        if passed_s < max(LOOK_EVERY_S, LOOK_EACH_S * len(state.ready)):
             return
         self._looked_s = now_s
         owed = self._owed(state)

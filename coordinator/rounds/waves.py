@@ -51,6 +51,8 @@ class WaveRunner:
         self._run, self._admission, self._learned = run, admission, learned
         self._worker, self._handle = worker, handle
         self._roomy = RoomyCodec()
+        self._counted = -1, 0
+        self._num_micro: Mapping[str, int] = {}
 
     # ---- waves ----
 
@@ -128,9 +130,17 @@ class WaveRunner:
     def backward(self) -> None:
         """Run the backward half of a wave whose labels stay on the devices."""
         grads = {place: self._run.inputs.grads[place] for place in places(self._run.state)}
-        num_micro = {name: m.num_micro for name, m in self._run.state.members.items()}
-        compute = partial(self._go_back_from, self._run.state.step, grads, num_micro)
+        compute = partial(self._go_back_from, self._run.state.step, grads, self._members_micro())
         self._start("backward", compute, self._jobs(), self._answer_wave)
+
+    def _members_micro(self) -> Mapping[str, int]:
+        """Return the micro-batches of a step of each member: one object until members change."""
+        state = self._run.state
+        who = state.attempt, len(state.members)  # in an attempt members only leave
+        if who != self._counted:
+            self._counted = who
+            self._num_micro = {name: m.num_micro for name, m in state.members.items()}
+        return self._num_micro
 
     def _go_back_from(
         self, step: int, grads: Mapping[Place, Array], num_micro: Mapping[str, int]

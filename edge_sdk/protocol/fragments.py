@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ def _layout(specs: tuple[wire.TensorSpec, ...]) -> tuple[list[int], list[int], i
     return starts, lengths, end
 
 
+# The tensors of a round's start lie alike for all devices with the same plan. What arrives is laid
+# out anew each time: a peer must not fill our memory with its own.
+_layout_of_ours = lru_cache(32)(_layout)
+
+
 class OutgoingMessage:
     """A message on its way out, cut into packets that are made when they are due.
 
@@ -75,7 +81,7 @@ class OutgoingMessage:
         specs = tuple(
             [wire.TensorSpec(name, codec, array.shape) for name, (array, codec) in tensors.items()]
         )
-        self._starts, self._lengths, self.total = _layout(specs)
+        self._starts, self._lengths, self.total = _layout_of_ours(specs)
         self.lane = Lane.BULK if self.total > BULK_FROM_BYTES else Lane.CONTROL
         self._rows = [
             (codecs.grouped(array, codec, self._memory(memories, message, name, codec)), codec)

@@ -248,8 +248,12 @@ def decode_header(data: bytes | memoryview) -> tuple[Any, tuple[TensorSpec, ...]
     return message, _read_table(header["tensors"], f"{kind.__name__}.tensors")
 
 
+@functools.lru_cache(32)
 def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
-    """Return the table front-coded: a header holds thousands of long, similar names."""
+    """Return the table front-coded: a header holds thousands of long, similar names.
+
+    It is the same for all devices with the same plan, which are told of a round one after another.
+    """
     if len(tensors) > MAX_TENSORS:
         raise LocalProtocolError(f"{len(tensors)} tensors, at most {MAX_TENSORS} are allowed")
     numbers = {name: number for number, name in enumerate(codecs.CODECS)}

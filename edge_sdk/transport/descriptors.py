@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import termios
+import threading
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -23,6 +24,18 @@ _QUEUED = struct.Struct("=i")
 # Called plainly, without a socket object around the descriptor: it is done for every connection
 # several times a second, and costs a tenth so. It cannot block, so that the interpreter is kept.
 _getsockopt = ctypes.PyDLL(None).getsockopt if sys.platform == "linux" else None
+
+
+class _Answer(threading.local):
+    """Where the kernel writes its answer; made once for each thread."""
+
+    def __init__(self) -> None:
+        self.info = ctypes.create_string_buffer(_INFO_BYTES)
+        self.size = ctypes.c_uint32(_INFO_BYTES)
+        self.size_at = ctypes.byref(self.size)
+
+
+_answer = _Answer()
 
 
 class ByteCounts(NamedTuple):
@@ -38,8 +51,9 @@ def bytes_moved(descriptor: int) -> ByteCounts | None:
     """Return what has come and gone; None where that is not known, or no connection is there."""
     if _getsockopt is None:
         return None
-    info, size = ctypes.create_string_buffer(_INFO_BYTES), ctypes.c_uint32(_INFO_BYTES)
-    failed = _getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size))
+    info, size, size_at = _answer.info, _answer.size, _answer.size_at
+    size.value = _INFO_BYTES
+    failed = _getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, size_at)
     if failed or size.value < _INFO_BYTES:  # closed meanwhile, or an older kernel
         return None
     return ByteCounts(*_ACKED_AND_RECEIVED.unpack(info))

@@ -439,7 +439,8 @@ class DeviceIo:
             if line.is_attached:
                 sent_s = time.monotonic()
                 beat = packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers=numbers)
-                if line.lane == Lane.BULK:
+                if line.lane == Lane.BULK:  # what the board says is read on control alone
                     self._bulk_beats.append(sent_s)
+                    beat = packets.Heartbeat(sent_s=sent_s, rtt_s=rtt_s, numbers={})
                 if self._raw(line, packets.control_frame(beat, line.lane, self._talk.tag)):
                     self._pulses[line.lane].ask(now_s)

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0
 # Of a large fleet the file is large. To write it takes one part of so many of the time, and is
 # never put off for longer than that.
-WRITE_PART, MOST_PAUSE_S = 50, 10.0
+WRITE_PART, MOST_PAUSE_S = 100, 10.0
 # Steps over which a rate is taken: what is done now, not what was done an hour ago.
 RATE_STEPS = 20
 

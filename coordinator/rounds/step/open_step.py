@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from coordinator.rounds.step.away import Away
 from coordinator.rounds.step.wave_choice import (
-    Arrivals,
+    BatchQueue,
     InStep,
     Limits,
     Members,
@@ -42,7 +42,7 @@ class Due(NamedTuple):
 
 
 @dataclass
-class Tally:
+class StepTally:
     """What all members together still need of a step; during one, members only leave."""
 
     _num_members: int = -1
@@ -92,7 +92,7 @@ class OpenStep:
 
     sizes: dict[Place, Rows] = field(default_factory=dict)
     """All that has come and is not answered."""
-    arrivals: Arrivals = field(default_factory=Arrivals)
+    arrivals: BatchQueue = field(default_factory=BatchQueue)
     """That of it which waits."""
     away: Away = field(default_factory=Away)
     """Waves between their forward and their backward half."""
@@ -103,7 +103,7 @@ class OpenStep:
     _micros: dict[str, set[int]] = field(default_factory=dict)
     """Micro-batches of `sizes`, by device."""
     _rows_away: int = 0
-    _tally: Tally = field(default_factory=Tally)
+    _tally: StepTally = field(default_factory=StepTally)
 
     # ---- what happens ----
 

@@ -15,9 +15,9 @@ Legend: B sequences, T positions, D hidden size, W positions that are wanted.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
@@ -56,6 +56,11 @@ class TopGradients:
         """Hold gradients against *factor* times the median of the others; 0 leaves all as it is."""
         self._factor = factor
         self._known: dict[str, _Known] = {}
+        self._num_micro: Mapping[str, int] = {}
+        self._expected: dict[str, float] = {}
+        """What a step of each device comes to."""
+        self._sorted: list[float] = []
+        """Those of them above 0, in their order."""
 
     def bounded(
         self, step: int, grads: Mapping[Place, Array], num_micro: Mapping[str, int]
@@ -65,24 +70,24 @@ class TopGradients:
         Args:
             step: Step that they are of.
             grads: By device and micro-batch, finite: (B, T, D) or (W, D).
-            num_micro: Micro-batches of a step, by device.
+            num_micro: Micro-batches of a step, by device; the same object while it says the same.
         """
         if not self._factor:
             return dict(grads)
+        if num_micro is not self._num_micro:
+            self._look_at_all(num_micro)
         sizes = {place: _size(grads[place]) for place in sorted(grads)}
         for (device, _), size in sizes.items():
             known = self._known.setdefault(device, _Known())
             known.begin(step)
             known.now, known.num_now = known.now + size, known.num_now + 1
-        expected = {
-            device: known.expected(num_micro.get(device, known.num_now))
-            for device, known in self._known.items()
-        }
+        devices = sorted({device for device, _ in sizes})
+        for device in devices:
+            self._expect(device)
         found = dict(grads)
-        for device in sorted({device for device, _ in sizes}):
-            usual = [size for name, size in expected.items() if name != device and size > 0.0]
-            known = self._known[device]
-            most = self._factor * median(usual) if len(usual) > 1 else known.now
+        limits = {device: self._most(device) for device in devices}
+        for device in devices:
+            known, most = self._known[device], limits[device]
             if known.now <= most:
                 continue
             own = {place: size for place, size in sizes.items() if place[0] == device}
@@ -91,7 +96,35 @@ class TopGradients:
             for place in own:
                 found[place] = grads[place] * np.float32(part)
             known.now = most
+        for device in devices:
+            self._expect(device)
         return found
+
+    def _look_at_all(self, num_micro: Mapping[str, int]) -> None:
+        """Compute anew what is expected of everybody, as other devices take part."""
+        self._num_micro, self._expected, self._sorted = num_micro, {}, []
+        for device in self._known:
+            self._expect(device)
+
+    def _expect(self, device: str) -> None:
+        """Keep what a step of a device comes to; with many of them a wave looks at its own only."""
+        known, before = self._known[device], self._expected.get(device, 0.0)
+        if before > 0.0:
+            del self._sorted[bisect_left(self._sorted, before)]
+        now = known.expected(self._num_micro.get(device, known.num_now))
+        self._expected[device] = now
+        if now > 0.0:
+            insort(self._sorted, now)
+
+    def _most(self, device: str) -> float:
+        """Return what a device may have: a multiple of the median of the others."""
+        own, others = self._expected[device], self._sorted
+        skipped = bisect_left(others, own) if own > 0.0 else len(others)
+        num = len(others) - (own > 0.0)
+        if num < 2:
+            return self._known[device].now
+        low, high = (others[at + (at >= skipped)] for at in ((num - 1) // 2, num // 2))
+        return self._factor * (low if num % 2 else (low + high) / 2)
 
     # ---- checkpoints ----
 
@@ -103,6 +136,7 @@ class TopGradients:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
         self._known = {device: _Known(largest=float(size)) for device, size in state.items()}
+        self._num_micro = {}
 
 
 def _size(grad: Array) -> float:

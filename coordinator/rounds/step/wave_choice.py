@@ -152,7 +152,7 @@ class Turns(NamedTuple):
 
 
 @dataclass
-class Arrivals:
+class BatchQueue:
     """Micro-batches that wait, each device's in the order of its step."""
 
     places: dict[Place, Rows] = field(default_factory=dict)
