@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 # Seconds between two writes for steps alone; everything else is written as it happens.
 EVERY_S = 1.0
-# Of a large fleet the file is large. To write it takes one part of so many of the time, and is
-# never put off for longer than that.
-WRITE_PART, MOST_PAUSE_S = 100, 10.0
+# Of more devices than a few the file is large. To write it takes one part of so many of the time,
+# and is never put off for longer than that.
+FEW, WRITE_PART, MOST_PAUSE_S = 64, 100, 10.0
 # Steps over which a rate is taken: what is done now, not what was done an hour ago.
 RATE_STEPS = 20
 
@@ -179,4 +179,5 @@ class LiveFile:
         except StorageError as error:
             log.info("live.unwritten reason=%s", error)
         self._is_behind = False
-        self._free_s = now_s + min(MOST_PAUSE_S, WRITE_PART * (self._clock() - now_s))
+        if len(self._devices) > FEW:
+            self._free_s = now_s + min(MOST_PAUSE_S, WRITE_PART * (self._clock() - now_s))
