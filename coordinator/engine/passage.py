@@ -57,7 +57,7 @@ class Passage:
 
 
 @dataclass
-class OpenStep:
+class StepPassages:
     """What is there between the first forward pass of a step and its update."""
 
     waves: list[Passage] = field(default_factory=list)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from coordinator.engine.blocks import load_slice
 from coordinator.engine.interface import DeviceFault, EngineSpec, Job
-from coordinator.engine.passage import Entered, OpenStep, Passage, in_order
+from coordinator.engine.passage import Entered, Passage, StepPassages, in_order
 from coordinator.engine.share import Share
 from coordinator.engine.whole import Manner, continue_text, evaluate_whole
 from edge_sdk.data.batches import MicroBatch
@@ -48,7 +48,7 @@ class Stage(Share):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """Take what a `Share` does, but for `pending`."""
-        self.open_step = OpenStep()
+        self.open_step = StepPassages()
         super().__init__(*args, pending=self.open_step, **settings)
 
     # ---- a wave goes up ----
