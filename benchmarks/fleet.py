@@ -138,6 +138,7 @@ class Fleet:
                 "name": "run",
                 "labels": options.labels,
                 "waves": options.waves,
+                "wave_tokens": options.wave_tokens,
                 "rounds": 1_000_000,
                 "steps_per_round": options.steps,
                 "min_devices": max(1, count // 2),
@@ -376,6 +377,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--labels", choices=("server", "device"), default="server")
     parser.add_argument("--waves", choices=("available", "gathered"), default="available")
+    parser.add_argument("--wave-tokens", type=int, help="wave_tokens of the run; else its default")
     parser.add_argument("--processes", type=int, default=2, help="of devices")
     parser.add_argument("--settle", type=float, default=10.0, help="seconds before it is measured")
     parser.add_argument("--profile", default="", help="put before the coordinator's command")
