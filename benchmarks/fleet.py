@@ -220,6 +220,10 @@ def judge(fleet: Fleet) -> dict[str, Any]:
     )
     steps = fleet._options.steps
     rows = {row["round"]: row for row in fleet.run.rows("metrics.jsonl")}
+    finished: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for name, round_, attempt, step in trained:
+        if step == (round_ + 1) * steps - 1:
+            finished[round_, attempt].add(name)
     members: dict[int, tuple[int, set[str]]] = {}
     found: Counter[str] = Counter()
     now = -1
@@ -234,6 +238,8 @@ def judge(fleet: Fleet) -> dict[str, Any]:
     wrong = doubled = samples = 0
     for done in sorted(rows)[1:]:
         attempt, stayed = members[done - 1]
+        # Who has handed in before it left counts as well.
+        stayed |= finished[done - 1, attempt]
         counts = [
             trained[name, done - 1, attempt, (done - 1) * steps + step]
             for name in stayed
