@@ -26,6 +26,7 @@ from coordinator.commands.simulate import add_simulate
 from coordinator.commands.steer.generate import add_generate
 from coordinator.commands.steer.leave import add_pause, add_stop
 from coordinator.commands.steer.lr_find import add_lr_find
+from coordinator.commands.steer.score import add_score
 from edge_sdk.arguments import Arguments, add_examples
 from edge_sdk.command import add_log_level, run_command
 
@@ -46,6 +47,7 @@ COMMANDS = (
     add_pause,
     add_stop,
     add_generate,
+    add_score,
     add_page,
     add_report,
     add_export,

@@ -51,7 +51,7 @@ ORDER = {
         ["gateway", "onnx_export", "remote"],
         ["engine", "fleet"],
         ["results"],
-        ["steering"],
+        ["steering", "scores"],
         ["export", "page", "tracking", "report"],
         ["rounds"],
         ["lab"],
@@ -88,6 +88,8 @@ DOORS = {
     "starlette": ["coordinator/page/serving.py"],
     "uvicorn": ["coordinator/page/serving.py"],
     "plotly": ["coordinator/page/serving.py"],
+    "sacrebleu": ["coordinator/scores/mteval.py"],
+    "pycocoevalcap": ["coordinator/scores/captions.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from coordinator.config.presets import load_serve_config
+from coordinator.config.scoring import SCORES
 from coordinator.tracking.names import DEVICE_NUMBERS, RUN_NUMBERS
 from coordinator.tracking.to_prometheus import PATH, metric_name
 
@@ -80,6 +81,7 @@ def test_every_number_is_drawn() -> None:
         "edgesplit_test_loss",
         "edgesplit_test_accuracy",
         "edgesplit_test_perplexity",
+        *(f"edgesplit_test_{name}" for name in SCORES),
     }
 
 

@@ -58,6 +58,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         'generate runs/first --prompt "What is LoRA?" --form chat --temperature 0.7 --seed 1',
         "generate runs/first --round 0 --format json",
     ],
+    "score": [
+        "score runs/first --scores bleu nist",
+        "score runs/first --data test.csv --texts written.jsonl evaluation.generate.num_beams=10",
+        "score runs/first --round 0 --format json",
+    ],
     "stop": ["stop runs/first", "stop runs/first --after-round"],
     "page": [
         "page runs/first",

@@ -10,4 +10,5 @@ __all__ = [
     "prompts",
     "replay",
     "run",
+    "scoring",
 ]

@@ -16,6 +16,7 @@ from coordinator.config.early_stopping import EarlyStoppingConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
+from coordinator.config.scoring import GenerateConfig, Score, check_scores
 from coordinator.config.screening import ScreeningConfig
 from coordinator.config.tracking import TrackingConfig
 from edge_sdk.data.rows import DataConfig
@@ -98,7 +99,13 @@ class EvaluationConfig:
     of `data` are, text without a file."""
     max_new_tokens: int = 48
     """Most tokens that the model adds to a prompt."""
-
+    scores: tuple[Score, ...] = ()
+    """What is counted on `data` and `test_file` beside loss and accuracy. Of texts that the model
+    writes after the prompts there, against all completions of each as references: bleu, nist,
+    meteor, rouge_l, cider. Of classes: f1, f1_macro, mcc. See docs/scores.md. Meanwhile the
+    coordinator holds the whole model in float32 once more."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How these texts are written."""
     test_file: str | tuple[str, ...] | None = None
     """A file on the coordinator, as in `data.path` and read as `data` says, on which the model that
     is the run's result is evaluated once, at the end; nothing is decided by it. A run that goes on
@@ -109,6 +116,7 @@ class EvaluationConfig:
             object.__setattr__(self, "test_file", tuple(self.test_file))
         if isinstance(self.prompts, list):
             object.__setattr__(self, "prompts", tuple(self.prompts))
+        object.__setattr__(self, "scores", tuple(self.scores))
         if not isinstance(self.prompts, str) and not all(self.prompts):
             raise ValueError("prompts must not hold an empty one")
         for name in ("batch_size", "every_rounds", "max_new_tokens"):
@@ -272,6 +280,7 @@ class ServeConfig:
         is_classifier = self.task == "sequence-classification"
         if is_classifier and len(self.label_names) < 2:
             raise ValueError("label_names must name at least 2 classes for this task")
+        self._check_scores()
         if self.aggregation not in RULES:
             names = ", ".join(RULES)
             raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
@@ -297,6 +306,19 @@ class ServeConfig:
             raise ValueError(
                 "early_stopping.patience_rounds: nothing is measured; name a file in "
                 "evaluation.data.path, or let devices evaluate (evaluation.on_devices)"
+            )
+
+    def _check_scores(self) -> None:
+        """Refuse scores that the run cannot have."""
+        evaluation = self.evaluation
+        try:
+            check_scores(evaluation.scores, num_classes=len(self.label_names))
+        except ValueError as error:
+            raise ValueError(f"evaluation.{error}") from error
+        if evaluation.scores and evaluation.data.path is None and evaluation.test_file is None:
+            raise ValueError(
+                "evaluation.scores: nothing is scored; name a file in evaluation.data.path or "
+                "evaluation.test_file"
             )
 
     def _check_buffered(self) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from coordinator.config.run import ServeConfig
-from coordinator.engine.whole import Manner
+from coordinator.engine.whole import IntArray, Manner
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import EdgeError, NumericError
 from edge_sdk.lora.adapters import Pair
@@ -189,8 +189,11 @@ class Engine(Protocol):
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of a micro-batch through the whole model, whose blocks are all here."""
 
-    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
-        """Return the tokens that the whole model, whose blocks are all here, adds to a prompt.
+    def predict_whole(self, micro: MicroBatch) -> IntArray:
+        """Return the most likely class (B,) of each sequence, by the whole model."""
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], manner: Manner) -> list[list[int]]:
+        """Return the tokens that the whole model, whose blocks are all here, adds to each prompt.
 
         Raises:
             ConfigError: there is no room for a token behind so many.

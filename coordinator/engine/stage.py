@@ -29,7 +29,7 @@ from coordinator.engine.blocks import load_slice
 from coordinator.engine.interface import DeviceFault, EngineSpec, Job
 from coordinator.engine.passage import Entered, Passage, StepPassages, in_order
 from coordinator.engine.share import Share
-from coordinator.engine.whole import Manner, continue_text, evaluate_whole
+from coordinator.engine.whole import IntArray, Manner, continue_texts, evaluate_whole, predict_whole
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Array
 from edge_sdk.model.loss import IGNORED, LossSums, loss_sums, target_sums
@@ -307,9 +307,13 @@ class Stage(Share):
         """Return the loss of one micro-batch through the whole model; see `Engine`."""
         return evaluate_whole(self.slice, self._products, micro)
 
-    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
-        """Return the tokens that the whole model adds to a prompt; see `Engine`."""
-        return continue_text(self.slice, self._products, ids, manner)
+    def predict_whole(self, micro: MicroBatch) -> IntArray:
+        """Return the class of each sequence by the whole model; see `Engine`."""
+        return predict_whole(self.slice, self._products, micro)
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], manner: Manner) -> list[list[int]]:
+        """Return the tokens that the whole model adds to each prompt; see `Engine`."""
+        return continue_texts(self.slice, self._products, prompts, manner)
 
 
 def make_stage(spec: EngineSpec, kind: Callable[..., Kind]) -> Kind:

@@ -2,6 +2,7 @@
 
 __all__ = [
     "adapter",
+    "asked",
     "check",
     "facts",
     "merged",
@@ -10,6 +11,5 @@ __all__ = [
     "outcome",
     "run",
     "run_facts",
-    "texts",
     "trained",
 ]

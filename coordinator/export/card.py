@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from coordinator.config.scoring import SCORES
 from coordinator.export.facts import RunFacts
 from coordinator.export.options import Format
 from edge_sdk.model.layout import auto_class
@@ -200,6 +201,11 @@ def _training(card: Card) -> str:
             name.replace("_", " "): f"{facts.test[name]:.4f}"
             for name in ("test_loss", "test_perplexity", "test_accuracy")
             if facts.test.get(name) is not None
+        },
+        **{
+            f"test {kind.title}": kind.text(facts.test[f"test_{name}"])
+            for name, kind in SCORES.items()
+            if f"test_{name}" in facts.test
         },
         "learning rate": facts.learning_rate,
         "seed": facts.seed,

@@ -8,8 +8,10 @@ from coordinator.aggregation.ledger import Ledger
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
-from coordinator.export.run import Trained, read_trained, trained_sums
+from coordinator.export.asked.scoring import Written, make_scoring
+from coordinator.export.run import Trained, read_trained
 from coordinator.export.run_facts import best_checkpoint, best_of, run_facts
+from coordinator.export.trained import TrainedModel
 from coordinator.results.events.event import Watcher
 from coordinator.results.events.steering import BestChosen, TestEvaluated
 from coordinator.results.json_text import json_text
@@ -17,6 +19,7 @@ from coordinator.results.lifecycle import ADAPTER
 from coordinator.results.metrics import score_of
 from coordinator.results.run_folder import TEST_RESULTS, RunFolder
 from edge_sdk.data.batches import MicroBatch
+from edge_sdk.model.weights import load_tokenizer
 
 
 def choose(run: RunFolder, config: ServeConfig, newest: Trained, watcher: Watcher) -> Trained:
@@ -63,13 +66,34 @@ def tested(
     """
     if not batches:
         return trained
-    score = score_of(trained_sums(config, trained, batches), is_classifier=bool(config.label_names))
+    score, _ = measured(config, trained, batches, config.evaluation.test_file)
     round_ = trained.facts.result_round
     found: dict[str, Any] = {"round": round_}
     found |= {f"test_{name}": value for name, value in score.items()}
     run.write_text(TEST_RESULTS, json_text(found) + "\n")
     watcher.see(TestEvaluated(round_, score))
     return trained._replace(facts=run_facts(run, round_))
+
+
+def measured(
+    config: ServeConfig,
+    trained: Trained,
+    batches: list[MicroBatch],
+    file: str | tuple[str, ...] | None,
+) -> tuple[dict[str, float], list[Written]]:
+    """Return loss, accuracy and scores of a trained model on a file, and what it wrote for them.
+
+    Args:
+        config: The run.
+        trained: What it has learned.
+        batches: The file as tokens.
+        file: The file; None: `evaluation.data.path`.
+    """
+    source = trained.source
+    model = TrainedModel(config, source, trained.learned, trained.head)
+    score = score_of(model.evaluate(batches), is_classifier=bool(config.label_names))
+    scoring = make_scoring(config, source, load_tokenizer(source.folder), batches, file)
+    return {**score, **scoring.score(model)}, scoring.written
 
 
 def write_result(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.blocks import load_slice
-from coordinator.engine.whole import Manner, continue_text, evaluate_whole
+from coordinator.engine.whole import IntArray, Manner, continue_texts, evaluate_whole, predict_whole
 from coordinator.export.check import learn
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Array, Factors
@@ -46,6 +46,10 @@ class TrainedModel:
         """Return the loss on *batches*, without dropout."""
         return add_up([evaluate_whole(self._slice, self._products, micro) for micro in batches])
 
-    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
-        """Return the tokens that the model adds to a prompt; see `whole.py`."""
-        return continue_text(self._slice, self._products, ids, manner)
+    def predict_whole(self, micro: MicroBatch) -> IntArray:
+        """Return the class of each sequence; see `whole.py`."""
+        return predict_whole(self._slice, self._products, micro)
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], manner: Manner) -> list[list[int]]:
+        """Return the tokens that the model adds to each prompt; see `whole.py`."""
+        return continue_texts(self._slice, self._products, prompts, manner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from coordinator.config.scoring import SCORES, scores_in
 from coordinator.report.parts import Chart, Grid, Section, by_device, chart_of, text_of
 from coordinator.report.run_sums import RunSums
 from coordinator.report.svg import ChartLine
@@ -33,7 +34,7 @@ def learned(facts: RunSums) -> Section:
             if name != "file":
                 own.setdefault(name, []).append((row["round"], score["loss"]))
     charts += chart_of("Loss on each device's own validation data", by_device(own), "round", "loss")
-    grids = [_scores(facts), _texts(facts)]
+    grids = [_scores(facts), _counted(facts), _texts(facts)]
     return Section("What was learned", _choices(facts), charts, grids)
 
 
@@ -92,3 +93,20 @@ def _scores(facts: RunSums) -> Grid:
         rows.append(row)
     head = ("data", "loss before", "after", "perplexity before", "after")
     return Grid((*head, "accuracy before", "after"), rows)
+
+
+def _counted(facts: RunSums) -> Grid:
+    """Return the scores of `evaluation.scores`, as papers have them."""
+    tested = {k.removeprefix("test_"): v for k, v in (facts.history.test() or {}).items()}
+    found = [
+        (f"the coordinator's file, after round {row['round']}", scores(row).get("file", {}))
+        for row in facts.metrics
+    ]
+    found = [(name, own) for name, own in found if scores_in(own)]
+    if scores_in(tested):
+        found.append(("the test file, once at the end", tested))
+    names = [name for name in SCORES if any(name in own for _, own in found)]
+    rows = [
+        [who, *(SCORES[n].text(own[n]) if n in own else "-" for n in names)] for who, own in found
+    ]
+    return Grid(("data", *(SCORES[name].title for name in names)), rows)

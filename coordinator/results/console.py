@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from coordinator.config.scoring import said
 from coordinator.results.events.devices import DeviceEvent
 from coordinator.results.events.event import RunEvent
 from coordinator.results.events.rounds import RoundDone, StepDone
@@ -115,6 +116,8 @@ class Console:
         if found := scores(row):
             named = "  ".join(f"{name} {_score(score)}" for name, score in found.items())
             parts.append(f"{_measure(found.values())}: {named}")
+            if counted := said(found.get("file", {})):
+                parts.append(counted)
         if "lag" in row:
             parts.append(f"lag up to {row['lag']:.1%}")
         if len(parts) > 1:

@@ -21,6 +21,7 @@ from edge_sdk.protocol.messages import EvalReport, StepReport
 from edge_sdk.runtime.interface import TailSums
 
 NOTHING_LATE: Mapping[str, int] = MappingProxyType({})
+NO_SCORES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass
@@ -120,11 +121,21 @@ class Reporting:
         self.watcher.see(StepDone(device, report, end_step, traffic, board))
 
     def end_round(
-        self, round_: int, step: int, facts: dict[str, Any], evaluated: TailSums | None
+        self,
+        round_: int,
+        step: int,
+        facts: dict[str, Any],
+        evaluated: TailSums | None,
+        scores: Mapping[str, float] = NO_SCORES,
     ) -> None:
-        """Open the row of a round; *evaluated* is the result on the coordinator's own file.
+        """Open the row of a round; row 0 is what was there before training.
 
-        Row 0 is what was there before training, row n what n rounds have made.
+        Args:
+            round_: Rounds that are done.
+            step: Optimizer steps that are done.
+            facts: What else the row holds.
+            evaluated: What the coordinator's own file gave.
+            scores: The scores of `evaluation.scores` there.
         """
         self.flush()
         row: dict[str, Any] = {"round": round_, "step": step, **facts}
@@ -136,7 +147,7 @@ class Reporting:
                 n: p.loss_sum / max(1, p.num_targets) for n, p in sorted(self._progress.items())
             }
         if evaluated is not None:
-            row["eval"] = self.score(evaluated)
+            row["eval"] = {**self.score(evaluated), **scores}
         self.pending, self._heard, self._progress = row, set(), {}
 
     def score(self, sums: TailSums) -> dict[str, float]:

@@ -116,7 +116,7 @@ class RoundExecutor:
     def begin(self) -> None:
         """Evaluate and save what is there before the first round, unless that is done."""
         if not self._checkpoints:
-            self._end_row({}, self._learned.evaluate())
+            self._end_row({}, self._learned.evaluate(0))
             self._worker.at_once(self._checkpoints.moment())
             self._run.saved()
 
@@ -379,7 +379,8 @@ class RoundExecutor:
     def _end_row(self, facts: dict[str, Any], evaluated: TailSums | None) -> None:
         """Open the row of what is done so far; it waits for devices that evaluate as well."""
         state, reporting = self._run.state, self._run.reporting
-        reporting.end_round(state.round, state.step, facts, evaluated)
+        scores, self._learned.scores = self._learned.scores, {}
+        reporting.end_round(state.round, state.step, facts, evaluated, scores)
         said, self._learned.said = self._learned.said, []
         for prompt, text in said:
             self._run.watcher.see(SampleText(state.round, prompt, text))

@@ -21,7 +21,8 @@ from coordinator.config.run import ServeConfig
 from coordinator.engine.compute_thread import owned
 from coordinator.engine.interface import DeviceFault, Engine
 from coordinator.engine.server_model import ServerModel
-from coordinator.export.texts import Sayings
+from coordinator.export.asked.scoring import scoring_of
+from coordinator.export.asked.texts import Sayings
 from coordinator.planning.interface import InForce
 from coordinator.rounds.step.top_gradients import TopGradients
 from edge_sdk.errors import NumericError
@@ -54,6 +55,11 @@ class GlobalModel:
         self._sayings = Sayings(config, model.source, model.tokenizer)
         self.said: list[tuple[str, str]] = []
         """Prompts, and what the model has said to them when it was last evaluated."""
+        self._scoring = scoring_of(
+            config, model.source, model.tokenizer, model.eval_batches, model.test_batches
+        )
+        self.scores: dict[str, float] = {}
+        """Its scores then, where they were due."""
         self.engine: Engine = model.planned_engine()
         self.ledger = Ledger(
             model.facts,
@@ -127,7 +133,8 @@ class GlobalModel:
         before = dict(self.ledger.pairs)
         result = self._join(reports)
         self._take(result)
-        return Aggregated(result, before, self.evaluate() if evaluates else None, refused)
+        evaluated = self.evaluate(round_ + 1) if evaluates else None
+        return Aggregated(result, before, evaluated, refused)
 
     def _screen(self, reports: dict[str, Report], round_: int, *, is_retry: bool) -> Refusals:
         """Take out of *reports* what is not to be joined; see `aggregate`."""
@@ -194,10 +201,15 @@ class GlobalModel:
         learned = self.ledger.totals.values()
         return largest(own) > MAX_NUMBER or any(exceeds(total, MAX_LEARNED) for total in learned)
 
-    def evaluate(self) -> TailSums | None:
-        """Evaluate on the coordinator's own file, if there is one; `said` is then new, too."""
+    def evaluate(self, rounds_done: int) -> TailSums | None:
+        """Evaluate on the coordinator's own file, if there is one.
+
+        `said` is then new, and `scores` after as many rounds as they are due.
+        """
+        if self._scoring.is_due(rounds_done, self._config.rounds):
+            self.scores = self._scoring.score(self.engine)
         if self._sayings:
-            self.said = self._sayings.say(self.engine.continue_text)
+            self.said = self._sayings.say(self.engine.continue_texts)
         batches = self._model.eval_batches
         if not batches:
             return None

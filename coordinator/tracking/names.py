@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from coordinator.config.run import ServeConfig
+from coordinator.config.scoring import SCORES
 
 
 class Meaning(NamedTuple):
@@ -37,6 +38,11 @@ RUN_NUMBERS = {
     "test/loss": Meaning("Loss of the result on the test file, once at the end"),
     "test/accuracy": Meaning("Share of right predictions there"),
     "test/perplexity": Meaning("exp(loss) there, of language models"),
+    **{
+        f"{what}/{name}": Meaning(f"{kind.meaning}, {where}")
+        for what, where in (("eval", "on the coordinator's file"), ("test", "on the test file"))
+        for name, kind in SCORES.items()
+    },
     "round/seconds": Meaning("Seconds that the last round took"),
     "round/devices": Meaning("Devices in the round"),
     "run/waiting": Meaning("Devices that keep the run waiting"),

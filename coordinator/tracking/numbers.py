@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from coordinator.config.run import ServeConfig
+from coordinator.config.scoring import SCORES
 from coordinator.planning.plan_set import PlanSet
 from coordinator.results.events.devices import (
     DeviceJoined,
@@ -277,7 +278,7 @@ def _board(device: str, board: Mapping[str, float]) -> Iterator[Number]:
 
 
 def _scores(score: Mapping[str, float], device: str | None, what: str = "eval") -> Iterator[Number]:
-    for key in ("loss", "accuracy", "perplexity"):
+    for key in ("loss", "accuracy", "perplexity", *SCORES):
         if key in score:
             yield Number(f"{what}/{key}", score[key], device)
 

@@ -1,3 +1,3 @@
-"""Commands by which a person steers a run: end it, ask its model, find its learning rate."""
+"""Commands by which a person steers a run: end it, ask or measure its model, find its rate."""
 
-__all__ = ["generate", "leave", "lr_find"]
+__all__ = ["generate", "leave", "lr_find", "score"]

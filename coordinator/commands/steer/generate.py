@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.commands.parser import add_command
+from coordinator.commands.steer.trained import read_after
 from coordinator.config.prompts import read_prompts
 from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import ConfigError, printable
@@ -59,22 +60,11 @@ def _generate(options: argparse.Namespace) -> int:
         raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
     sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
     from coordinator.engine.whole import Manner
-    from coordinator.export.run import read_trained
-    from coordinator.export.run_facts import result_checkpoint
-    from coordinator.export.texts import Prompting, text_ends
+    from coordinator.export.asked.texts import Prompting, text_ends
     from coordinator.export.trained import TrainedModel
-    from coordinator.lab.centralised.run import read_pooled
     from edge_sdk.model.weights import load_tokenizer
 
-    if options.round:
-        checkpoint = folder.checkpoint_of(options.round, config.steps_per_round)
-    else:
-        checkpoint = result_checkpoint(folder, config)
-    read = read_pooled if config.trained_by == "coordinator" else read_trained
-    trained = read(folder, config, checkpoint)
-    name = "" if checkpoint.path is None else checkpoint.path.name
-    if options.round == 0:  # nothing is learned yet: whatever checkpoint is left knows the base
-        trained, name = trained._replace(learned={}, head={}), "the base model"
+    trained, name = read_after(folder, config, options.round)
     prompting = Prompting(config, load_tokenizer(trained.source.folder), options.form)
     most = config.evaluation.max_new_tokens
     manner = Manner(
@@ -91,7 +81,7 @@ def _generate(options: argparse.Namespace) -> int:
         how = drawn if manner.temperature else "the most likely token each time"
         sys.stderr.write(f"run {folder.name} by {name}, {prompting.form}, {how}\n")
     for prompt in prompts:
-        text = prompting.text(model.continue_text(prompting.ids(prompt), manner))
+        text = prompting.text(model.continue_texts([prompting.ids(prompt)], manner)[0])
         found.append({"prompt": prompt, "text": text})
         if options.format == "text":
             _show(prompt, text, is_alone=len(prompts) == 1)

@@ -16,12 +16,13 @@ from typing import Any
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.adapter import export_adapter
+from coordinator.export.asked.scoring import scoring_of
+from coordinator.export.asked.texts import Sayings
 from coordinator.export.merged import export_merged
 from coordinator.export.options import ExportOptions
 from coordinator.export.outcome import tell_choice, tested
 from coordinator.export.run import PEFT, Say, Trained, write_export
 from coordinator.export.run_facts import best_checkpoint, best_of, result_checkpoint, run_facts
-from coordinator.export.texts import Sayings
 from coordinator.lab.centralised.trainer import (
     POOLED,
     Dataset,
@@ -250,7 +251,11 @@ class PooledRun:
         self._watcher, self._durable = Watchers([RunFiles(folder), watcher]), durable
         self._id = f"{folder.name}-{secrets.token_hex(4)}"
         self._reporting = Reporting(self._watcher, bool(config.label_names))
-        self._sayings = Sayings(config, trainer.model.source, trainer.model.tokenizer)
+        model = trainer.model
+        self._sayings = Sayings(config, model.source, model.tokenizer)
+        self._scoring = scoring_of(
+            config, model.source, model.tokenizer, model.eval_batches, model.test_batches
+        )
         self._step = 0
         self._wish: Wish | None = None
         self._told: Wish | None = None
@@ -341,10 +346,12 @@ class PooledRun:
         evaluation, trainer = self.config.evaluation, self.trainer
         is_due = self.config.evaluates_after(done)
         batches = trainer.model.eval_batches if is_due else []
-        scores = trainer.evaluate(batches) if batches else None
-        self._reporting.end_round(done, self._step, facts, scores)
+        evaluated = trainer.evaluate(batches) if batches else None
+        is_scored = is_due and self._scoring.is_due(done, self.config.rounds)
+        scores = self._scoring.score(trainer) if is_scored else {}
+        self._reporting.end_round(done, self._step, facts, evaluated, scores)
         if is_due and self._sayings:
-            for prompt, text in self._sayings.say(trainer.continue_text):
+            for prompt, text in self._sayings.say(trainer.continue_texts):
                 self._watcher.see(SampleText(done, prompt, text))
         if trainer.held_out and is_due and evaluation.on_devices:
             own = trainer.evaluate(trainer.held_out)

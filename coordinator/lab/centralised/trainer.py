@@ -18,7 +18,7 @@ from torch import nn
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import ServeConfig
 from coordinator.engine.server_model import ServerModel
-from coordinator.engine.whole import Manner, continue_text
+from coordinator.engine.whole import IntArray, Manner, continue_texts, predict_whole
 from coordinator.planning.fixed import plan_device
 from edge_sdk.data.batches import Batches, MicroBatch, StepBatch, eval_batches
 from edge_sdk.data.rows import load_data
@@ -131,9 +131,13 @@ class PooledTrainer:
         runtime = self.runtime
         return add_up([runtime.tail_eval(runtime.forward_eval(micro), micro) for micro in batches])
 
-    def continue_text(self, ids: Sequence[int], manner: Manner) -> list[int]:
-        """Return the tokens that the model adds to a prompt; see `Engine`."""
-        return continue_text(self.runtime.slice, self.runtime.products, ids, manner)
+    def predict_whole(self, micro: MicroBatch) -> IntArray:
+        """Return the class of each sequence; see `Engine`."""
+        return predict_whole(self.runtime.slice, self.runtime.products, micro)
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], manner: Manner) -> list[list[int]]:
+        """Return the tokens that the model adds to each prompt; see `Engine`."""
+        return continue_texts(self.runtime.slice, self.runtime.products, prompts, manner)
 
     def shapes(self, step: int) -> tuple[MicroShape, ...]:
         """Return the micro-batches of *step*, in their order; the same on every call."""

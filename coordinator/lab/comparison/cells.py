@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from coordinator.lab.comparison.search.grid import best_rate
@@ -68,6 +68,8 @@ class RunResult:
     """Round, and shares of the energy of dW within its 1, 2, 4, ... largest singular values."""
     traffic: dict[str, dict[str, int]] | None = None
     """What the bytes of all devices were in the whole run, by way and kind; None where unknown."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Scores of `evaluation.scores` at the end of the run, by name."""
     disturbance: str = ""
     """What it was disturbed by; empty for the runs that methods are compared by."""
     disturbed: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ from coordinator.lab.comparison.robustness import disturb
 from coordinator.lab.comparison.run_count import RoundTeller, RunCount, Tell, tell_nobody
 from coordinator.lab.comparison.search.diverged import UntrainedScore, diverged_parts
 from coordinator.lab.comparison.search.grid import in_words, next_rate
-from coordinator.lab.comparison.undivided_runs import points_of, run_alone, run_pooled
+from coordinator.lab.comparison.undivided_runs import points_of, run_alone, run_pooled, scores_of
 from coordinator.lab.simulation.config import SimulationConfig, device_names
 from coordinator.lab.simulation.data import deal
 from coordinator.lab.simulation.result import SimulatedRound, SimulationResult
@@ -326,6 +326,7 @@ def _simulated(
             if (shares := round_.metrics.get("rank_energy"))
         ),
         "traffic": result.rounds[-1].traffic,
+        "scores": scores_of(result.rounds),
         **_sizes(fitted, result.rounds[1:]),
     }
 

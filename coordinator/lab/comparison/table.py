@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.config.scoring import SCORES
 from coordinator.lab.comparison.cells import (
     RunResult,
     Spread,
@@ -45,6 +46,8 @@ class TableRow:
     loss: Spread
     score: Spread
     """Perplexity, or accuracy in percent."""
+    scores: dict[str, Spread]
+    """Those of `evaluation.scores` at the end, by name."""
     modelled_s: Spread | None
     """Seconds to the target, over the runs that reached it; None if none did."""
     real_s: Spread | None
@@ -84,6 +87,11 @@ def _row(
         before=spread(cell.points[0].loss for cell in own),
         loss=spread(cell.last.loss for cell in own),
         score=spread(score(cell.last, is_classifier=is_classifier) for cell in own),
+        scores={
+            name: spread(c.scores[name] for c in own)
+            for name in first.scores
+            if all(name in c.scores for c in own)
+        },
         modelled_s=spread(p.modelled_s for p in reached) if reached else None,
         real_s=spread(p.real_s for p in reached) if reached else None,
         num_reached=len(reached),
@@ -109,6 +117,7 @@ NAMES = (Column("method", "method"), Column("devices", "devices"))
 def main_table(rows: Sequence[TableRow], target: float, *, is_classifier: bool) -> ResultTable:
     """Return the table of all methods."""
     score_column = ("accuracy", "accuracy (%)") if is_classifier else ("perplexity", "perplexity")
+    names = [name for name in SCORES if any(name in row.scores for row in rows)]
     columns = (
         *NAMES,
         Column("learning_rate", "learning rate"),
@@ -116,6 +125,7 @@ def main_table(rows: Sequence[TableRow], target: float, *, is_classifier: bool) 
         Column("loss_before", "loss before training"),
         Column("loss", "loss"),
         Column(*score_column),
+        *(Column(name, SCORES[name].title) for name in names),
         Column("time_to_target_s", f"modelled time to loss {target:.4g} (s)"),
         Column("simulated_in_s", "simulated in (s)"),
         Column("bytes_up_per_sample", "up per sample (kB)"),
@@ -128,11 +138,11 @@ def main_table(rows: Sequence[TableRow], target: float, *, is_classifier: bool) 
         title="Results",
         caption="Loss, and what it cost to get there.",
         columns=columns,
-        rows=[_cells(row, is_classifier=is_classifier) for row in rows],
+        rows=[_cells(row, names, is_classifier=is_classifier) for row in rows],
     )
 
 
-def _cells(row: TableRow, *, is_classifier: bool) -> list[Entry]:
+def _cells(row: TableRow, names: Sequence[str], *, is_classifier: bool) -> list[Entry]:
     edge = " (not settled)" if row.rate_is_extreme else ""
     missed = row.loss.num_seeds - row.num_reached
     note = f"{missed} of {row.loss.num_seeds} not reached" if missed else ""
@@ -145,6 +155,7 @@ def _cells(row: TableRow, *, is_classifier: bool) -> list[Entry]:
         mean(row.before, 4),
         mean(row.loss, 4),
         mean(row.score, 2 if is_classifier else 3),
+        *(mean(row.scores.get(n), SCORES[n].digits, 1 / SCORES[n].factor) for n in names),
         mean(row.modelled_s, 1, note=note),
         mean(row.real_s, 1, note=note),
         EMPTY if row.is_central else number(row.bytes_up, 1, 1e3),

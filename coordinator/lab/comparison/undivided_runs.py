@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coordinator.config.run import ServeConfig
+from coordinator.config.scoring import scores_in
 from coordinator.lab.centralised.trainer import MicroShape
 from coordinator.lab.comparison.cells import Held, Point
 from coordinator.lab.comparison.fit_devices import (
@@ -86,6 +87,11 @@ def points_of(rounds: Sequence[SimulatedRound], real_s: Mapping[int, float]) -> 
     return points
 
 
+def scores_of(rounds: Sequence[SimulatedRound]) -> dict[str, float]:
+    """Return the scores of `evaluation.scores` in the last row of a run; empty without any."""
+    return scores_in(rounds[-1].metrics.get("eval", {}))
+
+
 # ---- all data in one place ----
 
 
@@ -96,8 +102,8 @@ def run_pooled(
     batch_size = config.pooled.batch_size or samples_of_a_step(config)
     pooled = _pooled(config, tuple(files.values()), batch_size, config.pooled.micro_batch)
     machine = make_fleet(config.simulation, config.planning).coordinator
-    points = _train(train, pooled, whole_situation(config), machine, watching(0, 1))
-    return {"points": points, "is_central": True}
+    points, scores = _train(train, pooled, whole_situation(config), machine, watching(0, 1))
+    return {"points": points, "scores": scores, "is_central": True}
 
 
 def _pooled(
@@ -120,8 +126,8 @@ def _train(
     problem: PlanningProblem,
     machine: Machine,
     watcher: Watcher,
-) -> tuple[Point, ...]:
-    """Train and return the evaluations, with modelled time and energy of *machine*."""
+) -> tuple[tuple[Point, ...], dict[str, float]]:
+    """Train; return the evaluations, with modelled time and energy of *machine*, and scores."""
     result = train(config, watcher=watcher, durable=False)
     folder = RunFolder(result.folder)
     rounds = read_result("completed", folder, [{}] * config.rounds).rounds
@@ -129,7 +135,7 @@ def _train(
     timed = [
         replace(r, seconds=ends[r.round], energy_j=ends[r.round] * machine.watts) for r in rounds
     ]
-    return points_of(timed, RunHistory(folder).seconds())
+    return points_of(timed, RunHistory(folder).seconds()), scores_of(rounds)
 
 
 def _modelled_ends(
@@ -164,8 +170,8 @@ def run_alone(
 ) -> dict[str, Any]:
     """Train the whole model on each device that can hold it, on its own data; nothing travels.
 
-    Every device does as many steps as it would with the others. Loss and accuracy are means over
-    these devices, samples and energy sums, time that of the slowest.
+    Every device does as many steps as it would with the others. Loss, accuracy and scores are means
+    over these devices, samples and energy sums, time that of the slowest.
 
     Raises:
         ConfigError: no device can hold the model.
@@ -174,18 +180,21 @@ def run_alone(
     machines = make_fleet(fitted.config.simulation, fitted.config.planning).machines
     ranks = {name: dict(plan.ranks) for name, plan in plan_all(fitted.problem).plans.items()}
     names = sorted(machines)
-    runs = []
+    runs, scored = [], []
     for index, name in enumerate(names):
         own = _of_device(config, name, max(ranks[name].values()))
         settings = config.settings(name)
         pooled = _pooled(own, (files[name],), settings.batch_size or 1, settings.micro_batch)
         watcher = watching(index, len(names))
-        runs.append(_train(train, pooled, fitted.problem, machines[name], watcher))
+        points, scores = _train(train, pooled, fitted.problem, machines[name], watcher)
+        runs.append(points)
+        scored.append(scores)
     last = {name: points[-1].loss for name, points in zip(names, runs, strict=True)}
     spread = f"each device alone ends at a loss of {min(last.values()):.4f}"
     others = [note for note in fitted.notes if note.startswith("without ")]
     return {
         "points": tuple(_join(moment) for moment in zip(*runs, strict=True)),
+        "scores": {key: statistics.fmean(own[key] for own in scored) for key in scored[0]},
         "held": tuple(_held(fitted, ranks) for _ in range(config.rounds)),
         "peak_bytes": {n: fitted.peak_bytes(n, fitted.problem.num_blocks, ranks[n]) for n in names},
         "trained": {n: fitted.num_trained(ranks[n]) for n in names},

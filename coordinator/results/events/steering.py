@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.config.scoring import said
 from coordinator.results.events.event import RoundEvent, RunEvent
 
 
@@ -98,4 +99,6 @@ class TestEvaluated(RunEvent):
         found = self.score
         what = f"perplexity {found['perplexity']:.2f}, " if "perplexity" in found else ""
         accuracy = f"accuracy {found['accuracy']:.1%}"
-        return f"test: loss {found['loss']:.4f}, {what}{accuracy}, {found['targets']:,} targets"
+        scores = f", {own}" if (own := said(found)) else ""
+        targets = f"{found['targets']:,} targets"
+        return f"test: loss {found['loss']:.4f}, {what}{accuracy}{scores}, {targets}"

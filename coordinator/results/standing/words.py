@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from coordinator.config.scoring import said
 from coordinator.results.standing.standing import DeviceStanding, Standing
 from edge_sdk.duration import duration
 from edge_sdk.errors import printable
@@ -86,6 +87,8 @@ def test_line(test: Mapping[str, Any]) -> str:
     names = {"loss": ".4f", "perplexity": ".2f", "accuracy": ".1%"}
     found = {name: test.get(f"test_{name}") for name in names}
     parts = [f"{name} {value:{names[name]}}" for name, value in found.items() if value is not None]
+    if counted := said({name.removeprefix("test_"): value for name, value in test.items()}):
+        parts.append(counted)
     return f"test file, model of round {test.get('round')}: {', '.join(parts)}"
 
 

@@ -90,7 +90,7 @@ class BufferedModel(GlobalModel):
         newest = {update.device: update.report for update in buffer.updates}
         return Merged(
             result,
-            self.evaluate() if evaluates else None,
+            self.evaluate(version + 1) if evaluates else None,
             {**newest, SERVER: server},
             buffer.staleness(version),
             buffer.samples,

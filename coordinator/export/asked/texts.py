@@ -99,8 +99,8 @@ def text_ends(source: ModelSource) -> set[int]:
     return {token for token in flat if token is not None}
 
 
-Speak = Callable[[Sequence[int], Manner], list[int]]
-"""Returns the tokens that a model adds to a prompt."""
+Speak = Callable[[Sequence[Sequence[int]], Manner], list[list[int]]]
+"""Returns the tokens that a model adds to each prompt."""
 
 
 class Sayings:
@@ -133,6 +133,6 @@ class Sayings:
     def say(self, speak: Speak) -> list[tuple[str, str]]:
         """Return what a model says to each prompt."""
         return [
-            (prompt, self._prompting.text(speak(ids, self._manner)))
+            (prompt, self._prompting.text(speak([ids], self._manner)[0]))
             for prompt, ids in self._prompts.items()
         ]

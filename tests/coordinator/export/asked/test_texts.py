@@ -14,8 +14,8 @@ from coordinator.config.prompts import MOST_PROMPTS, read_prompts
 from coordinator.config.run import EvaluationConfig, ServeConfig
 from coordinator.engine.whole import Manner
 from coordinator.export.adapter import export_adapter
+from coordinator.export.asked.texts import Prompting, text_ends
 from coordinator.export.check import load_base
-from coordinator.export.texts import Prompting, text_ends
 from coordinator.export.trained import TrainedModel
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ from tests.e2e.cluster import save_model, write_rows
 from tests.tiny import EXPERTS
 
 GREEDY = Manner(max_new_tokens=12)
+OURS = ("temperature", "seed", "ends", "batch_size")
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -50,13 +51,57 @@ def test_it_says_what_peft_generates(family: str, tmp_path: Path) -> None:
     ends = trained.source.config.get_text_config().eos_token_id
     assert text_ends(trained.source) == {ends}
     greedy = replace(GREEDY, ends=(ends,))
-    found = model_of(trained).continue_text(ids[0].tolist(), greedy)
+    found = model_of(trained).continue_texts([ids[0].tolist()], greedy)[0]
 
     said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=ends)
     expected = said[0, ids.shape[1] :].tolist()
     assert found == [token for token in expected if token != ends]
     base = TrainedModel(run_of(trained), trained.source, {}, {})
-    assert base.continue_text(ids[0].tolist(), greedy) != found
+    assert base.continue_texts([ids[0].tolist()], greedy)[0] != found
+
+
+BEAMS = Manner(max_new_tokens=12, num_beams=4, length_penalty=0.8, no_repeat_ngram_size=3)
+
+
+@pytest.mark.parametrize("manner", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_that_are_continued_together_are_answered_as_alone(
+    family: str, manner: Manner, tmp_path: Path
+) -> None:
+    """A batch of prompts of several lengths gets PEFT's text for each, in their order."""
+    trained = Result(family, tmp_path / "base")
+    export_adapter(trained.source, trained.learned, trained.head, tmp_path / "out")
+    model: Any = peft.PeftModel.from_pretrained(load_base(trained.source), tmp_path / "out").eval()
+    prompts = [[5, 6, 7, 8, 9], [11], [12, 13, 14], [5, 6], [40, 41, 42, 43, 44, 45, 46]]
+
+    ends = trained.source.config.get_text_config().eos_token_id
+
+    found = model_of(trained).continue_texts(prompts, replace(manner, ends=(ends,), batch_size=3))
+
+    for ids, added in zip(prompts, found, strict=True):
+        how = {f: getattr(manner, f) for f in Manner.__dataclass_fields__ if f not in OURS}
+        said = model.generate(
+            input_ids=torch.tensor([ids]), do_sample=False, eos_token_id=ends, **how
+        )
+        assert added == [token for token in said[0, len(ids) :].tolist() if token != ends]
+
+
+def test_a_prompt_with_little_room_takes_none_from_others(tmp_path: Path) -> None:
+    """Beside a prompt at the end of the model's positions another one is answered in full."""
+    trained = Result("llama", tmp_path / "base")
+    speaker = model_of(trained)
+    long = [5 + n % 7 for n in range(62)]
+
+    found = speaker.continue_texts([long, [5, 6]], GREEDY)
+
+    assert found[1:] == speaker.continue_texts([[5, 6]], GREEDY)
+    assert len(found[0]) <= 2
+
+
+def test_beams_are_not_drawn() -> None:
+    """Beams with a temperature are refused: only one of them can decide."""
+    with pytest.raises(ConfigError, match="beams are searched, not drawn"):
+        Manner(num_beams=2, temperature=0.5)
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
@@ -68,11 +113,11 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     undisturbed = torch.rand(3)
 
     torch.manual_seed(7)
-    first = speaker.continue_text([5, 6, 7], manner)
+    first = speaker.continue_texts([[5, 6, 7]], manner)
     assert torch.equal(torch.rand(3), undisturbed)
 
-    assert speaker.continue_text([5, 6, 7], manner) == first
-    assert speaker.continue_text([5, 6, 7], replace(manner, seed=4)) != first
+    assert speaker.continue_texts([[5, 6, 7]], manner) == first
+    assert speaker.continue_texts([[5, 6, 7]], replace(manner, seed=4)) != first
 
 
 def test_a_prompt_without_room_is_refused(tmp_path: Path) -> None:
@@ -80,7 +125,7 @@ def test_a_prompt_without_room_is_refused(tmp_path: Path) -> None:
     speaker = model_of(Result("llama", tmp_path / "base"))
 
     with pytest.raises(ConfigError, match="a prompt of 4096 tokens"):
-        speaker.continue_text([5] * 4096, GREEDY)
+        speaker.continue_texts([[5] * 4096], GREEDY)
 
 
 # ---- prompts ----
