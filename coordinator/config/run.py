@@ -102,8 +102,7 @@ class EvaluationConfig:
     scores: tuple[Score, ...] = ()
     """What is counted on `data` and `test_file` beside loss and accuracy. Of texts that the model
     writes after the prompts there, against all completions of each as references: bleu, nist,
-    meteor, rouge_l, cider. Of classes: f1, f1_macro, mcc. See docs/scores.md. Meanwhile the
-    coordinator holds the whole model in float32 once more."""
+    meteor, rouge_l, cider. Of classes: f1, f1_macro, mcc. See docs/scores.md."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """How these texts are written."""
     test_file: str | tuple[str, ...] | None = None
