@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fleet_sessions import FleetFacts, serve_devices
+from fleet_sessions import GOODBYE, FleetFacts, serve_devices
 from report import header, save, table
 from soak_fleet import free_port, write
 
@@ -224,6 +224,7 @@ def judge(fleet: Fleet) -> dict[str, Any]:
     for name, round_, attempt, step in trained:
         if step == (round_ + 1) * steps - 1:
             finished[round_, attempt].add(name)
+    goodbyes: dict[int, set[str]] = defaultdict(set)
     members: dict[int, tuple[int, set[str]]] = {}
     found: Counter[str] = Counter()
     now = -1
@@ -232,14 +233,17 @@ def judge(fleet: Fleet) -> dict[str, Any]:
         found[kind] += 1
         if kind == "round.started":
             now = event["round"]
+            goodbyes[now] = set()
             members[now] = event["attempt"], set(event["devices"])
         elif kind == "device.left" and now in members:
             members[now][1].discard(who)
+            if event["reason"] == GOODBYE:
+                goodbyes[now].add(who)
     wrong = doubled = samples = 0
     for done in sorted(rows)[1:]:
         attempt, stayed = members[done - 1]
-        # Who has handed in before it left counts as well.
-        stayed |= finished[done - 1, attempt]
+        # Who has handed in before it said goodbye counts as well.
+        stayed |= finished[done - 1, attempt] & goodbyes[done - 1]
         counts = [
             trained[name, done - 1, attempt, (done - 1) * steps + step]
             for name in stayed

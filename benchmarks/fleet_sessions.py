@@ -50,6 +50,7 @@ from edge_sdk.transport.link import NO_TENSORS, LinkConfig, package_version
 READINGS = {f"reading_{number}": 1.0 + number for number in range(20)}
 # Sockets of a context: two lanes and two monitors a device, and both ends of each monitor.
 SOCKETS_EACH = 16
+GOODBYE = "stopped"
 LOG_EVERY_S = 0.5
 BUSY_TURNS = 64
 INFINITY = float("inf")
@@ -228,7 +229,7 @@ class Device:
         if self._io is None:
             return
         if politely:
-            self._io.say(Goodbye(stamp=self._stamp, reason="stopped"))
+            self._io.say(Goodbye(stamp=self._stamp, reason=GOODBYE))
             self._io.turn()
         self._io.close(politely=politely)
         self._io = None
