@@ -118,8 +118,11 @@ def _print_text(problem: PlanningProblem, found: PlanSet, *, explain: bool) -> N
             out.print(f"  {line}")
     for device, reason in found.refused.items():
         out.print(f"{device}: refused, {reason}")
-    unknown = [f"time unknown: {what}" for what in forecast(problem, found).unknown]
-    for note in (*_all_notes(found), *_tempo_notes(problem.config, found), *unknown):
+    told = forecast(problem, found)
+    unknown = [f"time unknown: {what}" for what in told.unknown]
+    sizes = ", ".join(f"{base} {_mib(size)}" for base, size in told.server_bases.items())
+    bases = f"coordinator, base: {problem.config.base}; MiB by base: {sizes}"
+    for note in (*_all_notes(found), bases, *_tempo_notes(problem.config, found), *unknown):
         out.print(f"note: {note}")
 
 

@@ -91,8 +91,8 @@ class EvaluationConfig:
     singular values after each round: `rank_energy`, the shares within the 1, 2, 4, ... largest."""
     prompts: str | tuple[str, ...] = ()
     """Prompts of which each evaluation shows what the model says to them: a list, or a file of
-    lines or of rows with `prompt`. Shown on the console, kept in `samples.jsonl`. Meanwhile the
-    coordinator holds the whole model in float32 once more."""
+    lines or of rows with `prompt`. Shown on the console, kept in `samples.jsonl`. The coordinator
+    then holds the whole model, as with a file."""
     prompt_form: Literal["auto", "text", "completion", "chat"] = "auto"
     """What a prompt is: `text` that is continued, the prompt before a `completion`, behind which
     `data.separator` stands, or a user's turn in a `chat`, by the chat template; `auto`: what rows

@@ -34,12 +34,12 @@ from edge_sdk.model.kept.part_cache import PartCache
 from edge_sdk.model.kept.part_hashes import PartHashes
 from edge_sdk.model.kept.split_proof import prove_split, prove_weights
 from edge_sdk.model.layout import usable_positions
-from edge_sdk.model.precision import compute_name, resolve_compute
+from edge_sdk.model.precision import compute_name
 from edge_sdk.model.weights import ModelSource, load_tokenizer, model_hash
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.torch_runtime import pick_device
 from profiler.estimate.sizes import ModelShape
-from profiler.sensors.memory import memory_info
+from profiler.sensors.memory import return_freed
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class ServerModel:
         self.hash = model_hash(self.parts)
         if is_split:
             prove_weights(self.source, self.hash, self._cache.folder)
+        return_freed()
 
     @property
     def needs_ids(self) -> bool:
@@ -149,24 +150,23 @@ class ServerModel:
         planning = self._config.planning
         if planning.split == planning.ranks == "fixed":
             return None
-        memory = planning.server_memory_bytes or memory_info().available.value
-        found = PlanningProblem(
-            config=self._config,
-            facts=self.facts,
-            model=self.shape,
-            profiles={},
-            server=ServerProfile(memory_bytes=memory, compute_bytes=self._compute_bytes),
-            length=planning_length(self._config, self.max_length),
-        )
+        found = self.problem()
         if found.split_rule.weighs_time and found.server_speed is None:
             server = replace(found.server, flops_per_s=self.measured_speed())
             return replace(found, server=server)
         return found
 
-    @property
-    def _compute_bytes(self) -> int:
-        """Bytes of an activation on the coordinator."""
-        return resolve_compute(self._config.compute, pick_device(self._config.device)).itemsize
+    def problem(self) -> PlanningProblem:
+        """Return what plans are made from while no device is known."""
+        config = self._config
+        return PlanningProblem(
+            config=config,
+            facts=self.facts,
+            model=self.shape,
+            profiles={},
+            server=ServerProfile.here(config),
+            length=planning_length(config, self.max_length),
+        )
 
     def measured_speed(self) -> float | None:
         """Measure a block's operations a second on the coordinator, as a device does."""

@@ -5,6 +5,7 @@ __all__ = [
     "fixed",
     "interface",
     "joint",
+    "objective",
     "plan_set",
     "problem",
     "problem_files",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from coordinator.planning.costs import (
@@ -19,6 +20,7 @@ from coordinator.planning.costs import (
 )
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import worth
+from edge_sdk.model.precision import Base
 from edge_sdk.protocol.plan import Plan
 
 T = TypeVar("T")
@@ -67,6 +69,33 @@ def _by_rows(
             known[key] = cost(problem, device, split, _above(problem, split, ranks))
         found.append(known[key])
     return found
+
+
+def bytes_by_base(
+    problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks
+) -> dict[Base, float]:
+    """Return what `server_bytes` does for each base that the coordinator could have.
+
+    The largest weights come first. 16 bits need products in 16 bits.
+    """
+    bases: list[Base] = ["float32", "int8", "int4"]
+    if problem.server.compute_bytes == 2:
+        bases.insert(1, "bfloat16")
+    own = problem.config.base
+    if own not in bases:
+        bases.insert(1, own)
+    return {
+        base: server_bytes(
+            replace(problem, config=replace(problem.config, base=base)), splits, ranks
+        )
+        for base in bases
+    }
+
+
+def fitting_base(by_base: Mapping[Base, float], budget_bytes: float) -> tuple[Base, float] | None:
+    """Return the base with the largest weights that fit, and its bytes; None where none fits."""
+    fit = (found for found in by_base.items() if found[1] <= budget_bytes)
+    return next(fit, None)
 
 
 def _above(problem: PlanningProblem, split: int, ranks: Ranks) -> dict[str, int]:

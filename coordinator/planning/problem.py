@@ -39,6 +39,24 @@ class ServerProfile:
     compute_bytes: int = 4
     """Bytes of an activation there."""
 
+    @classmethod
+    def here(cls, config: ServeConfig) -> ServerProfile:
+        """Return what this machine has for the coordinator of a run; its speed is not measured."""
+        import torch
+
+        from edge_sdk.model.precision import resolve_compute
+        from edge_sdk.runtime.torch_runtime import pick_device
+        from profiler.sensors.memory import memory_info
+
+        device = pick_device(config.device)
+        free = memory_info().available.value
+        if device.type == "cuda" and torch.cuda.is_available():
+            free = float(torch.cuda.mem_get_info(device)[0])
+        return cls(
+            memory_bytes=config.planning.server_memory_bytes or free,
+            compute_bytes=resolve_compute(config.compute, device).itemsize,
+        )
+
 
 class StepSize(NamedTuple):
     """How much of a step passes through a device at the same time."""

@@ -13,7 +13,6 @@ from coordinator.planning.problem import PlanningProblem, ServerProfile, plannin
 from edge_sdk.errors import ConfigError, ModelError, one_line
 from edge_sdk.lora.targets import ModelFacts
 from profiler.profile import DeviceProfile
-from profiler.sensors.memory import memory_info
 
 
 def read_problem(
@@ -44,7 +43,7 @@ def read_problem(
         model=model_shape(model_config, config.task, layout),
         coverage=coverage(model_config, config.task, layout, facts.targets),
         profiles=profiles,
-        server=ServerProfile(memory_bytes=memory_info().available.value),
+        server=ServerProfile.here(config),
         length=planning_length(config, positions),
         importance=None if importance is None else _read_importance(importance, facts.targets),
     )

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
+from coordinator.engine.room import require_room
 from coordinator.engine.server_model import ServerModel
 from coordinator.export.outcome import test_batches, tested, write_result
 from coordinator.export.run import PEFT, read_trained, write_export
@@ -76,6 +77,7 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     require_free_port(config.listen)
     watcher.see(Preparing(f"reading model {config.model}"))
     model = ServerModel(config)
+    require_room(model)
     with (
         _gateway(config, keys) as gateway,
         new_folder(config) as folder,
@@ -104,6 +106,7 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         require_free_port(config.listen)
         watcher.see(Preparing(f"reading model {config.model}"))
         model = ServerModel(config)
+        require_room(model)
         with (
             _gateway(config, keys) as gateway,
             reporting(config, folder, watcher) as told,

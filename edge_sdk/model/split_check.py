@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 BOUND = 1e-6
 # Parameters beyond which a stand-in is too large to be run in a moment.
 MOST = 50_000_000
-# Numbers of the real weights that are looked at: more would cost seconds, and memory that counts.
-MOST_NUMBERS = 150_000_000
+# Numbers of the real weights that are looked at: more would cost seconds, and memory that counts,
+# four bytes for each and as much for each of two gradients.
+MOST_NUMBERS = 60_000_000
 # Tokens of the rows: padding is in the batch, and one row has none.
 LENGTHS = (9, 4, 7)
 
@@ -236,7 +237,9 @@ def _run_whole(
         torch.autograd.backward(_loss(logits))
     named = dict(model.named_parameters(remove_duplicate=False))
     names = [n for own in layout.blocks for n in own if n in named]
-    return Found(logits.detach(), {n: g.clone() for n in names if (g := named[n].grad) is not None})
+    grads = {n: g for n in names if (g := named[n].grad) is not None}
+    model.zero_grad()  # nobody else holds them
+    return Found(logits.detach(), grads)
 
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -317,7 +320,10 @@ class _Pieces:
                 torch.autograd.backward(_loss(logits))
                 for output, received in reversed(sent[:-1]):
                     torch.autograd.backward(output, received.grad)
-        return Found(logits.detach(), self._grads(slices.values()))
+        grads = self._grads(slices.values())
+        for slice_ in slices.values():
+            slice_.model.zero_grad()
+        return Found(logits.detach(), grads)
 
     def _logits(
         self, slice_: Slice, first: int, hidden_BTD: torch.Tensor, batch: Batch

@@ -17,13 +17,15 @@ from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, find_targets
 from edge_sdk.model.layout import Layout, Task, find_layout
 from edge_sdk.model.partition import Slice
-from edge_sdk.model.precision import Base
-from edge_sdk.model.quantized import pack, unpack
+from edge_sdk.model.precision import Base, autocast
+from edge_sdk.model.quantized import resolve_base
 from edge_sdk.protocol.plan import Plan
 from edge_sdk.runtime.torch_runtime import TorchRuntime
 from edge_sdk.runtime.training import TrainingConfig
 from tests.families import MORE, more_config, more_model
+from tests.kept_bases import keep_as
 from tests.tiny import (
+    BLOCKS,
     EXPERTS,
     FAMILIES,
     make_config,
@@ -55,29 +57,43 @@ def config_of(family: str) -> tuple[Any, Task]:
     return make_config(family), task_of(family)
 
 
+def plain_model(halves: Halves) -> nn.Module:
+    """The unsplit model as it lies on disk; every call makes a new one."""
+    if halves.family in BESIDE:
+        return more_model(halves.family, halves.config)
+    return make_model(halves.config, halves.task)
+
+
 def model_of(halves: Halves) -> nn.Module:
-    """The unsplit model; every call makes a new one."""
-    make = more_model if halves.family in BESIDE else None
-    model = make(halves.family, halves.config) if make else make_model(halves.config, halves.task)
-    blocks = list(model.get_submodule(halves.layout.blocks_path).children())
-    for block in blocks[: halves.split if halves.base == "int8" else 0]:
-        for linear in (m for m in block.modules() if type(m) is nn.Linear):
-            weight = linear.weight.data
-            weight.copy_(unpack(*pack(weight, "int8"), weight.shape[1]))
+    """The unsplit model, of whose weights each side keeps what its base does."""
+    model = plain_model(halves)
+    keep_as(model, halves.layout, halves.base, stop=halves.split)
+    keep_as(model, halves.layout, halves.server_base, halves.split)
     return model
+
+
+def compute_of(base: Base) -> Any:
+    """The dtype of products that a base needs."""
+    return base if base in ("bfloat16", "float16") else "float32"
 
 
 class Halves:
     """A device and a coordinator's engine over the same tiny model, without a network."""
 
     def __init__(
-        self, family: str, *, tail: bool, split: int = SPLIT, base: Base = "float32"
+        self,
+        family: str,
+        *,
+        tail: bool,
+        split: int = SPLIT,
+        base: Base = "float32",
+        server_base: Base = "float32",
     ) -> None:
-        self.family, self.base = family, base
+        self.family, self.base, self.server_base = family, base, server_base
         self.split, self.tail = split, tail
         self.config, self.task = config_of(family)
         self.layout: Layout = find_layout(self.config, self.task)
-        self.model = model_of(self)
+        self.model = plain_model(self)
         self.shapes = find_targets(self.config, self.task, self.layout, LORA)
         self.start = {n: _warm_pair(n, s) for n, s in self.shapes.items()}
         self.device = self._make_device()
@@ -108,13 +124,16 @@ class Halves:
             TRAINING,
             10,
             device="cpu",
+            compute=compute_of(self.base),
             base=self.base,
         )
         runtime.state.adapters.load_pairs({n: self.start[n] for n in plan.ranks})
         return runtime
 
     def _make_engine(self) -> LocalEngine:
-        slice_ = Slice(self.config, self.task, self.layout, torch.float32)
+        compute = compute_of(self.server_base)
+        dtype, kind = resolve_base(self.server_base, getattr(torch, compute))
+        slice_ = Slice(self.config, self.task, self.layout, dtype, quantized=kind)
         names = ["late", *(f"block.{i}" for i in range(self.split, self.layout.num_blocks))]
         if not self.tail:
             names += ["tail", *(["front"] if self.layout.tail_needs_front else [])]
@@ -122,7 +141,14 @@ class Halves:
             slice_.add(name, tensors)
         ranks = self._ranks(self.split, self.layout.num_blocks)
         engine = LocalEngine(
-            slice_, self.split, ranks, LORA, TRAINING, 10, trains_head=not self.tail
+            slice_,
+            self.split,
+            ranks,
+            LORA,
+            TRAINING,
+            10,
+            trains_head=not self.tail,
+            compute=compute,
         )
         engine.begin({n: self.start[n] for n in ranks})
         return engine
@@ -184,6 +210,9 @@ def whole_step(halves: Halves, micros: list[MicroBatch]) -> tuple[float, dict[st
     model = model_of(halves)
     model = peft.inject_adapter_in_model(config, model).train()
     parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name:  # as PEFT's own `get_peft_model` has them
+            parameter.data = parameter.data.float()
     head = set(halves.device.state.head()) | set(halves.engine.trained.head())
     trained: dict[str, torch.Tensor] = {n: parameters[n].requires_grad_(True) for n in head}
     with torch.no_grad():
@@ -197,7 +226,9 @@ def whole_step(halves: Halves, micros: list[MicroBatch]) -> tuple[float, dict[st
     for micro in micros:
         ids, lengths, labels = (torch.from_numpy(x) for x in micro[:3])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-        own = model(input_ids=ids, attention_mask=mask, labels=labels).loss * num_targets(micro)
+        with autocast(getattr(torch, compute_of(halves.server_base)), torch.device("cpu")):
+            mean = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        own = mean * num_targets(micro)
         (own / targets).backward()
         loss += float(own.detach())
     return loss / targets, {n: p.grad for n, p in trained.items() if p.grad is not None}
@@ -243,6 +274,24 @@ def test_blocks_that_get_more_than_a_hidden_state_train_as_peft_does(family: str
 def test_such_blocks_are_quantised_as_others_are(family: str) -> None:
     """A device's int8 weights and stored numbers train as the weights do that they stand for."""
     _assert_equal(Halves(family, tail=False, split=1, base="int8"), num_micro=1)
+
+
+@pytest.mark.parametrize("cut", range(1, BLOCKS))
+@pytest.mark.parametrize("base", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
+def test_a_quantised_coordinator_equals_peft_at_every_cut(
+    family: str, base: Base, cut: int
+) -> None:
+    """Its blocks train as PEFT's do on the weights that the codes stand for, wherever it is cut."""
+    _assert_equal(Halves(family, tail=cut % 2 == 0, split=cut, server_base=base), num_micro=2)
+
+
+@pytest.mark.parametrize("cut", range(1, BLOCKS))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sixteen_bits_on_both_sides_are_the_whole_model(family: str, cut: int) -> None:
+    """A model in bfloat16, cut anywhere, trains as transformers and PEFT train it uncut."""
+    halves = Halves(family, tail=False, split=cut, base="bfloat16", server_base="bfloat16")
+    _assert_equal(halves, num_micro=2)
 
 
 def _assert_equal(halves: Halves, num_micro: int) -> None:

@@ -17,6 +17,7 @@ from coordinator.gateway import port
 from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
+from coordinator.planning.objective import fitting_base
 from coordinator.results.run_folder import RunFolder
 from coordinator.tracking.trackers import check_trackers
 from edge_sdk.data.rows import load_data, load_rows
@@ -177,7 +178,7 @@ def of_the_run(config: ServeConfig, found: Forecast) -> Iterator[Finding]:
         yield _memory(f"{name}, {own.split} blocks", own.needs_bytes, own.budget_bytes)
     for name, why in found.refused.items():
         yield failure("memory", f"{name}: {why}", "give it fewer blocks, or leave it out")
-    yield _memory("coordinator", found.server_needs_bytes, found.server_budget_bytes)
+    yield _server_memory(config, found)
     for name, own in found.devices.items():
         yield ok("bytes", _bytes(config, name, own))
     yield _time(config, found)
@@ -191,6 +192,17 @@ def _memory(who: str, needs: float, budget: float) -> Finding:
     if needs > budget:
         return failure("memory", f"{text}: too much", "fewer blocks, smaller micro_batch, or ranks")
     return ok("memory", text)
+
+
+def _server_memory(config: ServeConfig, found: Forecast) -> Finding:
+    """Say what the coordinator needs, and what it would need in another base."""
+    needs, budget = found.server_needs_bytes, found.server_budget_bytes
+    own = _memory(f"coordinator, base: {config.base}", needs, budget)
+    others = {base: size for base, size in found.server_bases.items() if base != config.base}
+    said = ", ".join(f"{base} {size / MIB:,.0f}" for base, size in others.items())
+    own = replace(own, text=f"{own.text}; in {said}")
+    fitting = fitting_base(others, budget) if own.status == "failure" else None
+    return own if fitting is None else replace(own, cure=f"base={fitting[0]}")
 
 
 def _bytes(config: ServeConfig, name: str, own: DeviceForecast) -> str:

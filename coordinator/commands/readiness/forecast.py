@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from coordinator.planning.costs import codec_of, link_seconds
+from coordinator.planning.objective import bytes_by_base
 from coordinator.planning.plan_set import PlanSet
 from coordinator.planning.problem import PlanningProblem
 from edge_sdk.lora.targets import Shape
+from edge_sdk.model.precision import Base
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 
@@ -52,6 +54,8 @@ class Forecast:
     refused: dict[str, str]
     server_needs_bytes: float
     server_budget_bytes: float
+    server_bases: Mapping[Base, float]
+    """What the coordinator would need in each base, with the same plans."""
     run_s: float | None
     """Seconds of the whole run, evaluations left out; None where something is unknown."""
     unknown: tuple[str, ...]
@@ -77,6 +81,9 @@ def forecast(problem: PlanningProblem, found: PlanSet) -> Forecast:
         refused=dict(found.refused),
         server_needs_bytes=server.planned_bytes,
         server_budget_bytes=server.budget_bytes,
+        server_bases=bytes_by_base(
+            problem, {name: plan.split for name, plan in found.plans.items()}, found.server_ranks
+        ),
         run_s=None if found.wave_s is None or unknown else found.wave_s * waves * steps,
         unknown=tuple(unknown),
     )
