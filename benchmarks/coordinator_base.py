@@ -199,7 +199,10 @@ def _memory_text(floor: float, rows: list[list[str]]) -> str:
     )  # fmt: skip
     words = (
         f"MiB. A process that has imported what a coordinator does has {floor:.0f} MiB without a "
-        "file; peaks are above that, of pages without a file, the last column is all there is."
+        "file; peaks are above that, of pages without a file, the last column is all there is. The "
+        "wave is the estimate's. With one device no block of the coordinator has a residual of "
+        "others: with mixed cuts, 16-bit weights that take one in stand in memory of their own, up "
+        "to the size of the parts, where they are mapped here."
     )
     return f"{words}\n\n{table(heads, rows)}"
 

@@ -140,4 +140,4 @@ def test_a_stopped_run_goes_on_to_the_bit(cluster: Cluster, base: Base, tmp_path
 
 def scores(serving: Any) -> list[Any]:
     """What the coordinator's own file was evaluated to."""
-    return [row["eval_loss"] for row in serving.rows]
+    return [row["eval"]["loss"] for row in serving.rows]

@@ -91,7 +91,7 @@ def test_who_evaluates_needs_the_whole_model(folder: Path) -> None:
     said = refused(model_of(folder, 1.0, evaluation=prompts))
 
     assert "the whole model" in said
-    assert told(said, "base: float32 needs") > own + 3 * MIB
+    assert told(said, "base: float32 needs") >= own + 3 * MIB  # told in whole MiB
 
 
 def test_weights_that_do_not_multiply_are_refused_first(folder: Path) -> None:
