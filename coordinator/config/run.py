@@ -200,6 +200,10 @@ class ServeConfig:
     """Most ranks of each round's update that are kept; None loses nothing."""
     min_devices: int = 1
     """Devices that a round needs; the run waits for them."""
+    devices_per_round: int | None = None
+    """Devices that are drawn for each round from those that are ready, by `training.seed`, likelier
+    the more often a device was there and finished its rounds; the others wait. Where fewer than
+    `min_devices` are drawn, so many are enough to go on. None: all; see docs/method.md."""
     patience_s: float = 120.0
     """Seconds that a device which is silent, or makes no progress, may hold up a round before it
     goes on without it; more for a device whose own steps, or those of the others, take long."""
@@ -270,6 +274,8 @@ class ServeConfig:
             raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
+        if self.devices_per_round is not None and self.devices_per_round < 1:
+            raise ValueError(f"devices_per_round must be at least 1, got {self.devices_per_round}")
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
         if self.save_every_s is not None and self.save_every_s < 0:
@@ -344,6 +350,11 @@ class ServeConfig:
             raise ValueError(
                 "exchange: with round_mode: 'buffered' factors and changes travel whole; use "
                 "downlink: full and codec: float32"
+            )
+        if self.devices_per_round is not None:
+            raise ValueError(
+                "devices_per_round: with round_mode: 'buffered' no round begins for which devices "
+                "could be drawn; buffered.size says after how many updates to merge"
             )
         if self.round_deadline_s is not None:
             raise ValueError("round_deadline_s: with round_mode: 'buffered' no round has an end")

@@ -151,9 +151,10 @@ def _event_row(event: RunEvent) -> Mapping[str, Any] | None:
         case CheckpointDamaged(checkpoint, reason, aside):
             row = {"checkpoint": checkpoint, "reason": reason, "aside": aside}
             return {"event": "checkpoint.damaged", **row}
-        case RoundStarted(round_, attempt, devices):
-            names = list(devices)
-            return {"event": "round.started", "round": round_, "attempt": attempt, "devices": names}
+        case RoundStarted(round_, attempt, devices, waiting=waiting):
+            began = {"event": "round.started", "round": round_, "attempt": attempt}
+            drawn = {"drawn_from": len(devices) + len(waiting)} if waiting else {}
+            return {**began, "devices": list(devices), **drawn}
         case ToursMerged(version, updates, standing, dropped):
             on_tour = {n: {"version": v, "staleness": age} for n, (v, age) in standing.items()}
             merged: dict[str, Any] = {"event": "tours.merged", "version": version}

@@ -43,6 +43,7 @@ from edge_sdk.protocol.messages import (
     PlanAssigned,
     Ready,
     Refused,
+    RoundSkipped,
     RoundStart,
     RunOver,
     Stamp,
@@ -241,6 +242,7 @@ class Admission:
             is_local=plan.split == self._model.facts.layout.num_blocks,
             looks_ahead=ready.looks_ahead,
             marks=ready.marks,
+            skips=ready.skips,
         )
 
     def holds(self, device: str, step: int) -> None:
@@ -347,6 +349,11 @@ class Admission:
         """
         with self.part_of(device), suppress(PeerGone):
             self._deliver(device, message, tensors)
+
+    def skip_round(self, device: str) -> None:
+        """Tell a device that the round goes on without it, if its version knows of such."""
+        if self._run.state.ready[device].skips:
+            self.send(device, RoundSkipped(stamp=self._run.stamp(device)))
 
     def _deliver(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS

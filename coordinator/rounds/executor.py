@@ -336,7 +336,8 @@ class RoundExecutor:
     def _start_round(self) -> None:
         state = self._run.state
         step = state.step  # a round that needs no waves is at its end at once
-        self._run.start_round()
+        for name in self._run.start_round():
+            self._admission.skip_round(name)
         for name in list(state.members):
             self._send_round(name, step, state.end_step)
 

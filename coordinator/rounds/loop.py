@@ -48,6 +48,7 @@ from coordinator.rounds.executor import RoundExecutor, Tellers
 from coordinator.rounds.global_model import GlobalModel
 from coordinator.rounds.handlers import MessageHandler
 from coordinator.rounds.intake.parts import Parts
+from coordinator.rounds.members.selection import Selection
 from coordinator.rounds.plans.changes import PlanChanges
 from coordinator.rounds.plans.desk import PlanningDesk
 from coordinator.rounds.progress import Waits
@@ -106,9 +107,11 @@ def _synchronous(
         labels_on_device=config.labels == "device",
         wave_tokens=config.most_wave_tokens,
         least_devices=least_devices,
+        per_round=config.devices_per_round,
     )
     starts = RoundStartBuilder(learned.ledger, model.facts)
-    return Run(run_id, state, starts, reporting, *kept)
+    selection = Selection(config.devices_per_round, config.training.seed)
+    return Run(run_id, state, starts, reporting, *kept, selection)
 
 
 def _buffered(

@@ -325,7 +325,7 @@ class Waits:
             return
         owed = self._owed(state)
         late = owed.keys() & self._clock.late()
-        if not late or len(state.members) - len(late) < state.min_devices:
+        if not late or len(state.members) - len(late) < state.least_members:
             return
         self._run.watcher.see(DevicesCutOff(state.round, sorted(late), self._deadline_s))
         self._run.cut_off.add(late)

@@ -28,6 +28,7 @@ from coordinator.results.events.rounds import (
 from coordinator.results.metrics import Reporting
 from coordinator.rounds.intake.evaluations import Evaluations
 from coordinator.rounds.intake.savers import Savers
+from coordinator.rounds.members.selection import Selection
 from coordinator.rounds.state import (
     Conduct,
     Member,
@@ -102,8 +103,10 @@ class Run:
         reporting: Reporting,
         residuals: Residuals,
         replays: Replays | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.id, self.state = run_id, state
+        self.selection = selection or Selection(None, 0)
         self.residuals, self.replays = residuals, replays or Replays()
         self.reporting, self.watcher = reporting, reporting.watcher
         self.must_rewind = False
@@ -267,19 +270,22 @@ class Run:
     def total_rounds(self, rounds: int) -> None:
         self.state.total_rounds = rounds
 
-    def start_round(self) -> None:
-        """Begin a round with all that are ready."""
-        resting = self.conduct.resting(self.state.ready, self.state.round)
-        self.state.start_round(resting)
-        for device in sorted(resting - self.state.members.keys()):
+    def start_round(self) -> list[str]:
+        """Begin a round with all that are ready, or those that are drawn; return who is not."""
+        state = self.state
+        resting = self.conduct.resting(state.ready, state.round)
+        fit = state.fit(resting)
+        state.start_round(self.selection.draw(state.round, state.ready, fit))
+        for device in sorted(resting - set(fit)):
             self.watcher.see(DeviceStatus(device, RESTS, is_delay=True))
         self.inputs = PendingInputs()
         self.residuals.begin_round(self.state.round)
         self.cut_off.begin_round()
         self.reporting.begin_round()
-        state, boards = self.state, self.reporting.boards()
-        started = RoundStarted(state.round, state.attempt, sorted(state.members), boards)
+        boards, waiting = self.reporting.boards(), sorted(set(fit) - state.members.keys())
+        started = RoundStarted(state.round, state.attempt, sorted(state.members), boards, waiting)
         self.watcher.see(started)
+        return waiting
 
     def round_start(
         self, stamp: Stamp, end_step: int, plan: Plan, held: Iterable[int], *, evaluate: bool
@@ -315,6 +321,7 @@ class Run:
         self.faults.num_rewinds = 0
         for device in members:
             self.conduct.accepted(device)
+        self.selection.ended(members)
         members -= self.state.kept
         self._round_start.round_ended(result, members)
         self.reporting.telemetry(self.state.round, self.cut_off.take_late())
@@ -335,13 +342,19 @@ class Run:
             "round": self.state.round,
             "step": self.state.step,
             "attempt": self.state.attempt,
-            "devices": sorted(set(self.state.members) | self._round_start.current),
+            "devices": sorted(self._awaited()),
+            "selection": self.selection.facts(),
             "begins": self.state.begins,
             "unevaluated": sorted(self.state.awaiting_eval),
             "row": self.reporting.pending,
             "progress": self.reporting.progress(),
             "costs": self.reporting.costs(),
         }
+
+    def _awaited(self) -> set[str]:
+        """Return for whom a round of a run that is resumed waits: all of whom it was drawn."""
+        drawn = self.state.ready.keys() if self.state.per_round is not None else ()
+        return {*self.state.members, *self._round_start.current, *drawn}
 
     def saved(self) -> None:
         """Note a checkpoint of this step, to which a rewind goes back from now on."""
@@ -351,6 +364,7 @@ class Run:
         """Go back to where `facts` found the run; in a new process, wait for its devices."""
         self.state.restore(facts["round"], facts["step"], facts["attempt"], facts["begins"])
         self._round_start.forget()
+        self.selection.load_facts(facts.get("selection", {}))
         self.reporting.load_progress(facts["progress"])
         self.inputs, self.evaluations = PendingInputs(), Evaluations()
         self.must_rewind = self.holding.is_held = False

@@ -60,6 +60,8 @@ class Member:
     """Whether it takes a final hidden state before the gradient of the micro-batch before."""
     marks: bool = False
     """Whether it can save itself in mid-round and go on."""
+    skips: bool = False
+    """Whether it can be told that a round goes on without it."""
 
 
 @dataclass
@@ -74,6 +76,8 @@ class RunState:
     """Most tokens of a wave that is made of what is there; None: waves are gathered."""
     least_devices: int | None = None
     """Devices that a round needs once a step of the run is done; None: as many as before."""
+    per_round: int | None = None
+    """Most devices of a round; None: all that are ready."""
     phase: Phase = Phase.GATHERING
     round: int = 0
     step: int = 0
@@ -113,6 +117,11 @@ class RunState:
         return (self.round + 1) * self.steps_per_round
 
     @property
+    def least_members(self) -> int:
+        """Members without which a round is given up."""
+        return min(self.min_devices, self.per_round or self.min_devices)
+
+    @property
     def is_in_round(self) -> bool:
         """Whether members are on their way through a round."""
         return self.phase in _IN_ROUND
@@ -147,7 +156,7 @@ class RunState:
             self.evaluating.discard(name)
             return False
         was_member = drop_member(self, name)
-        if was_member and len(self.members) < self.min_devices and self.is_in_round:
+        if was_member and len(self.members) < self.least_members and self.is_in_round:
             self._rewind()
             return True
         return False
@@ -183,11 +192,15 @@ class RunState:
         self._begin_wave(0)
         self.members, self.uploaded, self.evaluating, self.kept = {}, set(), set(), set()
 
-    def start_round(self, resting: Container[str] = ()) -> None:
-        """Let all that are ready train together; but *resting* ones, if that leaves enough."""
+    def fit(self, resting: Container[str]) -> list[str]:
+        """Return who may be in the next round: all but *resting* ones, if that leaves enough."""
+        fit = [name for name in sorted(self.ready) if name not in resting]
+        return fit if len(fit) >= self.least_members else sorted(self.ready)
+
+    def start_round(self, names: Iterable[str] | None = None) -> None:
+        """Let ready devices of these *names* train together; None: all of them."""
         self._expect(Phase.GATHERING)
-        fit = {name: m for name, m in sorted(self.ready.items()) if name not in resting}
-        self.members = fit if len(fit) >= self.min_devices else dict(sorted(self.ready.items()))
+        self.members = {n: self.ready[n] for n in sorted(self.ready if names is None else names)}
         self.uploaded, self.evaluating = set(), set()
         self.attempt += 1
         self._begin_wave(0)
@@ -324,7 +337,7 @@ def drop_kept(state: RunState) -> bool:
     for name in sorted(state.kept - state.uploaded):
         state.kept.discard(name)
         drop_member(state, name)
-    if len(state.members) >= state.min_devices or not state.is_in_round:
+    if len(state.members) >= state.least_members or not state.is_in_round:
         return False
     state._rewind()
     return True
@@ -400,7 +413,7 @@ def may_leave(state: RunState, device: str, leavers: Container[str]) -> bool:
     if device not in state.members or state.members[device].is_local:
         return True
     left = [name for name in state.members if name not in leavers]
-    is_spare = len(left) >= state.min_devices or state.step <= state.safe_step
+    is_spare = len(left) >= state.least_members or state.step <= state.safe_step
     has_local = any(member.is_local for member in state.members.values())
     return state.phase is Phase.TRAINING and (is_spare or has_local)
 

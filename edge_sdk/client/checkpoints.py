@@ -134,12 +134,17 @@ class LocalState:
                         old.unlink(missing_ok=True)
 
     def moments(self, step: int) -> dict[str, np.ndarray]:
-        """Return the optimizer moments at *step*, or the newest there are; empty without any."""
-        if self._end_path(step).is_file():
-            found = self._try_read(self._end_path(step), step)
-            if found is not None:
-                return found
-        for held, path in reversed(self._all()):
+        """Return the optimizer moments as they were left by *step*; empty without any.
+
+        That is at the end of the last round that the device was in, or at the start of one that it
+        has not come to the end of.
+        """
+        left = [(held, 1, path) for held, path in self._all()]
+        for path in self.folder.glob("end-*.safetensors"):
+            end = path.stem.split("-")[1]
+            if end.isdecimal() and int(end) <= step:
+                left.append((int(end), 2 if int(end) == step else 0, path))
+        for held, _, path in sorted(left, reverse=True):
             found = self._try_read(path, held)
             if found is not None:
                 return found

@@ -50,6 +50,7 @@ from edge_sdk.protocol.messages import (
     PlanAssigned,
     Profiled,
     Ready,
+    RoundSkipped,
     RoundStart,
     Stamp,
     StepReport,
@@ -224,6 +225,7 @@ class Participant:
                 cut=tally.count("cut"),
                 looks_ahead=True,
                 marks=True,
+                skips=True,
             )
         )
 
@@ -292,6 +294,7 @@ class Participant:
         handlers: dict[type, Callable[[Envelope], None]] = {
             PlanAssigned: self._adopt,
             RoundStart: self._run_round,
+            RoundSkipped: self._skip_round,
             Pause: self._pause,
         }
         envelope = self._inbox.wait_for()
@@ -320,6 +323,12 @@ class Participant:
             self._evaluate()
         if not is_over:
             self._train_round(start)
+
+    def _skip_round(self, envelope: Envelope) -> None:
+        """Wait: the others train this round; what they learn comes with the next start."""
+        self._unsaved = None
+        self._leaving.leave_round()
+        self._callback.on_status(f"not in round {envelope.message.stamp.round + 1}; waiting")
 
     def _pause(self, _envelope: Envelope) -> None:
         self._save()

@@ -18,6 +18,7 @@ from edge_sdk.protocol.messages import (
     Probe,
     Refused,
     Resend,
+    RoundSkipped,
     RoundStart,
     RunOver,
     TopHidden,
@@ -46,7 +47,7 @@ class MessageAction(Enum):
     END = "the end of the session or the run"
 
 
-ORDERS = (PlanAssigned, RoundStart, Pause)
+ORDERS = (PlanAssigned, RoundStart, RoundSkipped, Pause)
 _ALWAYS = {
     **dict.fromkeys((Refused, RunOver, Failure), MessageAction.END),
     **dict.fromkeys((Gradient, TopHidden, Resend, EvalResult), MessageAction.SKIP),
@@ -55,7 +56,7 @@ _ALWAYS = {
     Welcome: MessageAction.SKIP,
 }
 # For a device that was ready before: its next Ready brings it back into the rounds.
-_LATE = dict.fromkeys((RoundStart, Pause), MessageAction.SKIP)
+_LATE = dict.fromkeys((RoundStart, RoundSkipped, Pause), MessageAction.SKIP)
 ACTIONS: dict[State, dict[type, MessageAction]] = {
     State.GREETING: {
         **_ALWAYS,

@@ -133,6 +133,8 @@ class Ready:
     """Whether the device takes a `TopHidden` before the `Gradient` of the micro-batch before."""
     marks: bool = False
     """Whether the device takes a Pause that `goes_on`."""
+    skips: bool = False
+    """Whether the device takes a `RoundSkipped`."""
 
 
 @carries(
@@ -150,13 +152,7 @@ class Ready:
         dtype="int32",
         is_required=False,
     ),
-    Tensor(
-        "ids",
-        "B T",
-        "Token ids, where `Welcome` asks for them.",
-        dtype="int32",
-        is_required=False,
-    ),
+    Tensor("ids", "B T", "Where `Welcome` asks for them.", dtype="int32", is_required=False),
     Tensor(
         "rest",
         "W T D",
@@ -387,12 +383,7 @@ class RoundStart:
 
 
 @carries(
-    Tensor(
-        "grad",
-        "B T D",
-        "None for a device whose ranks are all 0: its blocks are frozen.",
-        is_required=False,
-    )
+    Tensor("grad", "B T D", "None where all its ranks are 0: its blocks rest.", is_required=False)
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
@@ -456,6 +447,13 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSkipped:
+    """The round of `stamp` goes on without this device, which waits. Coordinator -> device."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunOver:
     """The run has ended; nothing more will come. Coordinator -> device."""
 
@@ -489,6 +487,7 @@ FromCoordinator = (
     | Resend
     | EvalResult
     | Pause
+    | RoundSkipped
     | RunOver
     | Probe
     | Failure

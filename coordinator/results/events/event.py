@@ -6,8 +6,12 @@ file of its kind here; where a person should read of it, `text` is the line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
+
+# Devices that are named in a line.
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,12 @@ class RoundEvent(RunEvent):
 def nth(round_: int) -> int:
     """Return the number of a round as people count, who begin with 1."""
     return round_ + 1
+
+
+def some_names(names: Sequence[str], most: int = MOST_NAMED) -> str:
+    """Return *names* for a line that a person reads: of many the first, and how many more."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class Watcher(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.results.events.event import RoundEvent, RunEvent
+from coordinator.results.events.event import RoundEvent, RunEvent, some_names
 from edge_sdk.protocol.messages import StepReport
 
 
@@ -18,6 +18,17 @@ class RoundStarted(RoundEvent):
     devices: Sequence[str]
     boards: Mapping[str, Mapping[str, Any]]
     """What each board said of itself with its last sign of life, by device."""
+    waiting: Sequence[str] = ()
+    """Devices that are ready too, and were not drawn."""
+
+    @property
+    def text(self) -> str:
+        """Who was drawn, where not all are in."""
+        if not self.waiting:
+            return ""
+        count = len(self.devices)
+        drawn = f"round {self.nth}: {count} of {count + len(self.waiting)} devices"
+        return f"{drawn}: {some_names(self.devices)}"
 
 
 @dataclass(frozen=True, slots=True)

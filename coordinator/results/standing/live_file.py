@@ -88,7 +88,9 @@ class LiveFile:
                 return
             case RunFinished():
                 self._facts["phase"] = FINISHING
-            case RoundStarted(round_, boards=boards):
+            case RoundStarted(round_, boards=boards, waiting=waiting):
+                for device in waiting:
+                    self._waits(device, f"waits: not in round {event.nth}")
                 self._facts |= {"round": round_, "round_since": time.strftime(CLOCK)}
                 self._steps.ends.clear()
                 self._take_boards(boards)
@@ -105,14 +107,17 @@ class LiveFile:
                 if now_s < max(self._free_s, self._written_s + EVERY_S):
                     return
             case DeviceEvent():
-                about = {"doing": event.doing, "since": time.strftime(CLOCK)}
-                self._of(event.device).update(about)
-                self._tokens.pop(event.device, None)
-                self._links.pop(event.device, None)
+                self._waits(event.device, event.doing)
                 self._is_behind = True
                 if now_s < self._free_s:
                     return
         self._write(now_s)
+
+    def _waits(self, device: str, doing: str) -> None:
+        """Note that a device does something else than to train."""
+        self._of(device).update({"doing": doing, "since": time.strftime(CLOCK)})
+        self._tokens.pop(device, None)
+        self._links.pop(device, None)
 
     def turn(self) -> None:
         """Let the file's time show that the event loop turns; for `coordinator health`."""

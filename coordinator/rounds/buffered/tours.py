@@ -113,7 +113,7 @@ class BufferedState(RunState):
         if self.phase is Phase.CLOSING:
             super().wait_for(names, unevaluated)
 
-    def start_round(self, resting: Any = ()) -> None:
+    def start_round(self, names: Any = None) -> None:
         """Begin, with whoever is ready; from now on nobody is waited for."""
         self._expect(Phase.GATHERING)
         self.phase = Phase.TRAINING

@@ -1,0 +1,3 @@
+"""Who of those that are ready is in a round."""
+
+__all__ = ["selection"]
