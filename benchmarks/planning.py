@@ -53,6 +53,10 @@ LINKS = ("wifi-good", "wifi-poor", "lan-1g")
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "armsc + rngwp": ({"split": "armsc", "ranks": "rngwp"}, {}),
     "armsc + rngwp, codec auto": ({"split": "armsc", "ranks": "rngwp"}, {"codec": "auto"}),
+    "armsc + rngwp, 6 ranks": (
+        {"split": "armsc", "ranks": "rngwp", "rank_set": (2, 4, 8, 16, 32, 64)},
+        {},
+    ),
     "armsc + uniform": ({"split": "armsc", "ranks": "uniform"}, {}),
     "memory + rngwp": ({"split": "memory", "ranks": "rngwp"}, {}),
 }
@@ -116,7 +120,7 @@ def make_problem(case: str, num_devices: int) -> PlanningProblem:
         config=ServeConfig(
             model="m",
             rounds=9,
-            planning=PlanningConfig(rank_set=(2, 4, 8, 16, 32, 64), **planning),
+            planning=PlanningConfig(**planning),
             default=DeviceSettings(**{**settings, **device}),
         ),
         facts=facts,

@@ -486,7 +486,7 @@ def server_side(problem: PlanningProblem) -> Server:
         server_base_bytes(problem, first, first_ranks(problem, SERVER, first, last))
         for first in range(last + 1)
     ]
-    return Server(problem.limit_bytes(SERVER), base)
+    return Server(problem.limit_bytes(SERVER), base, problem.config.devices_per_round)
 
 
 def adapter_budget(problem: PlanningProblem, device: str, split: int) -> float:

@@ -227,14 +227,15 @@ def _made_equal(
 def _server_loads(problem: PlanningProblem, splits: Splits) -> dict[str, Load]:
     """Return what passes through each of the coordinator's weights."""
     found: dict[str, Load] = {}
-    tokens_at = [0] * (problem.num_blocks + 1)
+    at: dict[int, list[int]] = {}
     for device, option in splits.chosen.items():
-        tokens_at[option.split] += problem.tokens(device)
-    first = _first(problem, splits)
-    tokens = sum(tokens_at[:first])
+        at.setdefault(option.split, []).append(problem.tokens(device))
+    first, most = _first(problem, splits), problem.config.devices_per_round
+    rows = [tokens for split, own in at.items() if split < first for tokens in own]
     for block in range(first, problem.num_blocks):
-        tokens += tokens_at[block]
-        load = Load(tokens, problem.config.open_micros, *server_widths(problem))
+        # The most that come in one round, where not all devices are in it.
+        rows = sorted(rows + at.get(block, []), reverse=True)[:most]
+        load = Load(sum(rows), problem.config.open_micros, *server_widths(problem))
         found |= dict.fromkeys(problem.weights(block, block + 1), load)
     return found
 

@@ -20,6 +20,7 @@ from coordinator.planning.costs import (
 )
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import worth
+from coordinator.planning.splits import Server
 from edge_sdk.model.precision import Base
 from edge_sdk.protocol.plan import Plan
 
@@ -44,14 +45,19 @@ def server_wave_seconds(
     """Return the coordinator's seconds of a wave at *splits*; None where its speed is unknown."""
     times = _by_rows(problem, splits, ranks, server_seconds)
     known = [seconds for seconds in times if seconds is not None]
-    return math.fsum(known) if len(known) == len(times) else None
+    return _together(problem).seconds_of(known) if len(known) == len(times) else None
 
 
 def server_bytes(problem: PlanningProblem, splits: Mapping[str, int], ranks: Ranks) -> float:
     """Return the coordinator's peak bytes with devices at *splits* and adapters at *ranks*."""
     first = min(splits.values(), default=problem.num_blocks)
     rows = _by_rows(problem, splits, ranks, server_rows_bytes)
-    return server_base_bytes(problem, first, ranks) + math.fsum(rows)
+    return server_base_bytes(problem, first, ranks) + _together(problem).bytes_of(rows)
+
+
+def _together(problem: PlanningProblem) -> Server:
+    """Return a coordinator that has as many devices at once as a round."""
+    return Server(math.inf, (), problem.config.devices_per_round)
 
 
 def _by_rows(

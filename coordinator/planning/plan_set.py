@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from coordinator.planning.splits import MIB, Binding, Option
 from edge_sdk.protocol.plan import Plan
 
-# Devices that are named in a line.
-MOST_NAMED = 5
+# Devices that are named in a line, and different plans that have a line each.
+MOST_NAMED, MOST_PLANS_TOLD = 5, 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,12 @@ class PlanSet:
                 words = f"{_blocks(plan.split)}, {_ranks(plan.ranks.values())}{why}"
                 alike.setdefault(words, []).append(name)
         found = [f"{_names(names)}: {words}" for words, names in alike.items()]
-        found += [f"{name}: refused: {reason}" for name, reason in self.refused.items()]
+        if len(found) > MOST_PLANS_TOLD:
+            found = [self._in_short([name for names in alike.values() for name in names])]
+        refused = [f"{name}: refused: {reason}" for name, reason in self.refused.items()]
+        if (more := len(refused) - MOST_NAMED) > 0:
+            refused[MOST_NAMED:] = [f"{more:,} more are refused"]
+        found += refused
         server = self.explanation.server
         if self.server_ranks:
             words = f"blocks {server.first + 1} and on, {_ranks(self.server_ranks.values())}"
@@ -91,6 +96,15 @@ class PlanSet:
                 f"coordinator: {words}{_memory(server.planned_bytes, server.budget_bytes)}"
             )
         return found
+
+    def _in_short(self, names: Sequence[str]) -> str:
+        """Return what *names* are to run, as far as a line can say it of many."""
+        own = [self.plans[name] for name in names]
+        splits = [plan.split for plan in own]
+        ranks = _ranks([rank for plan in own for rank in plan.ranks.values()])
+        blocks = f"the first {min(splits)} to {max(splits)} blocks"
+        where = "`coordinator status RUN --all` lists them"
+        return f"{len(names):,} devices: {blocks}, {ranks}; {where}"
 
 
 def _blocks(split: int) -> str:

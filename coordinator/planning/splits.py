@@ -2,14 +2,16 @@
 
 Water-filling. In a wave of T seconds a device takes the deepest split that fits its memory and
 keeps its own compute and link time within T; what it leaves is the coordinator's, whose time is the
-sum over the devices. The plan is the smallest T at which both sides keep it. Deeper splits never
-cost the coordinator more, so that no choice of splits has a smaller T.
+sum over the devices, or the share of it that is in a round. The plan is the smallest T at which
+both sides keep it. Deeper splits never cost the coordinator more, so that no choice of splits has a
+smaller T.
 
 Pure: tables in, a choice out. It knows no model, no profile and no estimate.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +49,19 @@ class Server:
     base_bytes: Sequence[float]
     """Bytes before any device's rows come, by the first block that it holds, 0 .. L; never more
     where it holds less."""
+    most_devices: int | None = None
+    """Devices of a round, where not all are in each."""
+
+    def bytes_of(self, rows: Sequence[float]) -> float:
+        """Return the most that rows of the devices of a round take together."""
+        if self.most_devices is None or self.most_devices >= len(rows):
+            return math.fsum(rows)
+        return math.fsum(heapq.nlargest(self.most_devices, rows))
+
+    def seconds_of(self, rows: Sequence[float]) -> float:
+        """Return what rows of the devices of a round take it one after the other, in the mean."""
+        share = min(1.0, (self.most_devices or len(rows)) / max(1, len(rows)))
+        return share * math.fsum(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +133,7 @@ def choose_splits(
     able = [t for t in near if server_bytes(server, _at(table, t)) <= server.budget_bytes]
     if not able:
         raise _server_too_small(server, _at(table, times[-1]))
-    best_s = min(able, key=lambda t: max(t, _server_s(_at(table, t))))
+    best_s = min(able, key=lambda t: max(t, _server_s(server, _at(table, t))))
     return _splits(options, budgets, server, pins or {}, _at(table, best_s))
 
 
@@ -158,7 +173,7 @@ def server_bytes(server: Server, chosen: Mapping[str, Option]) -> float:
     """Return the coordinator's bytes: blocks from the shallowest split on, everybody's rows."""
     num_blocks = len(server.base_bytes) - 1
     first = min((option.split for option in chosen.values()), default=num_blocks)
-    return server.base_bytes[first] + math.fsum(o.server_bytes for o in chosen.values())
+    return server.base_bytes[first] + server.bytes_of([o.server_bytes for o in chosen.values()])
 
 
 def _fitting(
@@ -184,12 +199,12 @@ def _at(table: Mapping[str, Sequence[Option]], time_s: float) -> dict[str, Optio
 def _holds(table: Mapping[str, Sequence[Option]], server: Server, time_s: float) -> bool:
     chosen = _at(table, time_s)
     has_room = server_bytes(server, chosen) <= server.budget_bytes
-    return has_room and _server_s(chosen) <= time_s
+    return has_room and _server_s(server, chosen) <= time_s
 
 
-def _server_s(chosen: Mapping[str, Option]) -> float:
+def _server_s(server: Server, chosen: Mapping[str, Option]) -> float:
     # fsum: the same sum whatever the order of the devices, and never less for longer times
-    return math.fsum(option.server_s for option in chosen.values())
+    return server.seconds_of([option.server_s for option in chosen.values()])
 
 
 def _splits(
@@ -199,7 +214,7 @@ def _splits(
     pins: Mapping[str, int],
     chosen: dict[str, Option],
 ) -> Splits:
-    server_s = _server_s(chosen)
+    server_s = _server_s(server, chosen)
     return Splits(
         chosen,
         max([server_s, *map(_seconds, chosen.values())]),

@@ -7,11 +7,13 @@ from typing import Any
 
 from coordinator.report.parts import Chart, Grid, Section, by_device, chart_of
 from coordinator.report.run_sums import RunSums
-from coordinator.results.events.event import nth
+from coordinator.results.events.event import nth, some_names
 from coordinator.results.history import Row
 
 # Rows of a table; a long run has more of both than anybody reads.
 MOST_PLANS, MOST_TROUBLES = 60, 120
+# Devices and reasons of one plan that are told.
+MOST_CHANGES = 12
 # What a person looks for when a run went wrong, and how it is said.
 TROUBLES = {
     "device.left": "left",
@@ -40,11 +42,12 @@ def decided(facts: RunSums) -> Section:
     rows = []
     before: Mapping[str, Row] = {}
     for row in plans:
-        changes = [
-            _change(name, before.get(name), plan) for name, plan in sorted(row["plans"].items())
-        ]
-        said = "; ".join(filter(None, changes)) or "as before"
-        rows.append([str(nth(row["round"])), "; ".join(row.get("reasons", [])), said])
+        plans_now = sorted(row["plans"].items())
+        changes = list(filter(None, (_change(n, before.get(n), plan) for n, plan in plans_now)))
+        if (more := len(changes) - MOST_CHANGES) > 0:
+            changes[MOST_CHANGES:] = [f"and {more:,} more devices"]
+        said = "; ".join(changes) or "as before"
+        rows.append([str(nth(row["round"])), _reasons(row), said])
         before = row["plans"]
     notes = []
     if len(rows) > MOST_PLANS:
@@ -52,6 +55,13 @@ def decided(facts: RunSums) -> Section:
         rows = [*rows[: MOST_PLANS // 2], *rows[-MOST_PLANS // 2 :]]
     grid = Grid(("from round", "why", "blocks and ranks that changed"), rows, num_texts=3)
     return Section("Plans", notes=notes, charts=_drawn(facts, plans), grids=[grid])
+
+
+def _reasons(row: Row) -> str:
+    reasons = list(row.get("reasons", []))
+    if (more := len(reasons) - MOST_CHANGES) > 0:
+        reasons[MOST_CHANGES:] = [f"and {more:,} more reasons"]
+    return "; ".join(reasons)
 
 
 def _change(device: str, before: Row | None, plan: Row) -> str:
@@ -116,7 +126,7 @@ def _is_first_wait(row: Row) -> bool:
 def _who(row: Row) -> str:
     if "device" in row:
         return str(row["device"])
-    return ", ".join(map(str, row.get("devices", []))) or str(row.get("tracker", "the run"))
+    return some_names(list(map(str, row.get("devices", [])))) or str(row.get("tracker", "the run"))
 
 
 def _why(row: Row) -> str:
@@ -124,7 +134,8 @@ def _why(row: Row) -> str:
         case "waiting":
             return f"{row['what']}, {row['seconds']:.0f} s so far"
         case "devices.missing":
-            return "; ".join(f"{name} {why}" for name, why in sorted(row["why"].items()))
+            why = [f"{name} {why}" for name, why in sorted(row["why"].items())]
+            return "; ".join(why[:MOST_CHANGES])
         case "round.deadline":
             return f"{row['deadline_s']:g} s, round {nth(row['round'])}"
         case "step.skipped":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,15 @@ from rich.table import Column, Table
 from coordinator.config.scoring import said
 from coordinator.results.events.devices import DeviceEvent
 from coordinator.results.events.event import RunEvent
-from coordinator.results.events.rounds import RoundDone, StepDone
+from coordinator.results.events.rounds import RoundDone, RoundStarted, StepDone
 from coordinator.results.history import RunHistory, scores
 from edge_sdk.errors import printable
 
+# Devices that have a bar and lines of their own; of a larger fleet it is said now and then, in
+# seconds, how many do what.
+MOST_DEVICES, FLEET_EVERY_S = 40, 10.0
+# Scores in the line of a round.
+MOST_SCORES = 12
 # Steps over which a rate is taken: what the device does now, not what it did an hour ago.
 RATE_STEPS = 20
 # Widths of the columns that every bar has, and of those that follow where there is room for them.
@@ -42,6 +47,7 @@ class _Device:
     """When its last steps ended, in seconds, and their tokens."""
     up: int = 0
     down: int = 0
+    doing: str = ""
 
 
 class Console:
@@ -52,6 +58,7 @@ class Console:
         self._total_steps = total_steps
         self._devices: dict[str, _Device] = {}
         self._bars: Progress | None = None
+        self._fleet_told_s = float("-inf")
         if sys.stderr.isatty():  # FORCE_COLOR, which rich asks as well, is set where logs are kept
             columns = _columns(self._out.width, total_steps)
             self._bars = Progress(*columns, console=self._out, refresh_per_second=4)
@@ -79,12 +86,19 @@ class Console:
         elif isinstance(event, RoundDone):
             self._row(event.row)
         elif event.text:
+            if isinstance(event, RoundStarted):
+                for device in event.waiting:
+                    self._of(device).doing = "waiting for another round"
             self.note(event.text)
 
     def _device(self, event: DeviceEvent) -> None:
         """Say what a device is doing."""
         mine = self._of(event.device)
         mine.ends.clear()
+        mine.doing = event.doing
+        if self._is_fleet:
+            self._tell_fleet()
+            return
         self.note(event.text)
         words = event.doing if len(event.doing) <= LOSS_WIDTH else event.doing.split()[0]
         self._show(mine, loss=printable(words.rstrip(":,"))[:LOSS_WIDTH])
@@ -93,6 +107,7 @@ class Console:
         """Move the device's bar on."""
         device, report = event.device, event.report
         mine, done = self._of(device), report.stamp.step + 1
+        mine.doing = "training"
         if event.traffic is not None:
             mine.up, mine.down = event.traffic
             up, down = map(_mb, event.traffic)
@@ -100,13 +115,32 @@ class Console:
         mine.ends.append((time.monotonic(), report.num_tokens))
         rate = f"{_rate(mine.ends):5.0f} tok/s"
         loss, memory = f"loss {report.loss:6.3f}", f"{report.peak_bytes / 2**20:5.0f} MiB"
-        if self._bars is None:
-            if done == event.end_step:
+        if self._is_fleet:
+            self._tell_fleet()
+        if self._bars is None or mine.task is None:
+            if done == event.end_step and not self._is_fleet:
                 traffic = f"up {_mb(mine.up)}  down {_mb(mine.down)} MB"
                 where = f"step {done}/{self._total_steps}"
                 self.note(f"{device}: {where}  {loss}  {rate}  {traffic}  program {memory}")
             return
         self._show(mine, completed=done, loss=loss, rate=rate, memory=f"program {memory}")
+
+    @property
+    def _is_fleet(self) -> bool:
+        """Whether there are more devices than anybody reads lines about."""
+        return len(self._devices) > MOST_DEVICES
+
+    def _tell_fleet(self) -> None:
+        """Say how many devices do what, every FLEET_EVERY_S seconds."""
+        now_s = time.monotonic()
+        if now_s < self._fleet_told_s + FLEET_EVERY_S:
+            return
+        self._fleet_told_s = now_s
+        doing = Counter(
+            printable(one.doing).split(",")[0].split(":")[0] for one in self._devices.values()
+        )
+        told = ", ".join(f"{count:,} {what}" for what, count in doing.most_common(5))
+        self.note(f"{len(self._devices):,} devices: {told}; `coordinator status RUN` lists them")
 
     def _row(self, row: Mapping[str, Any]) -> None:
         """Write one line for a round."""
@@ -114,8 +148,10 @@ class Console:
         if "train_loss" in row:
             parts.append(f"train loss {row['train_loss']:.3f}")
         if found := scores(row):
-            named = "  ".join(f"{name} {_score(score)}" for name, score in found.items())
-            parts.append(f"{_measure(found.values())}: {named}")
+            first = dict(list(found.items())[:MOST_SCORES])
+            named = "  ".join(f"{name} {_score(score)}" for name, score in first.items())
+            more = f"  and {len(found) - len(first):,} more" if len(found) > len(first) else ""
+            parts.append(f"{_measure(found.values())}: {named}{more}")
             if counted := said(found.get("file", {})):
                 parts.append(counted)
         if "lag" in row:
@@ -126,7 +162,7 @@ class Console:
     def _of(self, name: str) -> _Device:
         if name not in self._devices:
             task = None
-            if self._bars is not None:
+            if self._bars is not None and len(self._devices) < MOST_DEVICES:
                 empty: dict[str, Any] = dict.fromkeys(("loss", "rate", "traffic", "memory"), "")
                 short = name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "~"
                 task = self._bars.add_task("", total=self._total_steps, name=short, **empty)
@@ -181,8 +217,8 @@ def _score(score: Mapping[str, float]) -> str:
     return f"{score['accuracy']:.1%}"
 
 
-def summary(history: RunHistory) -> Table:
-    """Return a table of what a run has brought, device by device."""
+def summary(history: RunHistory, most: int | None = MOST_DEVICES) -> Table:
+    """Return a table of what a run has brought, device by device, *most* of them at most."""
     first, last = history.first_scores(), history.last_scores()
     measure = _measure(first.values()) if first else "score"
     table = Table(box=box.SIMPLE_HEAD)
@@ -191,9 +227,12 @@ def summary(history: RunHistory) -> Table:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
     if "file" in first:
         table.add_row("file", _score(first["file"]), _score(last["file"]))
-    for name in sorted({*history.devices(), *last.keys()} - {"file"}):
+    names = sorted({*history.devices(), *last.keys()} - {"file"})
+    for name in names[:most]:
         values = [_score(s[name]) if name in s else "-" for s in (first, last)]
         table.add_row(name, *values)
+    if most is not None and (more := len(names) - most) > 0:
+        table.add_row(f"and {more:,} more", "", "")
     return table
 
 

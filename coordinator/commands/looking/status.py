@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
-from coordinator.results.events.event import nth
+from coordinator.results.events.event import nth, some_names
 from coordinator.results.history import RunHistory
 from coordinator.results.json_text import json_text
 from coordinator.results.run_config import read_config
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds between two looks of `--watch`.
 WATCH_S = 2.0
+# Devices of which it is said what they lack.
+MOST_LAGS = 40
 
 
 def add_status(commands: Any) -> None:
@@ -42,6 +44,9 @@ def add_status(commands: Any) -> None:
     )
     status.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder of runs; default: %(default)s"
+    )
+    status.add_argument(
+        "--all", action="store_true", help="show every device of a run, however many there are"
     )
     status.add_argument("--format", choices=("text", "json"), default="text")
     status.add_argument(
@@ -64,7 +69,7 @@ def _seconds(text: str) -> float:
 def _status(options: argparse.Namespace) -> int:
     folder = options.folder
     if folder is not None and ((folder / CONFIG).is_file() or not _holds_runs(folder)):
-        view: _OneRun | _Runs = _OneRun(RunFolder.open(folder))
+        view: _OneRun | _Runs = _OneRun(RunFolder.open(folder), shows_all=options.all)
     else:
         view = _Runs(folder or options.runs)
     if options.format == "json":
@@ -157,8 +162,9 @@ def _made(path: Path) -> float:
 class _OneRun:
     """One run, in all that is known of it."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, shows_all: bool = False) -> None:
         self._folder, self._config = folder, read_config(folder.path)
+        self._shows_all = shows_all
         self._checked: tuple[list[str], dict[str, str]] | None = None
 
     def _standing(self) -> Standing:
@@ -199,15 +205,31 @@ class _OneRun:
         from rich.console import Group
 
         from coordinator.results.console import summary
-        from coordinator.results.standing.words import device_lines, device_table, head, test_line
+        from coordinator.results.standing.words import (
+            MOST_DEVICES,
+            MOST_LINES,
+            device_lines,
+            device_table,
+            fleet_line,
+            head,
+            shortened,
+            test_line,
+        )
 
         found, history = self._standing(), RunHistory(self._folder)
-        parts: list[RenderableType] = [*head(found), *self._waits(history)]
+        most_lines = None if self._shows_all else MOST_LINES
+        most_devices = None if self._shows_all else MOST_DEVICES
+        parts: list[RenderableType] = [*head(found)]
+        parts += [line for line in (fleet_line(found.devices),) if line]
+        parts += shortened(self._waits(history), most_lines)
         if found.devices:
-            parts += ["", device_table(found.devices), *device_lines(found.devices)]
+            parts += ["", device_table(found.devices[:most_devices])]
+            if most_devices is not None and (more := len(found.devices) - most_devices) > 0:
+                parts.append(f"and {more:,} more devices; --all shows them")
+            parts += shortened(device_lines(found.devices), most_lines)
         parts += [f"{name} is damaged: {reason}" for name, reason in self._damaged().items()]
         if history.first_scores():
-            parts.append(summary(history))
+            parts.append(summary(history, most_devices))
         if (test := history.test()) is not None:
             parts.append(test_line(test))
         return Group(*parts)
@@ -224,7 +246,7 @@ class _OneRun:
             known = missing["why"].items()
             lines += [f"{device} {why} (at {missing['time']})" for device, why in known]
         if history.metrics and (lags := history.metrics[-1].get("lag_by_device")):
-            shares = ", ".join(f"{device} {lag:.1%}" for device, lag in lags.items())
+            shares = some_names([f"{device} {lag:.1%}" for device, lag in lags.items()], MOST_LAGS)
             lines.append(f"devices lack of what the run has learned: {shares}")
         return lines
 

@@ -9,6 +9,9 @@ from coordinator.planning.plan_set import PlanSet
 from coordinator.results.events.event import RoundEvent, RunEvent
 from edge_sdk.protocol.plan import Plan
 
+# Reasons that a person reads: a fleet has one for each device that has changed.
+MOST_REASONS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class ImportanceMeasured(RunEvent):
@@ -34,6 +37,8 @@ class PlanMade(RoundEvent):
     def text(self) -> str:
         """A line for each reason, and one for each new plan."""
         lines = [f"plans from round {self.nth} on: {why}" for why in self.reasons]
+        if (more := len(lines) - MOST_REASONS) > 0:
+            lines[MOST_REASONS:] = [f"plans from round {self.nth} on: {more:,} more reasons"]
         if self.changed is None or self.changed:
             lines += [f"  {line}" for line in self.plans.lines(self.changed)]
         return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.results.events.event import RoundEvent, RunEvent, some_names
+from coordinator.results.events.event import MOST_NAMED, RoundEvent, RunEvent, some_names
 from edge_sdk.protocol.messages import StepReport
 
 
@@ -47,7 +47,7 @@ class WaitEnded(RunEvent):
     @property
     def text(self) -> str:
         """Who is missing."""
-        return f"going on without {', '.join(self.devices)}: not back yet"
+        return f"going on without {some_names(self.devices)}: not back yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Waiting(RunEvent):
     def text(self) -> str:
         """Who is waited for, and how long that usually takes."""
         took = "" if self.others_s is None else f" (others took {self.others_s:.1f} s)"
-        return f"{self.what}: waiting {self.seconds:.0f} s for {', '.join(self.devices)}{took}"
+        return f"{self.what}: waiting {self.seconds:.0f} s for {some_names(self.devices)}{took}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ class DevicesMissing(RoundEvent):
         is_here = "is here" if len(self.ready) == 1 else "are here"
         here = f"{len(self.ready)} of {self.least} {is_here}"
         known = [f"{device} {why}" for device, why in sorted(self.why.items())]
+        if (more := len(known) - MOST_NAMED) > 0:
+            known[MOST_NAMED:] = [f"and {more:,} more"]
         return "; ".join([f"round {self.nth} waits for {missing} more {noun}: {here}", *known])
 
 
@@ -113,7 +115,7 @@ class DevicesCutOff(RoundEvent):
     @property
     def text(self) -> str:
         """Who is too late, and what comes of it."""
-        names = ", ".join(self.devices)
+        names = some_names(self.devices)
         late = f"round {self.nth}: over its deadline of {self.deadline_s:g} s"
         return f"{late}; it goes on without {names}, back in the next one"
 
@@ -156,7 +158,7 @@ class StopForced(RunEvent):
     @property
     def text(self) -> str:
         """What was waited for, and what counts now."""
-        whom = f" for {', '.join(self.devices)}" if self.devices else ""
+        whom = f" for {some_names(self.devices)}" if self.devices else ""
         return f"stopping in mid-step, which waits{whom}; the last checkpoint counts"
 
 
@@ -227,7 +229,7 @@ class RoundUnsaved(RoundEvent):
     @property
     def names(self) -> str:
         """Who did not, as text."""
-        return ", ".join(self.devices)
+        return some_names(self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,4 +244,4 @@ class RoundHeld(RoundEvent):
     @property
     def names(self) -> str:
         """Who is waited for."""
-        return ", ".join(self.devices)
+        return some_names(self.devices)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.results.events.devices import DeviceEvent
-from coordinator.results.events.event import RunEvent
+from coordinator.results.events.event import RunEvent, some_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class ToursMerged(RunEvent):
         """What was merged, and how far behind the others are."""
         missed = [f"{name} {_numbers(ages)}" for name, ages in self.updates.items()]
         behind = [f"{name} {age}" for name, (_, age) in self.standing.items() if age]
-        parts = [f"version {self.version}: merges missed by each update: {', '.join(missed)}"]
+        parts = [f"version {self.version}: merges missed by each update: {some_names(missed)}"]
         if behind:
-            parts.append(f"by those on their way: {', '.join(behind)}")
+            parts.append(f"by those on their way: {some_names(behind)}")
         if self.dropped:
-            parts.append(f"begin anew: {', '.join(self.dropped)}")
+            parts.append(f"begin anew: {some_names(self.dropped)}")
         return "; ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ from edge_sdk.errors import printable
 
 MB, MIB = 10**6, 2**20
 # Letters of a device's name in the table; the lines below it hold the whole name.
-NAME_WIDTH = 14
+NAME_WIDTH, SHORT_NAME = 14, 9
+# Devices in the table, and lines about single ones, unless all are asked for.
+MOST_DEVICES, MOST_LINES = 40, 20
 
 
 def head(found: Standing) -> list[str]:
@@ -45,9 +48,10 @@ def head(found: Standing) -> list[str]:
     return lines
 
 
-def device_table(devices: Iterable[DeviceStanding]) -> Table:
+def device_table(devices: Sequence[DeviceStanding]) -> Table:
     """Return a row for each device: what it holds, how far and how fast it is, what it costs."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    space = 1 if any(len(one.name) > SHORT_NAME for one in devices) else 2  # in 80 columns
+    table = Table(box=None, padding=(0, space, 0, 0), pad_edge=False)
     headings = ("device", "blocks", "ranks", "step", "tok/s", "up MB", "down MB")
     for heading in (*headings, "peak MiB", "used MiB", "temp C"):
         side: Literal["left", "right"] = "left" if heading == "device" else "right"
@@ -67,6 +71,23 @@ def device_table(devices: Iterable[DeviceStanding]) -> Table:
             _count(one.temperature),
         )
     return table
+
+
+def fleet_line(devices: Sequence[DeviceStanding]) -> str:
+    """Return how many devices do what, for a fleet that no table shows; empty for few."""
+    if len(devices) <= MOST_DEVICES or not any(one.doing for one in devices):
+        return ""
+    doing = Counter(one.doing.split(",")[0].split(":")[0] or "not here" for one in devices)
+    told = [f"{count:,} {what}" for what, count in doing.most_common(4)]
+    more = [f"{len(doing) - 4} other states"] if len(doing) > 4 else []
+    return f"{len(devices):,} devices: {', '.join([*told, *more])}"
+
+
+def shortened(lines: Sequence[str], most: int | None) -> list[str]:
+    """Return *lines*, or the first of many and how many more there are; None: all of them."""
+    if most is None or len(lines) <= most:
+        return [*lines]
+    return [*lines[:most], f"and {len(lines) - most:,} more lines; --all shows them"]
 
 
 def _count(value: float | None) -> str:

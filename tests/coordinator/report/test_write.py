@@ -251,3 +251,14 @@ def test_a_page_that_cannot_be_written_is_one_line(folder: RunFolder) -> None:
     """The file is named."""
     with pytest.raises(StorageError, match="the report"):
         write_report(folder, CONFIG_OF, folder.path / CONFIG / "r.html")
+
+
+def test_a_thousand_devices_fit_one_page(tmp_path: Path) -> None:
+    """A report of a large fleet has a row for each device, and no sentence that names them all."""
+    names = tuple(f"device-{n:04}" for n in range(1000))
+
+    page = write_report(make_folder(tmp_path / "run", names), CONFIG_OF).read_text("utf-8")
+
+    assert len(page) < 1_000 * len(names)
+    assert "and 988 more devices" in page
+    assert max(map(len, page.splitlines())) < 40_000

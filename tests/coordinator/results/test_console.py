@@ -86,3 +86,33 @@ def test_bars_are_for_terminals_alone(
         console.see(DeviceStatus("a", "fetching its blocks"))
 
     assert capsys.readouterr().err == "a: fetching its blocks\n"
+
+
+def test_a_fleet_has_no_line_for_each_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """A thousand devices that join and step are a few lines, which say how many do what."""
+    report = StepReport(
+        stamp=Stamp(step=2),
+        loss=1.25,
+        num_targets=5,
+        num_sequences=1,
+        num_tokens=8,
+        compute_s=0.1,
+        wait_s=0.1,
+        peak_bytes=3 * 2**20,
+    )
+    names = [f"device-{n:04}" for n in range(1000)]
+    scores = {name: {"loss": 1.0, "perplexity": 2.0} for name in names}
+    with Console(6) as console:
+        for name in names:
+            console.see(DeviceJoined(name, 2, 9))
+        console.see(RoundStarted(0, 1, names[:50], {}, names[50:]))
+        for name in names[:50]:
+            console.see(StepDone(name, report, 3, None))
+        console.see(RoundDone({"round": 1, "train_loss": 1.5, "eval_by_device": scores}, {}))
+
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 60
+    assert lines[40] == "41 devices: 41 ready; `coordinator status RUN` lists them"
+    drawn = "round 1: 50 of 1000 devices: device-0000, device-0001, device-0002, device-0003,"
+    assert f"{drawn} device-0004 and 45 more" in lines
+    assert lines[-1].endswith("device-0011 2.00  and 988 more")
