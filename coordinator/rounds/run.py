@@ -35,6 +35,7 @@ from coordinator.rounds.state import (
     RunState,
     drop_kept,
     drop_member,
+    fit_for_round,
     give_up_round,
 )
 from coordinator.rounds.step.wave_choice import Rows
@@ -274,7 +275,7 @@ class Run:
         """Begin a round with all that are ready, or those that are drawn; return who is not."""
         state = self.state
         resting = self.conduct.resting(state.ready, state.round)
-        fit = state.fit(resting)
+        fit = fit_for_round(state, resting)
         state.start_round(self.selection.draw(state.round, state.ready, fit))
         for device in sorted(resting - set(fit)):
             self.watcher.see(DeviceStatus(device, RESTS, is_delay=True))

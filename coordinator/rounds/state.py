@@ -192,11 +192,6 @@ class RunState:
         self._begin_wave(0)
         self.members, self.uploaded, self.evaluating, self.kept = {}, set(), set(), set()
 
-    def fit(self, resting: Container[str]) -> list[str]:
-        """Return who may be in the next round: all but *resting* ones, if that leaves enough."""
-        fit = [name for name in sorted(self.ready) if name not in resting]
-        return fit if len(fit) >= self.least_members else sorted(self.ready)
-
     def start_round(self, names: Iterable[str] | None = None) -> None:
         """Let ready devices of these *names* train together; None: all of them."""
         self._expect(Phase.GATHERING)
@@ -322,6 +317,12 @@ _DOING = {
     Doing.BACKWARD: Action.BACKWARD,
     Doing.FINISH: Action.FINISH_STEP,
 }
+
+
+def fit_for_round(state: RunState, resting: Container[str]) -> list[str]:
+    """Return who may be in the next round: all but *resting* ones, if that leaves enough."""
+    fit = [name for name in sorted(state.ready) if name not in resting]
+    return fit if len(fit) >= state.least_members else sorted(state.ready)
 
 
 def drop_member(state: RunState, name: str) -> bool:
