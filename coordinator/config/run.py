@@ -270,12 +270,9 @@ class ServeConfig:
         if len(set(self.report_to)) < len(self.report_to):
             raise ValueError(f"report_to must name each once, got {list(self.report_to)}")
         self._check_ports()
-        if self.wave_tokens is not None and self.wave_tokens < 1:
-            raise ValueError(f"wave_tokens must be at least 1, got {self.wave_tokens}")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
-        if self.devices_per_round is not None and self.devices_per_round < 1:
-            raise ValueError(f"devices_per_round must be at least 1, got {self.devices_per_round}")
+        for name in ("wave_tokens", "max_rank", "devices_per_round"):
+            if (most := getattr(self, name)) is not None and most < 1:
+                raise ValueError(f"{name} must be at least 1, got {most}")
         if self.patience_s <= 0:
             raise ValueError(f"patience_s must be above 0, got {self.patience_s}")
         if self.save_every_s is not None and self.save_every_s < 0:
