@@ -200,3 +200,14 @@ def test_what_a_block_keeps_is_what_one_keeps() -> None:
     built = model_shape(config, "causal-lm", find_layout(config, "causal-lm"))
 
     assert tables.MODELS["LLaMA-2-7B"].kept == built.kept[1:]
+
+
+def test_what_is_called_measured_was_measured() -> None:
+    """Cost of a device-step and of a session are those of the largest fleet that was run."""
+    results = (ROOT / "benchmarks/results/2026-11-29-fleet.md").read_text("utf-8")
+    table = [line.strip("| ").split(" | ") for line in results.splitlines() if line[:2] == "| "]
+    largest = next(row for row in table if row[0] == "1000")
+
+    assert tables.DEVICE_STEP_S == pytest.approx(1e-3 * float(largest[7]))
+    assert tables.SESSION_BYTES == 2**20 * float(largest[12])
+    assert f"`c` = {largest[7]} ms" in PAGE
