@@ -90,6 +90,7 @@ DOORS = {
     "plotly": ["coordinator/page/serving.py"],
     "sacrebleu": ["coordinator/scores/mteval.py"],
     "pycocoevalcap": ["coordinator/scores/captions.py"],
+    "ray": ["coordinator/engine/ray/cluster.py"],
     # Bytes from a peer must never be able to run code; there is no door at all.
     "pickle": [],
     "cloudpickle": [],
@@ -106,7 +107,10 @@ MANY_PARAMETERS = {
     "edge_sdk/runtime/torch_runtime.py:__init__": "A model, a plan and a training, in their parts: "
     "tests and benchmarks make each of them without the others.",
 }
-MANY_METHODS: dict[str, str] = {}
+MANY_METHODS = {
+    "coordinator/engine/ray/actor.py:StageActor": "What the coordinator asks of a process that has "
+    "a stage: each is one call.",
+}
 # Folders of one machine or one person; /proc and /sys are the same everywhere.
 SOMEBODYS_PATH = re.compile(r"^(/home|/root|/Users|/work|/mnt|/opt|/tmp|/data)(/|$)")
 

@@ -4,6 +4,7 @@ __all__ = [
     "buffered",
     "centralised",
     "early_stopping",
+    "engine",
     "exchange",
     "planning",
     "presets",

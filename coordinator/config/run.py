@@ -13,6 +13,7 @@ from coordinator.aggregation.rules import RULES
 from coordinator.config.buffered import BufferedConfig
 from coordinator.config.centralised import PooledConfig
 from coordinator.config.early_stopping import EarlyStoppingConfig
+from coordinator.config.engine import EngineConfig
 from coordinator.config.exchange import ExchangeConfig
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.replay import ReplayConfig
@@ -246,6 +247,8 @@ class ServeConfig:
     """Whether a run that ends with a result leaves `report.html` in its folder."""
     device: str = "auto"
     """Where the coordinator computes: `auto`, `cpu`, `cuda`, `cuda:1`."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """In which processes it does: this one, or actors on a Ray cluster."""
     compute: Compute = "auto"
     """Dtype of the coordinator's matrix products; auto is bfloat16 where the hardware has it. Where
     numbers do not fit into float16, products go on in bfloat16, and the log names the block."""
@@ -303,6 +306,7 @@ class ServeConfig:
                 f"base must be 'float32' where pooled.trains is 'all', got {self.base!r}: all "
                 "weights are trained, and none is frozen"
             )
+        self._check_engine()
         is_measured = self.evaluation.data.path is not None or self.evaluation.on_devices
         if self.early_stopping.is_on and not is_measured:
             raise ValueError(
@@ -321,6 +325,19 @@ class ServeConfig:
             raise ValueError(
                 "evaluation.scores: nothing is scored; name a file in evaluation.data.path or "
                 "evaluation.test_file"
+            )
+
+    def _check_engine(self) -> None:
+        """Refuse what actors in a row do not do."""
+        if self.engine.kind == "local":
+            return
+        if self.trained_by != "devices":
+            raise ValueError("engine: 'ray' serves devices, and trained_by has none")
+        asks_whole = self.evaluation.prompts or self.evaluation.scores
+        if self.engine.stages > 1 and asks_whole:
+            raise ValueError(
+                "evaluation.prompts and scores ask a whole model, which no stage has with "
+                f"engine.stages: {self.engine.stages}"
             )
 
     def _check_buffered(self) -> None:

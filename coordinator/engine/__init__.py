@@ -6,6 +6,7 @@ __all__ = [
     "interface",
     "local",
     "passage",
+    "ray",
     "room",
     "server_model",
     "share",

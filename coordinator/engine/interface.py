@@ -80,6 +80,10 @@ class DeviceFault(NumericError):
         super().__init__(text)
         self.device = device
 
+    def __reduce__(self) -> tuple[type[DeviceFault], tuple[str, str]]:
+        """Let it pass from one process to another."""
+        return type(self), (self.device, str(self))
+
 
 class ComputeFailed(EdgeError):
     """What one device sent led to an error that nobody foresaw."""
@@ -250,6 +254,9 @@ class Engine(Protocol):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned."""
+
+    def close(self) -> None:
+        """Free what it holds beside its memory: nothing is asked of it any more."""
 
 
 EngineMaker = Callable[[EngineSpec], Engine]

@@ -6,10 +6,12 @@ stands in `interface.py`, how it computes in `stage.py`. It knows no network and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from coordinator.engine.interface import Answer, EngineSpec, Job
-from coordinator.engine.passage import Passage, serve
+from coordinator.config.run import ServeConfig
+from coordinator.engine.interface import Answer, EngineMaker, EngineSpec, Job
+from coordinator.engine.passage import Passage, moves, serve
 from coordinator.engine.stage import Stage, make_stage
 from edge_sdk.lora.factors import Array
 from edge_sdk.protocol.plan import Place
@@ -32,7 +34,7 @@ class LocalEngine(Stage):
             own = self.run(jobs, step, wave, to_logits=not self.slice.has_local_tail)
             return own, self.learn(own)
 
-        with self.moved_by(jobs):
+        with self.moving(moves(jobs)):
             own, sums = self.trained.optimizer.scaled(attempt, lambda found: found[0].gradients())
         return self._answers(own, sums, {job.place for job in jobs})
 
@@ -42,7 +44,7 @@ class LocalEngine(Stage):
         """Run forward for a wave whose labels stay on the devices; see `Engine`."""
         if not jobs:
             return {}
-        with self.moved_by(jobs):
+        with self.moving(moves(jobs)):
             own = self.run(jobs, step, wave)
         if keeps:
             self.open_step.waves.append(own)
@@ -64,7 +66,7 @@ class LocalEngine(Stage):
             self.pull(own, grads)
             return own
 
-        with self.moved_by(wave.jobs):
+        with self.moving(moves(wave.jobs)):
             done = self.trained.optimizer.scaled(attempt, Passage.gradients)
         return self._answers(done, [None] * len(done.jobs), grads)
 
@@ -92,3 +94,9 @@ class LocalEngine(Stage):
 def make_local(spec: EngineSpec, kind: Callable[..., LocalEngine] = LocalEngine) -> LocalEngine:
     """Build an engine in this process, of class *kind*."""
     return make_stage(spec, kind)
+
+
+@contextmanager
+def local_engines(_config: ServeConfig) -> Iterator[EngineMaker]:
+    """Have what makes engines in this process, while a run lasts."""
+    yield make_local

@@ -91,3 +91,8 @@ def in_order(jobs: Iterable[Job]) -> list[Job]:
     By name within a split: the same wave gives the same bits whoever answered first.
     """
     return sorted(jobs, key=lambda job: (job.split, job.device, job.micro))
+
+
+def moves(jobs: Iterable[Job]) -> bool:
+    """Return whether the coordinator's adapters learn from a wave."""
+    return any(job.samples != 0.0 for job in jobs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -43,15 +44,23 @@ from profiler.sensors.memory import return_freed
 
 log = logging.getLogger(__name__)
 
-ENGINES = {"local": "coordinator.engine.local:make_local"}
-"""Where the maker of each engine stands; what it needs is imported when it is asked for."""
+ENGINES = {
+    "local": "coordinator.engine.local:local_engines",
+    "ray": "coordinator.engine.ray.engine:ray_engines",
+}
+"""Where each kind of engine stands: what takes the config of a run, and has a maker of engines
+while the run lasts. What it needs is imported when it is asked for."""
 
 
-def engine_maker(kind: str) -> EngineMaker:
-    """Return what makes engines of that name in `ENGINES`."""
-    module, _, function = ENGINES[kind].partition(":")
-    maker: EngineMaker = getattr(import_module(module), function)
-    return maker
+def engines(config: ServeConfig) -> AbstractContextManager[EngineMaker]:
+    """Return what makes the engines that a run asks for; on leaving it, they are gone.
+
+    Raises:
+        ConfigError: what they need is missing; on entering it.
+    """
+    module, _, function = ENGINES[config.engine.kind].partition(":")
+    found: AbstractContextManager[EngineMaker] = getattr(import_module(module), function)(config)
+    return found
 
 
 class ServerModel:
@@ -70,7 +79,7 @@ class ServerModel:
         cache: PartCache | None = None,
         make_engine: EngineMaker | None = None,
     ) -> None:
-        self._config, self._make_engine = config, make_engine or engine_maker("local")
+        self._config, self._make_engine = config, make_engine or _make_local
         base_of(config)  # refused before anything is read
         num_labels = len(config.label_names)
         self.source = ModelSource(
@@ -295,3 +304,8 @@ class ServerModel:
         parts += ["tail"] * has_tail
         spec = EngineSpec(self._config, self.source, tuple(parts), first, ranks)
         return self._make_engine(spec)
+
+
+def _make_local(spec: EngineSpec) -> Engine:
+    made: Engine = import_module("coordinator.engine.local").make_local(spec)
+    return made

@@ -136,6 +136,18 @@ class Share:
         """Return whether the block of weight *name* is here."""
         return f"block.{self.block_of(name)}" in self.slice.present
 
+    @property
+    def has_left(self) -> bool:
+        """Whether numbers did not fit into float16, which products have left since."""
+        return self._products.has_left
+
+    def leave_float16(self) -> None:
+        """Compute in a wider range from now on, if it was float16."""
+        self._products.leave()
+
+    def close(self) -> None:
+        """Nothing is held that the last reference does not free; see `Engine`."""
+
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that a restart needs; see `Engine`."""
         return {"first": np.array(self.first), **self.trained.checkpoint()}

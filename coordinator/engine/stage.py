@@ -197,10 +197,24 @@ class Stage(Share):
             start += rows
         torch.autograd.backward(passage.top, grad_BTD)
 
+    def fall(self, passage: Passage, grad_BTD: Array) -> None:
+        """Go back through a passage from what the next stage has found."""
+        passage.is_spent = True
+        grad = self._up(grad_BTD).to(passage.top.dtype)
+        torch.autograd.backward(passage.top, grad)
+
+    def gradient_below(self, passage: Passage) -> Array | None:
+        """Return what the stage before this one goes back from; None where nothing came from it."""
+        below = passage.entered
+        if below is None:
+            return None
+        assert below.grad is not None
+        return self._transfers.download(below.grad).array()
+
     @contextmanager
-    def moved_by(self, jobs: Sequence[Job]) -> Iterator[None]:
+    def moving(self, moves: bool) -> Iterator[None]:
         """Leave the trained parameters out of a graph that is to move none of them."""
-        if not jobs or any(job.samples != 0.0 for job in jobs):
+        if moves:
             yield
             return
         parameters = list(self.trained.optimizer.parameters.values())
@@ -302,6 +316,15 @@ class Stage(Share):
                 return self._transfers.download(final_hidden[self._wanted(job)]).array()
             labels = self._up(job.labels.astype(np.int64))
             return totals(self._sums(final_hidden, labels, has_logits=to_logits))
+
+    def front(self, micro: MicroBatch) -> Array:
+        """Return the hidden state after the last block of a stage that has the model's front."""
+        self.slice.model.eval()
+        ids_BT, lengths_B = (self._up(np.ascontiguousarray(x)) for x in micro[:2])
+        run = partial(self.slice.front, ids_BT, lengths_B, self.stop)
+        with torch.no_grad():
+            hidden = self._products.run(run, lambda found: found)
+            return self._transfers.download(hidden).array()
 
     def evaluate_whole(self, micro: MicroBatch) -> TailSums:
         """Return the loss of one micro-batch through the whole model; see `Engine`."""

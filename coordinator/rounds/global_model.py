@@ -247,6 +247,7 @@ class GlobalModel:
 
     def release(self) -> None:
         """Let go of the coordinator's blocks: of two engines each would need the memory."""
+        self.engine.close()
         del self.engine
         return_freed()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coordinator.config.run import ServeConfig
 from coordinator.engine.room import require_room
-from coordinator.engine.server_model import ServerModel
+from coordinator.engine.server_model import ServerModel, engines
 from coordinator.export.outcome import test_batches, tested, write_result
 from coordinator.export.run import PEFT, read_trained, write_export
 from coordinator.export.run_facts import result_checkpoint
@@ -75,10 +77,8 @@ def serve(config: ServeConfig, watcher: Watcher, least_devices: int | None = Non
     require_trackers(config)
     require_free_name(config)
     require_free_port(config.listen)
-    watcher.see(Preparing(f"reading model {config.model}"))
-    model = ServerModel(config)
-    require_room(model)
     with (
+        _model(config, watcher) as model,
         _gateway(config, keys) as gateway,
         new_folder(config) as folder,
         reporting(config, folder, watcher) as told,
@@ -104,10 +104,8 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
         keys = load_key_pair(config.secret_key)
         require_trackers(config)
         require_free_port(config.listen)
-        watcher.see(Preparing(f"reading model {config.model}"))
-        model = ServerModel(config)
-        require_room(model)
         with (
+            _model(config, watcher) as model,
             _gateway(config, keys) as gateway,
             reporting(config, folder, watcher) as told,
             report_at_end(config, folder, told) as seen_by,
@@ -118,6 +116,19 @@ def resume(path: Path, watcher: Watcher, overrides: list[str]) -> str:
                 with restoring(folder):
                     coordinator.resume(checkpoint)
             return _finish(coordinator)
+
+
+@contextmanager
+def _model(config: ServeConfig, watcher: Watcher) -> Iterator[ServerModel]:
+    """Have the model of a run, and what makes its engines."""
+    if config.engine.kind != "local":
+        watcher.see(Preparing(f"engine {config.engine.kind}: {config.engine.num_actors} actors"))
+    with engines(config) as make_engine:
+        watcher.see(Preparing(f"reading model {config.model}"))
+        model = ServerModel(config, make_engine=make_engine)
+        if config.engine.kind == "local":
+            require_room(model)
+        yield model
 
 
 def _new_id(folder: RunFolder) -> str:

@@ -103,7 +103,7 @@ def build(cls: Any, nodes: Sequence[Node], spot: Spot, base: object = None) -> A
 def convert(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object = None) -> Any:
     """Return the value of one key: *nodes* as an *annotation*."""
     if dataclasses.is_dataclass(annotation):
-        return build(annotation, nodes, spot, base)
+        return build(annotation, [_spelled_out(annotation, node) for node in nodes], spot, base)
     if annotation is Path:
         return _convert_path(nodes[-1], spot)
     if annotation in _WORDS:
@@ -121,6 +121,15 @@ def convert(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object = N
             for key, given in by_key(annotation, nodes, spot).items()
         }
     raise TypeError(f"{spot.key}: a configuration field cannot be a {annotation}")
+
+
+def _spelled_out(cls: Any, node: Node) -> Node:
+    """Return a plain word as the mapping that it stands for, where a field of *cls* takes one."""
+    word = next((f.name for f in dataclasses.fields(cls) if f.metadata.get("word")), None)
+    parsed = _parsed(node)
+    if word is None or not isinstance(parsed, Leaf) or not isinstance(parsed.value, str):
+        return node
+    return Entries({word: node}, node.origin)
 
 
 def by_key(annotation: Any, nodes: Sequence[Node], spot: Spot) -> dict[str, list[Node]]:

@@ -125,6 +125,10 @@ class ImportanceAccumulator:
         """Drop what has been measured; the steps since the last `take` count nothing."""
         self._raw, self._found = {}, {}
 
+    def drop_step(self) -> None:
+        """Drop what backward passes of an open step have measured."""
+        self._raw = {}
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what `take` would give, as sum and count, for a checkpoint between two steps."""
         return {name: np.array(found, np.float64) for name, found in self._found.items()}
@@ -208,6 +212,22 @@ class ImportanceMeter(ImportanceAccumulator):
             layer.register_forward_hook(watch.after),
         ):
             yield
+
+    def measured(self, step: int) -> list[torch.Tensor | None]:
+        """Return what *step* has measured of each weight so far; None of what nothing went through.
+
+        Another meter of the same weights adds its own to it, and `take_over` goes on.
+        """
+        import torch
+
+        raw = self._raw if step == self._watched else {}
+        return [torch.as_tensor(raw[n]).float() if n in raw else None for n in self.weights]
+
+    def take_over(self, step: int, measured: Iterable[torch.Tensor | None]) -> None:
+        """Let *measured*, of each weight, be what *step* has measured so far."""
+        found = zip(self.weights, measured, strict=True)
+        self._watched = step
+        self._raw = {name: value.reshape(()) for name, value in found if value is not None}
 
     def close_step(self, step: int, divisor: Callable[[str], float] = lambda _: 1.0) -> None:
         """Take *step* in, if it was followed; see `ImportanceAccumulator`."""

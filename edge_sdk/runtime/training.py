@@ -159,21 +159,53 @@ class Optimizer:
 
         if self._torch is None:
             return True
+        self._unscale()
+        limit = self._config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        return self._step(step, is_finite=bool(torch.isfinite(norm)))
+
+    def _unscale(self) -> None:
+        """Take the loss scale out of the gradients."""
         if self.loss_scale != 1.0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad /= self.loss_scale
-        limit = self._config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        is_finite = bool(torch.isfinite(norm))
-        if is_finite:
-            for group in self._torch.param_groups:
-                group["lr"] = learning_rate(self._config, step, self._total_steps)
-            self._torch.step()
-        self._torch.zero_grad(set_to_none=True)
+
+    def _step(self, step: int, *, is_finite: bool) -> bool:
+        """Update with gradients that are clipped; see `step`."""
+        if self._torch is not None:
+            if is_finite:
+                for group in self._torch.param_groups:
+                    group["lr"] = learning_rate(self._config, step, self._total_steps)
+                self._torch.step()
+            self._torch.zero_grad(set_to_none=True)
         if self._is_scaled:
             self._adjust_scale(is_finite)
         return is_finite or self._is_scaled
+
+    # ---- one step of parameters that lie in several places ----
+
+    def norms(self) -> list[float]:
+        """Return the 2-norm of each gradient, the loss scale taken out; `update` goes on."""
+        import torch
+
+        self._unscale()
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not grads:
+            return []
+        found: list[float] = torch.stack(
+            [torch.linalg.vector_norm(grad, 2.0, dtype=torch.float32) for grad in grads]
+        ).tolist()
+        return found
+
+    def update(self, step: int, norm: float) -> bool:
+        """Do what `step` does after `norms`, as a part of parameters of which all have *norm*."""
+        if self._config.max_grad_norm and math.isfinite(norm):
+            factor = min(1.0, self._config.max_grad_norm / (norm + 1e-6))
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad *= factor
+        return self._step(step, is_finite=math.isfinite(norm))
 
     def scaled(
         self, attempt: Callable[[], Found], seen: Callable[[Found], Iterable[torch.Tensor]]
@@ -199,8 +231,12 @@ class Optimizer:
                 return found
             for name, parameter in self.parameters.items():
                 parameter.grad = held[name].div_(2) if name in held else None
-            self.loss_scale, self._good_steps = self.loss_scale / 2, 0
+            self.lower_scale()
             log.info("float16.gradient_overflow effect=loss scale is now %g", self.loss_scale)
+
+    def lower_scale(self) -> None:
+        """Halve the loss scale: something was not finite."""
+        self.loss_scale, self._good_steps = self.loss_scale / 2, 0
 
     def _adjust_scale(self, is_finite: bool) -> None:
         self._good_steps = self._good_steps + 1 if is_finite else 0

@@ -101,9 +101,11 @@ class TrainingState(ABC):
         """Remember the factors of the round's start; a step that was given up leaves nothing."""
         self._before = self.adapters.products()
         self.meter.forget()
-        self._forget_step()
+        self.forget_step()
 
-    def _forget_step(self) -> None:
+    def forget_step(self) -> None:
+        """Drop what the forward and backward passes of an open step have left."""
+        self.meter.drop_step()
         self.optimizer.forget_gradients()
         self._pending.clear()
 
@@ -139,7 +141,7 @@ class TrainingState(ABC):
         self._before = _factors(under("before:", state))
         self.load_moments(state)
         self.meter.load_state(under("importance:", state))
-        self._forget_step()
+        self.forget_step()
 
     def moments(self) -> dict[str, np.ndarray]:
         """Return the optimizer's part of `checkpoint`."""
