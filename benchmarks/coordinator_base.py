@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, header, table
+from report import header, save, table
 from startup import ROOT, command, make_large, shell
 
 MIB = 2**20
@@ -316,7 +316,7 @@ def write(options: argparse.Namespace, texts: list[str]) -> None:
     """Write what is known so far."""
     shown = argparse.Namespace(**{**vars(options), "bases": " ".join(options.bases)})
     texts = [header("Memory and time of a coordinator by its base", shown), *texts]
-    (RESULTS / "coordinator_base.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    save("coordinator-base", "\n\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def measure(engines: dict[str, Engine], waves: int) -> dict[str, tuple[list[floa
 
 
 def main() -> None:
-    """Measure and write benchmarks/results/ray_engine.md."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--waves", type=int, default=8)
     options = parser.parse_args()

@@ -19,6 +19,7 @@ from coordinator.page.access import read_token
 from coordinator.page.listening import listen, require_page
 from coordinator.planning.objective import fitting_base
 from coordinator.results.run_folder import RunFolder
+from coordinator.scores.measures import require_programs
 from coordinator.tracking.trackers import check_trackers
 from edge_sdk.data.rows import load_data, load_rows
 from edge_sdk.data.tally import Tally
@@ -49,6 +50,8 @@ def before_the_model(config: ServeConfig) -> Iterator[Finding]:
         yield check_port(config.listen)
         yield check_planning(config)
     yield check_data(config)
+    if config.evaluation.scores:
+        yield check_scores(config)
     if config.report_to:
         yield check_report_to(config)
     if config.page is not None:
@@ -62,6 +65,16 @@ def check_report_to(config: ServeConfig) -> Finding:
     except EdgeError as error:
         return failure("report_to", one_line(error).removeprefix("report_to: "))
     return ok("report_to", ", ".join(names))
+
+
+def check_scores(config: ServeConfig) -> Finding:
+    """Check whether the programs that count `evaluation.scores` are here."""
+    scores = config.evaluation.scores
+    try:
+        require_programs(scores)
+    except ConfigError as error:
+        return failure("scores", one_line(error).removeprefix("scores: "))
+    return ok("scores", ", ".join(scores))
 
 
 def check_page(page: str, token: Path | None) -> Finding:

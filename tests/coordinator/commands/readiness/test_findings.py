@@ -151,6 +151,18 @@ def test_what_report_to_lacks_is_said_before_a_run(tmp_path: Path) -> None:
     assert (fine.status, fine.text) == ("ok", "csv, prometheus")
 
 
+def test_scores_that_nothing_counts(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Java a score that needs it is a failure that says so; others are counted."""
+    wanted = [bench.check(f"evaluation.scores={names}") for names in ("[bleu]", "[bleu, meteor]")]
+    monkeypatch.setenv("PATH", str(bench.folder))
+    lacking = [bench.check(f"evaluation.scores={names}") for names in ("[bleu]", "[bleu, meteor]")]
+
+    assert (wanted, lacking) == ([0, 0], [0, 2])
+    assert "meteor needs Java" in capsys.readouterr().out
+
+
 def test_a_port_that_is_taken(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """Another program there is a failure; the same port is fine when that has gone."""
     with socket.create_server(("127.0.0.1", 0)) as other:

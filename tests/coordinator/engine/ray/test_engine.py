@@ -240,7 +240,7 @@ def test_a_cluster_with_too_little_is_refused_in_one_line() -> None:
 
 
 def test_a_run_with_devices_is_the_run_of_one_process(tmp_path: Path) -> None:
-    """Real devices, joined and evaluated: an actor is killed, and nobody notices."""
+    """Real devices over sockets: losses and who is there are as with one process."""
     losses, said = [], []
     for name in ("local", "ray"):
         (tmp_path / name).mkdir()
