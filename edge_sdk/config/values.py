@@ -126,10 +126,11 @@ def convert(annotation: Any, nodes: Sequence[Node], spot: Spot, base: object = N
 def _spelled_out(cls: Any, node: Node) -> Node:
     """Return a plain word as the mapping that it stands for, where a field of *cls* takes one."""
     word = next((f.name for f in dataclasses.fields(cls) if f.metadata.get("word")), None)
-    parsed = _parsed(node)
-    if word is None or not isinstance(parsed, Leaf) or not isinstance(parsed.value, str):
+    if word is None:
         return node
-    return Entries({word: node}, node.origin)
+    parsed = _parsed(node)
+    is_word = isinstance(parsed, Leaf) and isinstance(parsed.value, str)
+    return Entries({word: node}, node.origin) if is_word else node
 
 
 def by_key(annotation: Any, nodes: Sequence[Node], spot: Spot) -> dict[str, list[Node]]:
@@ -186,10 +187,10 @@ def _rejection(error: ValueError, layers: dict[str, list[Node]], spot: Spot) -> 
 def _place(key: str, layers: Mapping[str, Sequence[Node]]) -> str:
     """Return where a dotted *key* was given, or the group that it is of; empty: neither was."""
     name, *below = key.split(".")
-    given = [_parsed(node) for node in layers.get(name, [])]
+    given = list(layers.get(name, []))
     for inner in below:
-        deeper = [n.entries[inner] for n in given if isinstance(n, Entries) and inner in n.entries]
-        given = [_parsed(node) for node in deeper] or given
+        groups = [node for node in map(_parsed, given) if isinstance(node, Entries)]
+        given = [group.entries[inner] for group in groups if inner in group.entries] or given
     return given[-1].origin.where if given else ""
 
 

@@ -12,7 +12,9 @@ import pytest
 from coordinator.config.planning import PlanningConfig
 from coordinator.config.run import DeviceSettings, EvaluationConfig, ServeConfig
 from coordinator.export.run import export_run
+from coordinator.results.run_folder import CONFIG
 from coordinator.rounds.launch import serve
+from edge_sdk.config.describe import dump_config
 from edge_sdk.data.rows import DataConfig
 from edge_sdk.errors import DeviceError
 from edge_sdk.model.layout import find_layout
@@ -118,6 +120,7 @@ def test_a_stopped_run_goes_on_to_the_bit(cluster: Cluster, base: Base, tmp_path
     for name, value in whole.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
     assert scores(first) == scores(resumed)
+    resumed.folder.write_text(CONFIG, dump_config(config))
     assert export_run(resumed.folder, tmp_path / "out") < 1e-5  # PEFT on the original model
 
 
