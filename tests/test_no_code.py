@@ -21,7 +21,7 @@ CALLS = {
 }
 # Calls that know no such argument, each with what it loads.
 OTHERS = {
-    ("coordinator/export/adapter.py", "PeftModel.from_pretrained"): "tensors and a config of PEFT",
+    ("coordinator/export/check.py", "PeftModel.from_pretrained"): "tensors and a config of PEFT",
     ("edge_sdk/model/checkpoint.py", "AutoHfQuantizer.from_config"): "a class of transformers",
 }
 

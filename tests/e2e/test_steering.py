@@ -88,7 +88,7 @@ def test_a_wish_can_be_changed_while_a_round_goes_on(files: Cluster, start: Star
     assert "paused at step" in first.lines[-1]
     assert int(run_folder(files).checkpoints()[-1].name.removeprefix("checkpoint-")) > 0
     resumed = start("coordinator", "resume", RUN)
-    resumed.wait_for("a: ready")
+    resumed.wait_for_match("a: ready(.*\n)+.*b: ready|b: ready(.*\n)+.*a: ready")
     stopped = start("coordinator", "stop", RUN)
     assert [p.wait() for p in (stopped, resumed, *devices)] == [0, 0, 0, 0], stopped.text
     assert "stopped after 0 of 5000 rounds, so there is no result yet" in resumed.text

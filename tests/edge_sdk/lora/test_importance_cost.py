@@ -49,7 +49,7 @@ def test_nothing_is_left_and_nothing_hangs_on_other_steps(form: Form) -> None:
     """After a measured step no hook and no tensor remains; between two of them there is none."""
     runtime, micro = make_runtime("gpt2", 2), make_micro("causal-lm", 0)
     runtime.state.meter.measure(form, 2)
-    model = runtime._slice.model
+    model = runtime.slice.model
 
     def one(step: int) -> int:
         hidden = runtime.forward(micro, step, 0)

@@ -33,12 +33,18 @@ def test_any_shape_comes_back(name: str, data: st.DataObject) -> None:
 
 @given(array=hnp.arrays(np.float32, st.integers(1, 200), elements=NUMBERS))
 def test_int8_is_off_by_half_a_step_at_most(array: np.ndarray) -> None:
-    """No number is further off than 1/254 of the largest of its group, and zeros stay zeros."""
+    """No number is further off than 1/254 of the largest of its group, and zeros stay zeros.
+
+    A step below the least normal number may be nothing: some libraries have the processor round
+    such numbers to 0.
+    """
     back = codecs.as_read(array, "int8")
+    nothing = 128 * np.finfo(np.float32).tiny
 
     for start in range(0, len(array), quantize.GROUP):
         part = slice(start, start + quantize.GROUP)
-        bound = np.abs(array[part]).max() * (1 / 254) * 1.01
+        largest = np.abs(array[part]).max()
+        bound = max(largest * (1 / 254) * 1.01, min(largest, nothing))
         assert (np.abs(back[part] - array[part]) <= bound).all()
     assert (back[array == 0] == 0).all()
 

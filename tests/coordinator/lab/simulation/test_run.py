@@ -414,7 +414,7 @@ def test_frozen_weights_are_held_once_and_never_written(
             assert name not in kept or torch.equal(kept[name], value)
     assert len(runtimes) == 3
     for runtime in runtimes:
-        held = {p.data_ptr() for p in runtime._slice.model.parameters() if not p.is_meta}
+        held = {p.data_ptr() for p in runtime.slice.model.parameters() if not p.is_meta}
         assert {kept[name].data_ptr() for name in names} <= held
 
 
