@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.commands.parser import add_command
+from coordinator.commands.terminal import say_import
 from coordinator.export.needs import check_options
 from coordinator.export.options import DTYPES, FORMATS, ExportOptions
 from coordinator.results.lifecycle import read_run
@@ -37,7 +38,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.to} exists and is not empty; choose another folder")
     check_options(wanted)
     folder, config = read_run(options.folder, [])
-    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    say_import()
     from coordinator.export.run import export_run
     from coordinator.lab.centralised.run import export_pooled
 

@@ -12,6 +12,7 @@ from typing import Any
 from coordinator.commands.check import check_run
 from coordinator.commands.parser import add_command
 from coordinator.commands.readiness.devices import Assumed, add_devices, read_devices
+from coordinator.commands.terminal import say_import
 from coordinator.config.presets import load_serve_config
 from coordinator.config.run import ServeConfig
 from coordinator.gateway.keys.allow_list import AllowList
@@ -52,7 +53,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.resume and (there := _there_already(config)) is not None:
         sys.stderr.write(f"run {there} goes on, with the config in its folder\n")
         return _go_on(there, options.overrides)
-    _say_import()
+    say_import()
     from coordinator.lab.centralised.run import serve_pooled
     from coordinator.rounds.launch import serve
 
@@ -61,12 +62,6 @@ def _serve(options: argparse.Namespace) -> int:
     say_who_may_come(config)
     say_what_is_fixed(config)
     return _watch(config, lambda watcher: serve(config, watcher))
-
-
-def _say_import() -> None:
-    """Say what the next seconds are spent with, where they are."""
-    if "torch" not in sys.modules:
-        sys.stderr.write("importing torch\n")
 
 
 def _there_already(config: ServeConfig) -> Path | None:
@@ -83,7 +78,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _go_on(folder: Path, overrides: list[str]) -> int:
     _, config = read_run(folder, overrides)
-    _say_import()
+    say_import()
     from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
 

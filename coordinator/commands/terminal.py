@@ -25,6 +25,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def say_import() -> None:
+    """Say what the next seconds are spent with, where they are."""
+    if "torch" not in sys.modules:
+        sys.stderr.write("importing torch\n")
+
+
 def say_table(markdown: str) -> None:
     """Print a table that is written in Markdown: drawn on a terminal, as it stands elsewhere."""
     if not sys.stdout.isatty():

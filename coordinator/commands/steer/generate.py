@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.commands.parser import add_command
-from coordinator.commands.steer.trained import read_after
+from coordinator.commands.steer.trained import add_choice, read_after
+from coordinator.commands.terminal import say_import
 from coordinator.config.prompts import read_prompts
 from coordinator.results.lifecycle import read_run
 from edge_sdk.errors import ConfigError, printable
@@ -43,14 +44,7 @@ def add_generate(commands: Any) -> None:
         help="0 (default) takes the most likely token each time",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides what is drawn")
-    parser.add_argument(
-        "--round",
-        type=int,
-        metavar="N",
-        help="rounds that were done: 0 is before training; default: the newest, or the best one "
-        "with early_stopping",
-    )
-    parser.add_argument("--device", metavar="NAME", help="where it computes; default: the run's")
+    add_choice(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -58,7 +52,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompts = _asked(options.prompt) or read_prompts(config.evaluation)
     if not prompts:
         raise ConfigError("--prompt: give at least one; the run has no evaluation.prompts")
-    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    say_import()
     from coordinator.engine.whole import Manner
     from coordinator.export.asked.texts import Prompting, text_ends
     from coordinator.export.trained import TrainedModel

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
+from coordinator.commands.terminal import say_import
 from coordinator.config.presets import load_serve_config
 from coordinator.results.json_text import json_text
 from edge_sdk.errors import ConfigError
@@ -53,7 +54,7 @@ def _find(options: argparse.Namespace) -> int:
     kind = options.plot.suffix.removeprefix(".")
     if kind not in ("svg", "png", "pdf"):
         raise ConfigError(f"--plot: {options.plot} must end in .svg, .png or .pdf")
-    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    say_import()
     from coordinator.lab.comparison.plots import require_matplotlib
     from coordinator.lab.rates.picture import draw_sweep
     from coordinator.lab.rates.sweep import SweepConfig, find_rate

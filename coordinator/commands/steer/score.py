@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.parser import add_command
-from coordinator.commands.steer.trained import read_after
+from coordinator.commands.steer.trained import add_choice, read_after
+from coordinator.commands.terminal import say_import
 from coordinator.config.run import ServeConfig
 from coordinator.config.scoring import SCORES
 from coordinator.results.json_text import json_text
@@ -47,21 +48,14 @@ def add_score(commands: Any) -> None:
         metavar="FILE",
         help="also write prompts, texts and references there, as JSON lines",
     )
-    parser.add_argument(
-        "--round",
-        type=int,
-        metavar="N",
-        help="rounds that were done: 0 is before training; default: the newest, or the best one "
-        "with early_stopping",
-    )
-    parser.add_argument("--device", metavar="NAME", help="where it computes; default: the run's")
+    add_choice(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
 
 
 def _score(options: argparse.Namespace) -> int:
     folder, config = read_run(options.folder, options.overrides)
     config = _on_file(config, options)
-    sys.stderr.write("" if "torch" in sys.modules else "importing torch\n")
+    say_import()
     from coordinator.engine.server_model import ServerModel
     from coordinator.export.outcome import measured
     from coordinator.scores.measures import require_programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from coordinator.config.run import ServeConfig
@@ -9,6 +10,18 @@ from coordinator.results.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from coordinator.export.run import Trained
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Let a person choose the checkpoint that answers, and where it computes."""
+    parser.add_argument(
+        "--round",
+        type=int,
+        metavar="N",
+        help="rounds that were done: 0 is before training; default: the newest, or the best one "
+        "with early_stopping",
+    )
+    parser.add_argument("--device", metavar="NAME", help="where it computes; default: the run's")
 
 
 def read_after(folder: RunFolder, config: ServeConfig, round_: int | None) -> tuple[Trained, str]:
