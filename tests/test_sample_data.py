@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -104,6 +105,45 @@ def test_the_sdk_reads_it(files: list[Path]) -> None:
 
     assert len(rows) == 1200
     assert {row.schema for row in rows} == {"completion"}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_statement_is_what_its_label_says(tmp_path: Path, num_classes: int) -> None:
+    """True ones name the record's value, false ones another, unknown ones what it does not have."""
+    train, dev = make_sample.write_sample(tmp_path, 1, 90, 30, 3, "iid", num_classes)
+
+    rows = [*pairs_in(train), *pairs_in(dev)]
+    labels = Counter(row["label"] for row in rows)
+
+    assert len({row["text"].split("\n")[0] for row in rows}) == 120
+    assert labels == dict.fromkeys(make_sample.CLASSES[:num_classes], 120 // num_classes)
+    for row in rows:
+        record, statement = row["text"].split("\n")
+        told = dict(re.findall(r"(\w+)\[([^\]]+)\]", record))
+        forms = {k: form.split("{}")[0] for k, (form, _) in make_sample.STATEMENTS.items()}
+        values = {
+            key: statement.removeprefix(forms[key])[:-1]
+            for key, (_, known) in make_sample.STATEMENTS.items()
+            if statement in [make_sample.STATEMENTS[key][0].format(value) for value in known]
+        }
+        ((key, value),) = values.items()
+        assert row["label"] == (
+            "unknown" if key not in told else "true" if told[key] == value else "false"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [("trips", 0), ("statements-2", 2), ("statements-3", 3)]
+)
+def test_the_samples_that_lie_there_are_those_it_writes(
+    tmp_path: Path, name: str, num_classes: int
+) -> None:
+    """240 rows to train on and 60 beside them, by the command of docs/papers.md."""
+    train, dev = make_sample.write_sample(tmp_path, 1, 240, 60, 0, "iid", num_classes)
+
+    there = ROOT / "examples" / "data" / name
+    assert (there / "train.jsonl").read_bytes() == train.read_bytes()
+    assert (there / "dev.jsonl").read_bytes() == dev.read_bytes()
 
 
 @pytest.mark.parametrize("bad", [["--shards", "0"], ["--pairs", "x"], ["--pairs", "2"]])

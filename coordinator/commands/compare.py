@@ -11,7 +11,7 @@ from coordinator.commands.terminal import Live, say, say_results
 from coordinator.lab.comparison.report import write_report
 from coordinator.lab.comparison.sweeps.report import write_sweep_report
 from coordinator.lab.comparison.sweeps.table import SweptRuns
-from edge_sdk.errors import INTERRUPTED_EXIT_CODE
+from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.cells import RunResult
@@ -46,7 +46,17 @@ def add_compare(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the typ
     parser.add_argument(
         "--out", type=Path, default=Path("comparison"), help="folder; default: %(default)s"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the config")
+    parser.add_argument(
+        "--scale",
+        metavar="NAME",
+        help="one of `paper.scales` of the file: tiny runs here in minutes",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="FILE | key=value",
+        help="the file, without --config; and what overrides it",
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -58,8 +68,10 @@ def _compare(options: argparse.Namespace) -> int:
     from coordinator.lab.comparison.sweeps.grid import grid, read_sweep
     from coordinator.lab.simulation.run import simulate
 
+    options.config = _file(options)
     points = grid([read_sweep(text) for text in options.sweep])
     comparisons = [_comparison(options, point) for point in points]
+    _require_what_runs_need(comparisons)
     swept: list[SweptRuns] = []
     tables: list[ResultTable] = []
     try:
@@ -106,7 +118,31 @@ def say_what_is_open(comparison: Comparison, cells: Sequence[RunResult]) -> None
             say(f"  {text}")
 
 
+def _file(options: argparse.Namespace) -> Path | None:
+    """Return the file, which is the one word without a `=` or stands behind --config."""
+    words = [Path(text) for text in options.overrides if "=" not in text]
+    given = [options.config] if options.config is not None else []
+    if len(words) + len(given) > 1:
+        named = ", ".join(map(str, (*given, *words)))
+        raise ConfigError(f"a comparison has one file, got {named}")
+    file: Path | None = next(iter((*given, *words)), None)
+    return file
+
+
+def _require_what_runs_need(comparisons: Sequence[Comparison]) -> None:
+    """Fail before hours of training where a paper's experiment lacks its model or a program."""
+    from coordinator.lab.comparison.published.recipe import require_model
+    from coordinator.scores.measures import require_programs
+
+    for comparison in comparisons:
+        if comparison.config.paper is not None:
+            require_programs(comparison.config.evaluation.scores)
+            require_model(comparison.config)
+
+
 def _overrides(options: argparse.Namespace) -> list[str]:
+    from coordinator.lab.comparison.published.recipe import recipe_overrides
+
     flags = {
         "presets": options.presets,
         "learning_rates": options.rates,
@@ -115,4 +151,6 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     given = [f"compare.{key}={list(value)}" for key, value in flags.items() if value is not None]
     if options.labels is not None:
         given.append(f"compare.labels={options.labels}")
-    return [*options.overrides, *(text.replace("'", "") for text in given)]
+    own = [text for text in options.overrides if "=" in text]
+    own += [text.replace("'", "") for text in given]
+    return recipe_overrides(options.config, own, options.scale)

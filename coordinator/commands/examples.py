@@ -35,6 +35,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "compare": [
         "compare --config examples/compare.yaml --out comparison",
         "compare --config examples/compare.yaml --presets hsplitlora splitlora rounds=2",
+        "compare examples/papers/splitlora-gpt2-s.yaml --scale tiny",
     ],
     "audit-privacy": [
         "audit-privacy --model examples/base --data texts.jsonl",

@@ -10,6 +10,11 @@ Usage: python examples/data/make_sample.py --out DIR --shards 3 --pairs 3600 --s
 Writes DIR/shard-0.jsonl ... and DIR/dev.jsonl. Shards by `meaning` hold different kinds of trips,
 so that devices differ; `iid` shards do not. No record of the dev file occurs in a shard. Needs the
 standard library only.
+
+With --classes 2 or 3 a row is a record and a statement about it, to be classified: true or false
+of the record, or with three classes unknown from it, as in the tasks of GLUE on pairs of sentences.
+
+    {"text": "name[Silver Heron], ..., lasts[two hours]\\nIt takes one hour.", "label": "false"}
 """
 
 from __future__ import annotations
@@ -238,6 +243,45 @@ def kind_of(pair: dict[str, str]) -> str:
     return pair["prompt"].split("type[")[1].split("]")[0]
 
 
+# What can be stated of an attribute, and the values that it may have.
+STATEMENTS = {
+    "from": ("It leaves from {}.", QUAYS),
+    "near": ("You find the boat near {}.", LANDMARKS),
+    "when": ("It leaves {}.", TIMES),
+    "lasts": ("It takes {}.", LASTS),
+    "rating": ("It is rated {}.", list(RATINGS)),
+    "price": ("Its price is {}.", list(PRICES)),
+}
+CLASSES = ("true", "false", "unknown")
+
+
+def make_statement(record: Record, label: str, rng: random.Random) -> str | None:
+    """Return a sentence that is *label* of *record*; None where nothing can be stated."""
+    known = [key for key in STATEMENTS if (key in record) == (label != "unknown")]
+    if not known:
+        return None
+    key = rng.choice(known)
+    form, values = STATEMENTS[key]
+    others = [value for value in values if value != record.get(key)]
+    return form.format(record[key] if label == "true" else rng.choice(others))
+
+
+def make_statements(
+    num_rows: int, num_classes: int, rng: random.Random, taken: set[str]
+) -> list[dict[str, str]]:
+    """Return rows of distinct records not in *taken*, as many of each class but for a remainder."""
+    rows: list[dict[str, str]] = []
+    while len(rows) < num_rows:
+        record, label = make_record(rng), CLASSES[len(rows) % num_classes]
+        prompt, statement = prompt_of(record), make_statement(record, label, rng)
+        if prompt in taken or statement is None:
+            continue
+        taken.add(prompt)
+        rows.append({"text": f"{prompt}\n{statement}", "label": label})
+    rng.shuffle(rows)
+    return rows
+
+
 def write_pairs(path: Path, pairs: list[dict[str, str]]) -> None:
     """Write one JSON object per line."""
     lines = [json.dumps(pair) + "\n" for pair in pairs]
@@ -245,14 +289,27 @@ def write_pairs(path: Path, pairs: list[dict[str, str]]) -> None:
 
 
 def write_sample(
-    out: Path, num_shards: int, num_pairs: int, num_dev: int, seed: int, split: str
+    out: Path,
+    num_shards: int,
+    num_pairs: int,
+    num_dev: int,
+    seed: int,
+    split: str,
+    num_classes: int = 0,
 ) -> list[Path]:
-    """Write the shards and the dev file below *out* and return their paths, the dev file last."""
+    """Write the shards and the dev file below *out* and return their paths, the dev file last.
+
+    With *num_classes* rows are statements, which are in no order and split evenly.
+    """
     rng = random.Random(seed)
     taken: set[str] = set()
-    dev = make_pairs(num_dev, rng, taken)
-    pairs = make_pairs(num_pairs, rng, taken)
-    if split == "meaning":
+    if num_classes:
+        dev = make_statements(num_dev, num_classes, rng, taken)
+        pairs = make_statements(num_pairs, num_classes, rng, taken)
+    else:
+        dev = make_pairs(num_dev, rng, taken)
+        pairs = make_pairs(num_pairs, rng, taken)
+    if split == "meaning" and not num_classes:
         pairs.sort(key=kind_of)  # stable: the sentences of a record stay together
     else:
         rng.shuffle(pairs)
@@ -284,11 +341,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dev", type=positive, default=300, help="pairs of the dev file")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     parser.add_argument("--split", choices=("meaning", "iid"), default="meaning")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        choices=(0, 2, 3),
+        default=0,
+        help="write statements to be classified",
+    )
     options = parser.parse_args(arguments)
     if options.shards > options.pairs:
         parser.error(f"--shards is {options.shards}, more than --pairs {options.pairs}")
     for path in write_sample(
-        options.out, options.shards, options.pairs, options.dev, options.seed, options.split
+        options.out,
+        options.shards,
+        options.pairs,
+        options.dev,
+        options.seed,
+        options.split,
+        options.classes,
     ):
         print(path)
 

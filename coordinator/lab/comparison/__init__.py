@@ -5,6 +5,7 @@ __all__ = [
     "config",
     "fit_devices",
     "plots",
+    "published",
     "rank_energy",
     "report",
     "result_table",

@@ -13,6 +13,7 @@ from typing import Literal
 
 from coordinator.config.presets import NAMES, load_with_preset, preset_text
 from coordinator.config.run import Preset
+from coordinator.lab.comparison.published.config import PaperSection
 from coordinator.lab.comparison.search.config import RateSearchConfig
 from coordinator.lab.simulation.config import SimulationConfig
 from edge_sdk.errors import ConfigError
@@ -141,10 +142,12 @@ class CompareSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareConfig(SimulationConfig):
-    """A simulation, and the section `compare`."""
+    """A simulation, and the sections `compare` and `paper`."""
 
     compare: CompareSection = field(default_factory=CompareSection)
     """What is compared."""
+    paper: PaperSection | None = None
+    """Whose experiment this is, and what was published of it; see docs/papers.md."""
 
     def simulation_config(self) -> SimulationConfig:
         """Return the configuration of one of the runs."""

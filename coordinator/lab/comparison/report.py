@@ -20,6 +20,12 @@ from coordinator.lab.comparison.cost_tables import (
     traffic_table,
 )
 from coordinator.lab.comparison.plots import Picture, draw
+from coordinator.lab.comparison.published.ours import OurValues
+from coordinator.lab.comparison.published.table import (
+    published_table,
+    warning,
+    with_published,
+)
 from coordinator.lab.comparison.rank_energy import draw_energy, energy_table
 from coordinator.lab.comparison.result_table import ResultTable, markdown
 from coordinator.lab.comparison.robustness import robustness_table
@@ -42,6 +48,7 @@ from edge_sdk.files import storage_errors
 
 if TYPE_CHECKING:
     from coordinator.lab.comparison.config import CompareConfig
+    from coordinator.lab.comparison.published.config import PaperSection
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -93,8 +100,10 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     plain = [cell for cell in cells if not cell.disturbance]
     rows = make_rows(plain, target.loss, is_classifier=is_classifier)
     main = main_table(rows, target.loss, is_classifier=is_classifier)
+    main = with_published(main, config.paper)
     found = _differences(config, plain)
     tables = [
+        *_published(config, plain, target),
         *found.tables,
         rate_table(plain),
         budget_table(plain, wanted.budgets, is_classifier=is_classifier),
@@ -119,6 +128,17 @@ def write_report(config: CompareConfig, cells: Sequence[RunResult], out: Path) -
     with storage_errors(out):
         main.write(out)
     return [main, *tables]
+
+
+def _published(
+    config: CompareConfig, cells: Sequence[RunResult], target: Target
+) -> list[ResultTable]:
+    """Return the paper's numbers beside ours, where this is a paper's experiment."""
+    paper, wanted = config.paper, config.compare
+    if paper is None or not paper.numbers:
+        return []
+    reference = wanted.reference or wanted.presets[0]
+    return [published_table(paper, OurValues(cells, reference, target.loss))]
 
 
 class _Found(NamedTuple):
@@ -177,6 +197,15 @@ def _how_rates_were_found(wanted: CompareSection, rates: str) -> str:
     )
 
 
+def _of_paper(paper: PaperSection) -> list[str]:
+    """Return whose experiment this is, and what its numbers are worth here."""
+    facts = [
+        f"The experiment of {paper.title} ({paper.source}). Rows marked as published are that "
+        "paper's own numbers: they stand beside ours, and are neither ranked nor tested."
+    ]
+    return [*facts, *([f"{warning(paper.scale)}."] if paper.scale is not None else [])]
+
+
 def _facts(config: CompareConfig, cells: Sequence[RunResult], target: Target) -> list[str]:
     """Return how it was compared, a sentence each."""
     wanted = config.compare
@@ -200,6 +229,8 @@ def _facts(config: CompareConfig, cells: Sequence[RunResult], target: Target) ->
         "is nobody's. Energy is modelled: a board's highest power for the time in which it "
         "computes.",
     ]
+    if config.paper is not None:
+        facts[:0] = _of_paper(config.paper)
     kinds = {cell.device_set for cell in cells if cell.method == LOCAL}
     missing = [kind for kind in wanted.device_sets if kind not in kinds]
     if LOCAL in wanted.references and missing:

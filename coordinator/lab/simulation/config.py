@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from coordinator.config.run import ServeConfig
+from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.gateway.keys.allow_list import is_device_name
 from coordinator.lab.simulation.boards import Board, Connection, Scale
 from edge_sdk.data.rows import DataConfig
@@ -123,6 +123,7 @@ class SimulationConfig(ServeConfig):
         ServeConfig.__post_init__(self)
         if not self.simulation.devices:
             raise ValueError("simulation.devices must name at least 1 device")
+        object.__setattr__(self, "devices", _named_singly(self.devices, self.simulation))
 
     def serve_config(self) -> ServeConfig:
         """Return the configuration of the coordinator itself."""
@@ -146,6 +147,20 @@ def device_names(fleet: FleetConfig) -> dict[str, SimulatedDeviceConfig]:
                 raise ValueError(f"devices: two are named {each!r}")
             devices[each] = device
     return dict(sorted(devices.items()))
+
+
+def _named_singly(
+    settings: dict[str, DeviceSettings], fleet: FleetConfig
+) -> dict[str, DeviceSettings]:
+    """Return settings in which those of a kind stand at each of its devices; single ones win."""
+    counts = {name: count for name, count in _counts(fleet).items() if count != 1}
+    of_kinds = {
+        f"{kind}-{i}": settings[kind]
+        for kind, count in counts.items()
+        if kind in settings
+        for i in range(count)
+    }
+    return of_kinds | {name: own for name, own in settings.items() if name not in counts}
 
 
 def _counts(fleet: FleetConfig) -> dict[str, int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.config.run import DeviceSettings
 from coordinator.lab.simulation.config import (
     FleetConfig,
     SimulatedDeviceConfig,
+    SimulationConfig,
     device_names,
 )
 
@@ -49,3 +52,15 @@ def test_what_cannot_be_generated_is_refused() -> None:
         fleet([1], 0)
     with pytest.raises(ValueError, match="num_devices: a device has `data` of its own"):
         FleetConfig(devices={"a": SimulatedDeviceConfig(data="a.jsonl")}, num_devices=2)
+
+
+def test_settings_of_a_kind_are_those_of_each_of_its_devices() -> None:
+    """Whoever has settings of its own keeps these, and a device that is alone its plain name."""
+    own = {"k0": DeviceSettings(r=2), "k1": DeviceSettings(r=4), "k1-1": DeviceSettings(r=8)}
+
+    config = SimulationConfig(model="any", devices=own, simulation=fleet([1, 3]))
+
+    ranks = {name: config.settings(name).r for name in device_names(config.simulation)}
+    assert ranks == {"k0": 2, "k1-0": 4, "k1-1": 8, "k1-2": 4}
+    assert "k1" not in config.devices
+    assert replace(config, rounds=1).devices == config.devices
