@@ -98,8 +98,13 @@ def _median(
 
 
 def samples_of_a_step(config: SimulationConfig) -> int:
-    """Return the sequences of one step of all devices, which are named singly."""
-    return sum(config.settings(name).batch_size or 0 for name in config.simulation.devices)
+    """Return the sequences of one step of a round's devices, which are named singly.
+
+    Where only some of the devices are drawn for a round, it is what so many have in the mean.
+    """
+    sizes = [config.settings(name).batch_size or 0 for name in config.simulation.devices]
+    drawn = min(config.devices_per_round or len(sizes), len(sizes))
+    return round(sum(sizes) * drawn / len(sizes))
 
 
 def fit(config: SimulationConfig) -> Fitted:

@@ -161,3 +161,11 @@ def test_trained_numbers_are_those_of_the_factors(model: Path, problem: Planning
     fitted = fit(make_run(model, {"a": 1e9}))
 
     assert fitted.num_trained({name: 3}) == 3 * (shape.num_outputs + shape.num_inputs)
+
+
+def test_devices_that_are_drawn_are_the_samples_of_a_step(model: Path) -> None:
+    """With two of three in a round, all rows train on what two of them have."""
+    run = make_run(model, {"a": 1e9, "b": 1e9, "c": 1e9}, devices_per_round=2)
+
+    assert samples_of_a_step(run) == 4
+    assert samples_of_a_step(replace(run, devices_per_round=9)) == 6
