@@ -117,7 +117,7 @@ def test_the_tiny_experiment_runs(name: str, tmp_path: Path) -> None:
         assert "splitlora-r4 (as published)" in [row[0] for row in table.texts]
         page = (tmp_path / "report.html").read_text("utf-8")
         assert "Scale tiny: these runs train another, smaller model" in page
-        assert re.search(r'<tr class="published"><td>splitlora-r4 \(as published\)</td>', page)
+        assert re.search(r'<tr class="theirs"><td>splitlora-r4 \(as published\)</td>', page)
         assert "68.79" in page
 
 

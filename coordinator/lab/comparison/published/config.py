@@ -21,6 +21,11 @@ class MeasureName(NamedTuple):
     unit: float = 1.0
     """What one of the unit is in files for programs."""
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether it is held against another row of the comparison."""
+        return "the reference" in self.title
+
 
 MEASURES: dict[str, MeasureName] = {
     "loss": MeasureName("loss", 4),

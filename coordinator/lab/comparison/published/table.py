@@ -48,8 +48,10 @@ def published_table(paper: PaperSection, ours: OurValues) -> ResultTable:
     )
     texts = [
         f"What {paper.title} ({paper.source}) prints, and what these runs have of it; neither "
-        "ranked nor tested against each other. The reference is " + ours.reference
+        "ranked nor tested against each other"
     ]
+    if any(MEASURES[name].has_reference for row in paper.numbers for name in row.values):
+        texts.append(f"The reference is {ours.reference}")
     if paper.scale is not None:
         texts.append(warning(paper.scale))
     return ResultTable(

@@ -72,6 +72,7 @@ def test_every_number_has_its_source_and_ours_beside_it() -> None:
         ["FT", "heterogeneous", "70", "\u2013", "Table I"],
     ]
     assert "Scale" not in table.caption
+    assert table.caption.endswith("The reference is splitlora")
 
 
 def test_a_scale_warns_of_what_it_is() -> None:
