@@ -47,6 +47,7 @@ SLOW = (
     "coordinator/commands/readiness/",
     "edge_sdk/doctor/test_before.py",
     "coordinator/lab/comparison/",
+    "test_papers.py",
     "test_examples_jetson.py",
     "test_models_page.py",
     "test_scaling.py",
