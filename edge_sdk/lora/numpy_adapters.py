@@ -51,8 +51,7 @@ class NumpyAdapters:
 
     def scale(self, name: str, rank: int | None = None) -> float:
         """Return the factor in front of the B A of weight *name*, if it had *rank*."""
-        rank, alpha = rank or self.ranks[name], self.alphas[name]
-        return alpha / float(np.sqrt(rank)) if self._lora.use_rslora else alpha / rank
+        return self._lora.scale_by(self.alphas[name], rank or self.ranks[name])
 
     def pairs(self) -> dict[str, Pair]:
         """Return copies of the trained factors."""
