@@ -99,6 +99,7 @@ def require_model(config: CompareConfig) -> None:
         locate(config.model, config.revision)
     except ModelError as error:
         raise ConfigError(
-            f"{error}; fetch it where there is a network (`hf download {config.model} --local-dir "
-            "FOLDER`), or take a folder that you have, and add model=FOLDER"
+            f"{str(error).rstrip('.')}; fetch it where there is a network "
+            f"(`hf download {config.model} --local-dir FOLDER`), or take a folder that you have, "
+            "and add model=FOLDER"
         ) from error
