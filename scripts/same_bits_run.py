@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ HEAVY = (
     "rich.console",
 )
 CASES_AT_ONCE = 2
-# A case takes some seconds; the graphs of the onnxruntime device take the longest.
-PATIENCE_S = 240.0
+# A run of which nothing new is written for so long hangs. It is no bound on a whole run: that takes
+# half a minute of computation, and any number of minutes where others compute on the machine.
+PATIENCE_S = 300.0
 STOP_S = 5.0
 TAIL_LINES = 15
 KEYS = Path("keys")
@@ -60,7 +61,7 @@ class Trial:
     def __init__(self, case: Case, inputs: Path) -> None:
         self.case = case
         self._folder = Path(case.name)
-        self._until_s = time.monotonic() + PATIENCE_S
+        self._seen, self._until_s = 0.0, 0.0
         self._port = reserved_port()
         self._processes: list[BaseProcess] = []
         if case.command == "simulate":
@@ -93,15 +94,22 @@ class Trial:
         """Whether all its processes have ended well.
 
         Raises:
-            Failed: one has not, or they take too long.
+            Failed: one has not, or nothing happens any more.
         """
         for process in self._processes:
             if process.exitcode:
                 raise Failed(f"{self._told(process)} ended with exit code {process.exitcode}")
         left = [process for process in self._processes if process.exitcode is None]
-        if left and time.monotonic() > self._until_s:
-            raise Failed(f"{self._told(left[0])} does not end")
+        if left and self._is_quiet():
+            raise Failed(f"{self._told(left[0])} hangs: nothing new for {PATIENCE_S:.0f} s")
         return not left
+
+    def _is_quiet(self) -> bool:
+        """Whether none of the case's files has been written for too long."""
+        seen, now = max(written_s(self._folder), default=0.0), time.monotonic()
+        if seen != self._seen:
+            self._seen, self._until_s = seen, now + PATIENCE_S
+        return now > self._until_s
 
     def _told(self, process: BaseProcess) -> str:
         """Show the end of its log, and return what to call it."""
@@ -151,10 +159,17 @@ def run(cases: Sequence[Case], inputs: Path) -> None:
                 if trial.is_done():
                     running.remove(trial)
                     trial.close()
-            time.sleep(0.05)
+            time.sleep(0.2)
     finally:
         for trial in running:
             trial.close()
+
+
+def written_s(folder: Path) -> Iterator[float]:
+    """When each file below *folder* was written last."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # checkpoints go
+            yield path.stat().st_mtime
 
 
 def is_known(setting: str) -> bool:
