@@ -416,6 +416,10 @@ class ServeConfig:
         """Optimizer steps of the whole run."""
         return self.rounds * self.steps_per_round
 
+    def drawn_share(self, num_devices: int) -> float:
+        """Return the share of so many devices that a round draws."""
+        return min(1.0, (self.devices_per_round or num_devices) / num_devices)
+
     @property
     def most_wave_tokens(self) -> int | None:
         """Most tokens of a wave of what is there; None where waves are gathered."""

@@ -172,10 +172,14 @@ def plan_pooled(config: ServeConfig, facts: ModelFacts) -> Plan:
 
 
 def samples_of_a_step(config: ServeConfig) -> int:
-    """Return the sequences of one step of all devices, with settings of their own or without."""
+    """Return the sequences of one step of all devices, with settings of their own or without.
+
+    Where rounds draw some of them it is the mean over those who can be drawn, to the nearest.
+    """
     named = [config.settings(name).batch_size or 0 for name in config.devices]
     others = max(0, config.min_devices - len(named))
-    return sum(named) + others * (config.settings("").batch_size or 0)
+    every = sum(named) + others * (config.settings("").batch_size or 0)
+    return max(1, round(every * config.drawn_share(len(named) + others)))
 
 
 def make_runtime(config: ServeConfig, model: ServerModel, plan: Plan) -> TorchRuntime:

@@ -97,14 +97,14 @@ def _median(
     return devices[sorted(devices, key=budget)[(len(devices) - 1) // 2]]
 
 
-def samples_of_a_step(config: SimulationConfig) -> int:
-    """Return the sequences of one step of a round's devices, which are named singly.
+def samples_of_a_step(config: SimulationConfig) -> float:
+    """Return the sequences of one step of all devices, which are named singly.
 
-    Where only some of the devices are drawn for a round, it is what so many have in the mean.
+    Where rounds draw some of them it is the mean over those who can be drawn: all are there.
     """
-    sizes = [config.settings(name).batch_size or 0 for name in config.simulation.devices]
-    drawn = min(config.devices_per_round or len(sizes), len(sizes))
-    return round(sum(sizes) * drawn / len(sizes))
+    devices = config.simulation.devices
+    every = sum(config.settings(name).batch_size or 0 for name in devices)
+    return every * config.drawn_share(len(devices))
 
 
 def fit(config: SimulationConfig) -> Fitted:

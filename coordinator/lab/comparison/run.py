@@ -257,7 +257,7 @@ class ComparisonRunner:
 
         before = UntrainedScore()
 
-        def watching(index: int, parts: int, rounds: int = config.rounds) -> Watcher:
+        def watching(index: int, parts: int, rounds: int) -> Watcher:
             return Watchers([before, RoundTeller(count, rounds, (index, parts))])
 
         try:

@@ -33,8 +33,8 @@ from coordinator.results.history import RunHistory
 from coordinator.results.run_folder import RunFolder
 from edge_sdk.errors import ConfigError
 
-Watching = Callable[[int, int], Watcher]
-"""Gives who looks on at part n of so many."""
+Watching = Callable[[int, int, int], Watcher]
+"""Gives who looks on at part n of so many, of so many rounds each."""
 
 
 class TrainedAlone(Protocol):
@@ -99,10 +99,11 @@ def run_pooled(
     config: SimulationConfig, files: Mapping[str, str], watching: Watching, train: TrainPooled
 ) -> dict[str, Any]:
     """Train on the joined shards, in the time of the coordinator's machine."""
-    batch_size = config.pooled.batch_size or samples_of_a_step(config)
+    batch_size = config.pooled.batch_size or max(1, round(samples_of_a_step(config)))
     pooled = _pooled(config, tuple(files.values()), batch_size, config.pooled.micro_batch)
     machine = make_fleet(config.simulation, config.planning).coordinator
-    points, scores = _train(train, pooled, whole_situation(config), machine, watching(0, 1))
+    watcher = watching(0, 1, config.rounds)
+    points, scores = _train(train, pooled, whole_situation(config), machine, watcher)
     return {"points": points, "scores": scores, "is_central": True}
 
 
@@ -170,8 +171,9 @@ def run_alone(
 ) -> dict[str, Any]:
     """Train the whole model on each device that can hold it, on its own data; nothing travels.
 
-    Every device does as many steps as it would with the others. Loss, accuracy and scores are means
-    over these devices, samples and energy sums, time that of the slowest.
+    Every device does as many rounds as it would with the others, on average where they are drawn.
+    Loss, accuracy and scores are means over these devices, samples and energy sums, time that of
+    the slowest.
 
     Raises:
         ConfigError: no device can hold the model.
@@ -180,12 +182,13 @@ def run_alone(
     machines = make_fleet(fitted.config.simulation, fitted.config.planning).machines
     ranks = {name: dict(plan.ranks) for name, plan in plan_all(fitted.problem).plans.items()}
     names = sorted(machines)
+    config = replace(config, rounds=max(1, round(config.rounds * config.drawn_share(len(names)))))
     runs, scored = [], []
     for index, name in enumerate(names):
         own = _of_device(config, name, max(ranks[name].values()))
         settings = config.settings(name)
         pooled = _pooled(own, (files[name],), settings.batch_size or 1, settings.micro_batch)
-        watcher = watching(index, len(names))
+        watcher = watching(index, len(names), config.rounds)
         points, scores = _train(train, pooled, fitted.problem, machines[name], watcher)
         runs.append(points)
         scored.append(scores)

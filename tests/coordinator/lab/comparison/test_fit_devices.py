@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def test_presets_with_ranks_of_their_own_take_the_largest_that_fit(
     assert fit(pinned).config.settings("b").r == 4
 
 
+@pytest.mark.parametrize("per_round", [1, 2, 3, 5])
+def test_drawn_rounds_count_the_samples_of_those_who_are_drawn(
+    model: Path, problem: PlanningProblem, per_round: int
+) -> None:
+    """A step is the mean over all draws; who drops out costs no round, where enough are left."""
+    sizes = {"a": 2, "b": 6, "c": 7}
+    own = {name: DeviceSettings(batch_size=size) for name, size in sizes.items()}
+    run = make_run(model, dict.fromkeys(sizes, 1e9), devices=own, devices_per_round=per_round)
+    draws = list(combinations(sizes.values(), min(per_round, len(sizes))))
+    alike = replace(run, devices={})
+    least = needed(problem, BLOCKS, min(RANKS))
+    small = SimulatedDeviceConfig(memory_bytes=least - 1)
+    devices = {**alike.simulation.devices, "c": small}
+
+    fitted = fit(replace(alike, simulation=replace(alike.simulation, devices=devices)))
+
+    assert samples_of_a_step(run) == pytest.approx(sum(map(sum, draws)) / len(draws))
+    assert fit(run).config.rounds == run.rounds
+    assert list(fitted.config.simulation.devices) == ["a", "b"]
+    assert fitted.config.rounds == (12 if per_round <= 2 else 18)
+
+
 def test_a_plan_leaves_out_whom_it_cannot_fit(model: Path, problem: PlanningProblem) -> None:
     """Where planning chooses splits, a device drops out that cannot hold one block."""
     planning = PlanningConfig(split="armsc", ranks="rngwp", rank_set=RANKS, memory_margin=0.0)
@@ -161,11 +184,3 @@ def test_trained_numbers_are_those_of_the_factors(model: Path, problem: Planning
     fitted = fit(make_run(model, {"a": 1e9}))
 
     assert fitted.num_trained({name: 3}) == 3 * (shape.num_outputs + shape.num_inputs)
-
-
-def test_devices_that_are_drawn_are_the_samples_of_a_step(model: Path) -> None:
-    """With two of three in a round, all rows train on what two of them have."""
-    run = make_run(model, {"a": 1e9, "b": 1e9, "c": 1e9}, devices_per_round=2)
-
-    assert samples_of_a_step(run) == 4
-    assert samples_of_a_step(replace(run, devices_per_round=9)) == 6

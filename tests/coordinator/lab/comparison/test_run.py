@@ -262,6 +262,22 @@ def test_devices_too_small_for_the_model_are_not_run_alone(
     assert "There is no row of devices alone among the heterogeneous ones" in page
 
 
+def test_drawn_rounds_are_compared_at_the_same_number_of_samples(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Two of three devices a round: neither one machine nor devices alone train on more."""
+    file, told = folder / "compare.json", ["devices_per_round=2", "rounds=3"]
+    config = load_compare(file, told)
+    methods = load_methods(config, file, told)
+    wanted = {name: methods[name] for name in ("splitlora", "local", "cenlora")}
+
+    cells = compare(config, wanted, tmp_path, lambda _: None, simulate)
+
+    assert {cell.method: cell.last.samples for cell in cells} == dict.fromkeys(wanted, 3 * 2 * 4)
+    (held,) = [cell.held for cell in cells if cell.method == "splitlora"]
+    assert len(held) == 3
+
+
 def test_methods_are_on_equal_terms(folder: Path, loaded: Any) -> None:
     """All keep their labels on devices; presets have theirs where that is asked for."""
     file = folder / "compare.json"
