@@ -8,7 +8,7 @@ reached it by then; else all that there is.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 from coordinator.gateway.interface import DeviceStats, Event, Left, Received, Rejected
@@ -24,7 +24,7 @@ from edge_sdk.errors import (
     TransportError,
 )
 from edge_sdk.protocol.fragments import TensorOut
-from edge_sdk.protocol.messages import Message, StepReport
+from edge_sdk.protocol.messages import Message, RoundSkipped, RoundStart, StepReport
 from edge_sdk.transport.link import NO_TENSORS
 
 
@@ -46,6 +46,8 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         self._is_woken, self._is_timed = False, is_timed
         self._arrivals = Arrivals()
         self._traffic = {name: Traffic() for name in devices}
+        self._waiting: set[str] = set()
+        """Devices that a round goes on without."""
 
     def devices(self) -> list[str]:
         """Return the names of all devices with a session; see `Gateway`."""
@@ -85,6 +87,11 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
                 self._arrivals.add(device.name, heard, self._listener.take_arrivals(device.name))
             else:
                 events += heard
+            for name in self._gone_meanwhile(heard):
+                if self._is_timed:
+                    self._arrivals.add(name, [Left(name)], ())
+                else:
+                    events.append(Left(name))
             _raise_failure(device)
         if self._is_timed:
             events = self._arrived(may_wait=not is_woken)
@@ -117,11 +124,21 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             else:
                 self._traffic[device.name].add(envelope.message, envelope.num_bytes)
                 events.append(Received(device.name, envelope))
-                if _is_last_word(device, envelope.message):
+                message = envelope.message
+                if isinstance(message, StepReport) and _is_last(device, message):
                     del self._present[device.name]
                     device.close()
                     events.append(Left(device.name))
         return events
+
+    def _gone_meanwhile(self, heard: list[Event]) -> Iterator[str]:
+        """Let devices go whose last step others train in a round without them."""
+        reports = [e.envelope.message for e in heard if isinstance(e, Received)]
+        for report in reports:
+            for name in sorted(self._waiting & self._present.keys()):
+                if isinstance(report, StepReport) and _is_last(self._present[name], report):
+                    self._present.pop(name).close()
+                    yield name
 
     def send(
         self, device: str, message: Message, tensors: Mapping[str, TensorOut] = NO_TENSORS
@@ -131,6 +148,10 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
         before = receiver.link.stats().bytes_up
         receiver.link.send(message, tensors)
         receiver.is_due = True
+        if isinstance(message, RoundSkipped):
+            self._waiting.add(device)
+        elif isinstance(message, RoundStart):
+            self._waiting.discard(device)
         num_bytes = receiver.link.stats().bytes_up - before
         self._traffic[device].add(message, num_bytes)
         self._listener.down(device, message, num_bytes)
@@ -170,11 +191,10 @@ class SimulatedGateway(AbstractContextManager["SimulatedGateway"]):
             device.close()
 
 
-def _is_last_word(device: SimulatedDevice, message: Message) -> bool:
-    """Return whether *device* is meant to be gone once it has said that."""
+def _is_last(device: SimulatedDevice, report: StepReport) -> bool:
+    """Return whether *device* is meant to be gone after that step, its own or that of others."""
     last = device.leaves_after_step
-    is_step = isinstance(message, StepReport)
-    return is_step and last is not None and message.stamp.step + 1 >= last
+    return last is not None and report.stamp.step + 1 >= last
 
 
 def _raise_failure(device: SimulatedDevice) -> None:

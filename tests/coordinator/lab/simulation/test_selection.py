@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any
 
@@ -53,7 +54,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
         }
         devices = {name: SimulatedDeviceConfig(data=str(files[name])) for name in names}
         fleet = FleetConfig(devices=devices, cache=folder / "parts")
-        return SimulationConfig(**chosen, simulation=fleet)
+        return SimulationConfig(**{"simulation": fleet, **chosen})
 
     return config
 
@@ -118,3 +119,24 @@ def test_drawn_rounds_are_the_same_every_time(make: Any, settings: dict[str, Any
     assert all(len(names) == 2 for names in drawn(first))
     rounds = {name: [n for n, d in enumerate(drawn(first)) if name in d] for name in NAMES}
     assert any(after > before + 1 for r in rounds.values() for before, after in pairwise(r))
+
+
+@pytest.mark.parametrize("waves", ["gathered", "available"])
+def test_who_is_to_leave_is_gone_then_whether_it_is_drawn_or_not(make: Any, waves: Any) -> None:
+    """From the step on after which it leaves no device is drawn any more; the others go on."""
+    wanted = {"devices_per_round": 2, "rounds": 6, "waves": waves}
+    config = make(**wanted)
+    whole = drawn(simulate(config, Watchers()))
+    idle = next(name for name in NAMES if name not in whole[1] and name in {*whole[2], *whole[3]})
+    devices = dict(config.simulation.devices)
+    for name in (whole[1][0], idle):
+        devices[name] = replace(devices[name], leaves_after_step=3)  # the first of round 1
+    config = make(**wanted, simulation=replace(config.simulation, devices=devices))
+
+    left = simulate(config, Watchers())
+
+    assert left.outcome == "completed"
+    found = drawn(left)
+    assert found[:2] == whole[:2]
+    assert not {whole[1][0], idle} & {name for names in found[2:] for name in names}
+    assert all(len(names) == 2 for names in found)
