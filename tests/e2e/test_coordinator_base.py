@@ -27,7 +27,7 @@ from tests.tiny import make_config
 
 # PEFT asks transformers for a property that has another name now; nothing of ours is concerned.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-BASES: tuple[Base, ...] = ("int8",)
+BASES: tuple[Base, ...] = ("int8", "int4", "bfloat16", "float16")
 
 
 def compute_of(base: Base) -> Any:
