@@ -54,9 +54,12 @@ def make_engine(
     first: int = 1,
     **options: Any,
 ) -> LocalEngine:
-    """An engine with warm adapters in every block that it trains; the whole model is present."""
+    """An engine with warm adapters in every block that it trains; the whole model is present.
+
+    `base` is a dtype in which its weights are kept.
+    """
     k = known(family)
-    slice_ = Slice(k.config, k.task, k.layout, torch.float32)
+    slice_ = Slice(k.config, k.task, k.layout, getattr(torch, options.pop("base", "float32")))
     for name, tensors in make_parts(k.model, k.layout, list(k.layout.part_names())).items():
         slice_.add(name, tensors)
     prefixes = tuple(f"{k.layout.blocks_path}.{i}." for i in range(first, BLOCKS))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from coordinator.aggregation.rules import product
 from coordinator.engine.interface import Job
+from coordinator.engine.local import LocalEngine
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig
@@ -37,6 +41,48 @@ def test_a_restored_engine_goes_on_bit_for_bit() -> None:
     first, second = straight.state(), restored.state()
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "float16"])
+def test_changes_add_up_beside_weights_of_16_bits(base: str) -> None:
+    """A weight is what was stored and all changes, rounded once; restored, it has the same bits."""
+    training = TrainingConfig(learning_rate=1e-2)
+    straight, restored = (make_engine("llama", training, base=base, compute=base) for _ in range(2))
+    names = [f"model.layers.{block}.mlp.up_proj" for block in (0, 3)]  # evaluated, and trained
+    stored = {name: straight.slice.stored(f"{name}.weight").float() for name in names}
+    change = _random_factors(*known("llama").shapes[names[0]]).scaled(2**-9)
+    jobs = make_jobs("llama")
+
+    for step in range(3):  # each change alone would be lost in most numbers of the weight
+        straight.train(jobs, step, 0)
+        straight.finish_step(step)
+        straight.take(dict.fromkeys(names, change), {}, {})
+    restored.load_state({key: value.copy() for key, value in straight.state().items()})
+
+    held = {
+        name: torch.from_numpy(straight.trained.adapters.residual[name].dense()) for name in names
+    }
+    due_0 = torch.from_numpy(3 * change.dense())  # of block 3 less what its adapter has learned
+    torch.testing.assert_close(held[names[0]], due_0, rtol=1e-5, atol=1e-7)
+    for name in names:
+        found, due = weight_of(straight, name), (stored[name] + held[name]).to(getattr(torch, base))
+        assert found.dtype == due.dtype
+        assert (found != due).float().mean() < 0.01  # sums in another order, on the edge of two
+        torch.testing.assert_close(found, due, rtol=torch.finfo(due.dtype).eps, atol=0)
+        assert torch.equal(found, weight_of(restored, name))
+        assert not torch.equal(found, stored[name].to(due.dtype))
+    for engine in (straight, restored):
+        engine.train(jobs, 3, 0)
+        engine.finish_step(3)
+    first, second = straight.state(), restored.state()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def weight_of(engine: LocalEngine, name: str) -> torch.Tensor:
+    """A copy of the weight that a layer computes with."""
+    layer: Any = engine.slice.model.get_submodule(name)
+    weight: torch.Tensor = getattr(layer, "base_layer", layer).weight
+    return weight.detach().clone()
 
 
 def _random_factors(num_outputs: int, num_inputs: int) -> Factors:
