@@ -19,6 +19,7 @@ from coordinator.gateway.keys.allow_list import AllowList
 from coordinator.results.lifecycle import read_run
 from coordinator.results.run_folder import CONFIG
 from edge_sdk.errors import INTERRUPTED_EXIT_CODE, ConfigError
+from profiler.sensors.memory import keep_freed
 
 
 def add_serve(commands: Any) -> None:
@@ -54,6 +55,7 @@ def _serve(options: argparse.Namespace) -> int:
         sys.stderr.write(f"run {there} goes on, with the config in its folder\n")
         return _go_on(there, options.overrides)
     say_import()
+    keep_freed()
     from coordinator.lab.centralised.run import serve_pooled
     from coordinator.rounds.launch import serve
 
@@ -79,6 +81,7 @@ def _resume(options: argparse.Namespace) -> int:
 def _go_on(folder: Path, overrides: list[str]) -> int:
     _, config = read_run(folder, overrides)
     say_import()
+    keep_freed()
     from coordinator.lab.centralised.run import resume_pooled
     from coordinator.rounds.launch import resume
 

@@ -70,6 +70,25 @@ def return_freed() -> None:
         libc.malloc_trim(0)
 
 
+def keep_freed() -> None:
+    """Let this process keep what it frees: for one that needs as much again, step for step.
+
+    glibc gives the end of its heap back when that is free, and how much is there depends on what
+    happens to lie behind it: up to all that a step needs, whose pages the kernel then has to clear
+    anew. `return_freed` gives back what is free then. Whoever sets MALLOC_... decides for himself.
+    """
+    is_ours = not any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform == "linux" and is_ours and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in _KEEPING:
+            libc.mallopt(parameter, value)
+
+
+# Of mallopt(3): the heap is not trimmed (M_TRIM_THRESHOLD); blocks up to 32 MiB, the most that
+# glibc takes, lie in it (M_MMAP_THRESHOLD); and the heaps of threads, 64 MiB each, stay when they
+# are empty (M_TOP_PAD).
+_KEEPING = ((-1, -1), (-3, 32 << 20), (-2, 64 << 20))
+
+
 def drop_mapped(address: int, num_bytes: int, root: Path = ROOT) -> bool:
     """Let go of pages of a mapped file that were only read; whoever reads them again has them.
 

@@ -35,6 +35,7 @@ from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.model.weights import ModelSource
 from edge_sdk.protocol.plan import Place
 from edge_sdk.runtime.interface import TailSums
+from profiler.sensors.memory import keep_freed
 
 # What does not change between two hand-outs, and is not in the state of every step.
 LASTING = ("residual:", "before:")
@@ -125,6 +126,7 @@ class StageActor:
             # Arrays from other processes are read-only, and nothing here writes into them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             torch.set_num_threads(self._work.threads)
+            keep_freed()
             self._stage = self._make_stage()
         folder = self._source.folder
         files = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -165,3 +167,48 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert left is not None
     assert full - left > 50 * MIB or not hasattr(ctypes.CDLL(None), "malloc_trim")
     assert len(last) == 100_000
+
+
+KEEPS = """
+import sys
+import threading
+from profiler.sensors.memory import keep_freed, return_freed, rss
+
+def fill():
+    for _ in range(3):
+        blocks = [b"x" * (1 << 20) for _ in range(200)]
+        full.append(rss().value)
+        del blocks
+        left.append(rss().value)
+
+full, left = [], []
+if "keep" in sys.argv:
+    keep_freed()
+thread = threading.Thread(target=fill)
+thread.start() if "thread" in sys.argv else fill()
+thread.join() if "thread" in sys.argv else None
+return_freed()
+print(max(full), left[-1], rss().value)
+"""
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_process_keeps_what_it_frees_until_it_is_asked(where: str) -> None:
+    """What a step has freed is there for the next one, in any thread, and goes back on demand."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this C library has no mallopt")
+
+    full, left, at_last = run_keeps(where, "keep")
+    without = run_keeps(where, "plain")
+
+    assert full - left < 20 * MIB
+    assert full - at_last > 150 * MIB
+    # The heap of another thread keeps as much of its own accord, or not, as its blocks lie.
+    assert where == "thread" or without[0] - without[1] > 150 * MIB
+
+
+def run_keeps(*arguments: str) -> list[int]:
+    """Return bytes of a process: at most, when all is freed, and when that is given back."""
+    command = [sys.executable, "-c", KEEPS, *arguments]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(float(number)) for number in output.split()]
