@@ -30,13 +30,14 @@ log = logging.getLogger(__name__)
 ROOM_S, RESTART_S = 30.0, 300.0
 AGAIN_S = 0.5
 # The cluster of this machine: no usage reports, everything on the loopback interface (a switch that
-# Ray has for systems whose firewall asks at each start), one token for each start, and patience
-# with a machine that is busy.
+# Ray has for systems whose firewall asks at each start), one token for each start, patience with a
+# machine that is busy, and actors that compute with this process's priority, as it would itself.
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_raylet_start_wait_time_s": "180",
+    "RAY_worker_niceness": "0",
 }
 CPU, GPU = "CPU", "GPU"
 
@@ -241,11 +242,8 @@ class RayCluster:
 
 def _connect(config: EngineConfig) -> bool:
     """Join or start a cluster, unless this process is in one; return whether it was started."""
-    if config.address is None and "ray" not in sys.modules:  # which reads them once
-        for name, value in LOCAL.items():
-            os.environ.setdefault(name, value)
-        if os.environ["RAY_AUTH_MODE"] == "token":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if config.address is None:
+        prepare_local()
     try:
         import ray
     except ImportError as error:
@@ -263,6 +261,16 @@ def _connect(config: EngineConfig) -> bool:
             f"engine.address: no Ray cluster at {place}: {one_line(error)}"
         ) from error
     return True
+
+
+def prepare_local() -> None:
+    """Set what Ray reads for a cluster of this machine: once, when it is imported."""
+    if "ray" in sys.modules:
+        return
+    for name, value in LOCAL.items():
+        os.environ.setdefault(name, value)
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _nodes() -> list[Mapping[str, float]]:

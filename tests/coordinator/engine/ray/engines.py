@@ -83,7 +83,7 @@ def both(folder: Path, family: str, shape: tuple[int, int], **settings: Any) -> 
         kind="ray",
         replicas=replicas,
         stages=stages,
-        cpus_per_actor=0.1,
+        cpus_per_actor=settings.pop("cpus_per_actor", 0.1),
         address=settings.pop("address", None),
     )
     spec = make_spec(folder, family, config, **settings)

@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from coordinator.aggregation.rules import product
+from coordinator.aggregation.ledger import Ledger, Report
+from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.engine import EngineConfig
-from coordinator.engine.interface import Answer, DeviceFault, Engine
+from coordinator.engine.interface import Answer, DeviceFault, Engine, EngineSpec
 from coordinator.engine.local import LocalEngine, make_local
 from coordinator.engine.ray.cluster import RayCluster
 from coordinator.engine.ray.engine import RayEngine
+from coordinator.engine.server_model import engines as engines_of
 from edge_sdk.data.batches import MicroBatch
 from edge_sdk.errors import ConfigError
+from edge_sdk.lora.adapters import Pair
+from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.targets import ModelFacts, find_targets
+from edge_sdk.protocol.messages import StepReport
 from tests.coordinator.engine.ray.engines import Both, assert_equal_states, both
-from tests.coordinator.engine.test_local import error, make_jobs, tail_gradients, without_labels
-from tests.e2e.cluster import Cluster, save_model, wait_all
+from tests.coordinator.engine.test_local import (
+    error,
+    make_jobs,
+    tail_gradients,
+    warm_pair,
+    without_labels,
+)
+from tests.e2e.cluster import PATIENCE_S, Cluster, Trap, save_model, wait_all
 from tests.tiny import VOCAB
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 SHAPES = [(1, 1), (2, 1), (1, 2), (2, 2)]
+KILLED = {
+    (1, 1): "in a wave",
+    (2, 1): "before an update",
+    (1, 2): "between two waves",
+    (2, 2): "in a wave",
+}
 RELATIVE = 1e-6
 
 
@@ -103,25 +122,41 @@ def test_steps_equal_those_of_one_process(engines: Both, labels: str) -> None:
     assert engines.other.head_shapes() == engines.local.head_shapes()
 
 
-def test_what_rounds_hand_out_is_taken_over(engines: Both) -> None:
-    """Changes of dW, replaced factors and a new start of the optimizer arrive in every stage."""
+@pytest.mark.parametrize("labels", ["server", "device"])
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_what_rounds_hand_out_is_taken_over(engines: Both, rule: str, labels: str) -> None:
+    """What every rule makes of a round arrives in all stages, also in blocks that only evaluate."""
     for engine in (engines.other, engines.local):
-        go(engine, engines.local, "llama", "server", 0)
+        go(engine, engines.local, "llama", labels, 0)
         engine.finish_step(0)
-    learned = engines.local.learned()
-    changes = {name: product(pair, 0.5) for name, pair in learned.pairs.items()}
-    first = "model.layers.0.mlp.up_proj"  # it is only evaluated
-    changes[first] = product(learned.pairs["model.layers.1.mlp.up_proj"], 0.1)
+    ledger, reports = joined_with_a_device(engines, rule)
     engines.other.learned()
 
-    for restarts in (False, True):
-        for engine in (engines.other, engines.local):
-            engine.take(changes, {} if restarts else engines.pairs, {}, restarts=restarts)
-            go(engine, engines.local, "llama", "server", 1)
-            engine.finish_step(1)
+    result = ledger.aggregate(reports)
+    changes, replaced = result.changes_for(SERVER), result.replaced.get(SERVER, {})
+    for engine in (engines.other, engines.local):
+        engine.take(changes, replaced, result.head, restarts=result.restarts)
+        go(engine, engines.local, "llama", labels, 1)
+        engine.finish_step(1)
 
+    assert any(".layers.0." in name for name in changes)
     assert_equal_states(engines.other, engines.local)
     assert_equal_evaluations(engines)
+
+
+def joined_with_a_device(engines: Both, rule: str) -> tuple[Ledger, dict[str, Report]]:
+    """Return a round of the coordinator and of a device, before they are joined."""
+    source, config = engines.spec.source, engines.config
+    targets = find_targets(source.config, config.task, source.layout, config.lora)
+    ledger = Ledger(ModelFacts(source.layout, targets), config.lora, rule, None, seed=0)
+    split = source.layout.num_blocks if rule == "zeropad" else 2
+    own = {
+        n: warm_pair(n, s) for n, s in targets.items() if (source.layout.block_of(n) or 0) < split
+    }
+    moved = {n: Pair(pair.a_RI, 1.1 * pair.b_OR) for n, pair in own.items()}
+    ledger.pairs = {SERVER: engines.pairs, "a": own}
+    learned = Report(0, 0, *engines.local.learned())
+    return ledger, {SERVER: learned, "a": Report(split, 2, moved), "b": Report(0, 5, {})}
 
 
 def assert_equal_evaluations(engines: Both) -> None:
@@ -135,8 +170,8 @@ def assert_equal_evaluations(engines: Both) -> None:
     for job in make_jobs(engines.family):
         loss, expected = engines.other.evaluate(job), engines.local.evaluate(job)
         assert loss == pytest.approx(expected, rel=RELATIVE)
-        top = engines.other.evaluate(without_labels(job))
-        assert error(top, engines.local.evaluate(without_labels(job))) <= RELATIVE
+        tops = [e.evaluate(without_labels(job)) for e in (engines.other, engines.local)]
+        assert error(*map(np.asarray, tops)) <= RELATIVE
 
 
 def test_checkpoints_pass_between_engines(engines: Both) -> None:
@@ -173,10 +208,10 @@ def test_a_loss_that_is_not_finite_leaves_nothing(engines: Both) -> None:
     assert_equal_states(engines.other, engines.local)
 
 
-@pytest.mark.parametrize("when", ["in a wave", "between two waves", "before an update"])
-def test_an_actor_that_is_killed_costs_nothing_but_time(engines: Both, when: str) -> None:
+def test_an_actor_that_is_killed_costs_nothing_but_time(engines: Both) -> None:
     """Another takes its place, the step is done again, and nothing is counted twice."""
     assert isinstance(engines.other, RayEngine)
+    when = KILLED[engines.config.engine.replicas, engines.config.engine.stages]
     jobs = make_jobs("llama")
     go(engines.other, engines.local, "llama", "server", 0)
     engines.other.finish_step(0)
@@ -220,6 +255,11 @@ def test_other_families_in_two_rows_of_two(folder: Path, family: str) -> None:
             assert_equal_answers(*answers)
             for engine in (engines.other, engines.local):
                 assert engine.finish_step(step)
+            if step == 0:
+                head = {n: 0.5 * value for n, value in engines.local.learned().head.items()}
+                assert bool(head) == (family == "bert")
+                for engine in (engines.other, engines.local):
+                    engine.take({}, {}, head)
         assert_equal_states(engines.other, engines.local)
         for job in make_jobs(family):
             loss, expected = engines.other.evaluate(job), engines.local.evaluate(job)
@@ -239,24 +279,96 @@ def test_a_cluster_with_too_little_is_refused_in_one_line() -> None:
     assert "\n" not in text
 
 
-def test_a_run_with_devices_is_the_run_of_one_process(tmp_path: Path) -> None:
-    """Real devices over sockets: losses and who is there are as with one process."""
-    losses, said = [], []
-    for name in ("local", "ray"):
-        (tmp_path / name).mkdir()
-        model = save_model("llama", tmp_path / name / "model")
-        cluster = Cluster(tmp_path / name, model, tmp_path / "parts")
-        engine = EngineConfig(kind="ray", stages=2, cpus_per_actor=0.1) if name == "ray" else None
-        config = cluster.config(engine=engine or EngineConfig())
+@pytest.mark.parametrize("labels", ["server", "device"])
+def test_a_run_whose_actor_is_killed_in_mid_wave_is_the_run_of_one_process(
+    tmp_path: Path, labels: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real devices notice nothing, each step counts once, and the same is learned."""
+    expected, _ = run_devices(tmp_path / "local", labels, EngineConfig())
+    config = EngineConfig(kind="ray", replicas=2, stages=2, cpus_per_actor=0.1)
+
+    found, made = run_devices(tmp_path / "ray", labels, config)
+
+    assert isinstance(made[-1], RayEngine)
+    assert caplog.text.count("engine.lost") == 1
+    assert found.reports == expected.reports
+    assert len(set(found.reports)) == len(found.reports) == 3 * 6
+    assert found.rows == expected.rows
+    assert found.events == expected.events
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.learned.keys() == expected.learned.keys()
+    for name, factors in expected.learned.items():
+        assert error(found.learned[name].dense(), factors.dense()) <= 1e-4, name
+
+
+class Ran(NamedTuple):
+    """What a run has come to."""
+
+    reports: list[tuple[str, int, int]]
+    """Device, step and tokens of each report of a step."""
+    rows: list[tuple[Any, ...]]
+    """What is counted in each row of metrics."""
+    losses: list[float]
+    events: list[str]
+    learned: Mapping[str, Factors]
+
+
+def run_devices(folder: Path, labels: str, engine: EngineConfig) -> tuple[Ran, list[Engine]]:
+    """Run three devices; where actors compute, one is killed in the middle of the fourth wave."""
+    folder.mkdir()
+    model = save_model("llama", folder / "model")
+    cluster = Cluster(folder, model, folder / "parts")
+    config = cluster.config(engine=engine, labels=labels)
+    made, trap, reports = list[Engine](), Trap(), list[tuple[str, int, int]]()
+
+    def keep(device: str, report: StepReport) -> None:
+        reports.append((device, report.stamp.step, report.num_tokens))
+
+    trap.on_step = keep
+    with engines_of(config) as make:
+
+        def make_engine(spec: EngineSpec) -> Engine:
+            made.append(make(spec))
+            if isinstance(made[-1], RayEngine):
+                die_in_mid_wave(made[-1], "train" if labels == "server" else "backward", 4)
+            return made[-1]
+
         try:
-            serving = cluster.serve(config).start()
+            serving = cluster.serve(config, trap=trap, make_engine=make_engine).start()
             clients = cluster.start()
-            assert serving.wait() == "completed"
+            assert serving.wait(4 * PATIENCE_S) == "completed"
             wait_all(clients)
         finally:
             cluster.close()
-        losses.append([row.get("train_loss", 0.0) for row in serving.rows])
-        said.append([row["event"] for row in serving.events if "left" in row["event"]])
+    counted = ("round", "step", "samples", "rank")
+    rows = [tuple(row.get(name) for name in counted) for row in serving.rows]
+    losses = [row["train_loss"] for row in serving.rows if "train_loss" in row]
+    events = sorted(row["event"] for row in serving.events)
+    return Ran(sorted(reports), rows, losses, events, serving.ledger.totals), made
 
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert said[0] == said[1]
+
+def die_in_mid_wave(engine: RayEngine, name: str, number: int) -> None:
+    """Let the last actor be killed when the chains have begun with call *number* of *name*.
+
+    It is stopped before, so that it surely has not finished then what it was given.
+    """
+    import ray
+
+    chains, calls = engine._chains, count(1)
+    cluster, begin, wait = chains._cluster, getattr(chains, name), chains._cluster.results
+    stopped: list[int] = []
+
+    def begun(*args: Any) -> Any:
+        if next(calls) == number:
+            pid = ray.get(chains._actors[-1].do.remote(chains._epoch, "pid"))
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+        return begin(*args)
+
+    def waited(references: Any) -> list[Any]:
+        while stopped:
+            os.kill(stopped.pop(), signal.SIGKILL)
+        return wait(references)
+
+    setattr(chains, name, begun)
+    cluster.results = waited  # type: ignore[method-assign]
