@@ -69,7 +69,7 @@ def test_a_lost_node_costs_a_step_while_there_is_room_elsewhere(
             train(engines, engines.other, 2)
         text = str(caught.value)
         assert text.startswith("engine: an actor is gone, and none could take its place within 5 s")
-        assert "; the cluster has 0 CPUs + 1 CPU" in text
+        assert "; the cluster has " in text
         assert "\n" not in text
 
 
