@@ -340,7 +340,7 @@ def run_devices(folder: Path, labels: str, engine: EngineConfig) -> tuple[Ran, l
             wait_all(clients)
         finally:
             cluster.close()
-    counted = ("round", "step", "samples", "rank")
+    counted = ("round", "step", "samples")
     rows = [tuple(row.get(name) for name in counted) for row in serving.rows]
     losses = [row["train_loss"] for row in serving.rows if "train_loss" in row]
     events = sorted(row["event"] for row in serving.events)
