@@ -24,7 +24,7 @@ class MeasureName(NamedTuple):
     @property
     def has_reference(self) -> bool:
         """Whether it is held against another row of the comparison."""
-        return "the reference" in self.title
+        return "reference" in self.title
 
 
 MEASURES: dict[str, MeasureName] = {
@@ -32,15 +32,15 @@ MEASURES: dict[str, MeasureName] = {
     "perplexity": MeasureName("perplexity", 3),
     "accuracy": MeasureName("accuracy (%)", 2),
     **{name: MeasureName(s.title, s.digits, 1 / s.factor) for name, s in SCORES.items()},
-    "perplexity_rise": MeasureName("perplexity above that on homogeneous devices", 3),
-    "perplexity_behind": MeasureName("perplexity above the reference's", 3),
-    "slowdown": MeasureName("samples to the target, in those of the reference", 2),
-    "time_ratio": MeasureName("modelled time to the target, in that of the reference", 2),
-    "traffic_share": MeasureName("traffic (% of the reference's)", 1),
-    "uplink_share": MeasureName("traffic up (% of the reference's)", 1),
+    "perplexity_rise": MeasureName("perplexity over homogeneous", 3),
+    "perplexity_behind": MeasureName("perplexity over reference", 3),
+    "slowdown": MeasureName("samples to target, x reference", 2),
+    "time_ratio": MeasureName("time to target, x reference", 2),
+    "traffic_share": MeasureName("traffic (% of reference)", 1),
+    "uplink_share": MeasureName("traffic up (% of reference)", 1),
     "traffic": MeasureName("traffic (MB)", 1, 1e6),
     "modelled_s": MeasureName("time of the run (s)", 1),
-    "trained": MeasureName("numbers trained, most on a device", 0),
+    "trained": MeasureName("most trained on a device", 0),
 }
 """By the word in `values`."""
 

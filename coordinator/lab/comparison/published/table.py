@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from coordinator.config.scoring import SCORES
 from coordinator.lab.comparison.published.config import MEASURES, PaperSection, PublishedRow
 from coordinator.lab.comparison.published.ours import OurValues
 from coordinator.lab.comparison.result_table import (
@@ -21,6 +22,8 @@ from coordinator.lab.comparison.result_table import (
 from coordinator.lab.comparison.table import NAMES
 
 MARK = " (as published)"
+# Zeros at the end, which a number in a file does not keep, are the paper's as well.
+LEAST_DIGITS = {"perplexity": 2, **{name: score.digits for name, score in SCORES.items()}}
 
 
 def with_published(main: ResultTable, paper: PaperSection | None) -> ResultTable:
@@ -90,7 +93,10 @@ def _row(row: PublishedRow, measure: str, value: float, ours: OurValues) -> list
 
 
 def _published(measure: str, value: float) -> Entry:
-    return Entry(f"{value:,}".removesuffix(".0"), (("", value * MEASURES[measure].unit),))
+    text, least = f"{value:,}".removesuffix(".0"), LEAST_DIGITS.get(measure, 0)
+    if len(text.partition(".")[2]) < least:
+        text = f"{value:,.{least}f}"
+    return Entry(text, (("", value * MEASURES[measure].unit),))
 
 
 # ---- in the main table ----

@@ -46,7 +46,7 @@ def test_published_rows_stand_below_ours_and_say_whose_they_are() -> None:
     ]
     assert [row for row in table.texts if not row[0].endswith(")")] == MAIN.texts
     theirs = dict(zip(table.titles, table.texts[1], strict=True))
-    assert (theirs["BLEU"], theirs["perplexity"], theirs["loss"]) == ("68.79", "3.5", "\u2013")
+    assert (theirs["BLEU"], theirs["perplexity"], theirs["loss"]) == ("68.79", "3.50", "\u2013")
 
 
 def test_a_file_for_programs_has_one_unit_for_both() -> None:
@@ -67,9 +67,9 @@ def test_every_number_has_its_source_and_ours_beside_it() -> None:
 
     assert [row[:2] + row[3:] for row in table.texts] == [
         ["splitlora", "heterogeneous", "68.79", "68.00", "Table I"],
-        ["splitlora", "heterogeneous", "3.5", "2.718", "Fig. 2"],
+        ["splitlora", "heterogeneous", "3.50", "2.718", "Fig. 2"],
         ["hlora", "heterogeneous", "1.5", "1.33", "text"],
-        ["FT", "heterogeneous", "70", "\u2013", "Table I"],
+        ["FT", "heterogeneous", "70.00", "\u2013", "Table I"],
     ]
     assert "Scale" not in table.caption
     assert table.caption.endswith("The reference is splitlora")
