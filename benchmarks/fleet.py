@@ -12,7 +12,8 @@ What is counted: the processor time of all of the coordinator's threads but `com
 aggregation, checkpoints), for each step that a device has done: `loop` is the main thread,
 `gateway` the thread of that name, `sockets` the threads of libzmq (TCP, CURVE), `rest` all others.
 Samples are exact if a round's number in metrics.jsonl is that of the members that stayed, each of
-whom has done each step once.
+whom has done each step once. One that is found dead after it has handed in counts if the round was
+closed by then, which the files do not say: there the number may be either.
 """
 
 from __future__ import annotations
@@ -225,6 +226,7 @@ def judge(fleet: Fleet) -> dict[str, Any]:
         if step == (round_ + 1) * steps - 1:
             finished[round_, attempt].add(name)
     goodbyes: dict[int, set[str]] = defaultdict(set)
+    lost: dict[int, set[str]] = defaultdict(set)
     members: dict[int, tuple[int, set[str]]] = {}
     found: Counter[str] = Counter()
     now = -1
@@ -233,24 +235,26 @@ def judge(fleet: Fleet) -> dict[str, Any]:
         found[kind] += 1
         if kind == "round.started":
             now = event["round"]
-            goodbyes[now] = set()
+            goodbyes[now], lost[now] = set(), set()
             members[now] = event["attempt"], set(event["devices"])
         elif kind == "device.left" and now in members:
             members[now][1].discard(who)
-            if event["reason"] == GOODBYE:
-                goodbyes[now].add(who)
+            (goodbyes if event["reason"] == GOODBYE else lost)[now].add(who)
     wrong = doubled = samples = 0
     for done in sorted(rows)[1:]:
         attempt, stayed = members[done - 1]
+        handed_in = finished[done - 1, attempt]
         # Who has handed in before it said goodbye counts as well.
-        stayed |= finished[done - 1, attempt] & goodbyes[done - 1]
-        counts = [
-            trained[name, done - 1, attempt, (done - 1) * steps + step]
+        stayed = stayed | (handed_in & goodbyes[done - 1])
+        doubled += sum(
+            trained[name, done - 1, attempt, (done - 1) * steps + step] > 1
             for name in stayed
             for step in range(steps)
-        ]
-        doubled += sum(count > 1 for count in counts)
-        wrong += rows[done]["samples"] != BATCH * sum(count == 1 for count in counts)
+        )
+        least = whole(trained, stayed, (done - 1, attempt), steps)
+        most = whole(trained, stayed | (handed_in & lost[done - 1]), (done - 1, attempt), steps)
+        parts, rest = divmod(rows[done]["samples"], BATCH * steps)
+        wrong += bool(rest) or not least <= parts <= most
         samples += rows[done]["samples"]
     errors = Counter(row["error"] for row in fleet.rows("error"))
     return {
@@ -262,6 +266,17 @@ def judge(fleet: Fleet) -> dict[str, Any]:
         "rejected": found["message.rejected"],
         "errors": errors,
     }
+
+
+def whole(
+    trained: Counter[tuple[str, int, int, int]],
+    names: set[str],
+    where: tuple[int, int],
+    steps: int,
+) -> int:
+    """Count who of *names* has done each step of a round and attempt once."""
+    own = range(where[0] * steps, (where[0] + 1) * steps)
+    return sum(all(trained[(name, *where, step)] == 1 for step in own) for name in names)
 
 
 def at(rows: list[dict[str, Any]], moment_s: float) -> dict[str, Any]:
@@ -303,6 +318,7 @@ def window(fleet: Fleet, began_s: float, ended_s: float) -> dict[str, float]:
         "pace": steps / seconds / fleet.count,
         "handout": median(handed) if handed else float("nan"),
         "rss0": first["rss"] / MIB,
+        "rss_half": at(samples, (first["at"] + last["at"]) / 2)["rss"] / MIB,
         "rss1": last["rss"] / MIB,
         "idle": samples[0]["rss"] / MIB,
         **cost,
@@ -350,7 +366,7 @@ HEADS = (
     "compute",
     "hand-out, s",
     "all joined, s",
-    "MiB start, end",
+    "MiB start, half, end",
     "MiB a session",
     "rounds; wrong, doubled",
     "left, rejected, errors",
@@ -369,7 +385,7 @@ def row_of(found: dict[str, Any]) -> tuple[object, ...]:
         f"{found['compute']:.2f}",
         f"{found['handout']:.2f}",
         f"{found['joins']:.1f}",
-        f"{found['rss0']:.0f}, {found['rss1']:.0f}",
+        f"{found['rss0']:.0f}, {found['rss_half']:.0f}, {found['rss1']:.0f}",
         f"{(found['rss1'] - found['idle']) / found['count']:.2f}",
         f"{found['rounds']}; {found['wrong']}, {found['doubled']}",
         f"{found['left']}, {found['rejected']}, {sum(found['errors'].values())}",

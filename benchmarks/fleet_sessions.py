@@ -105,6 +105,13 @@ class Sessions:
         self._log.flush()
         self._lines.clear()
 
+    def close(self) -> None:
+        """Let go of sockets and files, once no device has a session."""
+        self.flush()
+        self._log.close()
+        self.epoll.close()
+        self.context.destroy(linger=0)
+
 
 class SharedPoller:
     """Stands where a device's own poller stands, and reports to the epoll of all."""
@@ -147,6 +154,9 @@ class SharedPoller:
 class SharedIo(DeviceIo):
     """A device's own I/O, moved on by whoever has the thread."""
 
+    known_epoch = 0
+    """Number of sessions that the device knows to be lost, as `ZmqLink` counts them."""
+
     def open(self) -> None:
         """Connect."""
         self._open()
@@ -162,8 +172,8 @@ class SharedIo(DeviceIo):
         return min(self._tick_s, INFINITY if self._ack_s is None else self._ack_s)
 
     def say(self, message: Any, tensors: Mapping[str, TensorOut] = NO_TENSORS) -> None:
-        """Queue a message."""
-        self.commands.append(("send", self.epoch, OutgoingMessage(message, tensors)))
+        """Queue a message; it is dropped where its session is lost, which is told later."""
+        self.commands.append(("send", self.known_epoch, OutgoingMessage(message, tensors)))
 
     def close(self, *, politely: bool) -> None:
         """End; without manners nobody is told."""
@@ -270,7 +280,7 @@ class Device:
                 self._sessions.down += 1
                 self._on(item)
             elif isinstance(item, SessionLost):
-                self._io.has_error_posted = False
+                self._io.has_error_posted, self._io.known_epoch = False, epoch + 1
                 self._sessions.note(kind="lost", name=self.name)
                 self._greet()
             elif isinstance(item, EdgeError):
