@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 else:  # the rules and codecs themselves are the choices
     Aggregation, Codec = Literal[tuple(RULES)], Literal[(*float_codecs(), RESIDUAL, AUTO)]
 # Tokens of a wave of what is there, where none are configured: enough for a GPU. With
-# `labels: device` each micro-batch is a wave of its own, as all of a wave wait for one another.
-WAVE_TOKENS = {"server": 4096, "device": 1}
+# `labels: device` all of a wave wait for one another, so that only few micro-batches share one
+# that are so small that what a wave costs beside its rows is most of it.
+WAVE_TOKENS = {"server": 4096, "device": 256}
 Tracker = Literal["tensorboard", "wandb", "mlflow", "prometheus", "csv"]
 Preset = Literal["hsplitlora", "splitlora", "hlora", "hetlora", "fedlora", "cenlora", "ft"]
 
@@ -171,8 +172,8 @@ class ServeConfig:
     last bit, at the pace of whoever is late each time."""
     wave_tokens: int | None = None
     """Most tokens, padding included, that `waves: available` computes together; a single
-    micro-batch may have more. None: 4096 with `labels: server`, one micro-batch with
-    `labels: device`, where micro-batches that are computed together wait for one another."""
+    micro-batch may have more. None: 4096 with `labels: server`, 256 with `labels: device`, where
+    micro-batches that are computed together wait for one another."""
     round_mode: Literal["synchronous", "buffered"] = "synchronous"
     """`synchronous`: a round ends for all devices at once; `buffered`: each trains at its own pace,
     and what it has learned is merged when it comes; see docs/aggregation.md."""

@@ -10,7 +10,6 @@ import queue
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
 
@@ -68,10 +67,9 @@ class Parts:
 
     def pump(self) -> None:
         """Send what was read, and let whoever has the next turn be served."""
-        with suppress(queue.Empty):
-            while True:
-                self._send(*self._read.get_nowait())
-        if not self._reading:
+        while not self._read.empty():  # nobody else takes from it
+            self._send(*self._read.get_nowait())
+        if self._waiting and not self._reading:
             self._begin()
 
     def close(self) -> None:

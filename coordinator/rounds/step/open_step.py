@@ -103,22 +103,29 @@ class OpenStep:
     _micros: dict[str, set[int]] = field(default_factory=dict)
     """Micro-batches of `sizes`, by device."""
     _rows_away: int = 0
+    _due: Due | None = None
+    """What `work` has found, until something happens."""
+    _asked: tuple[int, int, bool] = -1, 0, False
+    """For how many members, and what else; in an attempt members only leave."""
     _tally: StepTally = field(default_factory=StepTally)
 
     # ---- what happens ----
 
     def arrive(self, place: Place, rows: Rows) -> None:
         """Note that the hidden state of a micro-batch is here."""
+        self._due = None
         self.sizes[place] = rows
         self._micros.setdefault(place[0], set()).add(place[1])
         self.arrivals.add(place, rows)
 
     def come_back(self, place: Place) -> None:
         """Note that the gradient of a micro-batch that was away is here."""
+        self._due = None
         self.away.come_back(place)
 
     def send_away(self, places: Iterable[Place]) -> None:
         """End the forward half of a wave; those that have left meanwhile are no part of it."""
+        self._due = None
         self.num_waves += 1
         wave = [place for place in places if place in self.sizes]
         for place in wave:
@@ -129,6 +136,7 @@ class OpenStep:
 
     def answer(self, places: Iterable[Place], *, is_new_wave: bool) -> None:
         """End a wave."""
+        self._due = None
         self.num_waves += is_new_wave
         for place in {place for place in places if place in self.sizes}:
             device = place[0]
@@ -138,6 +146,7 @@ class OpenStep:
 
     def drop(self, device: str) -> None:
         """Forget a device that is no member any more."""
+        self._due = None
         self.answered.pop(device, None)
         for micro in list(self._micros.get(device, ())):
             self._forget((device, micro))
@@ -195,7 +204,17 @@ class OpenStep:
     # ---- what to do ----
 
     def work(self, members: Members, most_tokens: int, *, labels_on_device: bool) -> Due:
-        """Return what can be computed now, in waves of at most so many tokens."""
+        """Return what can be computed now, in waves of at most so many tokens.
+
+        It is asked for twice, to decide and to do it, and looks at all that waits.
+        """
+        asked = len(members), most_tokens, labels_on_device
+        if self._due is None or asked != self._asked:
+            self._asked = asked
+            self._due = self._work(members, most_tokens, labels_on_device=labels_on_device)
+        return self._due
+
+    def _work(self, members: Members, most_tokens: int, *, labels_on_device: bool) -> Due:
         if wave := self.away.oldest_whole():
             return Due(Doing.BACKWARD, [*wave])
         at_once = self._tally.at_once(members, self.answered)

@@ -8,7 +8,6 @@ the micro-batches are taken in their order, as it waits for the answers in that 
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -80,25 +79,30 @@ def choose(waiting: Sequence[Candidate], limits: Limits) -> list[Place]:
         waiting: In the order of arrival, each device's micro-batches in that of its step.
         limits: What they may have together.
     """
-    queues: dict[str, deque[Candidate]] = {}
+    queues: dict[str, list[Candidate]] = {}
     for one in waiting:
-        queues.setdefault(one.place[0], deque()).append(one)
+        own = queues.get(one.place[0])
+        if own is None:
+            queues[one.place[0]] = [one]
+        else:
+            own.append(one)
     if not queues:
         return []
     first = max((queue[0] for queue in queues.values()), key=lambda one: one.left)
-    queues[first.place[0]].popleft()  # of equals it is the earlier one
     wave = _Wave([first], first.rows, first.rows.longest)
     # Of those that are as near, whoever is further behind comes first, then whoever came first.
     heads = [
-        (*_nearness(queue[0], first), number, queue)
+        (*_nearness(queue[begin], first), number, begin, queue)
         for number, queue in enumerate(queues.values())
-        if queue
+        if (begin := int(queue[0] is first)) < len(queue)  # of equals it is the earlier one
     ]
     heapq.heapify(heads)
     while heads and not fills(wave.rows, limits):
-        _, _, number, queue = heads[0]
-        if wave.takes(queue.popleft(), limits) and queue:
-            heapq.heapreplace(heads, (*_nearness(queue[0], first), number, queue))
+        _, _, number, at, queue = heads[0]
+        following = at + 1
+        if wave.takes(queue[at], limits) and following < len(queue):
+            head = (*_nearness(queue[following], first), number, following, queue)
+            heapq.heapreplace(heads, head)
         else:
             heapq.heappop(heads)
     return wave.places
@@ -206,11 +210,13 @@ class BatchQueue:
     def all(self, turns: Turns) -> list[Candidate]:
         """Return all that can have their turn now, in the order of arrival."""
         found, singles = list[Candidate](), set[str]()
+        members, has_singles = turns.members, turns.labels_on_device
         for place, rows in self.places.items():
             device, micro = place
-            if turns.is_single(device):
+            member = members[device]
+            if has_singles and not member.looks_ahead:
                 if device in singles or device in turns.away:
                     continue
                 singles.add(device)
-            found.append(Candidate(place, rows, turns.members[device].num_micro - micro))
+            found.append(Candidate(place, rows, member.num_micro - micro))
         return found
