@@ -30,7 +30,7 @@ from coordinator.planning.costs import (
 )
 from coordinator.planning.fixed import by_hand, make_plan
 from coordinator.planning.frozen_devices import cannot_train, in_time
-from coordinator.planning.objective import server_bytes, server_wave_seconds, utility, wave_seconds
+from coordinator.planning.objective import server_bytes, server_wave_seconds, slowest, utility
 from coordinator.planning.plan_set import DeviceExplanation, Explanation, PlanSet, ServerExplanation
 from coordinator.planning.pricing.rank_tables import rank_tables
 from coordinator.planning.problem import PlanningProblem
@@ -66,17 +66,14 @@ def plan_all(problem: PlanningProblem) -> PlanSet:
         plan = make_plan(problem.config, problem.facts, device, chosen[device].split, own)
         plans[device] = problem.stepped(device, plan)
     stories = {d: _story(problem, d, tables[d], splits, plans[d]) for d in plans}
+    server = _server_story(problem, splits, ranks)
     return PlanSet(
         plans=plans,
         server_ranks=ranks,
         refused=refused,
-        wave_s=wave_seconds(problem, plans, ranks),
+        wave_s=slowest([*(own.device_s for own in stories.values()), server.server_s]),
         utility=utility(problem, plans, ranks),
-        explanation=Explanation(
-            devices=stories,
-            server=_server_story(problem, splits, ranks),
-            notes=_notes(problem),
-        ),
+        explanation=Explanation(devices=stories, server=server, notes=_notes(problem)),
     )
 
 

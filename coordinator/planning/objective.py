@@ -6,7 +6,7 @@ It knows no rule by which plans are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -34,7 +34,11 @@ def wave_seconds(
     own = [device_seconds(problem, d, p.split, p.ranks) for d, p in plans.items()]
     depths = {device: plan.split for device, plan in plans.items()}
     server_s = server_wave_seconds(problem, depths, server_ranks)
-    times = [*own, server_s]
+    return slowest([*own, server_s])
+
+
+def slowest(times: Sequence[float | None]) -> float | None:
+    """Return the longest of *times*; None where one is unknown."""
     known = [seconds for seconds in times if seconds is not None]
     return max(known) if len(known) == len(times) else None
 

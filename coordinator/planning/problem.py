@@ -142,7 +142,10 @@ class PlanningProblem:
         if (self.profiles, self.importance, self.steps) == (profiles, importance, steps):
             return self
         profiles, steps = dict(profiles), dict(steps)
-        return replace(self, profiles=profiles, importance=importance, steps=steps)
+        found = replace(self, profiles=profiles, importance=importance, steps=steps)
+        if self.importance == importance:
+            vars(found)["tables"] = self.tables
+        return found
 
     @property
     def num_blocks(self) -> int:
@@ -198,7 +201,10 @@ class PlanningProblem:
 
     @cached_property
     def tables(self) -> KnownCosts:
-        """What ranks are worth beside what they cost, as far as it was asked: by importance."""
+        """What ranks are worth beside what they cost, as far as it was asked: by importance.
+
+        By kinds of devices, not by device, and shared by all problems of one importance.
+        """
         return KnownCosts()
 
     @cached_property
@@ -375,7 +381,8 @@ class PlanningProblem:
     def freezing(self, frozen: Mapping[str, str]) -> PlanningProblem:
         """Return the problem with devices that compute forward only, each with the reason."""
         found = replace(self, frozen=frozen)
-        vars(found)["residual_rank"] = self.residual_rank  # the same, and long to find
+        # The same, and long to find.
+        vars(found).update(residual_rank=self.residual_rank, tables=self.tables)
         return found
 
     def _most_rank(self, device: str) -> int:

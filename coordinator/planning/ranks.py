@@ -176,6 +176,8 @@ class Knapsack:
         """
         self._least = math.fsum(table[0].num_bytes for table in tables.values())
         self._items = [_Item(names, table) for names, table in tables.items()]
+        self._known: dict[tuple[int, ...], _Paths] = {}
+        """Upgrades by the rows that fit; nearly all budgets have room for any one row."""
 
     def choose(self, budget_bytes: float) -> dict[str, int]:
         """Return the ranks of the largest total value within a budget, to 1 %.
@@ -187,7 +189,7 @@ class Knapsack:
         if not self._items:
             return {}
         spare = budget_bytes - self._least
-        stops = [bisect_right(item.num_bytes, spare) for item in self._items]
+        stops = tuple([bisect_right(item.num_bytes, spare) for item in self._items])
         taken, bound = self._greedy(stops, spare)
         total = math.fsum(i.gains[n].value for i, n in zip(self._items, taken, strict=True))
         found = [i.gains[n] for i, n in zip(self._items, taken, strict=True)]
@@ -202,7 +204,7 @@ class Knapsack:
             for name, rank in zip(item.names, choice.ranks, strict=True)
         }
 
-    def _greedy(self, stops: Sequence[int], spare: float) -> tuple[list[int], float]:
+    def _greedy(self, stops: tuple[int, ...], spare: float) -> tuple[list[int], float]:
         """Return a choice for each item, by its row, and a value that no choice can exceed."""
         items, paths = self._items, self._paths(stops)
         taken, left, bound = list(paths.begins), spare, math.inf
@@ -219,13 +221,16 @@ class Knapsack:
             bound = so_far + float(paths.densities[count]) * left
             left = _squeeze(paths, count, taken, left)
         self._fill(stops, taken, left)
-        most = math.fsum(
-            item.gains[stop - 1].value for item, stop in zip(items, stops, strict=True)
-        )
-        return taken, min(bound, most)
+        return taken, min(bound, paths.most)
 
-    def _paths(self, stops: Sequence[int]) -> _Paths:
-        """Return the upgrades of all items, the densest first.
+    def _paths(self, stops: tuple[int, ...]) -> _Paths:
+        """Return the upgrades of all items among their first rows, the densest first."""
+        if stops not in self._known:
+            self._known[stops] = self._find_paths(stops)
+        return self._known[stops]
+
+    def _find_paths(self, stops: Sequence[int]) -> _Paths:
+        """Return what `_paths` does, found anew.
 
         In the model's order where densities are equal: the same input gives the same plan.
         """
@@ -237,7 +242,10 @@ class Knapsack:
         rows = np.concatenate([path.rows for path in own])[ranked]
         costs = np.concatenate([path.costs for path in own])[ranked]
         begins = [path.begin for path in own]
-        return _Paths(begins, orders[ranked], rows, costs, densities[ranked])
+        most = math.fsum(
+            item.gains[stop - 1].value for item, stop in zip(self._items, stops, strict=True)
+        )
+        return _Paths(begins, orders[ranked], rows, costs, densities[ranked], most)
 
     def _fill(self, stops: Sequence[int], taken: list[int], left: float) -> None:
         """Spend what is left on whatever still fits, upgrades beside the hull included."""
@@ -274,6 +282,8 @@ class _Paths(NamedTuple):
     rows: IntArray
     costs: FloatArray
     densities: FloatArray
+    most: float
+    """Value of all of them together."""
 
 
 class _Item:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from coordinator.aggregation.rules import SERVER
 from coordinator.planning.costs import Load, block_adapters_bytes
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Choice, Weights, rank_table
@@ -53,6 +54,8 @@ def _tables_of_block(
             )
         return found
 
+    if device == SERVER:  # its load is that of all devices: it is another one with every device
+        return make()
     return problem.tables.of((problem.kind(device), block, load), make)
 
 
