@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from coordinator.results.plan_rows import unpacked
 from coordinator.results.run_folder import CLOCK, TEST_RESULTS, RunFolder
 from coordinator.results.session_counters import DOWN, UP, SessionCounters
 
@@ -53,8 +54,8 @@ class RunHistory:
 
     @cached_property
     def plans(self) -> list[dict[str, Any]]:
-        """Rows of plans.jsonl, one whenever something was planned."""
-        return self._folder.rows("plans.jsonl")
+        """Rows of plans.jsonl, one whenever something was planned, with ranks by weight."""
+        return [unpacked(row) for row in self._folder.rows("plans.jsonl")]
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:

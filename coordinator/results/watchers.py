@@ -44,6 +44,7 @@ from coordinator.results.events.run import (
 )
 from coordinator.results.events.steering import BestChosen, EndedEarly, SampleText, TestEvaluated
 from coordinator.results.events.tours import ToursMerged
+from coordinator.results.plan_rows import packed
 from coordinator.results.result_files import hashes
 from coordinator.results.run_folder import CLOCK, SAMPLES, RunFolder
 from coordinator.results.standing.observed import Computed, DeviceOffer, ModelKnown
@@ -239,10 +240,7 @@ def _shrunk_row(event: PlanShrunk) -> Mapping[str, Any]:
     return {
         "round": event.round,
         "reasons": [event.text],
-        "plans": {
-            d: {"split": p.split, "ranks": p.ranks, "micro_batch": p.micro_batch}
-            for d, p in event.plans.items()
-        },
+        **packed(event.plans, "micro_batch"),
     }
 
 
@@ -251,7 +249,7 @@ def _plan_row(event: PlanMade) -> Mapping[str, Any]:
     return {
         "round": event.round,
         "reasons": list(event.reasons),
-        "plans": {d: {"split": p.split, "ranks": p.ranks} for d, p in found.plans.items()},
+        **packed(found.plans),
         "server_ranks": found.server_ranks,
         "wave_s": found.wave_s,
         "utility": found.utility,
