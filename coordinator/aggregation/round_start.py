@@ -24,10 +24,12 @@ class RoundStartBuilder:
         self.current: set[str] = set()
         """Devices that hold the end of the last round and need only its changes."""
         self._result: RoundResult | None = None
+        self._shared: dict[int, dict[str, TensorOut]] = {}
+        """Changes of the last round by split, as they go to all who get nothing of their own."""
 
     def round_ended(self, result: RoundResult, members: set[str]) -> None:
         """Take in the result of a round; *members* took part from its beginning to its end."""
-        self._result, self.current = result, set(members)
+        self._result, self.current, self._shared = result, set(members), {}
 
     def forget(self, device: str | None = None) -> None:
         """Assume nothing any more about what a device, or every device, holds."""
@@ -38,14 +40,13 @@ class RoundStartBuilder:
     ) -> tuple[RoundStart, dict[str, TensorOut]]:
         """Return the RoundStart of one device, with its tensors."""
         device = stamp.device
-        weights = self._facts.weights(0, plan.split)
         own = self._ledger.enrol(device, plan.ranks)
         if device in self.current and self._result is not None:
             result = self._result
-            changes = {n: f for n, f in self._changes(result, device).items() if n in weights}
-            tensors = _tensors(result.replaced.get(device, {}), changes, self._codec)
+            tensors = self._changes(result, device, plan.split)
             head, is_full, restarts = result.head, False, result.restarts
         else:
+            weights = self._facts.weights(0, plan.split)
             held_already = self._residuals(device, weights, own)
             if stamp.step in held:
                 return RoundStart(
@@ -59,7 +60,7 @@ class RoundStartBuilder:
             head, is_full, restarts = self._ledger.head, True, self._ledger.restarts
         if plan.tail:
             tensors |= {name: (value, "float32") for name, value in head.items()}
-        kept, most_rank = self._kept(device, weights)
+        kept, most_rank = self._kept(device, plan.split)
         return RoundStart(
             stamp=stamp,
             end_step=end_step,
@@ -70,16 +71,30 @@ class RoundStartBuilder:
             most_rank=most_rank,
         ), tensors
 
-    @property
-    def _codec(self) -> str:
-        """How changes travel; what is sent whole travels as it is."""
-        return "float32" if self._ledger.accounts is None else self._ledger.accounts.codec
+    def _changes(self, result: RoundResult, device: str, split: int) -> dict[str, TensorOut]:
+        """Return what a device of the last round is sent; the dict is the caller's own.
 
-    def _changes(self, result: RoundResult, device: str) -> Mapping[str, Factors]:
-        """Return what a device of the last round is given, by weight."""
-        if self._ledger.accounts is None:
-            return result.changes_for(device)
-        return result.handouts[device].changes
+        With a thousand devices most are sent the same, which is put together once.
+        """
+        accounts, own = self._ledger.accounts, result.replaced.get(device, {})
+        if accounts is not None:
+            return self._sent(own, result.handouts[device].changes, split, accounts.codec)
+        if own:
+            return self._sent(own, result.changes_for(device), split)
+        if split not in self._shared:
+            self._shared[split] = self._sent({}, result.changes, split)
+        return dict(self._shared[split])
+
+    def _sent(
+        self,
+        own: Mapping[str, Pair],
+        changes: Mapping[str, Factors],
+        split: int,
+        codec: str = "float32",
+    ) -> dict[str, TensorOut]:
+        """Return new factors, which travel as they are, and the changes of a device's blocks."""
+        weights = set(self._facts.weights(0, split))
+        return _tensors(own, {n: f for n, f in changes.items() if n in weights}, codec)
 
     def _residuals(
         self, device: str, weights: list[str], own: Mapping[str, Pair]
@@ -94,11 +109,12 @@ class RoundStartBuilder:
             return self._ledger.residuals(device, weights)
         return accounts.open(device, weights, self._ledger.totals, own)
 
-    def _kept(self, device: str, weights: list[str]) -> tuple[float, int]:
+    def _kept(self, device: str, split: int) -> tuple[float, int]:
         """Return `kept` and `most_rank` of a RoundStart."""
         accounts = self._ledger.accounts
         if accounts is None:
             return 0.0, 0
+        weights = self._facts.weights(0, split)
         return accounts.kept.get(device, 0.0), accounts.most_rank(self._ledger.totals, weights)
 
 

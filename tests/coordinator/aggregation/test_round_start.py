@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,25 @@ def test_a_member_gets_what_has_changed() -> None:
     for name in weights:
         assert tensors[f"{name}.U"] == (result.changes[name].b_OR, "float32")
         assert tensors[f"{name}.V"][0] is result.changes[name].a_RI
+
+
+def test_members_of_equal_parts_are_sent_the_same() -> None:
+    """Its tensors are put together once; what is added for one of them reaches no other."""
+    simulation, round_start, result = after_a_round()
+    plan = make_plan(simulation, "one")
+    stamps = STAMP, replace(STAMP, device="four")
+
+    with_tail, other = (
+        round_start.message(stamp, 40, replace(plan, tail=tail), (), evaluate=False)[1]
+        for stamp, tail in zip(stamps, (True, False), strict=True)
+    )
+    round_start.round_ended(replace(result, changes={}), {"one", "four"})
+    _, later = round_start.message(STAMP, 40, plan, (), evaluate=False)
+
+    assert with_tail.keys() == other.keys() | HEAD.keys()
+    assert all(with_tail[name][0] is tensor for name, (tensor, _) in other.items())
+    assert other
+    assert not later
 
 
 def test_a_newcomer_gets_everything() -> None:
