@@ -29,6 +29,7 @@ UNIFORM_RANK = 4
 # Of Banking77's 77 intents, the first of the alphabet: so many are learned in the steps that there
 # is time for (all 77 are not, and at a rate of 1e-2 this encoder learns nothing).
 NUM_INTENTS, NUM_DEV = 20, 500
+NUM_MORE = 1000
 BANKING_RATES = (2e-3, 5e-3)
 # Memory for everything, as in papers that count ranks only.
 ROOMY = [f"simulation.devices.{d}.memory_bytes=1e12" for d in DEVICES]
@@ -48,6 +49,10 @@ class Experiment:
     rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     rounds: int = 12
     settings: dict[str, Any] = field(default_factory=dict)
+    searches: bool = True
+    """Whether learning rates are searched for beyond `rates`."""
+    dev: str = "dev"
+    """Part of the file name that is evaluated; `more`: 1,000 pairs of E2E, at the end alone."""
 
 
 def _presets(*names: str) -> dict[str, tuple[str | None, list[str]]]:
@@ -166,6 +171,8 @@ def write_data(out: Path, *, smoke: bool) -> None:
             if len(row["mr"]) + len(row["ref"]) <= 220
         ]
         _write(out / f"e2e-{name}.jsonl", rows, num_train if name == "train" else num_dev)
+        if name == "dev":
+            _write(out / "e2e-more.jsonl", rows, num_dev if smoke else NUM_MORE)
     rows = [
         {"text": row["text"], "label": row["category"]}
         for row in _read(SHARED / "banking77" / "train.csv")
@@ -209,7 +216,9 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
     length = 128 if is_e2e else 32
     how: dict[str, Any] = {"too_long": "cut", "max_length": length}
     how |= {"append_eos": False} if is_e2e else {"labels": names}
-    files = {part: str(data / f"{experiment.data}-{part}.jsonl") for part in ("train", "dev")}
+    files = {
+        part: str(data / f"{experiment.data}-{part}.jsonl") for part in ("train", experiment.dev)
+    }
     boards = {"server": {"memory_gib": 24, "tflops": 35.6, "watts": 350}}
     config: dict[str, Any] = {
         "model": str(model_path(experiment.model)),
@@ -223,9 +232,9 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
         "planning": {"rank_set": list(RANKS), "memory_margin": 0.0, "importance_every": 5},
         "training": {"warmup_steps": 0 if smoke else 5},
         "evaluation": {
-            "data": {"path": files["dev"], **how},
+            "data": {"path": files[experiment.dev], **how},
             "batch_size": 50,
-            "every_rounds": 1 if is_e2e else 4,
+            "every_rounds": (1 if is_e2e else 4) if experiment.dev == "dev" else experiment.rounds,
         },
         "device": "cpu",
         "simulation": {
@@ -255,7 +264,7 @@ def make_config(experiment: Experiment, data: Path, *, smoke: bool) -> dict[str,
         "seeds": [0] if smoke else list(experiment.seeds),
         "learning_rates": list(experiment.rates)[: 1 if smoke else None],
         # A trial run looks whether all works; the others search on where a rate is at an edge.
-        "learning_rate_search": {"most_trials": 0} if smoke else {},
+        "learning_rate_search": {"most_trials": 0} if smoke or not experiment.searches else {},
     }
     return config
 

@@ -17,7 +17,7 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,8 @@ def _exactly(place: str) -> str:
 # ---- runs ----
 
 
-def run_set(name: str, out: Path) -> None:
-    """Run what is missing of a set: every arm at its own rate."""
+def run_set(name: str, out: Path, arms: Sequence[str]) -> None:
+    """Run what is missing of a set: every one of *arms* at its own rate."""
     bench, file = Bench(name, out), out / f"{name}.jsonl"
     known = {(r["arm"], r["rate"], r["seed"]): r for r in _rows(file)}
 
@@ -232,10 +232,10 @@ def run_set(name: str, out: Path) -> None:
         return found_loss if math.isfinite(found_loss) else math.inf
 
     best = {
-        arm: best_rate(bench.set.first_rate, lambda r, a=arm: loss(a, r, SEEDS[0])) for arm in ARMS
+        arm: best_rate(bench.set.first_rate, lambda r, a=arm: loss(a, r, SEEDS[0])) for arm in arms
     }
     for seed in SEEDS[1:]:
-        for arm in ARMS:
+        for arm in arms:
             loss(arm, best[arm], seed)
 
 
@@ -327,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("ranks"), help="runs that are kept")
     parser.add_argument("--only", nargs="+", default=[], choices=RANK_SETS, metavar="SET")
+    parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, metavar="ARM")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     quiet_libraries()
@@ -336,7 +337,7 @@ def main() -> None:
     if not options.report:
         write_data(options.out / "data", smoke=False)
         for name in options.only or RANK_SETS:
-            run_set(name, options.out)
+            run_set(name, options.out, options.arms or list(ARMS))
     write_report(options.out, options)
 
 

@@ -1,0 +1,147 @@
+"""Differences with intervals: unequal devices, mixed cuts, and parts of the method switched off.
+
+    OMP_NUM_THREADS=1 python benchmarks/paired.py --out paired [--only mixed-cuts] [--report]
+
+Devices, data and models of benchmarks/methods.py, more seeds, 1,000 pairs held out, one learning
+rate for all. Runs are kept in OUT/EXPERIMENT/cells.jsonl and not run again; experiments may be run
+by several processes at once. Two runs of one seed are a pair: the same shards, adapters and order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+from pathlib import Path
+
+import methods
+from methods_experiments import CUTS, EXPERIMENTS, NUM_MORE, Experiment, write_data
+from methods_report import HETERO, HOMO, Cells, chosen
+from report import header, save, table
+
+from coordinator.lab.comparison.statistics.estimate import estimate
+from edge_sdk.command import quiet_libraries
+
+SEEDS = tuple(range(8))
+RATE, ROUNDS = 2e-2, 8
+OURS = "hsplitlora"
+
+
+def _alike(
+    chosen_methods: dict[str, tuple[str | None, list[str]]], sets: tuple[str, ...] = (HETERO,)
+) -> Experiment:
+    return Experiment(
+        "e2e",
+        "stories",
+        chosen_methods,
+        sets=sets,
+        seeds=SEEDS,
+        rates=(RATE,),
+        rounds=ROUNDS,
+        searches=False,
+        dev="more",
+    )
+
+
+PAIRED = {
+    "mixed-cuts": _alike(CUTS),
+    "unequal-devices": _alike({OURS: (OURS, ["labels=server"])}, (HOMO, HETERO)),
+    "parts": _alike(
+        {
+            OURS: (OURS, ["labels=server"]),
+            "without IWI": (OURS, ["labels=server", "planning.importance_every=1000000"]),
+            "without ARMSC": (
+                None,
+                [
+                    "labels=server",
+                    "planning.split=fixed",
+                    "planning.ranks=fixed",
+                    "aggregation=exact",
+                    "default.split=4",
+                ],
+            ),
+            "without NAA": (
+                None,
+                [
+                    "labels=server",
+                    "planning.split=armsc",
+                    "planning.ranks=rngwp",
+                    "aggregation=svd",
+                ],
+            ),
+        }
+    ),
+}
+
+HOW = f"""\
+E2E on stories260K, five devices as in benchmarks/methods.py, {ROUNDS} rounds of 5 steps, at most
+{len(SEEDS)} seeds, one learning rate of {RATE:g} for all, the loss of {NUM_MORE:,} pairs held out.
+Differences are paired by seed; in brackets their 95 % interval by Student's t; p is the exact
+sign-flip test, not corrected for the number of rows."""
+
+SWITCHED = """\
+IWI off: importance is never measured, all weights count alike. ARMSC off: one cut and one rank for
+all, the largest that the weakest device holds. NAA off: each device gets the best approximation of
+its own rank (`svd`) in place of the whole update."""
+
+
+def difference(cells: Cells, name: str, ours: tuple[str, str], base: tuple[str, str]) -> list[str]:
+    """A row: by how much one method on a set of devices differs from another."""
+    before = {cell.seed: cell.last for cell in chosen(cells, *base)}
+    pairs = [(c.last, before[c.seed]) for c in chosen(cells, *ours) if c.seed in before]
+    loss = estimate([100 * (a.loss / b.loss - 1) for a, b in pairs])
+    points = estimate([100 * (a.accuracy - b.accuracy) for a, b in pairs])
+    return [
+        name,
+        str(len(pairs)),
+        f"{statistics.fmean(b.loss for _, b in pairs):.4f}",
+        f"{statistics.fmean(a.loss for a, _ in pairs):.4f}",
+        *(
+            f"{e.mean:+.2f}" + ("" if e.low is None else f" [{e.low:+.2f}, {e.high:+.2f}]")
+            for e in (loss, points)
+        ),
+        "" if loss.p is None else f"{loss.p:.3f}",
+    ]
+
+
+def write_report(out: Path, options: argparse.Namespace) -> None:
+    """Write every pair that has run."""
+    cells = {name: methods.load_cells(name, out) for name in PAIRED}
+    wanted = [
+        ("mixed-cuts", "mixed cuts against equal cuts", ("mixed cuts", HETERO), "equal cuts"),
+        ("unequal-devices", f"{OURS}: unequal against equal devices", (OURS, HETERO), OURS),
+        *(
+            ("parts", f"{name} against {OURS}", (name, HETERO), OURS)
+            for name in PAIRED["parts"].methods
+            if name != OURS
+        ),
+    ]
+    rows = []
+    for name, title, ours, base in wanted:
+        if found := cells[name]:
+            kind = HOMO if name == "unequal-devices" else HETERO
+            rows.append(difference(found, title, ours, (base, kind)))
+    heads = "what|pairs|loss before|loss|change (%)|accuracy of a token, points|p of the loss"
+    parts = [header("Paired differences", options), HOW, table(heads.split("|"), rows), SWITCHED]
+    save("paired", "\n\n".join(parts))
+
+
+def main() -> None:
+    """Run what is missing; report what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("paired"), help="cells and runs")
+    parser.add_argument("--only", nargs="+", default=[], choices=PAIRED, metavar="NAME")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.ERROR)  # texts without an end are meant
+    EXPERIMENTS.update(PAIRED)
+    if not options.report:
+        write_data(options.out / "data", smoke=False)
+        for name in options.only or PAIRED:
+            methods.run_experiment(name, options.out, smoke=False)
+    write_report(options.out, options)
+
+
+if __name__ == "__main__":
+    main()
