@@ -92,8 +92,7 @@ class Adapters:
         self._most_beside = most_beside
         linear = {n: rank for n, rank in self.ranks.items() if n not in self._experts.shapes}
         if linear:
-            alphas = {n: lora.peft_alpha(self.alphas[n], rank) for n, rank in linear.items()}
-            self._inject(linear, OWN, alpha_pattern=alphas)
+            self._inject(linear, OWN, alpha_pattern={n: self.alphas[n] for n in linear})
         self._activate()
         for name in self.ranks.keys() - linear.keys():
             # Whoever trains loads the factors of the run over them, as over those that PEFT draws.
@@ -137,7 +136,8 @@ class Adapters:
 
     def scale(self, name: str, rank: int | None = None) -> float:
         """Return the factor in front of the B A of weight *name*, if it had *rank*."""
-        return self._lora.scale_by(self.alphas[name], rank or self.ranks[name])
+        rank, alpha = rank or self.ranks[name], self.alphas[name]
+        return alpha / math.sqrt(rank) if self._lora.use_rslora else alpha / rank
 
     def product(self, name: str, pair: Pair) -> Factors:
         """Return the matrix s B A of a pair for weight *name*, with the run's alpha."""

@@ -51,7 +51,8 @@ class NumpyAdapters:
 
     def scale(self, name: str, rank: int | None = None) -> float:
         """Return the factor in front of the B A of weight *name*, if it had *rank*."""
-        return self._lora.scale_by(self.alphas[name], rank or self.ranks[name])
+        rank, alpha = rank or self.ranks[name], self.alphas[name]
+        return alpha / float(np.sqrt(rank)) if self._lora.use_rslora else alpha / rank
 
     def pairs(self) -> dict[str, Pair]:
         """Return copies of the trained factors."""

@@ -43,9 +43,6 @@ class LoraConfig:
     """The same for lora_alpha."""
     use_rslora: bool = False
     """Whether to scale by the square root of the rank (rsLoRA)."""
-    fixed_scale: bool = field(default=False, metadata={"since": "0.2"})
-    """Whether the rank in the scale is `r` above for every weight, whatever rank it has: where
-    ranks differ, none learns more slowly for having more of them."""
     lora_dropout: float = 0.0
     """Dropout before the adapter, while training."""
     experts: bool = field(default=True, metadata={"on_wire": False})
@@ -70,18 +67,8 @@ class LoraConfig:
 
     def scale(self, weight: str, rank: int) -> float:
         """Return the factor in front of the B A of *weight*."""
-        return self.scale_by(self.alpha_of(weight), rank)
-
-    def scale_by(self, alpha: float, rank: int) -> float:
-        """Return the factor in front of a B A of *rank* whose alpha a plan has given."""
-        return alpha / self._divisor(self.r if self.fixed_scale else rank)
-
-    def peft_alpha(self, alpha: float, rank: int) -> float:
-        """Return the alpha with which PEFT, which divides by a weight's own rank, scales so."""
-        return alpha * self._divisor(rank) / self._divisor(self.r) if self.fixed_scale else alpha
-
-    def _divisor(self, rank: int) -> float:
-        return math.sqrt(rank) if self.use_rslora else rank
+        alpha = self.alpha_of(weight)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 T = TypeVar("T")

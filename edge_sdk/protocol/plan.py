@@ -44,8 +44,7 @@ class Plan:
     ranks: dict[str, int]
     """Rank of each adapted weight on the device, by whole-model module name."""
     alphas: dict[str, float]
-    """LoRA alpha of each adapted weight; its scale is alpha / rank (or alpha / sqrt(rank)), with
-    `lora.fixed_scale` by the run's `lora.r` in the place of the rank."""
+    """LoRA alpha of each adapted weight; its scale is alpha / rank (or alpha / sqrt(rank))."""
     batch_size: int
     """Sequences of one optimizer step."""
     micro_batch: int

@@ -75,14 +75,8 @@ def to_pairs(config: Any) -> dict[str, str]:
     """Write a flat config dataclass as strings, for the wire.
 
     Patterns stay here, and what else says which weights are adapted: a plan names every weight.
-    What a first release does not know is sent only where it is not as it always was.
     """
-    is_local = {
-        f.name
-        for f in fields(config)
-        if not f.metadata.get("on_wire", True)
-        or ("since" in f.metadata and getattr(config, f.name) == f.default)
-    }
+    is_local = {f.name for f in fields(config) if not f.metadata.get("on_wire", True)}
     return {
         name: ",".join(value) if isinstance(value, tuple) else str(value)
         for name, value in asdict(config).items()

@@ -254,7 +254,6 @@ def test_nothing_to_train_is_fine() -> None:
         CONFIG,
         TrainingConfig(optimizer="sgd", seed=7),
         LoraConfig(target_modules=("q_proj", "v_proj"), use_rslora=True, lora_dropout=0.1),
-        LoraConfig(r=3, fixed_scale=True),
     ],
 )
 def test_a_config_travels_as_strings(config: Any) -> None:

@@ -152,22 +152,6 @@ def test_equal_simulations_are_equal(make: Any, plain: SimulationResult) -> None
     assert first.rounds[-1].loss != plain.rounds[-1].loss
 
 
-@pytest.mark.parametrize("aggregation", ["exact", "svd"])
-def test_a_fixed_scale_is_that_of_the_runs_own_rank(make: Any, aggregation: Any) -> None:
-    """With twice the rank it is, to the last bit, the run with twice the alpha."""
-    default = DeviceSettings(split=2, r=8, batch_size=4, micro_batch=2, codec="float32")
-    loras = LoraConfig(r=4, lora_alpha=8, fixed_scale=True), LoraConfig(r=4, lora_alpha=16)
-
-    fixed, doubled = (
-        simulate(
-            make(lora=lora, default=default, server_rank=8, aggregation=aggregation), Watchers()
-        )
-        for lora in loras
-    )
-
-    assert file_of(fixed, "metrics.jsonl") == file_of(doubled, "metrics.jsonl")
-
-
 def test_numbers_are_told_and_change_nothing(make: Any, plain: SimulationResult) -> None:
     """With `report_to` the same bytes of metrics; the table has each step of each device once."""
     told = simulate(make(report_to=("csv",)), Watchers())
