@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/rank_choice.py --out ranks [--only e2e-stories] [--report]
 
 One process trains the whole model with PEFT, with the ranks that `coordinator/planning` chooses and
-the scales of `edge_sdk/lora`: which weights get how many ranks is all that differs. What each
+the scales that are named: which weights get how many ranks is all that differs. What each
 arm may spend is what rank 4 on every weight takes: either in numbers trained, or in bytes of a
 device, kept activations included. Every arm searches its learning rate on the first seed, by
 factors of 2, until the best is inside. Runs are kept in OUT/SET.jsonl and not run again.
@@ -44,7 +44,6 @@ from coordinator.planning.pricing.rank_tables import rank_tables
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import choose_ranks
 from edge_sdk.command import quiet_libraries
-from edge_sdk.lora.targets import LoraConfig
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, BATCH, WARMUP = 60, 16, 5
@@ -59,7 +58,9 @@ class Arm:
     """One way to choose ranks, and the scale of what they add."""
 
     by_importance: bool = True
-    lora: LoraConfig = LoraConfig(r=UNIFORM, lora_alpha=ALPHA)
+    power: float = 1.0
+    """The scale falls with this power of the rank: 1 is LoRA's, 0.5 rsLoRA's, with 0 it is fixed.
+    At rank UNIFORM it is the same for all."""
     equal_bytes: bool = False
     """Whether kept activations count, too; else the numbers trained alone."""
     later: bool = False
@@ -68,13 +69,11 @@ class Arm:
     """Whether importance is dealt out at random: what is left without its information."""
 
 
-FIXED = LoraConfig(r=UNIFORM, lora_alpha=ALPHA, fixed_scale=True)
-ROOT = LoraConfig(r=UNIFORM, lora_alpha=ALPHA / math.sqrt(UNIFORM), use_rslora=True)
 ARMS = {
     UNIFORM_ARM: Arm(by_importance=False),
     "rngwp": Arm(),
-    "rngwp, fixed scale": Arm(lora=FIXED),
-    "rngwp, rsLoRA": Arm(lora=ROOT),
+    "rngwp, fixed scale": Arm(power=0.0),
+    "rngwp, rsLoRA": Arm(power=0.5),
     "rngwp, measured later": Arm(later=True),
     "rngwp, shuffled": Arm(shuffled=True),
     "rngwp, equal bytes": Arm(equal_bytes=True),
@@ -121,7 +120,7 @@ class Bench:
     def run(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         """Train once, and say what came of it."""
         ranks = {name: rank for name, rank in self.ranks(arm, seed).items() if rank}
-        model = self._train(ranks, arm.lora, rate, seed, STEPS)
+        model = self._train(ranks, arm.power, rate, seed, STEPS)
         loss, accuracy = self.set.evaluate(model, self.dev)
         trained = sum(rank * sum(self.shapes[name][-2:]) for name, rank in ranks.items())
         return {
@@ -133,11 +132,11 @@ class Bench:
         }
 
     def _train(
-        self, ranks: Mapping[str, int], lora: LoraConfig, rate: float, seed: int, steps: int
+        self, ranks: Mapping[str, int], power: float, rate: float, seed: int, steps: int
     ) -> Any:
         model = self.set.make_model()
         torch.manual_seed(seed)
-        model = get_peft_model(model, self._peft(ranks, lora))
+        model = get_peft_model(model, self._peft(ranks, power))
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         model.train()
@@ -150,17 +149,13 @@ class Bench:
             optimizer.zero_grad()
         return model
 
-    def _peft(self, ranks: Mapping[str, int], lora: LoraConfig) -> PeftConfig:
+    def _peft(self, ranks: Mapping[str, int], power: float) -> PeftConfig:
         places = {name: self._places[name] for name in ranks}
         return PeftConfig(
             r=1,
             target_modules=list(places.values()),
             rank_pattern={_exactly(places[n]): rank for n, rank in ranks.items()},
-            alpha_pattern={
-                _exactly(places[n]): lora.peft_alpha(lora.alpha_of(n), rank)
-                for n, rank in ranks.items()
-            },
-            use_rslora=lora.use_rslora,
+            alpha_pattern={_exactly(places[n]): alpha(rank, power) for n, rank in ranks.items()},
             modules_to_save=["classifier"] if self.set.is_classifier else None,
             task_type="SEQ_CLS" if self.set.is_classifier else "CAUSAL_LM",
         )
@@ -177,9 +172,8 @@ class Bench:
         """RNGWP's numerator, sum |w dL/dw|, over some batches."""
         if (seed, later) not in self._importance:
             if later:
-                lora, ranks = ARMS[UNIFORM_ARM].lora, dict.fromkeys(self.shapes, UNIFORM)
-                rate = self.set.first_rate
-                model = self._train(ranks, lora, rate, seed, LATER_STEPS).merge_and_unload()
+                ranks, rate = dict.fromkeys(self.shapes, UNIFORM), self.set.first_rate
+                model = self._train(ranks, 1.0, rate, seed, LATER_STEPS).merge_and_unload()
             else:
                 model = self.set.make_model()
             self._importance[seed, later] = self._products(model, seed)
@@ -206,6 +200,11 @@ def _places(model: Any, weights: Mapping[str, Any]) -> dict[str, str]:
         weight: next(n for n in names if n == weight or n.endswith(f".{weight}"))
         for weight in weights
     }
+
+
+def alpha(rank: int, power: float) -> float:
+    """The alpha with which PEFT, which divides it by the rank, gives that scale."""
+    return ALPHA / UNIFORM * rank * (UNIFORM / rank) ** power
 
 
 def _exactly(place: str) -> str:
