@@ -14,6 +14,7 @@ from coordinator.lab.comparison.cells import (
     score,
     spread,
 )
+from coordinator.lab.comparison.statistics.estimate import Estimate
 
 HETERO, HOMO = "heterogeneous", "homogeneous"
 Cells = Sequence[RunResult]
@@ -62,6 +63,14 @@ def _change(name: str, before: list[float], after: list[float]) -> tuple[str, ..
 def _signed(values: Iterable[float], digits: int) -> str:
     found = spread(values)
     return ("+" if found.mean > 0 else "") + found.text(digits)
+
+
+def interval(found: Estimate, digits: int) -> str:
+    """A mean and its 95 % interval, where it has one."""
+    mean = f"{found.mean:+.{digits}f}"
+    if found.low is None or found.high is None:
+        return mean
+    return f"{mean} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def times(cells: Cells) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import methods
 from methods_experiments import CUTS, EXPERIMENTS, NUM_MORE, Experiment, write_data
-from methods_report import HETERO, HOMO, Cells, chosen
+from methods_report import HETERO, HOMO, Cells, chosen, interval
 from report import header, save, table
 
 from coordinator.lab.comparison.statistics.estimate import estimate
@@ -96,10 +96,8 @@ def difference(cells: Cells, name: str, ours: tuple[str, str], base: tuple[str, 
         str(len(pairs)),
         f"{statistics.fmean(b.loss for _, b in pairs):.4f}",
         f"{statistics.fmean(a.loss for a, _ in pairs):.4f}",
-        *(
-            f"{e.mean:+.2f}" + ("" if e.low is None else f" [{e.low:+.2f}, {e.high:+.2f}]")
-            for e in (loss, points)
-        ),
+        interval(loss, 2),
+        interval(points, 2),
         "" if loss.p is None else f"{loss.p:.3f}",
     ]
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import re
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from methods_experiments import (
     make_config,
     write_data,
 )
+from methods_report import interval
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from rank_choice_sets import RANK_SETS, RankSet, Row
@@ -208,7 +210,7 @@ def alpha(rank: int, power: float) -> float:
 
 
 def _exactly(place: str) -> str:
-    return f"^{place.replace('.', chr(92) + '.')}$"
+    return f"^{re.escape(place)}$"
 
 
 # ---- runs ----
@@ -292,9 +294,9 @@ def _set_table(rows: list[dict[str, Any]]) -> str:
                 f"{own[0]['rate']:g}",
                 len(own),
                 f"{loss:.4f}",
-                "" if is_base else _interval(percent, 1),
+                "" if is_base else interval(estimate(percent), 1),
                 f"{accuracy:.1f}",
-                "" if is_base else _interval(points, 1),
+                "" if is_base else interval(estimate(points), 1),
                 "" if is_base or len(own) < 2 else f"{estimate(percent).p:.2f}",
                 f"{statistics.fmean(row['trained'] for row in own):,.0f}",
                 f"{100 * statistics.fmean(row['adapted'] for row in own):.0f} %",
@@ -304,13 +306,6 @@ def _set_table(rows: list[dict[str, Any]]) -> str:
         "ranks|rate|seeds|loss|change of loss (%)|accuracy (%)|points|p of the loss|trained|weights"
     )
     return table(heads.split("|"), lines)
-
-
-def _interval(values: list[float], digits: int) -> str:
-    found = estimate(values)
-    if found.low is None or found.high is None:
-        return f"{found.mean:+.{digits}f}"
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def _at_best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
