@@ -92,7 +92,7 @@ class GatewayIo:
     sessions: dict[str, DeviceSession] = field(default_factory=dict)
     is_closing: bool = False
     failure: str = ""
-    _routes: dict[bytes, tuple[DeviceSession, int]] = field(default_factory=dict)
+    _routes: dict[bytes, DeviceSession] = field(default_factory=dict)
     _ended: EndedSessions = field(default_factory=EndedSessions)
     _contested: set[DeviceSession] = field(default_factory=set)
     _sessions_left: SessionBudgets = field(default_factory=SessionBudgets)
@@ -183,11 +183,10 @@ class GatewayIo:
                 return
             if caller is None:
                 continue
-            known = self._routes.get(caller.route)
+            session = self._routes.get(caller.route)
             if self.allowed is not None and not caller.name:
-                self._revoked(caller, known, now_s)
+                self._revoked(caller, session, now_s)
                 continue
-            session = None if known is None else known[0]
             if session is not None and caller.name not in ("", session.name):
                 session = None
             try:
@@ -289,7 +288,8 @@ class GatewayIo:
             self._routes.pop(old, None)
             session.reconnects += old != route
         session.routes[lane] = route
-        self._routes[route] = (session, lane)
+        session.deaf_lanes.discard(lane)
+        self._routes[route] = session
         session.heard(now_s)
         self.door.news(now_s)  # a new connection may have the descriptor of one that has ended
         before, session.connections[lane] = session.connections[lane], self.door.of(caller.frame)
@@ -438,11 +438,9 @@ class GatewayIo:
                 if connection in session.connections:
                     self._breach(session, reason, now_s)
 
-    def _revoked(
-        self, caller: Caller, known: tuple[DeviceSession, int] | None, now_s: float
-    ) -> None:
-        if known is not None:
-            self._expel(known[0], _REVOKED)
+    def _revoked(self, caller: Caller, session: DeviceSession | None, now_s: float) -> None:
+        if session is not None:
+            self._expel(session, _REVOKED)
         elif self.door.loose(caller.connection, now_s):
             self.out.say(caller.route, packets.Closed(session="", reason=_REVOKED))
 

@@ -79,7 +79,7 @@ class Outbox:
         """Send some packets of a lane; return whether there may be more to send right now."""
         sender = session.talk.senders[lane]
         for _ in range(TURN_PACKETS):
-            due = sender.peek(now_s) if session.routes[lane] is not None else None
+            due = sender.peek(now_s) if session.route_to(lane) is not None else None
             if due is None:
                 return False
             frame = session.talk.frame(lane, due)
@@ -89,7 +89,7 @@ class Outbox:
         return True
 
     def _put(self, session: DeviceSession, lane: int, frame: Any, now_s: float) -> bool:
-        route = session.routes[lane]
+        route = session.route_to(lane)
         if route is None:
             return False
         try:
@@ -103,7 +103,7 @@ class Outbox:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            session.routes[lane] = None  # gone; it will attach again
+            session.deaf_lanes.add(lane)  # gone; it will attach again
             return False
         session.bytes_down += len(frame)
         connection = session.connections[lane]
@@ -129,14 +129,15 @@ class Outbox:
     def ask(self, session: DeviceSession) -> bool:
         """Ask a device for a sign of life; return whether it has a connection that we know of."""
         frame = packets.control_frame(packets.AttachRequired(), Lane.CONTROL, session.talk.tag)
-        for lane, route in enumerate(session.routes):
+        for lane in Lane:
+            route = session.route_to(lane)
             if route is not None and self._say(route, frame) == zmq.EHOSTUNREACH:
-                session.routes[lane] = None
-        return any(route is not None for route in session.routes)
+                session.deaf_lanes.add(lane)
+        return any(session.route_to(lane) is not None for lane in Lane)
 
     def control(self, session: DeviceSession, control: Any) -> bool:
         """Send a control frame on the control lane of a session."""
-        route = session.routes[Lane.CONTROL]
+        route = session.route_to(Lane.CONTROL)
         return route is not None and self.say(route, control, Lane.CONTROL, session.talk.tag)
 
     def ack(self, session: DeviceSession) -> None:

@@ -60,6 +60,9 @@ class DeviceSession:
     joined_s: float
     heard_s: float
     routes: list[bytes | None] = field(default_factory=lambda: [None, None])
+    """Where its lanes come from: the last connections that were attached."""
+    deaf_lanes: set[int] = field(default_factory=set)
+    """Lanes on which nobody is there to be sent to; what has come of them may yet be read."""
     connections: list[PortConnection | None] = field(default_factory=lambda: [None, None])
     """Those that carry its lanes, or did; None where libzmq does not tell."""
     telemetry: dict[str, float] = field(default_factory=dict)
@@ -84,6 +87,10 @@ class DeviceSession:
     def id(self) -> str:
         """The name that the device gave the session: 32 hexadecimal digits."""
         return self.talk.session
+
+    def route_to(self, lane: int) -> bytes | None:
+        """Return where to send on a lane; None where nobody is there."""
+        return None if lane in self.deaf_lanes else self.routes[lane]
 
     def heard(self, now_s: float) -> None:
         """Note a sign of life."""
