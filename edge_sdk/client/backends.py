@@ -194,7 +194,7 @@ def _is_there(package: str) -> bool:
 def _make_torch(request: RuntimeRequest) -> Runtime:
     import torch
 
-    from edge_sdk.model.layout import building, find_layout
+    from edge_sdk.model.layout import building, known_layout
     from edge_sdk.model.weights import load_config
     from edge_sdk.runtime.torch_runtime import TorchRuntime
 
@@ -209,7 +209,7 @@ def _make_torch(request: RuntimeRequest) -> Runtime:
         return TorchRuntime(
             model_config,
             task,
-            find_layout(model_config, task),
+            known_layout(model_config, task),
             tensors,
             request.plan,
             request.lora,

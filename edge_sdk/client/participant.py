@@ -61,7 +61,6 @@ from edge_sdk.running_note import RunningNote, WasShort
 from edge_sdk.runtime.interface import Runtime
 from edge_sdk.transport.link import Link, package_version
 from profiler.profile import DeviceProfile
-from profiler.sensors.memory import return_freed
 
 if TYPE_CHECKING:  # readings of the board are no part of `import edge_sdk`
     from edge_sdk.client.board_monitor import BoardMonitor
@@ -266,7 +265,7 @@ class Participant:
     def forget(self) -> None:
         """Let go of the model; its checkpoints stay."""
         self._runtime = self._steps = self._own = self._assigned = None
-        return_freed()
+        self._setup.return_freed()
 
     def _ask(self, request: PartRequest) -> Envelope:
         self._link.send(request)

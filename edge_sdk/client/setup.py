@@ -40,6 +40,7 @@ from edge_sdk.protocol.fragments import Envelope
 from edge_sdk.protocol.messages import PartRequest, PlanAssigned, Stamp, Welcome
 from edge_sdk.protocol.plan import Part, Plan
 from edge_sdk.runtime.training import TrainingConfig, from_pairs
+from profiler.sensors.memory import return_freed
 
 if TYPE_CHECKING:
     from edge_sdk.runtime.interface import Runtime
@@ -228,6 +229,10 @@ class RuntimeSetup:
             tensors=lambda part: self.tensors(part, welcome, ask),
         )
         return self.backend.make(request)
+
+    def return_freed(self) -> None:
+        """Return to the system what a slice took that is let go of."""
+        return_freed()
 
     def tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """Return the tensors of *part*, from the local model where one is named.

@@ -8,6 +8,7 @@ what runs before and after it, and what else reaches later blocks, is observed o
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from edge_sdk.errors import ModelError, is_out_of_memory, one_line
 from edge_sdk.model.weightless import POSITIONS, ROWS, first_names, own_tensors, watch
 
 Task = Literal["causal-lm", "sequence-classification"]
+
+# Configurations whose layout is kept; a process that compares methods sees a few.
+MOST_KNOWN = 16
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def build_empty(config: Any, task: Task, dtype: torch.dtype) -> nn.Module:
 
 # While transformers builds a model it sets things that all threads see.
 building = threading.RLock()
+_known: dict[tuple[type, str, Task], Layout] = {}
 
 
 # Some experts begin as zeros, of more memory than there is; no buffer is that large.
@@ -278,6 +283,25 @@ def find_layout(config: Any, task: Task) -> Layout:
     except ModelError:
         # Some code makes float32 tensors, whatever its weights are.
         return _layout_of(build_empty(config, task, torch.float32).eval())
+
+
+def known_layout(config: Any, task: Task) -> Layout:
+    """Return what `find_layout` does, found once for each configuration in this process.
+
+    Every new plan and every simulated device would watch the same model again. Call it within
+    `building`.
+
+    Raises:
+        ModelError: as `find_layout`.
+    """
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = (type(config), text, task)
+    if key not in _known:
+        layout = find_layout(config, task)
+        while len(_known) >= MOST_KNOWN:
+            del _known[next(iter(_known))]
+        _known[key] = layout
+    return _known[key]
 
 
 def _layout_of(model: nn.Module) -> Layout:

@@ -142,7 +142,7 @@ class World:
         """Run to the end."""
         # No power is cut here, and memory is not short: neither is worth its time.
         no_sync = patch("os.fsync", lambda _file: None)
-        no_return = patch("edge_sdk.client.participant.return_freed", lambda: None)
+        no_return = patch("edge_sdk.client.setup.return_freed", lambda: None)
         no_time = patch("time.monotonic", self.clock)
         with no_sync, no_return, no_time, moving(self.to_move):
             for device in self.devices.values():

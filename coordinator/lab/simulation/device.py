@@ -251,6 +251,9 @@ class _SharingSetup(RuntimeSetup):
         runtime = self._shared.run(super().runtime, welcome, assigned, ask)
         return InstrumentedRuntime(runtime, self._name, assigned.plan, self._shared)
 
+    def return_freed(self) -> None:
+        """Leave it to the process: for one device of many, a search of all would take longest."""
+
     def tensors(self, part: Part, welcome: Welcome, ask: Ask) -> Mapping[str, Any]:
         """Return the tensors of *part* as slices hold them, so that none makes a copy."""
         parts = self._shared.parts

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from edge_sdk.errors import ModelError
 from edge_sdk.model import layout as layout_module
 from edge_sdk.model import partition as partition_module
-from edge_sdk.model.layout import build_empty, find_blocks, find_layout
+from edge_sdk.model.layout import build_empty, find_blocks, find_layout, known_layout
 from tests.tiny import BLOCKS, FAMILIES, OTHERS, layout_of, make_config, make_model, task_of
 
 ALL = [*FAMILIES, *OTHERS]
@@ -95,6 +95,24 @@ class Listed(nn.Module):
 
 def _linears(count: int, size: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(size, size) for _ in range(count))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_known_layout_is_that_which_is_found(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout is found once for equal configurations, and anew for one that differs in a value."""
+    task = task_of(family)
+    found = find_layout(make_config(family), task)
+    known_layout(make_config(family), task)
+    with monkeypatch.context() as patched:
+        patched.setattr(layout_module, "find_layout", None)
+        assert known_layout(make_config(family), task) == found
+    deeper = make_config(family)
+    deeper.num_hidden_layers = 1
+    if getattr(deeper, "layer_types", None):
+        deeper.layer_types = deeper.layer_types[:1]
+    assert known_layout(deeper, task) == find_layout(deeper, task) != found
 
 
 def test_of_two_lists_the_blocks_are_where_the_weights_are() -> None:
