@@ -7,12 +7,13 @@ EdgeSplit are; another one stays in the file and is told apart by its digest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from coordinator.config.run import ServeConfig
 from coordinator.lab.comparison.cells import RunResult, cell_from_row, cell_to_row
 from coordinator.lab.comparison.config import CompareConfig
 from coordinator.lab.simulation.config import SimulatedDeviceConfig, SimulationConfig
@@ -25,6 +26,12 @@ CELLS, CONFIG = "cells.jsonl", "comparison.yaml"
 # Raised when what a cell holds is another thing.
 FORMAT = 2
 MOST_CHANGES = 5
+# Where a coordinator would listen and keep things: no simulated run's result depends on it.
+PLACES: dict[str, Any] = {
+    field.name: field.default
+    for field in fields(ServeConfig)
+    if field.name in ("listen", "secret_key", "allow_list", "runs", "name")
+}
 
 
 class KeptCells:
@@ -63,7 +70,8 @@ class KeptCells:
             self._out.mkdir(parents=True, exist_ok=True)
             before = file.read_text(encoding="utf-8") if file.is_file() else text
             file.write_text(text, encoding="utf-8")
-        return differences(yaml.safe_load(before), yaml.safe_load(text))
+        old, new = yaml.safe_load(before), yaml.safe_load(text)
+        return differences({**old, **dict.fromkeys(PLACES)}, {**new, **dict.fromkeys(PLACES)})
 
 
 def _marks() -> dict[str, Any]:
@@ -82,7 +90,7 @@ def digest_of_run(config: SimulationConfig) -> str:
         config = replace(config, simulation=replace(fleet, devices=own), devices=settings)
     fleet = config.simulation
     files = (device.data for device in fleet.devices.values())
-    plain = replace(config.unwatched(), name=None, runs=Path())
+    plain = replace(config.unwatched(), **PLACES)
     return digest_of(plain, (fleet.data.path, config.evaluation.data.path, *files))
 
 

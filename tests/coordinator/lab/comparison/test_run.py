@@ -170,11 +170,17 @@ def test_importance_is_kept_round_by_round(cells: dict[str, RunResult], loaded: 
 def test_what_has_run_is_not_run_again(
     folder: Path, loaded: Any, cells: dict[str, RunResult]
 ) -> None:
-    """A second comparison finds all cells; to a method without devices all devices are alike."""
-    config = replace(loaded[0], compare=replace(loaded[0].compare, device_sets=("heterogeneous",)))
+    """A second comparison finds all cells, also when it is called from another folder.
+
+    To a method without devices all devices are alike.
+    """
+    wanted = replace(loaded[0].compare, device_sets=("heterogeneous",))
+    places: dict[str, Any] = {n: Path("elsewhere", n) for n in ("secret_key", "allow_list", "runs")}
+    config = replace(loaded[0], compare=wanted, **places)
+    methods = {name: replace(method, **places) for name, method in loaded[1].items()}
     told: list[str] = []
 
-    again = compare(config, loaded[1], folder / "out", told.append, simulate)
+    again = compare(config, methods, folder / "out", told.append, simulate)
     alike = replace(config, compare=replace(config.compare, device_sets=("homogeneous",)))
     (pooled,) = compare(alike, {"ft": loaded[1]["ft"]}, folder / "out", told.append, simulate)
 
