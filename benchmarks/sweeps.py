@@ -1,0 +1,157 @@
+"""Sweeps: skewed data, number of devices, local steps, and the energy of dW by rank over rounds.
+
+    OMP_NUM_THREADS=1 python benchmarks/sweeps.py --out sweeps [--only skew] [--report] [--smoke]
+
+Each is `coordinator compare OUT/NAME.json --sweep KEY=...`: data, models and budgets of
+benchmarks/methods.py, learning rates that `compare` searches for. What has run is kept in OUT and
+not run again; sweeps may be run by several processes at once. Tables go to benchmarks/results/,
+pictures to docs/plots/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from methods_experiments import (
+    ROOMY,
+    ROOT,
+    Experiment,
+    make_config,
+    set_budgets,
+    write_data,
+)
+from report import header, save
+
+from coordinator.cli import main as coordinator
+from edge_sdk.command import quiet_libraries
+
+PLOTS = ROOT / "docs" / "plots"
+# Three methods that cut, and one whose devices hold the whole model.
+METHODS: dict[str, tuple[str | None, list[str]]] = {
+    "hsplitlora": ("hsplitlora", []),
+    "splitlora": ("splitlora", []),
+    "hlora": ("hlora", ["planning.ranks=uniform", *ROOMY]),
+}
+UNEQUAL_RANKS = [f"devices.d{n}.r={r}" for n, r in enumerate((1, 2, 4, 8, 16), start=1)]
+
+
+class Sweep(NamedTuple):
+    """A comparison for each value of a key."""
+
+    title: str
+    about: str
+    experiment: Experiment
+    key: str
+    overrides: dict[str, Any]
+    pictures: tuple[str, ...]
+
+
+SWEEPS = {
+    "skew": Sweep(
+        "Skewed data",
+        "Banking77 (20 intents) on MiniLM, five devices, labels dealt out with Dirichlet(alpha), "
+        "20 rounds of 5 steps.",
+        Experiment("banking", "minilm", METHODS, rates=(2e-3, 5e-3), rounds=20),
+        "simulation.alpha=0.1,0.5,5",
+        {"compare.labels": "device"},
+        ("sweep-alpha",),
+    ),
+    "devices": Sweep(
+        "Number of devices",
+        "E2E on stories260K, dealt out by length with Dirichlet(0.5); each round draws 10 of the "
+        "devices (3 of 3), 8 rounds of 5 steps, 1,000 pairs held out.",
+        Experiment("e2e", "stories", METHODS, rates=(1e-2, 2e-2), rounds=8, dev="more"),
+        "simulation.num_devices=3,10,30,100",
+        {"compare.labels": "device", "devices_per_round": 10},
+        ("sweep-num_devices",),
+    ),
+    "local-steps": Sweep(
+        "Local steps between aggregations",
+        "E2E on stories260K, five devices, dealt out by length with Dirichlet(0.5), 40 steps of "
+        "each device in all, 1,000 pairs held out.",
+        Experiment("e2e", "stories", METHODS, rates=(1e-2, 2e-2), rounds=8, dev="more"),
+        "steps_per_round=1,5,20",
+        {"compare.labels": "device", "compare.steps": 40, "evaluation.every_rounds": 40},
+        ("sweep-steps_per_round",),
+    ),
+    "energy": Sweep(
+        "Energy of dW by rank",
+        "Banking77 (20 intents) on MiniLM, whole model on each of five devices of ranks 1, 2, 4, 8 "
+        "and 16, labels dealt out with Dirichlet(0.5), 12 rounds of 5 steps, first seed.",
+        Experiment(
+            "banking",
+            "minilm",
+            {"ranks 1 to 16": (None, ["default.split=all", *UNEQUAL_RANKS, *ROOMY])},
+            seeds=(0,),
+            rates=(2e-3, 5e-3),
+        ),
+        "aggregation=exact,svd,zeropad,stack",
+        {"compare.labels": "device", "evaluation.rank_energy": True, "planning.ranks": "fixed"},
+        ("rank-energy",),
+    ),
+}
+
+
+def run(name: str, out: Path, *, smoke: bool) -> None:
+    """Run what is missing of a sweep."""
+    sweep = SWEEPS[name]
+    file = out / f"{name}.json"
+    config = make_config(sweep.experiment, out / "data", smoke=smoke)
+    config["compare"]["presets"] = list(sweep.experiment.methods)
+    for dotted, value in sweep.overrides.items():
+        _set(config, dotted, value)
+    set_budgets(config, file)
+    code = coordinator(["compare", str(file), "--sweep", sweep.key, "--out", str(out / name)])
+    if code:
+        raise SystemExit(code)
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *above, last = dotted.split(".")
+    for key in above:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def write_report(out: Path, options: argparse.Namespace) -> None:
+    """Write every sweep that has run to its end."""
+    parts = [header("Sweeps", options)]
+    PLOTS.mkdir(exist_ok=True)
+    for name, sweep in SWEEPS.items():
+        if not (out / name / "sweep.md").is_file():
+            continue
+        command = f"`coordinator compare {name}.json --sweep {sweep.key}`"
+        parts += [f"## {sweep.title}", f"{sweep.about} {command}"]
+        parts += [(out / name / "sweep.md").read_text(encoding="utf-8").strip()]
+        for picture in sweep.pictures:
+            drawn = (out / name / f"{picture}.svg").read_text(encoding="utf-8")
+            # A reader who draws again gets the same file where nothing changed.
+            drawn = re.sub(r"<dc:date>.*?</dc:date>", "", drawn)
+            (PLOTS / f"{name}.svg").write_text(drawn, encoding="utf-8")
+    save("sweeps", "\n\n".join(parts))
+
+
+def main() -> None:
+    """Run what is missing; report what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("sweeps"), help="data, configs and runs")
+    parser.add_argument("--only", nargs="+", default=[], choices=SWEEPS, metavar="NAME")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--smoke", action="store_true", help="look whether all works")
+    options = parser.parse_args()
+    quiet_libraries()
+    logging.basicConfig(level=logging.ERROR)  # texts without an end are meant
+    if not options.report:
+        write_data(options.out / "data", smoke=options.smoke)
+        for name in options.only or SWEEPS:
+            run(name, options.out, smoke=options.smoke)
+    if not options.smoke:
+        write_report(options.out, options)
+
+
+if __name__ == "__main__":
+    main()
