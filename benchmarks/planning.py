@@ -179,7 +179,8 @@ def planner_of(problem: PlanningProblem) -> Planner:
 
 def end_round(planner: Planner) -> PlanSet:
     """What the end of a round asks the planner: other plans, and everybody's part of them."""
-    reports = {name: Report(1, 80, {}, {}, importance(1)) for name in (SERVER, *planner.profiles)}
+    moved = importance(1)
+    reports = {name: Report(1, 80, {}, {}, moved) for name in (SERVER, *planner.profiles)}
     planner.round_ended(1, reports, planner.profiles)
     assert planner.plans is not None
     for device in planner.plans.plans:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from coordinator.aggregation.rules import SERVER
@@ -126,8 +127,7 @@ def device_bytes(problem: PlanningProblem, device: str, split: int, ranks: Ranks
 
 
 def _memory(problem: PlanningProblem, device: str, work: Work) -> int:
-    overhead = _overhead(problem, device)
-    return estimate_memory(problem.model, work, overhead, problem.known).total
+    return estimate_memory(problem.model, work, _overhead(problem, device), problem.known).total
 
 
 def _held_bytes(problem: PlanningProblem, codec: str) -> float:
@@ -380,8 +380,7 @@ def _rows_flops(
 def _codec_bytes(codec: str) -> tuple[float, float]:
     """Return the bytes of a number of a hidden state, and of a gradient."""
     change = CHANGE if codec == RESIDUAL else codec
-    gradient = plain(codec, GRADIENT)
-    return find(change).bytes_per_number, find(gradient).bytes_per_number
+    return find(change).bytes_per_number, find(plain(codec, GRADIENT)).bytes_per_number
 
 
 def _buffer_bytes(codec: str) -> float:
@@ -458,12 +457,13 @@ def options(problem: PlanningProblem, device: str) -> list[Option]:
 
     Times are None throughout where the device's speed or link is unknown.
     """
-    rows = [_option(problem, device, split) for split in problem.cuts]
-    if all(row.device_s is not None for row in rows):
-        return rows
-    return [
-        Option(row.split, row.device_bytes, None, row.server_bytes, row.server_s) for row in rows
-    ]
+
+    def make() -> list[Option]:
+        rows = [_option(problem, device, split) for split in problem.cuts]
+        is_timed = all(row.device_s is not None for row in rows)
+        return rows if is_timed else [replace(row, device_s=None) for row in rows]
+
+    return problem.option_table(device, make)
 
 
 def _option(problem: PlanningProblem, device: str, split: int) -> Option:

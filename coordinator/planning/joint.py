@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
 
 from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import AUTO
@@ -36,7 +36,7 @@ from coordinator.planning.pricing.rank_tables import rank_tables
 from coordinator.planning.problem import PlanningProblem
 from coordinator.planning.ranks import Knapsack, UniformRanks
 from coordinator.planning.splits import SPLIT_RULES, Option, Splits, fitting
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import problems
 
@@ -53,28 +53,97 @@ def plan_all(problem: PlanningProblem) -> PlanSet:
         ConfigError: the coordinator is too small for what the devices leave to it, or the config
             asks for what nobody can do.
     """
-    tables, refused = _tables(problem, problem.profiles)
-    if frozen := cannot_train(problem, tables):
-        problem = problem.freezing(frozen)
-        again, refused_again = _tables(problem, frozen)  # the others' options are as they were
-        tables = dict(sorted({**tables, **again}.items()))
-        refused = {d: why for d, why in refused.items() if d not in frozen} | refused_again
-    splits = _split(problem, tables)
-    devices, ranks = _ranks(problem, splits)
-    plans, chosen = {}, splits.chosen
-    for device, own in devices.items():
-        plan = make_plan(problem.config, problem.facts, device, chosen[device].split, own)
-        plans[device] = problem.stepped(device, plan)
-    stories = {d: _story(problem, d, tables[d], splits, plans[d]) for d in plans}
-    server = _server_story(problem, splits, ranks)
-    return PlanSet(
-        plans=plans,
-        server_ranks=ranks,
-        refused=refused,
-        wave_s=slowest([*(own.device_s for own in stories.values()), server.server_s]),
-        utility=utility(problem, plans, ranks),
-        explanation=Explanation(devices=stories, server=server, notes=_notes(problem)),
-    )
+    return Draft(problem).whole()
+
+
+class OwnPlan(NamedTuple):
+    """What one device gets of a plan for all."""
+
+    plan: Plan
+    why: DeviceExplanation
+
+
+class Draft:
+    """The splits of a plan for all; ranks and reasons are found for those that are asked about.
+
+    So a device that joins costs what all share, and its own.
+    """
+
+    def __init__(self, problem: PlanningProblem) -> None:
+        """Choose the split points, as `plan_all`.
+
+        Raises:
+            ConfigError: the coordinator is too small for what the devices leave to it.
+        """
+        tables, refused = _tables(problem, problem.profiles)
+        if frozen := cannot_train(problem, tables):
+            problem = problem.freezing(frozen)
+            again, refused_again = _tables(problem, frozen)  # the others' options are as they were
+            tables = dict(sorted({**tables, **again}.items()))
+            refused = {d: why for d, why in refused.items() if d not in frozen} | refused_again
+        self._problem, self._tables = problem, tables
+        self._splits = _split(problem, tables)
+        self.refused: dict[str, str] = refused
+        """Devices that cannot take part, each with the reason."""
+
+    @property
+    def server_weights(self) -> list[str]:
+        """Weights that the coordinator trains."""
+        return list(_server_loads(self._problem, self._splits))
+
+    def ranks(self, who: str) -> dict[str, int]:
+        """Return the ranks of a device that takes part, or of `SERVER`.
+
+        Raises:
+            ConfigError: the config asks for what cannot be.
+        """
+        if RULES[self._problem.config.aggregation].needs_equal_ranks or "all_ranks" in vars(self):
+            return self.all_ranks[who]
+        return _ranks(self._problem, self._splits, who)
+
+    @cached_property
+    def all_ranks(self) -> dict[str, dict[str, int]]:
+        """Ranks of every device and of the coordinator."""
+        problem, splits = self._problem, self._splits
+        found = {who: _ranks(problem, splits, who) for who in (*splits.chosen, SERVER)}
+        if RULES[problem.config.aggregation].needs_equal_ranks:
+            found = _made_equal(problem, found)
+        return found
+
+    def part(self, device: str) -> OwnPlan:
+        """Return what a device gets.
+
+        Raises:
+            RefusedError: it cannot take part.
+            ConfigError: the config asks for what cannot be.
+        """
+        if device in self.refused:
+            raise RefusedError(self.refused[device])
+        problem, splits = self._problem, self._splits
+        split, ranks = splits.chosen[device].split, self.ranks(device)
+        plan = make_plan(problem.config, problem.facts, device, split, ranks)
+        plan = problem.stepped(device, plan)
+        return OwnPlan(plan, _story(problem, device, self._tables[device], splits, plan))
+
+    def whole(self) -> PlanSet:
+        """Return what everybody gets.
+
+        Raises:
+            ConfigError: the config asks for what cannot be.
+        """
+        problem, splits, ranks = self._problem, self._splits, self.all_ranks[SERVER]
+        parts = {device: self.part(device) for device in splits.chosen}
+        plans = {device: part.plan for device, part in parts.items()}
+        stories = {device: part.why for device, part in parts.items()}
+        server = _server_story(problem, splits, ranks)
+        return PlanSet(
+            plans=plans,
+            server_ranks=ranks,
+            refused=self.refused,
+            wave_s=slowest([*(own.device_s for own in stories.values()), server.server_s]),
+            utility=utility(problem, plans, ranks),
+            explanation=Explanation(devices=stories, server=server, notes=_notes(problem)),
+        )
 
 
 # ---- split points ----
@@ -121,20 +190,14 @@ def _split(problem: PlanningProblem, tables: Mapping[str, list[Option]]) -> Spli
 # ---- ranks ----
 
 
-def _ranks(
-    problem: PlanningProblem, splits: Splits
-) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Return the ranks of every device and of the coordinator."""
-    found: dict[str, dict[str, int]] = {}
-    for device, option in splits.chosen.items():
-        loads = device_loads(problem, device, option.split)
-        budget = adapter_budget(problem, device, option.split)
-        found[device] = _choose(problem, device, loads, budget)
-    loads = _server_loads(problem, splits)
-    found[SERVER] = _choose(problem, SERVER, loads, _server_adapter_budget(problem, splits))
-    if RULES[problem.config.aggregation].needs_equal_ranks:
-        found = _made_equal(problem, found)
-    return {device: found[device] for device in splits.chosen}, found[SERVER]
+def _ranks(problem: PlanningProblem, splits: Splits, who: str) -> dict[str, int]:
+    """Return the ranks of a device or of the coordinator, before they are made equal."""
+    if who == SERVER:
+        loads, budget = _server_loads(problem, splits), _server_adapter_budget(problem, splits)
+    else:
+        split = splits.chosen[who].split
+        loads, budget = device_loads(problem, who, split), adapter_budget(problem, who, split)
+    return _choose(problem, who, loads, budget)
 
 
 def _choose(

@@ -16,7 +16,7 @@ from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.config.run import DeviceSettings, ServeConfig
 from coordinator.planning.cuts import allowed_cuts, given_split
 from coordinator.planning.ranks import possible_ranks
-from coordinator.planning.splits import SPLIT_RULES, SplitRule
+from coordinator.planning.splits import SPLIT_RULES, Option, SplitRule
 from edge_sdk.lora.folding import folds
 from edge_sdk.lora.targets import Coverage, ModelFacts
 from edge_sdk.protocol.plan import Plan
@@ -27,6 +27,8 @@ from profiler.profile import DeviceProfile, problems
 LONGEST = 1024
 # Costs that are remembered: a fleet of a thousand unequal devices asks for a tenth of them a round.
 MOST_KNOWN = 200_000
+# From round to round they may grow to so many times those of one round, where these are not few.
+MOST_GROWTH, FEW_KNOWN = 2, 20_000
 T = TypeVar("T")
 
 
@@ -83,6 +85,7 @@ class KnownCosts(dict[Hashable, Any]):
         self._about = about
         self._kinds: dict[Hashable, int] = {}
         self._numbers = count()
+        self._first_len: int | None = None  # after the first round since it was empty
 
     def is_about(self, *about: object) -> bool:
         """Return whether it holds what is true of *about*, these very objects."""
@@ -91,6 +94,15 @@ class KnownCosts(dict[Hashable, Any]):
     def number_of(self, facts: Hashable) -> int:
         """Return a number of its own for *facts*, always the same."""
         return self._kinds.setdefault(facts, next(self._numbers))
+
+    def round_ended(self) -> None:
+        """Begin anew where most may be of boards, ranks or importance that are gone."""
+        if self._first_len is None:
+            self._first_len = len(self)
+        elif len(self) > max(FEW_KNOWN, MOST_GROWTH * self._first_len):
+            self.clear()
+            self._kinds.clear()  # numbers go on: what has an old one keeps it
+            self._first_len = None
 
     def of(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what is known under *key*, which says all that *make* depends on."""
@@ -143,6 +155,7 @@ class PlanningProblem:
             return self
         profiles, steps = dict(profiles), dict(steps)
         found = replace(self, profiles=profiles, importance=importance, steps=steps)
+        vars(found)["_options"] = {k: own for k, own in self._options.items() if k[0] in profiles}
         if self.importance == importance:
             vars(found)["tables"] = self.tables
         return found
@@ -206,6 +219,20 @@ class PlanningProblem:
         By kinds of devices, not by device, and shared by all problems of one importance.
         """
         return KnownCosts()
+
+    def option_table(self, device: str, make: Callable[[], list[Option]]) -> list[Option]:
+        """Return the options of a device: as they were before, where they depend on nothing new."""
+        key = device, self.kind(device)
+        about = self.profile(device), self.residual_rank
+        held = self._options.get(key)
+        if held is None or held[0] != about:
+            held = self._options[key] = about, make()
+        return held[1]
+
+    @cached_property
+    def _options(self) -> dict[tuple[str, int], tuple[Hashable, list[Option]]]:
+        """Options of devices by name and kind, each with what else they depend on."""
+        return {}
 
     @cached_property
     def _mean_importance(self) -> float:
@@ -382,7 +409,9 @@ class PlanningProblem:
         """Return the problem with devices that compute forward only, each with the reason."""
         found = replace(self, frozen=frozen)
         # The same, and long to find.
-        vars(found).update(residual_rank=self.residual_rank, tables=self.tables)
+        vars(found).update(
+            residual_rank=self.residual_rank, tables=self.tables, _options=self._options
+        )
         return found
 
     def _most_rank(self, device: str) -> int:

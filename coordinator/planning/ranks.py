@@ -31,6 +31,8 @@ Weights = tuple[str, ...]
 """The weights of an item."""
 # What the choice may lose against the best one, relative to it.
 TOLERANCE = 0.01
+# Orders of upgrades that are remembered: budgets that are not small have one in common.
+MOST_PATHS = 64
 _WORTH: dict[str, Callable[[float], float]] = {
     "log": lambda rank: math.log2(1 + rank),
     "sqrt": math.sqrt,
@@ -226,6 +228,8 @@ class Knapsack:
     def _paths(self, stops: tuple[int, ...]) -> _Paths:
         """Return the upgrades of all items among their first rows, the densest first."""
         if stops not in self._known:
+            if len(self._known) >= MOST_PATHS:
+                self._known.clear()
             self._known[stops] = self._find_paths(stops)
         return self._known[stops]
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from coordinator.aggregation.rules import RULES
 from coordinator.planning.costs import device_bytes
-from coordinator.planning.joint import plan_all
+from coordinator.planning.joint import Draft, plan_all
 from coordinator.planning.ladder import smaller, smaller_steps
 from coordinator.planning.objective import utility, wave_seconds
 from coordinator.planning.plan_set import Decision, PlanSet
 from coordinator.planning.problem import PlanningProblem, step_of
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 
@@ -62,7 +62,7 @@ class Reduced(NamedTuple):
     plan: Plan
     memory_bytes: float
     """What it is planned with from now on, in bytes."""
-    plans: PlanSet | None
+    draft: Draft | None
     """The plans of which it is a part; None where nothing but blocks, ranks or micro-batches of
     this device was made less."""
 
@@ -95,14 +95,13 @@ def plan_less(
     frozen = None
     for step in (old, *smaller_steps(old)):
         try:
-            plans = plan_all(_with_step(small, device, step))
-        except ConfigError:  # the coordinator cannot take what the device would leave to it
+            draft = Draft(_with_step(small, device, step))
+            reduced = Reduced(draft.part(device).plan, capped.memory_bytes, draft)
+        except (ConfigError, RefusedError):  # one of both cannot hold its share
             continue
-        if device in plans.plans:
-            reduced = Reduced(plans.plans[device], capped.memory_bytes, plans)
-            if old.is_forward_only or not reduced.plan.is_forward_only:
-                return reduced
-            frozen = frozen or reduced
+        if old.is_forward_only or not reduced.plan.is_forward_only:
+            return reduced
+        frozen = frozen or reduced
     next_ = smaller(problem.config, problem.facts, old, server_ranks)
     if next_ is None or (frozen is not None and next_.is_forward_only):
         return frozen

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from copy import copy, deepcopy
 from dataclasses import asdict, replace
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ from coordinator.config.run import AUTO, ServeConfig
 from coordinator.planning.costs import UNKNOWN_CODEC, codec_of, device_bytes, device_flops
 from coordinator.planning.fixed import plan_device, plan_server
 from coordinator.planning.interface import Planning
-from coordinator.planning.joint import plan_all
+from coordinator.planning.joint import Draft, plan_all
 from coordinator.planning.ladder import difference, smaller
 from coordinator.planning.plan_set import Decision, PlanSet
 from coordinator.planning.problem import PlanningProblem, StepSize, step_of
@@ -60,7 +61,7 @@ class Planner:
         self._before = start
         """The problem that they were made for."""
         self._last = start  # the problem as it was last asked for: it knows many costs
-        self._made: tuple[PlanningProblem, PlanSet] | None = None  # the last plans for everybody
+        self._made: tuple[PlanningProblem, Draft] | None = None  # the last plans for everybody
         self._smoothing = Smoothing()
         self._pruned: dict[str, dict[str, int]] = {}
         """Ranks that devices have cut off themselves, by device and weight."""
@@ -140,9 +141,8 @@ class Planner:
         else:
             self._speeds.pop(device, None)
         self._gone.pop(device, None)
-        alone = replace(self._problem, profiles={device: profile})
-        if (reason := plan_all(alone).refused.get(device)) is not None:
-            raise RefusedError(reason)
+        now = self._problem
+        Draft(now.updated({device: profile}, now.importance, now.steps)).part(device)
         self._know({**self.profiles, device: profile})
 
     def _know(self, profiles: Mapping[str, DeviceProfile]) -> None:
@@ -185,25 +185,24 @@ class Planner:
 
     def _add(self, device: str) -> None:
         """Plan for everybody, and give *device* its part; the others keep theirs until later."""
-        assert self.plans is not None
         now = self._problem
         if self._made is None or self._made[0] is not now:
-            self._made = now, plan_all(now)
-        new = self._made[1]
-        if device not in new.plans:
-            raise RefusedError(new.refused[device])
-        self._adopt(device, new)
+            self._made = now, Draft(now)
+        self._adopt(device, self._made[1])
 
-    def _adopt(self, device: str, new: PlanSet) -> None:
-        """Give *device* its part of *new*."""
+    def _adopt(self, device: str, new: Draft) -> None:
+        """Give *device* its part of *new*; the coordinator trains what it leaves to it."""
         assert self.plans is not None
+        part, names, ranks = new.part(device), new.server_weights, self.plans.server_ranks
+        if not ranks.keys() >= set(names):
+            ranks = {**new.ranks(SERVER), **ranks}
         self._rates.pop(device, None)
         self._smaller.pop(device, None)
-        told = {**self.plans.explanation.devices, device: new.explanation.devices[device]}
+        told = {**self.plans.explanation.devices, device: part.why}
         self.plans = replace(
             self.plans,
-            plans={**self.plans.plans, device: new.plans[device]},
-            server_ranks={**new.server_ranks, **self.plans.server_ranks},
+            plans={**self.plans.plans, device: part.plan},
+            server_ranks={name: ranks[name] for name in dict.fromkeys((*names, *ranks))},
             explanation=replace(self.plans.explanation, devices=told),
         )
 
@@ -328,8 +327,8 @@ class Planner:
         self._steps[device] = step_of(reduced.plan)
         known = replace(self.profiles[device], memory_bytes=reduced.memory_bytes)
         self._know({**self.profiles, device: known})
-        if reduced.plans is not None:
-            self._adopt(device, reduced.plans)
+        if reduced.draft is not None:
+            self._adopt(device, reduced.draft)
         else:
             self._smaller[device] = reduced.plan
             self._take_smaller()
@@ -388,6 +387,8 @@ class Planner:
         self._know({d: p for d, p in self.profiles.items() if d in present})
         now = self._problem
         decision = replan(self.plans, self._before, now)
+        now.known.round_ended()
+        now.tables.round_ended()
         if decision.reasons:
             self._before = now
         self.plans = decision.plans
@@ -421,13 +422,11 @@ class Planner:
         """Return samples by weight: for a device all of its own, for the coordinator the others."""
         if name != SERVER:
             return float(reports[name].num_samples)
-        devices = [r for n, r in reports.items() if n != SERVER]
-        return {
-            weight: float(
-                sum(r.num_samples for r in devices if r.split <= self._facts.block_of(weight))
-            )
-            for weight in reports[SERVER].importance
-        }
+        by_split = [0] * (self._facts.layout.num_blocks + 1)
+        for report in [own for device, own in reports.items() if device != SERVER]:
+            by_split[report.split] += report.num_samples
+        up_to, block_of = list(accumulate(by_split)), self._facts.block_of
+        return {w: float(up_to[block_of(w)]) for w in reports[SERVER].importance}
 
     # ---- copies ----
 

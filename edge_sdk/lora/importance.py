@@ -410,9 +410,9 @@ def combine(reports: Mapping[str, tuple[Share, Mapping[str, float]]]) -> dict[st
     terms: dict[str, list[tuple[float, float]]] = {}
     for participant in sorted(reports):  # float addition is not associative
         share, values = reports[participant]
+        shares = share if isinstance(share, Mapping) else dict.fromkeys(values, share)
         for name, value in values.items():
-            own = share.get(name, 0.0) if isinstance(share, Mapping) else share
-            if own > 0:
+            if (own := shares.get(name, 0.0)) > 0:
                 terms.setdefault(name, []).append((own, value))
     return {
         name: sum(p * value for p, value in terms[name]) / sum(p for p, _ in terms[name])
