@@ -8,9 +8,9 @@ Legend: R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from types import MappingProxyType
 
 import numpy as np
@@ -30,6 +30,14 @@ LIKELY_STEP = 1.5
 SLACK = 1e-3
 # bfloat16 rounds a head to so much of its size in each step.
 HEAD_ROUNDING = 2.0**-8
+# The least and the most that the bound of a whole update is, in its logarithm and that of the
+# factor. Less than 1, as an update made so many times as large is that far only on average; more,
+# as devices that scatter widely may be. docs/method.md, What a device brings.
+SHARES = (0.75, 1.5)
+# Standard deviations of the others' logarithms that a whole update may be away from them.
+MOST_SCATTER = 4.0
+# Standard deviation of a normal distribution over its median absolute deviation.
+GAUSSIAN = 1.4826
 # Devices that a reason names.
 MOST_LISTED = 4
 
@@ -175,16 +183,34 @@ class Screening:
         return found
 
     def unlike(self, device: str, moves: Mapping[str, Moves]) -> str:
-        """Return why what *device* has moved is too unlike the others', or nothing."""
-        for weight, own in moves[device].items() if self.factor else ():
-            others = [m[weight] for n, m in moves.items() if n != device and weight in m]
-            usual = median(others) if len(others) > 1 else 0.0
-            if usual and own > max(self.factor * usual, self._likely):
-                return (
-                    f"its upload moves {weight} {own / usual:.3g} times as far as those of the "
-                    f"others, and screening.factor is {self.factor:g}"
-                )
-        return ""
+        """Return why what *device* has moved is too unlike the others', or nothing.
+
+        Some weight has to be beyond the factor, and the whole update beyond what devices scatter:
+        docs/method.md, What a device brings.
+        """
+        usual, shares = dict[str, float](), list[float]()
+        for weight in moves[device] if self.factor else ():
+            known = [m[weight] for n, m in moves.items() if n != device and weight in m]
+            middle = max(median(known), self._likely / self.factor) if len(known) > 1 else 0.0
+            if 0.0 < middle < math.inf:
+                usual[weight] = middle
+                shares.append(1.0 / len(known))
+        times = {weight: moves[device][weight] / middle for weight, middle in usual.items()}
+        most = max(times, key=lambda weight: times[weight], default="")
+        if not most or times[most] <= self.factor:
+            return ""
+        others = {name: distance(own, usual) for name, own in moves.items()}
+        whole = others.pop(device)
+        least, highest = (share * math.log(self.factor) for share in SHARES)
+        bound = min(max(likely_distance(others.values()), least), highest)
+        bound *= math.sqrt(1.0 + mean(shares))
+        if math.log(whole) <= bound:
+            return ""
+        return (
+            f"its upload moves {most} {times[most]:.3g} times as far as those of the others, and "
+            f"screening.factor is {self.factor:g}; all weights together {whole:.3g} times, of "
+            f"{math.exp(bound):.3g} that are possible"
+        )
 
     @property
     def _is_adamw(self) -> bool:
@@ -196,6 +222,30 @@ class Screening:
         if self._is_adamw:
             return LIKELY_STEP
         return math.inf if self.training.max_grad_norm else 0.0
+
+
+def distance(moves: Moves, usual: Moves) -> float:
+    """Return how many times as far as usual a device went, as a mean over weights; 0 for none.
+
+    The mean of fourth powers lies between the root mean square and the largest: one weight of W
+    that is P times as far counts as at least P / W^(1/4).
+    """
+    times = [moves[weight] / middle for weight, middle in usual.items() if weight in moves]
+    far = max(times, default=0.0)  # in units of which no power is too large
+    return far * math.sqrt(math.sqrt(mean((t / far) ** 4 for t in times))) if far else 0.0
+
+
+def likely_distance(distances: Iterable[float]) -> float:
+    """Return the logarithm of how far an honest device may be, after those of the others.
+
+    Their median and `MOST_SCATTER` standard deviations, from the median absolute deviation: less
+    than half of them change neither by being far away.
+    """
+    logs = [math.log(distance) for distance in distances if distance]
+    if not logs:
+        return 0.0
+    middle = median(logs)
+    return middle + MOST_SCATTER * GAUSSIAN * median(abs(value - middle) for value in logs)
 
 
 def not_finite(report: Report) -> str:

@@ -12,8 +12,8 @@ class ScreeningConfig:
 
     factor: float = 10.0
     """An upload that has moved a weight further than this many times the median of the other
-    devices, and further than any honest one is likely to, is left out of the round; 0 compares
-    nothing. What the optimizer cannot have done is refused in any case."""
+    devices, and all weights together further than these devices scatter, is left out of the round;
+    0 compares nothing. What the optimizer cannot have done is refused in any case."""
 
     gradients: float = 4.0
     """With `labels: device`, most that the gradients of a device's step count with, in medians of

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
+from statistics import median
 
 import numpy as np
 import pytest
 
 from coordinator.aggregation.ledger import Report
-from coordinator.aggregation.screening import Brought, Diverged, Screening
+from coordinator.aggregation.screening import Brought, Diverged, Moves, Screening
 from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import LoraConfig, Shape
 from edge_sdk.runtime.training import TrainingConfig
@@ -128,6 +130,81 @@ def test_sgd_without_clipping_is_held_against_the_others(rank: int) -> None:
 
     found["d"] = honest(rank, 4, size=1.0)
     assert list(held.screen(found, is_retry=False).unlike) == ["d"]
+
+
+PLAIN = screening(optimizer="sgd", max_grad_norm=0.0)
+"""What is compared with others alone."""
+
+
+def moved(seed: int, num_devices: int, num_weights: int, scatter: float) -> dict[str, Moves]:
+    """How far honest devices went, whose weights are as unlike as those of a model.
+
+    Logarithms of each weight scatter, and half as much those of whole devices.
+    """
+    draw = np.random.default_rng([seed, num_devices, num_weights])
+    usual = draw.normal(0.0, 2.0, num_weights)
+    logs = usual + scatter * draw.normal(size=(num_devices, num_weights))
+    logs += scatter / 2 * draw.normal(size=(num_devices, 1))
+    return {
+        f"d{n}": {f"w{w}": float(x) for w, x in enumerate(np.exp(r))} for n, r in enumerate(logs)
+    }
+
+
+def times_as_far(moves: Moves, times: float, weights: int | None = None) -> Moves:
+    """The same, with the first *weights* of them that many times as far."""
+    changed = list(moves)[:weights]
+    return {w: x * times if w in changed else x for w, x in moves.items()}
+
+
+def test_honest_devices_scatter_and_hostile_ones_are_seen() -> None:
+    """Whether rounds scatter little or much, and devices and weights are few or many.
+
+    Some honest devices go more than 10 times as far in one weight; none is left out. A whole update
+    that is 100 times as far is, and one in which a single weight is 1000 times.
+    """
+    beyond = 0
+    for fleet in product(range(6), (3, 4, 6, 10), (7, 70), (0.1, 0.3, 0.6)):
+        honest = moved(*fleet)
+        for device, own in honest.items():
+            others = {name: moves for name, moves in honest.items() if name != device}
+            assert not PLAIN.unlike(device, honest)
+            beyond += any(own[w] > 10.0 * median(m[w] for m in others.values()) for w in own)
+            for bad in (times_as_far(own, 100.0), times_as_far(own, 1000.0, 1)):
+                assert PLAIN.unlike(device, {**others, device: bad})
+    assert beyond > 0
+
+
+def test_a_round_that_has_happened() -> None:
+    """Three honest devices after a step of three rows: one weight is 10.3 times as far."""
+    weights = ("down", "gate", "up", "k", "o", "q", "v")
+    found = {
+        "a": (8.984e-4, 1.018e-3, 1.039e-3, 6.419e-5, 8.782e-3, 8.212e-5, 9.875e-3),
+        "b": (9.003e-4, 1.540e-3, 1.521e-3, 7.169e-5, 1.255e-2, 8.134e-5, 1.515e-2),
+        "c": (3.684e-3, 5.256e-3, 5.520e-3, 2.107e-4, 8.715e-2, 4.828e-4, 1.288e-1),
+    }
+    moves = {name: dict(zip(weights, own, strict=True)) for name, own in found.items()}
+
+    assert not any(PLAIN.unlike(name, moves) for name in moves)
+    assert PLAIN.unlike("c", {**moves, "c": times_as_far(moves["c"], 2.0)})
+    for name in "ab":
+        assert PLAIN.unlike(name, {**moves, name: times_as_far(moves[name], 1000.0)})
+
+
+def test_friends_do_not_widen_the_bound() -> None:
+    """Two of six that go as far together are both left out, and no other one is."""
+    honest = moved(0, 6, 35, 0.2)
+    moves = {**honest, **{n: times_as_far(honest[n], 30.0) for n in ("d1", "d4")}}
+
+    assert [name for name in moves if PLAIN.unlike(name, moves)] == ["d1", "d4"]
+
+
+def test_no_number_is_too_large_to_be_compared() -> None:
+    """A distance that only float64 holds is a reason like any other, whoever else has moved."""
+    moves = {"a": {"w": 1e-30}, "b": {"w": 1e-29}, "c": {"w": 1e-28}, "d": {"w": 1e80}}
+
+    assert "times as far" in PLAIN.unlike("d", moves)
+    assert not PLAIN.unlike("b", moves)
+    assert not PLAIN.unlike("a", {**moves, "b": {"w": 1e300}, "c": {"w": 0.0}})
 
 
 def test_a_factor_of_0_compares_nothing() -> None:
