@@ -20,11 +20,12 @@ def keep_as(
     """Let blocks first .. stop-1 compute with what *base* keeps of their weights.
 
     In 8 or 4 bits: of linear layers and experts, in place. In 16 bits all weights of the model get
-    that dtype.
+    that dtype. Adapters stay as they are.
     """
-    if base in ("bfloat16", "float16"):
-        for parameter in model.parameters():  # buffers stay: rotary tables are of float32
-            parameter.data = parameter.data.to(getattr(torch, base))
+    if base in ("bfloat16", "float16"):  # buffers stay: rotary tables are of float32
+        for name, parameter in model.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(getattr(torch, base))
     if base not in ("int8", "int4"):
         return
     kind: Any = base

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from coordinator.config.run import DeviceSettings, ServeConfig
 from edge_sdk.data.batches import Batches
 from edge_sdk.data.rows import DataConfig, load_rows
 from edge_sdk.data.tokenize import ModelLimits, tokenize_rows
-from edge_sdk.lora.adapters import initial_pair
+from edge_sdk.lora.adapters import Pair, initial_pair
 from edge_sdk.lora.targets import find_targets
 from edge_sdk.model.layout import find_layout
-from edge_sdk.runtime.training import TrainingConfig
+from edge_sdk.model.precision import autocast, resolve_compute
+from edge_sdk.runtime.training import FIRST_LOSS_SCALE, TrainingConfig
 from tests.e2e.cluster import Cluster, save_model, sentences, wait_all
 from tests.tiny import VOCAB, make_config, make_model
 
 SPLITS = {"a": (1, 2), "b": (2, 5), "c": (4, 3)}
 """Blocks and batch size of each device."""
+CPU = torch.device("cpu")
 SGD = TrainingConfig(
     optimizer="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0
 )
@@ -43,7 +45,9 @@ class Central:
     """Plain PEFT on the whole model."""
 
     def __init__(self, config: ServeConfig) -> None:
-        task = config.task
+        task, self.compute = config.task, resolve_compute(config.compute, CPU)
+        # A power of two, below which float16 loses small gradients; it changes nothing else.
+        self.loss_scale = FIRST_LOSS_SCALE if self.compute == torch.float16 else 1.0
         tiny = make_config("llama")
         layout = find_layout(tiny, task)
         self.targets = find_targets(tiny, task, layout, config.lora)
@@ -71,10 +75,19 @@ class Central:
             ids_BT = torch.from_numpy(micro.input_ids)
             mask_BT = torch.arange(ids_BT.shape[1])[None] < torch.from_numpy(micro.lengths)[:, None]
             labels_BT = torch.from_numpy(micro.labels)
-            loss = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss
-            (loss * stream.batch_size / samples).backward()
+            with autocast(self.compute, CPU):
+                loss = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss
+            (loss * stream.batch_size / samples * self.loss_scale).backward()
+        for factor in self.factors.values():
+            factor.grad = None if factor.grad is None else factor.grad / self.loss_scale
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def load(self, pairs: Mapping[str, Pair]) -> None:
+        """Go on from other factors."""
+        for name, pair in pairs.items():
+            for letter, value in zip("AB", pair, strict=True):
+                self.factors[f"{name}.{letter}"].data.copy_(torch.from_numpy(value))
 
     def factor(self, name: str) -> np.ndarray:
         """One trained factor."""
