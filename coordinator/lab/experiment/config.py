@@ -129,7 +129,7 @@ class FaultConfig:
     at_s: float | None = None
     """When it begins, in seconds after the boards were started."""
     at_step: int | None = None
-    """When it begins, in steps of the run that the board has finished."""
+    """When it begins, in steps of the run: the board has finished so many, or a later one."""
     seconds: float | None = None
     """Seconds until all is as before: the program is started again, speed and link are back. None:
     never, except that `restarts` holds for `kill`, too."""

@@ -21,13 +21,13 @@ MEASURED, MODELLED = "measured", "modelled"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoardPower:
-    """One board in one power mode, over all runs."""
+    """One board in one power mode, over the rounds of all runs in which it trained."""
 
     board: str
     mode: str
     tokens: int
     seconds: float
-    """Time of the runs."""
+    """Time of the rounds in which it trained."""
     energy_j: float | None
     is_modelled: bool
 
@@ -44,13 +44,13 @@ def board_powers(runs: Sequence[ExperimentRunResult]) -> list[BoardPower]:
         for board in run.boards:
             key = board.name, board.power_mode or AS_IT_IS
             before = found.get(key)
-            known = [each.energy_j for each in (before,) if each] + [board.energy_j]
+            known = [each.energy_j for each in (before,) if each] + [board.trained_j]
             energies = [each for each in known if each is not None]
             found[key] = BoardPower(
                 board=board.name,
                 mode=key[1],
                 tokens=board.tokens + (before.tokens if before else 0),
-                seconds=run.seconds + (before.seconds if before else 0.0),
+                seconds=board.trained_s + (before.seconds if before else 0.0),
                 energy_j=sum(energies) if len(energies) == len(known) else None,
                 is_modelled=board.energy_is_estimated,
             )
@@ -104,7 +104,7 @@ def power_table(powers: Sequence[BoardPower]) -> ResultTable:
     return ResultTable(
         name="power",
         title="Energy of boards",
-        caption="From the first round to the last evaluation of all runs; waiting is in tokens/s",
+        caption="In the rounds of all runs in which a board trained; waiting is in tokens/s",
         columns=columns,
         rows=[_row(power, is_best=power in best) for power in powers],
     )

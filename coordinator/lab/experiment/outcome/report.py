@@ -111,6 +111,7 @@ def run_table(
         Column("energy_to_target_j", f"energy{to_target} (J)"),
         Column("time_s", "clock (s)"),
         Column("energy_j", "energy (J)"),
+        Column("rounds", "rounds"),
         Column("blocks", "blocks"),
         Column("compute_share", "computes (%)"),
         Column("link_share", "link busy (%)"),
@@ -139,6 +140,7 @@ def _whole_row(
         *_learned(run.cell, target, is_classifier=is_classifier, is_estimated=is_estimated),
         number(run.seconds, 1),
         _energy(energy_j, is_estimated=is_estimated),
+        number(len(run.ends_s), 0),
         EMPTY,
         EMPTY,
         EMPTY,
@@ -174,12 +176,13 @@ def _board_row(run: ExperimentRunResult, board: BoardResult) -> list[Entry]:
         words(board.name),
         *[EMPTY] * 6,
         _energy(board.energy_j, is_estimated=board.energy_is_estimated),
-        words(", ".join(map(str, board.splits))) if board.splits else EMPTY,
+        number(board.rounds, 0),
+        words(", ".join(map(str, board.splits))) if board.rounds and board.splits else EMPTY,
         number(board.compute_s / seconds, 1, 0.01),
         number(None if board.link_s is None else board.link_s / seconds, 1, 0.01),
         number(board.bytes_up, 2, MB),
         number(board.bytes_down, 2, MB),
-        number(board.peak_bytes, 1, MIB),
+        number(board.peak_bytes or None, 1, MIB),
         number(board.starts, 0),
     ]
 
@@ -217,6 +220,11 @@ def _facts(config: ExperimentConfig, runs: Sequence[ExperimentRunResult]) -> lis
             "Emulated boards are processes on one machine with limits of memory, CPU time and "
             "link. Their energy is estimated: the power of the data sheet, or its share in a "
             "power mode, for the time in which it computed."
+        )
+    if config.devices_per_round is not None:
+        facts.append(
+            f"A round is one of {config.devices_per_round} boards; the others wait, and compute "
+            "nothing in it. `Rounds` are those in which a board has trained."
         )
     for run in runs:
         if slowest := run.slowest():

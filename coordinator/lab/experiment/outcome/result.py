@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class BoardResult:
     """Tokens that it trained on in this time."""
     power_mode: str | None
     """Its power mode; None where that is unknown."""
+    rounds: int
+    """Rounds in which it trained: not all, where a few boards are drawn for each."""
+    trained_s: float
+    """Seconds of these rounds."""
+    trained_j: float | None
+    """Joules in these rounds; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +128,8 @@ def _board(
     # Without the round in which a run was stopped: clock and energy at its end are unknown.
     cost = history.cost(name, marks[-1]["round"] if marks else 0)
     is_emulated = config.boards[name].emulated is not None
+    rounds = {row["round"] for row in history.costs if name in row["devices"]}
+    ends = [(a, b) for a, b in pairwise(marks) if rounds & set(range(a["round"], b["round"]))]
     return BoardResult(
         name=name,
         splits=_splits(history, config, name),
@@ -136,7 +145,25 @@ def _board(
         starts=facts["starts"],
         tokens=cost.tokens,
         power_mode=facts.get("power_mode"),
+        rounds=sum(round_ < marks[-1]["round"] for round_ in rounds) if marks else 0,
+        trained_s=sum(after["time"] - before["time"] for before, after in ends),
+        trained_j=_trained_j(history, config, name, marks, ends),
     )
+
+
+def _trained_j(
+    history: RunHistory,
+    config: ExperimentConfig,
+    name: str,
+    marks: list[dict[str, Any]],
+    ends: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> float | None:
+    """Return the joules of a board between those marks in *ends*; None: unknown."""
+    if config.boards[name].emulated is not None or len(ends) == len(marks) - 1:
+        return _energy_j(history, config, name, marks)
+    found = [_energy_j(history, config, name, list(pair)) for pair in ends]
+    known = [each for each in found if each is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def _energy_j(

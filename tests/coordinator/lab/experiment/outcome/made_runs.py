@@ -25,6 +25,7 @@ def made_board(**settings: Any) -> BoardResult:
         "tokens": 1000,
         "power_mode": None,
     }
+    facts |= {"rounds": 2, "trained_s": 20.0, "trained_j": settings.get("energy_j", 50.0)}
     return BoardResult(**facts | settings)
 
 

@@ -18,8 +18,8 @@ def test_the_mode_with_the_least_energy_for_a_token_is_recommended() -> None:
     """Sums over runs of one mode; not the fastest, and only where there are several to choose."""
     runs = [
         made_run(made_board(power_mode="15W"), made_board(name="b", power_mode="15W")),
-        made_run(made_board(power_mode="15W", energy_j=70.0), seconds=10.0),
-        made_run(made_board(power_mode="MAXN", tokens=2000, energy_j=160.0), seconds=10.0),
+        made_run(made_board(power_mode="15W", energy_j=70.0, trained_s=10.0)),
+        made_run(made_board(power_mode="MAXN", tokens=2000, energy_j=160.0, trained_s=10.0)),
     ]
 
     powers = board_powers(runs)

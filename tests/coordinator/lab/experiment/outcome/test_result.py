@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from coordinator.lab.experiment.config import BoardConfig, ExperimentConfig
-from coordinator.lab.experiment.outcome.report import write_report
+from coordinator.lab.experiment.outcome.happening_tables import happening_table
+from coordinator.lab.experiment.outcome.power_table import board_powers
+from coordinator.lab.experiment.outcome.report import run_table, write_report
 from coordinator.lab.experiment.outcome.result import read_run
 from coordinator.lab.simulation.boards import catalogue
 from coordinator.results.run_folder import RunFolder
@@ -24,7 +26,12 @@ def config(**settings: Any) -> ExperimentConfig:
     return ExperimentConfig(model="m", rounds=2, boards=boards, **settings)
 
 
-def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> None:
+def write_run(
+    folder: Path,
+    *,
+    losses: tuple[float, ...] = (4.0, 3.0, 2.0),
+    drawn: tuple[str, ...] = ("ab", "ab"),
+) -> None:
     """A run of two rounds of 10 s; board b was started again in the second one."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
@@ -38,9 +45,11 @@ def write_run(folder: Path, *, losses: tuple[float, ...] = (4.0, 3.0, 2.0)) -> N
         run.append("marks.jsonl", mark | {"links": {"a": link}})
     for number in (0, 1):
         devices = {}
-        for name, (compute_s, sent) in DEVICES.items():
+        for name in drawn[number]:
+            compute_s, sent = DEVICES[name]
             total = sent if name == "b" else sent * (number + 1)  # b's counter began anew
             devices[name] = {
+                "tokens": 100,
                 "compute_s": compute_s,
                 "bytes_up": total,
                 "bytes_down": 10 * total,
@@ -73,6 +82,44 @@ def test_costs_and_shares(tmp_path: Path) -> None:
         "coordinator": 0.7,
     }
     assert found.slowest() == ("coordinator", 0.7)
+
+
+def test_a_round_for_which_a_board_is_not_drawn_is_not_held_against_it(tmp_path: Path) -> None:
+    """Shares are of the whole run; tokens a second and joules a token of the rounds it was in."""
+    write_run(tmp_path / "run", drawn=("b", "a"))
+
+    found = read_run(tmp_path / "run", config(devices_per_round=1), "ours")
+    a, b = found.boards
+
+    assert found.shares() == {
+        "a computes": 0.2,
+        "b computes": 0.05,
+        "link of a": 0.5,
+        "coordinator": 0.7,
+    }
+    assert [(x.rounds, x.tokens, x.trained_s) for x in (a, b)] == [(1, 100, 10.0), (1, 100, 10.0)]
+    assert (b.energy_j, b.trained_j) == (45.0, 25.0)  # its meter goes on while it waits
+    assert a.energy_j == a.trained_j == catalogue().boards["orin-nano-8gb"].watts * 4.0
+    powers = {power.board: power for power in board_powers([found])}
+    assert (powers["b"].seconds, powers["b"].joules_per_token) == (10.0, 0.25)
+    table = run_table([found], None, is_classifier=False)
+    assert [row[table.titles.index("rounds")] for row in table.texts] == ["2", "1", "1"]
+
+
+def test_a_board_that_is_never_drawn_has_done_nothing(tmp_path: Path) -> None:
+    """It held no block and used no memory that anybody measured; it is not called slow or lost."""
+    write_run(tmp_path / "run", drawn=("b", "b"))
+
+    found = read_run(tmp_path / "run", config(devices_per_round=1), "ours")
+
+    a, _ = found.boards
+    assert (a.rounds, a.tokens, a.compute_s, a.energy_j, a.trained_j) == (0, 0, 0.0, 0.0, 0.0)
+    (power,) = (power for power in board_powers([found]) if power.board == "a")
+    assert power.joules_per_token is None
+    table = run_table([found], None, is_classifier=False)
+    row = dict(zip(table.titles, table.texts[1], strict=True))
+    assert (row["rounds"], row["blocks"], row["peak memory (MiB)"]) == ("0", "\u2013", "\u2013")
+    assert happening_table([found]) is None
 
 
 def test_the_clock_of_a_cell_is_real(tmp_path: Path) -> None:
