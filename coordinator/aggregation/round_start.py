@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from coordinator.aggregation.ledger import Ledger, RoundResult
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.factors import Factors
+from edge_sdk.lora.factors import Array, Factors
 from edge_sdk.lora.targets import ModelFacts
-from edge_sdk.protocol.fragments import TensorOut
+from edge_sdk.protocol.fragments import SharedTensors, TensorOut
 from edge_sdk.protocol.messages import RoundStart, Stamp
 from edge_sdk.protocol.plan import Plan
 
@@ -24,8 +24,9 @@ class RoundStartBuilder:
         self.current: set[str] = set()
         """Devices that hold the end of the last round and need only its changes."""
         self._result: RoundResult | None = None
-        self._shared: dict[int, dict[str, TensorOut]] = {}
-        """Changes of the last round by split, as they go to all who get nothing of their own."""
+        self._shared: dict[tuple[int, bool], SharedTensors] = {}
+        """What all are sent that get nothing of their own of the last round: by split, and by
+        whether the head is part of it."""
 
     def round_ended(self, result: RoundResult, members: set[str]) -> None:
         """Take in the result of a round; *members* took part from its beginning to its end."""
@@ -43,8 +44,8 @@ class RoundStartBuilder:
         own = self._ledger.enrol(device, plan.ranks)
         if device in self.current and self._result is not None:
             result = self._result
-            tensors = self._changes(result, device, plan.split)
-            head, is_full, restarts = result.head, False, result.restarts
+            tensors = self._changes(result, device, plan)
+            is_full, restarts = False, result.restarts
         else:
             weights = self._facts.weights(0, plan.split)
             held_already = self._residuals(device, weights, own)
@@ -56,10 +57,8 @@ class RoundStartBuilder:
                     restore_step=stamp.step,
                     evaluate=evaluate,
                 ), {}
-            tensors = _tensors(own, held_already, "float32")
-            head, is_full, restarts = self._ledger.head, True, self._ledger.restarts
-        if plan.tail:
-            tensors |= {name: (value, "float32") for name, value in head.items()}
+            tensors = _tensors(own, held_already, "float32") | _head(self._ledger.head, plan)
+            is_full, restarts = True, self._ledger.restarts
         kept, most_rank = self._kept(device, plan.split)
         return RoundStart(
             stamp=stamp,
@@ -71,19 +70,21 @@ class RoundStartBuilder:
             most_rank=most_rank,
         ), tensors
 
-    def _changes(self, result: RoundResult, device: str, split: int) -> dict[str, TensorOut]:
-        """Return what a device of the last round is sent; the dict is the caller's own.
+    def _changes(self, result: RoundResult, device: str, plan: Plan) -> dict[str, TensorOut]:
+        """Return what a device of the last round is sent; nobody may change the dict.
 
-        With a thousand devices most are sent the same, which is put together once.
+        With a thousand devices most are sent the same, which is put together and encoded once.
         """
         accounts, own = self._ledger.accounts, result.replaced.get(device, {})
+        split, head = plan.split, _head(result.head, plan)
         if accounts is not None:
-            return self._sent(own, result.handouts[device].changes, split, accounts.codec)
+            return self._sent(own, result.handouts[device].changes, split, accounts.codec) | head
         if own:
-            return self._sent(own, result.changes_for(device), split)
-        if split not in self._shared:
-            self._shared[split] = self._sent({}, result.changes, split)
-        return dict(self._shared[split])
+            return self._sent(own, result.changes_for(device), split) | head
+        key = split, bool(head)
+        if key not in self._shared:
+            self._shared[key] = SharedTensors(self._sent({}, result.changes, split) | head)
+        return self._shared[key]
 
     def _sent(
         self,
@@ -116,6 +117,11 @@ class RoundStartBuilder:
             return 0.0, 0
         weights = self._facts.weights(0, split)
         return accounts.kept.get(device, 0.0), accounts.most_rank(self._ledger.totals, weights)
+
+
+def _head(head: Mapping[str, Array], plan: Plan) -> dict[str, TensorOut]:
+    """Return the trained head as it travels to a device that holds it."""
+    return {name: (value, "float32") for name, value in head.items()} if plan.tail else {}
 
 
 def _tensors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,34 @@ def _layout(specs: tuple[wire.TensorSpec, ...]) -> tuple[list[int], list[int], i
 _layout_of_ours = lru_cache(32)(_layout)
 
 
+def _specs(tensors: Mapping[str, TensorOut]) -> tuple[wire.TensorSpec, ...]:
+    return tuple(
+        [wire.TensorSpec(name, codec, array.shape) for name, (array, codec) in tensors.items()]
+    )
+
+
+class SharedTensors(dict[str, TensorOut]):
+    """Tensors that go to many peers as they are, and are encoded once; nobody may change them.
+
+    Only for codecs without memory: what these write depends on what a peer has had before.
+    """
+
+    @cached_property
+    def specs(self) -> tuple[wire.TensorSpec, ...]:
+        """Name, codec and shape of each tensor."""
+        return _specs(self)
+
+    @cached_property
+    def payload(self) -> Bytes:
+        """All tensors as they stand in a message."""
+        starts, lengths, total = _layout_of_ours(self.specs)
+        out = np.zeros(total, np.uint8)
+        for (array, codec), start, length in zip(self.values(), starts, lengths, strict=True):
+            assert not codecs.find(codec).has_memory, f"codec {codec} has a memory of each peer"
+            out[start : start + length] = codecs.encode(array, codec)
+        return out
+
+
 class OutgoingMessage:
     """A message on its way out, cut into packets that are made when they are due.
 
@@ -65,7 +93,7 @@ class OutgoingMessage:
     """
 
     __slots__ = (
-        *("_cut", "_lengths", "_rows", "_starts"),
+        *("_cut", "_lengths", "_rows", "_starts", "_whole"),
         *("chunk_bytes", "head", "lane", "num_packets", "total"),
     )
 
@@ -78,14 +106,13 @@ class OutgoingMessage:
     ) -> None:
         # Whole cache lines, so that hardly a number is cut in two.
         self.chunk_bytes = max(ALIGN_BYTES, chunk_bytes // ALIGN_BYTES * ALIGN_BYTES)
-        specs = tuple(
-            [wire.TensorSpec(name, codec, array.shape) for name, (array, codec) in tensors.items()]
-        )
+        specs = tensors.specs if isinstance(tensors, SharedTensors) else _specs(tensors)
+        self._whole = tensors.payload if isinstance(tensors, SharedTensors) else None
         self._starts, self._lengths, self.total = _layout_of_ours(specs)
         self.lane = Lane.BULK if self.total > BULK_FROM_BYTES else Lane.CONTROL
         self._rows = [
             (codecs.grouped(array, codec, self._memory(memories, message, name, codec)), codec)
-            for name, (array, codec) in tensors.items()
+            for name, (array, codec) in (tensors.items() if self._whole is None else ())
         ]
         self._cut: tuple[int, int, Bytes] | None = None
         self.head = first_head(wire.encode_header(message, specs))
@@ -113,6 +140,9 @@ class OutgoingMessage:
         """Write the chunk of packet *number* into *out*, which has just its size."""
         begin = self.offset(number)
         end = begin + len(out)
+        if self._whole is not None:
+            out[:] = self._whole[begin:end]
+            return
         which = max(0, bisect.bisect_right(self._starts, begin) - 1)
         filled = begin
         while which < len(self._starts) and self._starts[which] < end:
