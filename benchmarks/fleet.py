@@ -416,7 +416,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in options.devices:
-            found = measure((options.keep or Path(scratch)) / f"fleet-{count}", count, options)
+            folder = (options.keep or Path(scratch)).resolve() / f"fleet-{count}"
+            found = measure(folder, count, options)
             rows.append(row_of(found))
             print(dict(zip(HEADS, rows[-1], strict=True)), dict(found["errors"]), flush=True)
     text = "\n\n".join([header("Many devices on one coordinator", options), table(HEADS, rows)])

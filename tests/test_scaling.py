@@ -204,7 +204,7 @@ def test_what_a_block_keeps_is_what_one_keeps() -> None:
 
 def test_what_is_called_measured_was_measured() -> None:
     """Cost of a device-step and of a session are those of the largest fleet that was run."""
-    results = (ROOT / "benchmarks/results/2026-11-29-fleet.md").read_text("utf-8")
+    results = (ROOT / "benchmarks/results/2026-11-30-fleet.md").read_text("utf-8")
     table = [line.strip("| ").split(" | ") for line in results.splitlines() if line[:2] == "| "]
     largest = next(row for row in table if row[0] == "1000")
 
