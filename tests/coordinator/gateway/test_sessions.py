@@ -21,7 +21,7 @@ def kept() -> int:
     """Count the sessions that are over and still in memory."""
     gc.collect()
     return sum(
-        isinstance(found, DeviceSession) and found.is_over and found.name in ("one", "two")
+        type(found) is DeviceSession and found.is_over and found.name in ("one", "two")
         for found in gc.get_objects()
     )
 
