@@ -35,6 +35,7 @@ from methods_experiments import (
 from methods_report import interval
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from pictures import draw_intervals
 from rank_choice_sets import RANK_SETS, RankSet, Row
 from report import header, save, table
 
@@ -60,6 +61,8 @@ class Arm:
     """One way to choose ranks, and the scale of what they add."""
 
     by_importance: bool = True
+    rank: int = UNIFORM
+    """Rank of every weight, where importance does not choose."""
     power: float = 1.0
     """The scale falls with this power of the rank: 1 is LoRA's, 0.5 rsLoRA's, with 0 it is fixed.
     At rank UNIFORM it is the same for all."""
@@ -79,6 +82,10 @@ ARMS = {
     "rngwp, measured later": Arm(later=True),
     "rngwp, shuffled": Arm(shuffled=True),
     "rngwp, equal bytes": Arm(equal_bytes=True),
+    # What so many bytes buy without importance: weights left out at random; and the planner's
+    # largest rank on every weight, which takes a few percent more.
+    "shuffled, equal bytes": Arm(equal_bytes=True, shuffled=True),
+    "uniform, rank 8": Arm(by_importance=False, rank=2 * UNIFORM),
 }
 
 
@@ -105,7 +112,7 @@ class Bench:
     def ranks(self, arm: Arm, seed: int) -> dict[str, int]:
         """The ranks of an arm; of a weight without an adapter 0."""
         if not arm.by_importance:
-            return dict.fromkeys(self.shapes, UNIFORM)
+            return dict.fromkeys(self.shapes, arm.rank)
         importance = dict(self._measured(seed, later=arm.later))
         if arm.shuffled:
             values = list(importance.values())
@@ -271,9 +278,13 @@ number of rows (with five seeds it is never below 0.063)."""
 def write_report(out: Path, options: argparse.Namespace) -> None:
     """Write what has run."""
     parts = [header("Ranks by importance against one rank for all", options), HOW]
+    drawn = {}
     for name in RANK_SETS:
         if rows := _rows(out / f"{name}.jsonl"):
             parts += [f"## {name}", _set_table(rows)]
+            changes = {arm: _percent(rows, arm) for arm in ARMS if arm != UNIFORM_ARM}
+            drawn[name] = [(arm, estimate(own) if own else None) for arm, own in changes.items()]
+    draw_intervals("rank-choice", drawn, "change of the loss (%)")
     save("rank-choice", "\n\n".join(parts))
 
 
@@ -285,7 +296,7 @@ def _set_table(rows: list[dict[str, Any]]) -> str:
         loss = statistics.fmean(row["loss"] for row in own)
         accuracy = 100 * statistics.fmean(row["accuracy"] for row in own)
         paired = [(row, base[row["seed"]]) for row in own if row["seed"] in base]
-        percent = [100 * (row["loss"] / other["loss"] - 1) for row, other in paired]
+        percent = _percent(rows, arm)
         points = [100 * (row["accuracy"] - other["accuracy"]) for row, other in paired]
         is_base = arm == UNIFORM_ARM
         lines.append(
@@ -306,6 +317,13 @@ def _set_table(rows: list[dict[str, Any]]) -> str:
         "ranks|rate|seeds|loss|change of loss (%)|accuracy (%)|points|p of the loss|trained|weights"
     )
     return table(heads.split("|"), lines)
+
+
+def _percent(rows: list[dict[str, Any]], arm: str) -> list[float]:
+    """By how many percent an arm's loss differs from that of one rank for all, by seed."""
+    base = {row["seed"]: float(row["loss"]) for row in _at_best_rate(rows, UNIFORM_ARM)}
+    own = _at_best_rate(rows, arm)
+    return [100 * (float(r["loss"]) / base[r["seed"]] - 1) for r in own if r["seed"] in base]
 
 
 def _at_best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
