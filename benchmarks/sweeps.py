@@ -31,6 +31,7 @@ from edge_sdk.command import quiet_libraries
 METHODS: dict[str, tuple[str | None, list[str]]] = {
     name: (name, []) for name in ("hsplitlora", "splitlora")
 }
+FIXED = ["planning.ranks=fixed", "planning.split=fixed"]
 UNEQUAL_RANKS = [f"devices.d{n}.r={r}" for n, r in enumerate((1, 2, 4, 8, 16), start=1)]
 
 
@@ -73,6 +74,23 @@ SWEEPS = {
         "steps_per_round=1,5,20",
         {"compare.labels": "device", "compare.steps": 40, "evaluation.every_rounds": 40},
         "sweep-steps_per_round",
+    ),
+    "rules": Sweep(
+        "Rules with equal cuts and ranks",
+        "As in skewed data with alpha 0.5, but every device cut at 3 of 5 blocks with rank 8 on "
+        "all weights, one seed, three rates.",
+        Experiment(
+            "banking",
+            "stories",
+            {"equal cuts": (None, [*FIXED, "default.split=3", *ROOMY])},
+            seeds=(0,),
+            rates=(5e-3, 1e-2, 2e-2),
+            rounds=20,
+            searches=False,
+        ),
+        "aggregation=exact,stack,fedavg",
+        {"compare.labels": "device"},
+        "sweep-aggregation",
     ),
     "energy": Sweep(
         "Energy of dW by rank",
