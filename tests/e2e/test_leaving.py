@@ -249,6 +249,7 @@ def test_waves_of_what_is_there_lose_no_step_either(cluster: Cluster, labels: st
     assert serving.wait() == "completed"
     wait_all([*staying, *back])
     again = {step for (_, step), times in trap.trained.items() if times > 1}
-    assert again <= {STEPS + 2}
+    # Whoever leaves after a step may be gone before the others have ended it: they do it again.
+    assert again <= {1, STEPS + 2}
     assert trap.trained.keys() == each_once("abc").keys()
     assert [row["samples"] for row in serving.rows[1:]] == [STEPS * 14, STEPS * 14]
