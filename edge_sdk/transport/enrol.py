@@ -80,6 +80,7 @@ class _Unknown(RefusedError):
 def _ask(code: EnrolCode, public_key: str, deadline: Deadline) -> str:
     config = LinkConfig(address=code.address, server_key=code.server_key)
     poller = zmq.Poller()
+    context: zmq.Context[zmq.Socket[bytes]]
     with zmq.Context() as context:
         line = Line(context, poller, config, one_time_keys(code), Lane.CONTROL)
         try:

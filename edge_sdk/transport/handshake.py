@@ -47,6 +47,7 @@ def shake_hands(config: LinkConfig, timeout_s: float) -> Handshake:
         ConfigError: the address is not valid.
     """
     deadline, poller = Deadline.after(timeout_s), zmq.Poller()
+    context: zmq.Context[zmq.Socket[bytes]]
     with zmq.Context() as context:
         line = Line(context, poller, config, config.keys, Lane.CONTROL)
         try:
