@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coordinator.lab.comparison.plots import COLOURS, make_panels, to_svg
+from coordinator.lab.comparison.plots import make_panels, to_svg
 from coordinator.lab.comparison.statistics.estimate import Estimate
+from coordinator.lab.comparison.statistics.picture import draw_estimates
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 Named = Sequence[tuple[str, Estimate | None]]
@@ -27,15 +28,7 @@ def draw_intervals(name: str, panels: Mapping[str, Named], unit: str) -> None:
     width = 3.4 if len(panels) > 1 else 5.0
     figure, axes = make_panels(1, len(panels), sharey=True, width=width, height=0.9 + 0.3 * most)
     for place, (title, rows) in zip(axes[0], panels.items(), strict=True):
-        place.axvline(0.0, color="#666666", linewidth=0.9, zorder=1)
-        for at, (_, found) in enumerate(rows):
-            if found is None:
-                continue
-            if found.low is None or found.high is None:
-                place.plot([found.mean], [at], "o", color=COLOURS[0], markerfacecolor="none")
-                continue
-            ends = [[found.mean - found.low], [found.high - found.mean]]
-            place.errorbar([found.mean], [at], xerr=ends, fmt="o", color=COLOURS[0], capsize=3.0)
+        draw_estimates(place, [found for _, found in rows])
         place.set_title(title, fontsize="medium")
         place.set_xlabel(unit)
     first = next(iter(panels.values()))

@@ -46,12 +46,25 @@ def draw_differences(
 
 
 def _panel(axes: Axes, found: Sequence[Estimate], kind: Measure) -> None:
+    draw_estimates(axes, found, kind.unit)
+    axes.set_xlabel(f"\u0394 {kind.title}")
+
+
+def draw_estimates(axes: Axes, found: Sequence[Estimate | None], unit: float = 1.0) -> None:
+    """Draw a mean and its 95 % interval a row, beside a line at 0; hollow without an interval.
+
+    Args:
+        axes: Where.
+        found: From the first row on; None: that row stays empty.
+        unit: What the axis counts in.
+    """
     axes.axvline(0.0, color="#666666", linewidth=0.9, zorder=1)
     for at, each in enumerate(found):
-        mean = each.mean / kind.unit
+        if each is None:
+            continue
+        mean = each.mean / unit
         if each.low is None or each.high is None:
             axes.plot([mean], [at], "o", color=COLOURS[0], markerfacecolor="none")
             continue
-        ends = [[mean - each.low / kind.unit], [each.high / kind.unit - mean]]
+        ends = [[mean - each.low / unit], [each.high / unit - mean]]
         axes.errorbar([mean], [at], xerr=ends, fmt="o", color=COLOURS[0], capsize=3.0)
-    axes.set_xlabel(f"\u0394 {kind.title}")
