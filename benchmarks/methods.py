@@ -44,7 +44,7 @@ from methods_report import (
     importances,
     times,
 )
-from report import header, save
+from report import header, kept_parser, save
 
 from coordinator.lab.comparison.cells import RunResult, cell_from_row
 from edge_sdk.command import quiet_libraries
@@ -166,11 +166,8 @@ parameters."""
 
 def main() -> None:
     """Run what is asked for and missing; report what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("methods"), help="cells and runs")
-    parser.add_argument("--only", nargs="+", default=[], choices=EXPERIMENTS, metavar="NAME")
+    parser = kept_parser(__doc__, "methods", EXPERIMENTS)
     parser.add_argument("--smoke", action="store_true", help="tiny: does everything run?")
-    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.ERROR)  # texts without an end are meant

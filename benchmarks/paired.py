@@ -19,7 +19,7 @@ import methods
 from methods_experiments import CUTS, EXPERIMENTS, NUM_MORE, Experiment, write_data
 from methods_report import HETERO, HOMO, Cells, chosen, interval
 from pictures import draw_intervals
-from report import header, save, table
+from report import header, kept_parser, save, table
 
 from coordinator.lab.comparison.cells import Point
 from coordinator.lab.comparison.statistics.estimate import Estimate, estimate
@@ -146,10 +146,7 @@ def write_report(out: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run what is missing; report what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("paired"), help="cells and runs")
-    parser.add_argument("--only", nargs="+", default=[], choices=PAIRED, metavar="NAME")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser = kept_parser(__doc__, "paired", PAIRED)
     options = parser.parse_args()
     quiet_libraries()
     logging.basicConfig(level=logging.ERROR)  # texts without an end are meant

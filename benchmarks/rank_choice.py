@@ -37,7 +37,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from pictures import draw_intervals
 from rank_choice_sets import RANK_SETS, RankSet, Row
-from report import header, save, table
+from report import header, kept_parser, save, table
 
 from coordinator.lab.comparison.config import load_compare
 from coordinator.lab.comparison.fit_devices import whole_situation
@@ -336,11 +336,8 @@ def _at_best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run what is missing; report what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("ranks"), help="runs that are kept")
-    parser.add_argument("--only", nargs="+", default=[], choices=RANK_SETS, metavar="SET")
+    parser = kept_parser(__doc__, "ranks", RANK_SETS)
     parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, metavar="ARM")
-    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     quiet_libraries()
     warnings.filterwarnings("ignore")

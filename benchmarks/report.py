@@ -9,11 +9,20 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "pyzmq", "numpy")
+
+
+def kept_parser(about: str | None, out: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The flags of a benchmark that keeps its runs in a folder and does not run them again."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, default=Path(out), help="runs that are kept")
+    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="NAME")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return parser
 
 
 def header(title: str, options: argparse.Namespace) -> str:

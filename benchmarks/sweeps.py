@@ -23,7 +23,7 @@ from methods_experiments import (
     write_data,
 )
 from pictures import keep
-from report import header, save
+from report import header, kept_parser, save
 
 from coordinator.cli import main as coordinator
 from edge_sdk.command import quiet_libraries
@@ -149,10 +149,7 @@ def write_report(out: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run what is missing; report what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("sweeps"), help="data, configs and runs")
-    parser.add_argument("--only", nargs="+", default=[], choices=SWEEPS, metavar="NAME")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser = kept_parser(__doc__, "sweeps", SWEEPS)
     parser.add_argument("--smoke", action="store_true", help="look whether all works")
     options = parser.parse_args()
     quiet_libraries()
