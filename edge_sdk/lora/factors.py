@@ -182,10 +182,39 @@ def _decomposed(
     """
     b_OR, a_RI = term.b_OR.astype(np.float64), term.a_RI.astype(np.float64)
     if term.rank >= min(b_OR.shape[-2], a_RI.shape[-1]):
-        return None, *np.linalg.svd(b_OR @ a_RI, full_matrices=False), None
+        return None, *_svd(b_OR @ a_RI), None
     q_left_OK, r_left_KK = np.linalg.qr(b_OR)
     q_right_IK, r_right_KK = np.linalg.qr(_turned(a_RI))
-    return q_left_OK, *np.linalg.svd(r_left_KK @ _turned(r_right_KK)), _turned(q_right_IK)
+    return q_left_OK, *_svd(r_left_KK @ _turned(r_right_KK)), _turned(q_right_IK)
+
+
+def _svd(matrix_OI: Array) -> tuple[Array, Array, Array]:
+    """Return (U, sigma, V^T) of a matrix in float64.
+
+    LAPACK's divide and conquer does not converge for some matrices of fewer ranks than columns,
+    although all is finite (seen in OpenBLAS 0.3.31). The eigenvectors of the smaller Gram matrix
+    then serve: what they get wrong lies below 1e-8 of the largest singular value.
+
+    Raises:
+        LinAlgError: the matrix is not finite.
+    """
+    try:
+        return np.linalg.svd(matrix_OI, full_matrices=False)
+    except np.linalg.LinAlgError:
+        if not np.isfinite(matrix_OI).all():
+            raise
+    if matrix_OI.shape[-2] < matrix_OI.shape[-1]:
+        u_IK, sigma_K, vt_KO = _svd_by_gram(_turned(matrix_OI))
+        return _turned(vt_KO), sigma_K, _turned(u_IK)
+    return _svd_by_gram(matrix_OI)
+
+
+def _svd_by_gram(matrix_OK: Array) -> tuple[Array, Array, Array]:
+    v_KK = np.linalg.eigh(_turned(matrix_OK) @ matrix_OK)[1][..., ::-1]
+    scaled_OK = matrix_OK @ v_KK
+    sigma_K = np.linalg.norm(scaled_OK, axis=-2)
+    tiny = np.finfo(np.float64).tiny
+    return scaled_OK / np.maximum(sigma_K, tiny)[..., None, :], sigma_K, _turned(v_KK)
 
 
 def _turned(matrix: Array) -> Array:
