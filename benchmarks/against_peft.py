@@ -3,7 +3,7 @@
     python benchmarks/against_peft.py [--rounds 10] [--steps 3] [--repeats 3] [--fleets 1 3 8]
 
 Our base model, LoRA r = 8 on all linear layers, AdamW, --batch sequences a step in each
-arrangement: a device has its share of them. Aggregation `exact`. Coordinator and devices are the
+arrangement: a device has its share of them. Aggregation `fedex`. Coordinator and devices are the
 real commands, each with one thread, over loopback with encryption; plain PEFT is one process with
 one thread, which takes the batches of all devices of an arrangement as one, padded together. Each
 repeat runs every arrangement and plain PEFT on its batches, in turn.
@@ -301,7 +301,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "labels": options.labels,
         "rounds": options.rounds,
         "steps_per_round": options.steps,
-        "aggregation": "exact",
+        "aggregation": "fedex",
         "lora": {"r": RANK, "lora_alpha": ALPHA},
         "training": {"learning_rate": RATE, "lr_scheduler_type": "constant", "seed": SEED},
         "evaluation": {"on_devices": False},
@@ -379,7 +379,7 @@ def measure(options: argparse.Namespace) -> str:
         losses = role("evaluate", folder, options, adapters=":".join(["", *adapters.values()]))
     words = (
         f"{data}; {samples:,} samples in {options.rounds} rounds of {options.steps} steps of "
-        f"{options.batch}. LoRA r = {RANK} on all linear layers, rate {RATE:g}, `exact`, labels: "
+        f"{options.batch}. LoRA r = {RANK} on all linear layers, rate {RATE:g}, `fedex`, labels: "
         f"{options.labels}, bfloat16 on the wire, devices of {', '.join(shapes(options))} of 8 "
         f"blocks. Medians of {options.repeats} repeats; x: beside plain PEFT on the same batches "
         f"in the same repeat. Loss before training: {losses['']:.4f}."

@@ -68,6 +68,7 @@ def train(folder: Path, mode: str, shards: Any, seed: int, options: argparse.Nam
         steps_per_round=options.steps,
         max_length=128,
         round_mode=mode,  # type: ignore[arg-type]
+        aggregation="exact",
         buffered=BufferedConfig(size=options.buffer, staleness_power=options.power),
         default=DeviceSettings(batch_size=8, micro_batch=4, codec="float32"),
         devices={name: DeviceSettings(split=split) for name, split in SPLITS.items()},

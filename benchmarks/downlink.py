@@ -1,4 +1,4 @@
-"""Bytes and accuracy of `exact` where devices are given all, or a part of what they lack.
+"""Bytes and accuracy where devices are given all, or a part of what they lack.
 
     OMP_NUM_THREADS=1 python benchmarks/downlink.py --out downlink [--seeds 0 1 2] [--short]
         [--only "exact, budget of 8, int8" ...]
@@ -33,15 +33,18 @@ SHORT_ROUNDS = 4
 EXPERIMENT = EXPERIMENTS["banking-ranks"]
 
 
-def _budget(codec: str, rank: int | None = None) -> tuple[str, list[str]]:
+def _budget(rule: str, codec: str, rank: int | None = None) -> tuple[str, list[str]]:
     settings = [f"exchange.codec={codec}", "exchange.downlink=budget"]
-    return "exact", [*settings, *([] if rank is None else [f"exchange.rank={rank}"])]
+    return rule, [*settings, *([] if rank is None else [f"exchange.rank={rank}"])]
 
 
 METHODS: dict[str, tuple[str, list[str]]] = {
+    "fedex, full": ("fedex", []),
+    "fedex, budget, int8": _budget("fedex", "int8"),
+    "fedex, budget of 8, int4": _budget("fedex", "int4", 8),
     "exact, full": ("exact", []),
-    "exact, budget, int8": _budget("int8"),
-    "exact, budget of 8, int4": _budget("int4", 8),
+    "exact, budget, int8": _budget("exact", "int8"),
+    "exact, budget of 8, int4": _budget("exact", "int4", 8),
     "svd": ("svd", []),
     "zeropad": ("zeropad", []),
 }
@@ -51,9 +54,9 @@ MORE: dict[str, tuple[str, list[str]]] = {
         f"exact, full, {codec}": ("exact", [f"exchange.codec={codec}"])
         for codec in ("bfloat16", "int8", "int4")
     },
-    "exact, budget, int4": _budget("int4"),
-    **{f"exact, budget of {rank}, int8": _budget("int8", rank) for rank in (1, 2, 4, 8)},
-    **{f"exact, budget of {rank}, int4": _budget("int4", rank) for rank in (1, 2, 4, 16)},
+    "exact, budget, int4": _budget("exact", "int4"),
+    **{f"exact, budget of {rank}, int8": _budget("exact", "int8", rank) for rank in (1, 2, 4, 8)},
+    **{f"exact, budget of {rank}, int4": _budget("exact", "int4", rank) for rank in (1, 2, 4, 16)},
 }
 """What is run where --only asks for it."""
 
@@ -121,12 +124,12 @@ def mean(values: list[float], digits: int) -> str:
 
 
 def rows_of(out: Path, seeds: list[int], names: list[str]) -> list[list[str]]:
-    """One line a method: accuracy, its distance from `exact`, bytes, lag."""
+    """One line a method: accuracy, its distance from `fedex`, bytes, lag."""
     found = {
         name: [json.loads(_file(out, name, seed).read_text("utf-8")) for seed in seeds]
         for name in names
     }
-    base, svd = found["exact, full"], sum(_total(cell) for cell in found["svd"])
+    base, svd = found["fedex, full"], sum(_total(cell) for cell in found["svd"])
     rows = []
     for name, cells in found.items():
         away = [c["accuracy"] - b["accuracy"] for c, b in zip(cells, base, strict=True)]
@@ -159,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     seeds = options.seeds[:1] if options.short else options.seeds
-    names = list(dict.fromkeys(["exact, full", *options.only, "svd"]))  # of comparison
+    names = list(dict.fromkeys(["fedex, full", *options.only, "svd"]))  # of comparison
     if options.process is not None:
         jobs = [(name, seed) for name in names for seed in seeds]
         for name, seed in jobs[options.process :: NUM_PROCESSES]:
@@ -170,7 +173,7 @@ def main() -> None:
     processes = [subprocess.Popen([*command, str(n)]) for n in range(NUM_PROCESSES)]
     if failed := [code for process in processes if (code := process.wait())]:
         raise SystemExit(failed[0])
-    heads = ["method", "dev accuracy (%)", "points above exact, full", "MB up", "MB down"]
+    heads = ["method", "dev accuracy (%)", "points above fedex, full", "MB up", "MB down"]
     heads += ["bytes, svd = 1", "most lag of a device", "at the end"]
     text = [
         header("What a device is given of the change", options),

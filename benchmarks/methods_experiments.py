@@ -33,7 +33,7 @@ NUM_MORE = 1000
 BANKING_RATES = (2e-3, 5e-3)
 # Memory for everything, as in papers that count ranks only.
 ROOMY = [f"simulation.devices.{d}.memory_bytes=1e12" for d in DEVICES]
-FREE = ["aggregation=exact", "planning.ranks=fixed", "planning.split=fixed"]
+FREE = ["aggregation=fedex", "planning.ranks=fixed", "planning.split=fixed"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ EXPERIMENTS = {
         "banking",
         "minilm",
         {
+            "fedex": _ranks("fedex"),
             "exact": _ranks("exact"),
             "svd": _ranks("svd"),
             "zeropad": _ranks("zeropad"),

@@ -60,7 +60,7 @@ PAIRED = {
                     "labels=server",
                     "planning.split=fixed",
                     "planning.ranks=fixed",
-                    "aggregation=exact",
+                    "aggregation=fedex",
                     "default.split=4",
                 ],
             ),

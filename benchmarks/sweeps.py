@@ -78,17 +78,16 @@ SWEEPS = {
     "rules": Sweep(
         "Rules with equal cuts and ranks",
         "As in skewed data with alpha 0.5, but every device cut at 3 of 5 blocks with rank 8 on "
-        "all weights, one seed, three rates.",
+        "all weights, three rates.",
         Experiment(
             "banking",
             "stories",
             {"equal cuts": (None, [*FIXED, "default.split=3", *ROOMY])},
-            seeds=(0,),
             rates=(5e-3, 1e-2, 2e-2),
             rounds=20,
             searches=False,
         ),
-        "aggregation=exact,stack,fedavg",
+        "aggregation=fedex,exact,stack,fedavg",
         {"compare.labels": "device"},
         "sweep-aggregation",
     ),
@@ -106,7 +105,7 @@ SWEEPS = {
             rounds=20,
             searches=False,
         ),
-        "aggregation=exact,svd,zeropad,stack",
+        "aggregation=fedex,exact,svd,zeropad,stack",
         {"compare.labels": "device", "evaluation.rank_energy": True, "planning.ranks": "fixed"},
         "rank-energy",
     ),

@@ -241,15 +241,19 @@ class Case:
         return 4 * self.shape.num_blocks * per_block
 
     def handout_bytes(self, devices: int, cap: int | None = None) -> int:
-        """Return the bytes that a device is given after a round of so many *devices* with `exact`.
+        """Return the bytes that a device is given after a round of so many *devices* with `fedex`.
 
-        The change is the sum of what each has, less what each had: from the second round on its
-        rank is twice the sum of theirs, up to that of the matrix, where the factors are larger than
-        the matrix, or up to the *cap*.
+        Factors of its own rank, and the change of dW. From the second round on that is what dW is
+        in the ranks that are kept, the *cap* or those of all, less what it was: twice as many.
+        Where these are all ranks that a matrix can have nothing is cut, and the change is the sum
+        of what each has, less what all had. A single device's own factors are all that there is.
         """
-        most = 2 * devices * RANK if cap is None else min(cap, 2 * devices * RANK)
-        per_block = sum(min(most, li.most_rank) * li.num_factors for li in self.shape.linears)
-        return 4 * self.blocks * per_block
+        kept, added = (cap or devices * RANK) if devices > 1 else RANK, (devices + 1) * RANK
+        per_block = sum(
+            min(2 * kept if kept < li.most_rank else added, li.most_rank) * li.num_factors
+            for li in self.shape.linears
+        )
+        return self.adapter_bytes() + 4 * self.blocks * per_block
 
 
 SMALL, LARGE = MODELS
@@ -315,7 +319,6 @@ def state_rows() -> Iterator[tuple[str, ...]]:
                     f"{connected:,}",
                     f"{active:,}",
                     _number(connected * SESSION_BYTES / 1e9),
-                    _number(connected * case.adapter_bytes() / 1e9),
                     _number(active * case.adapter_bytes() / 1e9),
                     _number(case.learned_bytes / 1e9),
                     _number(case.handout_bytes(active) / 1e6),
@@ -368,8 +371,8 @@ TABLES: dict[str, tuple[Sequence[str], Rows]] = {
     "state": (
         (
             *("model", "connected", "train at a time", "sessions (GB)"),
-            *("factors of all (GB)", "uploads of a round (GB)", "`dW` at most (GB)"),
-            *("down with `exact` (MB)", "`max_rank: 64` (MB)", "`svd` (MB)"),
+            *("uploads of a round (GB)", "`dW` at most (GB)"),
+            *("down with `fedex` (MB)", "`max_rank: 64` (MB)", "`svd` (MB)"),
         ),
         state_rows,
     ),

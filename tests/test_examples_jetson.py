@@ -143,7 +143,7 @@ def test_the_run_config_loads() -> None:
     """It is the published method, planned for five boards."""
     config = load_serve_config(JETSON / "coordinator.yaml", env={})
 
-    assert (config.preset, config.aggregation, config.min_devices) == ("hsplitlora", "exact", 5)
+    assert (config.preset, config.aggregation, config.min_devices) == ("hsplitlora", "fedex", 5)
     assert (config.planning.split, config.planning.ranks) == ("armsc", "rngwp")
     assert config.lora.lora_dropout == 0.0, "a board without torch would be refused"
 

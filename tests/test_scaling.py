@@ -125,7 +125,7 @@ TINY = tables.llama(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, v
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 12])
-@pytest.mark.parametrize(("rule", "cap"), [("exact", None), ("exact", 20), ("svd", None)])
+@pytest.mark.parametrize(("rule", "cap"), [("fedex", None), ("fedex", 20), ("svd", None)])
 def test_what_comes_down_is_what_the_aggregation_hands_out(
     monkeypatch: pytest.MonkeyPatch, num_devices: int, rule: str, cap: int | None
 ) -> None:

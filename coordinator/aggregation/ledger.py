@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from coordinator.aggregation.rules import (
 )
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair, initial_pair
-from edge_sdk.lora.factors import Array, Factors, condense, zero
+from edge_sdk.lora.factors import Array, Factors, compress, condense, norm, stack, zero
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 
 
@@ -60,7 +60,7 @@ class RoundResult:
     """Largest relative error that a rank cap caused."""
     restarts: bool = False
     """Whether the optimizers begin anew as well."""
-    keeps_residuals: bool = True
+    has_residual: bool = True
     """Whether a residual completes own factors to dW; else they stand for dW themselves."""
     left_out: list[str] = field(default_factory=list)
     """Devices of which nothing was joined, as those of `screening.method: krum`."""
@@ -73,7 +73,7 @@ class RoundResult:
 
     def changes_for(self, participant: str) -> dict[str, Factors]:
         """Return the changes that *participant* is to add to its residuals, by weight."""
-        own = {} if self.keeps_residuals else self.replaced.get(participant, {})
+        own = {} if self.has_residual else self.replaced.get(participant, {})
         return {weight: f for weight, f in self.changes.items() if weight not in own}
 
 
@@ -101,6 +101,12 @@ class Ledger:
         """dW by weight, scale inside, where it is not zero: what the run has learned so far."""
         self.pairs: dict[str, dict[str, Pair]] = {}
         """Own factors by participant (SERVER or device name) and weight."""
+        self.shared: dict[str, Factors] = {}
+        """Factors that everybody goes on with, by weight, scale inside, where the rule has such."""
+        self._dealt_from: dict[tuple[str, int], tuple[Factors, Pair]] = {}
+        """What was handed out last, by weight and rank, after what it was made of."""
+        self._drawn: dict[tuple[str, int], tuple[int, Pair]] = {}
+        """What was drawn last, by weight and rank, after its seed."""
         self.head: dict[str, Array] = {}
         self._memory: dict[str, Memory] = {}
         """What the rule's server optimizer remembers, by weight."""
@@ -115,19 +121,20 @@ class Ledger:
     def enrol(self, participant: str, ranks: Mapping[str, int]) -> dict[str, Pair]:
         """Return the own factors that *participant* is to hold, resized or drawn where needed."""
         held = self.pairs.get(participant, {})
-        known = {name: pair.a_RI.shape[-2] for name, pair in held.items()}
-        if self.accounts is not None and known != {n: rank for n, rank in ranks.items() if rank}:
-            self.accounts.close(participant)
+        if self.accounts is not None:
+            known = {name: pair.a_RI.shape[-2] for name, pair in held.items()}
+            if known != {n: rank for n, rank in ranks.items() if rank}:
+                self.accounts.close(participant)
+            elif participant in self.accounts.given:  # these, and what was given, make dW
+                return held
         self.pairs[participant] = {
             name: self._own(name, rank, held.get(name)) for name, rank in ranks.items() if rank
         }
         return self.pairs[participant]
 
     def _own(self, name: str, rank: int, held: Pair | None) -> Pair:
-        redistribute = self._rule.redistribute
-        if redistribute is not None and name in self.totals:  # also for those who missed rounds
-            scale = self._lora.scale(name, rank)
-            return redistribute(self.totals[name], self._fresh(name, rank), scale)
+        if name in self._handed_out:  # also for those who missed rounds
+            return self._dealt(name, rank)
         if held is None:
             return self._fresh(name, rank)
         before = held.a_RI.shape[-2]
@@ -136,15 +143,37 @@ class Ledger:
         ratio = self._lora.scale(name, before) / self._lora.scale(name, rank)
         return resize_pair(held, self._fresh(name, rank), ratio)
 
+    @property
+    def _handed_out(self) -> Mapping[str, Factors]:
+        """What new factors are made of, by weight, scale inside; empty where they are drawn."""
+        if self._rule.redistribute is None:
+            return {}
+        return self.shared if self._rule.has_residual else self.totals
+
+    def _dealt(self, name: str, rank: int) -> Pair:
+        """Return the factors of a rank that are handed out; all of that rank share the arrays."""
+        source = self._handed_out[name]
+        known = self._dealt_from.get((name, rank))
+        if known is None or known[0] is not source:
+            assert self._rule.redistribute is not None
+            scale = self._lora.scale(name, rank)
+            known = source, self._rule.redistribute(source, self._fresh(name, rank), scale)
+            self._dealt_from[name, rank] = known
+        return known[1]
+
     def _fresh(self, name: str, rank: int) -> Pair:
-        """Draw factors; a rule that restarts draws other ones in each round."""
+        """Draw factors, once for all; a rule that restarts draws other ones in each round."""
         seed = self._seed + self.rounds * self._rule.restarts
-        return initial_pair(name, rank, self._facts.targets[name], seed)
+        known = self._drawn.get((name, rank))
+        if known is None or known[0] != seed:
+            known = seed, initial_pair(name, rank, self._facts.targets[name], seed)
+            self._drawn[name, rank] = known
+        return known[1]
 
     def residuals(self, participant: str, weights: Iterable[str]) -> dict[str, Factors]:
         """Return dW minus what the participant's own adapter already adds, by weight."""
         own = self.pairs.get(participant, {})
-        if self._rule.redistribute is not None:
+        if not self._rule.has_residual:
             return {n: self.totals[n] for n in weights if n in self.totals and n not in own}
         return {
             name: residual(
@@ -161,7 +190,7 @@ class Ledger:
         """Return a ledger that goes its own way from here; the numbers are shared."""
         other = copy(self)
         other.totals, other.pairs = dict(self.totals), dict(self.pairs)
-        other._memory = dict(self._memory)
+        other.shared, other._memory = dict(self.shared), dict(self._memory)
         other.accounts = self.accounts and self.accounts.copy()
         return other
 
@@ -227,7 +256,7 @@ class Ledger:
             yield
         except BaseException:
             self.totals, self.pairs, self.head = before.totals, before.pairs, before.head
-            self._memory, self.rounds = before._memory, before.rounds
+            self.shared, self._memory, self.rounds = before.shared, before._memory, before.rounds
             self.accounts = before.accounts
             raise
 
@@ -236,16 +265,17 @@ class Ledger:
         devices = {name: reports[name] for name in sorted(reports) if name != SERVER}
         total = sum(report.num_samples for report in devices.values())
         accounts.close_others(devices)
-        return {
-            name: accounts.settle(
+        handouts = {}
+        for name, report in devices.items():
+            moves, self.pairs[name] = accounts.move(report.pairs, self.pairs[name])
+            handouts[name] = accounts.settle(
                 name,
                 self._facts.weights(0, report.split),
                 self.totals,
                 self.pairs[name],
                 report.num_samples / total if total else 0.0,
-            )
-            for name, report in devices.items()
-        }
+            )._replace(moves=moves)
+        return handouts
 
     def _combine(self, screened: Screened, head: dict[str, Array]) -> RoundResult:
         """Join what there is of each weight into dW."""
@@ -253,16 +283,34 @@ class Ledger:
         result = RoundResult({}, {}, head, 0.0)
         result.left_out, result.clipped = screened.left_out, screened.clipped
         result.restarts = self._rule.restarts
-        result.keeps_residuals = self._rule.redistribute is None
+        result.has_residual = self._rule.has_residual
         for weight, shape in self._facts.targets.items():
             if found := contributions.get(weight):
-                self._note(weight, self._rule.join(found, shape, self._max_rank), result)
+                update = self._rule.join(found, shape, self._max_rank)
+                self._note(weight, self._bounded(weight, update, found), result)
         return result
+
+    def _bounded(
+        self, weight: str, update: Update, contributions: Mapping[str, Contribution]
+    ) -> Update:
+        """Return what keeps dW of a weight in as many ranks as the rule allows."""
+        if not self._rule.bounds_rank or update.change is None:
+            return update
+        shape = self._facts.targets[weight]
+        together = sum(c.after.a_RI.shape[-2] for c in contributions.values())
+        old = self.totals.get(weight) or zero(*shape)
+        most = self._max_rank or max(old.rank, together)
+        if most >= min(shape.num_outputs, shape.num_inputs):  # nothing that could be cut
+            return replace(update, change=compress(update.change)[0])
+        total, error = compress(stack([old, update.change]), most)
+        change = residual(total, old) if error else compress(update.change)[0]
+        cut = error * norm(total) / norm(change) if error else 0.0
+        return replace(update, total=total, change=change, cut_error=cut)
 
     def _check(self, result: RoundResult) -> None:
         """Take over the head, if all of *result* is finite, and of a size that can be."""
         self.head = result.head or self.head
-        for name, array in _numbers(result, self.totals):
+        for name, array in _numbers(result, self.totals, self.shared):
             if not np.isfinite(array).all():
                 raise NumericError(f"what the round has made of {name} is not finite")
         for name in result.changes:
@@ -287,6 +335,8 @@ class Ledger:
 
     def _note(self, weight: str, update: Update, result: RoundResult) -> None:
         result.cut_error = max(result.cut_error, update.cut_error)
+        if update.shared is not None:
+            self.shared[weight] = update.shared
         old = self.totals.get(weight) or zero(*self._facts.targets[weight])
         if self._rule.server_optimizer is not None:
             change = update.change if update.total is None else residual(update.total, old)
@@ -296,7 +346,7 @@ class Ledger:
             update = Update(change=change)
         if update.total is not None:
             self.totals[weight] = update.total
-            result.changes[weight] = residual(update.total, old)
+            result.changes[weight] = update.change or residual(update.total, old)
         elif update.change is not None:
             result.changes[weight] = update.change
             self.totals[weight] = condense(old, [update.change])
@@ -321,13 +371,21 @@ class Ledger:
         return dict(self.totals)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return everything as flat arrays, for a checkpoint."""
+        """Return everything as flat arrays, for a checkpoint.
+
+        Of factors that are drawn or handed out, which all of a rank share, only the rank.
+        """
         state: dict[str, np.ndarray] = {"rounds": np.array(self.rounds)}
         for who, pairs in self.pairs.items():
             for name, pair in pairs.items():
-                state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
-        for name, factors in self.totals.items():
-            state |= {f"total:{name}.A": factors.a_RI, f"total:{name}.B": factors.b_OR}
+                rank = pair.a_RI.shape[-2]
+                if pair is self._own(name, rank, None):
+                    state[f"common:{who}:{name}"] = np.array(rank)
+                else:
+                    state |= {f"pair:{who}:{name}.A": pair.a_RI, f"pair:{who}:{name}.B": pair.b_OR}
+        for kind, held in (("total", self.totals), ("shared", self.shared)):
+            for name, factors in held.items():
+                state |= {f"{kind}:{name}.A": factors.a_RI, f"{kind}:{name}.B": factors.b_OR}
         if self.accounts is not None:
             state |= self.accounts.state()
         for name, memory in self._memory.items():
@@ -336,33 +394,42 @@ class Ledger:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` returned; without a memory, the server optimizer begins anew."""
-        self.totals, self.pairs, self.head = {}, {}, {}
+        self.totals, self.shared, self.pairs, self.head = {}, {}, {}, {}
         memory: dict[str, dict[str, Array]] = {}
+        common: list[tuple[str, str, int]] = []
         self.rounds = int(state["rounds"])
         for key, a in state.items():
             kind, _, rest = key.partition(":")
             if kind == "head":
                 self.head[rest] = a
+            elif kind == "common":
+                who, _, name = rest.rpartition(":")
+                common.append((who, name, int(a)))
             elif kind == "memory":
                 weight, _, name = rest.rpartition(":")
                 memory.setdefault(weight, {})[name] = a
-            if kind not in ("pair", "total") or not key.endswith(".A"):
+            if kind not in ("pair", "total", "shared") or not key.endswith(".A"):
                 continue
             b = state[f"{key[:-1]}B"]
             who, _, name = rest.removesuffix(".A").rpartition(":")
             if kind == "pair":
                 self.pairs.setdefault(who, {})[name] = Pair(a, b)
             else:
-                self.totals[name] = Factors(b, a)
+                held = self.totals if kind == "total" else self.shared
+                held[name] = Factors(b, a)
+        for who, name, rank in common:  # after what they are made of
+            self.pairs.setdefault(who, {})[name] = self._own(name, rank, None)
         self._memory = dict(memory)
         if self.accounts is not None:
             self.accounts.load_state(state)
 
 
-def _numbers(result: RoundResult, totals: Mapping[str, Factors]) -> Iterator[tuple[str, Array]]:
+def _numbers(result: RoundResult, *sums: Mapping[str, Factors]) -> Iterator[tuple[str, Array]]:
     """Yield all arrays that an aggregation makes, each with the weight it belongs to."""
-    for made in (result.changes, totals, *result.replaced.values()):
-        for weight, (first, second) in made.items():
-            yield weight, first
-            yield weight, second
+    # Participants of one rank may hold the very same arrays.
+    own = {id(pair): (w, pair) for pairs in result.replaced.values() for w, pair in pairs.items()}
+    made = [item for factors in (result.changes, *sums) for item in factors.items()]
+    for weight, (first, second) in (*made, *own.values()):
+        yield weight, first
+        yield weight, second
     yield from result.head.items()

@@ -5,7 +5,7 @@ Pure: it knows the ledger and the last aggregation, and sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from coordinator.aggregation.ledger import Ledger, RoundResult
 from edge_sdk.lora.adapters import Pair
@@ -24,9 +24,9 @@ class RoundStartBuilder:
         self.current: set[str] = set()
         """Devices that hold the end of the last round and need only its changes."""
         self._result: RoundResult | None = None
-        self._shared: dict[tuple[int, bool], SharedTensors] = {}
-        """What all are sent that get nothing of their own of the last round: by split, and by
-        whether the head is part of it."""
+        self._shared: dict[Hashable, SharedTensors] = {}
+        """What all are sent of the last round that hold the same: by split, by the ranks of new
+        factors, and by whether the head is part of it."""
 
     def round_ended(self, result: RoundResult, members: set[str]) -> None:
         """Take in the result of a round; *members* took part from its beginning to its end."""
@@ -78,12 +78,13 @@ class RoundStartBuilder:
         accounts, own = self._ledger.accounts, result.replaced.get(device, {})
         split, head = plan.split, _head(result.head, plan)
         if accounts is not None:
-            return self._sent(own, result.handouts[device].changes, split, accounts.codec) | head
-        if own:
-            return self._sent(own, result.changes_for(device), split) | head
-        key = split, bool(head)
+            handout = result.handouts[device]
+            return self._sent(handout.moves, handout.changes, split, accounts.codec) | head
+        # Factors that are handed out depend on nothing but their rank.
+        key = split, bool(head), tuple((n, pair.a_RI.shape[-2]) for n, pair in own.items())
         if key not in self._shared:
-            self._shared[key] = SharedTensors(self._sent({}, result.changes, split) | head)
+            sent = self._sent(own, result.changes_for(device), split) | head
+            self._shared[key] = SharedTensors(sent)
         return self._shared[key]
 
     def _sent(
@@ -93,7 +94,7 @@ class RoundStartBuilder:
         split: int,
         codec: str = "float32",
     ) -> dict[str, TensorOut]:
-        """Return new factors, which travel as they are, and the changes of a device's blocks."""
+        """Return new factors, and the changes of a device's blocks."""
         weights = set(self._facts.weights(0, split))
         return _tensors(own, {n: f for n, f in changes.items() if n in weights}, codec)
 
@@ -116,7 +117,8 @@ class RoundStartBuilder:
         if accounts is None:
             return 0.0, 0
         weights = self._facts.weights(0, split)
-        return accounts.kept.get(device, 0.0), accounts.most_rank(self._ledger.totals, weights)
+        pairs = self._ledger.pairs[device]
+        return accounts.kept(device), accounts.most_rank(self._ledger.totals, weights, pairs)
 
 
 def _head(head: Mapping[str, Array], plan: Plan) -> dict[str, TensorOut]:
@@ -129,7 +131,7 @@ def _tensors(
 ) -> dict[str, TensorOut]:
     tensors: dict[str, TensorOut] = {}
     for name, pair in pairs.items():
-        tensors |= {f"{name}.A": (pair.a_RI, "float32"), f"{name}.B": (pair.b_OR, "float32")}
+        tensors |= {f"{name}.A": (pair.a_RI, codec), f"{name}.B": (pair.b_OR, codec)}
     for name, factors in residual.items():
         tensors |= {f"{name}.V": (factors.a_RI, codec), f"{name}.U": (factors.b_OR, codec)}
     return tensors

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,12 +41,15 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Update:
-    """What the round does to one weight: a new dW, or what is added to it."""
+    """What the round does to one weight: a new dW, or what is added to it, or both."""
 
     total: Factors | None = None
     """The new dW, where the rule replaces it; its columns stand in the order of importance."""
     change: Factors | None = None
-    """What is added to dW."""
+    """What is added to dW; where it is left out, what is new in `total`."""
+    shared: Factors | None = None
+    """Factors that everybody goes on with, scale inside, of the largest rank; a participant of a
+    smaller one takes their first ranks. Only where they are not those of `total`."""
     cut_error: float = 0.0
     """Share of the change, in Frobenius norm, that a rank cap has cut."""
 
@@ -61,10 +65,15 @@ class Rule:
 
     join: Join
     redistribute: Callable[[Factors, Pair, float], Pair] | None = None
-    """(dW, a fresh pair, its scale) -> what a participant of that rank holds next. None: everybody
-    keeps their own factors, and a frozen residual completes them to dW."""
+    """(`shared`, else dW; a fresh pair, its scale) -> what a participant of that rank holds next.
+    None: everybody keeps their own factors, or begins anew."""
+    has_residual: bool = True
+    """Whether a frozen residual completes own factors to dW, or they stand for dW themselves."""
     restarts: bool = False
     """Whether everybody begins the next round with fresh factors and a fresh optimizer."""
+    bounds_rank: bool = False
+    """Whether dW keeps no more ranks than `max_rank`, or than the adapters of a round have
+    together, and the rule gives its change as it is; else `max_rank` is one of the change."""
     needs_equal_ranks: bool = False
     """Whether a weight must have the same rank wherever it is trained."""
     needs_whole_model: bool = False
@@ -88,7 +97,7 @@ def fedavg(
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"aggregation 'fedavg' needs equal ranks, got {sorted(set(ranks.values()))}; "
-            "use 'exact'"
+            "use 'fedex'"
         )
     return Update(total=_mean_of_padded(contributions, shares(contributions)))
 
@@ -122,14 +131,19 @@ def exact(contributions: Mapping[str, Contribution], shape: Shape, max_rank: int
     dW <- dW + sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), as stacked factors that are compressed. It
     serves `stack`, too (HSplitLoRA's NAA, FLoRA 2409.05976), where every round starts from B = 0.
     """
-    weight = shares(contributions)
-    terms = [_weighted_sum(contributions, shape)]
-    for name in sorted(contributions):
-        c = contributions[name]
-        if c.before.b_OR.any():
-            terms.append(product(c.before, -weight[name] * c.freshness * c.scale))
-    change, error = compress(stack(terms), max_rank)
+    change, error = compress(_progress(contributions, shape), max_rank)
     return Update(change=change, cut_error=error)
+
+
+def fedex(contributions: Mapping[str, Contribution], shape: Shape, _max_rank: int | None) -> Update:
+    """Add everybody's progress to dW as `exact` does, and go on with the means of the factors.
+
+    FedEx-LoRA (arXiv 2410.09432), whose residual is the mean of the products less the product of
+    the means; here for any ranks. Each rank is the mean over those that train it: a rank that few
+    have is not made small by the others, and the residual completes whatever the means miss.
+    """
+    change = _progress(contributions, shape)
+    return Update(change=change, shared=_mean_of_ranks(contributions))
 
 
 def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:
@@ -138,6 +152,20 @@ def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Fa
     ordered = [(weight[n], contributions[n]) for n in sorted(contributions)]
     parts = [product(c.after, share * c.freshness * c.scale) for share, c in ordered]
     return stack([zero(*shape), *parts])
+
+
+def _progress(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:
+    """Return sum_i p_i (s_i B_i' A_i' - s_i B_i A_i), stacked; equal beginnings are one term."""
+    weight = shares(contributions)
+    found: dict[tuple[bytes, bytes], tuple[Pair, float]] = {}
+    for name in sorted(contributions):
+        c = contributions[name]
+        if c.before.b_OR.any():
+            key = c.before.a_RI.tobytes(), c.before.b_OR.tobytes()
+            part = weight[name] * c.freshness * c.scale
+            found[key] = c.before, part + (found[key][1] if key in found else 0.0)
+    before = [product(pair, -sum_) for pair, sum_ in found.values()]
+    return stack([_weighted_sum(contributions, shape), *before])
 
 
 def _mean_of_padded(
@@ -152,15 +180,31 @@ def _mean_of_padded(
     return Factors(mean_of(columns, weight), mean_of(rows, weight))
 
 
+def _mean_of_ranks(contributions: Mapping[str, Contribution]) -> Factors:
+    """Return the means of all s B and of all A, each rank over those that have it."""
+    weight = shares(contributions)
+    ranks = sorted({c.after.a_RI.shape[-2] for c in contributions.values()})
+    rows, columns = [], []
+    for first, end in pairwise([0, *ranks]):
+        having = {n: c for n, c in contributions.items() if c.after.a_RI.shape[-2] >= end}
+        total = sum(weight[name] for name in sorted(having))
+        part = {name: weight[name] / total for name in having}
+        rows.append(mean_of({n: c.after.a_RI[..., first:end, :] for n, c in having.items()}, part))
+        columns.append(
+            mean_of({n: c.after.b_OR[..., first:end] * c.scale for n, c in having.items()}, part)
+        )
+    return Factors(np.concatenate(columns, axis=-1), np.concatenate(rows, axis=-2))
+
+
 def _padded(array: Array, axis: int, size: int) -> Array:
     missing = [(0, 0)] * array.ndim
     missing[axis] = (0, size - array.shape[axis])
     return np.pad(array, missing)
 
 
-def truncate(total: Factors, fresh: Pair, scale: float) -> Pair:
-    """Take the first rows of A and columns of B; ranks that dW does not have are fresh."""
-    return _fill(total.a_RI, total.b_OR / scale, fresh)
+def truncate(given: Factors, fresh: Pair, scale: float) -> Pair:
+    """Take the first rows of A and columns of B; ranks that are not given are fresh."""
+    return _fill(given.a_RI, given.b_OR / scale, fresh)
 
 
 def svd_asymmetric(total: Factors, fresh: Pair, scale: float) -> Pair:
@@ -191,12 +235,13 @@ def _fill(a_RI: Array, b_OR: Array, fresh: Pair) -> Pair:
 
 
 RULES: dict[str, Rule] = {
+    "fedex": Rule(fedex, truncate, bounds_rank=True),
     "exact": Rule(exact, is_additive=True),
     "stack": Rule(exact, restarts=True),
-    "svd": Rule(svd, svd_asymmetric),
-    "svd-balanced": Rule(svd, balanced),
-    "zeropad": Rule(zeropad, truncate, needs_whole_model=True, can_prune=True),
-    "fedavg": Rule(fedavg, truncate, needs_equal_ranks=True),
+    "svd": Rule(svd, svd_asymmetric, has_residual=False),
+    "svd-balanced": Rule(svd, balanced, has_residual=False),
+    "zeropad": Rule(zeropad, truncate, has_residual=False, needs_whole_model=True, can_prune=True),
+    "fedavg": Rule(fedavg, truncate, has_residual=False, needs_equal_ranks=True),
 }
 
 

@@ -21,14 +21,16 @@ class ExchangeConfig:
     downlink: Literal["full", "budget"] = "full"
     """`full`: a device is sent all that the others have changed. `budget`: of each weight the
     ranks that say most about what the device lacks; the rest stays on its account for the next
-    round, and `lag` in metrics.jsonl says how much that is. Only with `aggregation: exact`."""
+    round, and `lag` in metrics.jsonl says how much that is. Only with `aggregation: fedex` or
+    `exact`."""
     rank: int | None = None
     """With `downlink: budget`, most ranks of a weight's change that a device is sent in a round;
     None: as many as let all that it sends and gets take 1.5 times the bytes that `aggregation: svd`
     would take for its ranks."""
     codec: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """How the numbers of factors and changes travel. With one of the smaller ones what rounding
-    loses is added to the next round's message, in both directions; only with `aggregation: exact`.
+    loses is added to the next round's message, in both directions; only with
+    `aggregation: fedex` or `exact`.
     A trainable head travels in float32."""
 
     def __post_init__(self) -> None:
@@ -42,12 +44,18 @@ class ExchangeConfig:
         """Whether factors and changes travel whole, and as they are."""
         return self.downlink == "full" and self.codec == "float32"
 
-    def most_ranks(self, own_rank: int) -> int | None:
-        """Return the ranks of a change for a weight with an adapter of *own_rank*; None for all."""
+    def most_ranks(self, own_rank: int, *, is_returned: bool) -> int | None:
+        """Return the ranks of a change for a weight with an adapter of *own_rank*; None for all.
+
+        Args:
+            own_rank: What goes up.
+            is_returned: Whether factors of that rank come down as well.
+        """
         if self.downlink == "full":
             return None
         if self.rank is not None:
             return self.rank
         bytes_per_number = find(self.codec).bytes_per_number
-        ranks = MOST_TIMES_SVD * _SVD_BYTES * own_rank / bytes_per_number - own_rank
+        ranks = MOST_TIMES_SVD * _SVD_BYTES * own_rank / bytes_per_number
+        ranks -= own_rank * (2 if is_returned else 1)
         return max(1, math.floor(ranks))

@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).with_name("presets")
 # Values that are other readings of the same method.
 _ALSO: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("hsplitlora", "planning.split"): ("memory",),
-    ("hsplitlora", "aggregation"): ("stack",),
+    ("hsplitlora", "aggregation"): ("exact", "stack"),
     ("hlora", "planning.ranks"): ("uniform",),
     ("hlora", "aggregation"): ("svd-balanced",),
     ("hetlora", "planning.ranks"): ("uniform",),

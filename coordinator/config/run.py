@@ -179,7 +179,7 @@ class ServeConfig:
     and what it has learned is merged when it comes; see docs/aggregation.md."""
     buffered: BufferedConfig = field(default_factory=BufferedConfig)
     """When that is, with `round_mode: buffered`; `rounds` then counts merges."""
-    aggregation: Aggregation = "exact"
+    aggregation: Aggregation = "fedex"
     """How what the devices learned is joined; see docs/aggregation.md."""
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
     """Which uploads are joined at all, and how much those of a few can do."""
@@ -199,7 +199,9 @@ class ServeConfig:
     weights of its own instead of a file's. Quantised weights take nothing in. See
     docs/aggregation.md."""
     max_rank: int | None = None
-    """Most ranks of each round's update that are kept; None loses nothing."""
+    """Most ranks of a weight that are kept: with `aggregation: fedex` of all that was learned, else
+    of what a round has changed. None: as many as the adapters of a round have together, with the
+    other rules all."""
     min_devices: int = 1
     """Devices that a round needs; the run waits for them."""
     devices_per_round: int | None = None
@@ -290,15 +292,16 @@ class ServeConfig:
         if self.aggregation not in RULES:
             names = ", ".join(RULES)
             raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
-        if not self.exchange.is_plain and self.aggregation != "exact":
+        rule = RULES[self.aggregation]
+        if not self.exchange.is_plain and (rule.restarts or not rule.has_residual):
             raise ValueError(
                 "exchange with another codec than float32 or downlink: budget needs "
-                f"aggregation: exact, got {self.aggregation}"
+                f"aggregation: fedex or exact, got {self.aggregation}"
             )
         if self.screening.method == "trimmed-mean" and self.aggregation == "exact":
             raise ValueError(
                 "screening.method: 'trimmed-mean' needs an aggregation after which all hold the "
-                "same factors: stack, svd, svd-balanced, zeropad or fedavg"
+                "same factors: fedex, stack, svd, svd-balanced, zeropad or fedavg"
             )
         if self.round_mode == "buffered":
             self._check_buffered()

@@ -130,7 +130,7 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
         name, found = next(iter(unequal.items()))
         raise ConfigError(
             f"aggregation: {config.aggregation!r} needs equal ranks, the config gives {found} for "
-            f"{name!r}; use 'exact' or one rank"
+            f"{name!r}; use 'fedex' or one rank"
         )
     if config.training.rank_penalty and not rule.can_prune:
         pruning = " or ".join(repr(name) for name, other in RULES.items() if other.can_prune)
@@ -142,7 +142,7 @@ def check_config(config: ServeConfig, facts: ModelFacts) -> int:
         raise ConfigError(
             f"aggregation: {config.aggregation!r} does not weigh adapters by samples, so every "
             f"device must hold all {facts.layout.num_blocks} blocks, the config gives one {first}; "
-            "use split: all, or 'exact'"
+            "use split: all, or 'fedex'"
         )
     return first
 
@@ -167,7 +167,7 @@ def check_planning(config: ServeConfig, facts: ModelFacts) -> None:
     if planning.ranks == "rngwp":
         raise ConfigError(
             f"planning.ranks: 'rngwp' gives devices unequal ranks, which aggregation "
-            f"{config.aggregation!r} cannot join; use 'exact', or planning.ranks: uniform"
+            f"{config.aggregation!r} cannot join; use 'fedex', or planning.ranks: uniform"
         )
     own = {f"devices.{name}.r": settings.r for name, settings in config.devices.items()}
     own["server_rank"] = config.server_rank
@@ -180,7 +180,7 @@ def check_planning(config: ServeConfig, facts: ModelFacts) -> None:
     if planning.split != "fixed" and len(rank_set := _fixed_ranks(config)) > 1:
         raise ConfigError(
             f"aggregation: {config.aggregation!r} needs equal ranks, the config gives "
-            f"{sorted(rank_set)}, and planning.split decides who holds which block; use 'exact' "
+            f"{sorted(rank_set)}, and planning.split decides who holds which block; use 'fedex' "
             "or one rank"
         )
 

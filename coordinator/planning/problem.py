@@ -392,17 +392,21 @@ class PlanningProblem:
     def residual_rank(self) -> int:
         """Ranks of the frozen residual, once everybody has learned something.
 
-        The sum of everybody's largest ranks, which the joined update cannot exceed; 0 under rules
-        that hand out factors alone. Whoever is frozen now may train later. With an exchange of its
-        own, a device holds its own factors once more as the coordinator knows them, and these times
-        a share of them beside the residual.
+        The sum of everybody's largest ranks, which the joined update cannot exceed, and where all
+        go on with the same factors those as well; 0 under rules that hand out factors alone.
+        Whoever is frozen now may train later. With an exchange of its own, a device holds its own
+        factors once more as the coordinator knows them, and these times a share of them beside
+        the residual.
         """
         if self.frozen:
             return replace(self, frozen={}).residual_rank
-        if RULES[self.config.aggregation].redistribute is not None:
+        rule = RULES[self.config.aggregation]
+        if not rule.has_residual:
             return 0
         most = {device: self._most_rank(device) for device in (SERVER, *self.profiles)}
         total = min(sum(most.values()), max(min(shape) for shape in self.facts.targets.values()))
+        if rule.redistribute is not None:
+            total += max(most.values())
         return total if self.config.exchange.is_plain else total + 2 * max(most.values())
 
     def freezing(self, frozen: Mapping[str, str]) -> PlanningProblem:

@@ -14,7 +14,7 @@ from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
 from coordinator.aggregation.limits import MAX_LEARNED, MAX_NUMBER, exceeds, largest
 from coordinator.aggregation.robust import Robust
-from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.rules import RULES, SERVER
 from coordinator.aggregation.screening import Diverged, Refusals, Screening
 from coordinator.aggregation.spectrum import energy_within
 from coordinator.config.run import ServeConfig
@@ -277,8 +277,9 @@ def _accounts(config: ServeConfig) -> Accounts | None:
     exchange, lora = config.exchange, config.lora
     if exchange.is_plain:
         return None
+    hands_out = RULES[config.aggregation].redistribute is not None
 
     def most_ranks(own_rank: int) -> int | None:
-        return exchange.most_ranks(own_rank or lora.r)
+        return exchange.most_ranks(own_rank or lora.r, is_returned=hands_out)
 
-    return Accounts(exchange.codec, most_ranks, lora.scale)
+    return Accounts(exchange.codec, most_ranks, lora.scale, keeps_all=hands_out)

@@ -12,7 +12,6 @@ Legend: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -28,6 +27,16 @@ Scale = Callable[[str, int], float]
 def moved(known: Pair, change: Pair) -> Pair:
     """Return the factors that a change makes of those that were known."""
     return Pair(*(old + new for old, new in zip(known, change, strict=True)))
+
+
+def change_of(known: Pair, wanted: Pair) -> Pair:
+    """Return what makes *wanted* of the factors that are known."""
+    return Pair(*(new - old for old, new in zip(known, wanted, strict=True)))
+
+
+def read_pair(pair: Pair, codec: str) -> Pair:
+    """Return factors as they are read after they have travelled."""
+    return Pair(*(as_read(array, codec) for array in pair))
 
 
 def received(before: Factors | None, change: Factors, most_rank: int) -> Factors:
@@ -62,16 +71,12 @@ class Known:
 
     def changes(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         """Return what the coordinator is to be told, so that it knows *pairs*."""
-        return {
-            name: Pair(pair.a_RI - self.pairs[name].a_RI, pair.b_OR - self.pairs[name].b_OR)
-            for name, pair in pairs.items()
-        }
+        return {name: change_of(self.pairs[name], pair) for name, pair in pairs.items()}
 
     def told(self, changes: Mapping[str, Pair]) -> None:
         """Note that *changes* are on their way to the coordinator, which reads them coded."""
         for name, change in changes.items():
-            read = Pair(*(as_read(array, self.codec) for array in change))
-            self.pairs[name] = moved(self.pairs[name], read)
+            self.pairs[name] = moved(self.pairs[name], read_pair(change, self.codec))
 
     # ---- down ----
 
@@ -84,6 +89,12 @@ class Known:
         for name, change in changes.items():
             self.received[name] = received(self.received.get(name), change, most_rank)
 
+    def move(self, own: Mapping[str, Pair], moves: Mapping[str, Pair]) -> dict[str, Pair]:
+        """Take in how own factors change; return all of them, with what was not told of *own*."""
+        left = finer(own, self.pairs)
+        self.pairs |= {name: moved(self.pairs[name], move) for name, move in moves.items()}
+        return refined(self.pairs, left)
+
     def residual(self, scale: Scale) -> dict[str, Factors]:
         """Return what completes the own adapters: what was given, less what they add themselves.
 
@@ -92,7 +103,7 @@ class Known:
         found = {}
         for name, given in self.received.items():
             terms = [given]
-            if name in self.pairs:
+            if name in self.pairs and self.kept != 1.0:
                 terms.append(product(name, self.pairs[name], scale, self.kept - 1.0))
             b_OR, a_RI = found[name] = stack(terms)
             rank = given.rank
@@ -129,27 +140,28 @@ def _is(key: str, prefix: str, ending: str) -> bool:
 
 
 def finer(pairs: Mapping[str, Pair], known: Mapping[str, Pair]) -> dict[str, np.ndarray]:
-    """Return own factors for the device's disk, and by which known ones they are recognised."""
-    state = {"known": _digest(known)}
+    """Return own factors for the device's disk, and those that the coordinator knows of them."""
+    state: dict[str, np.ndarray] = {}
     for name, (a_RI, b_OR) in pairs.items():
         state |= {f"finer:{name}.A": a_RI, f"finer:{name}.B": b_OR}
+        state |= {f"told:{name}.A": known[name].a_RI, f"told:{name}.B": known[name].b_OR}
     return state
 
 
 def refined(pairs: Mapping[str, Pair], state: Mapping[str, np.ndarray]) -> dict[str, Pair]:
-    """Return the factors that `finer` has kept for these known *pairs*; without them, these."""
-    names = [f"finer:{name}" for name in pairs]
-    if "known" not in state or any(f"{name}.A" not in state for name in names):
-        return dict(pairs)
-    if not np.array_equal(state["known"], _digest(pairs)):
-        return dict(pairs)
-    return {n: Pair(state[f"finer:{n}.A"], state[f"finer:{n}.B"]) for n in pairs}
+    """Return *pairs* with all that `finer` has kept and the coordinator was not told.
 
-
-def _digest(pairs: Mapping[str, Pair]) -> np.ndarray:
-    found = hashlib.sha256()
-    for name in sorted(pairs):
-        found.update(name.encode())
-        for array in pairs[name]:
-            found.update(np.ascontiguousarray(array, "<f4").tobytes())
-    return np.frombuffer(found.digest(), np.uint8)
+    Factors that are still those it was told of are the own ones to the bit.
+    """
+    found = dict(pairs)
+    for name, pair in pairs.items():
+        if any(f"{kind}:{name}.A" not in state for kind in ("finer", "told")):
+            continue
+        own, told = (
+            Pair(state[f"{kind}:{name}.A"], state[f"{kind}:{name}.B"]) for kind in ("finer", "told")
+        )
+        if all(map(np.array_equal, pair, told)):
+            found[name] = own
+        elif own.a_RI.shape == pair.a_RI.shape:
+            found[name] = moved(pair, change_of(told, own))
+    return found

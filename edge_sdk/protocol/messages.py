@@ -359,7 +359,7 @@ class RoundStart:
 
     Where the run has an `exchange`, U and V are what the device has been given so far (`is_full`),
     or is given now; its residual is all of that, and `kept` - 1 times the product of its factors as
-    the coordinator has them.
+    the coordinator has them. A and B are these factors (`is_full`), or what is added to them.
     """
 
     stamp: Stamp

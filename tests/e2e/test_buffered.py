@@ -39,7 +39,9 @@ def alone(folder: Path, llama: Path, parts: Path, mode: str, labels: str) -> Ser
     """A run of one device to its end."""
     cluster = Cluster(folder / f"{mode}-{labels}", llama, parts, ("a",))
     settings = DeviceSettings(split=2, batch_size=4, micro_batch=2, codec="float32")
-    config = config_of(cluster, round_mode=mode, labels=labels, default=settings)
+    config = config_of(
+        cluster, round_mode=mode, aggregation="exact", labels=labels, default=settings
+    )
     serving = cluster.serve(config).start()
     clients = cluster.start(data=held_out())
     assert serving.wait() == "completed"
@@ -71,6 +73,7 @@ def test_every_sample_is_merged_once(cluster: Cluster, labels: str) -> None:
     config = config_of(
         cluster,
         round_mode="buffered",
+        aggregation="exact",
         buffered=BufferedConfig(size=2),
         devices=DEVICES,
         labels=labels,
@@ -102,7 +105,12 @@ def test_what_was_interrupted_goes_on(cluster: Cluster, one: Path, ends: str) ->
     alone = Cluster(folder, cluster.model, cluster.parts, ("a",))
     settings = DeviceSettings(split=2, batch_size=4, micro_batch=2, codec="float32")
     training = TrainingConfig(learning_rate=1e-2, optimizer="adamw")
-    common: dict[str, Any] = {"round_mode": "buffered", "default": settings, "training": training}
+    common: dict[str, Any] = {
+        "round_mode": "buffered",
+        "aggregation": "exact",
+        "default": settings,
+        "training": training,
+    }
     whole = alone.serve(config_of(alone, **common, name="whole")).start()
     clients = alone.start(data=held_out())
     assert whole.wait() == "completed"
@@ -140,7 +148,9 @@ def test_a_device_that_comes_back_repeats_its_tour(cluster: Cluster, one: Path) 
     folder.mkdir()
     alone, leaving = Cluster(folder, cluster.model, cluster.parts, ("a",)), Leaving()
     settings = DeviceSettings(split=2, batch_size=4, micro_batch=2, codec="float32")
-    serving = alone.serve(config_of(alone, round_mode="buffered", default=settings)).start()
+    serving = alone.serve(
+        config_of(alone, round_mode="buffered", aggregation="exact", default=settings)
+    ).start()
     leaving.client = alone.client("a", sentences(ord("a")), leaving)
 
     assert leaving.client.start().wait(PATIENCE_S)
@@ -162,7 +172,7 @@ class Slow(Callback):
 def test_who_is_too_far_behind_begins_anew(cluster: Cluster) -> None:
     """A device that too many merges have overtaken is told to begin anew, and the run says so."""
     bound = BufferedConfig(size=1, max_staleness=2)
-    config = cluster.config(rounds=12, round_mode="buffered", buffered=bound)
+    config = cluster.config(rounds=12, round_mode="buffered", aggregation="exact", buffered=bound)
     serving = cluster.serve(config).start()
 
     clients = [
@@ -179,7 +189,9 @@ def test_who_is_too_far_behind_begins_anew(cluster: Cluster) -> None:
 
 def test_a_run_of_several_is_stopped_and_goes_on(cluster: Cluster) -> None:
     """What was in the buffer and on its way when a run was stopped is merged when it goes on."""
-    config = config_of(cluster, round_mode="buffered", devices=DEVICES, labels="device")
+    config = config_of(
+        cluster, round_mode="buffered", aggregation="exact", devices=DEVICES, labels="device"
+    )
     serving = cluster.serve(config).stop_at(4).start()
     clients = cluster.start()
     assert serving.wait() == "paused"

@@ -120,6 +120,7 @@ def test_what_devices_measure_is_known_a_round_later(cluster: Cluster, mode: Any
     """
     never = EarlyStoppingConfig(patience_rounds=1, threshold=1e6)
     settings = {"early_stopping": never, "evaluation": EvaluationConfig(), "round_mode": mode}
+    settings["aggregation"] = "exact"
 
     serving = complete(cluster, config_of(cluster, **settings), data=held_out())
 

@@ -27,7 +27,7 @@ def stopped(tmp_path: Path) -> Path:
 def test_a_run_of_the_first_release_goes_on(stopped: Path, parts: Path) -> None:
     """Its checkpoints, coordinator's and devices', lead to the end of an uninterrupted run."""
     cluster = Cluster(stopped, stopped / "model", parts)
-    config = config_of(cluster, labels="device")
+    config = config_of(cluster, labels="device", aggregation="exact")
     resumed = cluster.serve(config).start()
     clients = cluster.start(data=held_out())
     assert resumed.wait() == "completed"
@@ -35,7 +35,7 @@ def test_a_run_of_the_first_release_goes_on(stopped: Path, parts: Path) -> None:
     (stopped / "whole").mkdir()
     other = Cluster(stopped / "whole", stopped / "model", parts)
 
-    expected = complete(other, config_of(other, labels="device"))
+    expected = complete(other, config_of(other, labels="device", aggregation="exact"))
 
     assert [row["round"] for row in resumed.rows] == [0, 1, 2]
     # All three steps of each device count: none of them came without its state.

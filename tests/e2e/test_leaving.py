@@ -218,7 +218,12 @@ def test_without_a_barrier_who_leaves_goes_on_with_its_tour(cluster: Cluster, la
     """A device that leaves in the middle of its tour repeats no step of it when it is back."""
     own = {"a": DeviceSettings(split=2, micro_batch=2)}
     config = cluster.config(
-        devices=own, min_devices=1, steps_per_round=STEPS, labels=labels, round_mode="buffered"
+        devices=own,
+        min_devices=1,
+        steps_per_round=STEPS,
+        labels=labels,
+        round_mode="buffered",
+        aggregation="exact",
     )
     trap = Counted()
     serving = cluster.serve(config, trap=trap).start()

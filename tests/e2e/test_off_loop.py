@@ -60,7 +60,7 @@ def test_the_loop_plans_nothing(cluster: Cluster, threads: dict[str, set[int]]) 
 @pytest.mark.parametrize("mode", ["synchronous", "buffered"])
 def test_the_loop_saves_nothing(cluster: Cluster, threads: dict[str, set[int]], mode: str) -> None:
     """At the start, after rounds, when it stops and when it goes on, in both kinds of rounds."""
-    config = cluster.config(round_mode=mode)
+    config = cluster.config(round_mode=mode, aggregation="exact")
     serving = cluster.serve(config).stop_at(4).start()
     clients = cluster.start()
 

@@ -55,7 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "svd": {"aggregation": "svd"},
     "fedavg": {"aggregation": "fedavg"},
     "zeropad": {"aggregation": "zeropad", "default": DeviceSettings(split="all", batch_size=4)},
-    "buffered": {"round_mode": "buffered"},
+    "buffered": {"round_mode": "buffered", "aggregation": "exact"},
 }
 
 
@@ -194,7 +194,9 @@ def test_a_merge_goes_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) ->
         return merge(self, version, **how)
 
     monkeypatch.setattr(BufferedModel, "merge", merged)
-    serving = cluster.serve(cluster.config(round_mode="buffered", rounds=3)).start()
+    serving = cluster.serve(
+        cluster.config(round_mode="buffered", aggregation="exact", rounds=3)
+    ).start()
     clients = cluster.start()
 
     assert serving.wait() == "completed"

@@ -37,7 +37,7 @@ def state_of(start: Start) -> str:
 @pytest.mark.parametrize("mode", ["synchronous", "buffered"])
 def test_a_stopped_run_leaves_what_it_has(cluster: Cluster, mode: Any) -> None:
     """Stopped after the round: that is evaluated by all, and everybody hears of the end."""
-    serving = cluster.serve(cluster.config(rounds=5000, round_mode=mode))
+    serving = cluster.serve(cluster.config(rounds=5000, round_mode=mode, aggregation="exact"))
     serving.trap.on_row = lambda row: (
         serving.coordinator.ask(Wish("stop", after_round=True)) if row["round"] == 1 else None
     )

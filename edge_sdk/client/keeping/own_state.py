@@ -127,7 +127,12 @@ class OwnState:
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
         pairs = {n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own}
         if self._known is not None:
-            state.adapters.load_pairs(refined(pairs, left))
+            own_pairs = (
+                refined(pairs, left)
+                if start.is_full
+                else self._known.move(state.adapters.pairs(), pairs)
+            )
+            state.adapters.load_pairs(own_pairs)
             state.set_residual(self._given(self._known, start, pairs, residual))
         else:
             state.adapters.load_pairs(pairs)

@@ -9,9 +9,9 @@ import pytest
 
 from coordinator.aggregation.accounts import Accounts
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
-from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.rules import RULES, SERVER
 from edge_sdk.lora.adapters import Pair
-from edge_sdk.lora.exchange import Known, moved
+from edge_sdk.lora.exchange import Known, moved, read_pair
 from edge_sdk.lora.factors import Factors
 from edge_sdk.lora.targets import LoraConfig, ModelFacts, Shape
 from edge_sdk.model.layout import Layout
@@ -38,10 +38,17 @@ def dense(term: Factors) -> np.ndarray:
 class Run:
     """Devices that hold everything, and their coordinator."""
 
-    def __init__(self, codec: str = "int8", rank: int | None = 2, ranks: Mapping[str, int] = RANKS):
+    def __init__(
+        self,
+        codec: str = "int8",
+        rank: int | None = 2,
+        ranks: Mapping[str, int] = RANKS,
+        rule: str = "exact",
+    ):
         self.facts, self.ranks = make_facts(), ranks
-        self.accounts = Accounts(codec, lambda _: rank, LORA.scale)
-        self.ledger = Ledger(self.facts, LORA, "exact", None, 0, self.accounts)
+        keeps_all = RULES[rule].redistribute is not None
+        self.accounts = Accounts(codec, lambda _: rank, LORA.scale, keeps_all=keeps_all)
+        self.ledger = Ledger(self.facts, LORA, rule, None, 0, self.accounts)
         self.draw = np.random.default_rng(0)
         self.known = {name: Known(codec) for name in ranks}
         self.own: dict[str, dict[str, Pair]] = {}
@@ -56,7 +63,7 @@ class Run:
         assert self.ledger.accounts is not None
         given = self.ledger.accounts.open(name, weights, self.ledger.totals, self.own[name])
         self.known[name].begin(self.own[name], given)
-        self.known[name].kept = self.ledger.accounts.kept.get(name, 0.0)
+        self.known[name].kept = self.ledger.accounts.kept(name)
 
     def round(self, *members: str, step: float = 0.1) -> RoundResult:
         """Let *members* train, and give them something of what comes of it."""
@@ -67,19 +74,24 @@ class Run:
             changes = self.known[name].changes(own)
             self.known[name].told(changes)
             codec = self.known[name].codec
-            read = {n: Pair(*(as_read(x, codec) for x in c)) for n, c in changes.items()}
+            read = {n: read_pair(change, codec) for n, change in changes.items()}
             pairs = {n: moved(self.ledger.pairs[name][n], change) for n, change in read.items()}
             reports[name] = Report(1, SAMPLES[name], pairs)
         result = self.ledger.aggregate(reports)
         assert (accounts := self.ledger.accounts) is not None
-        most = accounts.most_rank(self.ledger.totals, self.facts.targets)
+        self.server = self.ledger.pairs[SERVER]
         for name in members:
+            pairs = self.ledger.pairs[name]
+            most = accounts.most_rank(self.ledger.totals, self.facts.targets, pairs)
+            moves = result.handouts[name].moves
+            read = {n: read_pair(move, accounts.codec) for n, move in moves.items()}
+            self.own[name] = self.known[name].move(self.own[name], read)
             changes_read = {
                 n: Factors(*(as_read(x, accounts.codec) for x in change))
                 for n, change in result.handouts[name].changes.items()
             }
             self.known[name].add(changes_read, most)
-            self.known[name].kept = accounts.kept[name]
+            self.known[name].kept = accounts.kept(name)
         return result
 
     def _trained(self, pair: Pair, step: float) -> Pair:
@@ -99,10 +111,14 @@ class Run:
         return float(np.sqrt(lacks / size))
 
 
+BOTH = pytest.mark.parametrize("rule", ["exact", "fedex"])
+
+
+@BOTH
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
-def test_a_device_has_what_its_account_says(codec: str) -> None:
+def test_a_device_has_what_its_account_says(codec: str, rule: str) -> None:
     """Round for round both sides hold the same bits, and the lag is what the result states."""
-    run = Run(codec)
+    run = Run(codec, rule=rule)
 
     for _ in range(5):
         result = run.round(*RANKS)
@@ -120,9 +136,10 @@ def test_a_device_has_what_its_account_says(codec: str) -> None:
             assert result.handouts[name].lag > 0.01
 
 
-def test_nothing_is_lost() -> None:
+@BOTH
+def test_nothing_is_lost(rule: str) -> None:
     """When nobody learns any more, what devices lack comes round by round, until they have all."""
-    run = Run()
+    run = Run(rule=rule)
     run.round(*RANKS, step=0.5)
     run.round(*RANKS, step=0.5)
     first = run.lag("a")
@@ -137,9 +154,10 @@ def test_nothing_is_lost() -> None:
             assert run.ledger.pairs[name][weight].b_OR == pytest.approx(pair.b_OR, abs=1e-5)
 
 
-def test_room_for_all_lacks_nothing() -> None:
+@BOTH
+def test_room_for_all_lacks_nothing(rule: str) -> None:
     """In float32, without a budget, a device has dW itself."""
-    run = Run("float32", None)
+    run = Run("float32", None, rule=rule)
 
     for _ in range(4):
         run.round(*RANKS)
@@ -147,22 +165,25 @@ def test_room_for_all_lacks_nothing() -> None:
         assert all(run.lag(name) < 2e-6 for name in RANKS)
 
 
-def test_what_was_given_has_as_many_ranks_as_dw() -> None:
+@BOTH
+def test_what_was_given_has_as_many_ranks_as_dw(rule: str) -> None:
     """An account does not grow from round to round."""
-    run = Run(rank=6)
+    run = Run(rank=6, rule=rule)
 
     for _ in range(8):
         run.round(*RANKS)
 
     most = max(total.rank for total in run.ledger.totals.values())
     assert most <= min(sum(RANKS.values()) + 2, 17)
-    for given in run.accounts.given.values():
-        assert all(factors.rank <= most for factors in given.values())
+    for name, given in run.accounts.given.items():
+        own = RANKS[name] if rule == "fedex" else 0
+        assert all(factors.rank <= most + own for factors in given.values())
 
 
-def test_who_missed_a_round_begins_with_everything() -> None:
+@BOTH
+def test_who_missed_a_round_begins_with_everything(rule: str) -> None:
     """A device that comes back, or comes late, lacks nothing, and goes on as the others do."""
-    run = Run()
+    run = Run(rule=rule)
     run.round("a", "b", step=0.5)
     run.round("a", step=0.5)
     assert "b" not in run.accounts.given
@@ -175,9 +196,10 @@ def test_who_missed_a_round_begins_with_everything() -> None:
     assert run.lag("b") == pytest.approx(result.handouts["b"].lag, rel=1e-3)
 
 
-def test_another_plan_begins_with_everything() -> None:
+@BOTH
+def test_another_plan_begins_with_everything(rule: str) -> None:
     """Where a smaller rank drops something of the own factors, it is given at once."""
-    run = Run()
+    run = Run(rule=rule)
     run.round(*RANKS, step=0.5)
 
     run.ranks = {**RANKS, "c": 2}
@@ -186,15 +208,16 @@ def test_another_plan_begins_with_everything() -> None:
     assert run.lag("c") < 1e-5
 
 
-def test_restored_accounts_go_on_with_the_same_bits() -> None:
+@BOTH
+def test_restored_accounts_go_on_with_the_same_bits(rule: str) -> None:
     """state() and load_state() make accounts that are the same, and stay it."""
-    one, two = Run(), Run()
+    one, two = Run(rule=rule), Run(rule=rule)
     for run in (one, two):
         run.round(*RANKS)
-    accounts = Accounts("int8", lambda _: 2, LORA.scale)
-    restored = Ledger(two.facts, LORA, "exact", None, 0, accounts)
+    accounts = Accounts("int8", lambda _: 2, LORA.scale, keeps_all=rule == "fedex")
+    restored = Ledger(two.facts, LORA, rule, None, 0, accounts)
     restored.load_state(two.ledger.state())
-    two.ledger = restored
+    two.ledger, two.server = restored, restored.pairs[SERVER]
 
     for run in (one, two):
         run.round("a", "c")
@@ -205,9 +228,10 @@ def test_restored_accounts_go_on_with_the_same_bits() -> None:
     assert any(key.startswith("given:a:") for key in first)
 
 
-def test_a_round_that_fails_leaves_the_accounts_alone() -> None:
+@BOTH
+def test_a_round_that_fails_leaves_the_accounts_alone(rule: str) -> None:
     """What raises an error has given nothing to anybody."""
-    run = Run()
+    run = Run(rule=rule)
     run.round(*RANKS)
     before = run.ledger.state()
     bad = {n: Pair(p.a_RI * np.float32(np.inf), p.b_OR) for n, p in run.ledger.pairs["a"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.coordinator.aggregation.test_rules import (
     SEEDS,
     SHAPE,
     dense,
+    progress,
     random_contributions,
     random_pair,
 )
@@ -117,6 +119,55 @@ def test_zeropad_is_the_papers_formula(ranks: list[int], seed: int) -> None:
         pair = truncate(update.total, fresh(rank), 2.0)
         np.testing.assert_allclose(pair.a_RI, mean_a[:rank], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(2 * pair.b_OR, mean_b[:, :rank], rtol=1e-5, atol=1e-5)
+
+
+@given(RANKS, SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_fedex_is_the_mean_and_what_it_misses(ranks: list[int], seed: int) -> None:
+    """DW grows by the mean of the products; each rank goes on as the mean over those that have it.
+
+    With equal ranks these means are those of `fedavg`, as the paper has them.
+    """
+    contributions = random_contributions(ranks, seed)
+
+    update = RULES["fedex"].join(contributions, SHAPE, None)
+
+    assert update.change is not None
+    assert update.shared is not None
+    change = progress(contributions)
+    assert np.linalg.norm(update.change.dense() - change) <= 1e-6 * np.linalg.norm(change)
+    for rank in range(max(ranks)):
+        holders = [c for c in contributions.values() if c.after.a_RI.shape[0] > rank]
+        total = sum(c.share for c in holders)
+        row = sum(c.share / total * c.after.a_RI[rank].astype(np.float64) for c in holders)
+        column = sum(c.share / total * c.scale * c.after.b_OR[:, rank] for c in holders)
+        np.testing.assert_allclose(update.shared.a_RI[rank], row, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(update.shared.b_OR[:, rank], column, rtol=1e-5, atol=1e-5)
+    if len(set(ranks)) == 1:
+        means = fedavg(contributions, SHAPE, None).total
+        assert means is not None
+        for factor, mean in zip(update.shared, means, strict=True):
+            np.testing.assert_allclose(factor, mean, rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_equal_beginnings_count_as_often_as_there_are(num: int, rank: int, seed: int) -> None:
+    """Where all, or some, have begun with the same factors the change is what it was."""
+    drawn = random_contributions([rank] * num, seed)
+    first = min(drawn)
+    for same in (drawn.keys(), list(drawn)[::2]):
+        contributions = {
+            name: replace(c, before=drawn[first].before) if name in same else c
+            for name, c in drawn.items()
+        }
+
+        update = RULES["exact"].join(contributions, SHAPE, None)
+
+        assert update.change is not None
+        expected = progress(contributions)
+        error = np.linalg.norm(update.change.dense() - expected)
+        assert error <= 1e-6 * np.linalg.norm(expected)
 
 
 @given(RANKS, SEEDS)

@@ -165,11 +165,17 @@ def test_each_sample_counts_once_in_every_block() -> None:
 MEMBERS = st.lists(st.sets(st.sampled_from(sorted(SPLITS)), min_size=1), min_size=1, max_size=6)
 
 
+ALL_RANKS = 9
+"""As many as a weight of `SHAPES` can have, and more."""
+KEEPING_ALL = pytest.mark.parametrize(("rule", "most"), [("exact", None), ("fedex", ALL_RANKS)])
+
+
+@KEEPING_ALL
 @given(MEMBERS)
 @settings(deadline=None, max_examples=25)
-def test_everybody_always_holds_dw(attendance: list[set[str]]) -> None:
-    """With `exact`, after every round residual and own adapter make dW, whoever missed which."""
-    simulation = Simulation()
+def test_everybody_always_holds_dw(rule: str, most: int | None, attendance: list[set[str]]) -> None:
+    """After every round residual and own adapter make dW, whoever missed which."""
+    simulation = Simulation(rule, max_rank=most)
 
     for members in attendance:
         simulation.round(members)
@@ -182,12 +188,13 @@ def test_everybody_always_holds_dw(attendance: list[set[str]]) -> None:
         simulation.check(name, holder)
 
 
-def test_a_restored_ledger_goes_on_with_the_same_bits() -> None:
+@pytest.mark.parametrize("rule", ["exact", "fedex"])
+def test_a_restored_ledger_goes_on_with_the_same_bits(rule: str) -> None:
     """state() and load_state() make a ledger that is the same, and stays it."""
-    one, two = Simulation(), Simulation()
+    one, two = Simulation(rule), Simulation(rule)
     for simulation in (one, two):
         simulation.round({"one", "two"}, {"one": {"score.weight": np.ones(3, np.float32)}})
-    restored = Ledger(two.facts, LORA, "exact", None, seed=0)
+    restored = Ledger(two.facts, LORA, rule, None, seed=0)
     restored.load_state(two.ledger.state())
     two.ledger = restored
 
@@ -198,6 +205,22 @@ def test_a_restored_ledger_goes_on_with_the_same_bits() -> None:
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)
     assert "head:score.weight" in first
+
+
+@pytest.mark.parametrize("rule", ["fedex", "stack", "svd"])
+def test_what_all_share_is_saved_once(rule: str) -> None:
+    """However many devices there are, a checkpoint has no factors of each of them."""
+    simulation = Simulation(rule)
+    simulation.round(set(SPLITS))
+
+    state = simulation.ledger.state()
+
+    assert not [key for key in state if key.startswith("pair:")]
+    restored = Ledger(simulation.facts, LORA, rule, None, seed=0)
+    restored.load_state(state)
+    for name, pairs in simulation.ledger.pairs.items():
+        for weight, pair in pairs.items():
+            assert all(map(np.array_equal, pair, restored.pairs[name][weight]))
 
 
 def test_the_order_of_reports_changes_no_bit() -> None:
@@ -241,7 +264,59 @@ def test_fedavg_makes_everybody_equal(attendance: list[set[str]]) -> None:
             assert not simulation.ledger.residuals(name, simulation.wanted(name))
 
 
-@pytest.mark.parametrize("rule", ["exact", "stack"])
+@given(MEMBERS)
+@settings(deadline=None, max_examples=25)
+def test_fedex_lets_all_go_on_with_the_same(attendance: list[set[str]]) -> None:
+    """Members of a round begin it with the first ranks of the same factors, late or absent before.
+
+    The scale stands with the ranks of each: s B is the same.
+    """
+    simulation = Simulation("fedex", max_rank=ALL_RANKS)
+
+    for members in attendance:
+        simulation.begin(members)
+        for weight in simulation.facts.targets:
+            shared = simulation.ledger.shared.get(weight)
+            for name in members:
+                if shared is None or weight not in simulation.holders[name].pairs:
+                    continue
+                pair = simulation.holders[name].pairs[weight]
+                rank = min(simulation.ranks[name], shared.rank)
+                scale = LORA.scale(weight, simulation.ranks[name])
+                np.testing.assert_array_equal(pair.a_RI[:rank], shared.a_RI[:rank])
+                np.testing.assert_allclose(
+                    pair.b_OR[:, :rank] * scale, shared.b_OR[:, :rank], rtol=1e-6
+                )
+                assert not pair.b_OR[:, rank:].any()
+        simulation.round(members)
+
+
+def test_fedex_bounds_the_ranks_of_dw_and_says_what_that_costs() -> None:
+    """Round for round dW has the ranks of that round's adapters at most, and is else the sum."""
+    simulation = Simulation("fedex", {"one": 1, "two": 1, "four": 1, SERVER: 1})
+    roomy = Simulation("fedex", {"one": 1, "two": 1, "four": 1, SERVER: 1}, max_rank=ALL_RANKS)
+
+    simulation.round(set(SPLITS))
+    for _ in range(3):
+        before = {n: f.dense() for n, f in simulation.ledger.totals.items()}
+        result = simulation.round(set(SPLITS))
+
+        roomy.round(set(SPLITS))
+        assert 0.0 < result.cut_error < 1.0
+        for weight, total in simulation.ledger.totals.items():
+            holders = sum(SPLITS[n] > simulation.facts.block_of(weight) for n in SPLITS)
+            assert total.rank <= holders + 1
+            change = total.dense() - before[weight]
+            assert result.changes[weight].dense() == pytest.approx(change, abs=1e-5)
+    for name, holder in simulation.holders.items():
+        for weight in simulation.weights(name):
+            total = _dense(simulation.ledger.totals[weight])
+            error = np.linalg.norm(holder.dense(weight) - total)
+            assert error <= 3e-6 * np.linalg.norm(total)
+    assert max(total.rank for total in roomy.ledger.totals.values()) > 4
+
+
+@pytest.mark.parametrize("rule", ["exact", "fedex", "stack"])
 def test_a_changed_plan_changes_nothing_of_dw(rule: str) -> None:
     """Other ranks and other cuts in the middle of a run: everybody still holds dW, to 1e-6."""
     simulation = Simulation(rule)
@@ -389,7 +464,7 @@ def test_enrolling_again_gives_the_same_factors() -> None:
     assert not other["h.0.attn"].b_OR.any()
 
 
-@pytest.mark.parametrize("rule", ["exact", "svd", "stack", "zeropad"])
+@pytest.mark.parametrize("rule", ["exact", "fedex", "svd", "stack", "zeropad"])
 @pytest.mark.parametrize("number", [float("nan"), 3.3e38])
 def test_an_aggregation_that_fails_changes_nothing(rule: str, number: float) -> None:
     """Whatever is raised, the ledger goes on as if the round had not been joined."""

@@ -125,7 +125,7 @@ def test_fedavg_refuses_unequal_ranks() -> None:
     """Means of factors of different ranks have no meaning; the error says what does."""
     contributions = random_contributions([2, 3], seed=0)
 
-    with pytest.raises(ConfigError, match=r"equal ranks, got \[2, 3\]; use 'exact'"):
+    with pytest.raises(ConfigError, match=r"equal ranks, got \[2, 3\]; use 'fedex'"):
         fedavg(contributions, SHAPE, None)
 
 

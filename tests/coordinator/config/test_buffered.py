@@ -17,6 +17,7 @@ from coordinator.config.run import DeviceSettings, ServeConfig
     ("settings", "says"),
     [
         ({"aggregation": "fedavg"}, "needs aggregation: exact"),
+        ({"aggregation": "fedex"}, "needs aggregation: exact"),
         ({"aggregation": "stack"}, "needs aggregation: exact"),
         ({"round_deadline_s": 5.0}, "no round has an end"),
         ({"trained_by": "coordinator"}, "trained_by has none"),
@@ -30,7 +31,7 @@ from coordinator.config.run import DeviceSettings, ServeConfig
 def test_what_needs_everybody_at_once_is_refused(settings: dict[str, Any], says: str) -> None:
     """A setting that counts on rounds that end together is named, with what to do."""
     with pytest.raises(ValueError, match=says) as caught:
-        ServeConfig(model="m", round_mode="buffered", **settings)
+        ServeConfig(model="m", round_mode="buffered", **{"aggregation": "exact"} | settings)
 
     assert "\n" not in str(caught.value)
 
@@ -46,4 +47,6 @@ def test_plans_that_stay_are_taken() -> None:
     """Planning before the run is no trouble, where it does not go on."""
     planning = PlanningConfig(split="armsc", replan=False)
 
-    assert ServeConfig(model="m", round_mode="buffered", planning=planning).rounds == 10
+    config = ServeConfig(model="m", round_mode="buffered", aggregation="exact", planning=planning)
+
+    assert config.rounds == 10

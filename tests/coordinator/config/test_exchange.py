@@ -13,23 +13,26 @@ from edge_sdk.protocol.codecs import find
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rank", [1, 2, 4, 16])
-def test_the_default_budget_keeps_within_its_bytes(codec: Any, rank: int) -> None:
-    """Factors up and a change down take at most 1.5 times what `svd` takes up and down."""
+@pytest.mark.parametrize("is_returned", [False, True])
+def test_the_default_budget_keeps_within_its_bytes(
+    codec: Any, rank: int, is_returned: bool
+) -> None:
+    """Factors up, or up and down, and a change take at most 1.5 times what `svd` takes."""
     config = ExchangeConfig(codec=codec, downlink="budget")
 
-    ranks = config.most_ranks(rank)
+    ranks = config.most_ranks(rank, is_returned=is_returned)
 
     assert ranks is not None
-    per_number = find(codec).bytes_per_number
-    assert (rank + ranks) * per_number <= 1.5 * 8.0 * rank < (rank + ranks + 1) * per_number
+    per_number, moved = find(codec).bytes_per_number, rank * (1 + is_returned) + ranks
+    assert moved * per_number <= 1.5 * 8.0 * rank < (moved + 1) * per_number
 
 
 def test_full_has_no_budget() -> None:
     """All ranks travel, in whatever codec; and the default is what it was."""
-    assert ExchangeConfig(codec="int8").most_ranks(4) is None
+    assert ExchangeConfig(codec="int8").most_ranks(4, is_returned=True) is None
     assert ExchangeConfig().is_plain
     assert not ExchangeConfig(codec="int8").is_plain
-    assert ExchangeConfig(downlink="budget", rank=3).most_ranks(4) == 3
+    assert ExchangeConfig(downlink="budget", rank=3).most_ranks(4, is_returned=True) == 3
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,6 @@ def test_a_mistake_is_one_line(settings: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize("aggregation", ["svd", "zeropad", "fedavg", "stack"])
 def test_other_rules_are_refused(aggregation: Any) -> None:
-    """They replace the factors that an account would complete."""
-    with pytest.raises(ValueError, match=f"aggregation: exact, got {aggregation}"):
+    """They begin anew, or replace what an account would complete."""
+    with pytest.raises(ValueError, match=f"aggregation: fedex or exact, got {aggregation}"):
         ServeConfig(model="m", aggregation=aggregation, exchange=ExchangeConfig(codec="int8"))

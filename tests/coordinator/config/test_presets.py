@@ -21,13 +21,13 @@ from tests.tiny import BLOCKS, layout_of, make_config
 
 # Split of a device, aggregation, who sees the labels, who trains what: as in docs/presets.md.
 TABLE: dict[str, tuple[Any, ...]] = {
-    "hsplitlora": ("armsc", "exact", "device", "devices", "adapters"),
+    "hsplitlora": ("armsc", "fedex", "device", "devices", "adapters"),
     "splitlora": (3, "fedavg", "server", "devices", "adapters"),
     "hlora": (BLOCKS, "svd", "device", "devices", "adapters"),
     "hetlora": (BLOCKS, "zeropad", "device", "devices", "adapters"),
     "fedlora": (BLOCKS, "fedavg", "device", "devices", "adapters"),
-    "cenlora": (None, "exact", "device", "coordinator", "adapters"),
-    "ft": (None, "exact", "device", "coordinator", "all"),
+    "cenlora": (None, "fedex", "device", "coordinator", "adapters"),
+    "ft": (None, "fedex", "device", "coordinator", "all"),
 }
 
 
@@ -128,7 +128,11 @@ def test_what_the_method_leaves_open_is_the_user_s(preset: str, settings: list[s
         ("fedlora", "planning.ranks=uniform", "planning.ranks must be 'fixed' with preset"),
         ("splitlora", "labels=device", "labels must be 'server' with preset 'splitlora'"),
         ("splitlora", "devices.a.split=all", "devices.a.split must not be 'all' with preset"),
-        ("hsplitlora", "aggregation=fedavg", "aggregation must be 'exact' or 'stack' with preset"),
+        (
+            "hsplitlora",
+            "aggregation=fedavg",
+            "aggregation must be 'fedex' or 'exact' or 'stack' with preset",
+        ),
         ("cenlora", "pooled.trains=all", "pooled.trains must be 'adapters' with preset 'cenlora'"),
         ("ft", "trained_by=devices", "trained_by must be 'coordinator' with preset 'ft'"),
         ("hlra", "rounds=3", "preset must be .* got 'hlra'; did you mean 'hlora'"),

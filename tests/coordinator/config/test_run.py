@@ -90,7 +90,7 @@ def test_the_choices_of_aggregation_are_the_rules() -> None:
     assert str(refused.value) == (
         f"override aggregation: aggregation must be {names}, got 'zeropat'; did you mean 'zeropad'?"
     )
-    with pytest.raises(ValueError, match="aggregation must be one of exact, stack"):
+    with pytest.raises(ValueError, match="aggregation must be one of fedex, exact, stack"):
         ServeConfig(model="m", aggregation="zeropat")
 
 

@@ -30,5 +30,6 @@ def test_a_trimmed_mean_needs_common_factors() -> None:
     trimmed = ScreeningConfig(method="trimmed-mean")
 
     with pytest.raises(ValueError, match="'trimmed-mean' needs an aggregation after which"):
-        ServeConfig(model="m", screening=trimmed)
-    assert ServeConfig(model="m", screening=trimmed, aggregation="svd").screening is trimmed
+        ServeConfig(model="m", screening=trimmed, aggregation="exact")
+    for rule in ("fedex", "svd"):
+        assert ServeConfig(model="m", screening=trimmed, aggregation=rule).screening is trimmed

@@ -103,7 +103,7 @@ def test_equal_ranks_where_the_rule_needs_them(llama: tuple[ModelFacts, ModelSha
         (
             {"ranks": "rngwp"},
             {"aggregation": "fedavg"},
-            r"planning.ranks: 'rngwp' .*'fedavg' cannot join; use 'exact', or .*uniform",
+            r"planning.ranks: 'rngwp' .*'fedavg' cannot join; use 'fedex', or .*uniform",
         ),
         (
             {"ranks": "uniform"},

@@ -89,6 +89,7 @@ FORMS = {
     f"{labels}-buffered": {
         "labels": labels,
         "round_mode": "buffered",
+        "aggregation": "exact",
         "buffered": BufferedConfig(size=2),
     }
     for labels in ("server", "device")

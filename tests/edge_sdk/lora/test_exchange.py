@@ -87,11 +87,30 @@ def test_a_restored_device_knows_the_same() -> None:
 
 
 def test_own_factors_are_found_again_by_what_is_known_of_them() -> None:
-    """After an upload a device's finer factors wait on its disk for these known ones, no others."""
+    """After an upload a device's finer factors wait on its disk for these known ones."""
     known, own = {"w": pair(0)}, {"w": pair(2)}
     state = finer(own, known)
 
     np.testing.assert_array_equal(refined(known, state)["w"].a_RI, own["w"].a_RI)
-    other = {"w": pair(4)}
-    assert refined(other, state)["w"] is other["w"]
     assert refined(known, {})["w"] is known["w"]
+    smaller = {"w": pair(4, rank=1)}
+    assert refined(smaller, state)["w"] is smaller["w"]
+
+
+def test_what_was_not_told_is_added_to_other_factors() -> None:
+    """A device that is moved keeps what rounding has left out, at once or back from its disk."""
+    known, own, move = known_of(), {"w": pair(10)}, {"w": pair(20)}
+    known.told(known.changes(own))
+    told = known.pairs["w"]
+    state = finer(own, known.pairs)
+
+    found = known.move(own, move)
+
+    for factor, now, was, fine, step in zip(
+        found["w"], known.pairs["w"], told, own["w"], move["w"], strict=True
+    ):
+        np.testing.assert_array_equal(now, was + step)
+        np.testing.assert_array_equal(factor, now + (fine - was))
+        assert (fine != was).any()
+    back = refined(known.pairs, state)
+    assert all(map(np.array_equal, back["w"], found["w"]))

@@ -44,6 +44,7 @@ def run(tmp_path: Path, llama: Path) -> Any:
             rounds=6,
             steps_per_round=STEPS,
             round_mode=mode,
+            aggregation="exact",
             default=DeviceSettings(split=2, batch_size=BATCH, micro_batch=2, codec="float32"),
             lora=LoraConfig(r=4, lora_alpha=8),
             training=TrainingConfig(learning_rate=1e-2),
