@@ -1,6 +1,7 @@
 """What a sceptic would ask: plain PEFT against one, three and eight devices, on the same batches.
 
     python benchmarks/against_peft.py [--rounds 10] [--steps 3] [--repeats 3] [--fleets 1 3 8]
+        [--rates 2e-3 8e-3]
 
 Our base model, LoRA r = 8 on all linear layers, AdamW, --batch sequences a step in each
 arrangement: a device has its share of them. Aggregation `fedex`. Coordinator and devices are the
@@ -11,7 +12,8 @@ repeat runs every arrangement and plain PEFT on its batches, in turn.
 Time and CPU time count from the start of the first round to the end of the last one; what comes
 before and after (imports, model, data; export, goodbye) is the column `start and end`. Bytes are
 those of all links, both ways, rounds after the first. The loss is the mean per token on --dev
-references that nobody has trained on, computed by PEFT itself with the adapter that each has left.
+references that nobody has trained on, computed by PEFT itself with the adapter that each has left;
+with several --rates each stands beside the other at every rate, and at the best of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +39,7 @@ from report import header, save, table
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "base"
 SHARED = ROOT.parent / "shared" / "data" / "e2e"
-RANK, ALPHA, RATE, SEED = 8, 16, 2e-3, 0
+RANK, ALPHA, SEED = 8, 16, 0
 # Blocks of the devices, of eight; three in the mean.
 SPLITS = {1: (3,), 2: (2, 4), 3: (2, 3, 4), 4: (2, 2, 4, 4), 8: (2, 2, 3, 3, 3, 3, 4, 4)}
 # Seconds between two looks at the processes, and until a run counts as stuck.
@@ -154,7 +157,7 @@ def plain(folder: Path, out: Path, devices: int, options: argparse.Namespace) ->
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     model = peft.get_peft_model(whole, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
     cpu_s, wall_s = time.process_time(), time.monotonic()
     for step in range(options.rounds * options.steps):
         chosen = [
@@ -303,7 +306,11 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "steps_per_round": options.steps,
         "aggregation": "fedex",
         "lora": {"r": RANK, "lora_alpha": ALPHA},
-        "training": {"learning_rate": RATE, "lr_scheduler_type": "constant", "seed": SEED},
+        "training": {
+            "learning_rate": options.rate,
+            "lr_scheduler_type": "constant",
+            "seed": SEED,
+        },
         "evaluation": {"on_devices": False},
     }
 
@@ -346,7 +353,7 @@ def bytes_a_sample(rows: list[dict[str, Any]], options: argparse.Namespace) -> f
 
 def role(name: str, folder: Path, options: argparse.Namespace, **more: object) -> Any:
     """Run this file as another process in a role; returns what it prints."""
-    same = {key: getattr(options, key) for key in ("rounds", "steps", "batch")}
+    same = {key: getattr(options, key) for key in ("rounds", "steps", "batch", "rate")}
     flags = [f"--{key}={value}" for key, value in {**same, **more}.items()]
     command = [sys.executable, __file__, f"--role={name}", f"--folder={folder}", *flags]
     quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
@@ -358,33 +365,34 @@ def role(name: str, folder: Path, options: argparse.Namespace, **more: object) -
 
 def measure(options: argparse.Namespace) -> str:
     """Run everything and return the report."""
-    found: dict[tuple[int, bool], list[Found]] = {}
-    adapters: dict[tuple[int, bool], str] = {}
+    found: Runs = {}
+    adapters: dict[tuple[int, bool, float], str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "cache").mkdir()
         samples = options.rounds * options.steps * options.batch
         data = write_data(folder, samples, options.dev)
         floor = role("imports", folder, options)["peak_bytes"]
-        for repeat in range(options.repeats):
-            for devices in options.fleets:
-                out = folder / f"run-{devices}-{repeat}"
-                split = run_fleet(folder, out, devices, options)
-                whole = run_plain(folder, folder / f"plain-{devices}", devices, options)
-                found.setdefault((devices, True), []).append(split)
-                found.setdefault((devices, False), []).append(whole)
-                adapters[devices, True] = str(out / "runs" / "run" / "adapter")
-                adapters[devices, False] = str(folder / f"plain-{devices}")
-                print(repeat, devices, split, whole, file=sys.stderr, flush=True)
+        for repeat, rate, devices in product(range(options.repeats), options.rates, options.fleets):
+            told = argparse.Namespace(**{**vars(options), "rate": rate})
+            out = folder / f"run-{devices}-{rate:g}-{repeat}"
+            plain_out = folder / f"plain-{devices}-{rate:g}"
+            split = run_fleet(folder, out, devices, told)
+            whole = run_plain(folder, plain_out, devices, told)
+            found.setdefault((devices, True), []).append(split)
+            found.setdefault((devices, False), []).append(whole)
+            adapters[devices, True, rate] = str(out / "runs" / "run" / "adapter")
+            adapters[devices, False, rate] = str(plain_out)
+            print(repeat, rate, devices, split, whole, file=sys.stderr, flush=True)
         losses = role("evaluate", folder, options, adapters=":".join(["", *adapters.values()]))
     words = (
         f"{data}; {samples:,} samples in {options.rounds} rounds of {options.steps} steps of "
-        f"{options.batch}. LoRA r = {RANK} on all linear layers, rate {RATE:g}, `fedex`, labels: "
+        f"{options.batch}. LoRA r = {RANK} on all linear layers, `fedex`, labels: "
         f"{options.labels}, bfloat16 on the wire, devices of {', '.join(shapes(options))} of 8 "
-        f"blocks. Medians of {options.repeats} repeats; x: beside plain PEFT on the same batches "
-        f"in the same repeat. Loss before training: {losses['']:.4f}."
+        f"blocks. Medians of {options.repeats * len(options.rates)} runs; x: beside plain PEFT on "
+        f"the same batches in the same repeat. Loss before training: {losses['']:.4f}."
     )
-    told = {key: losses[adapter] for key, adapter in adapters.items()}
+    left = {key: losses[adapter] for key, adapter in adapters.items()}
     return "\n\n".join(
         [
             header("Against plain PEFT", options),
@@ -392,7 +400,12 @@ def measure(options: argparse.Namespace) -> str:
             table(COSTS, [cost_row(key, found, samples) for key in found]),
             "Memory is the most that one process has held, of the largest device or of plain "
             f"PEFT; the imports of a device alone are {floor / 2**20:.0f} MiB of it.",
-            table(REST, [rest_row(key, found, told, floor) for key in found]),
+            table(REST, [rest_row(key, found, floor) for key in found]),
+            "Loss by learning rate, and each at its best.",
+            table(
+                ["what", *(f"{rate:g}" for rate in options.rates), "at its best", "against plain"],
+                [loss_row(key, left) for key in found],
+            ),
         ]
     )
 
@@ -407,7 +420,7 @@ COSTS = (
     "start and end: CPU s",
     "wall s",
 )
-REST = ("what", "peak MiB", "above imports", "x plain", "kB a sample", "loss", "against plain")
+REST = ("what", "peak MiB", "above imports", "x plain", "kB a sample")
 
 
 def shapes(options: argparse.Namespace) -> list[str]:
@@ -449,21 +462,27 @@ def cost_row(key: tuple[int, bool], found: Runs, samples: int) -> list[str]:
     ]
 
 
-def rest_row(
-    key: tuple[int, bool], found: Runs, losses: dict[tuple[int, bool], float], floor: int
-) -> list[str]:
+def rest_row(key: tuple[int, bool], found: Runs, floor: int) -> list[str]:
     """Return the cells of the second table."""
     peak, base = (median(run.peak_bytes for run in found[k]) for k in (key, (key[0], False)))
-    loss = losses[key]
     return [
         name_of(key),
         f"{peak / 2**20:.0f}",
         f"{(peak - floor) / 2**20:.0f}",
         f"{(peak - floor) / (base - floor):.2f}",
         f"{median(run.link_bytes for run in found[key]) / 1000:.1f}" if key[1] else "",
-        f"{loss:.4f}",
-        f"{loss / losses[key[0], False] - 1:+.2%}",
     ]
+
+
+def loss_row(key: tuple[int, bool], losses: dict[tuple[int, bool, float], float]) -> list[str]:
+    """Return the cells of the third table."""
+    own, base = (
+        {rate: loss for (*which, rate), loss in losses.items() if tuple(which) == wanted}
+        for wanted in (key, (key[0], False))
+    )
+    cells = [f"{loss:.4f} ({loss / base[rate] - 1:+.1%})" for rate, loss in own.items()]
+    best = min(own.values())
+    return [name_of(key), *cells, f"{best:.4f}", f"{best / min(base.values()) - 1:+.2%}"]
 
 
 def main() -> None:
@@ -476,12 +495,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24, help="sequences of a step, all devices")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fleets", type=int, nargs="+", default=[1, 3, 8], choices=SPLITS)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3])
     parser.add_argument("--labels", choices=("device", "server"), default="device")
     parser.add_argument("--dev", type=int, default=500, help="references to evaluate on")
     parser.add_argument("--role", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--adapters", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if uneven := [devices for devices in options.fleets if options.batch % devices]:

@@ -69,8 +69,17 @@ SWEEPS = {
     "local-steps": Sweep(
         "Local steps between aggregations",
         "E2E on stories260K, five devices, dealt out by length with Dirichlet(0.5), 40 steps of "
-        "each device in all, 1,000 pairs held out. One rate for all, as above.",
-        Experiment("e2e", "stories", METHODS, rates=(2e-2,), rounds=8, dev="more", searches=False),
+        "each device in all, 1,000 pairs held out. One seed, one rate for all, as above.",
+        Experiment(
+            "e2e",
+            "stories",
+            METHODS,
+            seeds=(0,),
+            rates=(2e-2,),
+            rounds=8,
+            dev="more",
+            searches=False,
+        ),
         "steps_per_round=1,5,20",
         {"compare.labels": "device", "compare.steps": 40, "evaluation.every_rounds": 40},
         "sweep-steps_per_round",

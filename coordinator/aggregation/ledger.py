@@ -29,7 +29,7 @@ from coordinator.aggregation.rules import (
 )
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair, initial_pair
-from edge_sdk.lora.factors import Array, Factors, compress, condense, norm, stack, zero
+from edge_sdk.lora.factors import Array, Factors, compress, condense, difference, norm, stack, zero
 from edge_sdk.lora.targets import LoraConfig, ModelFacts
 
 
@@ -303,7 +303,7 @@ class Ledger:
         if most >= min(shape.num_outputs, shape.num_inputs):  # nothing that could be cut
             return replace(update, change=compress(update.change)[0])
         total, error = compress(stack([old, update.change]), most)
-        change = residual(total, old) if error else compress(update.change)[0]
+        change = difference(total, old) if error else compress(update.change)[0]
         cut = error * norm(total) / norm(change) if error else 0.0
         return replace(update, total=total, change=change, cut_error=cut)
 

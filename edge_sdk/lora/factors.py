@@ -126,15 +126,35 @@ def condense(kept: Factors, added: Sequence[Factors], *, cancels: bool = False) 
         cancels: What is added may cancel what is there: drop what is only their rounding.
     """
     term = stack([kept, *added])
-    num_outputs, num_inputs = term.b_OR.shape[-2], term.a_RI.shape[-1]
-    side = min(num_outputs, num_inputs)
-    if kept.rank < side:
+    if kept.rank < _side(term):
         return compress(term, cancels=cancels)[0]
+    return _whole(term, cancels=cancels)
+
+
+def difference(first: Factors, second: Factors) -> Factors:
+    """Return the first matrix less the second, in no more numbers than it needs.
+
+    Where both together have as many ranks as the matrix can have, that is the matrix itself beside
+    an identity, as of `condense`.
+    """
+    term = stack([first, second.scaled(-1.0)])
+    if term.rank < _side(term):
+        return compress(term, cancels=True)[0]
+    return _whole(term, cancels=True)
+
+
+def _side(term: Factors) -> int:
+    return int(min(term.b_OR.shape[-2], term.a_RI.shape[-1]))
+
+
+def _whole(term: Factors, *, cancels: bool) -> Factors:
+    """Return the matrix itself and an identity; nothing where its terms have cancelled."""
     dense = (term.b_OR.astype(np.float64) @ term.a_RI.astype(np.float64)).astype(np.float32)
     if cancels and np.linalg.norm(dense) <= _rounding_of(term):
         return zero_like(term)
+    side = _side(term)
     one = np.tile(np.eye(side, dtype=np.float32), (*dense.shape[:-2], 1, 1))
-    return Factors(dense, one) if num_inputs == side else Factors(one, dense)
+    return Factors(dense, one) if dense.shape[-1] == side else Factors(one, dense)
 
 
 def leading(term: Factors, max_rank: int | None = None, tolerance: float = TOLERANCE) -> Factors:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.lora.factors import Factors, _svd_by_gram, compress, condense, stack, zero
+from edge_sdk.lora.factors import (
+    Factors,
+    _svd_by_gram,
+    compress,
+    condense,
+    difference,
+    stack,
+    zero,
+)
 
 RANKS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -94,6 +102,23 @@ def test_a_cap_is_the_best_there_is_and_its_error_is_told(
     norm = np.linalg.norm(dense(term))
     assert error == pytest.approx(np.linalg.norm(sigma[cap:]) / norm, abs=2e-6)
     assert np.linalg.norm(dense(small) - dense(term)) / norm == pytest.approx(error, abs=2e-6)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), SIZES, SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_a_difference_is_that_of_the_matrices(
+    one: int, two: int, size: tuple[int, int], seed: int
+) -> None:
+    """In no more ranks than the matrix or both terms can have; of equals it has none."""
+    generator = np.random.default_rng(seed)
+    first, second = (random_factors(generator, size, rank) for rank in (one, two))
+
+    found = difference(first, second)
+
+    expected = dense(first) - dense(second)
+    assert dense(found) == pytest.approx(expected, abs=1e-5 * max(1.0, np.abs(expected).max()))
+    assert found.rank <= min(*size, one + two)
+    assert difference(first, first).rank == 0
 
 
 def test_a_difference_of_equals_is_of_rank_zero() -> None:
