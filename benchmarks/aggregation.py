@@ -1,6 +1,6 @@
 """Join 100 devices' adapters of a 7B model's weight: time, memory, error, rule by rule.
 
-    python benchmarks/aggregation.py [--devices 100] [--size 4096]
+    python benchmarks/aggregation.py [--devices 100] [--size 4096] [--only fedex exact]
 
 Random factors, ranks 4 .. 64 in turn, unequal shares, one 4096 x 4096 weight (LLaMA-2-7B's q, k, v
 and o). Each rule runs in a process of its own. The second round is measured, which begins with what
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=100)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=sorted({name for name, _ in CASES}))
     parser.add_argument("--case", type=int, default=-1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case >= 0:
@@ -84,6 +85,8 @@ def main() -> None:
         return
     rows = []
     for i, (name, cap) in enumerate(CASES):
+        if name not in options.only:
+            continue
         command = [sys.executable, __file__, "--case", str(i)]
         command += ["--devices", str(options.devices), "--size", str(options.size)]
         runs = [
