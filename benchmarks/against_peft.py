@@ -31,9 +31,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from against_peft_report import COSTS, REST, Found, Runs, cost_row, loss_row, rest_row
 from report import header, save, table
 
 ROOT = Path(__file__).parents[1]
@@ -45,25 +45,6 @@ SPLITS = {1: (3,), 2: (2, 4), 3: (2, 3, 4), 4: (2, 2, 4, 4), 8: (2, 2, 3, 3, 3, 
 # Seconds between two looks at the processes, and until a run counts as stuck.
 LOOK_S, LONG_S = 0.03, 600.0
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-
-
-@dataclass
-class Found:
-    """What an arrangement has cost, from the first round's start to the last one's end."""
-
-    cpu_s: float
-    """CPU time of all processes."""
-    device_cpu_s: float
-    """That of the devices; of plain PEFT all of it."""
-    wall_s: float
-    peak_bytes: int
-    """Most resident memory of the largest device, or of plain PEFT."""
-    link_bytes: float
-    """Bytes a sample, of all devices, up and down."""
-    start_cpu_s: float
-    """CPU time of all processes before and after."""
-    start_wall_s: float
-    """Seconds from the first process's start to the first round, and from the last to the end."""
 
 
 # ---- data ----
@@ -354,7 +335,8 @@ def bytes_a_sample(rows: list[dict[str, Any]], options: argparse.Namespace) -> f
 def role(name: str, folder: Path, options: argparse.Namespace, **more: object) -> Any:
     """Run this file as another process in a role; returns what it prints."""
     same = {key: getattr(options, key) for key in ("rounds", "steps", "batch", "rate")}
-    flags = [f"--{key}={value}" for key, value in {**same, **more}.items()]
+    told = {key: value for key, value in {**same, **more}.items() if value is not None}
+    flags = [f"--{key}={value}" for key, value in told.items()]
     command = [sys.executable, __file__, f"--role={name}", f"--folder={folder}", *flags]
     quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -410,79 +392,9 @@ def measure(options: argparse.Namespace) -> str:
     )
 
 
-COSTS = (
-    "what",
-    "CPU ms a sample",
-    "x plain",
-    "of them devices",
-    "wall ms a sample",
-    "x plain",
-    "start and end: CPU s",
-    "wall s",
-)
-REST = ("what", "peak MiB", "above imports", "x plain", "kB a sample")
-
-
 def shapes(options: argparse.Namespace) -> list[str]:
     """Return the blocks of the devices of each arrangement."""
     return ["/".join(map(str, SPLITS[devices])) for devices in options.fleets]
-
-
-def name_of(key: tuple[int, bool]) -> str:
-    """Return what a row is called."""
-    devices, is_split = key
-    fleet = "one device" if devices == 1 else f"{devices} devices"
-    return fleet if is_split else f"plain PEFT, batches of {fleet}"
-
-
-Runs = dict[tuple[int, bool], list[Found]]
-
-
-def cost_row(key: tuple[int, bool], found: Runs, samples: int) -> list[str]:
-    """Return the cells of the first table."""
-    own, base = found[key], found[key[0], False]
-
-    def ratio(name: str) -> str:
-        pairs = zip(own, base, strict=True)
-        return f"{median(getattr(a, name) / getattr(b, name) for a, b in pairs):.2f}"
-
-    def each(name: str) -> str:
-        values = [1000 * getattr(run, name) / samples for run in own]
-        return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-
-    return [
-        name_of(key),
-        each("cpu_s"),
-        ratio("cpu_s"),
-        f"{1000 * median(run.device_cpu_s for run in own) / samples:.2f}" if key[1] else "",
-        each("wall_s"),
-        ratio("wall_s"),
-        f"{median(run.start_cpu_s for run in own):.1f}",
-        f"{median(run.start_wall_s for run in own):.1f}",
-    ]
-
-
-def rest_row(key: tuple[int, bool], found: Runs, floor: int) -> list[str]:
-    """Return the cells of the second table."""
-    peak, base = (median(run.peak_bytes for run in found[k]) for k in (key, (key[0], False)))
-    return [
-        name_of(key),
-        f"{peak / 2**20:.0f}",
-        f"{(peak - floor) / 2**20:.0f}",
-        f"{(peak - floor) / (base - floor):.2f}",
-        f"{median(run.link_bytes for run in found[key]) / 1000:.1f}" if key[1] else "",
-    ]
-
-
-def loss_row(key: tuple[int, bool], losses: dict[tuple[int, bool, float], float]) -> list[str]:
-    """Return the cells of the third table."""
-    own, base = (
-        {rate: loss for (*which, rate), loss in losses.items() if tuple(which) == wanted}
-        for wanted in (key, (key[0], False))
-    )
-    cells = [f"{loss:.4f} ({loss / base[rate] - 1:+.1%})" for rate, loss in own.items()]
-    best = min(own.values())
-    return [name_of(key), *cells, f"{best:.4f}", f"{best / min(base.values()) - 1:+.2%}"]
 
 
 def main() -> None:
@@ -502,10 +414,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--adapters", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if uneven := [devices for devices in options.fleets if options.batch % devices]:
+    uneven = [devices for devices in options.fleets if options.batch % devices]
+    if uneven and not options.role:
         parser.error(f"--batch {options.batch} cannot be shared by {uneven[0]} devices")
     if options.role == "plain":
         print(json.dumps(plain(options.folder, options.out, options.devices, options)))
