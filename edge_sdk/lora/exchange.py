@@ -90,10 +90,10 @@ class Known:
             self.received[name] = received(self.received.get(name), change, most_rank)
 
     def move(self, own: Mapping[str, Pair], moves: Mapping[str, Pair]) -> dict[str, Pair]:
-        """Take in how own factors change; return all of them, with what was not told of *own*."""
-        left = finer(own, self.pairs)
-        self.pairs |= {name: moved(self.pairs[name], move) for name, move in moves.items()}
-        return refined(self.pairs, left)
+        """Take in how own factors change; return those that do, with what was not told of *own*."""
+        told = self.pairs
+        self.pairs = told | {name: moved(told[name], move) for name, move in moves.items()}
+        return {name: _completed(self.pairs[name], own[name], told[name]) for name in moves}
 
     def residual(self, scale: Scale) -> dict[str, Factors]:
         """Return what completes the own adapters: what was given, less what they add themselves.
@@ -160,8 +160,13 @@ def refined(pairs: Mapping[str, Pair], state: Mapping[str, np.ndarray]) -> dict[
         own, told = (
             Pair(state[f"{kind}:{name}.A"], state[f"{kind}:{name}.B"]) for kind in ("finer", "told")
         )
-        if all(map(np.array_equal, pair, told)):
-            found[name] = own
-        elif own.a_RI.shape == pair.a_RI.shape:
-            found[name] = moved(pair, change_of(told, own))
+        if own.a_RI.shape == pair.a_RI.shape:
+            found[name] = _completed(pair, own, told)
     return found
+
+
+def _completed(pair: Pair, own: Pair, told: Pair) -> Pair:
+    """Return *pair* with what was not told of *own*, which is *own* itself where pair was told."""
+    if all(map(np.array_equal, pair, told)):
+        return own
+    return moved(pair, change_of(told, own))

@@ -135,7 +135,7 @@ def difference(first: Factors, second: Factors) -> Factors:
     """Return the first matrix less the second, in no more numbers than it needs.
 
     Where both together have as many ranks as the matrix can have, that is the matrix itself beside
-    an identity, as of `condense`.
+    an identity, as of `condense`. Of terms that share ranks `compress` finds fewer, at more cost.
     """
     term = stack([first, second.scaled(-1.0)])
     if term.rank < _side(term):

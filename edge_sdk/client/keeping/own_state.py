@@ -127,13 +127,7 @@ class OwnState:
         residual = {n: Factors(tensors[f"{n}.U"], tensors[f"{n}.V"]) for n in changed}
         pairs = {n: Pair(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in own}
         if self._known is not None:
-            own_pairs = (
-                refined(pairs, left)
-                if start.is_full
-                else self._known.move(state.adapters.pairs(), pairs)
-            )
-            state.adapters.load_pairs(own_pairs)
-            state.set_residual(self._given(self._known, start, pairs, residual))
+            state.set_residual(self._given(self._known, start, pairs, residual, left))
         else:
             state.adapters.load_pairs(pairs)
             self._set_residual(start, residual)
@@ -151,14 +145,18 @@ class OwnState:
         start: RoundStart,
         pairs: dict[str, Pair],
         given: dict[str, Factors],
+        left: dict[str, Array],
     ) -> dict[str, Factors]:
-        """Return the residual where a device is given a part of what it lacks."""
+        """Take factors over; return the residual where a device is given but a part."""
+        adapters = self._state.adapters
         if start.is_full:
+            adapters.load_pairs(refined(pairs, left))
             known.begin(pairs, given)
         else:
+            adapters.load_pairs(known.move(adapters.pairs(), pairs))
             known.add(given, start.most_rank)
         known.kept = start.kept
-        return known.residual(self._state.adapters.scale)
+        return known.residual(adapters.scale)
 
     def _check(self, start: RoundStart, tensors: dict[str, Array]) -> None:
         """Refuse factors and parameters of another size than ours; the residual's rank is free."""

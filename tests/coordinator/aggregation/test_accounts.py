@@ -85,7 +85,7 @@ class Run:
             most = accounts.most_rank(self.ledger.totals, self.facts.targets, pairs)
             moves = result.handouts[name].moves
             read = {n: read_pair(move, accounts.codec) for n, move in moves.items()}
-            self.own[name] = self.known[name].move(self.own[name], read)
+            self.own[name] |= self.known[name].move(self.own[name], read)
             changes_read = {
                 n: Factors(*(as_read(x, accounts.codec) for x in change))
                 for n, change in result.handouts[name].changes.items()
