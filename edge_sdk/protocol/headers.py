@@ -114,7 +114,12 @@ _SCALARS: dict[Any, Any] = {
 }
 _Size = Annotated[int, Meta(ge=0)]
 _Shape = Annotated[tuple[_Size, ...], Meta(max_length=codecs.MAX_DIMENSIONS)]
-_Table = tuple[tuple[_Size, str, _Size, _Shape], ...]
+
+
+class _Table(msgspec.Struct):
+    """What a header says of its tensors; msgspec keeps what it makes of a class, not of a tuple."""
+
+    tensors: tuple[tuple[_Size, str, _Size, _Shape], ...]
 
 
 @functools.cache
@@ -189,11 +194,23 @@ def _clean(value: Plain) -> Plain:
     return tuple(map(_clean, value)) if isinstance(value, tuple) else value
 
 
+@functools.cache
+def _has_free_text(hint: Any) -> bool:
+    """Return whether a value of *hint* may hold a text without a form."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return any(_has_free_text(hints[field.name]) for field in dataclasses.fields(hint))
+    if typing.get_origin(hint) is Annotated:
+        return False
+    return hint is str or any(map(_has_free_text, typing.get_args(hint)))
+
+
 def read_fields(kind: type, value: Plain, where: str) -> Any:
     """Return the *kind* that the plain *value* stands for; a mistake in it is the peer's."""
     try:
         msgspec.convert(value, _strict(kind))
-        return msgspec.convert(value if kind in _TRUSTED else _clean(value), kind)
+        is_clean = kind in _TRUSTED or not _has_free_text(kind)
+        return msgspec.convert(value if is_clean else _clean(value), kind)
     except msgspec.ValidationError as error:
         raise RemoteProtocolError(_reason(error, where)) from error
 
@@ -245,7 +262,7 @@ def decode_header(data: bytes | memoryview) -> tuple[Any, tuple[TensorSpec, ...]
             "install the same version of edgesplit on both sides"
         )
     message = read_fields(kind, header["body"], kind.__name__)
-    return message, _read_table(header["tensors"], f"{kind.__name__}.tensors")
+    return message, _read_table(header["tensors"], kind.__name__)
 
 
 @functools.lru_cache(32)
@@ -271,11 +288,12 @@ def _write_table(tensors: tuple[TensorSpec, ...]) -> Plain:
     return table
 
 
-def _read_table(table: Plain, where: str) -> tuple[TensorSpec, ...]:
+def _read_table(table: Plain, kind: str) -> tuple[TensorSpec, ...]:
     try:
-        rows = msgspec.convert(table, _Table)
+        rows = msgspec.convert({"tensors": table}, _Table).tensors
     except msgspec.ValidationError as error:
-        raise RemoteProtocolError(_reason(error, where)) from error
+        raise RemoteProtocolError(_reason(error, kind)) from error
+    where = f"{kind}.tensors"
     specs: dict[str, TensorSpec] = {}
     last, names = "", tuple(codecs.CODECS)
     for shared, suffix, number, shape in rows:
