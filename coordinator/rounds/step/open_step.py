@@ -21,8 +21,6 @@ from coordinator.rounds.step.wave_choice import (
     Members,
     Rows,
     Turns,
-    choose,
-    fills,
 )
 from edge_sdk.protocol.plan import MOST_AWAY, MOST_IN_FLIGHT, Place
 
@@ -87,7 +85,7 @@ class OpenStep:
     """What is here of a step, what is away, and what is done.
 
     It is asked after every message and before every wave. With a thousand members it must not go
-    through all of them, but where one has left, or where a wave of several is chosen.
+    through all of them, but where one has left.
     """
 
     sizes: dict[Place, Rows] = field(default_factory=dict)
@@ -206,7 +204,7 @@ class OpenStep:
     def work(self, members: Members, most_tokens: int, *, labels_on_device: bool) -> Due:
         """Return what can be computed now, in waves of at most so many tokens.
 
-        It is asked for twice, to decide and to do it, and looks at all that waits.
+        It is asked for twice, to decide and to do it.
         """
         asked = len(members), most_tokens, labels_on_device
         if self._due is None or asked != self._asked:
@@ -220,16 +218,9 @@ class OpenStep:
         at_once = self._tally.at_once(members, self.answered)
         room = MOST_AWAY * at_once - self._rows_away
         limits = Limits(most_tokens, min(-(-at_once // WAVE_PART), room))
-        places = self._forward(Turns(members, self.away.devices, labels_on_device), limits)
+        places = self.arrivals.choose(Turns(members, self.away.devices, labels_on_device), limits)
         if self._rows_away and sum(self.sizes[place].num for place in places) > room:
             places = []
         if places:
             return Due(Doing.FORWARD if labels_on_device else Doing.TRAIN, places)
         return Due(Doing.FINISH if self.is_complete(members) else Doing.NOTHING, [])
-
-    def _forward(self, turns: Turns, limits: Limits) -> list[Place]:
-        """Return what goes forward together now."""
-        first = self.arrivals.first(turns)
-        if first is None or fills(first.rows, limits):
-            return [] if first is None else [first.place]
-        return choose(self.arrivals.all(turns), limits)

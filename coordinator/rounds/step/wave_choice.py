@@ -8,7 +8,7 @@ the micro-batches are taken in their order, as it waits for the answers in that 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -49,15 +49,6 @@ class Rows(NamedTuple):
     """Tokens of its longest row, to which the others are padded."""
 
 
-class Candidate(NamedTuple):
-    """A micro-batch that can be run now."""
-
-    place: Place
-    rows: Rows
-    left: int
-    """Micro-batches of its device that the step still needs, this one included."""
-
-
 class Limits(NamedTuple):
     """What a wave may have at most; a single micro-batch may always have more."""
 
@@ -72,68 +63,23 @@ def fills(rows: Rows, limits: Limits) -> bool:
     return num > limits.rows or num * rows.longest > limits.tokens
 
 
-def choose(waiting: Sequence[Candidate], limits: Limits) -> list[Place]:
-    """Return what is run together now; nothing only where nothing waits.
-
-    Args:
-        waiting: In the order of arrival, each device's micro-batches in that of its step.
-        limits: What they may have together.
-    """
-    queues: dict[str, list[Candidate]] = {}
-    for one in waiting:
-        own = queues.get(one.place[0])
-        if own is None:
-            queues[one.place[0]] = [one]
-        else:
-            own.append(one)
-    if not queues:
-        return []
-    first = max((queue[0] for queue in queues.values()), key=lambda one: one.left)
-    wave = _Wave([first], first.rows, first.rows.longest)
-    # Of those that are as near, whoever is further behind comes first, then whoever came first.
-    heads = [
-        (*_nearness(queue[begin], first), number, begin, queue)
-        for number, queue in enumerate(queues.values())
-        if (begin := int(queue[0] is first)) < len(queue)  # of equals it is the earlier one
-    ]
-    heapq.heapify(heads)
-    while heads and not fills(wave.rows, limits):
-        _, _, number, at, queue = heads[0]
-        following = at + 1
-        if wave.takes(queue[at], limits) and following < len(queue):
-            head = (*_nearness(queue[following], first), number, following, queue)
-            heapq.heapreplace(heads, head)
-        else:
-            heapq.heappop(heads)
-    return wave.places
-
-
-def _nearness(one: Candidate, first: Candidate) -> tuple[int, int]:
-    return abs(one.rows.longest - first.rows.longest), -one.left
-
-
 @dataclass(slots=True)
 class _Wave:
     """What has been chosen, and its size."""
 
-    chosen: list[Candidate]
+    places: list[Place]
     rows: Rows
     shortest: int
     """Tokens of the micro-batch whose longest row is the shortest."""
 
-    @property
-    def places(self) -> list[Place]:
-        """What has been chosen, in that order."""
-        return [one.place for one in self.chosen]
-
-    def takes(self, one: Candidate, limits: Limits) -> bool:
-        """Add *one* if it fits; return whether it does."""
-        num, longest = self.rows.num + one.rows.num, max(self.rows.longest, one.rows.longest)
-        shortest = min(self.shortest, one.rows.longest)
+    def takes(self, place: Place, rows: Rows, limits: Limits) -> bool:
+        """Add a micro-batch if it fits; return whether it does."""
+        num, longest = self.rows.num + rows.num, max(self.rows.longest, rows.longest)
+        shortest = min(self.shortest, rows.longest)
         is_similar = longest <= MOST_PADDING * shortest
         if not (is_similar and num <= limits.rows and num * longest <= limits.tokens):
             return False
-        self.chosen.append(one)
+        self.places.append(place)
         self.rows, self.shortest = Rows(num, longest), shortest
         return True
 
@@ -155,16 +101,26 @@ class Turns(NamedTuple):
         return device in self.away and self.is_single(device)
 
 
+Head = tuple[int, int, Place]
+"""What a device has first: the micro-batches that it still needs, negative so that a heap has the
+most of them first, the number of its arrival, and which it is."""
+
+
 @dataclass
 class BatchQueue:
-    """Micro-batches that wait, each device's in the order of its step."""
+    """Micro-batches that wait, each device's in the order of its step.
+
+    Choosing a wave looks at what it takes and at one more of each length, not at all that waits.
+    """
 
     places: dict[Place, Rows] = field(default_factory=dict)
     """In the order of arrival."""
     _micros: dict[str, dict[int, int]] = field(default_factory=dict)
     """Number of arrival of each micro-batch, by device, in their order."""
-    _heads: list[tuple[int, int, Place]] = field(default_factory=list)
-    """Heap of what each device has first: furthest behind, then earliest. Some do not wait now."""
+    _heads: list[Head] = field(default_factory=list)
+    """Heap of what each device has first. Some do not wait now, some are there twice."""
+    _heads_by_length: dict[int, list[Head]] = field(default_factory=dict)
+    """The same, by the tokens of the longest row."""
     _changed: dict[str, None] = field(default_factory=dict)
     """Devices of which something else is first, or may have its turn again."""
     _count: int = 0
@@ -190,33 +146,80 @@ class BatchQueue:
         """Note that a device may have its turn from now on."""
         self._changed[device] = None
 
-    def first(self, turns: Turns) -> Candidate | None:
-        """Return who has the next turn; None where nobody can have one."""
+    def choose(self, turns: Turns, limits: Limits) -> list[Place]:
+        """Return what is run together now; nothing only where nobody can have a turn."""
+        self._take_changes(turns)
+        top = self._first_of(self._heads, turns)
+        if top is None:
+            return []
+        first = self.places[top[2]]
+        wave = _Wave([top[2]], first, first.longest)
+        if not fills(first, limits):
+            self._fill(wave, top[2], turns, limits)
+        return wave.places
+
+    def _fill(self, wave: _Wave, first: Place, turns: Turns, limits: Limits) -> None:
+        """Add to a wave of *first* alone what is nearest to it in length, as long as it fits.
+
+        Of those that are as near, whoever is further behind comes first, then whoever came first.
+        """
+        length = wave.rows.longest
+        nearest: list[tuple[int, int, int, Place]] = []
+        looked_at: dict[Place, Head] = {}
+
+        def offer(longest: int) -> None:
+            heap = self._heads_by_length[longest]
+            head = self._first_of(heap, turns)
+            while head is not None and head[2] in looked_at:  # it is there twice
+                heapq.heappop(heap)
+                head = self._first_of(heap, turns)
+            if head is not None:
+                looked_at[head[2]] = heapq.heappop(heap)
+                heapq.heappush(nearest, (abs(longest - length), *head))
+
+        for longest in self._heads_by_length:
+            offer(longest)
+        while nearest and not fills(wave.rows, limits):
+            _, left, number, place = heapq.heappop(nearest)
+            rows, own = self.places[place], self._micros[place[0]]
+            if own[place[1]] == number:
+                offer(rows.longest)
+            if place == first or wave.takes(place, rows, limits):
+                following = _after(own, place[1])
+                if following is not None and not turns.is_single(place[0]):
+                    after = place[0], following
+                    gap = abs(self.places[after].longest - length)
+                    left += following - place[1]
+                    heapq.heappush(nearest, (gap, left, number, after))
+        for place, head in looked_at.items():
+            heapq.heappush(self._heads_by_length[self.places[place].longest], head)
+
+    def _take_changes(self, turns: Turns) -> None:
         for device in self._changed:
             if own := self._micros.get(device):
                 micro, number = next(iter(own.items()))
-                left = turns.members[device].num_micro - micro
-                heapq.heappush(self._heads, (-left, number, (device, micro)))
+                place = device, micro
+                head = (micro - turns.members[device].num_micro, number, place)
+                heapq.heappush(self._heads, head)
+                same = self._heads_by_length.setdefault(self.places[place].longest, [])
+                heapq.heappush(same, head)
         self._changed.clear()
-        while self._heads:
-            left, _, place = self._heads[0]
-            device, micro = place
+
+    def _first_of(self, heap: list[Head], turns: Turns) -> Head | None:
+        """Return the first of a heap that can have its turn, and drop those before it."""
+        while heap:
+            device, micro = heap[0][2]
             is_first = next(iter(self._micros.get(device, ())), None) == micro
             if is_first and not turns.is_held(device):
-                return Candidate(place, self.places[place], -left)
-            heapq.heappop(self._heads)
+                return heap[0]
+            heapq.heappop(heap)
         return None
 
-    def all(self, turns: Turns) -> list[Candidate]:
-        """Return all that can have their turn now, in the order of arrival."""
-        found, singles = list[Candidate](), set[str]()
-        members, has_singles = turns.members, turns.labels_on_device
-        for place, rows in self.places.items():
-            device, micro = place
-            member = members[device]
-            if has_singles and not member.looks_ahead:
-                if device in singles or device in turns.away:
-                    continue
-                singles.add(device)
-            found.append(Candidate(place, rows, member.num_micro - micro))
-        return found
+
+def _after(own: Iterable[int], micro: int) -> int | None:
+    """Return which micro-batch of a device waits behind another one."""
+    following = iter(own)
+    for one in following:
+        if one == micro:
+            return next(following, None)
+    return None

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rounds.step.wave_choice import MOST_PADDING, Candidate, Limits, Rows, choose
+from coordinator.rounds.step.wave_choice import MOST_PADDING, BatchQueue, Limits, Rows, Turns
 from edge_sdk.protocol.plan import Place
 
 WIDE = Limits(tokens=10_000, rows=100)
+
+
+class Candidate(NamedTuple):
+    """A micro-batch that can be run now."""
+
+    place: Place
+    rows: Rows
+    left: int
+    """Micro-batches of its device that the step still needs, this one included."""
+
+
+@dataclass
+class Member:
+    """A member of the round, as far as its steps go."""
+
+    num_micro: int
+    looks_ahead: bool = True
+    batch_size: int = 1
+    is_local: bool = False
+
+
+def choose(waiting: list[Candidate], limits: Limits) -> list[Place]:
+    """What is run together of those that have arrived in that order."""
+    queue = BatchQueue()
+    members = {one.place[0]: Member(one.place[1] + one.left) for one in waiting}
+    for one in waiting:
+        queue.add(one.place, one.rows)
+    return queue.choose(Turns(members, (), labels_on_device=False), limits)
 
 
 def waiting(device: str, micro: int = 0, longest: int = 10, left: int = 1) -> Candidate:
@@ -132,3 +163,52 @@ def test_choice_is_that_of_its_definition(
     limits = Limits(tokens, rows)
 
     assert choose(waiting, limits) == plainly(waiting, limits)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(("come", "come", "wave", "back")),
+            st.integers(0, 5),
+            st.integers(1, 3),
+            st.integers(1, 9),
+        ),
+        max_size=60,
+    ),
+    st.lists(st.booleans(), min_size=6, max_size=6),
+    st.integers(1, 100),
+    st.integers(1, 12),
+)
+def test_waves_of_a_whole_step_are_those_of_the_definition(
+    happens: list[tuple[str, int, int, int]], looking: list[bool], tokens: int, rows: int
+) -> None:
+    """Whatever comes, goes away and comes back: each wave is chosen of all that may have a turn."""
+    members = {f"d{n}": Member(60, looks_ahead) for n, looks_ahead in enumerate(looking)}
+    queue, limits, come = BatchQueue(), Limits(tokens, rows), dict.fromkeys(members, 0)
+    away: list[Place] = []
+    for what, number, num, longest in happens:
+        device = f"d{number}"
+        if what == "come":
+            queue.add((device, come[device]), Rows(num, longest))
+            come[device] += 1
+        elif what == "wave":
+            gone = {name for name, _ in away}
+            wave = queue.choose(Turns(members, gone, labels_on_device=True), limits)
+            assert wave == plainly(may_go(queue, members, gone), limits)
+            for place in wave:
+                queue.remove(place)
+            away += wave
+        elif mine := [place for place in away if place[0] == device]:
+            away.remove(mine[0])
+            queue.look_again(device)
+
+
+def may_go(queue: BatchQueue, members: dict[str, Member], away: set[str]) -> list[Candidate]:
+    """All that may have a turn: of who does not look ahead one at a time."""
+    found, singles = [], set(away)
+    for (device, micro), rows in queue.places.items():
+        member = members[device]
+        if member.looks_ahead or device not in singles:
+            found.append(Candidate((device, micro), rows, member.num_micro - micro))
+            singles.add(device)
+    return found
