@@ -22,6 +22,7 @@ from coordinator.gateway.interface import Event, Joined, Left, Received, Rejecte
 from coordinator.gateway.keys.allow_list import AllowList, is_device_name
 from coordinator.gateway.keys.zap import ZapHandler
 from coordinator.gateway.outbox import Outbox
+from coordinator.gateway.pace import Pace
 from coordinator.gateway.sessions import (
     FAULT_COSTS,
     DeviceSession,
@@ -65,8 +66,7 @@ LONG_FLUSH_S = 30.0
 MAX_BAD = 16
 # Without a sign of life for two heartbeats a session gives way to another one with its key; one
 # that speaks is asked, and has this long for an answer.
-SILENT_S = 10.0
-ANSWER_S = 8.0
+SILENT_S, ANSWER_S = 10.0, 8.0
 _TAKEN_OVER = "another process with the same key has taken over while this one was silent"
 _REVOKED = "this device's key is not registered any more"
 
@@ -98,6 +98,7 @@ class GatewayIo:
     _sessions_left: SessionBudgets = field(default_factory=SessionBudgets)
     _checks: Schedule = field(default_factory=Schedule)
     _tick_s: float = 0.0
+    _pace: Pace = field(default_factory=Pace)
     _fresh: list[tuple[DeviceSession | None, Event]] = field(default_factory=list)
     _poller: zmq.Poller = field(default_factory=zmq.Poller)
 
@@ -127,6 +128,7 @@ class GatewayIo:
             self.events.put([])
 
     def _turn(self) -> None:
+        self._pace.wait(len(self.sessions))
         ready = dict(self._poller.poll(self._timeout_ms()))
         now_s = time.monotonic()
         if self.waker.fileno() in ready:
