@@ -7,10 +7,9 @@ that has been overtaken, as its device has left or offers something else by now,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 from coordinator.aggregation.ledger import Report
@@ -61,17 +60,26 @@ class Admitting(Protocol):
         """Let go of a device, which is told why."""
 
 
+Offers = dict[str, tuple[int, DeviceProfile]]
+"""What devices offer, each with the number of its session."""
+
+# So many newcomers share one plan: it takes about as long as profiles of some hundreds, and is made
+# anew where one of them has left meanwhile.
+MOST_AT_ONCE = 128
+
+
 @dataclass
 class Offered:
-    """What has come of a profile."""
+    """What has come of profiles."""
 
-    is_known: bool = False
-    """Whether the planner has taken it in."""
+    known: set[str] = field(default_factory=set)
+    """Devices whose profile the planner has taken in."""
     made: PlanSet | None = None
     """The first plans, where enough devices were here."""
     devices: list[str] = field(default_factory=list)
     """For whom they were made."""
-    error: EdgeError | None = None
+    errors: dict[str, EdgeError] = field(default_factory=dict)
+    """Why devices have no plan."""
 
 
 @dataclass
@@ -101,8 +109,8 @@ class PlanChanges:
         self._config, self._gateway, self._run = config, gateway, run
         self._admission, self._desk = admission, desk
         desk.part_of = admission.part_of
-        self._offers: dict[str, tuple[int, DeviceProfile]] = {}
-        """What devices offer for which nothing is planned yet, with the number of the session."""
+        self._offers: Offers = {}
+        """What devices offer for which nothing is planned yet."""
 
     # ---- devices come ----
 
@@ -113,70 +121,78 @@ class PlanChanges:
         self._offers[device] = self._admission.sessions[device], profile
 
     def plan_next(self) -> None:
-        """Plan for one device that has told what it offers; the next one has to wait a turn."""
+        """Plan for devices that have told what they offer; who comes meanwhile waits a turn.
+
+        First plans are made as soon as enough devices are here, so that these come one by one.
+        """
         self._desk.pump()
         for device, (session, _) in list(self._offers.items()):
             if session != self._admission.sessions[device]:
                 del self._offers[device]
         if not self._offers or self._desk.is_busy:
             return
-        device = next(iter(self._offers))
-        self._plan(device, self._offers.pop(device))
+        most = 1 if self._desk.plans is None else MOST_AT_ONCE
+        self._plan({d: self._offers.pop(d) for d in list(self._offers)[:most]})
         if self._offers and not self._desk.is_busy:
             self._gateway.wake()
 
-    def _plan(self, device: str, offer: tuple[int, DeviceProfile]) -> None:
-        """Plan for a device at once, or with the others once enough of them are here."""
-        present, is_ready = self._gateway.devices(), device in self._run.state.ready
-        least = self._config.min_devices
+    def _plan(self, offers: Offers) -> None:
+        """Plan for devices at once, or with the others once enough of them are here."""
+        present, least = self._gateway.devices(), self._config.min_devices
+        ready = offers.keys() & self._run.state.ready.keys()
 
         def think(planner: Planning) -> Offered:
+            before = planner.copy()
+            found = _consider(planner, offers, ready, present, least)
+            is_too_much = any(isinstance(e, ConfigError) for e in found.errors.values())
+            if len(offers) == 1 or not is_too_much:
+                return found
+            planner.take_back(before)  # of those that come together some may have room
             found = Offered()
-            try:
-                planner.profiled(device, offer[1])
-                found.is_known = True
-                if is_ready:  # what the change means is decided between rounds
-                    return found
-                if planner.plans is not None:
-                    planner.plan(device)
-                    return found
-                found.devices = [d for d in present if planner.is_known(d)]
-                if len(found.devices) >= least:
-                    found.made = planner.begin(found.devices)
-            except EdgeError as error:
-                found.error = error
+            for device, offer in offers.items():
+                own = _consider(planner, {device: offer}, ready, present, least)
+                found.known |= own.known
+                found.errors |= own.errors
             return found
+
+        def is_as_asked(device: str) -> bool:
+            is_same = offers[device][0] == self._admission.sessions[device]
+            return is_same and device not in self._offers
 
         def fits(found: Offered | None) -> bool:
             devices = set() if found is None else set(found.devices)
             return (
-                device not in self._offers
-                and offer[0] == self._admission.sessions[device]
-                and is_ready == (device in self._run.state.ready)
+                all(map(is_as_asked, offers))
+                and ready == offers.keys() & self._run.state.ready.keys()
                 and devices <= set(self._gateway.devices())
             )
 
         def again() -> None:
-            if device not in self._offers and offer[0] == self._admission.sessions[device]:
-                self._offers = {device: offer, **self._offers}
+            kept = {d: offer for d, offer in offers.items() if is_as_asked(d)}
+            if kept:
+                self._offers = {**kept, **self._offers}
                 self._gateway.wake()
 
-        then = partial(self._take_offer, device, offer[1], is_ready)
-        question = Inquiry(think=think, then=then, device=device, fits=fits, otherwise=again)
-        self._desk.ask(question)
+        def told(found: Offered) -> None:
+            for device, (_, profile) in offers.items():
+                with self._admission.part_of(device):
+                    self._take_offer(device, profile, device in ready, found)
+
+        who = tuple(offers)
+        self._desk.ask(Inquiry(think=think, then=told, devices=who, fits=fits, otherwise=again))
 
     def _take_offer(
         self, device: str, profile: DeviceProfile, is_ready: bool, found: Offered
     ) -> None:
-        watcher = self._run.watcher
-        if found.is_known:
+        watcher, error = self._run.watcher, found.errors.get(device)
+        if device in found.known:
             what = "another speed" if is_ready else "measured"
             watcher.see(DeviceOffer(device, what, profile))
-        if isinstance(found.error, ConfigError) and self._desk.plans is not None:
-            status = f"waits: no plan is possible with it: {found.error}"
+        if isinstance(error, ConfigError) and self._desk.plans is not None:
+            status = f"waits: no plan is possible with it: {error}"
             watcher.see(DeviceStatus(device, status, is_delay=True))
-        elif found.error is not None:
-            raise found.error
+        elif error is not None:
+            raise error
         elif found.made is not None:
             self._first_plans(found.made, found.devices)
         elif not is_ready:
@@ -341,7 +357,7 @@ class PlanChanges:
                 self._admission.expel(device, error)
             self._tell_shrunk(shrunk)
 
-        self._desk.ask(Inquiry(think=think, then=told, device=device))
+        self._desk.ask(Inquiry(think=think, then=told, devices=(device,)))
 
 
 def _settle(planner: Planning, devices: Iterable[str]) -> dict[str, EdgeError]:
@@ -353,3 +369,35 @@ def _settle(planner: Planning, devices: Iterable[str]) -> dict[str, EdgeError]:
         except EdgeError as error:
             errors[device] = error
     return errors
+
+
+def _consider(
+    planner: Planning, offers: Offers, ready: Set[str], present: list[str], least: int
+) -> Offered:
+    """Let the planner take in profiles, and plan for those of *offers* that are not *ready*.
+
+    Args:
+        planner: Whom to ask.
+        offers: Whose profiles; several only once there are plans.
+        ready: Devices that take part: what their change means is decided between rounds.
+        present: Devices that are here.
+        least: So many of them make the first plans.
+    """
+    found = Offered()
+    for device, (_, profile) in offers.items():
+        try:
+            planner.profiled(device, profile)
+            found.known.add(device)
+        except EdgeError as error:
+            found.errors[device] = error
+    for device in [d for d in offers if d in found.known and d not in ready]:
+        try:
+            if planner.plans is not None:
+                planner.plan(device)
+                continue
+            found.devices = [d for d in present if planner.is_known(d)]
+            if len(found.devices) >= least:
+                found.made = planner.begin(found.devices)
+        except EdgeError as error:
+            found.errors[device] = error
+    return found

@@ -44,8 +44,8 @@ class Inquiry:
     """Called in the planning thread: it sees the planner and nothing that the loop changes."""
     then: Callable[[Any], None]
     """Called with the answer, in the loop's thread."""
-    device: str = ""
-    """In whose part an error belongs; empty: nobody's."""
+    devices: tuple[str, ...] = ()
+    """Whose plans it is about; empty: everybody's. An error belongs in the part of one alone."""
     fits: Callable[[Any], bool] = _holds
     """Whether an answer, None for an error, still fits what has happened meanwhile."""
     otherwise: Callable[[], None] = _nothing
@@ -95,7 +95,7 @@ class PlanningDesk:
         """Return whether somebody thinks about the plan of *device*, or about all plans."""
         asked = [] if self._asked is None else [self._asked]
         asked += [due for due in self._due if isinstance(due, Inquiry)]
-        return any(question.device in ("", device) for question in asked)
+        return any(device in question.devices or not question.devices for question in asked)
 
     @property
     def _now(self) -> Planning:
@@ -156,7 +156,7 @@ class PlanningDesk:
     def missed(self, device: str) -> None:
         """Take note that a device missed a round; see `Planning`."""
         think: Callable[[Planning], None] = lambda planner: planner.missed(device)  # noqa: E731
-        self.ask(Inquiry(think=think, then=_ignore, device=device))
+        self.ask(Inquiry(think=think, then=_ignore, devices=(device,)))
 
     def _note(self, note: _Note) -> None:
         if self.is_busy:
@@ -211,6 +211,7 @@ class PlanningDesk:
             self._planner.take_back(before)
             question.otherwise()
             return True
-        with self.part_of(question.device) if question.device else nullcontext():
+        own = self.part_of(*question.devices) if len(question.devices) == 1 else nullcontext()
+        with own:
             question.then(done.result())
         return True

@@ -15,9 +15,11 @@ class Clock:
         self.now_s = 100.0
 
     def monotonic(self) -> float:
+        """Return the time."""
         return self.now_s
 
     def sleep(self, seconds: float) -> None:
+        """Let time pass; what is no time is not slept."""
         assert seconds > 0
         self.now_s += seconds
 

@@ -15,6 +15,7 @@ from coordinator.gateway.interface import Event, Joined, Left
 from coordinator.results.run_folder import RunFolder
 from coordinator.results.watchers import Watchers
 from coordinator.rounds.loop import Coordinator
+from coordinator.rounds.plans.desk import Inquiry
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import (
     Failure,
@@ -23,9 +24,11 @@ from edge_sdk.protocol.messages import (
     PlanAssigned,
     Profiled,
     Ready,
+    Refused,
     Stamp,
     Welcome,
 )
+from edge_sdk.protocol.plan import Plan
 from profiler.profile import DeviceProfile
 from tests.coordinator.rounds.plans.planned import planned
 from tests.coordinator.rounds.test_any_message import (
@@ -212,6 +215,81 @@ def test_first_plans_are_made_for_those_who_are_here(
 
     run.serve(script())
     assert [device for device, *_ in run.planned] == ["a", "b", "b", "a"]
+
+
+def test_who_comes_together_is_planned_for_together(
+    served: tuple[ServeConfig, ServerModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices that offer something while somebody thinks share the next plan, but those that left.
+
+    One of them is refused; one leaves and comes again while the others are thought about.
+    """
+    run = Held(served, tmp_path)
+    gateway, asked = run.gateway, list[tuple[str, ...]]()
+    ask = run.coordinator._desk.ask
+
+    def watched(question: Inquiry) -> None:
+        asked.append(question.devices)
+        ask(question)
+
+    monkeypatch.setattr(run.coordinator._desk, "ask", watched)
+
+    def script() -> Script:
+        run.go.set()
+        yield from run.play.come("m")
+        yield from gateway.until(lambda: gateway.last("m", PlanAssigned))
+        run.go.clear()
+        run.thinks.clear()
+        for name in "abcd":
+            gateway.present.add(name)
+            yield coming(name)
+        tiny = replace(PROFILE, memory_bytes=1.0)
+        yield [e for n in "abd" for e in run.offer(n)] + run.offer("c", tiny)
+        yield []
+        assert run.thinks.wait(PATIENCE_S)
+        yield coming("a")
+        run.go.set()
+        yield from gateway.until(lambda: gateway.last("d", PlanAssigned))
+        assert gateway.last("b", PlanAssigned) is not None
+        assert "its budget is 0.0 MiB" in told(gateway, Refused)[-1]
+        assert gateway.last("a", PlanAssigned) is None
+        yield run.offer("a")
+        yield from gateway.until(lambda: gateway.last("a", PlanAssigned))
+
+    run.serve(script())
+    assert asked == [("m",), ("a", "b", "d", "c"), ("b", "d", "c"), ("a",)]
+
+
+def test_of_those_who_come_together_some_may_have_room(
+    served: tuple[ServeConfig, ServerModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the coordinator is too small for all of them, each is tried on its own, in its turn."""
+    run = Held(served, tmp_path)
+    gateway, plan = run.gateway, run.planner.plan
+
+    def too_small(device: str) -> Plan | None:
+        if run.planner.profiles.keys() >= {"a", "b"}:
+            raise ConfigError("the coordinator is too small")
+        return plan(device)
+
+    monkeypatch.setattr(run.planner, "plan", too_small)
+
+    def script() -> Script:
+        run.go.set()
+        yield from run.play.come("m")
+        yield from gateway.until(lambda: gateway.last("m", PlanAssigned))
+        run.go.clear()
+        for name in "ab":
+            gateway.present.add(name)
+            yield coming(name)
+        yield run.offer("a") + run.offer("b")
+        run.go.set()
+        yield from gateway.until(lambda: gateway.last("a", PlanAssigned))
+        yield []
+
+    run.serve(script())
+    assert gateway.last("b", PlanAssigned) is None
+    assert [device for device, *_ in run.planned] == ["m", "a", "b", "a", "b"]
 
 
 def test_planning_that_fails_ends_the_run_in_the_same_words(
