@@ -37,7 +37,7 @@ NIC_BITS_PER_S = 25e9
 # Measured, and named on the page: seconds of one core that a device-step costs the coordinator's
 # process beside the model and beside its bytes; bytes a second that one process moves, encrypted,
 # in tensors of 16 MiB; bytes of its memory that a session takes.
-DEVICE_STEP_S, PROCESS_BYTES_PER_S, SESSION_BYTES = 0.86e-3, 0.87e9, 0.26 * 2**20
+DEVICE_STEP_S, PROCESS_BYTES_PER_S, SESSION_BYTES = 0.69e-3, 0.87e9, 0.27 * 2**20
 # A cap of the ranks of what has been learned, where there is one (`max_rank`).
 CAP = 64
 MIB, GIB = 2**20, 2**30
