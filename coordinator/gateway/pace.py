@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-# Few devices are answered at once; many wait this long at most, of a step that takes far longer.
+# One device is answered at once; many wait this long at most, of a step that takes far longer.
 EACH_S, MOST_S = 1e-4, 5e-3
 
 
@@ -21,7 +21,7 @@ class Pace:
 
     def wait(self, num_sessions: int) -> None:
         """Sleep until the next turn may begin; not at all where the last one was long ago."""
-        until_s = self._last_s + min(MOST_S, EACH_S * num_sessions)
+        until_s = self._last_s + min(MOST_S, EACH_S * max(0, num_sessions - 1))
         self._last_s = time.monotonic()
         if until_s > self._last_s:
             time.sleep(until_s - self._last_s)
