@@ -208,8 +208,9 @@ class BatchQueue:
     def _first_of(self, heap: list[Head], turns: Turns) -> Head | None:
         """Return the first of a heap that can have its turn, and drop those before it."""
         while heap:
-            device, micro = heap[0][2]
-            is_first = next(iter(self._micros.get(device, ())), None) == micro
+            _, number, (device, micro) = heap[0]
+            own = self._micros.get(device)
+            is_first = own is not None and next(iter(own.items())) == (micro, number)
             if is_first and not turns.is_held(device):
                 return heap[0]
             heapq.heappop(heap)

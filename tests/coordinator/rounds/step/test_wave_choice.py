@@ -168,7 +168,7 @@ def test_choice_is_that_of_its_definition(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(("come", "come", "wave", "back")),
+            st.sampled_from(("come", "come", "come", "wave", "wave", "back", "leave")),
             st.integers(0, 5),
             st.integers(1, 3),
             st.integers(1, 9),
@@ -182,7 +182,7 @@ def test_choice_is_that_of_its_definition(
 def test_waves_of_a_whole_step_are_those_of_the_definition(
     happens: list[tuple[str, int, int, int]], looking: list[bool], tokens: int, rows: int
 ) -> None:
-    """Whatever comes, goes away and comes back: each wave is chosen of all that may have a turn."""
+    """Whatever comes, goes away, comes back and leaves: a wave is of all that may have a turn."""
     members = {f"d{n}": Member(60, looks_ahead) for n, looks_ahead in enumerate(looking)}
     queue, limits, come = BatchQueue(), Limits(tokens, rows), dict.fromkeys(members, 0)
     away: list[Place] = []
@@ -198,6 +198,11 @@ def test_waves_of_a_whole_step_are_those_of_the_definition(
             for place in wave:
                 queue.remove(place)
             away += wave
+        elif what == "leave":  # and begins anew
+            for place in [place for place in queue.places if place[0] == device]:
+                queue.remove(place)
+            away, come[device] = [place for place in away if place[0] != device], 0
+            queue.look_again(device)
         elif mine := [place for place in away if place[0] == device]:
             away.remove(mine[0])
             queue.look_again(device)
