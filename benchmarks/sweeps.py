@@ -62,7 +62,7 @@ SWEEPS = {
         "devices (3 of 3), 8 rounds of 5 steps, 1,000 pairs held out. One rate for all, found "
         "by searches for both methods with 3 devices and for hsplitlora with 10.",
         Experiment("e2e", "stories", METHODS, rates=(2e-2,), rounds=8, dev="more", searches=False),
-        "simulation.num_devices=3,10,30",
+        "simulation.num_devices=3,10,30,100",
         {"compare.labels": "device", "devices_per_round": 10},
         "sweep-num_devices",
     ),
