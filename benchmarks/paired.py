@@ -148,8 +148,9 @@ def write_report(out: Path, options: argparse.Namespace) -> None:
             panels[data].append((what, change(pairs) if pairs else None))
             if pairs:
                 rows.append(difference(f"{what}: {data}", pairs))
-    if rows:
-        draw_intervals("paired", panels, "change of the loss (%)")
+    drawn = {data: found for data, found in panels.items() if any(one for _, one in found)}
+    if drawn:
+        draw_intervals("paired", drawn, "change of the loss (%)")
     heads = "what|pairs|loss before|loss|change (%)|accuracy, points|p of the loss|time"
     parts = [header("Paired differences", options), HOW, table(heads.split("|"), rows), SWITCHED]
     save("paired", "\n\n".join(parts))
