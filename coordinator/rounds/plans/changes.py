@@ -111,6 +111,8 @@ class PlanChanges:
         desk.part_of = admission.part_of
         self._offers: Offers = {}
         """What devices offer for which nothing is planned yet."""
+        self._alone: set[str] = set()
+        """Those of them that share no plan with others: one for all was too much, or failed."""
 
     # ---- devices come ----
 
@@ -131,10 +133,17 @@ class PlanChanges:
                 del self._offers[device]
         if not self._offers or self._desk.is_busy:
             return
-        most = 1 if self._desk.plans is None else MOST_AT_ONCE
-        self._plan({d: self._offers.pop(d) for d in list(self._offers)[:most]})
+        self._plan({device: self._offers.pop(device) for device in self._next()})
+        self._alone &= self._offers.keys()
         if self._offers and not self._desk.is_busy:
             self._gateway.wake()
+
+    def _next(self) -> list[str]:
+        """Return for whom is planned now: who has waited longest, and who may share its plan."""
+        first = next(iter(self._offers))
+        if self._desk.plans is None or first in self._alone:
+            return [first]
+        return [device for device in self._offers if device not in self._alone][:MOST_AT_ONCE]
 
     def _plan(self, offers: Offers) -> None:
         """Plan for devices at once, or with the others once enough of them are here."""
@@ -142,33 +151,29 @@ class PlanChanges:
         ready = offers.keys() & self._run.state.ready.keys()
 
         def think(planner: Planning) -> Offered:
-            before = planner.copy()
-            found = _consider(planner, offers, ready, present, least)
-            is_too_much = any(isinstance(e, ConfigError) for e in found.errors.values())
-            if len(offers) == 1 or not is_too_much:
-                return found
-            planner.take_back(before)  # of those that come together some may have room
-            found = Offered()
-            for device, offer in offers.items():
-                own = _consider(planner, {device: offer}, ready, present, least)
-                found.known |= own.known
-                found.errors |= own.errors
-            return found
+            return _consider(planner, offers, ready, present, least)
 
         def is_as_asked(device: str) -> bool:
             is_same = offers[device][0] == self._admission.sessions[device]
             return is_same and device not in self._offers
 
+        def can_share(found: Offered | None) -> bool:
+            errors = () if found is None else found.errors.values()
+            return found is not None and not any(isinstance(e, ConfigError) for e in errors)
+
         def fits(found: Offered | None) -> bool:
             devices = set() if found is None else set(found.devices)
             return (
-                all(map(is_as_asked, offers))
+                (len(offers) == 1 or can_share(found))
+                and all(map(is_as_asked, offers))
                 and ready == offers.keys() & self._run.state.ready.keys()
                 and devices <= set(self._gateway.devices())
             )
 
         def again() -> None:
             kept = {d: offer for d, offer in offers.items() if is_as_asked(d)}
+            if len(kept) == len(offers):  # nobody has left: of them some may have a plan alone
+                self._alone |= kept.keys()
             if kept:
                 self._offers = {**kept, **self._offers}
                 self._gateway.wake()

@@ -292,6 +292,35 @@ def test_of_those_who_come_together_some_may_have_room(
     assert [device for device, *_ in run.planned] == ["m", "a", "b", "a", "b"]
 
 
+def test_what_nobody_foresaw_is_one_devices_matter(
+    served: tuple[ServeConfig, ServerModel], tmp_path: Path
+) -> None:
+    """A profile that breaks the planner ends its device's part, not that of who came with it."""
+    run = Held(served, tmp_path)
+    gateway, think = run.gateway, run._profiled
+
+    def broken(device: str, profile: DeviceProfile) -> None:
+        if device == "a":
+            raise KeyError("unforeseen")
+        think(device, profile)
+
+    run._profiled = broken
+
+    def script() -> Script:
+        run.go.set()
+        yield from run.play.come("m")
+        yield from gateway.until(lambda: gateway.last("m", PlanAssigned))
+        for name in "ab":
+            gateway.present.add(name)
+            yield coming(name)
+        yield run.offer("a") + run.offer("b")
+        yield from gateway.until(lambda: gateway.last("b", PlanAssigned))
+
+    run.serve(script())
+    assert gateway.last("a", PlanAssigned) is None
+    assert [device for device, *_ in run.planned] == ["m", "a", "a", "b"]
+
+
 def test_planning_that_fails_ends_the_run_in_the_same_words(
     served: tuple[ServeConfig, ServerModel], tmp_path: Path
 ) -> None:
