@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,16 @@ def wait_all(clients: Iterable[EdgeClient], timeout_s: float = PATIENCE_S) -> No
     deadline = Deadline.after(timeout_s)
     for client in clients:
         assert client.wait(deadline.left_s()), "a client has not ended"
+
+
+def products(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A ledger's *state* with `B A` in place of two factors.
+
+    Which of them an SVD turns round depends on its input's last bits, and in total on nothing.
+    """
+    factors = {key[:-2] for key in state if key.endswith(".A")}
+    rest = {k: v for k, v in state.items() if k[:-2] not in factors}
+    return rest | {name: state[f"{name}.B"] @ state[f"{name}.A"] for name in factors}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

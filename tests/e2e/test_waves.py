@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.config.run import DeviceSettings
 from edge_sdk.runtime.training import TrainingConfig
-from tests.e2e.cluster import Cluster, Serving, save_model, wait_all
+from tests.e2e.cluster import Cluster, Serving, products, save_model, wait_all
 
 STEPS = 20
 LONG_S = 240.0
@@ -58,7 +58,7 @@ def test_waves_of_what_is_there_teach_the_same(
         for waves in ("gathered", "available")
     )
 
-    found, expected = available.ledger.state(), gathered.ledger.state()
+    found, expected = (products(run.ledger.state()) for run in (available, gathered))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-6, rtol=0, err_msg=name)
