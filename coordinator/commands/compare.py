@@ -108,10 +108,10 @@ def _comparison(options: argparse.Namespace, point: GridPoint) -> Comparison:
 
 def say_what_is_open(comparison: Comparison, cells: Sequence[RunResult]) -> None:
     """Say which learning rates are not settled, so that nobody reads more into a row."""
-    from coordinator.lab.comparison.search.table import unsettled
+    from coordinator.lab.comparison.search.table import in_sentences, unsettled
 
     search = comparison.config.compare.learning_rate_search
-    if texts := unsettled(cells, search).values():
+    if texts := in_sentences(unsettled(cells, search)):
         where = f" ({comparison.name})" if comparison.name else ""
         say(f"\nNot settled{where}; no place is given where the first one is among them:")
         for text in texts:

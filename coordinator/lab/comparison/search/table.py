@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coordinator.lab.comparison.cells import RunResult, tried_rates
 from coordinator.lab.comparison.result_table import (
@@ -78,24 +78,44 @@ def _loss(loss: float) -> Entry:
 
 
 def unsettled(cells: Sequence[RunResult], search: RateSearchConfig) -> dict[Group, str]:
-    """Return a sentence for each method and set of devices whose best rate stands at an edge.
+    """Return, for each method and set of devices whose best rate stands at an edge, what to say.
 
-    It says what stands where, and what to do about it.
+    That is what stands where, and what to do about it.
     """
     return {
-        group: _sentence(group, losses, search)
+        group: _reason(losses, search)
         for group, losses in tried_rates(cells).items()
         if edge_of(losses)
     }
 
 
-def _sentence(group: Group, losses: Losses, search: RateSearchConfig) -> str:
-    who, best, edge = ", ".join(group), best_rate(losses), edge_of(losses)
+def _reason(losses: Losses, search: RateSearchConfig) -> str:
+    best, edge = best_rate(losses), edge_of(losses)
     more = f"raise compare.learning_rate_search.most_trials above {search.most_trials}"
     if edge == "only":
-        return f"{who}: {best:g} is the only learning rate that was tried; {more}"
+        return f"{best:g} is the only learning rate that was tried; {more}"
     beyond = "above" if edge == "highest" else "below"
     return (
-        f"{who}: learning rate {best:g} is the {edge} of {len(losses)} that were tried, and still "
+        f"learning rate {best:g} is the {edge} of {len(losses)} that were tried, and still "
         f"the best; {more}, or put rates {beyond} it into compare.learning_rates"
     )
+
+
+def in_sentences(found: Mapping[Group, str]) -> list[str]:
+    """Return what `unsettled` found as one sentence for all of whom the same is to be said."""
+    return [
+        f"{_names([group for group, other in found.items() if other == reason])}: {reason}"
+        for reason in dict.fromkeys(found.values())
+    ]
+
+
+def _names(groups: Sequence[Group]) -> str:
+    """Return `method, method (set, set); method (set)`."""
+    kinds: dict[str, list[str]] = {}
+    for method, kind in groups:
+        kinds.setdefault(method, []).append(kind)
+    parts = []
+    for own in dict.fromkeys(map(tuple, kinds.values())):
+        methods = [method for method, other in kinds.items() if tuple(other) == own]
+        parts.append(f"{', '.join(methods)} ({', '.join(own)})")
+    return "; ".join(parts)

@@ -35,9 +35,9 @@ class Difference(NamedTuple):
 
 HOW = (
     "Mean over the seeds that both have, paired by seed, each at its own learning rate; in "
-    "brackets the 95 % interval by Student's t. p: share of all patterns of signs of the "
-    "differences under which the mean would be as far from 0, two-sided, exact, and not corrected "
-    "for the number of rows. With n seeds no p is below 2/2^n"
+    "brackets the 95 % interval by Student's t, which one seed does not have. p: share of all "
+    "patterns of signs of the differences under which the mean would be as far from 0, two-sided, "
+    "exact, and not corrected for the number of rows. With n seeds no p is below 2/2^n"
 )
 
 
@@ -144,11 +144,11 @@ def _row(found: Difference, kinds: Sequence[Measure]) -> list[Entry]:
 
 
 def interval(found: Estimate, digits: int, unit: float = 1.0, *, sign: str = "") -> Entry:
-    """Return a mean with its interval as an entry; one seed has none, and the entry says so."""
+    """Return a mean with its interval as an entry; one seed has none."""
     raw = (("", found.mean), ("_low", found.low), ("_high", found.high))
     text = f"{found.mean / unit:{sign},.{digits}f}"
     if found.low is None or found.high is None:
-        return Entry(f"{text} (one seed: no interval)", raw)
+        return Entry(text, raw)
     low, high = (f"{end / unit:{sign},.{digits}f}" for end in (found.low, found.high))
     return Entry(f"{text} [{low}, {high}]", raw)
 

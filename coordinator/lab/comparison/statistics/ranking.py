@@ -15,6 +15,7 @@ from coordinator.lab.comparison.result_table import (
     ResultTable,
     words,
 )
+from coordinator.lab.comparison.search.table import in_sentences
 from coordinator.lab.comparison.statistics.differences import (
     against_reference,
     interval,
@@ -104,7 +105,7 @@ def _rows(
 def _caption(refused: Sequence[str], unsettled: Mapping[tuple[str, str], str]) -> str:
     texts = [
         "Methods that share what devices learn, by their mean loss, with 95 % intervals over "
-        "seeds; behind the first: paired by seed"
+        "seeds, which one seed does not have; behind the first: paired by seed"
     ]
     if refused:
         texts.append(
@@ -114,6 +115,6 @@ def _caption(refused: Sequence[str], unsettled: Mapping[tuple[str, str], str]) -
     if unsettled:
         texts.append(
             "A method whose learning rate is not settled may do better than its row says: "
-            + "; ".join(unsettled.values())
+            + "; ".join(in_sentences(unsettled))
         )
     return ". ".join(texts)

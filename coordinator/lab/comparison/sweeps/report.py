@@ -11,7 +11,7 @@ from coordinator.lab.comparison.config import CompareConfig
 from coordinator.lab.comparison.rank_energy import draw_energy
 from coordinator.lab.comparison.report import Page
 from coordinator.lab.comparison.result_table import ResultTable
-from coordinator.lab.comparison.search.table import unsettled
+from coordinator.lab.comparison.search.table import in_sentences, unsettled
 from coordinator.lab.comparison.sweeps.picture import draw_sweep_of
 from coordinator.lab.comparison.sweeps.table import SweptRuns, sweep_table
 from edge_sdk.config.describe import dump_config
@@ -44,7 +44,7 @@ def write_sweep_report(config: CompareConfig, swept: Sequence[SweptRuns], out: P
         notes=[
             f"{each.point.name}: {text}"
             for each in swept
-            for text in unsettled(each.cells, config.compare.learning_rate_search).values()
+            for text in in_sentences(unsettled(each.cells, config.compare.learning_rate_search))
         ],
         pictures=[*pictures, *([energy] if energy else [])],
         config=dump_config(config),

@@ -8,7 +8,7 @@ import math
 
 from coordinator.lab.comparison.search.config import RateSearchConfig
 from coordinator.lab.comparison.search.picture import draw_search
-from coordinator.lab.comparison.search.table import rate_table, unsettled
+from coordinator.lab.comparison.search.table import in_sentences, rate_table, unsettled
 from tests.coordinator.lab.comparison.made_cells import make_cell
 
 INSIDE = [
@@ -44,12 +44,20 @@ def test_what_is_not_settled_says_how_to_settle_it() -> None:
     found = unsettled([*INSIDE, *AT_EDGE, *ALONE], RateSearchConfig(most_trials=3))
 
     assert found == {
-        ("n", "heterogeneous"): "n, heterogeneous: learning rate 0.2 is the highest of 2 that were "
+        ("n", "heterogeneous"): "learning rate 0.2 is the highest of 2 that were "
         "tried, and still the best; raise compare.learning_rate_search.most_trials above 3, or "
         "put rates above it into compare.learning_rates",
-        ("o", "heterogeneous"): "o, heterogeneous: 0.1 is the only learning rate that was tried; "
+        ("o", "heterogeneous"): "0.1 is the only learning rate that was tried; "
         "raise compare.learning_rate_search.most_trials above 3",
     }
+
+
+def test_the_same_is_said_of_many_once() -> None:
+    """All of whom it holds stand before it: methods with the same sets of devices together."""
+    rest = {("d", "all"): "high", ("e", "few"): "low"}
+    found = {(m, kind): "low" for m in "abc" for kind in ("all", "few")} | rest
+
+    assert in_sentences(found) == ["a, b, c (all, few); e (few): low", "d (all): high"]
 
 
 def test_a_search_has_a_picture() -> None:

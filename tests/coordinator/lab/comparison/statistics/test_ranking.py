@@ -57,7 +57,7 @@ def test_methods_stand_in_the_order_of_their_loss() -> None:
     assert rows[1][4].startswith("+0.4000 [+0.4000, +0.4000]")
     assert [row[-1] for row in rows] == ["yes", "no", "no"]
     assert "No places" not in caption
-    assert "late, heterogeneous: learning rate 0.2 is the highest" in caption
+    assert "late (heterogeneous): learning rate 0.2 is the highest" in caption
 
 
 def test_a_winner_at_an_edge_is_no_winner() -> None:
