@@ -285,7 +285,8 @@ def test_of_those_who_come_together_some_may_have_room(
         yield run.offer("a") + run.offer("b")
         run.go.set()
         yield from gateway.until(lambda: gateway.last("a", PlanAssigned))
-        yield []
+        yield from gateway.until(lambda: len(run.planned) == 5)
+        yield from gateway.until(lambda: not run.coordinator._desk.is_busy)
 
     run.serve(script())
     assert gateway.last("b", PlanAssigned) is None
