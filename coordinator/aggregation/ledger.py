@@ -21,11 +21,13 @@ from coordinator.aggregation.rules import (
     SERVER,
     Contribution,
     Memory,
+    Rule,
     Update,
     mean_of,
     product,
     residual,
     resize_pair,
+    slowed,
 )
 from edge_sdk.errors import NumericError
 from edge_sdk.lora.adapters import Pair, initial_pair
@@ -84,7 +86,7 @@ class Ledger:
         self,
         facts: ModelFacts,
         lora: LoraConfig,
-        rule: str,
+        rule: str | Rule,
         max_rank: int | None,
         seed: int,
         accounts: Accounts | None = None,
@@ -95,7 +97,7 @@ class Ledger:
         self.robust = robust
         """How the contributions of a few are kept from deciding for all."""
         self._facts, self._lora, self._seed = facts, lora, seed
-        self._rule = RULES[rule]
+        self._rule = RULES[rule] if isinstance(rule, str) else rule
         self._max_rank = max_rank
         self.totals: dict[str, Factors] = {}
         """dW by weight, scale inside, where it is not zero: what the run has learned so far."""
@@ -286,6 +288,7 @@ class Ledger:
         result.has_residual = self._rule.has_residual
         for weight, shape in self._facts.targets.items():
             if found := contributions.get(weight):
+                found = slowed(found, self._rule.server_learning_rate)
                 update = self._rule.join(found, shape, self._max_rank)
                 self._note(weight, self._bounded(weight, update, found), result)
         return result

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from coordinator.aggregation.rules import SERVER, Contribution, product
+from coordinator.aggregation.rules import SERVER, Contribution, product, scaled_back
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Array, Factors, norm, stack
 
@@ -178,11 +178,7 @@ def _moved_back(contribution: Contribution, bound: float) -> Contribution:
     # The root of c^2 second + c first = bound, written so that nothing cancels.
     root = first + math.sqrt(first * first + 4.0 * second * bound)
     part = min(1.0, 2.0 * bound / root) if root else 1.0
-    moved = Pair(
-        (before.a_RI + part * a_RI).astype(np.float32),
-        (before.b_OR + part * b_OR).astype(np.float32),
-    )
-    return replace(contribution, after=moved)
+    return scaled_back(contribution, part)
 
 
 # ---- Krum ----------------------------------------------------------------------------------------

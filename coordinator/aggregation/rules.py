@@ -10,7 +10,7 @@ Participants are summed in the order of their names: float addition is not assoc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -83,6 +83,9 @@ class Rule:
     """Whether progress may be added to dW whenever it comes, against the dW that it began from."""
     can_prune: bool = False
     """Whether devices may cut ranks off during the run (`training.rank_penalty`)."""
+    server_learning_rate: float = 1.0
+    """How much of the way that a round's adapters have gone counts, of weights that more than one
+    participant trains: FedOpt's server learning rate (arXiv 2003.00295)."""
     server_optimizer: ServerOptimizer | None = None
     """(a round's change of dW of one weight, what was remembered of that weight) -> the change to
     apply, what to remember: server momentum and adaptive server optimizers (FedOpt, arXiv
@@ -144,6 +147,26 @@ def fedex(contributions: Mapping[str, Contribution], shape: Shape, _max_rank: in
     """
     change = _progress(contributions, shape)
     return Update(change=change, shared=_mean_of_ranks(contributions))
+
+
+def scaled_back(contribution: Contribution, part: float) -> Contribution:
+    """Return a contribution whose factors have gone *part* of their way."""
+    before, after = contribution.before, contribution.after
+    a_RI, b_OR = (
+        (old + part * (new.astype(np.float64) - old)).astype(np.float32)
+        for old, new in zip(before, after, strict=True)
+    )
+    return replace(contribution, after=Pair(a_RI, b_OR))
+
+
+def slowed(contributions: Mapping[str, Contribution], rate: float) -> Mapping[str, Contribution]:
+    """Return one weight's contributions at a server learning rate.
+
+    What one participant alone has trained is no mean of several, and stays as it is.
+    """
+    if rate == 1.0 or len(contributions) < 2:
+        return contributions
+    return {name: scaled_back(c, rate) for name, c in contributions.items()}
 
 
 def _weighted_sum(contributions: Mapping[str, Contribution], shape: Shape) -> Factors:

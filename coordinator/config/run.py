@@ -181,6 +181,9 @@ class ServeConfig:
     """When that is, with `round_mode: buffered`; `rounds` then counts merges."""
     aggregation: Aggregation = "fedex"
     """How what the devices learned is joined; see docs/aggregation.md."""
+    server_learning_rate: float = 1.0
+    """How much of the way that adapters have gone in a round counts, of weights that more than one
+    trains: below 1 all go on from a point between where they began and their mean."""
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
     """Which uploads are joined at all, and how much those of a few can do."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
@@ -289,20 +292,7 @@ class ServeConfig:
         if is_classifier and len(self.label_names) < 2:
             raise ValueError("label_names must name at least 2 classes for this task")
         self._check_scores()
-        if self.aggregation not in RULES:
-            names = ", ".join(RULES)
-            raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
-        rule = RULES[self.aggregation]
-        if not self.exchange.is_plain and (rule.restarts or not rule.has_residual):
-            raise ValueError(
-                "exchange with another codec than float32 or downlink: budget needs "
-                f"aggregation: fedex or exact, got {self.aggregation}"
-            )
-        if self.screening.method == "trimmed-mean" and self.aggregation == "exact":
-            raise ValueError(
-                "screening.method: 'trimmed-mean' needs an aggregation after which all hold the "
-                "same factors: fedex, stack, svd, svd-balanced, zeropad or fedavg"
-            )
+        self._check_aggregation()
         if self.round_mode == "buffered":
             self._check_buffered()
         if self.base != "float32" and self.trains_all:
@@ -316,6 +306,25 @@ class ServeConfig:
             raise ValueError(
                 "early_stopping.patience_rounds: nothing is measured; name a file in "
                 "evaluation.data.path, or let devices evaluate (evaluation.on_devices)"
+            )
+
+    def _check_aggregation(self) -> None:
+        """Refuse what the rule does not allow."""
+        if not 0 < (rate := self.server_learning_rate) < float("inf"):
+            raise ValueError(f"server_learning_rate must be above 0 and finite, got {rate}")
+        if self.aggregation not in RULES:
+            names = ", ".join(RULES)
+            raise ValueError(f"aggregation must be one of {names}, got {self.aggregation!r}")
+        rule = RULES[self.aggregation]
+        if not self.exchange.is_plain and (rule.restarts or not rule.has_residual):
+            raise ValueError(
+                "exchange with another codec than float32 or downlink: budget needs "
+                f"aggregation: fedex or exact, got {self.aggregation}"
+            )
+        if self.screening.method == "trimmed-mean" and self.aggregation == "exact":
+            raise ValueError(
+                "screening.method: 'trimmed-mean' needs an aggregation after which all hold the "
+                "same factors: fedex, stack, svd, svd-balanced, zeropad or fedavg"
             )
 
     def _check_scores(self) -> None:

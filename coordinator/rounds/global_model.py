@@ -6,6 +6,7 @@ It knows no network and no devices.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class GlobalModel:
         self.ledger = Ledger(
             model.facts,
             config.lora,
-            config.aggregation,
+            replace(RULES[config.aggregation], server_learning_rate=config.server_learning_rate),
             config.max_rank,
             config.training.seed,
             _accounts(config),

@@ -41,6 +41,7 @@ _TOLD = (
     "waves",
     "round_mode",
     "aggregation",
+    "server_learning_rate",
     "trained_by",
     "max_rank",
     "server_rank",

@@ -68,6 +68,27 @@ def test_mixed_cuts_learn(cluster: Cluster, rule: str, labels: str) -> None:
         assert np.linalg.norm(sum(held) - expected) <= 3e-5 * size, weight
 
 
+@pytest.mark.parametrize("rule", ["fedex", "fedavg"])
+def test_half_a_server_learning_rate_is_half_a_rate(cluster: Cluster, rule: str) -> None:
+    """With one step of SGD a round both runs learn the same, of blocks that all devices hold."""
+    sgd = TrainingConfig(
+        optimizer="sgd", learning_rate=0.2, lr_scheduler_type="constant", max_grad_norm=0.0
+    )
+    common: dict[str, Any] = {"rounds": 4, "steps_per_round": 1, "max_rank": 64}
+    slowed, slow = (
+        train(cluster, rule, (BLOCKS,) * 3, name=name, **common, **settings).ledger.totals
+        for name, settings in {
+            "slowed": {"training": sgd, "server_learning_rate": 0.5},
+            "slow": {"training": replace(sgd, learning_rate=0.1)},
+        }.items()
+    )
+
+    assert slowed.keys() == slow.keys()
+    assert max(np.abs(total.dense()).max() for total in slow.values()) > 1e-3
+    for name, total in slow.items():
+        np.testing.assert_allclose(slowed[name].dense(), total.dense(), atol=1e-6, err_msg=name)
+
+
 def momentum(change: Factors, memory: Memory) -> tuple[Factors, Memory]:
     """Server momentum: add 0.9 of what was applied in the round before."""
     before = [Factors(memory["B"], memory["A"]).scaled(0.9)] if memory else []

@@ -17,6 +17,7 @@ from coordinator.aggregation.rules import (
     balanced,
     fedavg,
     resize_pair,
+    slowed,
     svd,
     svd_asymmetric,
     truncate,
@@ -44,6 +45,38 @@ def weighted_sum(contributions: Mapping[str, Contribution]) -> np.ndarray:
     total = sum(c.share for c in contributions.values())
     terms = (c.share / total * c.scale * dense(c.after) for c in contributions.values())
     return sum(terms, np.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedex"])
+@given(st.integers(2, 5), st.integers(1, 5), SEEDS, st.floats(0.1, 2.0))
+@settings(deadline=None, max_examples=40)
+def test_a_server_learning_rate_moves_means_by_so_much(
+    rule: str, num: int, rank: int, seed: int, rate: float
+) -> None:
+    """All go on from between where they began, on the mean, and the mean of where they ended."""
+    contributions = random_contributions([rank] * num, seed, scale=2.0)
+    began = {n: replace(c, after=c.before) for n, c in contributions.items()}
+
+    there, start, end = (
+        update.shared or update.total
+        for update in (
+            RULES[rule].join(each, SHAPE, None)
+            for each in (slowed(contributions, rate), began, contributions)
+        )
+    )
+
+    assert there is not None
+    assert start is not None
+    assert end is not None
+    for found, old, new in zip(there, start, end, strict=True):
+        np.testing.assert_allclose(found, old + rate * (new - old), atol=2e-5)
+
+
+def test_what_one_alone_has_trained_is_not_slowed() -> None:
+    """The coordinator's blocks that no device holds go as far as they went."""
+    contributions = random_contributions([3], 0)
+
+    assert slowed(contributions, 0.5) is contributions
 
 
 @given(st.integers(1, 5), st.integers(1, 5), SEEDS)

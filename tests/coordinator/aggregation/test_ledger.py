@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.aggregation.ledger import Ledger, Report, RoundResult
-from coordinator.aggregation.rules import SERVER
+from coordinator.aggregation.rules import RULES, SERVER
 from edge_sdk.errors import ConfigError, NumericError
 from edge_sdk.lora.adapters import Pair
 from edge_sdk.lora.factors import Factors
@@ -60,6 +61,13 @@ class Holder:
             for n, p in self.pairs.items()
         }
 
+    def step(self, weight: str, rate: float) -> np.ndarray:
+        """What its adapter of a weight has changed, had both factors gone *rate* of their way."""
+        before, after = self.before[weight], self.products()[weight]
+        ends = zip(before, after, strict=True)
+        there = Factors(*(old + np.float64(rate) * (new - old) for old, new in ends))
+        return _dense(there) - _dense(before)
+
     def take(self, result: RoundResult, name: str, weights: list[str]) -> None:
         """Go into the next round as somebody who was in the last one."""
         changes = {n: c for n, c in result.changes_for(name).items() if n in weights}
@@ -86,10 +94,15 @@ class Simulation:
     """A coordinator's ledger, its own adapters, and devices that come and go."""
 
     def __init__(
-        self, rule: str = "exact", ranks: Mapping[str, int] = RANKS, max_rank: int | None = None
+        self,
+        rule: str = "exact",
+        ranks: Mapping[str, int] = RANKS,
+        max_rank: int | None = None,
+        rate: float = 1.0,
     ) -> None:
-        self.facts = make_facts()
-        self.ledger = Ledger(self.facts, LORA, rule, max_rank, seed=0)
+        self.facts, self.rate = make_facts(), rate
+        slowed = replace(RULES[rule], server_learning_rate=rate)
+        self.ledger = Ledger(self.facts, LORA, slowed, max_rank, seed=0)
         self.ranks = ranks
         self.generator = np.random.default_rng(0)
         self.server = Holder(self.ledger.enrol(SERVER, self.wanted(SERVER)), {})
@@ -126,11 +139,12 @@ class Simulation:
         for weight in self.facts.targets:
             block = self.facts.block_of(weight)
             left = sum(SAMPLES[n] for n in members if SPLITS[n] <= block)
-            for name, holder in taking_part.items():
-                if weight in holder.pairs:
-                    share = (left if name == SERVER else SAMPLES[name]) / total
-                    step = _dense(holder.products()[weight]) - _dense(holder.before[weight])
-                    self.expected[weight] += share * step
+            samples = {n: SAMPLES.get(n, left) for n, h in taking_part.items() if weight in h.pairs}
+            training = [name for name, count in samples.items() if count]
+            rate = self.rate if len(training) > 1 else 1.0
+            for name in training:
+                step = taking_part[name].step(weight, rate)
+                self.expected[weight] += samples[name] / total * step
         reports = {
             n: Report(SPLITS.get(n, 0), SAMPLES.get(n, 0), dict(h.pairs), heads.get(n, {}))
             for n, h in taking_part.items()
@@ -171,11 +185,14 @@ KEEPING_ALL = pytest.mark.parametrize(("rule", "most"), [("exact", None), ("fede
 
 
 @KEEPING_ALL
+@pytest.mark.parametrize("rate", [1.0, 0.75])
 @given(MEMBERS)
 @settings(deadline=None, max_examples=25)
-def test_everybody_always_holds_dw(rule: str, most: int | None, attendance: list[set[str]]) -> None:
-    """After every round residual and own adapter make dW, whoever missed which."""
-    simulation = Simulation(rule, max_rank=most)
+def test_everybody_always_holds_dw(
+    rule: str, most: int | None, rate: float, attendance: list[set[str]]
+) -> None:
+    """After every round residual and own adapter make dW, whoever missed which, at any rate."""
+    simulation = Simulation(rule, max_rank=most, rate=rate)
 
     for members in attendance:
         simulation.round(members)

@@ -24,6 +24,10 @@ from edge_sdk.lora.targets import LoraConfig
         {"patience_s": 0.0},
         {"max_rank": 0},
         {"max_rank": -1},
+        {"server_learning_rate": 0.0},
+        {"server_learning_rate": -0.5},
+        {"server_learning_rate": float("inf")},
+        {"server_learning_rate": float("nan")},
     ],
 )
 def test_impossible_numbers_are_refused(change: dict[str, Any]) -> None:
