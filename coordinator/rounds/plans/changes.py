@@ -158,8 +158,9 @@ class PlanChanges:
             return is_same and device not in self._offers
 
         def can_share(found: Offered | None) -> bool:
-            errors = () if found is None else found.errors.values()
-            return found is not None and not any(isinstance(e, ConfigError) for e in errors)
+            return found is not None and not any(
+                isinstance(error, ConfigError) for error in found.errors.values()
+            )
 
         def fits(found: Offered | None) -> bool:
             devices = set() if found is None else set(found.devices)
