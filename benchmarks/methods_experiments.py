@@ -33,6 +33,8 @@ NUM_MORE = 1000
 BANKING_RATES = (2e-3, 5e-3)
 # Memory for everything, as in papers that count ranks only.
 ROOMY = [f"simulation.devices.{d}.memory_bytes=1e12" for d in DEVICES]
+# The name of a method at a server learning rate, and its setting.
+SLOWED, SLOWER = "hsplitlora at 0.75", "server_learning_rate=0.75"
 FREE = ["aggregation=fedex", "planning.ranks=fixed", "planning.split=fixed"]
 
 
