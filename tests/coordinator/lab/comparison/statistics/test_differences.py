@@ -86,7 +86,7 @@ def test_tables_hold_intervals_for_readers_and_programs() -> None:
     assert heterogeneity_table(found, TEXT).texts == mixed_cuts_table(found, TEXT).texts == [texts]
 
 
-def test_one_seed_says_so() -> None:
+def test_one_seed_has_no_interval() -> None:
     """There is a difference, and nothing is known of it."""
     found = against_reference([*runs([1.5]), *runs([1.0], method="ref")], "ref", LABELS)
 
